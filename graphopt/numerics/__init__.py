@@ -1,0 +1,5 @@
+"""The mathematics of shrinking: tensors in, tensors out, no graph.
+
+quantize: integers and scales. factor: low rank. prune: which weights go to zero. fold: batch norm into a weight.
+observe: ranges over batches. metrics: how far two tensors are apart. finite: the check that all of them share.
+"""
