@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN := .venv/bin
+CODE := graphopt tests $(wildcard benchmarks)
+
+.PHONY: demo test test-slow bench lint venv
+
+demo: venv
+	$(BIN)/graphopt demo
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: venv
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+bench: venv
+	$(BIN)/python -m benchmarks.run
+
+lint: venv
+	$(BIN)/ruff check --quiet $(CODE) passes backends  # ruff doesn't follow the links in graphopt/; mypy does
+	$(BIN)/mypy $(CODE)
+
+venv: .venv/.installed
+
+# torch goes first and alone: pip reads PIP_EXTRA_INDEX_URL, and where that names an index of CPU builds, the build
+# without CUDA is taken (its local version sorts higher) and satisfies everything that follows.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	touch $@
