@@ -1,0 +1,23 @@
+"""The targets, by name. Importing this module imports no engine; `target("onnxruntime")` does."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from graphopt.backend import Backend
+from graphopt.pipeline import UsageError, nearest
+
+TARGETS = {
+    "onnxruntime": ("graphopt.backends.onnxruntime", "OnnxRuntime"),
+    "fbgemm": ("graphopt.backends.fbgemm", "Fbgemm"),
+}
+"""Module and class of each target."""
+
+
+def target(name: str) -> Backend:
+    """The backend called `name`. Raises UsageError for an unknown one, naming the nearest."""
+    if name not in TARGETS:
+        raise UsageError(f"there is no target {name!r}{nearest(name, list(TARGETS))}")
+    module, cls = TARGETS[name]
+    backend: Backend = getattr(import_module(module), cls)()
+    return backend

@@ -1,0 +1,56 @@
+"""What a target is: the contract between the core and `graphopt.backends`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from graphopt.graph import Graph
+from graphopt.rewrite import Rule
+
+
+class LoweringError(RuntimeError):
+    """The engine did not build what was promised; lists the nodes and why."""
+
+
+class Runner(ABC):
+    """A graph compiled for its engine."""
+
+    @abstractmethod
+    def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run on inputs by name; returns the graph's outputs in order."""
+
+    @abstractmethod
+    def census(self) -> dict[str, int]:
+        """How many kernels of each name the engine really built."""
+
+
+class Backend(ABC):
+    """Owns what is lowered and where; a pass owns how. Stateless: everything about one graph is in its Runner."""
+
+    name: ClassVar[str]
+    dialect: ClassVar[str]
+    """"onnx" or "fx": what this target deploys, and so what capture makes."""
+    summary: ClassVar[str]
+    """One line for `graphopt targets`."""
+    schemes: ClassVar[Mapping[str, tuple[str, ...]]]
+    """By word, the quantization schemes that have a fast kernel here, best first; no entry: the word stays float."""
+
+    @abstractmethod
+    def pipeline(self) -> str:
+        """The lowering passes of this target, as text."""
+
+    @abstractmethod
+    def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
+        """Rule sets that turn words into this engine's own operations, applied one after the other."""
+
+    @abstractmethod
+    def compile(self, graph: Graph, threads: int | None = None) -> Runner:
+        """Build the engine's program. threads: intra-op threads, None for the engine's default."""
+
+    @abstractmethod
+    def check(self, neutral: Graph, runner: Runner) -> None:
+        """Raise LoweringError where fewer int8 kernels run than the words of `neutral` promise."""

@@ -1,0 +1,730 @@
+"""Graph over onnx-ir: weights stay where they are (memory-mapped for external data), nodes are views of ir.Node."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+from collections import deque
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import torch
+from torch import Tensor
+
+from graphopt.dialects import onnx_words
+from graphopt.dialects.onnx_words import DOMAIN, STANDARD, TORCH_DTYPES, onnx_dtype
+from graphopt.graph import Graph, GraphError, Node, Shape, Value
+from graphopt.words import WORDS
+
+OPSET = 23
+"""The opset that modules are captured at and files are lifted to: the first with attention whole."""
+
+_PATH = "graphopt.path"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_RANDOM = {
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
+}  # fmt: skip
+_KNOWN_DOMAINS = (*STANDARD, "ai.onnx.ml", "com.microsoft", DOMAIN)
+
+
+@dataclass(frozen=True)
+class OnnxValue(Value):
+    """A view of an ir.Value; `transposed` sees a 2-D one with its axes swapped, without a copy."""
+
+    graph: OnnxGraph
+    native: ir.Value
+    transposed: bool = False
+
+    def __hash__(self) -> int:
+        return hash((self.native, self.transposed))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OnnxValue) and self.native is other.native and self.transposed == other.transposed
+
+    def transpose(self) -> OnnxValue:
+        return OnnxValue(self.graph, self.native, not self.transposed)
+
+    @property
+    def name(self) -> str:
+        return self.native.name or ""
+
+    @property
+    def shape(self) -> Shape | None:
+        shape = self.native.shape
+        if shape is None:
+            return None
+        sizes = tuple(size if isinstance(size, int) else (size.value or "?") for size in shape)
+        return sizes[::-1] if self.transposed else sizes
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return TORCH_DTYPES.get(self.native.dtype) if self.native.dtype is not None else None
+
+    @property
+    def producer(self) -> Node | None:
+        producer = self.native.producer()
+        return OnnxNode(self.graph, producer) if producer is not None and not self.transposed else None
+
+    @property
+    def users(self) -> tuple[Node, ...]:
+        return tuple(OnnxNode(self.graph, node) for node in dict.fromkeys(use.node for use in self.native.uses()))
+
+    @property
+    def is_output(self) -> bool:
+        return self.native.is_graph_output()
+
+    @property
+    def is_constant(self) -> bool:
+        native = self.native
+        return native.const_value is not None and native.is_initializer() and native.dtype in TORCH_DTYPES
+
+
+@dataclass(frozen=True)
+class OnnxNode(Node):
+    """A view of an ir.Node."""
+
+    owner: OnnxGraph
+    native: ir.Node
+
+    def __hash__(self) -> int:
+        return hash(self.native)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OnnxNode) and self.native is other.native
+
+    @property
+    def graph(self) -> OnnxGraph:
+        return self.owner
+
+    @property
+    def name(self) -> str:
+        return self.native.name or ""
+
+    @property
+    def path(self) -> str:
+        return self.native.metadata_props.get(_PATH, "")
+
+    @property
+    def kind(self) -> str:
+        word = onnx_words.read(self.owner, self.native)
+        if word is not None:
+            return word[0]
+        domain = "onnx" if self.native.domain in STANDARD else self.native.domain
+        return f"{domain}.{self.native.op_type}"
+
+    @property
+    def operands(self) -> tuple[Value | None, ...]:
+        word = onnx_words.read(self.owner, self.native)
+        return word[1] if word is not None else self.owner.values(self.native.inputs)
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        word = onnx_words.read(self.owner, self.native)
+        if word is not None:
+            return word[2]
+        return {a.name: a.value for a in self.native.attributes.values() if not _holds_graph(a)}
+
+    @property
+    def results(self) -> tuple[Value, ...]:
+        word = onnx_words.read(self.owner, self.native)
+        count = len(WORDS[word[0]].results) if word is not None else len(self.native.outputs)
+        return tuple(OnnxValue(self.owner, output) for output in self.native.outputs[:count])
+
+    @property
+    def signature(self) -> Hashable | None:
+        native = self.native
+        if native.op_type in _RANDOM or native.domain not in _KNOWN_DOMAINS:
+            return None
+        if any(_holds_graph(attribute) for attribute in native.attributes.values()):
+            return None
+        attributes = tuple(sorted((a.name, _frozen(a)) for a in native.attributes.values()))
+        return native.domain, native.op_type, len(native.outputs), attributes
+
+
+class OnnxGraph(Graph):
+    """An ONNX model as a graph of words. Make one with `from_model`, `from_file` or `empty`."""
+
+    dialect = "onnx"
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.version = 0
+        self._numbers = itertools.count()
+        self._fresh: dict[ir.Node, None] = {}
+        self._session: tuple[Hashable, Any] | None = None
+        names = {value.name for node in model.graph.all_nodes() for value in node.outputs}
+        self._names: set[str | None] = names | set(model.graph.initializers) | {v.name for v in model.graph.inputs}
+        self._node_names: set[str | None] = {node.name for node in model.graph.all_nodes()}
+        self._protos: dict[str, onnx.FunctionProto] = {}
+
+    # --- making one
+
+    @classmethod
+    def from_model(cls, model: ir.Model | onnx.ModelProto) -> OnnxGraph:
+        """Put a model in order and raise its operators to words. The model handed in is not changed.
+
+        Nodes are sorted; constants become initializers, and initializers stop being inputs; model-local functions are
+        inlined; shapes are inferred where they are missing.
+        """
+        model = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model.clone()
+        _put_in_order(model)
+        graph = cls(model)
+        graph.raise_words()
+        return graph
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> OnnxGraph:
+        """Read a file; external data stays memory-mapped. Raises GraphError for what is not a readable ONNX model."""
+        return cls.from_model(read_model(path))
+
+    @classmethod
+    def empty(cls, inputs: Mapping[str, tuple[Sequence[int | str], torch.dtype]]) -> OnnxGraph:
+        """A graph of inputs only, by name with shape and dtype; `set_outputs` completes it."""
+        values = [
+            ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(onnx_dtype(dtype)))
+            for name, (shape, dtype) in inputs.items()
+        ]
+        native = ir.Graph(values, [], nodes=[], opset_imports={"": OPSET}, name="graph")
+        return cls(ir.Model(native, ir_version=10))
+
+    def set_outputs(self, outputs: Mapping[str, Value]) -> None:
+        """What the graph returns, by name."""
+        self.model.graph.outputs.clear()
+        for name, value in outputs.items():
+            native = self._native(value)
+            if native.is_graph_output() or native.producer() is None:
+                native = self._native(self.emit("identity", value))
+            self._rename(native, name)
+            self.model.graph.outputs.append(native)
+
+    # --- reading
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operators."""
+        return self.model.graph.opset_imports.get("", self.model.graph.opset_imports.get("ai.onnx", 1))
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        return [OnnxNode(self, node) for node in self.model.graph]
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return tuple(OnnxValue(self, value) for value in self.model.graph.inputs)
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return tuple(OnnxValue(self, value) for value in self.model.graph.outputs)
+
+    def values(self, natives: Sequence[ir.Value | None]) -> tuple[OnnxValue | None, ...]:
+        """Views of native values; None stays None."""
+        return tuple(None if native is None else OnnxValue(self, native) for native in natives)
+
+    def constant(self, value: Value) -> Tensor | None:
+        if not isinstance(value, OnnxValue) or not value.is_constant:
+            return None
+        tensor = to_torch(value.native.const_value)
+        return tensor.mT if value.transposed and tensor is not None else tensor
+
+    def constants(self) -> Iterator[tuple[str, Tensor]]:
+        for name, native in self.model.graph.initializers.items():
+            if OnnxValue(self, native).is_constant:
+                tensor = to_torch(native.const_value)
+                if tensor is not None:
+                    yield name, tensor
+
+    # --- changing
+
+    def add_constant(self, tensor: Tensor, name: str = "") -> OnnxValue:
+        dtype = onnx_dtype(tensor.dtype)
+        name = self._unique(name or "constant")
+        array = _to_numpy(tensor)
+        native = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
+        native.const_value = ir.Tensor(array, dtype=dtype, name=name)
+        self.model.graph.register_initializer(native)
+        return OnnxValue(self, native)
+
+    def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
+        path = at.path if at is not None else ""
+        if isinstance(kind, OnnxNode):
+            spelled = onnx_words.Spelled(
+                kind.native.op_type,
+                _onnx_values(operands),
+                {a.name: a for a in kind.native.attributes.values()},
+                kind.native.domain,
+                len(kind.native.outputs),
+            )
+        elif isinstance(kind, str) and kind in WORDS:
+            spelled = self._spell(kind, operands, attributes)
+        elif isinstance(kind, str) and "." in kind:
+            domain, op_type = kind.rsplit(".", 1)
+            outputs = attributes.pop("_outputs", 1)
+            domain = "" if domain == "onnx" else domain
+            spelled = onnx_words.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
+        else:
+            raise GraphError(f"onnx cannot emit {kind!r}: it is no word, and no operation of the form domain.Op")
+        native = self._make(spelled, path)
+        if isinstance(at, OnnxNode):
+            at.native.prepend(native)
+        else:
+            self.model.graph.append(native)
+        self._fresh[native] = None
+        return OnnxValue(self, native.outputs[0])
+
+    def _spell(
+        self, kind: str, operands: Sequence[Value | None], attributes: Mapping[str, Any]
+    ) -> onnx_words.Spelled:
+        word = WORDS[kind]
+        unknown = set(attributes) - set(word.attributes)
+        if unknown or len(operands) > len(word.operands):
+            raise GraphError(f"{kind} takes {word.operands} and {tuple(word.attributes)}, not {sorted(unknown)}")
+        padded = (*operands, *[None] * (len(word.operands) - len(operands)))
+        for name, value in zip(word.operands, padded, strict=True):
+            if value is None and name not in word.optional:
+                raise GraphError(f"{kind} needs its operand {name!r}")
+        filled = dict(word.attributes) | dict(attributes)
+        if kind.startswith("conv"):
+            weight = padded[word.operands.index("weight")]
+            rank = len(weight.shape) - 2 if weight is not None and weight.shape is not None else 2
+            ones, zeros = (1,) * rank, (0,) * (2 * rank)
+            filled |= {key: filled[key] or default
+                       for key, default in (("stride", ones), ("dilation", ones), ("padding", zeros))}  # fmt: skip
+        return onnx_words.write(self, kind, _onnx_values(operands), filled)
+
+    def _make(self, spelled: onnx_words.Spelled, path: str) -> ir.Node:
+        inputs = [None if value is None else self._native(value) for value in spelled.inputs]
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        opsets = self.model.graph.opset_imports
+        if spelled.domain not in opsets:
+            opsets[spelled.domain] = 1
+        if spelled.domain == DOMAIN and (DOMAIN, spelled.op_type, "") not in self.model.functions:
+            function = onnx_words.function(spelled.op_type, self.opset)
+            self.model.functions[function.identifier()] = function
+        name = self._unique(f"{path}/{spelled.op_type}" if path else spelled.op_type, self._node_names)
+        node = ir.Node(
+            spelled.domain,
+            spelled.op_type,
+            inputs,
+            [_attribute(key, value) for key, value in spelled.attributes.items()],
+            num_outputs=spelled.outputs,
+            name=name,
+            metadata_props={_PATH: path} if path else None,
+        )
+        for index, output in enumerate(node.outputs):
+            output.name = self._unique(f"{name}_{index}" if index else name)
+        self._infer(node)
+        return node
+
+    def _native(self, value: Value) -> ir.Value:
+        """The ir.Value behind a view; a transposed view outside linear becomes a Transpose node."""
+        if not isinstance(value, OnnxValue):
+            raise GraphError(f"{value!r} is not a value of an ONNX graph")
+        if not value.transposed:
+            return value.native
+        node = ir.Node("", "Transpose", [value.native], [ir.AttrInt64s("perm", [1, 0])])
+        node.name = self._unique("Transpose", self._node_names)
+        node.outputs[0].name = self._unique(node.name)
+        self._infer(node)
+        self.model.graph.insert_before(next(iter(self.model.graph)), node)
+        self._fresh[node] = None
+        return node.outputs[0]
+
+    def replace(self, node: Node, *values: Value) -> None:
+        native = self._own(node)
+        for old, value in zip(native.outputs, values, strict=False):
+            new = self._native(value)
+            if new.shape is None or new.dtype is None:  # operators that shape inference does not know
+                new.shape, new.type = new.shape or old.shape, new.type or old.type
+            name, is_output = old.name, old.is_graph_output()
+            if is_output and (new.producer() is None or new.is_graph_output()):
+                new = self._native(self.emit("identity", value, at=node))
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            if is_output and name is not None:
+                self._rename(old, self._unique(name + "_replaced"))
+                self._rename(new, name)
+        self._remove(native)
+        self.version += 1
+
+    def erase(self, node: Node) -> None:
+        native = self._own(node)
+        if any(output.uses() or output.is_graph_output() for output in native.outputs):
+            raise GraphError(f"{node.kind} cannot be erased: its result is used ({node.label})")
+        self._remove(native)
+        self.version += 1
+
+    def _own(self, node: Node) -> ir.Node:
+        if not isinstance(node, OnnxNode) or node.native.graph is not self.model.graph:
+            raise GraphError(f"{node.label} is not (or no longer) a node of this graph")
+        return node.native
+
+    def _remove(self, native: ir.Node) -> None:
+        producers = {value.producer() for value in native.inputs if value is not None}
+        self.model.graph.remove(native, safe=True)
+        self._fresh.pop(native, None)
+        # What only this node read is now unused: the next sweep looks there first.
+        self._fresh |= {p: None for p in producers if p is not None and p.graph is self.model.graph}
+
+    def sweep(self) -> int:
+        pending, removed = deque(self._fresh), 0
+        while pending:
+            native = pending.pop()
+            if native.graph is not self.model.graph or any(o.uses() or o.is_graph_output() for o in native.outputs):
+                continue
+            pending.extend(p for value in native.inputs if value is not None and (p := value.producer()) is not None)
+            self.model.graph.remove(native, safe=True)
+            removed += 1
+        self._fresh.clear()
+        initializers = self.model.graph.initializers
+        for name in [n for n, v in initializers.items() if not v.uses() and not v.is_graph_output()]:
+            del initializers[name]
+        used = {(n.domain, n.op_type, n.overload) for n in self.model.graph.all_nodes()}
+        for identifier in [i for i in self.model.functions if i[0] == DOMAIN and i not in used]:
+            del self.model.functions[identifier]
+        return removed
+
+    # --- running
+
+    def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
+        """Run in ONNX Runtime at the BASIC level. Raises GraphError naming a missing input."""
+        found: dict[Value, Tensor] = {}
+        by_name = {value.name: value for value in self.inputs}
+        for name, value in by_name.items():
+            if name in feeds:
+                found[value] = feeds[name]
+        for value in fetch:
+            tensor = self.constant(value)
+            if tensor is not None:
+                found[value] = tensor
+        wanted = [value for value in dict.fromkeys(fetch) if value not in found]
+        if wanted:
+            missing = [name for name in by_name if name not in feeds]
+            if missing:
+                raise GraphError(f"evaluate needs the inputs {missing}")
+            from graphopt.dialects import onnx_run
+
+            key = (self.version, len(self.model.graph), tuple(value.name for value in wanted))
+            if self._session is None or self._session[0] != key:
+                self._session = key, onnx_run.session(self.model, [self._native(value) for value in wanted])
+            arrays = onnx_run.run(self._session[1], feeds)
+            found |= dict(zip(wanted, arrays, strict=True))
+        return [found[value] for value in fetch]
+
+    # --- whole graph
+
+    def clone(self) -> Self:
+        return type(self)(self.model.clone())
+
+    def verify(self) -> None:
+        graph = self.model.graph
+        known = {v for v in graph.inputs} | set(graph.initializers.values())
+        names: set[str] = set()
+        for node in graph:
+            for value in node.inputs:
+                if value is not None and value not in known:
+                    raise _at(node, f"{node.op_type} reads {value.name!r} before anything defines it")
+            for output in node.outputs:
+                if output.name in names:
+                    raise _at(node, f"{node.op_type} defines {output.name!r} a second time")
+                names.add(output.name or "")
+                known.add(output)
+            if node.domain == DOMAIN and (DOMAIN, node.op_type, "") not in self.model.functions:
+                raise _at(node, f"the word {node.op_type} has no function body in the model")
+        for output in graph.outputs:
+            if output not in known:
+                raise GraphError(f"the output {output.name!r} is not defined by the graph")
+
+    def save(self, path: str | Path) -> None:
+        ir.save(self.model, str(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        model = ir.load(str(path))
+        return cls(model)
+
+    def raise_words(self) -> None:
+        """Spellings of linear that one node alone does not show: MatMul with a constant, Gemm, and an Add behind."""
+        for node in list(self.model.graph):
+            if node.domain in STANDARD and node.op_type in ("MatMul", "Gemm"):
+                _raise_linear(self, OnnxNode(self, node))
+        self.sweep()
+        self.version = 0
+
+    def _infer(self, node: ir.Node) -> None:
+        """Shapes and dtypes of a new node's outputs, by ONNX's own inference on that one node."""
+        inputs = {}
+        for value in node.inputs:
+            if value is not None and value.type is not None:
+                inputs[value.name or ""] = ir.serde.serialize_value(value).type
+        if len(inputs) < len({v for v in node.inputs if v is not None}):
+            return
+        try:
+            types = self._types(node, inputs)
+        except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+            raise _at(node, f"{node.op_type} does not fit its operands: {error}") from error
+        for output, found in zip(node.outputs, types, strict=True):
+            if found is not None and found.WhichOneof("value") == "tensor_type":
+                output.type = ir.TensorType(ir.DataType(found.tensor_type.elem_type))
+                if found.tensor_type.HasField("shape"):
+                    output.shape = ir.Shape([
+                        d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
+                        for d in found.tensor_type.shape.dim
+                    ])  # fmt: skip
+
+    def _types(self, node: ir.Node, inputs: Mapping[str, onnx.TypeProto]) -> list[onnx.TypeProto | None]:
+        if node.domain == DOMAIN:
+            if node.op_type not in self._protos:
+                self._protos[node.op_type] = ir.serde.serialize_function(onnx_words.function(node.op_type, self.opset))
+            given = [inputs[value.name or ""] for value in node.inputs if value is not None]
+            attributes = [ir.serde.serialize_attribute(a) for a in node.attributes.values()]
+            return list(onnx.shape_inference.infer_function_output_types(self._protos[node.op_type], given, attributes))
+        if node.domain not in STANDARD:
+            return [None] * len(node.outputs)
+        schema = onnx.defs.get_schema(node.op_type, self.opset)
+        small = {
+            v.name: ir.serde.serialize_tensor(v.const_value)
+            for v in node.inputs
+            if v is not None and v.const_value is not None and v.const_value.size <= 64
+        }
+        opsets = [onnx.helper.make_opsetid("", self.opset)]
+        found = onnx.shape_inference.infer_node_outputs(
+            schema, ir.serde.serialize_node(node), dict(inputs), small, opset_imports=opsets
+        )
+        return [found.get(output.name or "") for output in node.outputs]
+
+    def _unique(self, hint: str, taken: set[str | None] | None = None) -> str:
+        taken = self._names if taken is None else taken
+        name = hint
+        while name in taken:
+            name = f"{hint}_{next(self._numbers)}"
+        taken.add(name)
+        return name
+
+    def _rename(self, native: ir.Value, name: str) -> None:
+        native.name = name
+        self._names.add(name)
+
+
+# --- reading a model in --------------------------------------------------------------------------------------------
+
+
+def read_model(path: str | Path) -> ir.Model:
+    """Parse a file. Raises GraphError when it is unreadable, or when external data lies outside the file's folder."""
+    path = Path(path)
+    if not path.is_file():
+        raise GraphError(f"there is no file {path}")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+            raise ValueError("it holds no graph")
+        check_external_data(proto, path.parent)
+        model = ir.from_proto(proto)
+    except GraphError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise GraphError(f"{path} is not a readable ONNX model (corrupt or truncated?): {first}") from error
+    ir.external_data.set_base_dir(model.graph, path.parent.absolute())
+    return model
+
+
+def check_external_data(proto: onnx.ModelProto, folder: Path) -> None:
+    """Raise GraphError where a tensor's external data leaves the model's folder, or is not there."""
+    root = folder.resolve()
+    for tensor in _tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        location = entry.get("location", "")
+        target = (root / location).resolve()
+        if os.path.isabs(location) or not target.is_relative_to(root):
+            raise GraphError(
+                f"tensor {tensor.name!r} has its data at {location!r}, outside the model's folder; refused. "
+                "Put the data file beside the model"
+            )
+        if not target.is_file():
+            raise GraphError(f"tensor {tensor.name!r} has its data in {location!r}, and there is no such file")
+        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        if end > target.stat().st_size:
+            raise GraphError(f"tensor {tensor.name!r} needs {end} bytes of {location!r}, which is shorter: truncated?")
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    graphs: list[Any] = [proto.graph, *proto.functions]
+    while graphs:
+        graph = graphs.pop()
+        yield from getattr(graph, "initializer", ())
+        for node in graph.node:
+            for attribute in node.attribute:
+                graphs.extend([attribute.g] if attribute.HasField("g") else [])
+                graphs.extend(attribute.graphs)
+                yield from [attribute.t] if attribute.HasField("t") else []
+                yield from attribute.tensors
+
+
+def _put_in_order(model: ir.Model) -> None:
+    graph = model.graph
+    if any(domain != DOMAIN for domain, _, _ in model.functions):
+        ir_passes.InlinePass()(model)
+    ir_passes.RemoveInitializersFromInputsPass()(model)
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    graph.sort()
+    ir_passes.NameFixPass()(model)
+    for node in graph:
+        node.name = node.name or ""
+        path = node.metadata_props.get(_PATH) or _path_of(node)
+        if path:
+            node.metadata_props[_PATH] = path
+    for value in graph.initializers.values():
+        if value.const_value is not None and value.shape is None:
+            value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    if any(output.shape is None for node in graph for output in node.outputs):
+        ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+
+
+def _path_of(node: ir.Node) -> str:
+    """The module path: from the dynamo exporter's scopes, or from a TorchScript name (/encoder/layer.0/MatMul)."""
+    scopes = node.metadata_props.get(_SCOPES)
+    if scopes:
+        listed = ast.literal_eval(scopes)
+        return str(listed[-2]) if len(listed) > 1 else ""
+    name = node.name or ""
+    return ".".join(name.strip("/").split("/")[:-1]) if name.startswith("/") else ""
+
+
+def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:
+    """MatMul(x, W) and Gemm(x, W, b), with a bias added behind, as linear; W stays as it is stored."""
+    native = node.native
+    weight = _constant_view(graph, native.inputs[1])
+    if weight is None or weight.rank != 2 or weight.dtype not in onnx_words._FLOATS:
+        return
+    x = OnnxValue(graph, native.inputs[0]) if native.inputs[0] is not None else None
+    if x is None or x.is_constant:
+        return
+    bias: Value | None = None
+    if native.op_type == "Gemm":
+        gemm = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | {a.name: a.value for a in native.attributes.values()}
+        bias = OnnxValue(graph, native.inputs[2]) if len(native.inputs) > 2 and native.inputs[2] is not None else None
+        if gemm["alpha"] != 1.0 or gemm["beta"] != 1.0 or gemm["transA"]:
+            return
+        if bias is not None and bias.shape not in ((weight.shape[0 if gemm["transB"] else 1],), ):
+            return
+        weight = weight if gemm["transB"] else weight.transpose()
+    else:
+        weight = weight.transpose()  # stored (in, out)
+    if native.op_type == "MatMul" and (x.rank is None or x.rank < 2):
+        return
+    site: OnnxNode = node
+    if bias is None:
+        behind = _bias_behind(graph, node, weight.shape[0])
+        if behind is not None:
+            site, bias = behind
+    graph.replace(site, graph.emit("linear", x, weight, bias, at=node))
+    if site is not node:
+        graph.erase(node)
+
+
+def _constant_view(graph: OnnxGraph, native: ir.Value | None) -> OnnxValue | None:
+    """A constant, or a constant behind Transpose, as a view."""
+    if native is None:
+        return None
+    producer = native.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.domain in STANDARD:
+        inner = producer.inputs[0]
+        perm = producer.attributes.get("perm")
+        if inner is not None and len(inner.shape or ()) == 2 and (perm is None or list(perm.as_ints()) == [1, 0]):
+            view = OnnxValue(graph, inner)
+            return view.transpose() if view.is_constant else None
+        return None
+    view = OnnxValue(graph, native)
+    return view if view.is_constant else None
+
+
+def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: int | str) -> tuple[OnnxNode, OnnxValue] | None:
+    """The Add of a constant (width,) that is the only user, and that constant."""
+    result = node.result
+    users = result.users
+    if result.is_output or len(users) != 1 or not isinstance(users[0], OnnxNode):
+        return None
+    native = users[0].native
+    if native.graph is not graph.model.graph or native.op_type != "Add" or native.domain not in STANDARD:
+        return None
+    for value in graph.values(native.inputs):
+        if value is not None and value.is_constant and value.shape == (width,):
+            return users[0], value
+    return None
+
+
+# --- tensors and attributes ----------------------------------------------------------------------------------------
+
+
+def to_torch(tensor: ir.TensorProtocol | None) -> Tensor | None:
+    """The tensor, sharing memory; None for element types that torch does not have."""
+    if tensor is None or tensor.dtype not in TORCH_DTYPES:
+        return None
+    return array_to_torch(tensor.numpy(), TORCH_DTYPES[tensor.dtype])
+
+
+def array_to_torch(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    """A view of a numpy array (also a read-only, memory-mapped one); bfloat16 is carried by its bits."""
+    if dtype is torch.bfloat16:
+        return array_to_torch(array.view(np.int16), torch.int16).view(torch.bfloat16)
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    if array.size == 0:
+        return torch.empty(array.shape, dtype=dtype)
+    # torch has no read-only tensors, and from_numpy warns of it; the waist forbids writing to constants.
+    interface = dict(array.__array_interface__)
+    interface["data"] = (interface["data"][0], False)
+    holder = type("Array", (), {"__array_interface__": interface, "owner": array})()
+    return torch.from_numpy(np.asarray(holder))
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return bits
+    array: np.ndarray[Any, Any] = tensor.numpy()
+    return array
+
+
+def _onnx_values(operands: Sequence[Value | None]) -> list[OnnxValue | None]:
+    for value in operands:
+        if value is not None and not isinstance(value, OnnxValue):
+            raise GraphError(f"{value!r} is not a value of an ONNX graph")
+    return list(operands)  # type: ignore[arg-type]  # checked above
+
+
+def _attribute(name: str, value: Any) -> ir.Attr:
+    if isinstance(value, ir.Attr):
+        return value
+    if isinstance(value, Tensor):
+        return ir.AttrTensor(name, ir.Tensor(_to_numpy(value)))
+    return ir.convenience.convert_attribute(name, list(value) if isinstance(value, tuple) else value)
+
+
+def _holds_graph(attribute: ir.Attr) -> bool:
+    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _frozen(attribute: ir.Attr) -> Hashable:
+    value = attribute.value
+    if attribute.type is ir.AttributeType.TENSOR:
+        return str(value.dtype), tuple(value.shape), value.tobytes()
+    return repr(value)
+
+
+def _at(node: ir.Node, reason: str) -> GraphError:
+    error = GraphError(f"{reason} ({node.metadata_props.get(_PATH) or node.name})")
+    error.node = node.metadata_props.get(_PATH) or node.name  # type: ignore[attr-defined]
+    return error

@@ -1,0 +1,476 @@
+"""How each word is spelled in ONNX: one reader and one writer a word, and function bodies where no standard op fits.
+
+A word without a standard operator at the model's opset is a node of domain `graphopt`, one function body for each
+arity and stored weight layout: an omitted operand fails in a function, and a Transpose of the weight would cost a copy
+at each run. So the model stays valid, and runs in any engine, all through a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from graphopt.graph import GraphError
+from graphopt.words import WORDS
+
+if TYPE_CHECKING:
+    from graphopt.dialects.onnx import OnnxGraph, OnnxValue
+
+DOMAIN = "graphopt"
+STANDARD = ("", "ai.onnx")
+
+Read = tuple[str, tuple["OnnxValue | None", ...], dict[str, Any]]
+"""A node as a word: its name, operands in the word's order, attributes."""
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A node to be: operator, inputs and attributes, and how many results it has."""
+
+    op_type: str
+    inputs: Sequence[OnnxValue | None]
+    attributes: Mapping[str, Any]
+    domain: str = ""
+    outputs: int = 1
+
+
+# --- operators that are words as they stand ------------------------------------------------------------------------
+
+_PLAIN = {
+    "MatMul": "matmul", "Add": "add", "Mul": "mul", "Sub": "sub", "Div": "div", "Pow": "pow", "Sqrt": "sqrt",
+    "Reciprocal": "reciprocal", "Exp": "exp", "Erf": "erf", "Tanh": "tanh", "Sigmoid": "sigmoid", "IsNaN": "isnan",
+    "Relu": "relu", "Where": "where", "Identity": "identity",
+}  # fmt: skip
+_PLAIN_OPS = {word: op for op, word in _PLAIN.items()}
+
+_WORD_DTYPES = {
+    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float64: ir.DataType.DOUBLE, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
+    torch.int16: ir.DataType.INT16, torch.uint16: ir.DataType.UINT16, torch.int32: ir.DataType.INT32,
+    torch.uint32: ir.DataType.UINT32, torch.int64: ir.DataType.INT64, torch.uint64: ir.DataType.UINT64,
+    torch.bool: ir.DataType.BOOL,
+}  # fmt: skip
+TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {onnx_dtype: dtype for dtype, onnx_dtype in _WORD_DTYPES.items()}
+
+
+def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
+    """The ONNX element type; GraphError where there is none."""
+    if dtype not in _WORD_DTYPES:
+        raise GraphError(f"{dtype} has no element type in ONNX that graphopt writes")
+    return _WORD_DTYPES[dtype]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read(graph: OnnxGraph, node: ir.Node) -> Read | None:
+    """The node as a word, or None where it is opaque."""
+    if len(node.outputs) > 1 and node.op_type not in ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization"):
+        return None
+    if node.domain == DOMAIN:
+        return _read_function(graph, node)
+    if node.domain not in STANDARD:
+        return None
+    operands = graph.values(node.inputs)
+    if node.op_type in _PLAIN:
+        return _PLAIN[node.op_type], operands, {}
+    reader = _READERS.get(node.op_type)
+    return reader(graph, node, operands) if reader is not None else None
+
+
+def _read_function(graph: OnnxGraph, node: ir.Node) -> Read | None:
+    name, _, variant = node.op_type.partition("__")
+    if name not in WORDS:
+        return None
+    operands = list(graph.values(node.inputs))
+    if "kn" in variant.split("_"):
+        index = WORDS[name].operands.index("weight")
+        weight = operands[index]
+        operands[index] = weight.transpose() if weight is not None else None
+    return name, tuple(operands), dict(WORDS[name].attributes) | _function_attributes(node)
+
+
+def _function_attributes(node: ir.Node) -> dict[str, Any]:
+    return {_FROM_CONV.get(name, name): _plain(attribute) for name, attribute in node.attributes.items()}
+
+
+def _plain(attribute: Any) -> Any:
+    value = attribute.value
+    return tuple(value) if attribute.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS) else value
+
+
+_FROM_CONV = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups"}
+
+
+def _integer(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else default
+
+
+def _number(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return attribute.as_float() if attribute is not None else default
+
+
+def _integers(node: ir.Node, name: str) -> tuple[int, ...]:
+    attribute = node.attributes.get(name)
+    return tuple(attribute.as_ints()) if attribute is not None else ()
+
+
+def _text(node: ir.Node, name: str, default: str) -> str:
+    attribute = node.attributes.get(name)
+    return attribute.as_string() if attribute is not None else default
+
+
+def _read_conv(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    shape = operands[1].shape if operands[1] is not None else None
+    if shape is None or len(shape) not in (3, 4, 5) or _text(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    rank = len(shape) - 2
+    attributes = {
+        "stride": _integers(node, "strides") or (1,) * rank,
+        "padding": _integers(node, "pads") or (0,) * (2 * rank),
+        "dilation": _integers(node, "dilations") or (1,) * rank,
+        "groups": _integer(node, "group", 1),
+    }
+    return "conv", operands, attributes
+
+
+def _read_attention(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    plain = (
+        all(value is None for value in operands[4:])
+        and _number(node, "softcap", 0.0) == 0.0
+        and _integer(node, "qk_matmul_output_mode", 0) == 0
+        and "softmax_precision" not in node.attributes
+    )
+    heads = _integer(node, "q_num_heads", 0)
+    attributes = {
+        "scale": _number(node, "scale", 0.0) if "scale" in node.attributes else None,
+        "causal": bool(_integer(node, "is_causal", 0)),
+        "heads": heads,
+        "kv_heads": _integer(node, "kv_num_heads", heads),
+    }
+    return ("attention", operands[:4], attributes) if plain else None
+
+
+def _read_layer_norm(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        return None
+    return _read_norm("layer_norm", node, operands)
+
+
+def _read_norm(word: str, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    x, weight = operands[0], operands[1]
+    axis, eps = _integer(node, "axis", -1), _number(node, "epsilon", 1e-5)
+    if weight is None or weight.rank is None or x is None:
+        return None
+    if axis >= 0:
+        if x.rank is None:
+            return None
+        axis -= x.rank
+    return (word, operands, {"eps": eps}) if weight.rank == -axis else None
+
+
+def _read_batch_norm(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    trains = _integer(node, "training_mode", 0) or any(output.uses() for output in node.outputs[1:])
+    return None if trains else ("batch_norm", operands, {"eps": _number(node, "epsilon", 1e-5)})
+
+
+def _read_gather(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    table = operands[0]
+    is_table = table is not None and table.is_constant and table.rank == 2 and table.dtype in _FLOATS
+    return ("embedding", operands, {}) if is_table and _integer(node, "axis", 0) == 0 else None
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _read_softmax(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    old = graph.opset < 13
+    axis, rank = _integer(node, "axis", 1 if old else -1), operands[0].rank if operands[0] is not None else None
+    if old and (rank is None or axis not in (-1, rank - 1)):  # it flattened to 2-D
+        return None
+    return "softmax", operands, {"axis": axis}
+
+
+def _read_mean(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    axes: tuple[int, ...] = _integers(node, "axes")
+    if len(operands) > 1 and operands[1] is not None:
+        tensor = graph.constant(operands[1])
+        if tensor is None:
+            return None
+        axes = tuple(tensor.flatten().tolist())
+    if not axes:
+        return None
+    return "mean", operands[:1], {"axes": axes, "keepdim": bool(_integer(node, "keepdims", 1))}
+
+
+def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    scale = operands[1]
+    if scale is None or scale.rank not in (0, 1) or _integer(node, "block_size", 0):
+        return None
+    axis = None if scale.shape in ((), (1,)) else _integer(node, "axis", 1)
+    word = "quantize" if node.op_type == "QuantizeLinear" else "dequantize"
+    if word == "quantize" and (len(operands) < 3 or operands[2] is None) and _integer(node, "output_dtype", 0) == 0:
+        return None  # its result is uint8; the word without a zero point means int8
+    return word, operands, {"axis": axis}
+
+
+def _read_reshape(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    if len(operands) < 2 or operands[1] is None:
+        return None
+    if not _integer(node, "allowzero", 0):  # a zero then copies the input's size
+        shape = graph.constant(operands[1])
+        if shape is None or bool((shape == 0).any()):
+            return None
+    return "reshape", operands, {}
+
+
+def _read_transpose(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    perm = _integers(node, "perm")
+    rank = operands[0].rank if operands[0] is not None else None
+    if not perm:
+        if rank is None:
+            return None
+        perm = tuple(reversed(range(rank)))
+    return "transpose", operands, {"perm": perm}
+
+
+def _read_cast(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    dtype = TORCH_DTYPES.get(ir.DataType(_integer(node, "to", 0)))
+    return ("cast", operands, {"dtype": dtype}) if dtype is not None else None
+
+
+def _read_slice(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    x = operands[0]
+    parts = [graph.constant(value) if value is not None else None for value in operands[1:]]
+    if x is None or x.shape is None or len(parts) < 3 or any(p is None or p.numel() != 1 for p in parts):
+        return None
+    start, end, axis, *step = (int(p.item()) for p in parts if p is not None)
+    size = x.shape[axis]
+    if step not in ([], [1]) or start < 0 or end < 0 or not isinstance(size, int):
+        return None
+    return "slice", (x,), {"axis": axis % len(x.shape), "start": min(start, size), "end": min(end, size)}
+
+
+def _read_dropout(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    training = operands[2] if len(operands) > 2 else None
+    flag = graph.constant(training) if training is not None else None
+    trains = training is not None and (flag is None or bool(flag.item()))
+    masked = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+    return None if trains or masked else ("identity", operands[:1], {})
+
+
+_READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
+    "Conv": _read_conv,
+    "Attention": _read_attention,
+    "LayerNormalization": _read_layer_norm,
+    "RMSNormalization": lambda graph, node, operands: _read_norm("rms_norm", node, operands),
+    "BatchNormalization": _read_batch_norm,
+    "Gather": _read_gather,
+    "Gelu": lambda graph, node, operands: ("gelu", operands, {"approximate": _text(node, "approximate", "none")}),
+    "Softmax": _read_softmax,
+    "ReduceMean": _read_mean,
+    "QuantizeLinear": _read_quantize,
+    "DequantizeLinear": _read_quantize,
+    "Reshape": _read_reshape,
+    "Transpose": _read_transpose,
+    "Cast": _read_cast,
+    "Slice": _read_slice,
+    "Dropout": _read_dropout,
+}
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write(graph: OnnxGraph, word: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    """The node that means `word` at the graph's opset."""
+    if word in _PLAIN_OPS:
+        return Spelled(_PLAIN_OPS[word], operands, {})
+    writer = _WRITERS.get(word)
+    spelled = writer(graph, operands, attributes) if writer is not None else None
+    return spelled if spelled is not None else _write_function(word, operands, attributes)
+
+
+def _write_function(word: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    names = WORDS[word].operands
+    operands = list(operands)
+    variant = []
+    if "bias" in names and len(operands) > names.index("bias") and operands[names.index("bias")] is not None:
+        variant.append("bias")
+    if "weight" in names and word.startswith("linear"):
+        weight = operands[names.index("weight")]
+        if weight is not None and weight.transposed:
+            variant.append("kn")
+            operands[names.index("weight")] = weight.transpose()
+    if word == "linear_int8":
+        scale = operands[1]
+        variant.append("static" if scale is not None and scale.is_constant else "dynamic")
+    op_type = word + ("__" + "_".join(variant) if variant else "")
+    while operands and operands[-1] is None:
+        operands.pop()
+    to_conv = {value: key for key, value in _FROM_CONV.items()}
+    spelled = {to_conv.get(key, key): value for key, value in attributes.items() if value not in ((), None)}
+    return Spelled(op_type, operands, spelled, DOMAIN, len(WORDS[word].results))
+
+
+def _conv_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups"}
+    return {onnx_name: attributes[name] for onnx_name, name in names.items() if attributes[name] != ()}
+
+
+def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset < 23:
+        raise GraphError(f"attention has no ONNX operator at opset {graph.opset}; it needs 23")
+    spelled: dict[str, Any] = {"is_causal": int(attributes["causal"])}
+    if attributes["scale"] is not None:
+        spelled["scale"] = float(attributes["scale"])
+    if attributes["heads"]:
+        spelled["q_num_heads"] = attributes["heads"]
+        spelled["kv_num_heads"] = attributes["kv_heads"] or attributes["heads"]
+    return Spelled("Attention", operands, spelled)
+
+
+def _write_layer_norm(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    return Spelled("LayerNormalization", operands, {"axis": -_rank(operands[1]), "epsilon": attributes["eps"]})
+
+
+def _write_rms_norm(
+    graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]
+) -> Spelled | None:
+    if graph.opset < 23:
+        raise GraphError(f"rms_norm has no ONNX operator at opset {graph.opset}; it needs 23")
+    return Spelled("RMSNormalization", operands, {"axis": -_rank(operands[1]), "epsilon": attributes["eps"]})
+
+
+def _rank(value: OnnxValue | None) -> int:
+    if value is None or value.rank is None:
+        raise GraphError("a norm needs a weight of known rank")
+    return value.rank
+
+
+def _write_gelu(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset < 20:
+        raise GraphError(f"gelu has no ONNX operator at opset {graph.opset}; it needs 20")
+    return Spelled("Gelu", operands, {"approximate": attributes["approximate"]})
+
+
+def _write_mean(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    keepdims = int(attributes["keepdim"])
+    if graph.opset < 18:
+        return Spelled("ReduceMean", operands, {"axes": attributes["axes"], "keepdims": keepdims})
+    axes = graph.add_constant(torch.tensor(attributes["axes"], dtype=torch.int64))
+    return Spelled("ReduceMean", [*operands, axes], {"keepdims": keepdims})
+
+
+def _write_slice(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    bounds = [graph.add_constant(torch.tensor([attributes[key]])) for key in ("start", "end", "axis")]
+    return Spelled("Slice", [*operands, *bounds], {})
+
+
+def _write_quantize(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
+    def write_one(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+        axis = attributes["axis"]
+        spelled = {} if axis is None else {"axis": axis}
+        if op_type == "QuantizeLinear" and (len(operands) < 3 or operands[2] is None):
+            spelled["output_dtype"] = int(ir.DataType.INT8)
+        return Spelled(op_type, operands, spelled)
+
+    return write_one
+
+
+_WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
+    "conv": lambda graph, operands, attributes: Spelled("Conv", operands, _conv_attributes(attributes)),
+    "attention": _write_attention,
+    "layer_norm": _write_layer_norm,
+    "rms_norm": _write_rms_norm,
+    "batch_norm": lambda graph, operands, attributes: Spelled(
+        "BatchNormalization", operands, {"epsilon": attributes["eps"]}
+    ),
+    "embedding": lambda graph, operands, attributes: Spelled("Gather", operands, {"axis": 0}),
+    "gelu": _write_gelu,
+    "softmax": lambda graph, operands, attributes: Spelled("Softmax", operands, {"axis": attributes["axis"]}),
+    "mean": _write_mean,
+    "quantize": _write_quantize("QuantizeLinear"),
+    "dequantize": _write_quantize("DequantizeLinear"),
+    "reshape": lambda graph, operands, attributes: Spelled("Reshape", operands, {"allowzero": 1}),
+    "transpose": lambda graph, operands, attributes: Spelled("Transpose", operands, {"perm": attributes["perm"]}),
+    "cast": lambda graph, operands, attributes: Spelled("Cast", operands, {"to": int(onnx_dtype(attributes["dtype"]))}),
+    "slice": _write_slice,
+}
+
+
+# --- function bodies -----------------------------------------------------------------------------------------------
+
+_CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @group"
+_LINEAR_INT8 = {
+    # DequantizeLinear + MatMul is what engines fold when scales are known; MatMulInteger when they are not.
+    "static": "xf = DequantizeLinear(x, scale, zero_point)  wf = DequantizeLinear<axis={axis}>(weight, weight_scale) {t} m = MatMul(xf, {w})",
+    "dynamic": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) m = Mul(xf, s)",
+}  # fmt: skip
+
+
+def _linear_body(bias: bool, kn: bool) -> tuple[str, str]:
+    transposed = "" if kn else "wt = Transpose<perm=[1,0]>(weight)"
+    product = "m = MatMul(x, weight)" if kn else "m = MatMul(x, wt)"
+    finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
+    return f"(x, weight{', bias' if bias else ''}) => (y)", f"{transposed} {product} {finish}"
+
+
+def _linear_int8_body(bias: bool, kn: bool, form: str) -> tuple[str, str]:
+    source = "wf" if form == "static" else "weight"
+    transposed = "" if kn else f"wt = Transpose<perm=[1,0]>({source})"
+    body = _LINEAR_INT8[form].format(axis=1 if kn else 0, t=transposed, w=source if kn else "wt")
+    finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
+    inputs = f"(x, scale, zero_point, weight, weight_scale{', bias' if bias else ''}) => (y)"
+    return inputs, f"{body} {finish}"
+
+
+def function(op_type: str, opset: int) -> ir.Function:
+    """The body of a node of domain graphopt, for an opset."""
+    name, _, suffix = op_type.partition("__")
+    variant = suffix.split("_")
+    bias, kn = "bias" in variant, "kn" in variant
+    attributes = ""
+    if name == "linear":
+        signature, body = _linear_body(bias, kn)
+    elif name == "linear_int8":
+        signature, body = _linear_int8_body(bias, kn, "static" if "static" in variant else "dynamic")
+    elif name == "conv_int8":
+        attributes = "<strides, pads, dilations, group>"
+        signature = f"(x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point{', bias' if bias else ''}) => (y)"
+        body = (
+            "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis=0>(weight, weight_scale) "
+            f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
+        )
+    elif name in _FIXED:
+        signature, body = _FIXED[name]
+    else:
+        raise GraphError(f"there is no ONNX function for {op_type!r}")
+    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {op_type} {attributes} {signature} {{ {body} }}'
+    return ir.serde.deserialize_function(_parse(text))
+
+
+_FIXED = {
+    "silu": ("(x) => (y)", "s = Sigmoid(x) y = Mul(x, s)"),
+    "rsqrt": ("(x) => (y)", "s = Sqrt(x) y = Reciprocal(s)"),
+    "choose_qparams": ("(x) => (scale, zero_point)", "q, scale, zero_point = DynamicQuantizeLinear(x)"),
+    "add_int8": (
+        "(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point) => (y)",
+        "af = DequantizeLinear(a, a_scale, a_zero_point) bf = DequantizeLinear(b, b_scale, b_zero_point) "
+        "s = Add(af, bf) y = QuantizeLinear(s, y_scale, y_zero_point)",
+    ),
+}
+
+
+def _parse(text: str) -> onnx.FunctionProto:
+    # The parser takes the type of a referenced attribute from its annotation.
+    typed = text.replace("= @strides", ": ints = @strides").replace("= @pads", ": ints = @pads")
+    typed = typed.replace("= @dilations", ": ints = @dilations").replace("= @group", ": int = @group")
+    return onnx.parser.parse_function(typed)

@@ -1,0 +1,329 @@
+"""The vocabulary: what passes match and emit, whatever the dialect.
+
+A word is declared by a function: its positional parameters are the operands (optional ones default to None), its
+keyword-only parameters are the attributes with their defaults, and its body is the reference meaning in torch.
+The first group is what passes rewrite; the second is named so that decomposed forms of the first can be recognized.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WORDS: dict[str, Word] = {}
+WORDS: Mapping[str, Word] = MappingProxyType(_WORDS)
+"""Every word by its name."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One operator of the vocabulary."""
+
+    name: str
+    operands: tuple[str, ...]
+    optional: frozenset[str]
+    attributes: Mapping[str, Any]
+    results: tuple[str, ...]
+    reference: Callable[..., Any]
+    commutative: bool = False
+    elementary: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _declare(
+    reference: Callable[..., Any], results: tuple[str, ...], commutative: bool, elementary: bool
+) -> Callable[..., Any]:
+    parameters = inspect.signature(reference).parameters.values()
+    operands = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    name = reference.__name__.rstrip("_")
+    _WORDS[name] = Word(
+        name=name,
+        operands=tuple(p.name for p in operands),
+        optional=frozenset(p.name for p in operands if p.default is None),
+        attributes=MappingProxyType({p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}),
+        results=results,
+        reference=reference,
+        commutative=commutative,
+        elementary=elementary,
+    )
+    return reference
+
+
+def word(*, results: tuple[str, ...] = ("y",), commutative: bool = False, elementary: bool = False) -> Any:
+    """Declare the decorated function as a word (see the module's docstring)."""
+    return lambda reference: _declare(reference, results, commutative, elementary)
+
+
+# --- what passes rewrite -------------------------------------------------------------------------------------------
+
+
+@word()
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
+    return F.linear(x, weight, bias)
+
+
+@word()
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...] = (),
+    groups: int = 1,
+) -> Tensor:
+    """x (N, C, *space), weight (out, C/groups, *kernel); padding is (begin of each axis ..., end of each axis ...)."""
+    rank = weight.dim() - 2
+    begin, end = padding[:rank] or (0,) * rank, padding[rank:] or (0,) * rank
+    x = F.pad(x, [side for axis in reversed(range(rank)) for side in (begin[axis], end[axis])])
+    function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    return function(x, weight, bias, stride or (1,) * rank, 0, dilation or (1,) * rank, groups)
+
+
+@word()
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product of two values; with a constant 2-D right operand it is a linear."""
+    return torch.matmul(a, b)
+
+
+@word()
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    heads: int = 0,
+    kv_heads: int = 0,
+) -> Tensor:
+    """softmax(query keyᵀ · scale + mask) value.
+
+    4-D (batch, heads, length, head size) when heads is 0, else 3-D (batch, length, heads · head size). A boolean mask
+    is True where attention is allowed, a float mask is added. Fewer kv_heads than heads are repeated (grouped query).
+    """
+    if heads:
+        query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+        key, value = (t.unflatten(-1, (kv_heads or heads, -1)).transpose(1, 2) for t in (key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
+    return y.transpose(1, 2).flatten(2) if heads else y
+
+
+@word()
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """Normalize over the trailing axes that weight spans."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+@word()
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the trailing axes that weight spans (Zhang & Sennrich, 2019)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+@word()
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Inference form, over axis 1, with the running mean and variance."""
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+@word()
+def embedding(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of table (entries, width) picked by integer ids of any shape."""
+    return F.embedding(ids.long(), table)
+
+
+@word()
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """approximate is "none" (erf) or "tanh" (Hendrycks & Gimpel, 2016)."""
+    return F.gelu(x, approximate=approximate)
+
+
+@word()
+def silu(x: Tensor) -> Tensor:
+    """x · sigmoid(x)."""
+    return F.silu(x)
+
+
+@word()
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
+    return F.relu(x)
+
+
+@word(commutative=True)
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b with broadcasting."""
+    return a + b
+
+
+@word(commutative=True)
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    """a · b with broadcasting."""
+    return a * b
+
+
+@word()
+def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
+    """exp(x) normalized to sum 1 along axis."""
+    return F.softmax(x, axis)
+
+
+@word(results=("scale", "zero_point"))
+def choose_qparams(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale (float32 scalar) and zero point (uint8 scalar) that cover x at run time (ONNX DynamicQuantizeLinear)."""
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = (high - low) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, (-low / scale).round().clamp(0, 255).to(torch.uint8)
+
+
+@word()
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis: int | None = None) -> Tensor:
+    """round(x / scale) + zero_point, saturated to the zero point's type (int8 without one)."""
+    dtype = torch.int8 if zero_point is None else zero_point.dtype
+    info = torch.iinfo(dtype)
+    steps = (x / _along(scale, x, axis)).round()
+    if zero_point is not None:
+        steps = steps + _along(zero_point, x, axis)
+    return steps.clamp(info.min, info.max).to(dtype)
+
+
+@word()
+def dequantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis: int | None = None) -> Tensor:
+    """(x - zero_point) · scale in float32; per slice of axis when scale is a vector."""
+    steps = x.float()
+    if zero_point is not None:
+        steps = steps - _along(zero_point, x, axis).float()
+    return steps * _along(scale, x, axis)
+
+
+@word()
+def linear_int8(
+    x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """linear of uint8 x (with scalar scale and zero point) and int8 weight (out, in), a scale per row; float32 out."""
+    y = F.linear(x.float() - zero_point.float(), weight.float()) * (scale * weight_scale)
+    return y if bias is None else y + bias
+
+
+@word()
+def conv_int8(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...] = (),
+    groups: int = 1,
+) -> Tensor:
+    """conv of uint8 x and int8 weight, a scale per output channel, quantized to uint8 by y_scale and y_zero_point."""
+    y = conv(
+        dequantize(x, scale, zero_point), dequantize(weight, weight_scale, axis=0), bias,
+        stride=stride, padding=padding, dilation=dilation, groups=groups,
+    )  # fmt: skip
+    return quantize(y, y_scale, y_zero_point)
+
+
+@word()
+def add_int8(
+    a: Tensor, a_scale: Tensor, a_zero_point: Tensor, b: Tensor, b_scale: Tensor, b_zero_point: Tensor,
+    y_scale: Tensor, y_zero_point: Tensor,
+) -> Tensor:  # fmt: skip
+    """add of two uint8 values, quantized to uint8 by y_scale and y_zero_point."""
+    return quantize(dequantize(a, a_scale, a_zero_point) + dequantize(b, b_scale, b_zero_point), y_scale, y_zero_point)
+
+
+def _along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    if axis is None or parameter.dim() == 0:
+        return parameter
+    return parameter.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
+
+
+# --- data movement -------------------------------------------------------------------------------------------------
+
+
+@word()
+def identity(x: Tensor) -> Tensor:
+    """x itself (ONNX Identity; aten clone, detach, dropout at inference)."""
+    return x
+
+
+@word()
+def reshape(x: Tensor, shape: Tensor) -> Tensor:
+    """x in another shape; shape follows ONNX with allowzero=1 (an axis of -1 is inferred)."""
+    return x.reshape([int(n) for n in shape])
+
+
+@word()
+def transpose(x: Tensor, *, perm: tuple[int, ...] = ()) -> Tensor:
+    """Axes in the order perm."""
+    return x.permute(perm)
+
+
+@word()
+def cast(x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x as another dtype."""
+    return x.to(dtype)
+
+
+@word()
+def slice_(x: Tensor, *, axis: int = 0, start: int = 0, end: int = 0) -> Tensor:
+    """The entries start <= i < end along axis."""
+    return x.narrow(axis, start, end - start)
+
+
+# --- elementary operators, named so that decomposed forms are recognized --------------------------------------------
+
+
+def _elementary(name: str, reference: Callable[..., Any], commutative: bool = False) -> None:
+    binary = len(inspect.signature(reference).parameters) == 2
+    _WORDS[name] = Word(
+        name, ("a", "b") if binary else ("x",), frozenset(), MappingProxyType({}), ("y",), reference, commutative, True
+    )
+
+
+_elementary("sub", lambda a, b: a - b)
+_elementary("div", lambda a, b: a / b)
+_elementary("pow", lambda a, b: a**b)
+_elementary("sqrt", lambda x: torch.sqrt(x))
+_elementary("rsqrt", lambda x: torch.rsqrt(x))
+_elementary("reciprocal", lambda x: 1 / x)
+_elementary("exp", lambda x: torch.exp(x))
+_elementary("erf", lambda x: torch.erf(x))
+_elementary("tanh", lambda x: torch.tanh(x))
+_elementary("sigmoid", lambda x: torch.sigmoid(x))
+_elementary("isnan", lambda x: torch.isnan(x))
+
+
+@word(elementary=True)
+def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a where condition holds, else b."""
+    return torch.where(condition, a, b)
+
+
+@word(elementary=True)
+def mean(x: Tensor, *, axes: tuple[int, ...] = (), keepdim: bool = True) -> Tensor:
+    """Mean over axes."""
+    return x.mean(axes, keepdim)
