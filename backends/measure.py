@@ -1,0 +1,254 @@
+"""Paired, interleaved timing: how many times faster than a baseline, and how sure.
+
+Machines change speed while one measures: frequency, neighbours on a shared host, page placement. So candidates take
+turns, each is compared with the baseline's block of the same round, and a small fixed probe, timed between the blocks,
+tells which pairs saw two different machines. Those are dropped, counted and run again.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+Clock = Callable[[], float]
+"""Seconds from any origin, never backwards."""
+
+ROUNDS = 15
+"""Rounds that a verdict takes: the 4th and the 12th of 15 ratios bound the median with 96.5% confidence."""
+
+MOST_CALLS = 2**14
+"""Calls in one block, at most."""
+
+PROBE_RUNS = 3
+"""Runs of the probe, of which the fastest counts: a single interrupt is not a change of speed."""
+
+X86_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+ARM_FLAGS = ("asimddp", "i8mm", "bf16", "sve", "sve2")
+"""CPU flags that decide which kernels an engine takes, as Linux spells them."""
+
+PACKAGES = ("torch", "numpy", "onnxruntime", "onnx", "transformers")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Baseline time over candidate time, paired within rounds: above 1 the candidate is faster."""
+
+    median: float
+    low: float
+    """Lower end of the 95% interval of the median; 0 with fewer than 6 rounds, which can't bound it."""
+    high: float
+    """Upper end; infinite with fewer than 6 rounds."""
+    rounds: int
+    """Pairs that counted; fewer than asked for where the machine was too unsteady."""
+    dropped: int
+    """Pairs that saw a change of the machine's speed and didn't count."""
+    seconds: dict[str, tuple[float, float]]
+    """p50 and p90 of seconds per call over the blocks that counted, for the baseline and for the candidate."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One candidate's turn in one round."""
+
+    seconds: float
+    """Per call."""
+    probes: tuple[float, float]
+    """Seconds of the probe just before and just after."""
+
+
+def paired(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    baseline: str,
+    rounds: int = ROUNDS,
+    min_block_seconds: float = 0.02,
+    clock: Clock = time.perf_counter,
+    probe: Callable[[], object] | None = None,
+    probe_tolerance: float = 0.15,
+) -> dict[str, Ratio]:
+    """Time `candidates` against the one called `baseline`, interleaved; one Ratio each, the baseline's own being 1.
+
+    In every round each candidate gets one block: so many calls, fixed beforehand, that they last `min_block_seconds`
+    (16384 at most). A pair counts when the probes around its two blocks lie within `probe_tolerance` (0.15 is 15%) of
+    each other. Rounds go on until every candidate has `rounds` pairs, or twice that many were run. `probe` defaults to
+    a small matmul and layer norm. For a control, pass the baseline's callable once more under another name.
+
+    Raises ValueError on wrong arguments or a candidate that takes no time on this clock, and RuntimeError when no pair
+    of some candidate counted.
+    """
+    check(candidates, baseline, rounds)
+    probe = probe or default_probe()
+    probe()
+    calls = {name: calls_per_block(name, call, min_block_seconds, clock) for name, call in candidates.items()}
+    pairs: dict[str, list[tuple[Block, Block]]] = {name: [] for name in candidates}
+    run = 0
+    while run < 2 * rounds and min(len(kept) for kept in pairs.values()) < rounds:
+        blocks: dict[str, Block] = {}
+        before = probe_seconds(probe, clock)
+        for name in turns(list(candidates), run):
+            seconds = time_calls(candidates[name], calls[name], clock) / calls[name]
+            after = probe_seconds(probe, clock)
+            blocks[name] = Block(seconds, (before, after))
+            before = after
+        for name, kept in pairs.items():
+            if steady(blocks[baseline], blocks[name], probe_tolerance):
+                kept.append((blocks[baseline], blocks[name]))
+        run += 1
+    return {name: ratio(baseline, name, kept, run) for name, kept in pairs.items()}
+
+
+def slower_than(ratio: Ratio) -> bool:
+    """Whether the candidate is slower than its baseline at one shape, as the rule "never slower" has it.
+
+    That is: the lower 95% bound of candidate time over baseline time is above 1.00, in at least 15 rounds. With fewer
+    rounds there is no such verdict, and the answer is False.
+    """
+    return ratio.rounds >= ROUNDS and ratio.high < 1.0
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The mean for ratios. Raises ValueError when there are none, or one isn't above 0."""
+    ratios = list(values)
+    if not ratios:
+        raise ValueError("the geometric mean of no values is undefined")
+    if not all(value > 0 for value in ratios):
+        raise ValueError(f"the geometric mean takes values above 0, not {min(ratios)}")
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+
+
+def environment() -> dict[str, str]:
+    """What timings depend on: the CPU, its flags, cores, the system, and versions (without importing anything)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    model, flags = cpu(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": model or platform.processor() or platform.machine(),
+        "flags": flags,
+        "cores": str(usable),
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "os": " ".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def header(environment: Mapping[str, str], threads: int) -> str:
+    """The lines over a table of timings. `threads` is what the timed sessions were given."""
+    versions = ", ".join(f"{name} {environment[name]}" for name in ("python", *PACKAGES))
+    machine = f"{environment['cpu']}, {environment['cores']} cores, {threads} threads, {environment['os']}"
+    return "\n".join([machine, f"flags: {environment['flags'] or 'unknown'}", versions])
+
+
+def check(candidates: Mapping[str, object], baseline: str, rounds: int) -> None:
+    if not candidates:
+        raise ValueError("there are no candidates to time")
+    if baseline not in candidates:
+        raise ValueError(f"the baseline {baseline!r} is not among the candidates: {', '.join(candidates)}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, not {rounds}")
+
+
+def turns(names: Sequence[str], run: int) -> list[str]:
+    """The order of one round: rotated, and reversed in every other round.
+
+    Rotation alone would let each candidate always follow the same one, whose threads may still be spinning.
+    """
+    start = run // 2 % len(names)
+    order = [*names[start:], *names[:start]]
+    return order[::-1] if run % 2 else order
+
+
+def calls_per_block(name: str, call: Callable[[], object], least: float, clock: Clock) -> int:
+    """The first power of two of calls that lasts `least` seconds, after one call to warm up."""
+    call()
+    calls = 1
+    while (seconds := time_calls(call, calls, clock)) < least and calls < MOST_CALLS:
+        calls *= 2
+    if seconds <= 0:
+        raise ValueError(f"{calls} calls of {name!r} took no time on this clock")
+    return calls
+
+
+def time_calls(call: Callable[[], object], calls: int, clock: Clock) -> float:
+    start = clock()
+    for _ in range(calls):
+        call()
+    return clock() - start
+
+
+def probe_seconds(probe: Callable[[], object], clock: Clock) -> float:
+    return min(time_calls(probe, 1, clock) for _ in range(PROBE_RUNS))
+
+
+def steady(first: Block, second: Block, tolerance: float) -> bool:
+    """Whether the machine had one speed around both blocks."""
+    probes = first.probes + second.probes
+    return max(probes) <= min(probes) * (1 + tolerance)
+
+
+def ratio(baseline: str, name: str, kept: Sequence[tuple[Block, Block]], run: int) -> Ratio:
+    if not kept:
+        raise RuntimeError(f"the machine changed speed during each of {run} rounds: no pair of {name!r} counts")
+    ratios = [first.seconds / second.seconds for first, second in kept]
+    low, high = interval(ratios)
+    seconds = {baseline: percentiles(first for first, _ in kept), name: percentiles(second for _, second in kept)}
+    return Ratio(median(ratios), low, high, len(kept), run - len(kept), seconds)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the median, from order statistics: no assumption on the distribution.
+
+    It runs from the k-th smallest to the k-th largest value, with the largest k for which a fair coin thrown n times
+    shows fewer than k heads with a chance of at most 2.5%. Below 6 values there is no such k, and no bound.
+    Source: David and Nagaraja, Order Statistics, 3rd edition, 2003, section 7.1.
+    """
+    ordered, count = sorted(values), len(values)
+    tail, k = 0.0, 0
+    while (tail := tail + math.comb(count, k) / 2**count) <= 0.025:
+        k += 1
+    return (ordered[k - 1], ordered[count - k]) if k else (0.0, math.inf)
+
+
+def percentiles(blocks: Iterable[Block]) -> tuple[float, float]:
+    """p50, and p90 by nearest rank."""
+    ordered = sorted(block.seconds for block in blocks)
+    return median(ordered), ordered[math.ceil(0.9 * len(ordered)) - 1]
+
+
+def default_probe() -> Callable[[], object]:
+    """A fixed matmul and layer norm of about a millisecond: memory traffic shows a slow machine most."""
+    import numpy as np
+
+    x = np.linspace(-1, 1, 512 * 384, dtype=np.float32).reshape(512, 384)
+    weight = np.linspace(-1, 1, 384 * 128, dtype=np.float32).reshape(384, 128)
+
+    def probe() -> object:
+        centred = x - x.mean(axis=1, keepdims=True)
+        normal = centred / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + 1e-5)
+        return normal @ weight
+
+    return probe
+
+
+def cpu(cpuinfo: str) -> tuple[str, str]:
+    """Model and flags that matter, from the text of Linux's cpuinfo; "" for what it doesn't tell."""
+    fields: dict[str, str] = {}
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    present = set(fields.get("flags", fields.get("Features", "")).split())
+    return fields.get("model name", ""), " ".join(flag for flag in X86_FLAGS + ARM_FLAGS if flag in present)
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,259 @@
+"""Paired timing on a simulated clock: no test here measures real time."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from graphopt.backends import measure
+from graphopt.backends.measure import Ratio, geometric_mean, paired, slower_than
+
+
+@dataclass
+class Machine:
+    """A clock that only calls advance. `speed` divides every duration; `log` holds what ran, runs in a row once."""
+
+    now: float = 0.0
+    speed: Callable[[float], float] = lambda now: 1.0
+    log: list[str] = field(default_factory=list)
+
+    def clock(self) -> float:
+        return self.now
+
+    def task(self, name: str, *durations: float) -> Callable[[], None]:
+        """A callable that takes these durations in turn."""
+        count = 0
+
+        def call() -> None:
+            nonlocal count
+            self.now += durations[count % len(durations)] / self.speed(self.now)
+            count += 1
+            if name != "probe" and self.log[-1:] != [name]:
+                self.log.append(name)
+
+        return call
+
+    def paired(self, candidates: dict[str, Callable[[], None]], rounds: int = 15, **options: float) -> dict[str, Ratio]:
+        probe = self.task("probe", 0.001)
+        return paired(candidates, baseline="base", rounds=rounds, clock=self.clock, probe=probe, **options)
+
+
+def test_ratio_of_steady_tasks() -> None:
+    machine = Machine()
+    ratios = machine.paired({"base": machine.task("base", 0.06), "fast": machine.task("fast", 0.03)})
+    fast = ratios["fast"]
+    assert (fast.median, fast.low, fast.high) == pytest.approx((2.0, 2.0, 2.0), rel=1e-9)
+    assert (fast.rounds, fast.dropped) == (15, 0)
+    assert fast.seconds["base"] == pytest.approx((0.06, 0.06), rel=1e-9)
+    assert fast.seconds["fast"] == pytest.approx((0.03, 0.03), rel=1e-9)
+
+
+def test_baseline_is_one_and_control_is_near() -> None:
+    machine = Machine()
+    base = machine.task("base", 0.030, 0.031, 0.032, 0.033, 0.034)
+    ratios = machine.paired({"base": base, "control": base})
+    assert (ratios["base"].median, ratios["base"].low, ratios["base"].high) == (1.0, 1.0, 1.0)
+    assert set(ratios["base"].seconds) == {"base"}
+    control = ratios["control"]
+    assert control.low < 1.0 < control.high
+    assert not slower_than(control)
+
+
+def test_pairing_cancels_drift() -> None:
+    """The machine slows down threefold in small steps: each task's times spread, their ratio doesn't."""
+    machine = Machine(speed=lambda now: 1 / (1 + now))
+    fast = machine.paired({"base": machine.task("base", 0.04), "fast": machine.task("fast", 0.02)}, probe_tolerance=1.0)
+    p50, p90 = fast["fast"].seconds["fast"]
+    assert p90 > 1.3 * p50
+    assert fast["fast"].low == pytest.approx(fast["fast"].high, rel=0.1)
+
+
+def test_median_and_interval_are_order_statistics() -> None:
+    """Of 15 ratios 1..15 in any order: the 8th, and the 4th and 12th, which cover the median with 96.5%."""
+    values = [float(value) for value in range(1, 16)]
+    random.Random(0).shuffle(values)
+    assert measure.interval(values) == (4.0, 12.0)
+    assert measure.interval(values[:6]) == (min(values[:6]), max(values[:6]))
+    assert measure.interval(values[:5]) == (0.0, math.inf)
+    assert measure.interval([3.0]) == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("count", range(6, 60))
+def test_interval_covers_the_median_with_95_percent_and_no_wider(count: int) -> None:
+    low, high = measure.interval([float(value) for value in range(1, count + 1)])
+    k = int(low)
+    assert high == count + 1 - k
+    miss = 2 * sum(math.comb(count, heads) for heads in range(k)) / 2**count
+    narrower = 2 * sum(math.comb(count, heads) for heads in range(k + 1)) / 2**count
+    assert miss <= 0.05 < narrower
+
+
+def test_percentiles_of_the_blocks() -> None:
+    blocks = [measure.Block(float(seconds), (1.0, 1.0)) for seconds in range(10, 0, -1)]
+    assert measure.percentiles(blocks) == (5.5, 9.0)
+    assert measure.percentiles(blocks[:1]) == (10.0, 10.0)
+
+
+def test_every_order_gets_its_turn() -> None:
+    assert ["".join(measure.turns("ab", run)) for run in range(5)] == ["ab", "ba", "ba", "ab", "ab"]
+    assert {"".join(measure.turns("abc", run)) for run in range(6)} == {"abc", "acb", "bac", "bca", "cab", "cba"}
+
+
+def test_rounds_are_interleaved() -> None:
+    machine = Machine()
+    machine.paired({"base": machine.task("base", 0.03), "other": machine.task("other", 0.03)}, rounds=4)
+    # Warm-up, then base other | other base | other base | base other; runs in a row are logged once.
+    assert machine.log == ["base", "other", "base", "other", "base", "other", "base", "other"]
+
+
+def test_short_calls_are_repeated_until_a_block_is_long_enough() -> None:
+    machine = Machine()
+    calls = measure.calls_per_block("short", machine.task("short", 0.003), 0.02, machine.clock)
+    assert calls == 8
+    assert measure.calls_per_block("long", machine.task("long", 0.5), 0.02, machine.clock) == 1
+    assert measure.calls_per_block("tiny", machine.task("tiny", 1e-9), 0.02, machine.clock) == measure.MOST_CALLS
+
+
+def test_one_warm_up_call_is_not_timed() -> None:
+    machine = Machine()
+    slow_start = machine.task("candidate", 100.0, *[0.05] * 1000)
+    ratios = machine.paired({"base": machine.task("base", 0.05), "candidate": slow_start})
+    assert ratios["candidate"].median == pytest.approx(1.0, rel=1e-9)
+    assert ratios["candidate"].seconds["candidate"][1] == pytest.approx(0.05, rel=1e-9)
+
+
+def test_pairs_that_straddle_a_change_of_speed_are_dropped_and_run_again() -> None:
+    """From second 1 on the machine is 4 times slower; the block that straddles it and its pair don't count."""
+    machine = Machine(speed=lambda now: 1.0 if now < 1.0 else 0.25)
+    ratios = machine.paired({"base": machine.task("base", 0.04), "fast": machine.task("fast", 0.02)})
+    fast = ratios["fast"]
+    assert (fast.rounds, fast.dropped) == (15, 1)
+    assert (fast.low, fast.high) == pytest.approx((2.0, 2.0), rel=1e-9)
+
+
+def test_a_change_between_the_two_blocks_of_a_pair_is_seen() -> None:
+    """Neither block's own probes differ, but the two blocks ran on machines of different speed."""
+    fast, slow = (1.0, 1.0), (1.3, 1.3)
+    assert not measure.steady(measure.Block(1.0, fast), measure.Block(1.0, slow), 0.15)
+    assert measure.steady(measure.Block(1.0, fast), measure.Block(1.0, (1.14, 1.15)), 0.15)
+    assert not measure.steady(measure.Block(1.0, (1.0, 1.2)), measure.Block(1.0, fast), 0.15)
+
+
+def test_only_the_pairs_of_straddling_blocks_are_dropped() -> None:
+    """The change falls into other's block, the last of a round: base and fast ran before it and still count."""
+    machine = Machine()
+    changed = False
+
+    def other() -> None:
+        nonlocal changed
+        blocks = machine.log.count("other")
+        if blocks == 2 and not changed:  # the warm-up was the first
+            machine.speed, changed = (lambda now: 0.25), True
+        task()
+
+    task = machine.task("other", 0.03)
+    candidates = {"base": machine.task("base", 0.03), "fast": machine.task("fast", 0.03), "other": other}
+    ratios = machine.paired(candidates, rounds=7)
+    assert ratios["fast"].dropped == 0
+    assert ratios["base"].dropped == 0
+    assert ratios["other"].dropped == 1
+    assert ratios["other"].rounds == 7
+
+
+def test_an_unsteady_machine_gives_fewer_rounds_after_twice_as_many() -> None:
+    """The probe is steady through every third round only. A round of two blocks has three probes."""
+    machine = Machine()
+    steady, changing = [1.0] * 3 * measure.PROBE_RUNS, [1.0] * measure.PROBE_RUNS + [2.0] * 2 * measure.PROBE_RUNS
+    warm_up, *durations = [1.0, *steady, *changing, *changing]
+    probe = machine.task("probe", warm_up, *durations * 10)
+    tasks = {"base": machine.task("base", 0.04), "slow": machine.task("slow", 0.05)}
+    slow = paired(tasks, baseline="base", clock=machine.clock, probe=probe)["slow"]
+    assert (slow.rounds, slow.dropped) == (10, 20)
+    assert slow.high < 1.0
+    assert not slower_than(slow)
+
+
+def test_a_machine_that_is_never_steady_is_an_error() -> None:
+    machine = Machine()
+
+    def growing() -> None:
+        machine.now *= 1.01
+
+    tasks = {"base": machine.task("base", 0.04), "same": machine.task("same", 0.04)}
+    with pytest.raises(RuntimeError, match=r"changed speed during each of 30 rounds: no pair of 'base' counts"):
+        paired(tasks, baseline="base", clock=machine.clock, probe=growing, probe_tolerance=0.0)
+
+
+def test_an_interrupt_in_one_run_of_the_probe_is_no_change_of_speed() -> None:
+    machine = Machine()
+    assert measure.probe_seconds(machine.task("probe", 0.001, 0.1, 0.001), machine.clock) == pytest.approx(0.001)
+
+
+def test_errors_name_the_fact() -> None:
+    machine = Machine()
+    task = machine.task("base", 0.03)
+    with pytest.raises(ValueError, match="no candidates"):
+        paired({}, baseline="base", clock=machine.clock)
+    with pytest.raises(ValueError, match="'float' is not among the candidates: base, fast"):
+        paired({"base": task, "fast": task}, baseline="float", clock=machine.clock)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        paired({"base": task}, baseline="base", rounds=0, clock=machine.clock)
+    with pytest.raises(ValueError, match="16384 calls of 'base' took no time"):
+        paired({"base": lambda: None}, baseline="base", clock=machine.clock)
+
+
+def verdict(high: float, rounds: int = 15) -> bool:
+    return slower_than(Ratio(median=0.9, low=0.8, high=high, rounds=rounds, dropped=0, seconds={}))
+
+
+def test_slower_needs_the_whole_interval_below_one_and_15_rounds() -> None:
+    assert verdict(0.99)
+    assert not verdict(1.0)
+    assert not verdict(1.01)
+    assert not verdict(0.99, rounds=14)
+
+
+def test_slower_on_a_clock() -> None:
+    machine = Machine()
+    durations = {"base": 0.030, "slow": 0.031, "fast": 0.029}
+    ratios = machine.paired({name: machine.task(name, seconds) for name, seconds in durations.items()})
+    assert {name: slower_than(ratio) for name, ratio in ratios.items()} == {"base": False, "slow": True, "fast": False}
+
+
+def test_geometric_mean() -> None:
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0, rel=1e-12)
+    assert geometric_mean(iter([3.0])) == pytest.approx(3.0, rel=1e-12)
+    with pytest.raises(ValueError, match="no values"):
+        geometric_mean([])
+    with pytest.raises(ValueError, match=r"above 0, not 0\.0"):
+        geometric_mean([1.0, 0.0])
+
+
+def test_cpu_flags_that_matter() -> None:
+    first = "processor : 0\nmodel name\t: Fast CPU\nflags\t\t: fpu amx_int8 avx512_vnni avx2\n"
+    assert measure.cpu(first + "\nmodel name : Other\nflags : sve\n") == ("Fast CPU", "avx2 avx512_vnni amx_int8")
+    assert measure.cpu("Features : fp asimddp i8mm") == ("", "asimddp i8mm")
+    assert measure.cpu("") == ("", "")
+
+
+def test_environment_and_header() -> None:
+    found = measure.environment()
+    assert {"cpu", "flags", "cores", "threads", "os", "python", "torch", "numpy", "onnxruntime"} <= set(found)
+    text = measure.header(found | {"cpu": "Fast CPU", "flags": "avx2", "cores": "4", "torch": "2.13.0"}, threads=2)
+    assert text.startswith("Fast CPU, 4 cores, 2 threads, ")
+    assert "flags: avx2" in text
+    assert "torch 2.13.0" in text
+    assert "flags: unknown" in measure.header(found | {"flags": ""}, threads=2)
+
+
+def test_a_package_that_is_not_there() -> None:
+    assert measure.version("no-such-package-at-all") == "not installed"
+
+
+def test_the_default_probe_runs_and_is_fixed() -> None:
+    first, second = measure.default_probe()(), measure.default_probe()()
+    assert bytes(first) == bytes(second)  # type: ignore[call-overload]
