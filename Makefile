@@ -26,6 +26,6 @@ venv: .venv/.installed
 # without CUDA is taken (its local version sorts higher) and satisfies everything that follows.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
 	touch $@
