@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from graphopt.graph import Graph
+from graphopt.graph import Graph, GraphError
 from graphopt.rewrite import Rule
 
 
@@ -54,3 +55,19 @@ class Backend(ABC):
     @abstractmethod
     def check(self, neutral: Graph, runner: Runner) -> None:
         """Raise LoweringError where fewer int8 kernels run than the words of `neutral` promise."""
+
+    @abstractmethod
+    def export(
+        self,
+        graph: Graph,
+        path: Path,
+        *,
+        metadata: Mapping[str, str],
+        opset: int | None = None,
+        external_data: bool | None = None,
+    ) -> None:
+        """Write a deployable file: complete and checked under its name, or not at all. See `Optimized.export`."""
+
+    def graphsurgeon(self, graph: Graph) -> Any:
+        """The deployable model as an onnx_graphsurgeon.Graph."""
+        raise GraphError(f"target {self.name} deploys no ONNX; use target=onnxruntime")

@@ -1,0 +1,237 @@
+"""ONNX Runtime on CPU: uint8 x int8 kernels, attention whole, and forms that its own fusions do not undo."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from graphopt.backend import Backend, LoweringError, Runner
+from graphopt.dialects import onnx_export, onnx_run
+from graphopt.dialects.onnx import OnnxGraph, OnnxNode
+from graphopt.graph import Graph, Value
+from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule
+
+INT8_KERNELS = {
+    "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"),
+    "conv_int8": ("QLinearConv",),
+    "add_int8": ("QLinearAdd",),
+}
+"""The kernels that count as int8, by word."""
+
+
+class OnnxRuntime(Backend):
+    """Microsoft's engine, on the CPU."""
+
+    name: ClassVar[str] = "onnxruntime"
+    dialect: ClassVar[str] = "onnx"
+    summary: ClassVar[str] = "ONNX Runtime on CPU; exports a standard .onnx file"
+    schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "linear": ("static", "dynamic"),
+        "conv": ("static",),
+        "add": ("static",),
+    }
+
+    def pipeline(self) -> str:
+        return "fold-int8"
+
+    def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
+        return (FLOAT_RULES, LINEAR_RULES, ISLAND_RULES)
+
+    def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
+        assert isinstance(graph, OnnxGraph)
+        return OrtRunner(graph, threads)
+
+    def check(self, neutral: Graph, runner: Runner) -> None:
+        built = runner.census()
+        for word, kernels in INT8_KERNELS.items():
+            promised = neutral.sites(word)
+            found = sum(built.get(kernel, 0) for kernel in kernels)
+            if found < len(promised):
+                raise LoweringError(
+                    f"{len(promised)} {word} were promised and onnxruntime built {found} int8 kernels "
+                    f"({', '.join(kernels)}) among {', '.join(site.label for site in promised)}"
+                )
+
+    def export(
+        self,
+        graph: Graph,
+        path: Path,
+        *,
+        metadata: Mapping[str, str],
+        opset: int | None = None,
+        external_data: bool | None = None,
+    ) -> None:
+        assert isinstance(graph, OnnxGraph)
+        onnx_export.write(onnx_export.deployable(graph, opset), path, metadata, external_data)
+
+    def graphsurgeon(self, graph: Graph) -> Any:
+        assert isinstance(graph, OnnxGraph)
+        return onnx_export.graphsurgeon(onnx_export.deployable(graph))
+
+
+class OrtRunner(Runner):
+    """A session at the default options, of the file as it would be exported."""
+
+    def __init__(self, graph: OnnxGraph, threads: int | None) -> None:
+        self.model = onnx_export.deployable(graph)
+        self.names = [value.name for value in graph.outputs]
+        self.session = onnx_run.session(self.model, level="all", threads=threads)
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        return onnx_run.run(self.session, feeds)
+
+    def census(self) -> dict[str, int]:
+        """From the model that the session optimized, dumped at the level below hardware layouts."""
+        options = ort.SessionOptions()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(path)
+            # The dump holds every weight: externally, so that no model is too large for it.
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+            onnx_run.session(self.model, level="extended", options=options)
+            nodes = onnx.load(path, load_external_data=False).graph.node
+        return dict(sorted(Counter(node.op_type for node in nodes).items()))
+
+
+# --- float forms ---------------------------------------------------------------------------------------------------
+
+
+def _norm_of_add(op: Recorder, x: str, residual: str, scale: str, bias: str) -> Pattern:
+    return op.layer_norm(op.add(x, residual), scale, bias, bind="norm")
+
+
+def _sum_then_norm(op: Builder, m: Match) -> Value:
+    """The SkipLayerNormalization that onnxruntime makes of an Add is 6 times slower; it does not match a Sum."""
+    if m.x.shape is None or m.x.shape != m.residual.shape:
+        raise Declined("the two inputs of the residual add differ in shape")
+    return op.layer_norm(op("onnx.Sum", m.x, m.residual), m.scale, m.bias, eps=m.norm.attributes["eps"])
+
+
+def _split_heads(op: Recorder, name: str) -> Pattern:
+    return op.transpose(op.reshape(name, f"{name}_shape"), perm=(0, 2, 1, 3))
+
+
+def _attention_4d(op: Recorder, query: str, key: str, value: str, query_shape: str, key_shape: str, value_shape: str,
+                  shape: str, mask: str | None = None) -> Pattern:  # fmt: skip
+    attention = op.attention(
+        _split_heads(op, query), _split_heads(op, key), _split_heads(op, value), mask, heads=0, bind="attention"
+    )
+    return op.reshape(op.transpose(attention, perm=(0, 2, 1, 3)), shape)
+
+
+def _attention_3d(op: Builder, m: Match) -> Value:
+    """Attention that splits the heads itself needs no Reshape and Transpose around it."""
+    query, key = (m.attention.required(name).shape for name in ("query", "key"))
+    flat = [value.shape for value in (m.query, m.key, m.value)]
+    if not _known_heads(query, flat[0]) or not _known_heads(key, flat[1]) or m.root.result.rank != 3:
+        raise Declined("the number of heads is not known")
+    attributes = dict(m.attention.attributes) | {"heads": query[1], "kv_heads": key[1]}
+    return op.attention(m.query, m.key, m.value, m.mask, **attributes)
+
+
+def _known_heads(split: tuple[int | str, ...] | None, flat: tuple[int | str, ...] | None) -> bool:
+    """Whether (batch, heads, length, size) is (batch, length, heads · size) split, with both numbers known."""
+    if split is None or flat is None or len(split) != 4 or len(flat) != 3:
+        return False
+    heads, size = split[1], split[3]
+    return isinstance(heads, int) and isinstance(size, int) and flat[2] == heads * size
+
+
+FLOAT_RULES = (
+    Rule("sum-then-norm", _norm_of_add, _sum_then_norm, shared=True),
+    Rule("attention-3d", _attention_4d, _attention_3d),
+)
+
+
+# --- int8 forms ----------------------------------------------------------------------------------------------------
+
+
+def _stored_kn(op: Builder, weight: Value) -> Value:
+    """The engine's kernels read weights as (in, out); the constant is laid out so once, here."""
+    tensor = op.graph.constant(weight)
+    if tensor is None:
+        raise Declined("the int8 weight is not constant")
+    return op.constant(tensor.t().contiguous())
+
+
+def _dynamic_pattern(op: Recorder, x: str, weight: str, weight_scale: str, bias: str | None = None) -> Pattern:
+    quantized = op.quantize(x, "scale", "zero_point")
+    return op.linear_int8(quantized, "scale", "zero_point", weight, weight_scale, bias)
+
+
+def _dynamic_matmul(op: Builder, m: Match) -> Value:
+    """One kernel quantizes and multiplies, where nobody else needs the quantized value."""
+    ranges = m.scale.producer
+    if ranges is None or ranges.kind != "choose_qparams":
+        raise Declined("the scale is static")
+    if len(m.scale.users) != 2 or len(m.zero_point.users) != 2:  # quantize and this linear
+        raise Declined("several linears share the quantized input")
+    return op("com.microsoft.DynamicQuantizeMatMul", m.x, _stored_kn(op, m.weight), m.weight_scale, None, m.bias)
+
+
+def _integer_pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
+                     bias: str | None = None) -> Pattern:  # fmt: skip
+    return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
+
+
+def _integer_to_float(op: Builder, m: Match) -> Value:
+    """One quantized input serves several of these."""
+    weight = _stored_kn(op, m.weight)
+    return op(
+        "com.microsoft.MatMulIntegerToFloat", m.x, weight, m.scale, m.weight_scale, m.zero_point, None, m.bias
+    )
+
+
+def _conv_pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
+                  y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
+    return op.conv_int8(x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
+
+
+def _qlinear_conv(op: Builder, m: Match) -> Value:
+    """Bias goes in as int32 steps of scale · weight_scale (ONNX QLinearConv)."""
+    graph, weight = op.graph, op.graph.constant(m.weight)
+    scale, weight_scale = graph.constant(m.scale), graph.constant(m.weight_scale)
+    if weight is None or scale is None or weight_scale is None:
+        raise Declined("its scales are not constant")
+    bias = graph.constant(m.bias) if m.bias is not None else None
+    steps = None
+    if bias is not None:
+        limits = torch.iinfo(torch.int32)
+        rounded = (bias.double() / (scale.double() * weight_scale.double())).round()
+        steps = op.constant(rounded.clamp(limits.min, limits.max).to(torch.int32))
+    zero = op.constant(torch.zeros(weight_scale.shape, dtype=torch.int8))
+    site = m.root.attributes
+    return op(
+        "onnx.QLinearConv", m.x, m.scale, m.zero_point, m.weight, m.weight_scale, zero, m.y_scale, m.y_zero_point,
+        steps, strides=site["stride"], pads=site["padding"], dilations=site["dilation"], group=site["groups"],
+    )  # fmt: skip
+
+
+def _add_pattern(op: Recorder, a: str, a_scale: str, a_zero_point: str, b: str, b_scale: str, b_zero_point: str,
+                 y_scale: str, y_zero_point: str) -> Pattern:  # fmt: skip
+    return op.add_int8(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point)
+
+
+def _qlinear_add(op: Builder, m: Match) -> Value:
+    """The contrib kernel adds without leaving int8."""
+    return op("com.microsoft.QLinearAdd", m.a, m.a_scale, m.a_zero_point, m.b, m.b_scale, m.b_zero_point,
+              m.y_scale, m.y_zero_point)  # fmt: skip
+
+
+LINEAR_RULES = (Rule("dynamic-quantize-matmul", _dynamic_pattern, _dynamic_matmul),)
+ISLAND_RULES = (
+    Rule("matmul-integer-to-float", _integer_pattern, _integer_to_float),
+    Rule("qlinear-conv", _conv_pattern, _qlinear_conv),
+    Rule("qlinear-add", _add_pattern, _qlinear_add),
+    onnx_export.DYNAMIC_QUANTIZE,
+)
+
+__all__ = ["INT8_KERNELS", "OnnxNode", "OnnxRuntime", "OrtRunner"]

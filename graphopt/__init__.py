@@ -1,0 +1,38 @@
+"""graphopt: a small compiler for shrinking neural networks.
+
+`graphopt.optimize(model, passes=[...])` is the one call; `graphopt.passes` holds the passes, `graphopt.backends` the
+targets. Names here are imported when first used, so that `import graphopt` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.capture import CaptureError
+    from graphopt.compare import compare
+    from graphopt.graph import GraphError
+    from graphopt.optimize import Optimized, optimize
+    from graphopt.pipeline import PassError, UsageError
+
+__version__ = "0.1.0"
+__all__ = ["CaptureError", "GraphError", "Optimized", "PassError", "UsageError", "__version__", "compare", "optimize"]
+
+_HOMES = {
+    "CaptureError": "capture",
+    "GraphError": "graph",
+    "Optimized": "optimize",
+    "PassError": "pipeline",
+    "UsageError": "pipeline",
+    "compare": "compare",
+    "optimize": "optimize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+    found = getattr(import_module(f"graphopt.{_HOMES[name]}"), name)
+    globals()[name] = found  # over the submodule of the same name
+    return found

@@ -1,0 +1,110 @@
+"""Into the ONNX dialect: from an ExportedProgram by torch's exporter, from a model by lifting its opset."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from graphopt.dialects.onnx import OPSET, OnnxGraph
+
+_ALIASES = {"": "", "ai.onnx": ""}
+
+
+def from_program(
+    program: torch.export.ExportedProgram,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic_axes: Mapping[str, Mapping[int, str]],
+    picked: Sequence[int],
+) -> OnnxGraph:
+    """Export at OPSET without the exporter's own optimizer; inputs, outputs and dynamic axes get their names.
+
+    picked: which of the program's outputs are tensors (the others are constants such as None).
+    """
+    with warnings.catch_warnings(), _silence("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    assert exported is not None
+    model = exported.model
+    for value, name in zip(model.graph.inputs, inputs, strict=True):
+        value.name = name
+    natives = list(model.graph.outputs)
+    if len(natives) != len(outputs):
+        natives = [natives[index] for index in picked]
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(natives)
+    graph = OnnxGraph.from_model(model)
+    _name_axes(graph, dynamic_axes)
+    graph.set_outputs(dict(zip(outputs, graph.outputs, strict=True)))
+    return graph
+
+
+def _name_axes(graph: OnnxGraph, dynamic_axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Give the symbols of the trace (s18) the names of the axes they stand for (batch), also inside expressions."""
+    names: dict[str, str] = {}
+    for value in graph.model.graph.inputs:
+        for axis, label in dynamic_axes.get(value.name or "", {}).items():
+            size = value.shape[axis] if value.shape is not None else None
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                names.setdefault(str(size.value), label)
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    values = [o for node in graph.model.graph for o in node.outputs] + list(graph.model.graph.inputs)
+    for value in values:
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape([
+                size if isinstance(size, int) or size.value is None
+                else symbol.sub(lambda found: names[found[1]], str(size.value))
+                for size in value.shape
+            ])  # fmt: skip
+
+
+def from_model(model: Any) -> OnnxGraph:
+    """A graph of a ModelProto or ir.Model."""
+    return OnnxGraph.from_model(model)
+
+
+def lift(model: ir.Model | onnx.ModelProto, graph: OnnxGraph, notes: list[str]) -> OnnxGraph | None:
+    """The model at OPSET, or None where it is there already or does not convert (with a note)."""
+    if graph.opset >= OPSET:
+        return None
+    from onnxscript import version_converter
+
+    fresh = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model.clone()
+    try:
+        with warnings.catch_warnings(), _silence("onnxscript", "onnx_ir"):
+            warnings.simplefilter("ignore")
+            version_converter.convert_version(fresh, OPSET, fallback=True)
+        lifted = OnnxGraph.from_model(fresh)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        notes.append(f"stays at opset {graph.opset}: it does not convert to {OPSET} ({reason[0]})")
+        return None
+    if lifted.opset < OPSET:
+        notes.append(f"stays at opset {graph.opset}: it does not convert to {OPSET}")
+        return None
+    notes.append(f"lifted from opset {graph.opset} to {OPSET}")
+    return lifted
+
+
+@contextlib.contextmanager
+def _silence(*names: str) -> Any:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

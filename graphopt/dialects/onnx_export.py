@@ -1,0 +1,122 @@
+"""From a graph of words to a deployable ONNX model and file: each word in its spelling, no domain `graphopt` left."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+
+from graphopt.dialects.onnx import OnnxGraph, OnnxValue
+from graphopt.dialects.onnx_words import DOMAIN, STANDARD
+from graphopt.graph import GraphError, Node, Value
+from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite
+
+EXTERNAL_ABOVE = 2**31 - 2**24
+"""Bytes of weights above which a file must keep them outside (protobuf's limit, less room for the graph)."""
+
+
+def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
+    """The model with words spelled in standard operators (and the contrib ones that a backend put in).
+
+    opset: the version of the standard operators, the graph's own by default. Raises GraphError naming the node that
+    has no spelling there.
+    """
+    graph = graph.clone()
+    rewrite(graph, [DYNAMIC_QUANTIZE])
+    for node in graph.sites("linear"):
+        _spell_linear(graph, node)
+    graph.sweep()
+    model = graph.model
+    if model.functions:
+        _inline(model)
+    if opset is not None and opset != graph.opset:
+        from graphopt.dialects.onnx_opset import lower_opset
+
+        lower_opset(graph, opset)
+    ir_passes.RemoveUnusedOpsetsPass()(model)
+    model.producer_name = "graphopt"
+    for node in model.graph:
+        node.doc_string = None
+    return model
+
+
+def _inline(model: ir.Model) -> None:
+    names = {node.outputs[0].name: (node.name, dict(node.metadata_props)) for node in model.graph if node.domain == DOMAIN}
+    before = set(model.graph)
+    ir_passes.InlinePass()(model)
+    owner: tuple[str | None, dict[str, str]] = ("", {})
+    # Inlined nodes stand in order, the last one of each call defines the call's output.
+    for node in reversed(list(model.graph)):
+        if node in before:
+            continue
+        owner = names.get(node.outputs[0].name, owner)
+        node.metadata_props.update(owner[1])
+        node.name = f"{owner[0]}/{node.op_type}" if owner[0] else node.name
+    ir_passes.NameFixPass()(model)
+    model.functions.clear()
+
+
+def _spell_linear(graph: OnnxGraph, node: Node) -> None:
+    """MatMul (+ Add): a weight that only this node reads is stored (in, out); a shared one stays, behind Transpose."""
+    x, weight, bias = node.required("x"), node.required("weight"), node.operand("bias")
+    assert isinstance(weight, OnnxValue)
+    tensor = graph.constant(weight)
+    view = weight.transpose()
+    if tensor is not None and not weight.transposed and len(weight.users) == 1:
+        view = graph.add_constant(tensor.t().contiguous(), name=weight.name + ".T")
+    product = graph.emit("matmul", x, view, at=node)
+    graph.replace(node, product if bias is None else graph.emit("add", product, bias, at=node))
+
+
+def _quantized_at_run_time(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
+    return op.quantize(x, scale, zero_point)
+
+
+def _dynamic_quantize_linear(op: Builder, m: Match) -> Value:
+    """choose_qparams and quantize of one value are one standard operator."""
+    ranges = m.scale.producer
+    if ranges is None or ranges.kind != "choose_qparams" or m.zero_point.producer != ranges or ranges.input != m.x:
+        raise Declined("the scale is not chosen from this value at run time")
+    steps, scale, zero_point = op.graph.emit_all("onnx.DynamicQuantizeLinear", m.x, at=ranges, _outputs=3)
+    op.graph.replace(ranges, scale, zero_point)
+    return steps
+
+
+DYNAMIC_QUANTIZE = Rule("dynamic-quantize-linear", _quantized_at_run_time, _dynamic_quantize_linear)
+
+
+def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_data: bool | None = None) -> None:
+    """Write the file under a temporary name in its folder, check it, and rename it.
+
+    external_data: weights beside the file as NAME.onnx.data; None decides by size. Raises GraphError where the folder
+    is not there, and OSError where it is full; then nothing is left behind.
+    """
+    if not path.parent.is_dir():
+        raise GraphError(f"there is no folder {path.parent}; make it first")
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    external = size > EXTERNAL_ABOVE if external_data is None else external_data
+    if not external and size > EXTERNAL_ABOVE:
+        raise GraphError(f"{size / 2**30:.1f} GiB of weights do not fit one ONNX file: leave external_data to graphopt")
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        ir.save(model, written, external_data=path.name + ".data" if external else None, size_threshold_bytes=1024)
+        try:
+            onnx.checker.check_model(str(written))
+        except onnx.checker.ValidationError as error:
+            raise GraphError(f"the model to be written is not valid ONNX: {str(error).splitlines()[0]}") from error
+        data = written.with_name(path.name + ".data")
+        if data.exists():
+            os.replace(data, path.with_name(data.name))
+        os.replace(written, path)
+
+
+def is_standard(model: ir.Model) -> bool:
+    """Whether only standard ONNX operators are used."""
+    return all(node.domain in STANDARD for node in model.graph.all_nodes())

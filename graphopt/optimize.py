@@ -1,0 +1,271 @@
+"""The one call, and what it returns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.backend import Backend, Runner
+from graphopt.calibrate import Calibration
+from graphopt.capture import Captured, Feeds, Signature, capture
+from graphopt.cost import Cost
+from graphopt.graph import Graph
+from graphopt.instruments import Agree, Instrument, Reproduce, Verify
+from graphopt.pipeline import Context, Pass, Pipeline, UsageError, parse
+from graphopt.report import GraphDiff, Report, count_kinds
+from graphopt.rewrite import rewrite
+
+if TYPE_CHECKING:
+    from graphopt.backends.measure import Ratio
+
+LARGE = 2 * 2**30
+"""Bytes of weights above which outputs are not compared unless asked."""
+
+_VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+def optimize(
+    model: Any,
+    passes: str | Pass | Iterable[Pass] | None = None,
+    *,
+    target: str = "onnxruntime",
+    example_inputs: Any = None,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    calibration: Any = None,
+    calibration_steps: int | None = None,
+    cache: bool = False,
+    threads: int | None = None,
+    agree: bool | None = None,
+    instruments: Sequence[Instrument] = (),
+) -> Optimized:
+    """Make a model smaller and faster on a target.
+
+    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx;
+    it is not changed. passes: as text or objects; None only simplifies and lowers, which loses nothing.
+    example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; needed for
+    modules. dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
+    calibration: any iterable of batches, for static quantization. threads: of the engine, None for its default.
+    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights.
+    instruments: further watchers of the pipeline, such as Dump or Progress.
+
+    Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
+    LoweringError when the engine builds less than promised.
+    """
+    backend = _target(target)
+    pipeline = _pipeline(passes, backend)
+    captured = capture(
+        model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache
+    )
+    original = captured.graph
+    report = Report(target=target, source=captured.source, pipeline=str(pipeline), versions=_versions())
+    report.notes += captured.notes
+    report.cost_before, report.words_before = Cost.of(original, _sizes(captured)), count_kinds(original.nodes)
+    watchers: list[Instrument] = [Reproduce(), Verify(), *instruments]
+    reference = _agree(captured, agree, report)
+    if reference is not None:
+        watchers.append(reference)
+    context = Context(
+        target=backend,
+        report=report,
+        feeds=captured.feeds,
+        calibration=None
+        if calibration is None
+        else Calibration(calibration, original.inputs, calibration_steps=calibration_steps),
+        instruments=watchers,
+    )
+    neutral = pipeline.apply(original, context)
+    lowered = neutral.clone()
+    for rules in backend.rules(lowered):
+        report.choices += [
+            {"rule": name, "sites": log.hits, "declined": log.declined} for name, log in rewrite(lowered, rules).items()
+        ]
+        lowered.sweep()
+    lowered.verify()
+    runner = backend.compile(lowered, threads)
+    backend.check(neutral, runner)
+    report.cost_after, report.words_after = Cost.of(lowered, _sizes(captured)), count_kinds(neutral.nodes)
+    report.census = runner.census()
+    if reference is not None:
+        report.agreement = reference.compare(runner)
+    return Optimized(original, neutral, lowered, runner, report, backend, captured.signature, captured.feeds, threads)
+
+
+@dataclass
+class BenchResult:
+    """Ratios of one interleaved run: for each example shape, how many times faster than the original graph."""
+
+    header: str
+    rows: list[tuple[str, Mapping[str, Ratio]]] = field(default_factory=list)
+    """(shapes, {"optimized": Ratio, "control": Ratio}); the control is the original against itself."""
+
+    def __str__(self) -> str:
+        from graphopt.render import text
+
+        return text.bench(self)
+
+
+@dataclass
+class Optimized:
+    """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it."""
+
+    original: Graph
+    """The captured graph, before any pass."""
+    graph: Graph
+    """The graph of words after the passes, before the target's own operations were put in."""
+    lowered: Graph
+    """What the target runs."""
+    runner: Runner
+    report: Report
+    backend: Backend
+    signature: Signature
+    feeds: list[Feeds]
+    threads: int | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the target: inputs and result as the original model has them; numpy in gives numpy out."""
+        feeds, numpy = self.signature.bind(args, kwargs)
+        results: list[Any] = self.runner(feeds)
+        if numpy:
+            results = [np.asarray(result) if isinstance(result, Tensor) else result for result in results]
+        return self.signature.rebuild(results)
+
+    def diff(self) -> GraphDiff:
+        """The graph before and after, to print (text), to show in a terminal (rich) or in a notebook (html)."""
+        return GraphDiff.of(self.original, self.graph)
+
+    def bench(self, inputs: Any = None, *, rounds: int = 15) -> BenchResult:
+        """Time against the original graph on the same engine, paired and interleaved, at each example shape.
+
+        inputs: a batch or a list of batches; the example inputs by default. Raises UsageError without either.
+        """
+        from graphopt.backends.measure import environment, header, paired
+
+        several = inputs if isinstance(inputs, list) else [] if inputs is None else [inputs]
+        batches = [self.signature.bind((one,) if not isinstance(one, tuple) else one, {})[0] for one in several]
+        if not (batches or self.feeds):
+            raise UsageError("bench needs inputs: pass bench(inputs=<a batch>)")
+        original = self.backend.compile(self.original, self.threads)
+        result = BenchResult(header(environment(), self.threads or 0))
+        for feeds in batches or self.feeds:
+            ratios = paired(
+                {
+                    "original": lambda feeds=feeds: original(feeds),
+                    "control": lambda feeds=feeds: original(feeds),
+                    "optimized": lambda feeds=feeds: self.runner(feeds),
+                },
+                baseline="original",
+                rounds=rounds,
+            )
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
+            result.rows.append((shapes, {name: ratios[name] for name in ("optimized", "control")}))
+        return result
+
+    def graphsurgeon(self) -> Any:
+        """The deployable model as an onnx_graphsurgeon.Graph, for surgery by hand; `optimize` takes it back."""
+        return self.backend.graphsurgeon(self.lowered)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        opset: int | None = None,
+        portable: bool = False,
+        external_data: bool | None = None,
+    ) -> Path:
+        """Write the deployable file, and beside it NAME.json with the report's figures; returns the file's path.
+
+        opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
+        target). external_data: keep weights in NAME.data; None decides by size. The same input, pipeline and versions
+        give the same bytes. Raises GraphError naming the node that has no spelling at `opset`; then nothing is written.
+        """
+        path = Path(path)
+        graph = self.graph if portable else self.lowered
+        self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=self._metadata(portable))
+        manifest = path.with_name(path.name + ".json")
+        partial = manifest.with_name(f".{manifest.name}.part")
+        partial.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+        partial.replace(manifest)
+        return path
+
+    def _metadata(self, portable: bool) -> dict[str, str]:
+        """What stands in the file itself: all that decides its bytes, and no measured figure."""
+        return {
+            "graphopt.pipeline": self.report.pipeline,
+            "graphopt.target": self.report.target + (" (portable)" if portable else ""),
+            "graphopt.versions": json.dumps(self.report.versions, sort_keys=True),
+            "graphopt.input": _digest(self.original),
+            "graphopt.choices": json.dumps({choice["rule"]: choice["sites"] for choice in self.report.choices}),
+        }
+
+
+def _target(name: str) -> Backend:
+    from graphopt.backends import target
+
+    return target(name)
+
+
+def _pipeline(passes: str | Pass | Iterable[Pass] | None, backend: Backend) -> Pipeline:
+    """Simplify, the user's passes, then the target's own lowering."""
+    from graphopt.passes import REGISTRY
+
+    chosen: Iterable[Pass] = ()
+    if isinstance(passes, str):
+        chosen = parse(passes, REGISTRY).passes if passes.strip() else ()
+    elif isinstance(passes, Pass):
+        chosen = [passes]
+    elif passes is not None:
+        chosen = list(passes)
+    for one in chosen:
+        if not isinstance(one, Pass):
+            raise UsageError(f"passes: {one!r} is a {type(one).__name__}; give pass objects, or one text")
+    first = parse("simplify", REGISTRY).passes
+    own = [] if next(iter(chosen), None) == first[0] else first
+    return Pipeline([*own, *chosen, *parse(backend.pipeline(), REGISTRY).passes])
+
+
+def _agree(captured: Captured, agree: bool | None, report: Report) -> Agree | None:
+    if agree is False:
+        return None
+    if not captured.feeds:
+        return None
+    if agree is None and Cost.of(captured.graph).bytes > LARGE:
+        report.notes.append("above 2 GB: outputs are not compared with the original (agree=True does)")
+        return None
+    return Agree(captured.graph, captured.feeds)
+
+
+def _sizes(captured: Captured) -> dict[str, int]:
+    """Numbers for the named axes, from the first example."""
+    if not captured.feeds:
+        return {}
+    return {
+        size: number
+        for value in captured.graph.inputs
+        for size, number in zip(value.shape or (), captured.feeds[0][value.name].shape, strict=False)
+        if isinstance(size, str)
+    }
+
+
+def _versions() -> dict[str, str]:
+    from graphopt import __version__
+
+    return {name: __version__ if name == "graphopt" else version(name) for name in _VERSIONS}
+
+
+def _digest(graph: Graph) -> str:
+    """SHA-256 over the graph's listing and weights."""
+    digest = hashlib.sha256(graph.text().encode())
+    for name, tensor in sorted(graph.constants(), key=lambda item: item[0]):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
