@@ -1,0 +1,60 @@
+"""The weights that passes change: which sites have one that can be changed, and which sites share one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graphopt.graph import Node, Value
+from graphopt.numerics.finite import require_finite
+from graphopt.pipeline import Context
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A stored float weight, as its sites see it, and the sites that read it, in order."""
+
+    value: Value
+    tensor: Tensor
+    sites: list[Node]
+
+
+def why_fixed(site: Node) -> str | None:
+    """Why the weight of a site cannot be changed, or None where it is a stored float tensor."""
+    weight = site.weight
+    if weight is not None:
+        kind = str(weight.dtype).removeprefix("torch.")
+        return None if weight.is_floating_point() else f"weight is {kind}, not float"
+    value = site.operand("weight") if site.word is not None and "weight" in site.word.operands else None
+    if value is None:
+        return f"{site.kind} has no weight"
+    if value.producer is not None and value.producer.kind == "dequantize":
+        return "already quantized"
+    return "weight is computed by the graph"
+
+
+def changeable(sites: Iterable[Node], context: Context) -> list[Weight]:
+    """The weights of `sites` that can be changed for all of their readers at once; the other sites are declined.
+
+    A weight that a node outside `sites` reads too (a tied embedding) is left as it is: to change it for some readers
+    would untie it, and store it twice. Raises ValueError, naming the site, where a weight holds NaN or infinity.
+    """
+    found: dict[Value, list[Node]] = {}
+    for site in sites:
+        reason = why_fixed(site)
+        if reason is not None:
+            context.decline(site, reason)
+        else:
+            found.setdefault(site.required("weight"), []).append(site)
+    kept = []
+    for value, readers in found.items():
+        others = [user for user in value.users if user not in readers]
+        for site in readers if others else ():
+            context.decline(site, f"weight is tied with {others[0].kind} {others[0].label}")
+        tensor = readers[0].weight
+        if tensor is not None and not others:
+            require_finite(tensor, f"the weight of {readers[0].label}")
+            kept.append(Weight(value, tensor, readers))
+    return kept
