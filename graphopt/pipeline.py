@@ -125,11 +125,12 @@ class Context:
         Raises UsageError where a term that the user wrote selects nothing, naming the nearest path.
         """
         nodes = graph.nodes
-        defaults = [f.default for f in fields(self.current)] if self.current else []
+        options = {f.name: f.default for f in fields(self.current)} if self.current else {}
+        chosen_by_user = [getattr(self.current, name) for name in options if getattr(self.current, name) != options[name]]
         for selector in (targets, ignore):
-            for term in () if selector in defaults else selector.terms:
+            for term in selector.terms if selector in chosen_by_user else ():
                 if not any(selector.matches(node, term) for node in nodes):
-                    names = sorted({node.label for node in nodes} | set(WORDS))
+                    names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.word})
                     raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
         self.record.eligible.extend(node.label for node in chosen)

@@ -405,9 +405,6 @@ class OnnxGraph(Graph):
                 found[value] = tensor
         wanted = [value for value in dict.fromkeys(fetch) if value not in found]
         if wanted:
-            missing = [name for name in by_name if name not in feeds]
-            if missing:
-                raise GraphError(f"evaluate needs the inputs {missing}")
             from graphopt.dialects import onnx_run
 
             key = (self.version, len(self.model.graph), tuple(value.name for value in wanted))
@@ -594,7 +591,8 @@ def _path_of(node: ir.Node) -> str:
     scopes = node.metadata_props.get(_SCOPES)
     if scopes:
         listed = ast.literal_eval(scopes)
-        return str(listed[-2]) if len(listed) > 1 else ""
+        path = str(listed[-2]) if len(listed) > 1 else ""
+        return "" if path.startswith("_empty_nn_module_stack") else path
     name = node.name or ""
     return ".".join(name.strip("/").split("/")[:-1]) if name.startswith("/") else ""
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
 import onnxruntime as ort
 from torch import Tensor
 
 from graphopt.dialects.onnx import _to_numpy, array_to_torch
 from graphopt.dialects.onnx_words import TORCH_DTYPES
+from graphopt.graph import GraphError
 
 LEVELS = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -19,6 +21,8 @@ LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+_SHAREABLE = {dtype for dtype in TORCH_DTYPES if dtype is not ir.DataType.BFLOAT16}
+_BY_NUMPY_NAME = {dtype.numpy().name: torch_dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 _LARGE = 1024
 """Bytes above which a weight is handed over by address."""
 
@@ -37,18 +41,24 @@ def session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    proto = ir.to_proto(_without_large_weights(model, outputs))
-    names, arrays = _large_weights(model)
+    copy = model.clone()
+    if outputs is not None:
+        _keep_only(copy, [output.name for output in outputs])
+    names, arrays = _take_large_weights(copy)
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
     if names:
         options.add_external_initializers(names, values)
+    proto = ir.to_proto(copy)
     made = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     made._graphopt_weights = (arrays, values)  # they must live as long as the session
     return made
 
 
 def run(made: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-    """Run on inputs by name and return every output."""
+    """Run on inputs by name and return every output. Raises GraphError naming inputs that are missing."""
+    missing = [value.name for value in made.get_inputs() if value.name not in feeds]
+    if missing:
+        raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
     arrays = {value.name: _to_numpy(feeds[value.name]) for value in made.get_inputs()}
     results = made.run(None, arrays)
     return [_from_result(result) for result in results]
@@ -57,34 +67,31 @@ def run(made: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]
 def _from_result(result: Any) -> Any:
     if not isinstance(result, np.ndarray):
         return result  # a sequence, map or optional: passed through as the engine gives it
-    dtype = next((torch_dtype for onnx_dtype, torch_dtype in TORCH_DTYPES.items() if _numpy_name(onnx_dtype) == result.dtype.name), None)
+    dtype = _BY_NUMPY_NAME.get(result.dtype.name)
     return array_to_torch(result, dtype) if dtype is not None else result
 
 
-def _numpy_name(dtype: ir.DataType) -> str:
-    return str(dtype.numpy().name)
-
-
-def _is_large(tensor: ir.TensorProtocol | None) -> bool:
-    return tensor is not None and tensor.nbytes > _LARGE and tensor.dtype in TORCH_DTYPES and tensor.dtype is not ir.DataType.BFLOAT16
-
-
-def _large_weights(model: ir.Model) -> tuple[list[str], list[np.ndarray[Any, Any]]]:
-    large = [(name, v.const_value) for name, v in model.graph.initializers.items() if _is_large(v.const_value)]
-    return [name for name, _ in large], [np.ascontiguousarray(t.numpy()) for _, t in large if t is not None]
-
-
-def _without_large_weights(model: ir.Model, outputs: Sequence[ir.Value] | None) -> ir.Model:
-    """A copy whose large weights are named but not held, returning `outputs` where given."""
-    copy = model.clone()
+def _take_large_weights(copy: ir.Model) -> tuple[list[str], list[np.ndarray[Any, Any]]]:
+    """Names and arrays of the weights that are worth it; in their place the model only names them."""
+    names, arrays = [], []
     for name, value in copy.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and _is_large(tensor):
-            value.const_value = ir.ExternalTensor(
-                "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.dims), name=name
-            )
-    if outputs is not None:
-        by_name = {o.name: o for node in copy.graph for o in node.outputs} | {v.name: v for v in copy.graph.inputs}
-        copy.graph.outputs.clear()
-        copy.graph.outputs.extend(by_name[output.name] for output in outputs)
-    return copy
+        if tensor is None or tensor.nbytes <= _LARGE or tensor.dtype not in _SHAREABLE:
+            continue
+        names.append(name)
+        arrays.append(np.ascontiguousarray(tensor.numpy()))
+        value.const_value = ir.ExternalTensor(
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.dims), name=name
+        )
+    return names, arrays
+
+
+def _keep_only(copy: ir.Model, outputs: Sequence[str | None]) -> None:
+    """Cut the model down to what computes these values."""
+    by_name = {o.name: o for node in copy.graph for o in node.outputs} | {v.name: v for v in copy.graph.inputs}
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(by_name[name] for name in outputs)
+    ir_passes.RemoveUnusedNodesPass()(copy)
+    used = [value for value in copy.graph.inputs if value.uses() or value.is_graph_output()]
+    copy.graph.inputs.clear()
+    copy.graph.inputs.extend(used)
