@@ -1,12 +1,20 @@
-"""What happened: one record a pass, and the report that holds them together."""
+"""What happened: one record a pass, the report that holds them together, and the graph before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from graphopt.cost import Cost
+from graphopt.graph import Graph, Node
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class PassRecord:
     @property
     def changed(self) -> int:
         """Sites changed; for passes without sites, changes of the graph."""
-        return len(self.eligible) - len(self.declined) if self.eligible else self.changes
+        return sum(label not in self.declined for label in self.eligible) if self.eligible else self.changes
 
 
 @dataclass
@@ -73,23 +81,159 @@ class Report:
     """The deployed result against the original, on the example inputs."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self) | {
-            "passes": [asdict(record) | {"changed": record.changed} for record in self.passes],
-        }
+        """Plain data, for JSON: numbers that JSON does not have (an SQNR of infinity) as text."""
+        passes = [asdict(record) | {"changed": record.changed} for record in self.passes]
+        plain: dict[str, Any] = _plain(asdict(self) | {"passes": passes})
+        return plain
 
     def __str__(self) -> str:
         from graphopt.render import text
 
         return text.report(self)
 
+    def __rich__(self) -> RenderableType:
+        from graphopt.render import terminal
 
-def count_kinds(nodes: Any) -> dict[str, int]:
+        return terminal.report(self)
+
+    def _repr_html_(self) -> str:
+        from graphopt.render import html
+
+        return html.fragment(self)
+
+
+def count_kinds(nodes: Iterable[Node]) -> dict[str, int]:
     """How many nodes of each kind, most frequent first."""
+    return _ranked(node.kind for node in nodes)
+
+
+@dataclass(frozen=True)
+class DiffLine:
+    """One line of a diff: mark is " " (on both sides), "-" (before only) or "+" (after only)."""
+
+    mark: str
+    text: str
+
+
+@dataclass(frozen=True)
+class GraphDiff:
+    """Two listings of a graph (`Graph.text`), aligned.
+
+    Lines are the same when they differ in nothing but the numbers of values: one more node would shift all of these.
+    """
+
+    before: str
+    after: str
+
+    @classmethod
+    def of(cls, before: Graph, after: Graph) -> GraphDiff:
+        return cls(before.text(), after.text())
+
+    @cached_property
+    def lines(self) -> list[DiffLine]:
+        """Every line of both listings, once where it is on both sides (as it stands in `after`)."""
+        return list(_aligned(self.before.splitlines(), self.after.splitlines()))
+
+    @property
+    def added(self) -> int:
+        return sum(line.mark == "+" for line in self.lines)
+
+    @property
+    def removed(self) -> int:
+        return sum(line.mark == "-" for line in self.lines)
+
+    @property
+    def unchanged(self) -> int:
+        return sum(line.mark == " " for line in self.lines)
+
+    @cached_property
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """How many nodes of each kind there were before and are after, where that changed."""
+        before, after = _kinds(self.before), _kinds(self.after)
+        pairs = {kind: (before.get(kind, 0), after.get(kind, 0)) for kind in sorted(before | after)}
+        return {kind: pair for kind, pair in pairs.items() if pair[0] != pair[1]}
+
+    def sections(self, context: int | None = 3) -> list[list[DiffLine] | int]:
+        """The lines, with runs of unchanged ones further than `context` from a change as their number (None: all)."""
+        if context is None:
+            return [self.lines]
+        shown = [False] * len(self.lines)
+        for index, line in enumerate(self.lines):
+            if line.mark != " ":
+                low, high = max(0, index - context), min(len(self.lines), index + context + 1)
+                shown[low:high] = [True] * (high - low)
+        found: list[list[DiffLine] | int] = []
+        for line, show in zip(self.lines, shown, strict=True):
+            last = found[-1] if found else None
+            if show and isinstance(last, list):
+                last.append(line)
+            elif show:
+                found.append([line])
+            elif isinstance(last, int):
+                found[-1] = last + 1
+            else:
+                found.append(1)
+        return found
+
+    def text(self, context: int | None = 3) -> str:
+        """The diff with `context` unchanged lines around each change (None: all of them)."""
+        from graphopt.render import text
+
+        return text.diff(self, context)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.render import terminal
+
+        return terminal.diff(self)
+
+    def _repr_html_(self) -> str:
+        from graphopt.render import html
+
+        return html.fragment(diff=self)
+
+
+LONG = 2000
+"""Lines above which difflib may skip frequent ones: without that its time grows with the square."""
+
+_NUMBER = re.compile(r"%\d+")
+_KIND = re.compile(r"^%\d+(?:, %\d+)* = ([^\s(]+)\(")
+
+
+def _aligned(before: list[str], after: list[str]) -> Iterator[DiffLine]:
+    matcher = difflib.SequenceMatcher(
+        None,
+        [_NUMBER.sub("%", line) for line in before],
+        [_NUMBER.sub("%", line) for line in after],
+        autojunk=max(len(before), len(after)) > LONG,
+    )
+    for tag, start, end, other_start, other_end in matcher.get_opcodes():
+        if tag == "equal":
+            yield from (DiffLine(" ", line) for line in after[other_start:other_end])
+            continue
+        yield from (DiffLine("-", line) for line in before[start:end])
+        yield from (DiffLine("+", line) for line in after[other_start:other_end])
+
+
+def _kinds(listing: str) -> dict[str, int]:
+    return _ranked(match[1] for line in listing.splitlines() if (match := _KIND.match(line)))
+
+
+def _ranked(kinds: Iterable[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for node in nodes:
-        counts[node.kind] = counts.get(node.kind, 0) + 1
+    for kind in kinds:
+        counts[kind] = counts.get(kind, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-Summary = Mapping[str, Any]
+def _plain(value: Any) -> Any:
+    """Values that json.dumps writes as standard JSON."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

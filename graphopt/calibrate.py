@@ -1,0 +1,226 @@
+"""Batches of inputs -> ranges of activations, in memory that does not grow with the number of batches."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.graph import Graph, Shape, Value
+from graphopt.numerics.observe import MinMax
+from graphopt.pipeline import UsageError, nearest
+
+SAMPLES = 8
+"""Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
+
+
+class Input(Protocol):
+    """An input of a graph, as `graphopt.graph.Value` declares it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> Shape | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+
+class NotFinite(ValueError):
+    """An activation holds NaN or infinity; `node` is the path of the node that computes it."""
+
+    def __init__(self, reason: str, node: str) -> None:
+        super().__init__(reason)
+        self.reason, self.node = reason, node
+
+
+class Calibration:
+    """Batches, each checked against the inputs of a graph when its turn comes."""
+
+    def __init__(self, batches: Any, inputs: Sequence[Input], calibration_steps: int | None = None) -> None:
+        """batches: an iterable of batches (a DataLoader, a list, a Hugging Face dataset), an ONNX Runtime
+        CalibrationDataReader, or stacked arrays by input name (an .npz file), with samples along axis 0.
+
+        A batch is a dict by input name, a tuple in the order of the inputs, or a tensor; torch, numpy or lists. One
+        without a batch axis (the row of a dataset) gets it. calibration_steps: most batches to use.
+        Raises UsageError, here or when a batch's turn comes, naming the batch and the input.
+        """
+        if calibration_steps is not None and calibration_steps < 1:
+            raise UsageError(f"calibration_steps is {calibration_steps}; give at least 1")
+        self.inputs, self.steps = tuple(inputs), calibration_steps
+        if isinstance(batches, Tensor | np.ndarray):
+            batches = {self._only_input().name: batches}
+        if isinstance(batches, Mapping):
+            self._batches: Iterable[Any] = self._split(batches)
+        elif hasattr(batches, "get_next"):
+            self._batches = _Reader(batches)
+        elif isinstance(batches, Iterable) and not isinstance(batches, str | bytes):
+            self._batches = batches
+        else:
+            raise UsageError(f"calibration must be an iterable of batches, not a {type(batches).__qualname__}")
+        self.once = isinstance(self._batches, Iterator)
+        """Whether the batches come from a generator, and so a single time."""
+        self._used = False
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The batches as feeds: by input name, in the dtypes of the graph."""
+        if self.once and self._used:
+            raise UsageError(
+                "the calibration batches are needed again, and a generator gives them once; pass a list or a DataLoader"
+            )
+        self._used, number = True, -1
+        for number, batch in enumerate(itertools.islice(self._batches, self.steps)):
+            yield self._feeds(batch, f"calibration batch {number}")
+        if number < 0:
+            used_up = " (a generator that was used up before? pass a list or a DataLoader)" if self.once else ""
+            raise UsageError(f"calibration holds no batch{used_up}")
+
+    def observe(self, graph: Graph, values: Sequence[Value]) -> dict[Value, MinMax]:
+        """The smallest and largest entry of each value over all batches; padding is left out.
+
+        Padding is where an integer or boolean input of rank 2 whose name contains "mask" is 0, in values whose leading
+        axes are the mask's, apart or flattened into one; with several such masks, where all of them are 0.
+        Raises NotFinite where an activation holds NaN or infinity at a real position.
+        """
+        seen = {value: MinMax() for value in values}
+        masks = [value for value in self.inputs if "mask" in value.name.lower()]
+        for number, feeds in enumerate(self):
+            for value, tensor in zip(seen, graph.evaluate(feeds, list(seen)), strict=True):
+                try:
+                    seen[value].update(tensor, _real_positions(value, tensor, masks, feeds))
+                except ValueError as error:
+                    where = value.producer.label if value.producer is not None else value.name
+                    raise NotFinite(f"on calibration batch {number}, {value.name!r}: {error}", where) from error
+        return seen
+
+    def _only_input(self) -> Input:
+        if len(self.inputs) != 1:
+            names = ", ".join(value.name for value in self.inputs)
+            raise UsageError(f"calibration is one array, and the model has the inputs {names}; give a dict of arrays")
+        return self.inputs[0]
+
+    def _split(self, stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Stacked arrays as batches of the size that the graph fixes, or of SAMPLES."""
+        self._require_names(stacked, "calibration")
+        names = [value.name for value in self.inputs]
+        arrays = {name: _tensor(stacked[name], f"calibration, input {name!r}") for name in names}
+        lengths = {name: len(array) if array.dim() else None for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1 or None in lengths.values():
+            raise UsageError(f"calibration: axis 0 must hold the same number of samples in every array, not {lengths}")
+        total = next(iter(lengths.values())) or 0
+        fixed = {value.shape[0] for value in self.inputs if value.shape and isinstance(value.shape[0], int)}
+        size = min(fixed, default=SAMPLES)
+        if fixed and (len(fixed) > 1 or total % size):
+            sizes = " and ".join(str(one) for one in sorted(fixed))
+            raise UsageError(f"calibration: {total} samples cannot be cut into batches of {sizes}, as the model is")
+        starts = range(0, total, size)
+        return [{name: array[start : start + size] for name, array in arrays.items()} for start in starts]
+
+    def _feeds(self, batch: Any, where: str) -> dict[str, Tensor]:
+        named = self._named(batch, where)
+        places = [f"{where}, input {value.name!r}" for value in self.inputs]
+        tensors = [_tensor(named[value.name], place) for value, place in zip(self.inputs, places, strict=True)]
+        ranks = [None if value.shape is None else len(value.shape) for value in self.inputs]
+        if [tensor.dim() + 1 for tensor in tensors] == ranks:
+            tensors = [tensor.unsqueeze(0) for tensor in tensors]
+        fitted = map(_fitted, tensors, self.inputs, places)
+        return {value.name: tensor for value, tensor in zip(self.inputs, fitted, strict=True)}
+
+    def _named(self, batch: Any, where: str) -> Mapping[str, Any]:
+        if isinstance(batch, Mapping):
+            self._require_names(batch, where)
+            return batch
+        given = batch if isinstance(batch, tuple | list) else (batch,)
+        if len(given) != len(self.inputs):
+            names = ", ".join(value.name for value in self.inputs)
+            raise UsageError(f"{where} holds {len(given)} tensors, and the model has the inputs {names}; give a dict")
+        return {value.name: tensor for value, tensor in zip(self.inputs, given, strict=True)}
+
+    def _require_names(self, batch: Mapping[str, Any], where: str) -> None:
+        """Every input must be there; what a dataset has besides (labels, texts) is not read."""
+        for value in self.inputs:
+            if value.name not in batch:
+                raise UsageError(f"{where} has no {value.name!r}{nearest(value.name, [str(name) for name in batch])}")
+
+
+class _Reader:
+    """An ONNX Runtime CalibrationDataReader as an iterable; from its beginning each time, where it can rewind."""
+
+    def __new__(cls, reader: Any) -> Any:
+        return super().__new__(cls) if hasattr(reader, "rewind") else iter(reader.get_next, None)
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __iter__(self) -> Iterator[Any]:
+        self.reader.rewind()
+        return iter(self.reader.get_next, None)
+
+
+def _tensor(array: Any, where: str) -> Tensor:
+    try:
+        return torch.as_tensor(array).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{where}: a {type(array).__qualname__} is not an array of numbers ({error})") from error
+
+
+def _fitted(tensor: Tensor, value: Input, where: str) -> Tensor:
+    """The tensor in the dtype of its input; UsageError where shape, dtype or content is not what the graph takes."""
+    shape, dtype = value.shape, value.dtype
+    if shape is not None and (
+        len(shape) != tensor.dim()
+        or any(isinstance(size, int) and size != given for size, given in zip(shape, tensor.shape, strict=True))
+    ):
+        raise UsageError(f"{where} has shape {list(tensor.shape)}, and the model takes {_shape_text(shape)}")
+    if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+        raise UsageError(f"{where} holds {int(torch.isnan(tensor).sum())} NaN")
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if tensor.is_floating_point() != dtype.is_floating_point or not (
+        tensor.is_floating_point() or torch.equal(cast.to(tensor.dtype), tensor)
+    ):
+        raise UsageError(f"{where} holds {_dtype_text(tensor.dtype)}, and the model takes {_dtype_text(dtype)}")
+    return cast
+
+
+def _real_positions(value: Value, tensor: Tensor, masks: Sequence[Input], feeds: Mapping[str, Tensor]) -> Tensor | None:
+    """Where any mask that fits the value's leading axes is not 0; None where none fits."""
+    found: Tensor | None = None
+    for mask in masks:
+        feed = feeds[mask.name]
+        if feed.dim() != 2 or feed.is_floating_point():
+            continue
+        if tensor.shape[:2] == feed.shape and _may_be_equal(value.shape, mask.shape):
+            real = feed.bool()
+        elif tensor.dim() > 1 and tensor.shape[0] == feed.numel() and tensor.shape[:2] != feed.shape:
+            real = feed.bool().flatten()
+        else:
+            continue
+        if found is not None and found.shape != real.shape:
+            return None
+        found = real if found is None else found | real
+    return found
+
+
+def _may_be_equal(shape: Shape | None, mask: Shape | None) -> bool:
+    """Whether the leading two axes can be the mask's by their declaration: sizes alone may be equal by chance.
+
+    With 12 heads, for 12 tokens: an axis of a fixed size is not one that the mask leaves open.
+    """
+    if shape is None or mask is None:
+        return True
+    return not any(isinstance(a, int) != isinstance(b, int) for a, b in zip(shape[:2], mask, strict=True))
+
+
+def _shape_text(shape: Shape) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,241 @@
+"""What watches a pipeline: checks and records around every pass. A pass never knows of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graphopt.compare import agreement, worst
+from graphopt.graph import Graph, GraphError
+from graphopt.numerics import metrics
+from graphopt.report import Agreement, GraphDiff
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from graphopt.pipeline import Context, Pass
+
+Feeds = Mapping[str, Tensor]
+
+QUANTIZED_RTOL = 2 / 255
+"""What a lossless pass is held to in a quantized graph: one step of an 8-bit range, which is at most 2 max|a| wide.
+
+An output moves by about that much when the last bit of a float decides a rounding the other way.
+"""
+
+
+class Instrument:
+    """Called around every pass that it wants to see; each method does nothing unless overridden."""
+
+    def should_run(self, pass_: Pass) -> bool:
+        return True
+
+    def before(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        """The graph is as the pass will find it."""
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        """The pass is done, `context.record` holds its account; an error raised here fails the pass."""
+
+    def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
+        """The pass (or an instrument after it) failed; may return the folder of a reproducer."""
+        return None
+
+
+class Verify(Instrument):
+    """The graph keeps the rules of its dialect after every pass."""
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        graph.verify()
+
+
+class Agree(Instrument):
+    """The outputs on the example inputs, against the original's after every pass that changed something.
+
+    The worst figure over the examples goes to the record. A lossless pass must not move an output beyond the tolerance
+    (`numerics.metrics.tolerance`; QUANTIZED_RTOL in a quantized graph; integers stay equal) from where the last lossy
+    pass, or the original, left it: GraphError otherwise. No pass may change an output's shape.
+    """
+
+    def __init__(self, original: Graph, feeds: Sequence[Feeds]) -> None:
+        self.feeds = list(feeds)
+        self.names = [value.name for value in original.outputs]
+        self.original = self._outputs(original)
+        self._accepted = self.original
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        if not context.record.changes:
+            return
+        outputs = self._outputs(graph)
+        context.record.agreement = self._agreements(outputs)
+        if pass_.lossless:
+            self._require_close(outputs, QUANTIZED_RTOL if _is_quantized(graph) else None)
+        else:
+            self._accepted = outputs
+
+    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> list[Agreement]:
+        """The original's outputs against what `run` gives for the same feeds."""
+        return self._agreements([list(run(feeds)) for feeds in self.feeds])
+
+    def _outputs(self, graph: Graph) -> list[list[Any]]:
+        return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
+
+    def _agreements(self, outputs: list[list[Any]]) -> list[Agreement]:
+        """One for each output that is a tensor (an ONNX model may also return sequences)."""
+        by_output: dict[str, list[Agreement]] = {}
+        for expected, found in zip(self.original, outputs, strict=True):
+            for name, a, b in zip(self.names, expected, found, strict=True):
+                if isinstance(a, Tensor) and isinstance(b, Tensor):
+                    if a.shape != b.shape:
+                        raise GraphError(f"the shape of output {name!r} went from {list(a.shape)} to {list(b.shape)}")
+                    by_output.setdefault(name, []).append(agreement(name, a, b))
+        return [worst(several) for several in by_output.values()]
+
+    def _require_close(self, outputs: list[list[Any]], rtol: float | None) -> None:
+        for number, (expected, found) in enumerate(zip(self._accepted, outputs, strict=True)):
+            for name, a, b in zip(self.names, expected, found, strict=True):
+                if not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
+                    continue
+                allowed = f"{rtol or metrics.tolerance(a.dtype)[0]:.2g}" if a.is_floating_point() else "equal values"
+                largest = float(torch.nan_to_num(a.double()).abs().max())
+                raise GraphError(
+                    f"this pass loses nothing by its own account, and on example {number} it moves output {name!r} by "
+                    f"{metrics.max_error(a, b):.3g}, of at most {largest:.3g} (relative tolerance: {allowed})"
+                )
+
+
+def _is_quantized(graph: Graph) -> bool:
+    return any(tensor.dtype in (torch.int8, torch.uint8) for _, tensor in graph.constants())
+
+
+class Timing(Instrument):
+    """Seconds of each pass, in the order they ran."""
+
+    def __init__(self) -> None:
+        self.seconds: list[tuple[str, float]] = []
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        self.seconds.append((str(pass_), context.record.seconds))
+
+    def __str__(self) -> str:
+        rows = [*self.seconds, ("total", sum(seconds for _, seconds in self.seconds))]
+        return "\n".join(f"{seconds:8.3f} s  {name}" for name, seconds in rows)
+
+
+class Diff(Instrument):
+    """The listing before and after every pass that changed it."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, GraphDiff]] = []
+        """The pass as text, and what it changed."""
+        self._before = ""
+
+    def before(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        self._before = graph.text()
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        listing = graph.text()
+        if listing != self._before:
+            self.steps.append((str(pass_), GraphDiff(self._before, listing)))
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{name}\n{diff}" for name, diff in self.steps)
+
+
+class Dump(Instrument):
+    """One file for each pass that changed the graph: 007_low-rank.txt; 000_original.txt is the graph before any."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._count = 0
+        self._last: str | None = None
+
+    def before(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        if self._last is None:
+            self._write("original", graph.text())
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        self._count += 1
+        listing = graph.text()
+        if listing != self._last:
+            self._write(pass_.name, listing)
+
+    def _write(self, name: str, listing: str) -> None:
+        self._last = listing
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{self._count:03}_{name}.txt").write_text(listing + "\n", encoding="utf-8")
+
+
+class Progress(Instrument):
+    """One line on the terminal for each pass: its sites and its seconds."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console as RichConsole
+
+        self.console = console or RichConsole(stderr=True)
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        from graphopt.render import text
+
+        record = context.record
+        self._line(f"{text.shortened(record.text, 48):48}  {text.sites(record):24}  {record.seconds:7.2f} s")
+
+    def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
+        self._line(f"{pass_} failed")
+        return None
+
+    def _line(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class Reproduce(Instrument):
+    """What a failed pass was given, in a folder: the pass as text, the graph before, feeds and calibration batches."""
+
+    BATCHES = 8
+    """Most calibration batches to keep."""
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        """folder: where to write; None makes a temporary one, and only on failure."""
+        self.folder = folder
+        self._before: Graph | None = None
+
+    def before(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        self._before = graph.clone()  # shares the weights
+
+    def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
+        if self._before is None:
+            return None
+        folder = Path(self.folder or tempfile.mkdtemp(prefix="graphopt-"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._before.save(folder / f"graph.{graph.dialect}")
+        _save_feeds(folder / "feeds", context.feeds)
+        if context.calibration is not None and not context.calibration.once:
+            _save_feeds(folder / "calibration", list(itertools.islice(context.calibration, self.BATCHES)))
+        account = {
+            "pass": str(pass_),
+            "dialect": graph.dialect,
+            "target": getattr(context.target, "name", None),
+            "error": f"{type(error).__name__}: {error}",
+        }
+        (folder / "pass.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
+        command = shlex.join([sys.executable, "-m", "graphopt.cli", "reproduce", str(folder)])
+        readme = f"{pass_} failed on this graph.\n{account['error']}\n\nTo run it again:\n\n    {command}\n"
+        (folder / "README").write_text(readme, encoding="utf-8")
+        return str(folder)
+
+
+def _save_feeds(folder: Path, batches: Sequence[Feeds]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    for number, feeds in enumerate(batches):
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in feeds.items()}  # no shared memory
+        save_file(copies, str(folder / f"{number:03}.safetensors"))

@@ -1,0 +1,70 @@
+"""The same in a terminal: rich tables, and a diff in colours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.render import text
+from graphopt.report import GraphDiff, Report
+
+if TYPE_CHECKING:
+    from graphopt.optimize import BenchResult
+
+STYLES = {"-": "red", "+": "green", " ": "dim"}
+
+
+def report(report: Report) -> RenderableType:
+    """What was done to a model, as tables."""
+    facts = [("model", report.source), ("target", report.target), ("pipeline", report.pipeline)]
+    heading = Table.grid(padding=(0, 2))
+    for name, value in [*facts, *text.cost_rows(report)]:
+        heading.add_row(Text(name, style="bold"), Text(value))
+    parts: list[RenderableType] = [heading]
+    parts += [Text(f"- {note}", style="yellow") for note in text.remarks(report)]
+    parts.append(table(text.pass_rows(report), "passes"))
+    declined = [
+        (record.name, str(number), reason, names)
+        for record in report.passes
+        for reason, number, names in text.declined(record)
+    ]
+    if declined:
+        parts.append(table([("pass", "sites", "declined because", "where"), *declined], "declined", right=(1,)))
+    if report.agreement:
+        parts.append(table(text.agreement_rows(report.agreement), "outputs against the original"))
+    if report.census:
+        parts.append(table(text.census_rows(report), "what the engine runs"))
+    parts += [Text(line) for line in text.choices(report)]
+    return Group(*parts)
+
+
+def diff(diff: GraphDiff, context: int | None = 3) -> RenderableType:
+    """Removed lines in red, added ones in green, runs of unchanged ones as their number."""
+    lines = [Text(text.diff_summary(diff), style="bold")]
+    for section in diff.sections(context):
+        if isinstance(section, int):
+            lines.append(Text(f"  ... {section} unchanged", style="dim italic"))
+        else:
+            lines += [Text(f"{line.mark} {line.text}", style=STYLES[line.mark]) for line in section]
+    return Group(*lines)
+
+
+def bench(result: BenchResult) -> RenderableType:
+    """One row a shape, under the description of the machine."""
+    return Group(Text(result.header, style="dim"), table(text.bench_rows(result)))
+
+
+def table(rows: text.Rows, title: str | None = None, *, right: Sequence[int] | None = None) -> Table:
+    """`right` are the columns set to the right (None: all but the first)."""
+    header, *body = rows
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(header):
+        to_the_right = index in right if right is not None else index > 0
+        made.add_column(name, justify="right" if to_the_right else "left", overflow="fold")
+    for row in body:
+        made.add_row(*(Text(cell) for cell in row))
+    return made

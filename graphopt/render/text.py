@@ -1,0 +1,259 @@
+"""Plain text, at most 100 columns wide where names allow it; and how figures are written everywhere."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from graphopt.report import Agreement, GraphDiff, PassRecord, Report
+
+if TYPE_CHECKING:
+    from graphopt.compare import Comparison
+    from graphopt.optimize import BenchResult
+
+WIDTH = 100
+SITES = 3
+"""Declined sites that are named for each reason."""
+
+Rows = list[tuple[str, ...]]
+"""A table; the first row is its header."""
+
+
+def report(report: Report) -> str:
+    """What was done to a model, why the rest was not, and what that did to cost and outputs."""
+    outputs = [textwrap.indent(table(agreement_rows(report.agreement)), "  ")] if report.agreement else []
+    sections = [
+        _heading(report),
+        _titled("notes", [_wrapped(note, "  - ") for note in remarks(report)]),
+        table(pass_rows(report)),
+        _titled("declined", [_declined(record) for record in report.passes if record.declined]),
+        _titled("outputs against the original", outputs),
+        _titled("kernels that the engine built", [_wrapped(counts(report.census), "  ")] if report.census else []),
+        _titled("choices", [_wrapped(line, "  ") for line in choices(report)]),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def diff(diff: GraphDiff, context: int | None = 3) -> str:
+    """Changed lines with - and +, and `context` unchanged lines around them (None: all)."""
+    lines = [diff_summary(diff)]
+    for section in diff.sections(context):
+        if isinstance(section, int):
+            lines.append(f"  ... {section} unchanged")
+        else:
+            lines += [f"{line.mark} {line.text}".rstrip() for line in section]
+    return "\n".join(lines)
+
+
+def comparison(found: Comparison) -> str:
+    """One row an output."""
+    rows: Rows = [("output", "SQNR", "cosine", "max error", "top-1")]
+    rows += [
+        (one.output, decibels(one.sqnr), cosine(one.cosine), f"{one.max_error:.3g}", share(one.top1))
+        for one in found.outputs
+    ]
+    batches = "1 batch" if found.batches == 1 else f"{found.batches} batches; SQNR and cosine are of the worst"
+    return f"{table(rows)}\n\nover {batches}"
+
+
+def bench(result: BenchResult) -> str:
+    """The machine, one row a shape, and the geometric mean of the ratios where there are several shapes."""
+    from graphopt.backends.measure import geometric_mean
+
+    lines = [table(bench_rows(result))]
+    for name in result.rows[0][1] if len(result.rows) > 1 else ():
+        mean = geometric_mean(ratios[name].median for _, ratios in result.rows)
+        lines.append(f"{name}: {mean:.2f} times faster in the geometric mean")
+    return "\n\n".join([result.header, "\n".join(lines)])
+
+
+def bench_rows(result: BenchResult) -> Rows:
+    """One row a shape: p50 of each candidate in milliseconds, and its ratio with the 95% interval."""
+    candidates = list(result.rows[0][1])
+    baseline = next(iter(result.rows[0][1][candidates[0]].seconds))
+    titles = [title for name in candidates for title in (f"{name} ms", "times faster")]
+    rows: Rows = [("inputs", f"{baseline} ms", *titles)]
+    for shapes, ratios in result.rows:
+        row = [shapes, milliseconds(ratios[candidates[0]].seconds[baseline][0])]
+        for name in candidates:
+            ratio = ratios[name]
+            row += [milliseconds(ratio.seconds[name][0]), f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"]
+        rows.append(tuple(row))
+    return rows
+
+
+def pass_rows(report: Report) -> Rows:
+    """One row a pass; SQNR and cosine are those of the worst output."""
+    header = "pass", "sites", "changed", "declined", "nodes", "parameters", "size", "SQNR", "cosine", "seconds"
+    return [header, *(_pass_row(record) for record in report.passes)]
+
+
+def agreement_rows(found: Sequence[Agreement]) -> Rows:
+    """One row an output."""
+    rows: Rows = [("output", "SQNR", "cosine", "max error")]
+    return rows + [(one.output, decibels(one.sqnr), cosine(one.cosine), f"{one.max_error:.3g}") for one in found]
+
+
+def census_rows(report: Report) -> Rows:
+    """One row a kernel."""
+    return [("kernel", "built"), *((kind, str(number)) for kind, number in report.census.items())]
+
+
+def cost_rows(report: Report) -> list[tuple[str, str]]:
+    """Size, parameters and FLOPs before and after."""
+    before, after = report.cost_before, report.cost_after
+    rows = [
+        ("size", f"{size(before.bytes)} -> {size(after.bytes)}{_ratio(before.bytes, after.bytes)}"),
+        ("parameters", f"{count(before.parameters)} -> {count(after.parameters)}"),
+    ]
+    if before.flops is not None and after.flops is not None:
+        rows.append(("FLOPs", f"{count(before.flops)} -> {count(after.flops)}"))
+    return rows
+
+
+def remarks(report: Report) -> list[str]:
+    """What the user should know, of the whole and of each pass."""
+    return [*report.notes, *(f"{record.name}: {note}" for record in report.passes for note in record.notes)]
+
+
+def sites(record: PassRecord) -> str:
+    """How much a pass did, in words."""
+    if record.eligible:
+        return f"{record.changed} of {len(record.eligible)} sites"
+    return "1 change" if record.changed == 1 else f"{record.changed} changes"
+
+
+def declined(record: PassRecord) -> list[tuple[str, int, str]]:
+    """(reason, how many sites, some of their names), the most frequent first."""
+    by_reason: dict[str, list[str]] = {}
+    for label, reason in record.declined.items():
+        by_reason.setdefault(reason, []).append(label)
+    ranked = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    return [(reason, len(labels), _some(labels)) for reason, labels in ranked]
+
+
+def choices(report: Report) -> list[str]:
+    """One line for each choice that touched a site or declined one."""
+    lines = []
+    for choice in report.choices:
+        details = [f"{key} {_choice_text(value)}" for key, value in choice.items() if key != "rule" and value]
+        if details:
+            lines.append(f"{choice.get('rule', 'choice')}: {'; '.join(details)}")
+    return lines
+
+
+def diff_summary(diff: GraphDiff) -> str:
+    """Lines and kinds of nodes, in numbers."""
+    kinds = ", ".join(f"{kind} {before} -> {after}" for kind, (before, after) in diff.kinds.items())
+    lines = f"{diff.removed} lines removed, {diff.added} added, {diff.unchanged} unchanged"
+    return _wrapped(f"{lines}; {kinds}" if kinds else lines, "")
+
+
+def counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {number}" for kind, number in kinds.items())
+
+
+def decibels(sqnr: float) -> str:
+    return "equal" if sqnr == math.inf else f"{sqnr:.1f} dB"
+
+
+def cosine(figure: float) -> str:
+    return f"{figure:.5f}"
+
+
+def share(figure: float | None) -> str:
+    return "-" if figure is None else f"{100 * figure:.1f} %"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3f}"
+
+
+def count(number: int) -> str:
+    """12, 22.6 M: three digits and a suffix."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            scaled = number / limit
+            return f"{scaled:.{max(0, 2 - int(math.log10(scaled)))}f} {suffix}"
+    return str(number)
+
+
+def size(in_bytes: int) -> str:
+    """12 B, 90.3 MB: decimal, as file managers count."""
+    return f"{count(in_bytes)}B" if in_bytes >= 1000 else f"{in_bytes} B"
+
+
+def shortened(line: str, width: int) -> str:
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def table(rows: Rows) -> str:
+    """Columns as wide as needed, the first to the left and the others to the right; a rule under the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _pass_row(record: PassRecord) -> tuple[str, ...]:
+    has_sites = bool(record.eligible)
+    return (
+        shortened(record.name, 16),
+        str(len(record.eligible)) if has_sites else "-",
+        str(record.changed),
+        str(len(record.declined)) if has_sites or record.declined else "-",
+        str(record.nodes_after),
+        count(record.cost_after.parameters),
+        size(record.cost_after.bytes),
+        decibels(min(one.sqnr for one in record.agreement)) if record.agreement else "-",
+        cosine(min(one.cosine for one in record.agreement)) if record.agreement else "-",
+        f"{record.seconds:.2f}",
+    )
+
+
+def _heading(report: Report) -> str:
+    rows = [("model", report.source), ("target", report.target), ("pipeline", report.pipeline), *cost_rows(report)]
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())))
+    return "\n".join(_wrapped(value, f"{name:<11}") for name, value in rows if value)
+
+
+def _declined(record: PassRecord) -> str:
+    lines = [f"  {record.name}"]
+    lines += [_wrapped(f"{reason}: {names}", f"    {number} x ") for reason, number, names in declined(record)]
+    return "\n".join(lines)
+
+
+def _some(labels: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    named = ", ".join(labels[:SITES])
+    return f"{named} and {len(labels) - SITES} more" if len(labels) > SITES else named
+
+
+def _choice_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _ratio(before: int, after: int) -> str:
+    return f" ({before / after:.2f} times smaller)" if 0 < after < before else ""
+
+
+def _titled(title: str, blocks: Sequence[str]) -> str:
+    return "\n".join([title, *blocks]) if blocks else ""
+
+
+def _wrapped(line: str, prefix: str) -> str:
+    """`line` after `prefix`, its further lines under its beginning. Long names stay whole, to be copied."""
+    return textwrap.fill(
+        line,
+        WIDTH,
+        initial_indent=prefix,
+        subsequent_indent=" " * len(prefix),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
