@@ -1,0 +1,31 @@
+"""The words that aten has no spelling for, as custom operators `graphopt::<word>` whose kernel is the reference.
+
+They make a neutral int8 graph run, trace, export and save anywhere torch does. They are not fast: a backend replaces
+them by its own kernels. Importing this module declares them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt.words import WORDS, Word
+
+NAMES = ("choose_qparams", "linear_int8", "conv_int8", "add_int8")
+
+
+def _schema(word: Word) -> str:
+    """The operator's schema: operands are tensors, the attributes (all of them conv's) integers."""
+    operands = [f"Tensor? {name}=None" if name in word.optional else f"Tensor {name}" for name in word.operands]
+    attributes = [
+        f"int[] {name}=[]" if isinstance(default, tuple) else f"int {name}={default}"
+        for name, default in word.attributes.items()
+    ]
+    parameters = ", ".join(operands + (["*", *attributes] if attributes else []))
+    return f"({parameters}) -> ({', '.join(['Tensor'] * len(word.results))})"
+
+
+for _name in NAMES:
+    _word = WORDS[_name]
+    torch.library.define(f"graphopt::{_name}", _schema(_word), tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"graphopt::{_name}", "CompositeExplicitAutograd", _word.reference)
+    torch.library.register_fake(f"graphopt::{_name}", _word.reference)

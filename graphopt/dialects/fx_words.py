@@ -1,0 +1,513 @@
+"""How torch.fx spells each word: what reads an aten node as a word, and what writes a word as aten nodes.
+
+A word's operand that is no tensor in aten stays what it is there: a Python number is a `Literal`, the shape of a
+reshape is `Sizes`. Both are shown to passes as constant values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.dialects import fx_ops
+from graphopt.graph import GraphError
+from graphopt.words import WORDS
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A Python number in a node's arguments, with the dtype that it has in the computation."""
+
+    number: float | int | bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The shape that a reshape asks for: integers, and nodes that compute a SymInt."""
+
+    items: tuple[int | fx.Node, ...]
+
+
+Raw = fx.Node | Literal | Sizes | None
+"""An operand as the graph has it."""
+
+Arguments = Mapping[str, Any]
+"""A node's arguments by their names in the schema, defaults filled in."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A node read as a word."""
+
+    word: str
+    operands: tuple[Raw, ...]
+    attributes: dict[str, Any]
+
+
+class Writer(Protocol):
+    """What a spelling needs to put nodes into a graph."""
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node, its meta inferred."""
+
+    def tensor(self, raw: Raw) -> fx.Node | None:
+        """The operand as a tensor node: numbers and sizes become constants."""
+
+    def constant(self, raw: Raw) -> Tensor | None:
+        """The tensor of a constant operand."""
+
+    def add(self, tensor: Tensor) -> fx.Node:
+        """A new constant."""
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of an OpOverload by name, defaults filled in."""
+    names, defaults = _parameters(node.target)
+    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+@cache
+def _parameters(target: Any) -> tuple[list[str], dict[str, Any]]:
+    parameters = target._schema.arguments
+    return [p.name for p in parameters], {p.name: p.default_value for p in parameters}
+
+
+def meta(node: fx.Node) -> Any:
+    """What the node computes: a fake tensor, a SymInt, or a tuple of them; None where it is unknown."""
+    return node.meta.get("val")
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read(node: fx.Node, constant: Callable[[fx.Node], Tensor | None]) -> Read | None:
+    """The node as a word, or None where it is opaque. `constant` gives the tensor of a constant node."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    reader = _READERS.get(str(node.target))
+    return reader(node, arguments(node), constant) if reader is not None else None
+
+
+Reader = Callable[[fx.Node, dict[str, Any], Callable[[fx.Node], Tensor | None]], Read | None]
+
+
+def _reader(word: str, *operands: str, **attributes: str) -> Reader:
+    """Reads a word whose operands and attributes are arguments of the call under these names."""
+    return lambda node, a, constant: Read(
+        word, tuple(a[name] for name in operands), {key: a[name] for key, name in attributes.items()}
+    )
+
+
+def _read_arithmetic(word: str, first: str = "self", second: str = "other") -> Reader:
+    """A binary operation; either side may be a Python number."""
+
+    def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+        if a.get("alpha", 1) != 1 or not isinstance(meta(node), Tensor):
+            return None
+        return Read(word, (_operand(a[first], node), _operand(a[second], node)), {})
+
+    return read_one
+
+
+def _operand(argument: Any, node: fx.Node) -> Raw:
+    return argument if isinstance(argument, fx.Node) else Literal(argument, meta(node).dtype)
+
+
+def _read_where(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    if not isinstance(meta(node), Tensor):
+        return None
+    return Read("where", (a["condition"], _operand(a["self"], node), _operand(a["other"], node)), {})
+
+
+def _read_conv(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    weight = meta(a["weight"])
+    if a.get("transposed") or not isinstance(weight, Tensor) or weight.dim() not in (3, 4, 5):
+        return None
+    rank = weight.dim() - 2
+
+    def per_axis(name: str) -> tuple[int, ...]:
+        return tuple(a[name]) * (rank if len(a[name]) == 1 else 1)
+
+    dilation = per_axis("dilation")
+    if isinstance(a["padding"], str):
+        total = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+        total = [0] * rank if a["padding"] == "valid" else total
+        padding = (*(n // 2 for n in total), *(n - n // 2 for n in total))
+    else:
+        padding = per_axis("padding") * 2
+    attributes = {"stride": per_axis("stride"), "padding": padding, "dilation": dilation, "groups": a["groups"]}
+    return Read("conv", (a["input"], a["weight"], a["bias"]), attributes)
+
+
+def _read_attention(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    query = meta(a["query"])
+    if a["dropout_p"] != 0.0 or not isinstance(query, Tensor) or query.dim() != 4:
+        return None
+    operands = (a["query"], a["key"], a["value"], a["attn_mask"])
+    return Read("attention", operands, {"scale": a["scale"], "causal": a["is_causal"], "heads": 0, "kv_heads": 0})
+
+
+def _read_norm(word: str) -> Reader:
+    def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+        if a["weight"] is None:
+            return None
+        eps = a["eps"] if a["eps"] is not None else torch.finfo(meta(node).dtype).eps
+        operands = (a["input"], a["weight"], a["bias"]) if word == "layer_norm" else (a["input"], a["weight"])
+        return Read(word, operands, {"eps": eps})
+
+    return read_one
+
+
+def _read_batch_norm(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    operands = (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"])
+    return None if a["training"] or None in operands else Read("batch_norm", operands, {"eps": a["eps"]})
+
+
+def _read_softmax(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    changes_dtype = a.get("half_to_float") or a.get("dtype") not in (None, meta(a["self"]).dtype)
+    return None if changes_dtype else Read("softmax", (a["self"],), {"axis": a["dim"]})
+
+
+def _read_mean(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    if a["dtype"] is not None or not a["dim"]:
+        return None
+    return Read("mean", (a["self"],), {"axes": tuple(a["dim"]), "keepdim": a["keepdim"]})
+
+
+def _read_clone(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    """A copy changes strides only, which few operations look at (reshape is one spelling that does not)."""
+    return None if any(str(user.target) in _STRIDED for user in node.users) else Read("identity", (a["self"],), {})
+
+
+_STRIDED = {
+    "aten.as_strided.default",
+    "aten.view.dtype",
+    "aten.view_as_complex.default",
+    "aten.view_as_real.default",
+}
+
+
+def _read_dropout(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    return None if a["train"] and a["p"] != 0.0 else Read("identity", (a["input"],), {})
+
+
+def _read_cast(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    before, after = meta(a["self"]), meta(node)
+    if before.device != after.device or before.layout != after.layout:
+        return None
+    if before.dtype == after.dtype:
+        return Read("identity", (a["self"],), {})
+    return Read("cast", (a["self"],), {"dtype": after.dtype})
+
+
+def _read_reshape(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    shape = a["size"] if "size" in a else a["shape"]
+    return Read("reshape", (a["self"], Sizes(tuple(shape))), {})
+
+
+def _read_transpose(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    rank = meta(node).dim()
+    perm = list(range(rank))
+    if "dims" in a:
+        perm = [axis % rank for axis in a["dims"]]
+    elif rank >= 2:
+        first, second = a.get("dim0", 0) % rank, a.get("dim1", 1) % rank
+        perm[first], perm[second] = perm[second], perm[first]
+    return Read("transpose", (a["self"],), {"perm": tuple(perm)})
+
+
+def _read_slice(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    x, start, end = a["self"], a["start"] or 0, a["end"]
+    if a["step"] != 1 or not isinstance(start, int) or not isinstance(end, int | None):
+        return None
+    if start == 0 and (end is None or end >= _LAST):
+        return Read("identity", (x,), {})
+    axis = a["dim"] % meta(x).dim()
+    size = meta(x).shape[axis]
+    if not isinstance(size, int):
+        return None
+    start, end, _ = slice(start, end).indices(size)
+    return Read("slice", (x,), {"axis": axis, "start": start, "end": max(start, end)})
+
+
+_LAST = 2**63 - 1
+"""What aten writes for a slice that ends with its axis."""
+
+
+def _read_quantize(word: str, per_channel: bool) -> Reader:
+    def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+        dtype, axis = a["dtype"], a.get("axis")
+        info = torch.iinfo(dtype)
+        full_range = (a["quant_min"], a["quant_max"]) == (info.min, info.max)
+        if (word == "quantize" and not full_range) or a.get("out_dtype") not in (None, torch.float32):
+            return None
+        scale, zero_point = (a["scales"], a["zero_points"]) if per_channel else (a["scale"], a["zero_point"])
+        scale = scale if isinstance(scale, fx.Node) else Literal(scale, torch.float32)
+        zero_point = _zero_point(word, zero_point, dtype, constant)
+        return None if zero_point is False else Read(word, (a["input"], scale, zero_point), {"axis": axis})
+
+    return read_one
+
+
+def _zero_point(word: str, raw: Any, dtype: torch.dtype, constant: Callable[[fx.Node], Tensor | None]) -> Any:
+    """The word's operand: None where it is zero and may be left out, False where its type is not the integers'."""
+    optional = word == "dequantize" or dtype == torch.int8
+    if raw is None:
+        return None
+    if not isinstance(raw, fx.Node):
+        return None if optional and raw == 0 else Literal(raw, dtype)
+    tensor = constant(raw)
+    if optional and tensor is not None and not bool(tensor.any()):
+        return None
+    if str(raw.target) == "aten._to_copy.default" and meta(raw).dtype == torch.int64:  # as `write` widens it
+        raw = raw.args[0]
+    return raw if meta(raw).dtype == dtype else False
+
+
+def _read_own(word: str) -> Reader:
+    def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read:
+        attributes = {key: tuple(a[key]) if isinstance(a[key], list) else a[key] for key in WORDS[word].attributes}
+        return Read(word, tuple(a[name] for name in WORDS[word].operands), attributes)
+
+    return read_one
+
+
+_UNARY = ("relu", "silu", "sqrt", "rsqrt", "reciprocal", "exp", "erf", "tanh", "sigmoid", "isnan")
+
+_READERS: dict[str, Reader] = {
+    "aten.linear.default": _reader("linear", "input", "weight", "bias"),
+    "aten.conv1d.default": _read_conv,
+    "aten.conv2d.default": _read_conv,
+    "aten.conv3d.default": _read_conv,
+    "aten.conv1d.padding": _read_conv,
+    "aten.conv2d.padding": _read_conv,
+    "aten.conv3d.padding": _read_conv,
+    "aten.convolution.default": _read_conv,
+    "aten.matmul.default": _reader("matmul", "self", "other"),
+    "aten.bmm.default": _reader("matmul", "self", "mat2"),
+    "aten.mm.default": _reader("matmul", "self", "mat2"),
+    "aten.scaled_dot_product_attention.default": _read_attention,
+    "aten.layer_norm.default": _read_norm("layer_norm"),
+    "aten.rms_norm.default": _read_norm("rms_norm"),
+    "aten.batch_norm.default": _read_batch_norm,
+    "aten.embedding.default": _reader("embedding", "weight", "indices"),
+    "aten.gelu.default": _reader("gelu", "self", approximate="approximate"),
+    "aten.softmax.int": _read_softmax,
+    "aten._softmax.default": _read_softmax,
+    "aten.mean.dim": _read_mean,
+    "aten.add.Tensor": _read_arithmetic("add"),
+    "aten.add.Scalar": _read_arithmetic("add"),
+    "aten.mul.Tensor": _read_arithmetic("mul"),
+    "aten.mul.Scalar": _read_arithmetic("mul"),
+    "aten.sub.Tensor": _read_arithmetic("sub"),
+    "aten.sub.Scalar": _read_arithmetic("sub"),
+    "aten.rsub.Tensor": _read_arithmetic("sub", "other", "self"),
+    "aten.rsub.Scalar": _read_arithmetic("sub", "other", "self"),
+    "aten.div.Tensor": _read_arithmetic("div"),
+    "aten.div.Scalar": _read_arithmetic("div"),
+    "aten.pow.Tensor_Tensor": _read_arithmetic("pow", "self", "exponent"),
+    "aten.pow.Tensor_Scalar": _read_arithmetic("pow", "self", "exponent"),
+    "aten.pow.Scalar": _read_arithmetic("pow", "self", "exponent"),
+    "aten.where.self": _read_where,
+    "aten.where.ScalarOther": _read_where,
+    "aten.where.ScalarSelf": _read_where,
+    "aten.where.Scalar": _read_where,
+    "aten.clone.default": _read_clone,
+    "aten.alias.default": _reader("identity", "self"),
+    "aten.detach.default": _reader("identity", "self"),
+    "aten.contiguous.default": _read_clone,
+    "aten.lift_fresh_copy.default": _reader("identity", "self"),
+    "aten.dropout.default": _read_dropout,
+    "aten._to_copy.default": _read_cast,
+    "aten.to.dtype": _read_cast,
+    "aten.to.dtype_layout": _read_cast,
+    "aten.to.device": _read_cast,
+    "aten.reshape.default": _read_reshape,
+    "aten.view.default": _read_reshape,
+    "aten._unsafe_view.default": _read_reshape,
+    "aten.permute.default": _read_transpose,
+    "aten.transpose.int": _read_transpose,
+    "aten.t.default": _read_transpose,
+    "aten.slice.Tensor": _read_slice,
+    "quantized_decomposed.quantize_per_tensor.default": _read_quantize("quantize", False),
+    "quantized_decomposed.quantize_per_tensor.tensor": _read_quantize("quantize", False),
+    "quantized_decomposed.quantize_per_channel.default": _read_quantize("quantize", True),
+    "quantized_decomposed.dequantize_per_tensor.default": _read_quantize("dequantize", False),
+    "quantized_decomposed.dequantize_per_tensor.tensor": _read_quantize("dequantize", False),
+    "quantized_decomposed.dequantize_per_channel.default": _read_quantize("dequantize", True),
+    **{f"aten.{word}.default": _reader(word, "self") for word in _UNARY},
+    **{f"graphopt.{word}.default": _read_own(word) for word in fx_ops.NAMES},
+}
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+
+
+def write(writer: Writer, word: str, operands: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
+    """Put nodes that mean `word`; the one that computes its results. Operands and attributes are complete."""
+    spell = _SPELLINGS.get(word)
+    if spell is not None:
+        return spell(writer, *operands, **attributes)
+    nodes = [writer.tensor(raw) for raw in operands]
+    if word in fx_ops.NAMES:
+        return writer.call(getattr(torch.ops.graphopt, word).default, *nodes, **attributes)
+    return writer.call(getattr(aten, word).default, *nodes, **attributes)
+
+
+def _write_conv(
+    writer: Writer, x: Raw, weight: Raw, bias: Raw, *, stride: Any, padding: Any, dilation: Any, groups: int
+) -> fx.Node:
+    x, weight, bias = writer.tensor(x), writer.tensor(weight), writer.tensor(bias)
+    assert x is not None and weight is not None
+    rank = meta(weight).dim() - 2
+    if rank not in (1, 2, 3):
+        raise GraphError(f"conv takes a weight of rank 3 to 5, not {rank + 2}")
+    begin, end = tuple(padding[:rank]) or (0,) * rank, tuple(padding[rank:]) or (0,) * rank
+    if begin != end:  # aten pads both ends alike
+        sides = [side for axis in reversed(range(rank)) for side in (begin[axis], end[axis])]
+        x, begin = writer.call(aten.constant_pad_nd.default, x, sides, 0.0), (0,) * rank
+    target = (aten.conv1d, aten.conv2d, aten.conv3d)[rank - 1].default
+    ones = [1] * rank
+    return writer.call(
+        target, x, weight, bias, list(stride) or ones, list(begin), list(dilation) or ones, groups
+    )  # fmt: skip
+
+
+def _write_attention(
+    writer: Writer, query: Raw, key: Raw, value: Raw, mask: Raw, *, scale: Any, causal: bool, heads: int, kv_heads: int
+) -> fx.Node:
+    parts = [writer.tensor(raw) for raw in (query, key, value)]
+    if heads:
+        parts = [
+            writer.call(aten.transpose.int, writer.call(aten.unflatten.int, part, -1, [count, -1]), 1, 2)
+            for part, count in zip(parts, (heads, kv_heads or heads, kv_heads or heads), strict=True)
+        ]
+    shapes = [meta(part).shape for part in parts if part is not None]
+    if any(len(shape) != 4 for shape in shapes):
+        raise GraphError(f"attention takes 4-D query, key and value (3-D with heads), not {shapes}")
+    grouped = shapes[0][1] != shapes[1][1]
+    y = writer.call(
+        aten.scaled_dot_product_attention.default, *parts, writer.tensor(mask), 0.0, causal,
+        scale=scale, enable_gqa=grouped,
+    )  # fmt: skip
+    return writer.call(aten.flatten.using_ints, writer.call(aten.transpose.int, y, 1, 2), 2) if heads else y
+
+
+def _write_norm(target: Any) -> Callable[..., fx.Node]:
+    def spell(writer: Writer, x: Raw, weight: Raw, *bias: Raw, eps: float) -> fx.Node:
+        weight = writer.tensor(weight)
+        assert weight is not None
+        shape = list(meta(weight).shape)
+        return writer.call(target, writer.tensor(x), shape, weight, *map(writer.tensor, bias), eps)
+
+    return spell
+
+
+def _write_batch_norm(
+    writer: Writer, x: Raw, weight: Raw, bias: Raw, mean: Raw, var: Raw, *, eps: float
+) -> fx.Node:  # fmt: skip
+    nodes = map(writer.tensor, (x, weight, bias, mean, var))
+    return writer.call(aten.batch_norm.default, *nodes, False, 0.0, eps, False)
+
+
+def _write_embedding(writer: Writer, table: Raw, ids: Raw) -> fx.Node:
+    ids = writer.tensor(ids)
+    assert ids is not None
+    if meta(ids).dtype not in (torch.int32, torch.int64):
+        ids = writer.call(aten._to_copy.default, ids, dtype=torch.int64)
+    return writer.call(aten.embedding.default, writer.tensor(table), ids)
+
+
+def _write_arithmetic(target: Any, commutes: bool = False, first_number: Any = None) -> Callable[..., fx.Node]:
+    """A binary operation. `first_number` takes (b, number a), as rsub does; without it such a number is a constant."""
+
+    def spell(writer: Writer, a: Raw, b: Raw) -> fx.Node:
+        if isinstance(a, Literal) and not isinstance(b, Literal):
+            if commutes:
+                a, b = b, a
+            elif first_number is not None:
+                return writer.call(first_number, writer.tensor(b), a.number)
+        return writer.call(target, writer.tensor(a), b.number if isinstance(b, Literal) else writer.tensor(b))
+
+    return spell
+
+
+def _write_pow(writer: Writer, a: Raw, b: Raw) -> fx.Node:
+    if isinstance(b, Literal):
+        return writer.call(aten.pow.Tensor_Scalar, writer.tensor(a), b.number)
+    if isinstance(a, Literal):
+        return writer.call(aten.pow.Scalar, a.number, writer.tensor(b))
+    return writer.call(aten.pow.Tensor_Tensor, writer.tensor(a), writer.tensor(b))
+
+
+def _write_reshape(writer: Writer, x: Raw, shape: Raw) -> fx.Node:
+    if isinstance(shape, Sizes):
+        sizes = list(shape.items)
+    else:
+        tensor = writer.constant(shape)
+        if tensor is None:
+            raise GraphError("fx reshapes to a constant shape, or to one that another reshape has")
+        sizes = tensor.flatten().tolist()
+    return writer.call(aten.reshape.default, writer.tensor(x), sizes)
+
+
+def _write_quantize(word: str) -> Callable[..., fx.Node]:
+    def spell(writer: Writer, x: Raw, scale: Raw, zero_point: Raw, *, axis: int | None) -> fx.Node:
+        ops = quantized_decomposed()
+        x, scale, zero = writer.tensor(x), writer.tensor(scale), writer.tensor(zero_point)
+        assert x is not None and scale is not None
+        dtype = meta(x).dtype if word == "dequantize" else torch.int8 if zero is None else meta(zero).dtype
+        if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
+            raise GraphError(f"{word} knows uint8, int8, int16 and int32, not {dtype}")
+        info = torch.iinfo(dtype)
+        if axis is None or meta(scale).dim() == 0:
+            zero = zero if zero is not None else writer.add(torch.zeros((), dtype=dtype))
+            return writer.call(getattr(ops, f"{word}_per_tensor").tensor, x, scale, zero, info.min, info.max, dtype)
+        if zero is not None:  # aten subtracts in the type of the two, which would wrap around
+            zero = writer.call(aten._to_copy.default, zero, dtype=torch.int64)
+        elif word == "quantize":
+            zero = writer.add(torch.zeros(meta(scale).shape, dtype=torch.int64))
+        target = getattr(ops, f"{word}_per_channel").default
+        return writer.call(target, x, scale, zero, axis % meta(x).dim(), info.min, info.max, dtype)
+
+    return spell
+
+
+def quantized_decomposed() -> Any:
+    """The operators torch.ops.quantized_decomposed, which exist once their module was imported."""
+    import torch.ao.quantization.fx._decomposed
+
+    return torch.ops.quantized_decomposed
+
+
+_SPELLINGS: dict[str, Callable[..., fx.Node]] = {
+    "conv": _write_conv,
+    "attention": _write_attention,
+    "layer_norm": _write_norm(aten.layer_norm.default),
+    "rms_norm": _write_norm(aten.rms_norm.default),
+    "batch_norm": _write_batch_norm,
+    "embedding": _write_embedding,
+    "add": _write_arithmetic(aten.add.Tensor, commutes=True),
+    "mul": _write_arithmetic(aten.mul.Tensor, commutes=True),
+    "sub": _write_arithmetic(aten.sub.Tensor, first_number=aten.rsub.Scalar),
+    "div": _write_arithmetic(aten.div.Tensor),
+    "pow": _write_pow,
+    "softmax": lambda writer, x, axis: writer.call(aten.softmax.int, writer.tensor(x), axis),
+    "mean": lambda writer, x, axes, keepdim: writer.call(aten.mean.dim, writer.tensor(x), list(axes), keepdim),
+    "where": lambda writer, *operands: writer.call(aten.where.self, *map(writer.tensor, operands)),
+    "identity": lambda writer, x: writer.call(aten.alias.default, writer.tensor(x)),
+    "reshape": _write_reshape,
+    "transpose": lambda writer, x, perm: writer.call(aten.permute.default, writer.tensor(x), list(perm)),
+    "cast": lambda writer, x, dtype: writer.call(aten._to_copy.default, writer.tensor(x), dtype=dtype),
+    "slice": lambda writer, x, axis, start, end: writer.call(aten.slice.Tensor, writer.tensor(x), axis, start, end),
+    "quantize": _write_quantize("quantize"),
+    "dequantize": _write_quantize("dequantize"),
+}
