@@ -394,6 +394,7 @@ def _graph_of(
 
         graph = from_program(program, signature.inputs, signature.outputs, spec, picked)
     raise_words(graph)
+    graph.sweep()
     return graph
 
 
@@ -416,7 +417,6 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str) ->
             "an ONNX model cannot go to a target of the fx dialect; use target=onnxruntime, or hand over the nn.Module"
         )
     from graphopt.dialects import onnx_capture
-    from graphopt.raising import raise_words
 
     graph = onnx_capture.from_model(model)
     names = tuple(value.name for value in graph.inputs)
@@ -435,8 +435,24 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str) ->
             graph = lifted
         else:
             notes.append(f"stays at opset {graph.opset}: the model lifted to {lifted.opset} does not compute the same")
-    raise_words(graph)
+    graph = onnx_capture.refined(_raise_checked(graph, feeds, expected, notes))
     return Captured(graph, signature, feeds if expected is not None else [], source, notes)
+
+
+def _raise_checked(graph: Graph, feeds: Sequence[Feeds], expected: Any, notes: list[str]) -> Graph:
+    """The graph with decomposed forms raised to words, if it still computes the same."""
+    from graphopt.raising import raise_words
+
+    raised = graph.clone()
+    hits = raise_words(raised)
+    if not hits:
+        return graph
+    raised.sweep()
+    found = _reference(raised, feeds, []) if expected is not None else None
+    if expected is not None and (found is None or not _all_equal(expected, found)):
+        notes.append(f"decomposed forms were left as they are: raised ({', '.join(hits)}) they do not compute the same")
+        return graph
+    return raised
 
 
 def _made_feeds(inputs: Sequence[Value], notes: list[str]) -> Feeds:

@@ -181,7 +181,8 @@ def _binds(pattern: Any, value: Value | None, match: Match, optional: frozenset[
         if value is None and pattern not in optional:
             return False
         if pattern in match.bound:
-            return bool(match.bound[pattern] == value)
+            bound = match.bound[pattern]
+            return value in bound.results if isinstance(bound, Node) else bool(bound == value)
         match.bound[pattern] = value
         return True
     if value is None or pattern is None:

@@ -18,7 +18,7 @@ import onnx_ir.passes.common as ir_passes
 import torch
 from torch import Tensor
 
-from graphopt.dialects import onnx_words
+from graphopt.dialects import onnx_shapes, onnx_words
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD, TORCH_DTYPES, onnx_dtype
 from graphopt.graph import Graph, GraphError, Node, Shape, Value
 from graphopt.words import WORDS
@@ -176,6 +176,7 @@ class OnnxGraph(Graph):
         model = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model.clone()
         _put_in_order(model)
         graph = cls(model)
+        graph.refine_shapes()
         graph.raise_words()
         return graph
 
@@ -453,6 +454,10 @@ class OnnxGraph(Graph):
                 _raise_linear(self, OnnxNode(self, node))
         self.sweep()
         self.version = 0
+
+    def refine_shapes(self) -> None:
+        """Infer shapes again where they are open: constants, and words raised since, tell more than the file did."""
+        onnx_shapes.refine(self.model, self._infer)
 
     def _infer(self, node: ir.Node) -> None:
         """Shapes and dtypes of a new node's outputs, by ONNX's own inference on that one node."""

@@ -15,8 +15,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.dialects.onnx import OPSET, OnnxGraph
-
-_ALIASES = {"": "", "ai.onnx": ""}
+from graphopt.graph import Graph
 
 
 def from_program(
@@ -72,6 +71,13 @@ def _name_axes(graph: OnnxGraph, dynamic_axes: Mapping[str, Mapping[int, str]]) 
 def from_model(model: Any) -> OnnxGraph:
     """A graph of a ModelProto or ir.Model."""
     return OnnxGraph.from_model(model)
+
+
+def refined(graph: Graph) -> Graph:
+    """The graph, with the shapes that raising made known."""
+    assert isinstance(graph, OnnxGraph)
+    graph.refine_shapes()
+    return graph
 
 
 def lift(model: ir.Model | onnx.ModelProto, graph: OnnxGraph, notes: list[str]) -> OnnxGraph | None:

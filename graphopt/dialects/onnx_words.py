@@ -224,11 +224,21 @@ def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
 def _read_reshape(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
     if len(operands) < 2 or operands[1] is None:
         return None
-    if not _integer(node, "allowzero", 0):  # a zero then copies the input's size
-        shape = graph.constant(operands[1])
-        if shape is None or bool((shape == 0).any()):
-            return None
+    if not _integer(node, "allowzero", 0) and _may_hold_zero(graph, operands[1]):  # it copies the input's size
+        return None
     return "reshape", operands, {}
+
+
+def _may_hold_zero(graph: OnnxGraph, shape: OnnxValue) -> bool:
+    """Whether a shape has a literal 0; sizes that the graph computes count as 1 or more."""
+    tensor = graph.constant(shape)
+    if tensor is not None:
+        return bool((tensor == 0).any())
+    producer = shape.native.producer()
+    if producer is None or producer.op_type not in ("Concat", "Shape"):
+        return True
+    parts = graph.values(producer.inputs) if producer.op_type == "Concat" else ()
+    return any(part is not None and part.is_constant and _may_hold_zero(graph, part) for part in parts)
 
 
 def _read_transpose(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:

@@ -1,0 +1,179 @@
+"""Shapes that ONNX's inference leaves open: sizes computed by the graph itself, followed through Shape, Concat, ...
+
+Exported files compute the shape of a Reshape from sizes of other values. What such a tensor holds is known in part:
+numbers, or names of axes. With it, a reshape to (batch, length, 12, 32) has a known number of heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import onnx_ir as ir
+
+Size = int | str | None
+"""A number, the name of an axis, or unknown."""
+
+
+def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> None:
+    """Improve output shapes in one walk in topological order. `infer` infers one node from its inputs, in place."""
+    held: dict[ir.Value, list[Size]] = {}
+    for node in model.graph:
+        _follow(node, held)
+        if node.op_type in ("Reshape", "Expand") and node.domain in ("", "ai.onnx"):
+            _shape_from_held(node, held)
+        elif any(_is_open(output.shape) for output in node.outputs) and not _holds_subgraph(node):
+            before = [output.shape for output in node.outputs]
+            infer(node)
+            for output, known in zip(node.outputs, before, strict=True):
+                output.shape = _merge(output.shape, known)
+
+
+def _holds_subgraph(node: ir.Node) -> bool:
+    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+
+
+def _is_open(shape: ir.Shape | None) -> bool:
+    return shape is None or any(not isinstance(size, int) for size in shape)
+
+
+def _merge(found: ir.Shape | None, known: ir.Shape | None) -> ir.Shape | None:
+    """What was found, completed by numbers and names that were known before."""
+    if found is None or known is None or len(found) != len(known):
+        return found if found is not None else known
+    sizes: list[Size] = []
+    for new, old in zip(_sizes(found), _sizes(known), strict=True):
+        sizes.append(new if new is not None and not (isinstance(old, int) and not isinstance(new, int)) else old)
+    return ir.Shape(sizes)
+
+
+def _sizes(shape: ir.Shape | None) -> list[Size]:
+    if shape is None:
+        return []
+    return [size if isinstance(size, int) else size.value for size in shape]
+
+
+def _follow(node: ir.Node, held: dict[ir.Value, list[Size]]) -> None:
+    """What a small integer tensor holds, where it is made of sizes."""
+    follow = _FOLLOW.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if follow is not None:
+        result = follow(node, held)
+        if result is not None:
+            held[node.outputs[0]] = result
+
+
+def _held(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+    if value is None:
+        return None
+    if value in held:
+        return held[value]
+    tensor = value.const_value
+    if tensor is not None and tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32) and tensor.size <= 64:
+        return [int(n) for n in tensor.numpy().reshape(-1)]
+    return None
+
+
+def _shape_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if shape is None:
+        return None
+    start, end = node.attributes.get("start"), node.attributes.get("end")
+    return _sizes(shape)[slice(start.as_int() if start else None, end.as_int() if end else None)]
+
+
+def _slice_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+    parts = [_held(value, held) for value in node.inputs]
+    if any(part is None for part in parts):
+        return None
+    numbers = [part[0] for part in parts[1:] if part is not None and len(part) == 1]
+    step = numbers[3] if len(numbers) > 3 else 1
+    if len(numbers) != len(parts) - 1 or parts[0] is None or not all(isinstance(n, int) for n in numbers):
+        return None
+    return parts[0][numbers[0] : numbers[1] : step]  # type: ignore[misc]  # all are int
+
+
+def _gather_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+    data, index = _held(node.inputs[0], held), _held(node.inputs[1], held)
+    if data is None or index is None or not all(isinstance(i, int) and -len(data) <= i < len(data) for i in index):
+        return None
+    return [data[i] for i in index if isinstance(i, int)]
+
+
+def _concat_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+    result: list[Size] = []
+    for value in node.inputs:
+        part = _held(value, held)
+        if part is None:
+            count = value.shape[0] if value is not None and value.shape is not None and len(value.shape) == 1 else None
+            if not isinstance(count, int):
+                return None
+            part = [None] * count
+        result += part
+    return result
+
+
+def _same_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+    return _held(node.inputs[0], held)
+
+
+_FOLLOW: dict[str, Callable[[ir.Node, dict[ir.Value, list[Size]]], list[Size] | None]] = {
+    "Shape": _shape_op, "Slice": _slice_op, "Gather": _gather_op, "Concat": _concat_op, "Unsqueeze": _same_op,
+    "Squeeze": _same_op, "Reshape": _same_op, "Cast": _same_op, "Identity": _same_op,
+}  # fmt: skip
+
+
+def _shape_from_held(node: ir.Node, held: dict[ir.Value, list[Size]]) -> None:
+    sizes = _held(node.inputs[1], held)
+    x, output = node.inputs[0], node.outputs[0]
+    if sizes is None or x is None:
+        return
+    if node.op_type == "Reshape":
+        found: list[Size] | None = _reshaped(_sizes(x.shape) if x.shape is not None else None, sizes, node)
+    else:
+        found = _expanded(_sizes(x.shape) if x.shape is not None else None, sizes)
+    if found is not None:
+        output.shape = _merge(ir.Shape(found), output.shape)
+
+
+def _reshaped(x: list[Size] | None, sizes: list[Size], node: ir.Node) -> list[Size]:
+    allow_zero = node.attributes.get("allowzero")
+    result = list(sizes)
+    if allow_zero is None or not allow_zero.as_int():
+        for axis, size in enumerate(sizes):
+            if size == 0:
+                result[axis] = x[axis] if x is not None and axis < len(x) else None
+    if -1 in result:
+        axis = result.index(-1)
+        result[axis] = _rest(x, result[:axis] + result[axis + 1 :])
+    return result
+
+
+def _rest(x: list[Size] | None, others: list[Size]) -> Size:
+    """What -1 stands for: the sizes of x less the others, where names cancel."""
+    if x is None or None in x or None in others:
+        return None
+    left: list[Any] = list(x)
+    number = 1
+    for size in others:
+        if isinstance(size, str):
+            if size not in left:
+                return None
+            left.remove(size)
+        else:
+            number *= int(size or 0)
+    names = [size for size in left if isinstance(size, str)]
+    product = math.prod(size for size in left if isinstance(size, int))
+    if number == 0 or product % number:
+        return None
+    if not names:
+        return product // number
+    return names[0] if len(names) == 1 and product == number else None
+
+
+def _expanded(x: list[Size] | None, sizes: list[Size]) -> list[Size] | None:
+    if x is None:
+        return None
+    rank = max(len(x), len(sizes))
+    left, right = [1] * (rank - len(x)) + x, [1] * (rank - len(sizes)) + sizes
+    return [b if a == 1 else a if b == 1 else (a if a == b else None) for a, b in zip(left, right, strict=True)]
