@@ -8,6 +8,7 @@ import fnmatch
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
@@ -118,27 +119,33 @@ class Context:
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The account of the pass that runs now."""
     current: Pass | None = None
+    labels: dict[Node, str] = field(default_factory=dict)
+    """How the account calls the sites: their label, with the node's name where several share that (a shared module)."""
 
-    def sites(self, graph: Graph, targets: Selector, ignore: Selector = Selector()) -> list[Node]:  # noqa: B008
+    def sites(self, graph: Graph, targets: Selector, ignore: Selector = Selector()) -> list[Node]:
         """The nodes that `targets` selects and `ignore` does not, counted as eligible.
 
         Raises UsageError where a term that the user wrote selects nothing, naming the nearest path.
         """
         nodes = graph.nodes
         options = {f.name: f.default for f in fields(self.current)} if self.current else {}
-        chosen_by_user = [getattr(self.current, name) for name in options if getattr(self.current, name) != options[name]]
+        values = {name: getattr(self.current, name) for name in options}
+        chosen_by_user = [value for name, value in values.items() if value != options[name]]
         for selector in (targets, ignore):
             for term in selector.terms if selector in chosen_by_user else ():
                 if not any(selector.matches(node, term) for node in nodes):
                     names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.word})
                     raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
-        self.record.eligible.extend(node.label for node in chosen)
+        often = Counter(node.label for node in chosen)
+        for node in chosen:
+            self.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
+        self.record.eligible.extend(self.labels[node] for node in chosen)
         return chosen
 
     def decline(self, site: Node, reason: str) -> None:
         """Leave a site as it is, and say why."""
-        self.record.declined[site.label] = reason
+        self.record.declined[self.labels.get(site, site.label)] = reason
 
     def note(self, text: str) -> None:
         """Tell the user something about this pass as a whole."""
@@ -198,9 +205,13 @@ class Repeat(Pipeline):
 
     def __init__(self, passes: Iterable[Pass] = (), times: int = 10) -> None:
         super().__init__(passes)
-        if not isinstance(times, int) or times < 1:
+        if not isinstance(times, int) or isinstance(times, bool) or times < 1:
             raise UsageError(f"repeat: times is {times!r}; give a whole number, at least 1")
         object.__setattr__(self, "times", times)
+        stages = {leaf.stage for leaf in self.leaves()}
+        if times > 1 and len(stages if Stage.LOWER in stages else stages - {Stage.SIMPLIFY}) > 1:
+            names = ", ".join(f"{leaf.name} ({leaf.stage.name})" for leaf in self.leaves())
+            raise UsageError(f"repeat: the second round of {names} would go back a stage; repeat each stage by itself")
 
     def run(self, graph: Graph, context: Context) -> None:
         for _ in range(self.times):
@@ -240,7 +251,7 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
         )
     record = PassRecord(pass_.name, str(pass_), stage=pass_.stage.name)
     record.cost_before, record.nodes_before = Cost.of(graph), len(graph.nodes)
-    context.record, context.current = record, pass_
+    context.record, context.current, context.labels = record, pass_, {}
     active = [instrument for instrument in context.instruments if instrument.should_run(pass_)]
     for instrument in active:
         instrument.before(pass_, graph, context)
@@ -297,9 +308,10 @@ class _Parser:
             f"in {self.text!r}; the form is name{{option=value ...}},name..."
         )
 
-    def take(self, *expected: str) -> str:
+    def take(self, expected: str) -> str:
+        """The next token, which must be of this kind (word, end) or this mark."""
         kind, token, position = self.tokens[0]
-        if kind not in expected and token not in expected:
+        if expected != (token if kind == "mark" else kind):
             raise self.error(position)
         return self.tokens.pop(0)[1]
 
@@ -309,6 +321,8 @@ class _Parser:
         return Pipeline(passes)
 
     def passes(self) -> list[Pass]:
+        if self.tokens[0][1] in ("", ")"):
+            return []
         passes = [self.one()]
         while self.tokens[0][1] == ",":
             self.take(",")
@@ -321,7 +335,7 @@ class _Parser:
         name = self.take("word")
         options = self.options() if self.tokens[0][1] == "{" else {}
         if name == "repeat":
-            return _construct(Repeat, options | {"passes": self.group()})
+            return _construct(Repeat, options | {"passes": tuple(self.group())})
         if name not in self.registry:
             raise UsageError(f"there is no pass {name!r}{nearest(name, [*self.registry, 'repeat'])}")
         return _construct(self.registry[name], options)
@@ -336,7 +350,10 @@ class _Parser:
         options: dict[str, Any] = {}
         self.take("{")
         while self.tokens[0][1] != "}":
+            position = self.tokens[0][2]
             name = self.take("word")
+            if name in options:
+                raise UsageError(f"pipeline text, at character {position + 1}: {name} is given twice in {self.text!r}")
             self.take("=")
             options[name] = self.value()
             if self.tokens[0][1] == ",":
@@ -345,25 +362,47 @@ class _Parser:
         return options
 
     def value(self) -> Any:
+        """A string, a _Bare word, or a tuple of values."""
         kind, token, position = self.tokens.pop(0)
-        if token == "[" and kind == "mark":
+        if token == "[":
             items = []
             while self.tokens[0][1] != "]":
                 items.append(self.value())
                 if self.tokens[0][1] == ",":
                     self.take(",")
             self.take("]")
-            return items
+            return tuple(items)
         if kind == "string":
-            return json.loads(token)
+            with suppress(ValueError):
+                return json.loads(token)
         if kind != "word":
             raise self.error(position)
-        if token in ("true", "false", "none"):
-            return {"true": True, "false": False, "none": None}[token]
+        return _Bare(token)
+
+
+class _Bare(str):
+    """A value without quotes: a number or a constant where the option isn't a selector (a module may be called 0)."""
+
+    def literal(self) -> Any:
+        if self in ("true", "false", "none"):
+            return {"true": True, "false": False, "none": None}[self]
         for number in (int, float):
             with suppress(ValueError):
-                return number(token)
-        return token
+                return number(self)
+        return str(self)
+
+
+def _literal(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_literal(item) for item in value)
+    return value.literal() if isinstance(value, _Bare) else value
+
+
+def _selector(cls: type[Pass], name: str, value: Any) -> Selector:
+    terms = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(term, str) for term in terms):
+        raise UsageError(f"{cls.name}: {name} is a list of lists; give words, module paths or patterns")
+    return Selector(*(str(term) for term in terms))
 
 
 def _construct(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
@@ -373,7 +412,7 @@ def _construct(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
         if name not in known:
             raise UsageError(f"{cls.name} has no option {name!r}{nearest(name, list(known))}")
         default = known[name].default
-        chosen[name] = Selector(value) if isinstance(default, Selector) else value
+        chosen[name] = _selector(cls, name, value) if isinstance(default, Selector) else _literal(value)
     missing = [f.name for f in known.values() if f.default is MISSING and f.name not in chosen and f.init]
     if missing and cls is not Repeat:
         raise UsageError(f"{cls.name} needs {', '.join(missing)}")
