@@ -121,8 +121,7 @@ def _shorter_transpose(graph: Graph, node: Node) -> Value | None:
 def _shorter_reshape(graph: Graph, node: Node) -> Value | None:
     inner = _feeder(node)
     x = node.input if inner is None else inner.input
-    sizes = static_sizes(node.result.shape)
-    if sizes is not None and sizes == static_sizes(x.shape):
+    if x.shape is not None and x.shape == node.result.shape and "?" not in x.shape:  # equal names are equal sizes
         return x
     return None if inner is None else graph.emit("reshape", x, node.required("shape"), at=node)
 
@@ -173,8 +172,7 @@ def _identity(graph: Graph, value: Value | None) -> Hashable:
     tensor = graph.constant(value) if sizes is not None and math.prod(sizes) <= _SMALL else None
     if tensor is None:
         return value
-    content = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-    return tensor.dtype, tuple(tensor.shape), bytes(content.tolist())
+    return tensor.dtype, tuple(tensor.shape), str(tensor.flatten().tolist())  # as text: 0.0 is not -0.0
 
 
 # --- batch norm ----------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@
     return q, s
 
 A lower-case name with a shape is an input (`ids[2,4]:int64`: its dtype, float32 by default), an upper-case name with
-a shape a constant, whose suffixes say its dtype and content: `:seed3` (normal, drawn from the seed; by default one made
-of the name), `:rank2`, `:zeros`, `:ones`, `:values(1,2)` repeated to fill the shape. Later uses are the bare name.
-`-` leaves an operand out, `key=value` is an attribute, calls nest. Without a return, the last line's names are returned.
+a shape a constant, whose suffixes say its dtype and content: `:seed3` (normal; by default the seed is made of the
+name), `:rank2`, `:zeros`, `:ones`, `:values(1,2)` repeated to fill the shape. Later uses are the bare name. `-` leaves
+an operand out, `key=value` is an attribute, calls nest. Without a return, the last line's names are returned.
 """
 
 from __future__ import annotations
@@ -197,6 +197,11 @@ def listing(graph: Graph) -> list[str]:
     return [line.split("  #")[0] for line in graph.text().splitlines()]
 
 
+def output_names(graph: Graph) -> list[str]:
+    """The names by which the graph returns its outputs: kept beside an fx graph, those of the values in ONNX."""
+    return list(getattr(graph, "output_names", None) or (value.name for value in graph.outputs))
+
+
 def outputs(graph: Graph, inputs: Mapping[str, Tensor] | None = None) -> list[Tensor]:
     """What the graph returns, on seeded inputs by default."""
     return graph.evaluate(feeds(graph) if inputs is None else inputs, graph.outputs)
@@ -206,7 +211,7 @@ def assert_outputs_equal(
     graph: Graph, original: Graph, *, rtol: float | None = None, atol: float | None = None
 ) -> None:
     """Equal names and values of outputs on seeded inputs, by the project's tolerance unless another is given."""
-    assert [value.name for value in graph.outputs] == [value.name for value in original.outputs]
+    assert output_names(graph) == output_names(original)
     for found, expected in zip(outputs(graph), outputs(original), strict=True):
         assert within_tolerance(expected, found, rtol=rtol, atol=atol), (found - expected).abs().max()
 

@@ -1,0 +1,103 @@
+"""fold-int8: islands of dequantize, float word and quantize -> int8 words."""
+
+import pytest
+
+from graphopt.passes import FoldInt8, Quantize
+from tests.language import assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, run
+
+X = "dequantize(x[1,4,6,6]:uint8, S[]:values(0.1), Z[]:uint8:values(128))"
+W = "dequantize(W[4,4,1,1]:int8:values(1,-2,3), T[4]:values(0.1), axis=0)"
+STEP = 1 / 255
+"""What outputs may differ by, of their maximum: where the last bit of a float decides, rounding goes one step on."""
+
+
+def test_static_linear(dialect):
+    graph = build(dialect, "y = linear(x[2,8], W[4,8], B[4])")
+    run(Quantize(), graph, calibration=[feeds(graph)])
+    original = graph.clone()
+    context = run(FoldInt8(), graph)
+    assert listing(graph) == [
+        "%0 = quantize(x[2,8], [], []:uint8)",
+        "%1 = linear_int8(%0[2,8]:uint8, [], []:uint8, [4,8]:int8, [4], [4])",
+        "return %1[2,4]",
+    ]
+    assert context.record.changed == 1
+    assert_outputs_equal(graph, original, rtol=1e-5)
+    assert_unchanged(FoldInt8(), graph)
+
+
+def test_dynamic_linears_share_their_parameters(dialect):
+    graph = build(dialect, "a = linear(x[2,8], W[4,8])\nb = linear(x, V[4,8])\nreturn a, b")
+    run(Quantize(scheme="dynamic"), graph)
+    original = graph.clone()
+    run(FoldInt8(), graph)
+    assert [node.kind for node in graph.nodes] == ["choose_qparams", "quantize", "linear_int8", "linear_int8"]
+    assert_outputs_equal(graph, original, rtol=1e-5)
+
+
+def test_convs_and_the_add_between_them(dialect):
+    graph = build(
+        dialect,
+        """
+        c = conv(x[1,4,6,6], V[4,4,3,3], B[4], padding=[1,1,1,1])
+        r = relu(c)
+        d = conv(r, W[4,2,3,3], padding=[1,1,1,1], groups=2)
+        s = add(d, r)
+        y = relu(s)
+        """,
+    )
+    run(Quantize(), graph, calibration=[feeds(graph)])
+    original = graph.clone()
+    run(FoldInt8(), graph)
+    assert listing(graph) == [
+        "%0 = quantize(x[1,4,6,6], [], []:uint8)",
+        "%1 = conv_int8(%0[1,4,6,6]:uint8, [], []:uint8, [4,4,3,3]:int8, [4], [], []:uint8, [4], "
+        "stride=[1,1], padding=[1,1,1,1], dilation=[1,1])",
+        "%2 = conv_int8(%1[1,4,6,6]:uint8, [], []:uint8, [4,2,3,3]:int8, [4], [], []:uint8, "
+        "stride=[1,1], padding=[1,1,1,1], dilation=[1,1], groups=2)",
+        "%3 = add_int8(%2[1,4,6,6]:uint8, [], []:uint8, %1[1,4,6,6]:uint8, [], []:uint8, [], []:uint8)",
+        "%4 = dequantize(%3[1,4,6,6]:uint8, [], []:uint8)",
+        "return %4[1,4,6,6]",
+    ]
+    assert_outputs_equal(graph, original, rtol=STEP)
+    assert_unchanged(FoldInt8(), graph)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f"y = conv({X}, {W})", "result is read in float"),
+        (f"y = gelu(conv({X}, {W}))", "result is read in float"),
+        (f"c = conv({X}, {W})\nq = quantize(c, S, Z)\nreturn c, q", "result is read in float"),
+        (
+            f"y = quantize(relu(conv({X}, {W})), S, Z)",
+            "result goes through a relu, and its zero point is not 0",
+        ),
+        (f"y = quantize(conv({X}, {W}), S, P[]:int8:values(1))", "result is not quantized to uint8 with one scale"),
+        (
+            f"y = quantize(conv({X}, V[4,4,1,1]), S, Z)",
+            "weight is not stored in int8 with a scale for each output channel",
+        ),
+        (
+            f"y = quantize(conv(f[1,4,6,6], {W}), U[]:ones, P[]:uint8:zeros)",
+            "input is not quantized to uint8 with one scale",
+        ),
+        (f"y = quantize(add({X}, f[1,4,6,6]), S, Z)", "one side is not quantized to uint8 with one scale"),
+        (f"y = add({X}, {X.replace('x[', 'z[')})", "result is read in float"),
+    ],
+)
+def test_declines(dialect, text, reason):
+    graph = build(dialect, text)
+    context = run(FoldInt8(), graph)
+    assert declined(context) == [reason] and context.record.changes == 0
+
+
+def test_declines_a_dynamic_conv(dialect):
+    graph = build(dialect, "c = conv(x[1,4,6,6], V[4,4,1,1])\ny = quantize(c, S[]:ones, Z[]:uint8:ones)")
+    run(Quantize(scheme="dynamic"), graph)
+    assert declined(run(FoldInt8(), graph)) == ["conv has no int8 form with a scale chosen at run time"]
+
+
+def test_float_sites_are_not_eligible(dialect):
+    context = run(FoldInt8(), build(dialect, "h = linear(x[2,8], W[8,8])\ny = add(h, x)"))
+    assert context.record.eligible == []
