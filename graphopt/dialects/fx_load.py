@@ -8,7 +8,6 @@ Conv1D has them). No weight is copied: a matrix that aten sees transposed is a v
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
-from graphopt.dialects.fx_words import arguments, meta
+from graphopt.dialects.fx_native import ORIGIN, identifier, is_constant, meta, source, with_nodes
+from graphopt.dialects.fx_words import arguments
 from graphopt.graph import GraphError
 
 aten = torch.ops.aten
@@ -116,13 +116,13 @@ class Loader:
     def _new(self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node) -> fx.Node:
         """A node with the value and the path of `like`."""
         new = self.graph.create_node(op, target, args, kwargs)
-        new.meta = {key: like.meta[key] for key in ("val", "nn_module_stack", "stack_trace") if key in like.meta}
+        new.meta = {key: like.meta[key] for key in ("val", *ORIGIN) if key in like.meta}
         return new
 
     # --- one spelling
 
     def _normalized(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._mapped)  # type: ignore[misc]
+        args, kwargs = with_nodes((node.args, node.kwargs), self.env.__getitem__)
         target = node.target
         if target is operator.getitem and not isinstance(meta(args[0]), tuple | list):
             return args[0]  # a result of a norm that is one node by now
@@ -156,9 +156,6 @@ class Loader:
                         return x
         return self._new(node.op, target, args, kwargs, node)
 
-    def _mapped(self, argument: Any) -> Any:
-        return self.env[argument] if isinstance(argument, fx.Node) else argument
-
     def _is_matrix(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and is_constant(value) and meta(value).dim() == 2
 
@@ -176,7 +173,7 @@ class Loader:
         """Whether x is a linear without a bias that only this `add` reads, and as wide as the sum."""
         if not isinstance(x, fx.Node) or x.target is not aten.linear.default or len(x.args) != 2:
             return False
-        sources = [source for source in add.all_input_nodes if self.env[source] is x]
+        sources = [read for read in add.all_input_nodes if self.env[read] is x]
         return len(sources) == 1 and len(sources[0].users) == 1 and meta(x).shape[-1] == meta(add).shape[-1]
 
     def _linear(self, x: fx.Node, matrix: fx.Node, bias: fx.Node | None, node: fx.Node) -> fx.Node:
@@ -186,26 +183,13 @@ class Loader:
     def _transposed(self, matrix: fx.Node) -> fx.Node:
         """The matrix with its axes swapped: what it was swapped from, or a view beside the constant."""
         if matrix.op == "call_function":
-            return matrix.args[0]  # type: ignore[return-value]
+            return source(matrix)
         if matrix not in self._views:
             with self.graph.inserting_after(matrix):
                 view = self.graph.call_function(aten.permute.default, (matrix, [1, 0]))
             view.meta["val"] = meta(matrix).detach().permute(1, 0)
             self._views[matrix] = view
         return self._views[matrix]
-
-
-def is_constant(node: fx.Node) -> bool:
-    """Whether a node is a stored tensor, or a view of one with its axes in another order."""
-    if node.op == "get_attr":
-        return isinstance(meta(node), Tensor)
-    return node.target is aten.permute.default and is_constant(node.args[0])  # type: ignore[arg-type]
-
-
-def identifier(name: str) -> str:
-    """A Python identifier that looks like the name."""
-    text = re.sub(r"\W", "_", name)
-    return text if text[:1].isalpha() else f"v_{text}"
 
 
 def _first(node: fx.Node) -> fx.Node:

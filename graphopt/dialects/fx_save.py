@@ -23,7 +23,8 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from graphopt.dialects import fx_ops  # noqa: F401  (an archive may hold its operators)
-from graphopt.dialects.fx_words import meta, quantized_decomposed
+from graphopt.dialects.fx_native import meta
+from graphopt.dialects.fx_words import quantized_decomposed
 from graphopt.graph import GraphError
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def to_program(graph: FxGraph) -> ExportedProgram:
     state: dict[str, Tensor] = {}
     subgraphs: dict[str, Any] = {}
     inputs: list[InputSpec] = []
-    for node in graph.native.find_nodes(op="get_attr"):
-        stored = graph.stored(node)
+    for node in graph.native.graph.find_nodes(op="get_attr"):
+        stored = graph.native.stored[str(node.target)]
         if not isinstance(stored, Tensor):
             subgraphs[str(node.target)] = stored
             continue
@@ -73,14 +74,14 @@ def to_program(graph: FxGraph) -> ExportedProgram:
         persistent = None if kind is InputKind.PARAMETER else True
         inputs.append(InputSpec(kind, TensorArgument(env[node].name), str(node.target), persistent))
         state[str(node.target)] = stored
-    placeholders = graph.native.find_nodes(op="placeholder")
+    placeholders = graph.native.graph.find_nodes(op="placeholder")
     for node in placeholders:
         env[node] = program.node_copy(node)
         inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(env[node].name), None))
-    for node in graph.native.nodes:
+    for node in graph.native.graph.nodes:
         if node not in env:
             env[node] = program.node_copy(node, env.__getitem__)
-    results = [result for result in env[graph.output_node].args[0]]  # type: ignore[union-attr]
+    results = [result for result in env[graph.native.output].args[0]]  # type: ignore[union-attr]
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(result), None) for result in results]  # type: ignore[arg-type]
     trees = pytree.tree_structure((tuple(placeholders), {})), pytree.tree_structure(tuple(results))
     call = ModuleCallSignature([], [], *trees, [node.name for node in placeholders])

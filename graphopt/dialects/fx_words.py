@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.dialects import fx_ops
+from graphopt.dialects.fx_native import meta
 from graphopt.graph import GraphError
 from graphopt.words import WORDS
 
@@ -76,11 +77,6 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def _parameters(target: Any) -> tuple[list[str], dict[str, Any]]:
     parameters = target._schema.arguments
     return [p.name for p in parameters], {p.name: p.default_value for p in parameters}
-
-
-def meta(node: fx.Node) -> Any:
-    """What the node computes: a fake tensor, a SymInt, or a tuple of them; None where it is unknown."""
-    return node.meta.get("val")
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
