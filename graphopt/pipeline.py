@@ -77,7 +77,7 @@ class Selector:
         return any(self.matches(node, term) for term in self.terms)
 
     def __str__(self) -> str:
-        return _value_text(self.terms[0] if len(self.terms) == 1 else list(self.terms))
+        return value_text(self.terms[0] if len(self.terms) == 1 else list(self.terms))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Pass:
     def __str__(self) -> str:
         """The text form: the name and the options that differ from their defaults."""
         options = [
-            f"{f.name}={_value_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
+            f"{f.name}={value_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
         ]
         return self.name + ("{" + " ".join(options) + "}" if options else "")
 
@@ -430,13 +430,14 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"; there are {', '.join(sorted(names))}" if len(names) <= 20 else ""
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A value of an option as the text form has it."""
     if isinstance(value, Selector):
         return str(value)
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return "[" + ",".join(_value_text(item) for item in value) + "]"
+        return "[" + ",".join(value_text(item) for item in value) + "]"
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z_.*][^\s{}()\[\],=\"]*", value) and value not in ("true", "false", "none")
         return value if plain and not _is_number(value) else json.dumps(value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +83,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: numbers that JSON does not have (an SQNR of infinity) as text."""
         passes = [asdict(record) | {"changed": record.changed} for record in self.passes]
-        plain: dict[str, Any] = _plain(asdict(self) | {"passes": passes})
-        return plain
+        account: dict[str, Any] = plain(asdict(self) | {"passes": passes})
+        return account
 
     def __str__(self) -> str:
         from graphopt.render import text
@@ -228,12 +228,14 @@ def _ranked(kinds: Iterable[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _plain(value: Any) -> Any:
-    """Values that json.dumps writes as standard JSON."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+def plain(value: Any) -> Any:
+    """Plain data of what holds dataclasses, as json.dumps writes standard JSON: infinity and NaN become text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -106,8 +106,10 @@ def _activation(value: Value) -> _Quantized | None:
     if maker is None or not _one_scale(maker):
         return None
     steps, zero_point = maker.required("x"), maker.operand("zero_point")
-    if steps.dtype != torch.uint8 or steps.is_constant or zero_point is None:
+    if steps.dtype != torch.uint8 or steps.is_constant:
         return None
+    if zero_point is None:  # of a dequantize, it then is 0
+        zero_point = maker.graph.add_constant(torch.zeros((), dtype=torch.uint8))
     return steps, maker.required("scale"), zero_point
 
 

@@ -382,8 +382,6 @@ class FxGraph(Graph):
 
     def _run(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value], mark: fx_run.Mark | None) -> list[Any]:
         names = self.input_names
-        if missing := [name for name in names if name not in feeds]:
-            raise GraphError(f"no feed for the inputs {missing}; the graph's inputs are {names}")
         if unknown := [name for name in feeds if name not in names]:
             raise GraphError(f"feeds for {unknown}, which are no inputs; the graph's inputs are {names}")
         raws = [_raw(value) for value in fetch]

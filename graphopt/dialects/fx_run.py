@@ -19,9 +19,13 @@ def run(
 ) -> dict[fx.Node, Any]:
     """The values of the nodes in `fetch`; other values are let go after their last use.
 
-    feeds: by input name. Raises GraphError, naming the node, where an operation fails.
+    feeds: by input name; those that `fetch` does not depend on may be left out. Raises GraphError where one is missing,
+    and, naming the node, where an operation fails.
     """
     order, kept = needed(fetch), set(fetch)
+    inputs = [str(node.meta["input_name"]) for node in order if node.op == "placeholder"]
+    if missing := [name for name in inputs if name not in feeds]:
+        raise GraphError(f"no feed for the inputs {missing}")
     last = {read: node for node in order for read in node.all_input_nodes}
     values: dict[fx.Node, Any] = {}
     for node in order:

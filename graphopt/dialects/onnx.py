@@ -681,8 +681,8 @@ def array_to_torch(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
         return array_to_torch(array.view(np.int16), torch.int16).view(torch.bfloat16)
     if array.flags.writeable:
         return torch.from_numpy(array)
-    if array.size == 0:
-        return torch.empty(array.shape, dtype=dtype)
+    if array.size <= 64:
+        return torch.from_numpy(array.copy())
     # torch has no read-only tensors, and from_numpy warns of it; the waist forbids writing to constants.
     interface = dict(array.__array_interface__)
     interface["data"] = (interface["data"][0], False)

@@ -1,0 +1,473 @@
+"""The command line. Exit codes: 0 done, 1 failed, 2 wrong usage; errors are one line on stderr.
+
+Everything heavy is imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graphopt.graph import Graph, Value
+    from graphopt.pipeline import Pass
+
+app = typer.Typer(
+    name="graphopt",
+    help="Shrink neural networks: every rewrite is checked, every choice is measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_trace = False
+
+
+@app.callback()
+def settings(
+    trace: Annotated[bool, typer.Option(envvar="GRAPHOPT_TRACE", help="Show the traceback of an error.")] = False,
+) -> None:
+    global _trace
+    _trace = trace
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Add a command to the app; its errors become one line and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (typer.Exit, BrokenPipeError):
+            raise
+        except Exception as error:
+            if _trace:
+                raise
+            from graphopt.pipeline import UsageError
+
+            message = " ".join(str(error).split())
+            known = type(error).__module__.startswith("graphopt.")
+            typer.echo(f"graphopt: {message if known else f'{type(error).__name__}: {message}'}", err=True)
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+
+    app.command()(guarded)
+    return guarded
+
+
+Model = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own default without it.", min=1)]
+Target = Annotated[str, typer.Option(help="What the model will run on; see `graphopt targets`.")]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        help='As text, such as "sparsify{amount=0.5},low-rank{energy=0.95},quantize{scheme=static}"; see '
+        "`graphopt passes`. Without it nothing is lost: simplify, and lowering to the target.",
+        show_default=False,
+    ),
+]
+
+
+@command
+def optimize(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
+    passes: Passes = None,
+    target: Target = "onnxruntime",
+    calibration: Annotated[
+        Path | None, typer.Option(help="An .npz file: one array an input, samples along axis 0.")
+    ] = None,
+    calibration_steps: Annotated[int | None, typer.Option(help="Most calibration batches to use.", min=1)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what each pass would do, and why not; write nothing.")
+    ] = False,
+    as_json: Json = False,
+    threads: Threads = None,
+    opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
+    report: Annotated[Path | None, typer.Option(help="An .html file for the report and the graph diff.")] = None,
+) -> None:
+    """Make a model smaller and faster."""
+    from graphopt.instruments import Progress
+    from graphopt.optimize import optimize as run
+    from graphopt.pipeline import UsageError
+    from graphopt.render import html
+
+    _require_file(model)
+    if dry_run and (output or report):
+        raise UsageError("--dry-run writes nothing; leave out --output and --report")
+    if not dry_run and output is None:
+        raise UsageError("say where to write: -o FILE, or --dry-run")
+    for path in filter(None, (output, report)):
+        _require_writable(path, model)
+    batches = None if calibration is None else _arrays(calibration)
+    quiet = as_json or not sys.stderr.isatty()
+    small = run(
+        model,
+        passes,
+        target=target,
+        calibration=batches,
+        calibration_steps=calibration_steps,
+        threads=threads,
+        instruments=() if quiet else [Progress()],
+    )
+    written = [] if output is None else [small.export(output, opset=opset, portable=portable)]
+    if report is not None:
+        html.write(report, small.report, small.diff(), f"{model.name} by graphopt")
+        written.append(report)
+    if as_json:
+        _print_json(small.report.to_dict() | {"written": [str(path) for path in written]})
+        return
+    _show(small.report)
+    typer.echo("\ndry run: nothing was written" if dry_run else f"\nwritten: {', '.join(map(str, written))}")
+
+
+@command
+def inspect(
+    model: Model,
+    full: Annotated[bool, typer.Option("--full", help="Print the whole listing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model takes, returns and consists of, as the passes see it."""
+    from graphopt.capture import capture
+    from graphopt.cost import Cost
+    from graphopt.render import text
+    from graphopt.report import count_kinds
+    from graphopt.words import WORDS
+
+    _require_file(model)
+    captured = capture(model, "onnx")
+    graph, cost = captured.graph, Cost.of(captured.graph)
+    kinds = count_kinds(graph.nodes)
+    words = {kind: number for kind, number in kinds.items() if kind in WORDS}
+    opaque = {kind: number for kind, number in kinds.items() if kind not in WORDS}
+    if as_json:
+        facts: dict[str, Any] = {
+            "inputs": {value.name: _type_text(value) for value in graph.inputs},
+            "outputs": {value.name: _type_text(value) for value in graph.outputs},
+            "words": words,
+            "opaque": opaque,
+            "parameters": cost.parameters,
+            "bytes": cost.bytes,
+            "flops": cost.flops,
+            "notes": captured.notes,
+        }
+        _print_json(facts | ({"listing": graph.text().splitlines()} if full else {}))
+        return
+    lines = [f"input    {value.name} {_type_text(value)}" for value in graph.inputs]
+    lines += [f"output   {value.name} {_type_text(value)}" for value in graph.outputs]
+    lines.append(f"weights  {text.count(cost.parameters)} parameters, {text.size(cost.bytes)}")
+    lines += [] if cost.flops is None else [f"FLOPs    {text.count(cost.flops)}"]
+    lines += [f"words    {text.counts(words) or 'none'}", f"opaque   {text.counts(opaque) or 'none'}"]
+    lines += [f"note     {note}" for note in captured.notes]
+    typer.echo("\n".join(lines + ([f"\n{graph.text()}"] if full else [])))
+
+
+@command
+def diff(
+    before: Model,
+    after: Model,
+    full: Annotated[bool, typer.Option("--full", help="Print unchanged lines too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show how two models differ, as graphs."""
+    from graphopt.render import terminal
+    from graphopt.report import GraphDiff
+
+    found = GraphDiff.of(_graph(before), _graph(after))
+    context = None if full else 3
+    if as_json:
+        lines = [line.mark + line.text for line in found.lines if full or line.mark != " "]
+        _print_json({"removed": found.removed, "added": found.added, "kinds": found.kinds, "lines": lines})
+    elif sys.stdout.isatty():
+        _show(terminal.diff(found, context))
+    else:
+        typer.echo(found.text(context))
+
+
+@command
+def bench(
+    model: Model,
+    other: Annotated[
+        Path | None, typer.Argument(help="A second .onnx file; without it, MODEL optimized.", show_default=False)
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz file with one batch; made from the input types without it.")
+    ] = None,
+    passes: Passes = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time two models in one interleaved run, with the first against itself as control."""
+    from graphopt.backends.measure import environment, header, paired
+    from graphopt.capture import capture
+    from graphopt.optimize import BenchResult
+    from graphopt.optimize import optimize as run
+    from graphopt.pipeline import UsageError
+    from graphopt.report import plain
+
+    for path in filter(None, (model, other)):
+        _require_file(path)
+    if other is not None and passes is not None:
+        raise UsageError("--passes optimizes MODEL, and a second file is given to compare it with; leave out one")
+    captured = capture(model, "onnx")
+    feeds = captured.feeds[0] if captured.feeds else {}
+    if inputs is not None:
+        feeds, _ = captured.signature.bind((_arrays(inputs),), {})
+    elif not feeds:
+        raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
+    baseline = _session(model, threads)
+    candidate: Callable[[Mapping[str, Tensor]], list[Tensor]]
+    if other is None:
+        candidate, name = run(model, passes, threads=threads).runner, "optimized"
+    else:
+        candidate, name = _session(other, threads), other.name if other.name != model.name else str(other)
+        names = {value.name for value in _graph(other).inputs}
+        if names != set(feeds):
+            raise UsageError(f"the models take different inputs: {', '.join(feeds)} and {', '.join(sorted(names))}")
+    ratios = paired(
+        {
+            model.name: lambda: baseline(feeds),
+            name: lambda: candidate(feeds),
+            "control": lambda: baseline(feeds),
+        },
+        baseline=model.name,
+        rounds=rounds,
+    )
+    shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in feeds.items())
+    row = {key: ratios[key] for key in (name, "control")}
+    machine = environment()
+    if as_json:
+        _print_json(plain({"environment": machine, "inputs": shapes, "ratios": row}))
+    else:
+        typer.echo(str(BenchResult(header(machine, threads or int(machine["cores"])), [(shapes, row)])))
+
+
+@command
+def passes(
+    name: Annotated[str | None, typer.Argument(help="A pass, to see its options.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes, or the options of one."""
+    from graphopt.passes import REGISTRY
+    from graphopt.pipeline import UsageError, nearest
+
+    if name is not None and name not in REGISTRY:
+        raise UsageError(f"there is no pass {name!r}{nearest(name, list(REGISTRY))}")
+    described = [_described(REGISTRY[one]) for one in ([name] if name else REGISTRY)]
+    if as_json:
+        _print_json(described)
+        return
+    for facts in described:
+        kind = "loses nothing" if facts["lossless"] else "lossy"
+        typer.echo(f"{facts['name']}  ({facts['stage']}, {kind}, {' and '.join(facts['dialects'])})")
+        typer.echo(f"    {facts['help'] if name else facts['help'].splitlines()[0]}")
+        for option, (default, help_) in facts["options"].items():
+            typer.echo(f"    {option}={default}" + (f"\n        {help_}" if name else ""))
+
+
+@command
+def targets(as_json: Json = False) -> None:
+    """List the targets."""
+    from graphopt.backends import TARGETS, target
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in TARGETS:
+        try:
+            backend = target(name)
+        except ImportError as error:
+            found[name] = {"missing": str(error)}
+            continue
+        schemes = {word: list(schemes) for word, schemes in backend.schemes.items()}
+        found[name] = {"dialect": backend.dialect, "summary": backend.summary, "schemes": schemes}
+    if as_json:
+        _print_json(found)
+        return
+    for name, facts in found.items():
+        if "missing" in facts:
+            typer.echo(f"{name}  (not installed: {facts['missing']})")
+            continue
+        int8 = ", ".join(f"{word} {' or '.join(schemes)}" for word, schemes in facts["schemes"].items())
+        typer.echo(f"{name}  ({facts['dialect']})\n    {facts['summary']}\n    int8: {int8}")
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for what it writes.")] = Path("demo-output"),
+) -> None:
+    """Optimize a sentence encoder with its real weights, verify and time it."""
+    from graphopt.demo import main as run
+
+    run(output)
+
+
+@command
+def reproduce(
+    folder: Annotated[Path, typer.Argument(help="What a failed pass left.", show_default=False)],
+) -> None:
+    """Run a failed pass again, from the folder that its error names."""
+    from graphopt.backends import target
+    from graphopt.calibrate import Calibration
+    from graphopt.instruments import Agree, Verify
+    from graphopt.passes import REGISTRY
+    from graphopt.pipeline import Context, UsageError, parse
+
+    if not (folder / "pass.json").is_file():
+        raise UsageError(f"{folder} is no reproducer: it has no pass.json")
+    account = json.loads((folder / "pass.json").read_text(encoding="utf-8"))
+    graph = _load_graph(folder / f"graph.{account['dialect']}", account["dialect"])
+    feeds, batches = _saved_feeds(folder / "feeds"), _saved_feeds(folder / "calibration")
+    context = Context(
+        target=target(account["target"]) if account["target"] else None,
+        feeds=feeds,
+        calibration=Calibration(batches, graph.inputs) if batches else None,
+        instruments=[Verify(), Agree(graph, feeds)],
+    )
+    parse(account["pass"], REGISTRY).apply(graph, context)
+    typer.echo(f"{account['pass']} runs without an error now")
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+# --- reading what the user named -----------------------------------------------------------------------------------
+
+
+def _require_file(path: Path) -> None:
+    from graphopt.pipeline import UsageError
+
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+
+
+def _require_writable(path: Path, model: Path) -> None:
+    from graphopt.pipeline import UsageError
+
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent} to write {path.name} into")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file")
+    if path.resolve() == model.resolve():
+        raise UsageError(f"{path} is the model itself; write to another file")
+
+
+def _graph(path: Path) -> Graph:
+    from graphopt.capture import capture
+
+    _require_file(path)
+    return capture(path, "onnx").graph
+
+
+def _session(path: Path, threads: int | None) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
+    """The file as it is, in ONNX Runtime at its default options."""
+    from graphopt.dialects import onnx_run
+    from graphopt.dialects.onnx import read_model
+
+    session = onnx_run.session(read_model(path), level="all", threads=threads)
+    return functools.partial(onnx_run.run, session)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    """The arrays of an .npz file. Pickled objects are refused: they can run code."""
+    import zipfile
+
+    import numpy as np
+
+    from graphopt.pipeline import UsageError
+
+    _require_file(path)
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is not an .npz file of plain arrays: {error}") from error
+
+
+def _load_graph(path: Path, dialect: str) -> Graph:
+    if dialect == "fx":
+        from graphopt.dialects.fx import FxGraph
+
+        return FxGraph.load(path)
+    from graphopt.dialects.onnx import OnnxGraph
+
+    return OnnxGraph.load(path)
+
+
+def _saved_feeds(folder: Path) -> list[dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    return [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+
+
+# --- showing -------------------------------------------------------------------------------------------------------
+
+
+def _show(what: Any) -> None:
+    """In tables and colours on a terminal, as plain text elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(what)
+    else:
+        typer.echo(str(what))
+
+
+def _print_json(facts: Any) -> None:
+    typer.echo(json.dumps(facts, indent=2))
+
+
+def _type_text(value: Value) -> str:
+    shape = "[?]" if value.shape is None else "[" + ", ".join(str(size) for size in value.shape) + "]"
+    return f"{shape} {str(value.dtype).removeprefix('torch.')}"
+
+
+def _described(cls: type[Pass]) -> dict[str, Any]:
+    """What a pass says of itself: its docstring, and each option with its default and the docstring under it."""
+    from dataclasses import MISSING, fields
+    from inspect import cleandoc
+
+    from graphopt.pipeline import value_text
+
+    helps = _option_docs(cls)
+    options = {
+        field.name: ("required" if field.default is MISSING else value_text(field.default), helps.get(field.name, ""))
+        for field in fields(cls)
+    }
+    return {
+        "name": cls.name,
+        "stage": cls.stage.name,
+        "lossless": cls.lossless,
+        "dialects": cls.dialects,
+        "help": cleandoc(cls.__doc__ or ""),
+        "options": options,
+    }
+
+
+def _option_docs(cls: type[Pass]) -> dict[str, str]:
+    """The string that stands under each field in the source."""
+    import ast
+    from inspect import getsource
+    from itertools import pairwise
+    from textwrap import dedent
+
+    body = ast.parse(dedent(getsource(cls))).body[0].body  # type: ignore[attr-defined]  # a ClassDef
+    return {
+        field.target.id: " ".join(doc.value.value.split())
+        for field, doc in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str)
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
