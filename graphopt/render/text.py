@@ -70,7 +70,7 @@ def bench(result: BenchResult) -> str:
 
 
 def bench_rows(result: BenchResult) -> Rows:
-    """One row a shape: p50 of each candidate in milliseconds, and its ratio with the 95% interval."""
+    """One row a shape: p50 of each candidate in milliseconds, and its ratio with the 95% interval where there is one."""
     candidates = list(result.rows[0][1])
     baseline = next(iter(result.rows[0][1][candidates[0]].seconds))
     titles = [title for name in candidates for title in (f"{name} ms", "times faster")]
@@ -79,7 +79,8 @@ def bench_rows(result: BenchResult) -> Rows:
         row = [shapes, milliseconds(ratios[candidates[0]].seconds[baseline][0])]
         for name in candidates:
             ratio = ratios[name]
-            row += [milliseconds(ratio.seconds[name][0]), f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"]
+            sure = f"[{ratio.low:.2f}, {ratio.high:.2f}]" if math.isfinite(ratio.high) else f"({ratio.rounds} rounds)"
+            row += [milliseconds(ratio.seconds[name][0]), f"{ratio.median:.2f} {sure}"]
         rows.append(tuple(row))
     return rows
 
