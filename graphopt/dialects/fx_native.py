@@ -106,7 +106,10 @@ def target_name(node: fx.Node) -> str:
 
 
 def frozen(argument: Any) -> Hashable:
-    """Arguments as something hashable that keeps 1, 1.0, True and -0.0 apart."""
+    """Arguments as something hashable that keeps 1, 1.0, True and -0.0 apart, and stored tensors together: whoever
+    compares signatures compares the operands too."""
+    if isinstance(argument, fx.Node) and is_constant(argument):
+        return "stored"
     if isinstance(argument, list | tuple):
         return tuple(map(frozen, argument))
     if isinstance(argument, dict):
