@@ -257,6 +257,8 @@ def passes(
     as_json: Json = False,
 ) -> None:
     """List the passes, or the options of one."""
+    from textwrap import indent
+
     from graphopt.passes import REGISTRY
     from graphopt.pipeline import UsageError, nearest
 
@@ -269,7 +271,7 @@ def passes(
     for facts in described:
         kind = "loses nothing" if facts["lossless"] else "lossy"
         typer.echo(f"{facts['name']}  ({facts['stage']}, {kind}, {' and '.join(facts['dialects'])})")
-        typer.echo(f"    {facts['help'] if name else facts['help'].splitlines()[0]}")
+        typer.echo(indent(facts["help"] if name else facts["help"].splitlines()[0], "    "))
         for option, (default, help_) in facts["options"].items():
             typer.echo(f"    {option}={default}" + (f"\n        {help_}" if name else ""))
 

@@ -30,7 +30,7 @@ def report(report: Report) -> RenderableType:
     declined = [
         (record.name, str(number), reason, names)
         for record in report.passes
-        for reason, number, names in text.declined(record)
+        for reason, number, names in text.declined(record.declined)
     ]
     if declined:
         parts.append(table([("pass", "sites", "declined because", "where"), *declined], "declined", right=(1,)))

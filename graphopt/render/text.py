@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graphopt.report import Agreement, GraphDiff, PassRecord, Report
 
@@ -70,7 +70,7 @@ def bench(result: BenchResult) -> str:
 
 
 def bench_rows(result: BenchResult) -> Rows:
-    """One row a shape: p50 of each candidate in milliseconds, and its ratio with the 95% interval where there is one."""
+    """One row a shape: p50 of each candidate in milliseconds, and its ratio with its 95% interval if it has one."""
     candidates = list(result.rows[0][1])
     baseline = next(iter(result.rows[0][1][candidates[0]].seconds))
     titles = [title for name in candidates for title in (f"{name} ms", "times faster")]
@@ -126,10 +126,10 @@ def sites(record: PassRecord) -> str:
     return "1 change" if record.changed == 1 else f"{record.changed} changes"
 
 
-def declined(record: PassRecord) -> list[tuple[str, int, str]]:
-    """(reason, how many sites, some of their names), the most frequent first."""
+def declined(reasons: Mapping[str, str]) -> list[tuple[str, int, str]]:
+    """Of reasons by site: (reason, how many sites, some of their names), the most frequent first."""
     by_reason: dict[str, list[str]] = {}
-    for label, reason in record.declined.items():
+    for label, reason in reasons.items():
         by_reason.setdefault(reason, []).append(label)
     ranked = sorted(by_reason.items(), key=lambda item: -len(item[1]))
     return [(reason, len(labels), _some(labels)) for reason, labels in ranked]
@@ -139,7 +139,9 @@ def choices(report: Report) -> list[str]:
     """One line for each choice that touched a site or declined one."""
     lines = []
     for choice in report.choices:
-        details = [f"{key} {_choice_text(value)}" for key, value in choice.items() if key != "rule" and value]
+        facts = {key: value for key, value in choice.items() if value and key not in ("rule", "declined")}
+        details = [f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in facts.items()]
+        details += [f"declined {n} x {reason}: {names}" for reason, n, names in declined(choice.get("declined", {}))]
         if details:
             lines.append(f"{choice.get('rule', 'choice')}: {'; '.join(details)}")
     return lines
@@ -224,7 +226,7 @@ def _heading(report: Report) -> str:
 
 def _declined(record: PassRecord) -> str:
     lines = [f"  {record.name}"]
-    lines += [_wrapped(f"{reason}: {names}", f"    {number} x ") for reason, number, names in declined(record)]
+    lines += [_wrapped(f"{reason}: {names}", f"    {number} x ") for reason, number, names in declined(record.declined)]
     return "\n".join(lines)
 
 
@@ -232,12 +234,6 @@ def _some(labels: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
     named = ", ".join(labels[:SITES])
     return f"{named} and {len(labels) - SITES} more" if len(labels) > SITES else named
-
-
-def _choice_text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {item}" for key, item in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _ratio(before: int, after: int) -> str:
