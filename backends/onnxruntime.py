@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graphopt.backend import Backend, LoweringError, Runner
 from graphopt.dialects import onnx_export, onnx_run
-from graphopt.dialects.onnx import OnnxGraph, OnnxNode
+from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph, Value
 from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule
 
@@ -169,9 +169,6 @@ def _dynamic_pattern(op: Recorder, x: str, weight: str, weight_scale: str, bias:
 
 def _dynamic_matmul(op: Builder, m: Match) -> Value:
     """One kernel quantizes and multiplies, where nobody else needs the quantized value."""
-    ranges = m.scale.producer
-    if ranges is None or ranges.kind != "choose_qparams":
-        raise Declined("the scale is static")
     if len(m.scale.users) != 2 or len(m.zero_point.users) != 2:  # quantize and this linear
         raise Declined("several linears share the quantized input")
     return op("com.microsoft.DynamicQuantizeMatMul", m.x, _stored_kn(op, m.weight), m.weight_scale, None, m.bias)
@@ -226,12 +223,15 @@ def _qlinear_add(op: Builder, m: Match) -> Value:
               m.y_scale, m.y_zero_point)  # fmt: skip
 
 
-LINEAR_RULES = (Rule("dynamic-quantize-matmul", _dynamic_pattern, _dynamic_matmul),)
+def _is_dynamic(m: Match) -> bool:
+    ranges = m.scale.producer
+    return ranges is not None and ranges.kind == "choose_qparams"
+
+
+LINEAR_RULES = (Rule("dynamic-quantize-matmul", _dynamic_pattern, _dynamic_matmul, check=_is_dynamic),)
 ISLAND_RULES = (
     Rule("matmul-integer-to-float", _integer_pattern, _integer_to_float),
     Rule("qlinear-conv", _conv_pattern, _qlinear_conv),
     Rule("qlinear-add", _add_pattern, _qlinear_add),
     onnx_export.DYNAMIC_QUANTIZE,
 )
-
-__all__ = ["INT8_KERNELS", "OnnxNode", "OnnxRuntime", "OrtRunner"]

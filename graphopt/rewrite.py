@@ -76,13 +76,14 @@ class Rule:
     """pattern(op, variables...) matches from its result backwards; replace(op, match) emits or raises Declined.
 
     A pattern variable with a default of None stands for an operand that may be left out. Values inside the pattern
-    must have no other user, unless `shared`.
+    must have no other user, unless `shared`. `check` says what a pattern cannot: where it is false, nothing matched.
     """
 
     name: str
     pattern: Callable[..., Pattern]
     replace: Callable[[Builder, Match], Value]
     shared: bool = False
+    check: Callable[[Match], bool] | None = None
 
     def recorded(self) -> tuple[Pattern, frozenset[str]]:
         """The pattern as data, and the variables that may be left out."""
@@ -128,7 +129,7 @@ def _try(
     log.tries += 1
     try:
         match = match_node(pattern, node, optional, shared=rule.shared)
-        if match is None:
+        if match is None or (rule.check is not None and not rule.check(match)):
             return False
         new = rule.replace(Builder(graph, node), match)
         graph.replace(node, new)

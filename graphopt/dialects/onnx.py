@@ -26,7 +26,8 @@ from graphopt.words import WORDS
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with attention whole."""
 
-_PATH = "graphopt.path"
+PATH = "graphopt.path"
+"""The metadata key that carries a node's module path."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _RANDOM = {
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
@@ -109,7 +110,7 @@ class OnnxNode(Node):
 
     @property
     def path(self) -> str:
-        return self.native.metadata_props.get(_PATH, "")
+        return self.native.metadata_props.get(PATH, "")
 
     @property
     def kind(self) -> str:
@@ -317,7 +318,7 @@ class OnnxGraph(Graph):
             [_attribute(key, value) for key, value in spelled.attributes.items()],
             num_outputs=spelled.outputs,
             name=name,
-            metadata_props={_PATH: path} if path else None,
+            metadata_props={PATH: path} if path else None,
         )
         for index, output in enumerate(node.outputs):
             output.name = self._unique(f"{name}_{index}" if index else name)
@@ -581,9 +582,9 @@ def _put_in_order(model: ir.Model) -> None:
     ir_passes.NameFixPass()(model)
     for node in graph:
         node.name = node.name or ""
-        path = node.metadata_props.get(_PATH) or _path_of(node)
+        path = node.metadata_props.get(PATH) or _path_of(node)
         if path:
-            node.metadata_props[_PATH] = path
+            node.metadata_props[PATH] = path
     for value in graph.initializers.values():
         if value.const_value is not None and value.shape is None:
             value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
@@ -592,14 +593,14 @@ def _put_in_order(model: ir.Model) -> None:
 
 
 def _path_of(node: ir.Node) -> str:
-    """The module path: from the dynamo exporter's scopes, or from a TorchScript name (/encoder/layer.0/MatMul)."""
+    """The module path: from the dynamo exporter's scopes, or from a name such as /encoder/layer.0/MatMul."""
     scopes = node.metadata_props.get(_SCOPES)
     if scopes:
         listed = ast.literal_eval(scopes)
         path = str(listed[-2]) if len(listed) > 1 else ""
         return "" if path.startswith("_empty_nn_module_stack") else path
-    name = node.name or ""
-    return ".".join(name.strip("/").split("/")[:-1]) if name.startswith("/") else ""
+    *path, _ = (node.name or "").strip("/").split("/")  # also graphopt's own names: encoder.layer.0/MatMul
+    return ".".join(path)
 
 
 def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:
@@ -728,6 +729,6 @@ def _frozen(attribute: ir.Attr) -> Hashable:
 
 
 def _at(node: ir.Node, reason: str) -> GraphError:
-    error = GraphError(f"{reason} ({node.metadata_props.get(_PATH) or node.name})")
-    error.node = node.metadata_props.get(_PATH) or node.name  # type: ignore[attr-defined]
+    error = GraphError(f"{reason} ({node.metadata_props.get(PATH) or node.name})")
+    error.node = node.metadata_props.get(PATH) or node.name  # type: ignore[attr-defined]
     return error

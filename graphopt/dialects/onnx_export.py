@@ -6,15 +6,16 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from graphopt.dialects.onnx import OnnxGraph, OnnxValue
-from graphopt.dialects.onnx_words import DOMAIN, STANDARD
+from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx_words import DOMAIN
 from graphopt.graph import GraphError, Node, Value
-from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite
+from graphopt.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
 
 EXTERNAL_ABOVE = 2**31 - 2**24
 """Bytes of weights above which a file must keep them outside (protobuf's limit, less room for the graph)."""
@@ -80,14 +81,20 @@ def _quantized_at_run_time(op: Recorder, x: str, scale: str, zero_point: str) ->
 def _dynamic_quantize_linear(op: Builder, m: Match) -> Value:
     """choose_qparams and quantize of one value are one standard operator."""
     ranges = m.scale.producer
-    if ranges is None or ranges.kind != "choose_qparams" or m.zero_point.producer != ranges or ranges.input != m.x:
-        raise Declined("the scale is not chosen from this value at run time")
     steps, scale, zero_point = op.graph.emit_all("onnx.DynamicQuantizeLinear", m.x, at=ranges, _outputs=3)
     op.graph.replace(ranges, scale, zero_point)
     return steps
 
 
-DYNAMIC_QUANTIZE = Rule("dynamic-quantize-linear", _quantized_at_run_time, _dynamic_quantize_linear)
+def _is_chosen_from_x(m: Match) -> bool:
+    ranges = m.scale.producer
+    known = ranges is not None and ranges.kind == "choose_qparams" and ranges.input == m.x
+    return known and m.zero_point is not None and m.zero_point.producer == ranges
+
+
+DYNAMIC_QUANTIZE = Rule(
+    "dynamic-quantize-linear", _quantized_at_run_time, _dynamic_quantize_linear, check=_is_chosen_from_x
+)
 
 
 def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_data: bool | None = None) -> None:
@@ -117,6 +124,12 @@ def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_dat
         os.replace(written, path)
 
 
-def is_standard(model: ir.Model) -> bool:
-    """Whether only standard ONNX operators are used."""
-    return all(node.domain in STANDARD for node in model.graph.all_nodes())
+def graphsurgeon(model: ir.Model) -> Any:
+    """The model as an onnx_graphsurgeon.Graph. It drops metadata, so each node's module path travels in its name."""
+    import onnx_graphsurgeon
+
+    for node in model.graph:
+        path = node.metadata_props.get(PATH, "")
+        if path and not (node.name or "").startswith(path + "/"):
+            node.name = f"{path}/{node.name}"
+    return onnx_graphsurgeon.import_onnx(ir.to_proto(model))

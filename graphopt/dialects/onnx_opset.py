@@ -1,0 +1,133 @@
+"""Spelling a deployable model at an older opset: operators that are younger are written out, or refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from graphopt.dialects.onnx import PATH, OnnxGraph
+from graphopt.dialects.onnx_words import STANDARD
+from graphopt.graph import GraphError, Node, Value
+from graphopt.rewrite import Builder
+
+OLDEST = 13
+"""Before it, axes of Squeeze and the like were attributes and quantization had no axis."""
+
+
+def lower_opset(graph: OnnxGraph, opset: int) -> None:
+    """Rewrite in place so that every node is one of `opset`'s. Raises GraphError naming the node that cannot be."""
+    newest = onnx.defs.onnx_opset_version()
+    if not OLDEST <= opset <= newest:
+        raise GraphError(f"cannot write opset {opset}; give {OLDEST} to {newest}")
+    for node in graph.nodes:
+        write_out = _WRITE_OUT.get(node.kind)
+        if write_out is not None and opset < write_out[0]:
+            graph.replace(node, write_out[1](Builder(graph, node), node))
+    graph.sweep()
+    for native in graph.model.graph.all_nodes():
+        if native.domain in STANDARD:
+            _fit(graph, native, opset)
+    graph.model.graph.opset_imports[""] = opset
+
+
+def _fit(graph: OnnxGraph, native: ir.Node, opset: int) -> None:
+    """Raise GraphError unless the node means the same at `opset`; drop attributes that only spell a default."""
+    label = native.metadata_props.get(PATH) or native.name
+    try:
+        old = onnx.defs.get_schema(native.op_type, opset)
+    except onnx.defs.SchemaError:
+        raise GraphError(f"{native.op_type} is not in opset {opset} ({label}); give a newer one") from None
+    new = onnx.defs.get_schema(native.op_type, graph.opset)
+    if old.since_version == new.since_version:
+        return
+    for name in [name for name in native.attributes if name not in old.attributes]:
+        if not _is_default(native.attributes[name], new.attributes[name]):
+            raise GraphError(f"{native.op_type} has no attribute {name!r} in opset {opset} ({label}); give a newer one")
+        native.attributes.pop(name)
+    if len(native.inputs) > old.max_input:
+        raise GraphError(f"{native.op_type} takes {old.max_input} inputs in opset {opset} ({label}); give a newer one")
+    for value, formal in zip(native.inputs, old.inputs, strict=False):
+        if value is not None and value.dtype is not None and formal.types:
+            spelled = f"tensor({_TYPE_NAMES.get(value.dtype, value.dtype.name.lower())})"
+            if formal.types and spelled not in formal.types and any(t.startswith("tensor") for t in formal.types):
+                raise GraphError(f"{native.op_type} takes no {spelled} in opset {opset} ({label}); give a newer one")
+
+
+_TYPE_NAMES = {ir.DataType.FLOAT: "float", ir.DataType.DOUBLE: "double"}
+
+
+def _is_default(given: ir.Attr, attribute: onnx.defs.OpSchema.Attribute) -> bool:
+    default = attribute.default_value
+    if not default.name:
+        return False
+    return bool(ir.serde.deserialize_attribute(default).value == given.value)
+
+
+# --- written out ---------------------------------------------------------------------------------------------------
+
+
+def _number(op: Builder, number: float, like: Value) -> Value:
+    return op.constant(torch.tensor(number, dtype=like.dtype or torch.float32))
+
+
+def _gelu(op: Builder, node: Node) -> Value:
+    x = node.input
+    half, one = _number(op, 0.5, x), _number(op, 1.0, x)
+    if node.attributes["approximate"] == "tanh":
+        cubic = op.add(x, op.mul(op.mul(x, op.mul(x, x)), _number(op, 0.044715, x)))
+        inner = op.tanh(op.mul(cubic, _number(op, math.sqrt(2 / math.pi), x)))
+    else:
+        inner = op.erf(op.div(x, _number(op, math.sqrt(2), x)))
+    return op.mul(op.mul(x, half), op.add(inner, one))
+
+
+def _rms_norm(op: Builder, node: Node) -> Value:
+    x, weight = node.input, node.required("weight")
+    axes = tuple(range(-(weight.rank or 1), 0))
+    square = op.mean(op.mul(x, x), axes=axes, keepdim=True)
+    return op.mul(op.div(x, op.sqrt(op.add(square, _number(op, node.attributes["eps"], x)))), weight)
+
+
+def _attention(op: Builder, node: Node) -> Value:
+    """softmax(q kᵀ · scale + mask) v, heads split and joined where they come together."""
+    query, key, value = (node.required(name) for name in ("query", "key", "value"))
+    mask, heads, kv_heads = node.operand("mask"), node.attributes["heads"], node.attributes["kv_heads"]
+    if node.attributes["causal"]:
+        raise GraphError(f"causal attention is not written out below opset 23 ({node.label})")
+    if heads:
+        query, key, value = _split(op, query, heads), _split(op, key, kv_heads), _split(op, value, kv_heads)
+    if query.shape is None or key.shape is None or query.shape[1] != key.shape[1]:
+        raise GraphError(f"grouped-query attention is not written out below opset 23 ({node.label})")
+    size = query.shape[-1]
+    scale = node.attributes["scale"] or (1 / math.sqrt(size) if isinstance(size, int) else None)
+    if scale is None:
+        raise GraphError(f"the head size of attention is not known, so its scale is not ({node.label})")
+    scores = op.matmul(op.mul(query, _number(op, scale, query)), op.transpose(key, perm=(0, 1, 3, 2)))
+    if mask is not None and mask.dtype is torch.bool:
+        lowest = _number(op, torch.finfo(query.dtype or torch.float32).min, query)
+        mask = op.where(mask, _number(op, 0.0, query), lowest)
+    weights = op.softmax(scores if mask is None else op.add(scores, mask), axis=-1)
+    context = op.matmul(weights, value)
+    if not heads:
+        return context
+    joined = op.transpose(context, perm=(0, 2, 1, 3))
+    return op("onnx.Reshape", joined, op.constant(torch.tensor([0, 0, -1])))
+
+
+def _split(op: Builder, x: Value, heads: int) -> Value:
+    width = x.shape[-1] if x.shape is not None else None
+    size = width // heads if isinstance(width, int) else -1
+    split = op("onnx.Reshape", x, op.constant(torch.tensor([0, 0, heads, size])))
+    return op.transpose(split, perm=(0, 2, 1, 3))
+
+
+_WRITE_OUT: dict[str, tuple[int, Callable[[Builder, Node], Value]]] = {
+    "gelu": (20, _gelu),
+    "rms_norm": (23, _rms_norm),
+    "attention": (23, _attention),
+}
+"""By word: the opset that has it as an operator, and what stands for it before."""
