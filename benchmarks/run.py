@@ -1,0 +1,61 @@
+"""Run the cases: `python -m benchmarks.run [CASE ...]`. The exit code is 1 where a case falls short of its bounds."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.case import DataMissing, Settings
+
+CASES = ("minilm", "fbgemm", "scaling", "startup", "architectures", "corpus")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    cases: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(CASES)}; all without any.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(envvar="GRAPHOPT_DATA", help="Real data and weights; see the README.", file_okay=False)
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of every engine.", min=1)] = 2,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
+    medium: Annotated[bool, typer.Option("--medium", help="Architectures of a medium size.")] = False,
+    width: Annotated[int | None, typer.Option(help="Columns of the tables; the terminal's without it.")] = None,
+) -> None:
+    """Measure graphopt, and check what it promises."""
+    unknown = [name for name in cases or () if name not in CASES]
+    if unknown:
+        raise typer.BadParameter(f"there is no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    if data is not None and not data.is_dir():
+        raise typer.BadParameter(f"there is no folder {data}")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch starts its threads
+    import torch
+
+    from graphopt.backends.measure import environment, header
+
+    torch.set_num_threads(threads)
+    settings = Settings(data, threads, rounds, medium, Console(width=width, soft_wrap=False))
+    settings.console.print(header(environment(), threads), highlight=False)
+    failed = []
+    for name in cases or CASES:
+        settings.console.rule(f"[bold]{name}")
+        try:
+            if not import_module(f"benchmarks.cases.{name}").run(settings):
+                failed.append(name)
+        except DataMissing as reason:
+            settings.console.print(f"{name} did not run: {reason}", style="yellow")
+            if cases:  # asked for by name
+                failed.append(name)
+    if failed:
+        settings.console.print(f"\nshort of a bound: {', '.join(failed)}", style="bold red")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()
