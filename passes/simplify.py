@@ -59,7 +59,7 @@ def _erase_dead(graph: Graph) -> None:
 def _bypass(graph: Graph) -> None:
     """Let the users of each node that has a shorter equal read that."""
     for node in graph.nodes:
-        shorter = _shorter(graph, node) if node.word is not None else None
+        shorter = _shorter(graph, node)
         if shorter is not None and _may_stand_for(shorter, node.result):
             graph.replace(node, shorter)
 
@@ -86,6 +86,10 @@ def _shorter(graph: Graph, node: Node) -> Value | None:
             return _shorter_transpose(graph, node)
         case "reshape":
             return _shorter_reshape(graph, node)
+        case "linear" | "conv":
+            return _without_zeros(graph, node)
+        case "onnx.CastLike":
+            return _cast_to_known(graph, node)
         case _:
             return None
 
@@ -124,6 +128,21 @@ def _shorter_reshape(graph: Graph, node: Node) -> Value | None:
     if x.shape is not None and x.shape == node.result.shape and "?" not in x.shape:  # equal names are equal sizes
         return x
     return None if inner is None else graph.emit("reshape", x, node.required("shape"), at=node)
+
+
+def _without_zeros(graph: Graph, node: Node) -> Value | None:
+    """A linear or conv without its bias of zeros, which the ONNX exporter gives to every conv that has none."""
+    bias = node.bias
+    tensor = graph.constant(bias) if bias is not None else None
+    if tensor is None or bool(tensor.any()):
+        return None
+    return graph.emit(node.kind, node.input, node.required("weight"), at=node, **node.attributes)
+
+
+def _cast_to_known(graph: Graph, node: Node) -> Value | None:
+    """A cast in place of ONNX's CastLike, which reads its second operand for the dtype only."""
+    x, like = node.operands
+    return graph.emit("cast", x, at=node, dtype=like.dtype) if like is not None and like.dtype is not None else None
 
 
 def _feeder(node: Node) -> Node | None:
@@ -204,7 +223,7 @@ def fold_norm(op: Builder, m: Match) -> Value:
     gamma, beta, mean, var = (known[value] for value in (m.gamma, m.beta, m.mean, m.var))
     folded = fold_batch_norm(known[m.weight], known.get(m.bias), gamma, beta, mean, var, m.norm.attributes["eps"])
     weight, bias = (op.constant(tensor) for tensor in folded)
-    return op(before.kind, m.x, weight, bias, **before.attributes)
+    return op.graph.emit(before.kind, m.x, weight, bias, at=before, **before.attributes)  # there, to keep its path
 
 
 BATCH_NORM = (

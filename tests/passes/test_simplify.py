@@ -160,6 +160,16 @@ def test_two_outputs_stay_two(dialect):
     assert len(simplified(dialect, "a = gelu(x[2,8])\nb = gelu(x)\nreturn a, b")) == 3
 
 
+@pytest.mark.parametrize("site", ["linear(x[2,4], W[8,4]", "conv(x[2,4,6,6], W[8,2,3,3], groups=2"])
+def test_drops_a_bias_of_zeros(dialect, site):
+    bare, attributes = site.partition(", groups")[::2]
+    graph = build(dialect, f"y = {bare}, Z[8]:zeros{attributes and ', groups' + attributes})")
+    original = graph.clone()
+    run(Simplify(), graph)
+    assert graph.nodes[0].bias is None and graph.nodes[0].attributes == original.nodes[0].attributes
+    assert_outputs_equal(graph, original, rtol=0)
+
+
 @pytest.mark.parametrize("bias", ["", ", C[4]"])
 def test_folds_batch_norm_into_conv(dialect, bias):
     text = f"c = conv(x[2,3,8,8], W[4,3,3,3]{bias}, stride=[2,2], padding=[1,1,1,1])\ny = relu(batch_norm(c, {NORM}))"
@@ -212,6 +222,11 @@ def test_folds_the_shape_of_a_static_value():
         "%0 = mul(z[2]:int64, [2]:int64)",
         "return %0[2]:int64",
     ]
+
+
+def test_folds_a_bias_that_takes_its_dtype_from_the_input():
+    text = "b = onnx.Expand(onnx.CastLike(Z[]:values(2), x[2,8]), S[1]:int64:values(4))\ny = linear(x, W[4,8], b)"
+    assert simplified("onnx", text) == ["%0 = linear(x[2,8], [4,8], [4])", "return %0[2,4]"]
 
 
 def test_keeps_the_shape_of_a_dynamic_value():
