@@ -406,7 +406,7 @@ def _capture_file(path: Path, dialect: str, example_inputs: Any) -> Captured:
         raise CaptureError(f"{path} may hold a pickle, which is never loaded; load the module yourself and hand it over")
     if path.suffix == ".pt2":
         return capture(torch.export.load(path), dialect, example_inputs=example_inputs)
-    from graphopt.dialects.onnx import read_model
+    from graphopt.dialects.onnx_load import read_model
 
     return _capture_onnx(read_model(path), dialect, example_inputs, str(path))
 

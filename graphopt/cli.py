@@ -373,7 +373,7 @@ def _graph(path: Path) -> Graph:
 def _session(path: Path, threads: int | None) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The file as it is, in ONNX Runtime at its default options."""
     from graphopt.dialects import onnx_run
-    from graphopt.dialects.onnx import read_model
+    from graphopt.dialects.onnx_load import read_model
 
     session = onnx_run.session(read_model(path), level="all", threads=threads)
     return functools.partial(onnx_run.run, session)

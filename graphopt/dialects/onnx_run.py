@@ -11,8 +11,7 @@ import onnx_ir.passes.common as ir_passes
 import onnxruntime as ort
 from torch import Tensor
 
-from graphopt.dialects.onnx import _to_numpy, array_to_torch
-from graphopt.dialects.onnx_words import TORCH_DTYPES
+from graphopt.dialects.onnx_tensors import TORCH_DTYPES, array_to_torch, to_numpy
 from graphopt.graph import GraphError
 
 LEVELS = {
@@ -59,7 +58,7 @@ def run(made: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]
     missing = [value.name for value in made.get_inputs() if value.name not in feeds]
     if missing:
         raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
-    arrays = {value.name: _to_numpy(feeds[value.name]) for value in made.get_inputs()}
+    arrays = {value.name: to_numpy(feeds[value.name]) for value in made.get_inputs()}
     results = made.run(None, arrays)
     return [_from_result(result) for result in results]
 

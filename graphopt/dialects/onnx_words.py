@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES, onnx_dtype
 from graphopt.graph import GraphError
 from graphopt.words import WORDS
 
@@ -47,22 +48,6 @@ _PLAIN = {
     "Relu": "relu", "Where": "where", "Identity": "identity",
 }  # fmt: skip
 _PLAIN_OPS = {word: op for op, word in _PLAIN.items()}
-
-_WORD_DTYPES = {
-    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float64: ir.DataType.DOUBLE, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
-    torch.int16: ir.DataType.INT16, torch.uint16: ir.DataType.UINT16, torch.int32: ir.DataType.INT32,
-    torch.uint32: ir.DataType.UINT32, torch.int64: ir.DataType.INT64, torch.uint64: ir.DataType.UINT64,
-    torch.bool: ir.DataType.BOOL,
-}  # fmt: skip
-TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {onnx_dtype: dtype for dtype, onnx_dtype in _WORD_DTYPES.items()}
-
-
-def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
-    """The ONNX element type; GraphError where there is none."""
-    if dtype not in _WORD_DTYPES:
-        raise GraphError(f"{dtype} has no element type in ONNX that graphopt writes")
-    return _WORD_DTYPES[dtype]
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -183,11 +168,8 @@ def _read_batch_norm(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue 
 
 def _read_gather(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
     table = operands[0]
-    is_table = table is not None and table.is_constant and table.rank == 2 and table.dtype in _FLOATS
+    is_table = table is not None and table.is_constant and table.rank == 2 and table.dtype in FLOATS
     return ("embedding", operands, {}) if is_table and _integer(node, "axis", 0) == 0 else None
-
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _read_softmax(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:

@@ -1,0 +1,178 @@
+"""Reading an ONNX model in: parsing files safely, putting a model in order, and raising its spellings of linear."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+
+from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxNode, OnnxValue
+from graphopt.dialects.onnx_tensors import FLOATS
+from graphopt.dialects.onnx_words import DOMAIN, STANDARD
+from graphopt.graph import GraphError, Value
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def read_model(path: str | Path) -> ir.Model:
+    """Parse a file. Raises GraphError when it is unreadable, or when external data lies outside the file's folder."""
+    path = Path(path)
+    if not path.is_file():
+        raise GraphError(f"there is no file {path}")
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
+            raise ValueError("it holds no graph")
+        check_external_data(proto, path.parent)
+        model = ir.from_proto(proto)
+    except GraphError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise GraphError(f"{path} is not a readable ONNX model (corrupt or truncated?): {first}") from error
+    ir.external_data.set_base_dir(model.graph, path.parent.absolute())
+    return model
+
+
+def check_external_data(proto: onnx.ModelProto, folder: Path) -> None:
+    """Raise GraphError where a tensor's external data leaves the model's folder, or is not there."""
+    root = folder.resolve()
+    for tensor in _tensors(proto):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        location = entry.get("location", "")
+        target = (root / location).resolve()
+        if os.path.isabs(location) or not target.is_relative_to(root):
+            raise GraphError(
+                f"tensor {tensor.name!r} has its data at {location!r}, outside the model's folder; refused. "
+                "Put the data file beside the model"
+            )
+        if not target.is_file():
+            raise GraphError(f"tensor {tensor.name!r} has its data in {location!r}, and there is no such file")
+        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        if end > target.stat().st_size:
+            raise GraphError(f"tensor {tensor.name!r} needs {end} bytes of {location!r}, which is shorter: truncated?")
+
+
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    graphs: list[Any] = [proto.graph, *proto.functions]
+    while graphs:
+        graph = graphs.pop()
+        yield from getattr(graph, "initializer", ())
+        for node in graph.node:
+            for attribute in node.attribute:
+                graphs.extend([attribute.g] if attribute.HasField("g") else [])
+                graphs.extend(attribute.graphs)
+                yield from [attribute.t] if attribute.HasField("t") else []
+                yield from attribute.tensors
+
+
+def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
+    """A copy of the model, sorted, constants as initializers and not as inputs, functions inlined, shapes inferred."""
+    model = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model.clone()
+    graph = model.graph
+    if any(domain != DOMAIN for domain, _, _ in model.functions):
+        ir_passes.InlinePass()(model)
+    ir_passes.RemoveInitializersFromInputsPass()(model)
+    ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    graph.sort()
+    ir_passes.NameFixPass()(model)
+    for node in graph:
+        node.name = node.name or ""
+        path = node.metadata_props.get(PATH) or _path_of(node)
+        if path:
+            node.metadata_props[PATH] = path
+    for value in graph.initializers.values():
+        if value.const_value is not None and value.shape is None:
+            value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    if any(output.shape is None for node in graph for output in node.outputs):
+        ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+    return model
+
+
+def _path_of(node: ir.Node) -> str:
+    """The module path: from the dynamo exporter's scopes, or from a name such as /encoder/layer.0/MatMul."""
+    scopes = node.metadata_props.get(_SCOPES)
+    if scopes:
+        listed = ast.literal_eval(scopes)
+        path = str(listed[-2]) if len(listed) > 1 else ""
+        return "" if path.startswith("_empty_nn_module_stack") else path
+    *path, _ = (node.name or "").strip("/").split("/")  # also graphopt's own names: encoder.layer.0/MatMul
+    return ".".join(path)
+
+
+def raise_linears(graph: OnnxGraph) -> None:
+    """Spellings of linear that one node alone does not show: MatMul with a constant, Gemm, and an Add behind."""
+    for native in list(graph.model.graph):
+        if native.domain in STANDARD and native.op_type in ("MatMul", "Gemm"):
+            _raise_linear(graph, OnnxNode(graph, native))
+
+
+def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:
+    """MatMul(x, W) and Gemm(x, W, b), with a bias added behind, as linear; W stays as it is stored."""
+    native = node.native
+    weight = _constant_view(graph, native.inputs[1])
+    if weight is None or weight.rank != 2 or weight.dtype not in FLOATS:
+        return
+    x = OnnxValue(graph, native.inputs[0]) if native.inputs[0] is not None else None
+    if x is None or x.is_constant:
+        return
+    bias: Value | None = None
+    if native.op_type == "Gemm":
+        gemm = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | {a.name: a.value for a in native.attributes.values()}
+        bias = OnnxValue(graph, native.inputs[2]) if len(native.inputs) > 2 and native.inputs[2] is not None else None
+        if gemm["alpha"] != 1.0 or gemm["beta"] != 1.0 or gemm["transA"]:
+            return
+        if bias is not None and bias.shape not in ((weight.shape[0 if gemm["transB"] else 1],), ):
+            return
+        weight = weight if gemm["transB"] else weight.transpose()
+    else:
+        weight = weight.transpose()  # stored (in, out)
+    if native.op_type == "MatMul" and (x.rank is None or x.rank < 2):
+        return
+    site: OnnxNode = node
+    if bias is None:
+        behind = _bias_behind(graph, node, weight.shape[0])
+        if behind is not None:
+            site, bias = behind
+    graph.replace(site, graph.emit("linear", x, weight, bias, at=node))
+    if site is not node:
+        graph.erase(node)
+
+
+def _constant_view(graph: OnnxGraph, native: ir.Value | None) -> OnnxValue | None:
+    """A constant, or a constant behind Transpose, as a view."""
+    if native is None:
+        return None
+    producer = native.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.domain in STANDARD:
+        inner = producer.inputs[0]
+        perm = producer.attributes.get("perm")
+        if inner is not None and len(inner.shape or ()) == 2 and (perm is None or list(perm.as_ints()) == [1, 0]):
+            view = OnnxValue(graph, inner)
+            return view.transpose() if view.is_constant else None
+        return None
+    view = OnnxValue(graph, native)
+    return view if view.is_constant else None
+
+
+def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: int | str) -> tuple[OnnxNode, OnnxValue] | None:
+    """The Add of a constant (width,) that is the only user, and that constant."""
+    result = node.result
+    users = result.users
+    if result.is_output or len(users) != 1 or not isinstance(users[0], OnnxNode):
+        return None
+    native = users[0].native
+    if native.graph is not graph.model.graph or native.op_type != "Add" or native.domain not in STANDARD:
+        return None
+    for value in graph.values(native.inputs):
+        if value is not None and value.is_constant and value.shape == (width,):
+            return users[0], value
+    return None

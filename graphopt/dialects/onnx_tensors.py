@@ -1,0 +1,63 @@
+"""Tensors and element types between ONNX, numpy and torch, without copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.graph import GraphError
+
+_ONNX_DTYPES = {
+    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float64: ir.DataType.DOUBLE, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
+    torch.int16: ir.DataType.INT16, torch.uint16: ir.DataType.UINT16, torch.int32: ir.DataType.INT32,
+    torch.uint32: ir.DataType.UINT32, torch.int64: ir.DataType.INT64, torch.uint64: ir.DataType.UINT64,
+    torch.bool: ir.DataType.BOOL,
+}  # fmt: skip
+TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {onnx_dtype: dtype for dtype, onnx_dtype in _ONNX_DTYPES.items()}
+
+
+def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
+    """The ONNX element type; GraphError where there is none."""
+    if dtype not in _ONNX_DTYPES:
+        raise GraphError(f"{dtype} has no element type in ONNX that graphopt writes")
+    return _ONNX_DTYPES[dtype]
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def to_torch(tensor: ir.TensorProtocol | None) -> Tensor | None:
+    """The tensor, sharing memory; None for element types that torch does not have."""
+    if tensor is None or tensor.dtype not in TORCH_DTYPES:
+        return None
+    return array_to_torch(tensor.numpy(), TORCH_DTYPES[tensor.dtype])
+
+
+def array_to_torch(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    """A view of a numpy array (also a read-only, memory-mapped one); bfloat16 is carried by its bits."""
+    if dtype is torch.bfloat16:
+        return array_to_torch(array.view(np.int16), torch.int16).view(torch.bfloat16)
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    if array.size <= 64:
+        return torch.from_numpy(array.copy())
+    # torch has no read-only tensors, and from_numpy warns of it; the waist forbids writing to constants.
+    interface = dict(array.__array_interface__)
+    interface["data"] = (interface["data"][0], False)
+    holder = type("Array", (), {"__array_interface__": interface, "owner": array})()
+    return torch.from_numpy(np.asarray(holder))
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return bits
+    array: np.ndarray[Any, Any] = tensor.numpy()
+    return array
