@@ -6,7 +6,9 @@ targets. Names here are imported when first used, so that `import graphopt` cost
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,5 +36,16 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
     found = getattr(import_module(f"graphopt.{_HOMES[name]}"), name)
-    globals()[name] = found  # over the submodule of the same name
+    globals()[name] = found
     return found
+
+
+class _Package(ModuleType):
+    """Keeps `graphopt.optimize` the function: the import of a submodule would put the module in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -48,7 +48,7 @@ class Signature:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Feeds, bool]:
         """Arguments as feeds, and whether they were numpy (then so is the result). Raises CaptureError on misuse."""
         if len(args) == 1 and isinstance(args[0], Mapping):
-            args, kwargs = (), {**args[0], **kwargs}
+            kwargs, args = {**args[0], **kwargs}, ()
         if len(args) > len(self.inputs):
             raise CaptureError(f"the model takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), not {len(args)}")
         named = dict(zip(self.inputs, args, strict=False)) | dict(kwargs)
@@ -125,7 +125,10 @@ def _capture_module(
         if cache:
             from graphopt.decode import DecodeStep
 
-            module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
+            try:
+                module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
+            except ValueError as error:
+                raise CaptureError(str(error)) from error
         examples = [_arguments(module, one) for one in _several(example_inputs)]
         constants: dict[str, Any] = {}
         result = _run(module, examples[0])
@@ -206,7 +209,8 @@ def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
     try:
         return module(**arguments)
     except Exception as error:
-        shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in arguments.items() if isinstance(value, Tensor))
+        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+        shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
         raise CaptureError(
             f"{type(module).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: "
             f"{_first_line(error)}{_user_line(module, error)}"
@@ -332,7 +336,7 @@ def _user_line(module: nn.Module, error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__)
               if not f.filename.startswith((root, "<")) and Path(f.filename) != Path(__file__)]  # fmt: skip
     if not frames:  # the exporter quotes user code in its message
-        found = re.search(r'File "(?!' + re.escape(root) + r')([^"]+)", line (\d+), in (?:forward|\w+)\n\s*(.+)', str(error))
+        found = re.search(rf'File "(?!{re.escape(root)})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
         return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
 
@@ -403,7 +407,7 @@ def _graph_of(
 
 def _capture_file(path: Path, dialect: str, example_inputs: Any) -> Captured:
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-        raise CaptureError(f"{path} may hold a pickle, which is never loaded; load the module yourself and hand it over")
+        raise CaptureError(f"{path} may hold a pickle, which is never loaded; load the module and hand that over")
     if path.suffix == ".pt2":
         return capture(torch.export.load(path), dialect, example_inputs=example_inputs)
     from graphopt.dialects.onnx_load import read_model
@@ -418,7 +422,8 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str) ->
         )
     from graphopt.dialects import onnx_capture
 
-    graph = onnx_capture.from_model(model)
+    graph: Graph = onnx_capture.from_model(model)
+    opset = onnx_capture.opset_of(graph)
     names = tuple(value.name for value in graph.inputs)
     outputs = tuple(value.name for value in graph.outputs)
     signature = Signature(names, outputs, lambda results: dict(zip(outputs, results, strict=True)))
@@ -434,7 +439,7 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str) ->
         if expected is not None and found is not None and _all_equal(expected, found):
             graph = lifted
         else:
-            notes.append(f"stays at opset {graph.opset}: the model lifted to {lifted.opset} does not compute the same")
+            notes.append(f"stays at opset {opset}: the lifted model does not compute the same")
     graph = onnx_capture.refined(_raise_checked(graph, feeds, expected, notes))
     return Captured(graph, signature, feeds if expected is not None else [], source, notes)
 

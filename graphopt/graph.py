@@ -197,7 +197,7 @@ class Graph(ABC):
 
     @abstractmethod
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> Value:
-        """Put a node just before `at` (at the end without it), under its module path; its first result. Inert until used.
+        """Put a node just before `at` (at the end without it), under its module path; its first result. Inert.
 
         kind: a word; a dialect's own operation, for lowering; or a node, to compute the same on other operands.
         Raises GraphError when the operands do not fit the word.

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,15 +157,9 @@ class Optimized:
         original = self.backend.compile(self.original, self.threads)
         result = BenchResult(header(environment(), self.threads or 0))
         for feeds in batches or self.feeds:
-            ratios = paired(
-                {
-                    "original": lambda feeds=feeds: original(feeds),
-                    "control": lambda feeds=feeds: original(feeds),
-                    "optimized": lambda feeds=feeds: self.runner(feeds),
-                },
-                baseline="original",
-                rounds=rounds,
-            )
+            calls = {name: partial(run, feeds) for name, run in
+                     {"original": original, "control": original, "optimized": self.runner}.items()}  # fmt: skip
+            ratios = paired(calls, baseline="original", rounds=rounds)
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
             result.rows.append((shapes, {name: ratios[name] for name in ("optimized", "control")}))
         return result
@@ -191,9 +186,9 @@ class Optimized:
         graph = self.graph if portable else self.lowered
         self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=self._metadata(portable))
         manifest = path.with_name(path.name + ".json")
-        partial = manifest.with_name(f".{manifest.name}.part")
-        partial.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-        partial.replace(manifest)
+        unfinished = manifest.with_name(f".{manifest.name}.part")
+        unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+        unfinished.replace(manifest)
         return path
 
     def _metadata(self, portable: bool) -> dict[str, str]:
@@ -268,6 +263,6 @@ def _digest(graph: Graph) -> str:
         digest.update(name.encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         flat = flat.as_strided((flat.numel(),), (1,))  # one element may carry any stride
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -10,8 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-
-
 from graphopt.graph import Graph, GraphError, Node, Value
 from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite, scalar
 
@@ -128,7 +126,7 @@ def attention_guarded(op: Recorder, scores: Any, value: Any) -> Pattern:
 
 
 def to_attention(op: Builder, m: Match) -> Value:
-    """softmax(q kᵀ · scale + mask) v, with the scale taken from wherever it was multiplied in (Vaswani et al., 2017)."""
+    """softmax(q kᵀ · scale + mask) v (Vaswani et al., 2017), its scale taken from wherever it was multiplied in."""
     axis, rank = m.softmax.attributes["axis"], m.scores.rank
     if rank != 4 or axis not in (-1, 3):
         raise Declined("the scores are not 4-D with a softmax over the keys")
@@ -144,7 +142,8 @@ def to_attention(op: Builder, m: Match) -> Value:
         raise Declined("queries, keys or values are not 4-D")
     if query.shape is not None and key.shape is not None and query.shape[1] != key.shape[1]:
         raise Declined("queries and keys differ in heads")
-    return _emit(op, "attention", query, key, m.value, _as_allowed(op.graph, mask), scale=scale * query_scale * key_scale)
+    scale *= query_scale * key_scale
+    return _emit(op, "attention", query, key, m.value, _as_allowed(op.graph, mask), scale=scale)
 
 
 def _as_allowed(graph: Graph, mask: Value | None) -> Value | None:

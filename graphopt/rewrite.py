@@ -148,7 +148,9 @@ def _try(
         log.seconds += time.perf_counter() - start
 
 
-def match_node(pattern: Pattern, node: Node, optional: frozenset[str] = frozenset(), shared: bool = False) -> Match | None:
+def match_node(
+    pattern: Pattern, node: Node, optional: frozenset[str] = frozenset(), shared: bool = False
+) -> Match | None:
     """Match one node and what it reads; None where the pattern does not fit."""
     match = Match(node)
     return match if _fits(pattern, node, match, optional, shared) else None

@@ -11,11 +11,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Reference = TypeVar("Reference", bound=Callable[..., Any])
 
 _WORDS: dict[str, Word] = {}
 WORDS: Mapping[str, Word] = MappingProxyType(_WORDS)
@@ -41,7 +43,7 @@ class Word:
 
 def _declare(
     reference: Callable[..., Any], results: tuple[str, ...], commutative: bool, elementary: bool
-) -> Callable[..., Any]:
+) -> None:
     parameters = inspect.signature(reference).parameters.values()
     operands = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
     name = reference.__name__.rstrip("_")
@@ -55,12 +57,18 @@ def _declare(
         commutative=commutative,
         elementary=elementary,
     )
-    return reference
 
 
-def word(*, results: tuple[str, ...] = ("y",), commutative: bool = False, elementary: bool = False) -> Any:
+def word(
+    *, results: tuple[str, ...] = ("y",), commutative: bool = False, elementary: bool = False
+) -> Callable[[Reference], Reference]:
     """Declare the decorated function as a word (see the module's docstring)."""
-    return lambda reference: _declare(reference, results, commutative, elementary)
+
+    def declare(reference: Reference) -> Reference:
+        _declare(reference, results, commutative, elementary)
+        return reference
+
+    return declare
 
 
 # --- what passes rewrite -------------------------------------------------------------------------------------------
@@ -115,8 +123,8 @@ def attention(
     is True where attention is allowed, a float mask is added. Fewer kv_heads than heads are repeated (grouped query).
     """
     if heads:
-        query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
-        key, value = (t.unflatten(-1, (kv_heads or heads, -1)).transpose(1, 2) for t in (key, value))
+        query = query.reshape(*query.shape[:2], heads, -1).transpose(1, 2)
+        key, value = (t.reshape(*t.shape[:2], kv_heads or heads, -1).transpose(1, 2) for t in (key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -186,7 +194,8 @@ def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
 
 @word(results=("scale", "zero_point"))
 def choose_qparams(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale (float32 scalar) and zero point (uint8 scalar) that cover x at run time (ONNX DynamicQuantizeLinear)."""
+    """The scale (float32 scalar) and zero point (uint8 scalar) that cover x at run time (ONNX
+    DynamicQuantizeLinear)."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = (high - low) / 255
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)

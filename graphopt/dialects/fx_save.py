@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 _NAMES = "graphopt.json"
 
 
-def save(graph: FxGraph, path: str | Path) -> None:
-    """Write the graph and its names. Raises GraphError where torch cannot write one of its operations."""
+def save(graph: FxGraph, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the graph, its names, and texts about it. Raises GraphError where torch cannot write an operation."""
+    extra = {f"graphopt.{key}": text for key, text in (metadata or {}).items()}
     names = {"inputs": graph.input_names, "outputs": graph.output_names, "axes": graph.axis_names}
     program, buffer = to_program(graph), io.BytesIO()
     try:
-        torch.export.save(program, buffer, extra_files={_NAMES: json.dumps(names)})
+        torch.export.save(program, buffer, extra_files=extra | {_NAMES: json.dumps(names)})
     except Exception as error:
         raise GraphError(f"torch.export cannot write this graph: {error}") from error
     Path(path).write_bytes(buffer.getvalue())

@@ -462,7 +462,7 @@ class OnnxGraph(Graph):
             return
         try:
             types = self._types(node, inputs)
-        except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
             raise _at(node, f"{node.op_type} does not fit its operands: {error}") from error
         for output, found in zip(node.outputs, types, strict=True):
             if found is not None and found.WhichOneof("value") == "tensor_type":
@@ -472,6 +472,8 @@ class OnnxGraph(Graph):
                         d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
                         for d in found.tensor_type.shape.dim
                     ])  # fmt: skip
+            elif found is not None:  # a sequence: torch's exporter types that of SplitToSequence as a tensor
+                output.type, output.shape = ir.serde.deserialize_type_proto_for_type(found), None
 
     def _types(self, node: ir.Node, inputs: Mapping[str, onnx.TypeProto]) -> list[onnx.TypeProto | None]:
         if node.domain == DOMAIN:

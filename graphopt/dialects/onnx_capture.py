@@ -80,8 +80,15 @@ def refined(graph: Graph) -> Graph:
     return graph
 
 
-def lift(model: ir.Model | onnx.ModelProto, graph: OnnxGraph, notes: list[str]) -> OnnxGraph | None:
+def opset_of(graph: Graph) -> int:
+    """The version of the standard operators."""
+    assert isinstance(graph, OnnxGraph)
+    return graph.opset
+
+
+def lift(model: ir.Model | onnx.ModelProto, graph: Graph, notes: list[str]) -> OnnxGraph | None:
     """The model at OPSET, or None where it is there already or does not convert (with a note)."""
+    assert isinstance(graph, OnnxGraph)
     if graph.opset >= OPSET:
         return None
     from onnxscript import version_converter

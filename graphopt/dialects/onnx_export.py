@@ -41,8 +41,8 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
         lower_opset(graph, opset)
     ir_passes.RemoveUnusedOpsetsPass()(model)
     model.producer_name = "graphopt"
-    for node in model.graph:
-        node.doc_string = None
+    for native in model.graph:
+        native.doc_string = None
     return model
 
 

@@ -15,7 +15,7 @@ import onnx_ir.passes.common as ir_passes
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx_tensors import FLOATS
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD
-from graphopt.graph import GraphError, Value
+from graphopt.graph import GraphError, Shape
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -102,8 +102,8 @@ def _path_of(node: ir.Node) -> str:
     scopes = node.metadata_props.get(_SCOPES)
     if scopes:
         listed = ast.literal_eval(scopes)
-        path = str(listed[-2]) if len(listed) > 1 else ""
-        return "" if path.startswith("_empty_nn_module_stack") else path
+        scope = str(listed[-2]) if len(listed) > 1 else ""
+        return "" if scope.startswith("_empty_nn_module_stack") else scope
     *path, _ = (node.name or "").strip("/").split("/")  # also graphopt's own names: encoder.layer.0/MatMul
     return ".".join(path)
 
@@ -117,34 +117,32 @@ def raise_linears(graph: OnnxGraph) -> None:
 
 def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:
     """MatMul(x, W) and Gemm(x, W, b), with a bias added behind, as linear; W stays as it is stored."""
-    native = node.native
-    weight = _constant_view(graph, native.inputs[1])
-    if weight is None or weight.rank != 2 or weight.dtype not in FLOATS:
+    x, stored, *rest = graph.values(node.native.inputs)
+    weight = _constant_view(graph, stored.native if stored is not None else None)
+    if x is None or x.is_constant or weight is None or weight.rank != 2 or weight.dtype not in FLOATS:
         return
-    x = OnnxValue(graph, native.inputs[0]) if native.inputs[0] is not None else None
-    if x is None or x.is_constant:
-        return
-    bias: Value | None = None
-    if native.op_type == "Gemm":
-        gemm = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | {a.name: a.value for a in native.attributes.values()}
-        bias = OnnxValue(graph, native.inputs[2]) if len(native.inputs) > 2 and native.inputs[2] is not None else None
-        if gemm["alpha"] != 1.0 or gemm["beta"] != 1.0 or gemm["transA"]:
+    bias = rest[0] if rest else None
+    if node.native.op_type == "MatMul":
+        if x.rank is None or x.rank < 2:
             return
-        if bias is not None and bias.shape not in ((weight.shape[0 if gemm["transB"] else 1],), ):
-            return
-        weight = weight if gemm["transB"] else weight.transpose()
-    else:
         weight = weight.transpose()  # stored (in, out)
-    if native.op_type == "MatMul" and (x.rank is None or x.rank < 2):
+    else:
+        attributes = _GEMM | {a.name: a.value for a in node.native.attributes.values()}
+        if attributes["alpha"] != 1 or attributes["beta"] != 1 or attributes["transA"]:
+            return
+        weight = weight if attributes["transB"] else weight.transpose()
+    width = (weight.shape or ("?",))[:1]
+    if bias is not None and bias.shape != width:
         return
-    site: OnnxNode = node
-    if bias is None:
-        behind = _bias_behind(graph, node, weight.shape[0])
-        if behind is not None:
-            site, bias = behind
+    site = node
+    if bias is None and (behind := _bias_behind(graph, node, width)) is not None:
+        site, bias = behind
     graph.replace(site, graph.emit("linear", x, weight, bias, at=node))
     if site is not node:
         graph.erase(node)
+
+
+_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
 
 def _constant_view(graph: OnnxGraph, native: ir.Value | None) -> OnnxValue | None:
@@ -163,7 +161,7 @@ def _constant_view(graph: OnnxGraph, native: ir.Value | None) -> OnnxValue | Non
     return view if view.is_constant else None
 
 
-def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: int | str) -> tuple[OnnxNode, OnnxValue] | None:
+def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: Shape) -> tuple[OnnxNode, OnnxValue] | None:
     """The Add of a constant (width,) that is the only user, and that constant."""
     result = node.result
     users = result.users
@@ -173,6 +171,6 @@ def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: int | str) -> tuple[On
     if native.graph is not graph.model.graph or native.op_type != "Add" or native.domain not in STANDARD:
         return None
     for value in graph.values(native.inputs):
-        if value is not None and value.is_constant and value.shape == (width,):
+        if value is not None and value.is_constant and value.shape == width:
             return users[0], value
     return None

@@ -80,7 +80,7 @@ def _take_large_weights(copy: ir.Model) -> tuple[list[str], list[np.ndarray[Any,
         names.append(name)
         arrays.append(np.ascontiguousarray(tensor.numpy()))
         value.const_value = ir.ExternalTensor(
-            "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.dims), name=name
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
         )
     return names, arrays
 

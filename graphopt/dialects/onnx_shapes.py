@@ -86,11 +86,11 @@ def _slice_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | N
     parts = [_held(value, held) for value in node.inputs]
     if any(part is None for part in parts):
         return None
-    numbers = [part[0] for part in parts[1:] if part is not None and len(part) == 1]
-    step = numbers[3] if len(numbers) > 3 else 1
-    if len(numbers) != len(parts) - 1 or parts[0] is None or not all(isinstance(n, int) for n in numbers):
+    bounds = [part[0] for part in parts[1:] if part is not None and len(part) == 1]
+    numbers = [bound for bound in bounds if isinstance(bound, int)]
+    if len(numbers) != len(parts) - 1 or parts[0] is None:
         return None
-    return parts[0][numbers[0] : numbers[1] : step]  # type: ignore[misc]  # all are int
+    return parts[0][numbers[0] : numbers[1] : numbers[3] if len(numbers) > 3 else 1]
 
 
 def _gather_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:

@@ -7,6 +7,7 @@ at each run. So the model stays valid, and runs in any engine, all through a pip
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -320,6 +321,9 @@ def _conv_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     if graph.opset < 23:
         raise GraphError(f"attention has no ONNX operator at opset {graph.opset}; it needs 23")
+    if _repeats_over_queries(operands[0], operands[3]):
+        given = {name: value for name, value in attributes.items() if value}
+        return Spelled("attention__over_queries", operands, given, DOMAIN)
     spelled: dict[str, Any] = {"is_causal": int(attributes["causal"])}
     if attributes["scale"] is not None:
         spelled["scale"] = float(attributes["scale"])
@@ -327,6 +331,13 @@ def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], att
         spelled["q_num_heads"] = attributes["heads"]
         spelled["kv_num_heads"] = attributes["kv_heads"] or attributes["heads"]
     return Spelled("Attention", operands, spelled)
+
+
+def _repeats_over_queries(query: OnnxValue | None, mask: OnnxValue | None) -> bool:
+    """Whether one row of the mask stands for all queries: ONNX allows it, and onnxruntime's kernel fails on it."""
+    if query is None or mask is None or query.shape is None or mask.shape is None:
+        return False
+    return len(mask.shape) < 2 or (mask.shape[-2] == 1 and query.shape[-2] != 1)
 
 
 def _write_layer_norm(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
@@ -436,11 +447,15 @@ def function(op_type: str, opset: int) -> ir.Function:
         signature, body = _linear_int8_body(bias, kn, "static" if "static" in variant else "dynamic")
     elif name == "conv_int8":
         attributes = "<strides, pads, dilations, group>"
-        signature = f"(x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point{', bias' if bias else ''}) => (y)"
+        given = "x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point" + (", bias" if bias else "")
+        signature = f"({given}) => (y)"
         body = (
             "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis=0>(weight, weight_scale) "
             f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
         )
+    elif name == "attention":
+        attributes = "<scale, causal, heads, kv_heads>"
+        signature, body = _ATTENTION_OVER_QUERIES
     elif name in _FIXED:
         signature, body = _FIXED[name]
     else:
@@ -448,6 +463,13 @@ def function(op_type: str, opset: int) -> ir.Function:
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {op_type} {attributes} {signature} {{ {body} }}'
     return ir.serde.deserialize_function(_parse(text))
 
+
+_ATTENTION_OVER_QUERIES = (
+    "(query, key, value, mask) => (y)",
+    "n = Shape<start = -2, end = -1>(query) one = Constant<value_ints = [1]>() rows = Concat<axis = 0>(n, one) "
+    "all = Expand(mask, rows) y = Attention<scale = @scale, is_causal = @causal, q_num_heads = @heads, "
+    "kv_num_heads = @kv_heads>(query, key, value, all)",
+)
 
 _FIXED = {
     "silu": ("(x) => (y)", "s = Sigmoid(x) y = Mul(x, s)"),
@@ -461,8 +483,13 @@ _FIXED = {
 }
 
 
+_REFERENCES = {
+    "strides": "ints", "pads": "ints", "dilations": "ints", "group": "int", "scale": "float", "causal": "int",
+    "heads": "int", "kv_heads": "int",
+}  # fmt: skip
+
+
 def _parse(text: str) -> onnx.FunctionProto:
     # The parser takes the type of a referenced attribute from its annotation.
-    typed = text.replace("= @strides", ": ints = @strides").replace("= @pads", ": ints = @pads")
-    typed = typed.replace("= @dilations", ": ints = @dilations").replace("= @group", ": int = @group")
+    typed = re.sub(r" = @(\w+)", lambda found: f": {_REFERENCES[found[1]]} = @{found[1]}", text)
     return onnx.parser.parse_function(typed)

@@ -15,7 +15,7 @@ from graphopt.report import GraphDiff, Report
 def page(report: Report | None = None, diff: GraphDiff | None = None, title: str = "graphopt") -> str:
     """A whole document."""
     body = Markup(fragment(report, diff))  # the template has escaped it
-    return _template().module.document(title, body)  # type: ignore[attr-defined, no-any-return]
+    return str(_template().module.document(title, body))  # type: ignore[attr-defined]
 
 
 def fragment(report: Report | None = None, diff: GraphDiff | None = None) -> str:

@@ -150,7 +150,7 @@ def choices(report: Report) -> list[str]:
 def diff_summary(diff: GraphDiff) -> str:
     """Lines and kinds of nodes, in numbers."""
     kinds = ", ".join(f"{kind} {before} -> {after}" for kind, (before, after) in diff.kinds.items())
-    lines = f"{diff.removed} lines removed, {diff.added} added, {diff.unchanged} unchanged"
+    lines = f"{diff.removed} removed, {diff.added} added, {diff.unchanged} unchanged lines"
     return _wrapped(f"{lines}; {kinds}" if kinds else lines, "")
 
 

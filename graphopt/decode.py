@@ -1,0 +1,69 @@
+"""The decode step of a Hugging Face language model as a module of plain tensors: cache in, logits and cache out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PAST, PRESENT = "past_key_values", "present"
+NEW_TOKENS = 2
+"""In the example that is traced: one would be fixed at one."""
+
+
+class DecodeStep(nn.Module):
+    """forward(input_ids, attention_mask, past_key_values.N.key, past_key_values.N.value, ...) of the wrapped model.
+
+    Keys and values are (batch, heads, past length, head size). Returns a dict of the model's own tensors and
+    present.N.key and present.N.value, each longer by the new tokens.
+    """
+
+    def __init__(self, model: nn.Module, layers: int) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer in range(self.layers):
+            cache.update(inputs[f"{PAST}.{layer}.key"], inputs[f"{PAST}.{layer}.value"], layer)
+        own = {name: value for name, value in inputs.items() if not name.startswith(PAST)}
+        result = self.model(**own, past_key_values=cache, use_cache=True)
+        tensors = {name: value for name, value in result.items() if isinstance(value, Tensor)}
+        return tensors | _entries(result[PAST], PRESENT)
+
+    @classmethod
+    def around(
+        cls, model: nn.Module, prompt: Any
+    ) -> tuple[DecodeStep, dict[str, Tensor], dict[str, dict[int, str]]]:
+        """The wrapped model, an example of its inputs made by running `prompt`, and their dynamic axes.
+
+        prompt: a dict with input_ids (batch, length). Raises ValueError for a model that returns no cache.
+        """
+        if not isinstance(prompt, Mapping) or "input_ids" not in prompt:
+            raise ValueError("cache=True needs example_inputs as a dict with input_ids, a prompt to fill the cache with")
+        ids = torch.as_tensor(prompt["input_ids"])
+        result = model(input_ids=ids, use_cache=True)
+        if not (isinstance(result, Mapping) and PAST in result and hasattr(result[PAST], "layers")):
+            raise ValueError(f"{type(model).__name__} returns no {PAST}: capture it without cache=True")
+        past = _entries(result[PAST], PAST)
+        batch, length = ids.shape
+        example = {
+            "input_ids": ids[:, -1:].repeat(1, NEW_TOKENS),
+            "attention_mask": torch.ones(batch, length + NEW_TOKENS, dtype=ids.dtype),
+            **past,
+        }
+        axes = {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "total"}}
+        return cls(model, len(past) // 2), example, axes | {name: {0: "batch", 2: "past"} for name in past}
+
+
+def _entries(cache: Any, prefix: str) -> dict[str, Tensor]:
+    """A cache's tensors by name."""
+    return {
+        f"{prefix}.{number}.{name}": tensor
+        for number, layer in enumerate(cache.layers)
+        for name, tensor in (("key", layer.keys), ("value", layer.values))
+    }
