@@ -1,0 +1,27 @@
+"""The names of the package are what they say, whatever was imported before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+ORDERS = {
+    "submodule first": "import graphopt.optimize, graphopt.compare; import graphopt",
+    "submodule last": "import graphopt; graphopt.optimize; from graphopt.optimize import Optimized",
+    "by an instrument": "from graphopt.instruments import Dump; import graphopt",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_optimize_and_compare_are_functions(order: str) -> None:
+    check = "print(type(graphopt.optimize).__name__, type(graphopt.compare).__name__)"
+    found = subprocess.run([sys.executable, "-c", f"{order}; {check}"], capture_output=True, text=True, check=True)
+    assert found.stdout == "function function\n"
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    check = "import sys, graphopt; print('torch' in sys.modules, 'onnx' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert found.stdout == "False False\n"
