@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.dialects import onnx_shapes, onnx_words
+from graphopt.dialects import onnx_functions, onnx_shapes, onnx_words
 from graphopt.dialects.onnx_tensors import TORCH_DTYPES, onnx_dtype, to_numpy, to_torch
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD
 from graphopt.graph import Graph, GraphError, Node, Shape, Value
@@ -308,7 +308,7 @@ class OnnxGraph(Graph):
         if spelled.domain not in opsets:
             opsets[spelled.domain] = 1
         if spelled.domain == DOMAIN and (DOMAIN, spelled.op_type, "") not in self.model.functions:
-            function = onnx_words.function(spelled.op_type, self.opset)
+            function = onnx_functions.function(spelled.op_type, self.opset)
             self.model.functions[function.identifier()] = function
         name = self._unique(f"{path}/{spelled.op_type}" if path else spelled.op_type, self._node_names)
         node = ir.Node(
@@ -478,7 +478,7 @@ class OnnxGraph(Graph):
     def _types(self, node: ir.Node, inputs: Mapping[str, onnx.TypeProto]) -> list[onnx.TypeProto | None]:
         if node.domain == DOMAIN:
             if node.op_type not in self._protos:
-                self._protos[node.op_type] = ir.serde.serialize_function(onnx_words.function(node.op_type, self.opset))
+                self._protos[node.op_type] = ir.serde.serialize_function(onnx_functions.function(node.op_type, self.opset))
             given = [inputs[value.name or ""] for value in node.inputs if value is not None]
             attributes = [ir.serde.serialize_attribute(a) for a in node.attributes.values()]
             return list(onnx.shape_inference.infer_function_output_types(self._protos[node.op_type], given, attributes))

@@ -1,18 +1,15 @@
-"""How each word is spelled in ONNX: one reader and one writer a word, and function bodies where no standard op fits.
+"""How each word is spelled in ONNX: one reader and one writer a word.
 
-A word without a standard operator at the model's opset is a node of domain `graphopt`, one function body for each
-arity and stored weight layout: an omitted operand fails in a function, and a Transpose of the weight would cost a copy
-at each run. So the model stays valid, and runs in any engine, all through a pipeline.
+A word without a standard operator at the model's opset is a node of domain `graphopt` with a function body, so the
+model stays valid, and runs in any engine, all through a pipeline.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -24,6 +21,7 @@ if TYPE_CHECKING:
     from graphopt.dialects.onnx import OnnxGraph, OnnxValue
 
 DOMAIN = "graphopt"
+"""Of the nodes whose meaning is a function body (`graphopt.dialects.onnx_functions`)."""
 STANDARD = ("", "ai.onnx")
 
 Read = tuple[str, tuple["OnnxValue | None", ...], dict[str, Any]]
@@ -51,12 +49,16 @@ _PLAIN = {
 _PLAIN_OPS = {word: op for op, word in _PLAIN.items()}
 
 
+_SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization")
+"""Operators that may have further outputs; their readers see to it that nobody uses those."""
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
 def read(graph: OnnxGraph, node: ir.Node) -> Read | None:
     """The node as a word, or None where it is opaque."""
-    if len(node.outputs) > 1 and node.op_type not in ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization"):
+    if len(node.outputs) > 1 and node.op_type not in _SEVERAL_RESULTS:
         return None
     if node.domain == DOMAIN:
         return _read_function(graph, node)
@@ -407,89 +409,3 @@ _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "cast": lambda graph, operands, attributes: Spelled("Cast", operands, {"to": int(onnx_dtype(attributes["dtype"]))}),
     "slice": _write_slice,
 }
-
-
-# --- function bodies -----------------------------------------------------------------------------------------------
-
-_CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @group"
-_LINEAR_INT8 = {
-    # DequantizeLinear + MatMul is what engines fold when scales are known; MatMulInteger when they are not.
-    "static": "xf = DequantizeLinear(x, scale, zero_point)  wf = DequantizeLinear<axis={axis}>(weight, weight_scale) {t} m = MatMul(xf, {w})",
-    "dynamic": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) m = Mul(xf, s)",
-}  # fmt: skip
-
-
-def _linear_body(bias: bool, kn: bool) -> tuple[str, str]:
-    transposed = "" if kn else "wt = Transpose<perm=[1,0]>(weight)"
-    product = "m = MatMul(x, weight)" if kn else "m = MatMul(x, wt)"
-    finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
-    return f"(x, weight{', bias' if bias else ''}) => (y)", f"{transposed} {product} {finish}"
-
-
-def _linear_int8_body(bias: bool, kn: bool, form: str) -> tuple[str, str]:
-    source = "wf" if form == "static" else "weight"
-    transposed = "" if kn else f"wt = Transpose<perm=[1,0]>({source})"
-    body = _LINEAR_INT8[form].format(axis=1 if kn else 0, t=transposed, w=source if kn else "wt")
-    finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
-    inputs = f"(x, scale, zero_point, weight, weight_scale{', bias' if bias else ''}) => (y)"
-    return inputs, f"{body} {finish}"
-
-
-def function(op_type: str, opset: int) -> ir.Function:
-    """The body of a node of domain graphopt, for an opset."""
-    name, _, suffix = op_type.partition("__")
-    variant = suffix.split("_")
-    bias, kn = "bias" in variant, "kn" in variant
-    attributes = ""
-    if name == "linear":
-        signature, body = _linear_body(bias, kn)
-    elif name == "linear_int8":
-        signature, body = _linear_int8_body(bias, kn, "static" if "static" in variant else "dynamic")
-    elif name == "conv_int8":
-        attributes = "<strides, pads, dilations, group>"
-        given = "x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point" + (", bias" if bias else "")
-        signature = f"({given}) => (y)"
-        body = (
-            "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis=0>(weight, weight_scale) "
-            f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
-        )
-    elif name == "attention":
-        attributes = "<scale, causal, heads, kv_heads>"
-        signature, body = _ATTENTION_OVER_QUERIES
-    elif name in _FIXED:
-        signature, body = _FIXED[name]
-    else:
-        raise GraphError(f"there is no ONNX function for {op_type!r}")
-    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {op_type} {attributes} {signature} {{ {body} }}'
-    return ir.serde.deserialize_function(_parse(text))
-
-
-_ATTENTION_OVER_QUERIES = (
-    "(query, key, value, mask) => (y)",
-    "n = Shape<start = -2, end = -1>(query) one = Constant<value_ints = [1]>() rows = Concat<axis = 0>(n, one) "
-    "all = Expand(mask, rows) y = Attention<scale = @scale, is_causal = @causal, q_num_heads = @heads, "
-    "kv_num_heads = @kv_heads>(query, key, value, all)",
-)
-
-_FIXED = {
-    "silu": ("(x) => (y)", "s = Sigmoid(x) y = Mul(x, s)"),
-    "rsqrt": ("(x) => (y)", "s = Sqrt(x) y = Reciprocal(s)"),
-    "choose_qparams": ("(x) => (scale, zero_point)", "q, scale, zero_point = DynamicQuantizeLinear(x)"),
-    "add_int8": (
-        "(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point) => (y)",
-        "af = DequantizeLinear(a, a_scale, a_zero_point) bf = DequantizeLinear(b, b_scale, b_zero_point) "
-        "s = Add(af, bf) y = QuantizeLinear(s, y_scale, y_zero_point)",
-    ),
-}
-
-
-_REFERENCES = {
-    "strides": "ints", "pads": "ints", "dilations": "ints", "group": "int", "scale": "float", "causal": "int",
-    "heads": "int", "kv_heads": "int",
-}  # fmt: skip
-
-
-def _parse(text: str) -> onnx.FunctionProto:
-    # The parser takes the type of a referenced attribute from its annotation.
-    typed = re.sub(r" = @(\w+)", lambda found: f": {_REFERENCES[found[1]]} = @{found[1]}", text)
-    return onnx.parser.parse_function(typed)
