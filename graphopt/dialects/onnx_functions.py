@@ -7,12 +7,15 @@ the weight would cost a copy at each run.
 
 from __future__ import annotations
 
+import re
+
 import onnx
 import onnx_ir as ir
 
 from graphopt.dialects.onnx_words import DOMAIN
 from graphopt.graph import GraphError
 
+_CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @group"
 _LINEAR_INT8 = {
     # DequantizeLinear + MatMul is what engines fold when scales are known; MatMulInteger when they are not.
     "static": "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis={axis}>(weight, weight_scale) "
