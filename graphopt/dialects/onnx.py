@@ -142,7 +142,9 @@ class OnnxNode(Node):
         if any(_holds_graph(attribute) for attribute in native.attributes.values()):
             return None
         attributes = tuple(sorted((a.name, _frozen(a)) for a in native.attributes.values()))
-        return native.domain, native.op_type, len(native.outputs), attributes
+        # A word may have attributes where ONNX has operands (the bounds of a slice).
+        read = repr(sorted(self.attributes.items())) if self.word is not None else ""
+        return native.domain, native.op_type, len(native.outputs), attributes, read
 
 
 class OnnxGraph(Graph):
@@ -174,7 +176,7 @@ class OnnxGraph(Graph):
 
         graph = cls(onnx_load.in_order(model))
         graph.refine_shapes()
-        onnx_load.raise_linears(graph)
+        onnx_load.raise_spellings(graph)
         graph.sweep()
         graph.version = 0
         return graph
@@ -484,7 +486,10 @@ class OnnxGraph(Graph):
             return list(onnx.shape_inference.infer_function_output_types(self._protos[node.op_type], given, attributes))
         if node.domain not in STANDARD:
             return [None] * len(node.outputs)
-        schema = onnx.defs.get_schema(node.op_type, self.opset)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self.opset)
+        except onnx.defs.SchemaError:  # an operator that was experimental once; engines may still know it
+            return [None] * len(node.outputs)
         small = {
             v.name or "": ir.serde.serialize_tensor(v.const_value)
             for v in node.inputs

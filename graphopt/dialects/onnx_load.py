@@ -14,9 +14,11 @@ import onnx_ir.passes.common as ir_passes
 
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx_tensors import FLOATS
-from graphopt.dialects.onnx_words import DOMAIN, STANDARD
+from graphopt.dialects.onnx_words import DOMAIN, STANDARD, repeats_over_queries
 from graphopt.graph import GraphError, Shape
 
+MAP_TYPE = "graphopt.map_type"
+"""Where the type of an output that holds a map is kept, as a TypeProto."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -30,7 +32,8 @@ def read_model(path: str | Path) -> ir.Model:
         if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
             raise ValueError("it holds no graph")
         check_external_data(proto, path.parent)
-        model = ir.from_proto(proto)
+        model = parsed(proto)
+        model.graph.sort()  # an unsorted graph cannot be cloned
     except GraphError:
         raise
     except Exception as error:
@@ -74,15 +77,33 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                 yield from attribute.tensors
 
 
+def parsed(proto: onnx.ModelProto) -> ir.Model:
+    """The model in onnx-ir, which knows no maps: the types of outputs that hold one are kept aside in `meta`."""
+    maps = {output.name: output.type for output in proto.graph.output if "map_type" in str(output.type)}
+    if not maps:
+        return ir.from_proto(proto)
+    plain = onnx.ModelProto()
+    plain.CopyFrom(proto)
+    for value in (*plain.graph.output, *plain.graph.value_info):
+        if "map_type" in str(value.type):
+            value.ClearField("type")
+    model = ir.from_proto(plain)
+    for output in model.graph.outputs:
+        if output.name in maps:
+            output.meta[MAP_TYPE] = maps[output.name]
+    return model
+
+
 def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model, sorted, constants as initializers and not as inputs, functions inlined, shapes inferred."""
-    model = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model.clone()
+    model = parsed(model) if isinstance(model, onnx.ModelProto) else model.clone()
     graph = model.graph
+    graph.sort()
+    model.ir_version = max(model.ir_version or 0, 4)  # the first that lets initializers be no inputs
     if any(domain != DOMAIN for domain, _, _ in model.functions):
         ir_passes.InlinePass()(model)
     ir_passes.RemoveInitializersFromInputsPass()(model)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    graph.sort()
     ir_passes.NameFixPass()(model)
     for node in graph:
         node.name = node.name or ""
@@ -108,11 +129,17 @@ def _path_of(node: ir.Node) -> str:
     return ".".join(path)
 
 
-def raise_linears(graph: OnnxGraph) -> None:
-    """Spellings of linear that one node alone does not show: MatMul with a constant, Gemm, and an Add behind."""
+def raise_spellings(graph: OnnxGraph) -> None:
+    """Spellings that one node alone does not show: MatMul with a constant, Gemm, and an Add behind, are linear.
+
+    An attention whose mask has one row for all queries is emitted anew, in a spelling that onnxruntime runs.
+    """
     for native in list(graph.model.graph):
+        node = OnnxNode(graph, native)
         if native.domain in STANDARD and native.op_type in ("MatMul", "Gemm"):
-            _raise_linear(graph, OnnxNode(graph, native))
+            _raise_linear(graph, node)
+        elif native.op_type == "Attention" and node.kind == "attention" and repeats_over_queries(*node.operands):
+            graph.replace(node, graph.emit("attention", *node.operands, at=node, **node.attributes))
 
 
 def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES, onnx_dtype
-from graphopt.graph import GraphError
+from graphopt.graph import GraphError, Value
 from graphopt.words import WORDS
 
 if TYPE_CHECKING:
@@ -323,7 +323,7 @@ def _conv_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
 def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     if graph.opset < 23:
         raise GraphError(f"attention has no ONNX operator at opset {graph.opset}; it needs 23")
-    if _repeats_over_queries(operands[0], operands[3]):
+    if repeats_over_queries(*operands):
         given = {name: value for name, value in attributes.items() if value}
         return Spelled("attention__over_queries", operands, given, DOMAIN)
     spelled: dict[str, Any] = {"is_causal": int(attributes["causal"])}
@@ -335,8 +335,12 @@ def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], att
     return Spelled("Attention", operands, spelled)
 
 
-def _repeats_over_queries(query: OnnxValue | None, mask: OnnxValue | None) -> bool:
-    """Whether one row of the mask stands for all queries: ONNX allows it, and onnxruntime's kernel fails on it."""
+def repeats_over_queries(query: Value | None, *others: Value | None) -> bool:
+    """Whether the mask has one row for all queries: ONNX allows it, and onnxruntime's kernel fails on it.
+
+    others: the further operands of attention: key, value and, where it is given, mask.
+    """
+    mask = others[2] if len(others) > 2 else None
     if query is None or mask is None or query.shape is None or mask.shape is None:
         return False
     return len(mask.shape) < 2 or (mask.shape[-2] == 1 and query.shape[-2] != 1)
