@@ -69,9 +69,10 @@ class Agree(Instrument):
     pass, or the original, left it: GraphError otherwise. No pass may change an output's shape.
     """
 
-    def __init__(self, original: Graph, feeds: Sequence[Feeds]) -> None:
+    def __init__(self, original: Graph, feeds: Sequence[Feeds], names: Sequence[str] | None = None) -> None:
+        """names: what the user calls the outputs, in order; the graph's own names without it."""
         self.feeds = list(feeds)
-        self.names = [value.name for value in original.outputs]
+        self.names = list(names) if names is not None else [value.name for value in original.outputs]
         self.original = self._outputs(original)
         self._accepted = self.original
 

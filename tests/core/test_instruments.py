@@ -111,6 +111,12 @@ def test_a_lossless_pass_beyond_tolerance_is_an_error(dialect: str) -> None:
     assert "relative tolerance: 0.0001" in str(caught.value)
 
 
+def test_outputs_are_called_as_the_user_does(dialect: str) -> None:
+    graph = build(dialect, TEXT)
+    context = run(graph, LossyScale(by=0.9), instruments=[Agree(graph, examples(graph), ["logits"])])
+    assert [found.output for found in context.report.passes[0].agreement] == ["logits"]
+
+
 def test_a_lossless_pass_within_tolerance_passes() -> None:
     graph = build("onnx", TEXT)
     context = run(graph, Scale(by=1 + 1e-6), instruments=[Agree(graph, examples(graph))])

@@ -1,0 +1,315 @@
+"""The commands, called in this process on tiny models: what they print, what they write, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner, Result
+
+from graphopt import cli
+
+RANDOM = np.random.default_rng(0)
+WEIGHTS = {
+    "W1": RANDOM.normal(size=(16, 32)).astype(np.float32),
+    "b1": RANDOM.normal(size=32).astype(np.float32),
+    "W2": RANDOM.normal(size=(32, 4)).astype(np.float32),
+}
+
+
+def write_model(path: Path, weights: dict[str, Any] = WEIGHTS, activation: str = "Relu", name: str = "x") -> Path:
+    """linear -> activation -> linear, in the names of a TorchScript export."""
+    nodes = [
+        helper.make_node("MatMul", [name, "W1"], ["a"], name="/encoder/fc1/MatMul"),
+        helper.make_node("Add", ["a", "b1"], ["b"], name="/encoder/fc1/Add"),
+        helper.make_node(activation, ["b"], ["c"], name="/encoder/act/Act"),
+        helper.make_node("MatMul", ["c", "W2"], ["y"], name="/head/MatMul"),
+    ]
+    float_ = TensorProto.FLOAT
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info(name, float_, ["batch", 16])],
+        [helper.make_tensor_value_info("y", float_, ["batch", 4])],
+        [numpy_helper.from_array(array, key) for key, array in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "tiny.onnx")
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "calibration.npz", x=RANDOM.normal(size=(20, 16)).astype(np.float32))
+    return tmp_path / "calibration.npz"
+
+
+def run(*arguments: object, trace: bool = False) -> Result:
+    return CliRunner().invoke(cli.app, (["--trace"] if trace else []) + [str(one) for one in arguments])
+
+
+def done(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(code: int, *arguments: object) -> str:
+    """The one line of an error."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    line, end = result.stderr.split("\n", 1)
+    assert end == "" and line.startswith("graphopt: ")
+    return line.removeprefix("graphopt: ")
+
+
+def outputs(path: Path, x: Any) -> Any:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+# --- optimize ------------------------------------------------------------------------------------------------------
+
+
+def test_optimize_writes_the_model_its_manifest_and_a_page(model: Path, calibration: Path, tmp_path: Path) -> None:
+    small, page = tmp_path / "small.onnx", tmp_path / "report.html"
+    text = "sparsify{amount=0.25},quantize{scheme=static}"
+    shown = done("optimize", model, "-o", small, "--passes", text, "--calibration", calibration, "--report", page)
+    rows = {line.split()[0]: line.split()[1:4] for line in shown.splitlines() if line.startswith(("sparsify", "quant"))}
+    assert rows == {"sparsify": ["2", "2", "0"], "quantize": ["2", "2", "0"]}
+    assert shown.splitlines()[-1] == f"written: {small}, {page}"
+    manifest = json.loads((tmp_path / "small.onnx.json").read_text())
+    assert f"simplify,{text}" in manifest["pipeline"]
+    assert "linear_int8" in page.read_text()
+    x = RANDOM.normal(size=(5, 16)).astype(np.float32)
+    expected, found = outputs(model, x), outputs(small, x)
+    cosine = float((expected * found).sum() / np.linalg.norm(expected) / np.linalg.norm(found))
+    assert cosine > 0.95 and not np.array_equal(expected, found)
+
+
+def test_optimize_without_passes_loses_nothing(model: Path, tmp_path: Path) -> None:
+    done("optimize", model, "-o", tmp_path / "same.onnx")
+    x = RANDOM.normal(size=(5, 16)).astype(np.float32)
+    np.testing.assert_allclose(outputs(tmp_path / "same.onnx", x), outputs(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_optimize_as_json(model: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small.onnx"
+    facts = json.loads(done("optimize", model, "-o", small, "--passes", "low-rank{rank=0.25}", "--json"))
+    assert facts["written"] == [str(small)]
+    low_rank = next(record for record in facts["passes"] if record["name"] == "low-rank")
+    assert low_rank["eligible"] == ["encoder.fc1", "head"] and low_rank["changed"] == 2
+    assert low_rank["cost_after"]["parameters"] < low_rank["cost_before"]["parameters"]
+
+
+def test_a_dry_run_says_why_not_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    shown = done("optimize", model, "--dry-run", "--passes", "low-rank{rank=1.0}")
+    assert "2 x" not in shown.split("declined")[0]
+    assert "rank 16 holds no fewer numbers than [32, 16]: encoder.fc1" in " ".join(shown.split())
+    assert shown.endswith("dry run: nothing was written\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}"], "say where to write: -o FILE, or --dry-run"),
+        (["{model}", "--dry-run", "-o", "{folder}/small.onnx"], "--dry-run writes nothing"),
+        (["{folder}/none.onnx", "--dry-run"], "there is no file {folder}/none.onnx"),
+        (["{model}", "-o", "{folder}/none/small.onnx"], "there is no folder {folder}/none to write small.onnx into"),
+        (["{model}", "-o", "{folder}"], "{folder} is a folder; name a file"),
+        (["{model}", "-o", "{model}"], "{model} is the model itself; write to another file"),
+        (["{model}", "--dry-run", "--passes", "quantise"], "there is no pass 'quantise'; did you mean 'quantize'?"),
+        (["{model}", "--dry-run", "--passes", "sparsify{{amuont=1}}"], "no option 'amuont'; did you mean 'amount'?"),
+        (["{model}", "--dry-run", "--passes", "quantize,sparsify"], "the right order is sparsify,quantize"),
+        (["{model}", "--dry-run", "--passes", "sparsify{{"], "pipeline text, at character 10"),
+        (["{model}", "--dry-run", "--target", "onnxrutime"], "there is no target 'onnxrutime'; did you mean 'onnxrun"),
+        (["{model}", "--dry-run", "--passes", "quantize{{scheme=static}}"], "quantize needs calibration data"),
+        (["{model}", "--dry-run", "--passes", "sparsify{{targets=encodr.*}}"], "'encodr.*' selects no site"),
+        (["{model}", "--dry-run", "--calibration", "{folder}/none.npz"], "there is no file {folder}/none.npz"),
+        (["{model}", "--dry-run", "--calibration", "{model}"], "is not an .npz file of plain arrays"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    model: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    places = {"model": model, "folder": tmp_path}
+    line = refused(2, "optimize", *(argument.format(**places) for argument in arguments))
+    assert message.format(**places) in line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y": np.zeros((8, 16), np.float32)}, "calibration has no 'x'; there are y"),
+        ({"x": np.zeros((8, 15), np.float32)}, "batch 0, input 'x' has shape [8, 15], and the model takes [batch, 16]"),
+        ({"x": np.zeros((8, 16), np.int64)}, "input 'x' holds int64, and the model takes float32"),
+        ({"x": np.full((8, 16), np.nan, np.float32)}, "input 'x' holds 128 NaN"),
+        ({"x": np.array([{"a": 1}], dtype=object)}, "is not an .npz file of plain arrays"),
+    ],
+)
+def test_wrong_calibration(model: Path, tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    small = tmp_path / "small.onnx"
+    arguments = "-o", small, "--passes", "quantize{scheme=static}", "--calibration", tmp_path / "wrong.npz"
+    assert message in refused(2, "optimize", model, *arguments)
+    assert not small.exists()
+
+
+def test_a_failing_pass_is_one_line_and_leaves_a_reproducer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    broken = write_model(tmp_path / "nan.onnx", WEIGHTS | {"W2": np.full((32, 4), np.nan, np.float32)})
+    line = refused(1, "optimize", broken, "-o", tmp_path / "small.onnx", "--passes", "quantize{scheme=dynamic}")
+    assert line.startswith("pass quantize failed") and "head: weight has 128 of 128 values NaN" in line
+    folder = Path(line.split("to reproduce: ")[1])
+    assert folder.parent == tmp_path
+    assert not (tmp_path / "small.onnx").exists()
+    assert line.startswith(refused(1, "reproduce", folder))
+
+
+def test_a_corrupt_file_is_one_line(model: Path, tmp_path: Path) -> None:
+    corrupt = tmp_path / "corrupt.onnx"
+    corrupt.write_bytes(model.read_bytes()[:-200])
+    for command in (["optimize", corrupt, "--dry-run"], ["inspect", corrupt], ["diff", model, corrupt]):
+        assert "corrupt.onnx is not a readable ONNX model" in refused(1, *command)
+
+
+def test_trace_shows_where(model: Path) -> None:
+    result = run("optimize", model, trace=True)
+    assert type(result.exception).__name__ == "UsageError"
+    assert run("optimize", model).exit_code == 2
+
+
+# --- inspect, diff, bench ------------------------------------------------------------------------------------------
+
+
+def test_inspect(model: Path) -> None:
+    shown = done("inspect", model).splitlines()
+    assert shown[:2] == ["input    x [batch, 16] float32", "output   y [batch, 4] float32"]
+    assert "weights  672 parameters, 2.69 kB" in shown
+    assert "words    linear 2, relu 1" in shown and "opaque   none" in shown
+    assert "return %2[batch,4]" in done("inspect", model, "--full").splitlines()
+
+
+def test_inspect_as_json(tmp_path: Path) -> None:
+    facts = json.loads(done("inspect", write_model(tmp_path / "a.onnx", activation="Softplus"), "--json", "--full"))
+    assert facts["inputs"] == {"x": "[batch, 16] float32"}
+    assert (facts["words"], facts["opaque"]) == ({"linear": 2}, {"onnx.Softplus": 1})
+    assert (facts["parameters"], facts["bytes"], facts["flops"]) == (672, 2688, None)
+    assert len(facts["listing"]) == 4
+
+
+def test_diff(model: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other.onnx", activation="Tanh")
+    lines = done("diff", model, other).splitlines()
+    assert lines[0] == "1 removed, 1 added, 3 unchanged lines; relu 1 -> 0, tanh 0 -> 1"
+    assert [line for line in lines[1:] if line[0] in "+-"] == [
+        "- %1 = relu(%0[batch,32])  # encoder.act",
+        "+ %1 = tanh(%0[batch,32])  # encoder.act",
+    ]
+    facts = json.loads(done("diff", model, other, "--json"))
+    assert facts["kinds"] == {"relu": [1, 0], "tanh": [0, 1]} and len(facts["lines"]) == 2
+    assert done("diff", model, model).splitlines() == ["0 removed, 0 added, 4 unchanged lines", "  ... 4 unchanged"]
+
+
+def fake_ratios(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Timing that runs each candidate once, takes no time, and gives 1, 2, 3 for the candidates in order."""
+    from graphopt.backends import measure
+
+    seen: dict[str, int] = {}
+
+    def paired(candidates: Any, *, baseline: str, rounds: int) -> dict[str, measure.Ratio]:
+        for name, call in candidates.items():
+            seen[name] = len(call())
+        return {
+            name: measure.Ratio(1.0 + number, 0.9, 9.9, rounds, 0, {baseline: (0.002, 0.003), name: (0.001, 0.002)})
+            for number, name in enumerate(candidates)
+        }
+
+    monkeypatch.setattr(measure, "paired", paired)
+    return seen
+
+
+def test_bench_against_the_optimized_form(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_ratios(monkeypatch)
+    row = done("bench", model, "--rounds", "7").splitlines()[-1]
+    assert " ".join(row.split()) == "x [1, 16] 2.000 1.000 2.00 [0.90, 9.90] 1.000 3.00 [0.90, 9.90]"
+    assert seen == {"tiny.onnx": 1, "optimized": 1, "control": 1}
+
+
+def test_bench_of_two_files(model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = fake_ratios(monkeypatch)
+    (tmp_path / "b").mkdir()
+    other = write_model(tmp_path / "b/tiny.onnx", activation="Tanh")
+    facts = json.loads(done("bench", model, other, "--inputs", calibration, "--json", "--rounds", "7"))
+    assert facts["inputs"] == "x [20, 16]" and set(facts["ratios"]) == {str(other), "control"}
+    assert facts["ratios"][str(other)]["rounds"] == 7 and "cpu" in facts["environment"]
+    assert set(seen) == {"tiny.onnx", str(other), "control"}
+
+
+def test_bench_refuses(model: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other.onnx", name="z")
+    assert "different inputs: x and z" in refused(2, "bench", model, other)
+    assert "leave out one" in refused(2, "bench", model, other, "--passes", "simplify")
+    assert "there is no file" in refused(2, "bench", model, tmp_path / "none.onnx")
+
+
+# --- passes, targets, reproduce ------------------------------------------------------------------------------------
+
+
+def test_passes_lists_every_pass_with_its_options() -> None:
+    from graphopt.passes import REGISTRY
+
+    facts = {one["name"]: one for one in json.loads(done("passes", "--json"))}
+    assert set(facts) == set(REGISTRY)
+    for one in facts.values():
+        assert one["help"]
+        assert all(help_ for _, help_ in one["options"].values()), f"an option of {one['name']} has no docstring"
+    assert facts["sparsify"]["options"]["amount"][0] == "0.5"
+    shown = done("passes")
+    assert all(f"{name}  (" in shown for name in REGISTRY)
+
+
+def test_passes_explains_one() -> None:
+    shown = done("passes", "sparsify")
+    assert "    amount=0.5\n        Share of the weights" in shown and "low-rank" not in shown
+    assert "did you mean 'sparsify'?" in refused(2, "passes", "sparsfy")
+
+
+def test_targets() -> None:
+    from graphopt.backends import TARGETS
+
+    facts = json.loads(done("targets", "--json"))
+    assert set(facts) == set(TARGETS)
+    assert facts["onnxruntime"]["dialect"] == "onnx" and "linear" in facts["onnxruntime"]["schemes"]
+    assert "onnxruntime  (onnx)" in done("targets")
+
+
+def test_a_target_whose_engine_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt import backends
+
+    monkeypatch.setitem(backends.TARGETS, "absent", ("graphopt.backends.absent", "Absent"))
+    assert "absent  (not installed: No module named 'graphopt.backends.absent')" in done("targets")
+
+
+def test_reproduce_refuses_another_folder(tmp_path: Path) -> None:
+    assert "it has no pass.json" in refused(2, "reproduce", tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["optimise"], ["optimize", "--nonsense"], ["bench", "a", "--rounds", "0"], []])
+def test_what_the_parser_refuses_is_exit_code_2(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
