@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,9 +53,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             from graphopt.pipeline import UsageError
 
-            message = " ".join(str(error).split())
-            known = type(error).__module__.startswith("graphopt.")
-            typer.echo(f"graphopt: {message if known else f'{type(error).__name__}: {message}'}", err=True)
+            if type(error).__module__.startswith("graphopt."):
+                line = " ".join(str(error).split())
+            else:  # an engine's own error may hold the whole model
+                line = f"{type(error).__name__}: {textwrap.shorten(str(error), 300)} (--trace shows where)"
+            typer.echo(f"graphopt: {line}", err=True)
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 
     app.command()(guarded)
@@ -257,8 +260,6 @@ def passes(
     as_json: Json = False,
 ) -> None:
     """List the passes, or the options of one."""
-    from textwrap import indent
-
     from graphopt.passes import REGISTRY
     from graphopt.pipeline import UsageError, nearest
 
@@ -271,7 +272,7 @@ def passes(
     for facts in described:
         kind = "loses nothing" if facts["lossless"] else "lossy"
         typer.echo(f"{facts['name']}  ({facts['stage']}, {kind}, {' and '.join(facts['dialects'])})")
-        typer.echo(indent(facts["help"] if name else facts["help"].splitlines()[0], "    "))
+        typer.echo(textwrap.indent(facts["help"] if name else facts["help"].splitlines()[0], "    "))
         for option, (default, help_) in facts["options"].items():
             typer.echo(f"    {option}={default}" + (f"\n        {help_}" if name else ""))
 
@@ -460,9 +461,8 @@ def _option_docs(cls: type[Pass]) -> dict[str, str]:
     import ast
     from inspect import getsource
     from itertools import pairwise
-    from textwrap import dedent
 
-    body = ast.parse(dedent(getsource(cls))).body[0].body  # type: ignore[attr-defined]  # a ClassDef
+    body = ast.parse(textwrap.dedent(getsource(cls))).body[0].body  # type: ignore[attr-defined]  # a ClassDef
     return {
         field.target.id: " ".join(doc.value.value.split())
         for field, doc in pairwise(body)

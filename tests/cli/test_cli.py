@@ -188,6 +188,18 @@ def test_a_corrupt_file_is_one_line(model: Path, tmp_path: Path) -> None:
         assert "corrupt.onnx is not a readable ONNX model" in refused(1, *command)
 
 
+def test_an_unknown_error_is_one_short_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt import capture
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("the engine says:\n" + "a very long story " * 100)
+
+    monkeypatch.setattr(capture, "capture", broken)
+    line = refused(1, "inspect", model)
+    assert line.startswith("RuntimeError: the engine says: a very") and line.endswith("(--trace shows where)")
+    assert len(line) < 400
+
+
 def test_trace_shows_where(model: Path) -> None:
     result = run("optimize", model, trace=True)
     assert type(result.exception).__name__ == "UsageError"
