@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.constants import fold_constants
 from graphopt.graph import Graph, GraphError, Value
 from graphopt.numerics import metrics
 
@@ -397,6 +398,7 @@ def _graph_of(
         from graphopt.dialects.onnx_capture import from_program
 
         graph = from_program(program, signature.inputs, signature.outputs, spec, picked)
+        fold_constants(graph)  # the exporter computes axes and scales that the forms to be raised are told by
     raise_words(graph)
     graph.sweep()
     return graph
@@ -449,6 +451,7 @@ def _raise_checked(graph: Graph, feeds: Sequence[Feeds], expected: Any, notes: l
     from graphopt.raising import raise_words
 
     raised = graph.clone()
+    fold_constants(raised)  # exporters compute axes and scales that the forms to be raised are told by
     hits = raise_words(raised)
     if not hits:
         return graph

@@ -451,8 +451,15 @@ class OnnxGraph(Graph):
         return cls(model)
 
     def refine_shapes(self) -> None:
-        """Infer shapes again where they are open: constants, and words raised since, tell more than the file did."""
-        onnx_shapes.refine(self.model, self._infer)
+        """Infer shapes again where they are open: constants, and words raised since, tell more than the file did.
+
+        Sizes that the graph computes from its own shapes become constants where they are known as numbers.
+        """
+        for native, numbers in onnx_shapes.refine(self.model, self._infer).items():
+            value = OnnxValue(self, native.outputs[0])
+            if value.shape is not None and value.dtype is not None and not value.is_output:
+                sizes = torch.tensor(numbers, dtype=value.dtype).reshape([int(size) for size in value.shape])
+                self.replace(OnnxNode(self, native), self.add_constant(sizes))
 
     def _infer(self, node: ir.Node) -> None:
         """Shapes and dtypes of a new node's outputs, by ONNX's own inference on that one node."""

@@ -16,8 +16,11 @@ Size = int | str | None
 """A number, the name of an axis, or unknown."""
 
 
-def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> None:
-    """Improve output shapes in one walk in topological order. `infer` infers one node from its inputs, in place."""
+def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, list[int]]:
+    """Improve output shapes in one walk in topological order. `infer` infers one node from its inputs, in place.
+
+    Returns the nodes whose integer result is thereby known as numbers, such as a slice of the fixed end of a shape.
+    """
     held: dict[ir.Value, list[Size]] = {}
     for node in model.graph:
         _follow(node, held)
@@ -28,6 +31,15 @@ def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> None:
             infer(node)
             for output, known in zip(node.outputs, before, strict=True):
                 output.shape = _merge(output.shape, known)
+    numbers = {value: [size for size in sizes if isinstance(size, int)] for value, sizes in held.items()}
+    return {
+        producer: numbers[value]
+        for value, sizes in held.items()
+        if len(numbers[value]) == len(sizes)
+        and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+        and value.shape is not None and value.shape.is_static()
+        and (producer := value.producer()) is not None
+    }  # fmt: skip
 
 
 def _holds_subgraph(node: ir.Node) -> bool:
