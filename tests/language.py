@@ -33,7 +33,8 @@ _LEAF = re.compile(r"([A-Za-z_]\w*)(?:\[([^\]]*)\])?((?::\w+(?:\([^)]*\))?)*)$")
 
 def build(dialect: str, text: str) -> Graph:
     """The graph that `text` describes, in dialect "fx" or "onnx". Raises SyntaxError where it cannot be read."""
-    return _Reader(dialect, text).graph
+    graph: Graph = _Reader(dialect, text).graph
+    return graph
 
 
 class _Reader:

@@ -1,0 +1,138 @@
+"""The same pass on the fx and the onnx capture of one module: the same sites, and the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphopt.calibrate import Calibration
+from graphopt.capture import Captured, capture
+from graphopt.graph import Graph, Node, Value
+from graphopt.numerics.metrics import within_tolerance
+from graphopt.numerics.observe import MinMax
+from graphopt.passes import FoldInt8, LowRank, MergeLinear, Quantize, Simplify, Sparsify
+from graphopt.pipeline import Pass, Selector
+from tests import models
+from tests.language import outputs, run
+
+MODELS: Mapping[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
+    "bert": (models.bert, {"input_ids": models.tokens(), "attention_mask": models.padding()}),
+    "gpt2": (models.gpt2, {"input_ids": models.tokens()}),
+    "decoder": (lambda: models.seeded(models.Decoder), {"ids": models.tokens()}),
+    "convs": (lambda: models.seeded(models.ConvNet), {"x": models.images()}),
+}
+
+
+@cache
+def captured(name: str, dialect: str) -> Captured:
+    """A seeded model in one dialect, simplified."""
+    make, example = MODELS[name]
+    found = capture(make(), dialect, example_inputs=example)
+    run(Simplify(), found.graph)
+    return found
+
+
+def twins(name: str, *passes: Pass, calibration: object = None) -> tuple[Graph, Graph]:
+    """Both captures after the passes."""
+    graphs = tuple(captured(name, dialect).graph.clone() for dialect in ("fx", "onnx"))
+    for graph in graphs:
+        changes = [run(pass_, graph, calibration=calibration).record.changes for pass_ in passes]
+        assert not passes or changes[0] > 0
+    return graphs[0], graphs[1]
+
+
+def constants(graph: Graph) -> list[tuple[str, str, list[Tensor]]]:
+    """Path, word and constants of every site with a weight or int8 form, in an order that both dialects have."""
+    found = []
+    for site in graph.sites("linear", "conv", "linear_int8", "conv_int8", "add_int8", "quantize"):
+        tensors = [tensor for value in site.operands if value for tensor in constants_of(graph, value)]
+        found.append((site.path, site.kind, tensors))
+    return sorted(
+        found, key=lambda entry: (*entry[:2], [(*tensor.shape, *tensor.flatten()[:1]) for tensor in entry[2]])
+    )
+
+
+def constants_of(graph: Graph, value: Value) -> list[Tensor]:
+    """The constant itself, or those behind the dequantize that makes a value."""
+    tensor = graph.constant(value)
+    if tensor is not None:
+        return [tensor]
+    maker = value.producer
+    if maker is None or maker.kind != "dequantize":
+        return []
+    # Not the zero point: fx leaves out one that is 0. Both dialects show it on the quantize.
+    return [tensor for operand in maker.operands[:2] if operand and (tensor := graph.constant(operand)) is not None]
+
+
+def assert_twins(pair: tuple[Graph, Graph], *, scales: float = 0.0) -> None:
+    """Equal paths, words and constants: to the bit, but that single floats may differ by `scales`, relative."""
+    fx, onnx = (constants(graph) for graph in pair)
+    assert [entry[:2] for entry in fx] == [entry[:2] for entry in onnx]
+    for (path, _, ours), (_, _, theirs) in zip(fx, onnx, strict=True):
+        assert len(ours) == len(theirs), path
+        for a, b in zip(ours, theirs, strict=True):
+            rtol = scales if a.is_floating_point() and a.dim() == 0 else 0
+            assert a.dtype == b.dtype and torch.allclose(a, b, rtol=rtol, atol=0), path
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [],
+        [Sparsify(amount=0.5)],
+        [Sparsify(amount=0.3, scope="global")],
+        [LowRank(rank=0.25)],
+        [LowRank(energy=0.5)],
+        [Quantize(scheme="dynamic", targets=Selector("linear"))],
+        [Quantize(scheme="dynamic", targets=Selector("linear")), MergeLinear(), FoldInt8()],
+    ],
+    ids=lambda passes: ",".join(map(str, passes)) or "simplify",
+)
+def test_passes_over_weights_are_equal_to_the_bit(name: str, passes: Sequence[Pass]) -> None:
+    pair = twins(name, *passes)
+    assert_twins(pair)
+    example = captured(name, "fx").feeds[0]
+    for ours, theirs in zip(*(outputs(graph, example) for graph in pair), strict=True):
+        assert within_tolerance(ours, theirs, rtol=0.05 if any(not p.lossless for p in passes) else 1e-5)
+
+
+class Recorded(Calibration):
+    """Ranges that one dialect saw, given to the other: by the path and the side of the site that a value belongs to."""
+
+    def __init__(self, graph: Graph, feeds: dict[str, Tensor]) -> None:
+        super().__init__([feeds], graph.inputs)
+        self.ranges: dict[tuple[str, ...], MinMax] = {}
+
+    def observe(self, graph: Graph, values: Sequence[Value]) -> dict[Value, MinMax]:
+        if not self.ranges:
+            self.ranges = {key(value): seen for value, seen in super().observe(graph, values).items()}
+        return {value: self.ranges[key(value)] for value in values}
+
+
+def key(value: Value) -> tuple[str, ...]:
+    """What a value is called in both dialects: where it is made, and by which sites it is read."""
+
+    def paths(nodes: Sequence[Node]) -> list[str]:
+        return sorted(node.path for node in nodes if node.kind in ("linear", "conv", "add", "relu"))
+
+    made = () if value.producer is None else paths([value.producer])
+    return (*made, "to", *paths(value.users))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("folded", [False, True])
+def test_calibrated_passes_are_equal_to_the_bit(name: str, folded: bool) -> None:
+    recorded = Recorded(captured(name, "fx").graph, captured(name, "fx").feeds[0])
+    lowering = [MergeLinear(), FoldInt8()] if folded else []
+    assert_twins(twins(name, Quantize(scheme="static"), *lowering, calibration=recorded))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_statistics_of_each_dialect_agree(name: str) -> None:
+    pair = twins(name, Quantize(scheme="static"), calibration=[captured(name, "fx").feeds[0]])
+    assert_twins(pair, scales=1e-4)
