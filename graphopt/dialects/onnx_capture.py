@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.dialects.onnx import OPSET, OnnxGraph
+from graphopt.dialects.onnx_load import parsed
 from graphopt.graph import Graph
 
 
@@ -93,7 +94,8 @@ def lift(model: ir.Model | onnx.ModelProto, graph: Graph, notes: list[str]) -> O
         return None
     from onnxscript import version_converter
 
-    fresh = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model.clone()
+    fresh = parsed(model) if isinstance(model, onnx.ModelProto) else model.clone()
+    fresh.graph.sort()
     try:
         with warnings.catch_warnings(), _silence("onnxscript", "onnx_ir"):
             warnings.simplefilter("ignore")

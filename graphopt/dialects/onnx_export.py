@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx_load import MAP_TYPE
 from graphopt.dialects.onnx_words import DOMAIN
 from graphopt.graph import GraphError, Node, Value
 from graphopt.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
@@ -114,6 +115,7 @@ def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_dat
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         ir.save(model, written, external_data=path.name + ".data" if external else None, size_threshold_bytes=1024)
+        _put_back_maps(model, written)
         try:
             onnx.checker.check_model(str(written))
         except onnx.checker.ValidationError as error:
@@ -133,3 +135,14 @@ def graphsurgeon(model: ir.Model) -> Any:
         if path and not (node.name or "").startswith(path + "/"):
             node.name = f"{path}/{node.name}"
     return onnx_graphsurgeon.import_onnx(ir.to_proto(model))
+
+
+def _put_back_maps(model: ir.Model, written: Path) -> None:
+    """Give outputs that hold a map their type again, which onnx-ir cannot write."""
+    maps = {output.name: output.meta[MAP_TYPE] for output in model.graph.outputs if MAP_TYPE in output.meta}
+    if maps:
+        proto = onnx.load(written, load_external_data=False)
+        for output in proto.graph.output:
+            if output.name in maps:
+                output.type.CopyFrom(maps[output.name])
+        onnx.save(proto, written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,8 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     model = parsed(model) if isinstance(model, onnx.ModelProto) else model.clone()
     graph = model.graph
     graph.sort()
+    if "ai.onnx" in graph.opset_imports:  # the long name of the same domain
+        graph.opset_imports.setdefault("", graph.opset_imports.pop("ai.onnx"))
     model.ir_version = max(model.ir_version or 0, 4)  # the first that lets initializers be no inputs
     if any(domain != DOMAIN for domain, _, _ in model.functions):
         ir_passes.InlinePass()(model)
@@ -114,7 +117,8 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
         if value.const_value is not None and value.shape is None:
             value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
     if any(output.shape is None for node in graph for output in node.outputs):
-        ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
+        with contextlib.suppress(ir.serde.SerdeError):  # a value may turn out to be a map
+            ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return model
 
 

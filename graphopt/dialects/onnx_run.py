@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as ir_passes
 import onnxruntime as ort
 from torch import Tensor
 
@@ -37,7 +36,7 @@ def session(
     """A session of the model (returning `outputs` in place of its own, where given) that shares its weights' memory."""
     options = options or ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised, and needs no second telling
     if threads is not None:
         options.intra_op_num_threads = threads
     copy = model.clone()
@@ -90,7 +89,33 @@ def _keep_only(copy: ir.Model, outputs: Sequence[str | None]) -> None:
     by_name = {o.name: o for node in copy.graph for o in node.outputs} | {v.name: v for v in copy.graph.inputs}
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(by_name[name] for name in outputs)
-    ir_passes.RemoveUnusedNodesPass()(copy)
-    used = [value for value in copy.graph.inputs if value.uses() or value.is_graph_output()]
+    needed = _needed(copy.graph.outputs)
+    copy.graph.remove([node for node in copy.graph if not needed.issuperset(node.outputs)])
+    for name in [name for name, value in copy.graph.initializers.items() if value not in needed]:
+        del copy.graph.initializers[name]
+    inputs = [value for value in copy.graph.inputs if value in needed]
     copy.graph.inputs.clear()
-    copy.graph.inputs.extend(used)
+    copy.graph.inputs.extend(inputs)
+
+
+def _needed(values: Sequence[ir.Value]) -> set[ir.Value]:
+    """The values that these are computed from, also inside subgraphs, and what their producers return besides."""
+    needed: set[ir.Value] = set()
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if value in needed:
+            continue
+        needed.add(value)
+        producer = value.producer()
+        if producer is not None:
+            needed.update(producer.outputs)
+            for node in (producer, *_inside(producer)):
+                pending += [read for read in node.inputs if read is not None]
+    return needed
+
+
+def _inside(node: ir.Node) -> list[ir.Node]:
+    """The nodes of a node's subgraphs, nested ones included."""
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
+    return [inner for graph in graphs for inner in graph.all_nodes()]
