@@ -23,6 +23,9 @@ Clock = Callable[[], float]
 ROUNDS = 15
 """Rounds that a verdict takes: the 4th and the 12th of 15 ratios bound the median with 96.5% confidence."""
 
+FEWEST = 6
+"""Pairs below which the median has no 95% interval."""
+
 MOST_CALLS = 2**14
 """Calls in one block, at most."""
 
@@ -51,6 +54,8 @@ class Ratio:
     """Pairs that saw a change of the machine's speed and didn't count."""
     seconds: dict[str, tuple[float, float]]
     """p50 and p90 of seconds per call over the blocks that counted, for the baseline and for the candidate."""
+    steady: bool = True
+    """False where the machine kept changing speed, and the steadiest few pairs had to do."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ def paired(
     each other. Rounds go on until every candidate has `rounds` pairs, or twice that many were run. `probe` defaults to
     a small matmul and layer norm. For a control, pass the baseline's callable once more under another name.
 
-    Raises ValueError on wrong arguments or a candidate that takes no time on this clock, and RuntimeError when no pair
-    of some candidate counted.
+    Where fewer than 6 pairs of a candidate count, its 6 steadiest are taken, and its Ratio says that it is not steady.
+    Raises ValueError on wrong arguments or a candidate that takes no time on this clock.
     """
     check(candidates, baseline, rounds)
     probe = probe or default_probe()
@@ -89,7 +94,8 @@ def paired(
     calls = {name: calls_per_block(name, call, min_block_seconds, clock) for name, call in candidates.items()}
     pairs: dict[str, list[tuple[Block, Block]]] = {name: [] for name in candidates}
     run = 0
-    while run < 2 * rounds and min(len(kept) for kept in pairs.values()) < rounds:
+    counted = dict.fromkeys(candidates, 0)
+    while run < 2 * rounds and min(counted.values()) < rounds:
         blocks: dict[str, Block] = {}
         before = probe_seconds(probe, clock)
         for name in turns(list(candidates), run):
@@ -97,11 +103,11 @@ def paired(
             after = probe_seconds(probe, clock)
             blocks[name] = Block(seconds, (before, after))
             before = after
-        for name, kept in pairs.items():
-            if steady(blocks[baseline], blocks[name], probe_tolerance):
-                kept.append((blocks[baseline], blocks[name]))
+        for name, several in pairs.items():
+            several.append((blocks[baseline], blocks[name]))
+            counted[name] += unsteadiness(several[-1]) <= probe_tolerance
         run += 1
-    return {name: ratio(baseline, name, kept, run) for name, kept in pairs.items()}
+    return {name: ratio(baseline, name, several, probe_tolerance) for name, several in pairs.items()}
 
 
 def slower_than(ratio: Ratio) -> bool:
@@ -110,7 +116,7 @@ def slower_than(ratio: Ratio) -> bool:
     That is: the lower 95% bound of candidate time over baseline time is above 1.00, in at least 15 rounds. With fewer
     rounds there is no such verdict, and the answer is False.
     """
-    return ratio.rounds >= ROUNDS and ratio.high < 1.0
+    return ratio.steady and ratio.rounds >= ROUNDS and ratio.high < 1.0
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -187,19 +193,21 @@ def probe_seconds(probe: Callable[[], object], clock: Clock) -> float:
     return min(time_calls(probe, 1, clock) for _ in range(PROBE_RUNS))
 
 
-def steady(first: Block, second: Block, tolerance: float) -> bool:
-    """Whether the machine had one speed around both blocks."""
-    probes = first.probes + second.probes
-    return max(probes) <= min(probes) * (1 + tolerance)
+def unsteadiness(pair: tuple[Block, Block]) -> float:
+    """By how much the machine's speed differed around two blocks: 0.15 is 15%."""
+    probes = pair[0].probes + pair[1].probes
+    return max(probes) / min(probes) - 1
 
 
-def ratio(baseline: str, name: str, kept: Sequence[tuple[Block, Block]], run: int) -> Ratio:
-    if not kept:
-        raise RuntimeError(f"the machine changed speed during each of {run} rounds: no pair of {name!r} counts")
+def ratio(baseline: str, name: str, pairs: Sequence[tuple[Block, Block]], tolerance: float) -> Ratio:
+    kept = [pair for pair in pairs if unsteadiness(pair) <= tolerance]
+    steady = len(kept) >= min(FEWEST, len(pairs))
+    if not steady:
+        kept = sorted(pairs, key=unsteadiness)[:FEWEST]
     ratios = [first.seconds / second.seconds for first, second in kept]
     low, high = interval(ratios)
     seconds = {baseline: percentiles(first for first, _ in kept), name: percentiles(second for _, second in kept)}
-    return Ratio(median(ratios), low, high, len(kept), run - len(kept), seconds)
+    return Ratio(median(ratios), low, high, len(kept), len(pairs) - len(kept), seconds, steady)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -231,7 +231,9 @@ class FxGraph(Graph):
         loaded = Loader(program, input_names)
         names = loaded.output_names if output_names is None else output_names
         if len(names) != len(loaded.output_names):
-            raise GraphError(f"the program returns {len(loaded.output_names)} tensors, and there are {len(names)} names")
+            raise GraphError(
+                f"the program returns {len(loaded.output_names)} tensors, and there are {len(names)} names"
+            )
         fakes = [value.fake_mode for value in map(meta, loaded.graph.nodes) if hasattr(value, "fake_mode")]
         native = Native(loaded.graph, loaded.stored, fakes[0] if fakes else FakeTensorMode())
         symbols: dict[str, str] = {}

@@ -337,7 +337,13 @@ class OnnxGraph(Graph):
         node.name = self._unique("Transpose", self._node_names)
         node.outputs[0].name = self._unique(node.name)
         self._infer(node)
-        self.model.graph.insert_before(next(iter(self.model.graph)), node)
+        producer = value.native.producer()
+        if producer is not None:
+            producer.append(node)
+        elif len(self.model.graph):
+            self.model.graph.insert_before(self.model.graph[0], node)
+        else:
+            self.model.graph.append(node)
         self._fresh[node] = None
         return node.outputs[0]
 

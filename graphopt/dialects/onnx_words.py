@@ -199,7 +199,10 @@ def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
     scale = operands[1]
     if scale is None or scale.rank not in (0, 1) or _integer(node, "block_size", 0):
         return None
-    axis = None if scale.shape in ((), (1,)) else _integer(node, "axis", 1)
+    axis: int | None = _integer(node, "axis", 1)
+    x = operands[0]
+    if scale.rank == 0 or (scale.shape == (1,) and (x is None or x.shape is None or x.shape[axis:][:1] != (1,))):
+        axis = None  # one scale for all, which some files give as a vector of one
     word = "quantize" if node.op_type == "QuantizeLinear" else "dequantize"
     if word == "quantize" and (len(operands) < 3 or operands[2] is None) and _integer(node, "output_dtype", 0) == 0:
         return None  # its result is uint8; the word without a zero point means int8

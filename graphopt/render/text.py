@@ -80,6 +80,7 @@ def bench_rows(result: BenchResult) -> Rows:
         for name in candidates:
             ratio = ratios[name]
             sure = f"[{ratio.low:.2f}, {ratio.high:.2f}]" if math.isfinite(ratio.high) else f"({ratio.rounds} rounds)"
+            sure += "" if ratio.steady else " unsteady"
             row += [milliseconds(ratio.seconds[name][0]), f"{ratio.median:.2f} {sure}"]
         rows.append(tuple(row))
     return rows
