@@ -98,7 +98,7 @@ def _linear_pattern(
     bias: Any = None,
 ) -> Pattern:  # fmt: skip
     steps = op.quantize(x, scale, zero_point)
-    return cast(Pattern, op.linear_int8(steps, x_scale, x_zero, weight, weight_scale, bias))
+    return op.linear_int8(steps, x_scale, x_zero, weight, weight_scale, bias)
 
 
 def _lower_linear(op: Builder, m: Match) -> Value:
@@ -158,25 +158,24 @@ def _linear_static(
     return y
 
 
-_WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? bias"
-for _name, _operands, _kernel in (
-    ("linear_dynamic", f"Tensor x, {_WEIGHT}", _linear_dynamic),
-    ("linear_static", f"Tensor x, Tensor scale, Tensor zero_point, {_WEIGHT}", _linear_static),
-):
-    torch.library.define(f"graphopt_fbgemm::{_name}", f"({_operands}) -> Tensor")
-    torch.library.impl(f"graphopt_fbgemm::{_name}", "CPU", _kernel)
-
-
-@torch.library.register_fake("graphopt_fbgemm::linear_dynamic")
-def _(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _like_dynamic(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("graphopt_fbgemm::linear_static")
-def _(
+def _like_static(
     x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_WEIGHT = "Tensor weight, Tensor weight_scale, Tensor? bias"
+for _name, _operands, _kernel, _like in (
+    ("linear_dynamic", f"Tensor x, {_WEIGHT}", _linear_dynamic, _like_dynamic),
+    ("linear_static", f"Tensor x, Tensor scale, Tensor zero_point, {_WEIGHT}", _linear_static, _like_static),
+):
+    torch.library.define(f"graphopt_fbgemm::{_name}", f"({_operands}) -> Tensor")
+    torch.library.impl(f"graphopt_fbgemm::{_name}", "CPU", _kernel)
+    torch.library.register_fake(f"graphopt_fbgemm::{_name}", _like)
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -211,11 +210,11 @@ class FbgemmRunner(Runner):
         return dict(calls.counts.most_common())
 
 
-class _Calls(TorchDispatchMode):
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operators that torch dispatches to a kernel."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -239,9 +238,10 @@ def _packed_module(graph: FxGraph) -> fx.GraphModule:
         if str(node.target) not in (_DYNAMIC, _STATIC):
             continue
         given = arguments(node)
-        weight, scale, bias = (given[name] and tensor(given[name]) for name in ("weight", "weight_scale", "bias"))
+        weight, weight_scale = (cast(Tensor, tensor(given[name])) for name in ("weight", "weight_scale"))
+        bias = tensor(given["bias"]) if given["bias"] is not None else None
         name = f"packed_{len(stored)}"
-        stored[name] = pack(weight, scale, bias)
+        stored[name] = pack(weight, weight_scale, bias)
         with program.inserting_before(node):
             packed = program.create_node("get_attr", name)
         if str(node.target) == _DYNAMIC:

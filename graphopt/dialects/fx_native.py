@@ -156,7 +156,7 @@ class Native:
 
     def add_constant(self, tensor: Tensor, name: str = "") -> fx.Node:
         """A get_attr node for a tensor, before everything else, so that any node may read it."""
-        with self.graph.inserting_before(None):  # type: ignore[arg-type]
+        with self.graph.inserting_before(None):
             node = self.graph.create_node("get_attr", identifier(name or "constant"))
         target = node.name
         while target in self.stored:
