@@ -257,7 +257,9 @@ class OnnxGraph(Graph):
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
         path = at.path if at is not None else ""
-        if isinstance(kind, OnnxNode):
+        if isinstance(kind, OnnxNode) and kind.word is not None:
+            spelled = self._spell(kind.kind, operands, kind.attributes)
+        elif isinstance(kind, OnnxNode):
             spelled = onnx_words.Spelled(
                 kind.native.op_type,
                 _onnx_values(operands),

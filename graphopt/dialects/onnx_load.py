@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxNode, OnnxValue
-from graphopt.dialects.onnx_tensors import FLOATS
+from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD, repeats_over_queries
 from graphopt.graph import GraphError, Shape
 
@@ -114,6 +114,10 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
         if path:
             node.metadata_props[PATH] = path
     for value in graph.initializers.values():
+        if isinstance(value.const_value, ir.serde.TensorProtoTensor) and value.const_value.dtype in TORCH_DTYPES:
+            # protobuf hands out a new copy of its bytes at every access; this one stays
+            tensor = value.const_value
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
         if value.const_value is not None and value.shape is None:
             value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
     if any(output.shape is None for node in graph for output in node.outputs):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -65,8 +66,8 @@ def read(graph: OnnxGraph, node: ir.Node) -> Read | None:
     if node.domain not in STANDARD:
         return None
     operands = graph.values(node.inputs)
-    if node.op_type in _PLAIN:
-        return _PLAIN[node.op_type], operands, {}
+    if node.op_type in _PLAIN:  # before opset 7, Add and the like had attributes that changed their meaning
+        return None if node.attributes else (_PLAIN[node.op_type], operands, {})
     reader = _READERS.get(node.op_type)
     return reader(graph, node, operands) if reader is not None else None
 
@@ -89,6 +90,8 @@ def _function_attributes(node: ir.Node) -> dict[str, Any]:
 
 def _plain(attribute: Any) -> Any:
     value = attribute.value
+    if attribute.type is ir.AttributeType.FLOAT:
+        return _shortest(value)
     return tuple(value) if attribute.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS) else value
 
 
@@ -102,7 +105,12 @@ def _integer(node: ir.Node, name: str, default: int) -> int:
 
 def _number(node: ir.Node, name: str, default: float) -> float:
     attribute = node.attributes.get(name)
-    return attribute.as_float() if attribute is not None else default
+    return _shortest(attribute.as_float()) if attribute is not None else default
+
+
+def _shortest(number: float) -> float:
+    """The shortest decimal that is this number in the 32 bits that ONNX has: 1e-5, not 9.99999974e-06."""
+    return float(str(np.float32(number)))
 
 
 def _integers(node: ir.Node, name: str) -> tuple[int, ...]:
@@ -204,8 +212,9 @@ def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
     if scale.rank == 0 or (scale.shape == (1,) and (x is None or x.shape is None or x.shape[axis:][:1] != (1,))):
         axis = None  # one scale for all, which some files give as a vector of one
     word = "quantize" if node.op_type == "QuantizeLinear" else "dequantize"
-    if word == "quantize" and (len(operands) < 3 or operands[2] is None) and _integer(node, "output_dtype", 0) == 0:
-        return None  # its result is uint8; the word without a zero point means int8
+    if word == "quantize" and (len(operands) < 3 or operands[2] is None):
+        if _integer(node, "output_dtype", 0) != ir.DataType.INT8:  # uint8 by default
+            return None  # the word without a zero point means int8
     return word, operands, {"axis": axis}
 
 
@@ -346,7 +355,7 @@ def repeats_over_queries(query: Value | None, *others: Value | None) -> bool:
     mask = others[2] if len(others) > 2 else None
     if query is None or mask is None or query.shape is None or mask.shape is None:
         return False
-    return len(mask.shape) < 2 or (mask.shape[-2] == 1 and query.shape[-2] != 1)
+    return len(mask.shape) >= 2 and mask.shape[-2] == 1 and query.shape[-2] != 1
 
 
 def _write_layer_norm(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
