@@ -45,6 +45,8 @@ def _shorter(graph: Graph, node: Node) -> Value | None:
             return _without_zeros(graph, node)
         case "onnx.CastLike":
             return _cast_to_known(graph, node)
+        case "onnx.GatherElements":
+            return _spread(graph, node)
         case _:
             return None
 
@@ -98,6 +100,19 @@ def _cast_to_known(graph: Graph, node: Node) -> Value | None:
     """A cast in place of ONNX's CastLike, which reads its second operand for the dtype only."""
     x, like = node.operands
     return graph.emit("cast", x, at=node, dtype=like.dtype) if like is not None and like.dtype is not None else None
+
+
+def _spread(graph: Graph, node: Node) -> Value | None:
+    """One number over the shape of the indices, in place of a gather from a constant that holds no other.
+
+    Exported BERTs look up token types so, where none are given.
+    """
+    source, indices = node.operands
+    tensor = graph.constant(source) if source is not None else None
+    if tensor is None or tensor.numel() == 0 or bool((tensor != tensor.flatten()[0]).any()):
+        return None
+    shape = graph.emit("onnx.Shape", indices, at=node)
+    return graph.emit("onnx.Expand", graph.add_constant(tensor.flatten()[0].clone()), shape, at=node)
 
 
 def _feeder(node: Node) -> Node | None:
