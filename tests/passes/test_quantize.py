@@ -99,6 +99,12 @@ def test_the_first_reader_of_a_shared_value_may_be_the_add(dialect):
     assert [user.kind for user in graph.sites("gelu")[0].result.users] == ["quantize"]
 
 
+def test_the_result_of_a_static_linear_stays_float_for_others(dialect):
+    graph = build(dialect, "h = linear(x[2,8], W[8,8])\ny = linear(h, V[8,8])\ns = add(h, y)")
+    run(Quantize(), graph, calibration=[feeds(graph)])
+    assert [value.producer.kind for value in graph.sites("add")[0].operands] == ["linear", "linear"]
+
+
 def test_an_add_of_a_float_value_stays_float(dialect):
     graph = build(dialect, "c = conv(x[1,4,6,6], V[4,4,1,1])\ny = add(c, z[1,4,6,6])")
     context = run(Quantize(), graph, calibration=[feeds(graph)])
