@@ -72,6 +72,8 @@ class Islands:
         """Emit a node on dequantized operands; in place of a conv or add goes its result, quantized."""
         value = self.graph.emit(node.kind, *operands, at=node, **node.attributes)
         if node.kind == "linear" or self.schemes.get(node) == "dynamic":
+            if node.result in self.parameters:  # another static site reads it
+                self.parameters[value] = self.parameters[node.result]
             self.graph.replace(node, value)
             return
         end = _end(node)
