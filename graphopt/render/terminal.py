@@ -55,7 +55,8 @@ def diff(diff: GraphDiff, context: int | None = 3) -> RenderableType:
 
 def bench(result: BenchResult) -> RenderableType:
     """One row a shape, under the description of the machine."""
-    return Group(Text(result.header, style="dim"), table(text.bench_rows(result)))
+    notes = Text("\n".join(text.bench_notes(result)), style="dim")
+    return Group(Text(result.header, style="dim"), table(text.bench_rows(result)), notes)
 
 
 def table(rows: text.Rows, title: str | None = None, *, right: Sequence[int] | None = None) -> Table:

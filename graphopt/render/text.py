@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from graphopt.report import Agreement, GraphDiff, PassRecord, Report
 
 if TYPE_CHECKING:
+    from graphopt.backends.measure import Ratio
     from graphopt.compare import Comparison
     from graphopt.optimize import BenchResult
 
@@ -59,31 +60,39 @@ def comparison(found: Comparison) -> str:
 
 
 def bench(result: BenchResult) -> str:
-    """The machine, one row a shape, and the geometric mean of the ratios where there are several shapes."""
-    from graphopt.backends.measure import geometric_mean
-
-    lines = [table(bench_rows(result))]
-    for name in result.rows[0][1] if len(result.rows) > 1 else ():
-        mean = geometric_mean(ratios[name].median for _, ratios in result.rows)
-        lines.append(f"{name}: {mean:.2f} times faster in the geometric mean")
-    return "\n\n".join([result.header, "\n".join(lines)])
+    """The machine, one row a shape, and the geometric means."""
+    return "\n\n".join([result.header, table(bench_rows(result)), "\n".join(bench_notes(result))])
 
 
 def bench_rows(result: BenchResult) -> Rows:
-    """One row a shape: p50 of each candidate in milliseconds, and its ratio with its 95% interval if it has one."""
+    """One row a shape: the baseline's p50, and how many times faster each candidate is, with the 95% interval."""
     candidates = list(result.rows[0][1])
     baseline = next(iter(result.rows[0][1][candidates[0]].seconds))
-    titles = [title for name in candidates for title in (f"{name} ms", "times faster")]
-    rows: Rows = [("inputs", f"{baseline} ms", *titles)]
+    rows: Rows = [("inputs", f"{baseline}, ms", *candidates)]
     for shapes, ratios in result.rows:
-        row = [shapes, milliseconds(ratios[candidates[0]].seconds[baseline][0])]
-        for name in candidates:
-            ratio = ratios[name]
-            sure = f"[{ratio.low:.2f}, {ratio.high:.2f}]" if math.isfinite(ratio.high) else f"({ratio.rounds} rounds)"
-            sure += "" if ratio.steady else " unsteady"
-            row += [milliseconds(ratio.seconds[name][0]), f"{ratio.median:.2f} {sure}"]
-        rows.append(tuple(row))
+        seconds = ratios[candidates[0]].seconds[baseline][0]
+        rows.append((shapes, milliseconds(seconds), *(_ratio_text(ratios[name]) for name in candidates)))
+    if len(result.rows) > 1:
+        from graphopt.backends.measure import geometric_mean
+
+        means = [geometric_mean(ratios[name].median for _, ratios in result.rows) for name in candidates]
+        rows.append(("geometric mean", "", *(f"{mean:.2f}" for mean in means)))
     return rows
+
+
+def bench_notes(result: BenchResult) -> list[str]:
+    """How to read the rows."""
+    ratios = [ratio for _, row in result.rows for ratio in row.values()]
+    unsteady = ["~ the machine kept changing speed: the steadiest few rounds had to do"]
+    return [
+        f"times faster than the baseline, with the 95% interval of the median over {ratios[0].rounds} paired rounds",
+        *(unsteady if not all(ratio.steady for ratio in ratios) else []),
+    ]
+
+
+def _ratio_text(ratio: Ratio) -> str:
+    sure = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if math.isfinite(ratio.high) else ""
+    return f"{'' if ratio.steady else '~'}{ratio.median:.2f}{sure}"
 
 
 def pass_rows(report: Report) -> Rows:

@@ -59,11 +59,16 @@ def imports(path: Path, source: str) -> list[Import]:
             root, _, rest = ast.unparse(node).partition(".")
             if root in modules:
                 yield Import(f"{modules[root]}.{rest}", node.lineno, lazy)
-        inner = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inner = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or for_types_only(node)
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inner)
 
     return list(visit(ast.parse(source), lazy=False))
+
+
+def for_types_only(node: ast.AST) -> bool:
+    """`if TYPE_CHECKING:` never runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def resolve(path: Path, node: ast.ImportFrom) -> str:
@@ -231,6 +236,7 @@ def test_the_core_names_no_pass_and_no_backend(
         ("graphopt/capture.py", "def f():\n    from graphopt.dialects import fx"),
         ("graphopt/pipeline.py", "def f():\n    from graphopt.passes import PASSES"),
         ("graphopt/optimize.py", "def f():\n    from graphopt.backends.measure import paired"),
+        ("graphopt/optimize.py", "if TYPE_CHECKING:\n    from graphopt.backends.measure import Ratio"),
         ("graphopt/cli.py", "from graphopt.passes import PASSES\nfrom graphopt.backends import TARGETS"),
         ("tests/laws/test_imports.py", "from tests.language import build\nimport graphopt.passes"),
     ],
