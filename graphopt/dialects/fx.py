@@ -58,7 +58,9 @@ class FxValue(Value):
     @property
     def name(self) -> str:
         if isinstance(self.native, fx.Node):
-            return str(self.native.meta.get("input_name", self.native.name))
+            if "input_name" in self.native.meta:
+                return str(self.native.meta["input_name"])
+            return self.graph.output_names[self.graph.outputs.index(self)] if self.is_output else self.native.name
         if isinstance(self.native, Literal):
             return str(self.native.number)
         return "(" + ",".join(str(item) for item in self.native.items) + ")"

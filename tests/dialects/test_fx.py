@@ -301,6 +301,7 @@ def test_a_convolutional_network() -> None:
     assert [n.path for n in graph.nodes if n.path] == ["same", "norm", "drop", "strided"]
     assert graph.nodes[0].attributes["padding"] == (3, 2, 3, 2)
     assert graph.output_names == ["features", "image"] and graph.outputs[1] == graph.inputs[0]
+    assert [value.name for value in graph.outputs] == ["features", "x"]
     assert_same(graph, module, normal(5, 3, 8, 8))
 
 
