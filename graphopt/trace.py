@@ -1,0 +1,287 @@
+"""A module, once through torch.export: its arguments, dynamic axes and results, and what to say when it fails."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Feeds = dict[str, Tensor]
+DynamicAxes = dict[str, dict[int, str]]
+"""By input, the names of its dynamic axes."""
+
+
+class CaptureError(ValueError):
+    """What was handed in cannot become a graph; says what, where, and the way out."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a model returns: its tensors' names, how to build it again from them, and their places among its leaves."""
+
+    names: tuple[str, ...]
+    rebuild: Callable[[list[Any]], Any]
+    places: list[int]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program, and what was learned on the way to it."""
+
+    program: torch.export.ExportedProgram
+    examples: list[Feeds]
+    """The example inputs by argument name, one for each shape."""
+    axes: DynamicAxes
+    structure: Structure
+    expected: list[Tensor]
+    """What the module itself returns for the first example."""
+    notes: list[str]
+
+
+def trace(
+    module: nn.Module, example_inputs: Any, dynamic_shapes: Mapping[str, Mapping[int, str]] | None, cache: bool
+) -> Traced:
+    """Run the module on its examples and export it, in eval mode. Raises CaptureError; the module stays as it was."""
+    notes: list[str] = []
+    with _inference(module):
+        if cache:
+            from graphopt.decode import DecodeStep
+
+            try:
+                module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
+            except ValueError as error:
+                raise CaptureError(str(error)) from error
+        examples = [_arguments(module, one) for one in several(example_inputs)]
+        constants: dict[str, Any] = {}
+        result = _run(module, examples[0])
+        if _holds_cache(result) and _accepts(module, "use_cache"):
+            constants = {"use_cache": False}
+            result = _run(module, examples[0] | constants)
+            notes.append("captured with use_cache=False; for the decode step with its cache, pass cache=True")
+        axes = _dynamic_axes(examples[0], dynamic_shapes)
+        traced = {key: _at_least_two(value, axes.get(key, {})) for key, value in examples[0].items()}
+        if any(traced[key].shape != examples[0][key].shape for key in traced):
+            notes.append("dynamic axes of size 1 in the example inputs were repeated to 2 for tracing")
+        try:
+            program = _export(module, traced, constants, axes)
+        except Exception as error:
+            raise CaptureError(_trace_failure(module, error)) from error
+    notes += _specialized(program, axes)
+    expected = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return Traced(program, examples, axes, structure(result), expected, notes)
+
+
+@contextmanager
+def _inference(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, and each submodule's own mode put back afterwards."""
+    modes = [(inner, inner.training) for inner in module.modules() if inner.training]
+    try:
+        for inner, _ in modes:
+            inner.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for inner, mode in modes:
+            inner.training = mode
+
+
+def several(example_inputs: Any) -> list[Any]:
+    if not isinstance(example_inputs, list):
+        return [example_inputs]
+    if not example_inputs:
+        raise CaptureError("example_inputs is an empty list; give at least one batch")
+    return example_inputs
+
+
+def _arguments(module: nn.Module, example: Any) -> Feeds:
+    """One example as keyword arguments of forward, all tensors."""
+    parameters = inspect.signature(module.forward).parameters
+    if isinstance(example, Mapping):
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for key in example:
+            if key not in parameters and not open_ended:
+                known = list(parameters)
+                raise CaptureError(
+                    f"example_inputs: {type(module).__name__}.forward has no argument {key!r}{nearest(key, known)}"
+                )
+        return {str(key): as_tensor(value, str(key)) for key, value in example.items()}
+    values = tuple(example) if isinstance(example, tuple) else (example,)
+    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(values) > len(named):
+        raise CaptureError(
+            f"example_inputs has {len(values)} tensors, and {type(module).__name__}.forward takes {len(named)}"
+        )
+    return {key: as_tensor(value, key) for key, value in zip(named, values, strict=False)}
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """A torch tensor of a tensor or a numpy array; CaptureError for anything else."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray):
+        try:
+            return torch.from_numpy(np.asarray(value, order="C"))
+        except TypeError as error:
+            raise CaptureError(f"input {name!r} is an array of {value.dtype}, which is no tensor") from error
+    if isinstance(value, bool | int | float):
+        return torch.tensor(value)
+    raise CaptureError(f"input {name!r} is a {type(value).__name__}; give a torch tensor or a numpy array")
+
+
+def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return module(**arguments)
+    except Exception as error:
+        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+        shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
+        raise CaptureError(
+            f"{type(module).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: "
+            f"{first_line(error)}{_user_line(module, error)}"
+        ) from error
+
+
+def _holds_cache(result: Any) -> bool:
+    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
+    return any(type(value).__name__.endswith("Cache") for value in values)
+
+
+def _accepts(module: nn.Module, argument: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def structure(result: Any) -> Structure:
+    """The structure of what a model returned. Raises CaptureError when there is no tensor in it."""
+    leaves, tree = pytree.tree_flatten_with_path(result)
+    places = [index for index, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not places:
+        raise CaptureError(f"the model returns a {type(result).__name__} without a tensor in it")
+    fixed = [None if isinstance(leaf, Tensor) else leaf for _, leaf in leaves]
+
+    def rebuild(outputs: list[Any]) -> Any:
+        filled = list(fixed)
+        for place, output in zip(places, outputs, strict=True):
+            filled[place] = output
+        return pytree.tree_unflatten(filled, tree)
+
+    return Structure(tuple(_leaf_name(leaves[place][0]) for place in places), rebuild, places)
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path]
+    if not keys:
+        return "output"
+    return ".".join(str(key) for key in keys) if isinstance(keys[0], str) else "output_" + "_".join(map(str, keys))
+
+
+def _dynamic_axes(
+    example: Feeds, dynamic_shapes: Mapping[str, Mapping[int, str]] | None
+) -> dict[str, dict[int, str]]:
+    """By input, the names of its dynamic axes: the user's where given, the defaults elsewhere."""
+    for name, axes in (dynamic_shapes or {}).items():
+        if name not in example:
+            raise CaptureError(f"dynamic_shapes: there is no input {name!r}{nearest(name, list(example))}")
+        for axis in axes:
+            if not -example[name].dim() <= axis < example[name].dim():
+                raise CaptureError(f"dynamic_shapes: {name} has {example[name].dim()} axes, and no axis {axis}")
+    spec: dict[str, dict[int, str]] = {}
+    for name, tensor in example.items():
+        given = (dynamic_shapes or {}).get(name)
+        if given is None:
+            integer = not tensor.is_floating_point() and tensor.dim() > 1
+            given = ({0: "batch"} if tensor.dim() else {}) | ({1: "seq"} if integer else {})
+        spec[name] = {axis % tensor.dim(): str(label) for axis, label in given.items()}
+    return spec
+
+
+def _at_least_two(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
+    """torch.export specializes axes of size 1, so dynamic ones are repeated to 2."""
+    for axis in axes:
+        if tensor.shape[axis] == 1:
+            tensor = tensor.repeat_interleave(2, axis)
+    return tensor
+
+
+def _export(
+    module: nn.Module, traced: Feeds, constants: Mapping[str, Any], spec: Mapping[str, Mapping[int, str]]
+) -> torch.export.ExportedProgram:
+    shapes: dict[str, Any] = {
+        name: {axis: torch.export.Dim.AUTO for axis in axes} or None for name, axes in spec.items()
+    } | dict.fromkeys(constants)
+    parameters = inspect.signature(module.forward).parameters
+    extra = {name for name in shapes if name not in parameters}
+    if extra:  # they arrive through **kwargs, and torch.export wants their spec under its name
+        keyword = next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
+        shapes = {name: shapes[name] for name in shapes if name not in extra} | {
+            keyword: {name: shapes[name] for name in extra}
+        }
+    with warnings.catch_warnings(), _quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
+        warnings.simplefilter("ignore")
+        return torch.export.export(module, (), {**traced, **constants}, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> list[str]:
+    """What should have been dynamic and is not."""
+    placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    notes = []
+    for name, axes in spec.items():
+        value = placeholders.get(name)
+        for axis, label in axes.items():
+            if isinstance(value, Tensor) and not isinstance(value.shape[axis], torch.SymInt):
+                notes.append(f"the export fixed axis {axis} ({label}) of {name} at {value.shape[axis]}")
+    return notes
+
+
+def _trace_failure(module: nn.Module, error: BaseException) -> str:
+    return (
+        f"torch.export cannot trace {type(module).__name__}{_user_line(module, error)}: {first_line(error)}. "
+        "Control flow that depends on values must go through torch.cond or torch.where"
+    )
+
+
+def _user_line(module: nn.Module, error: BaseException) -> str:
+    """' at file:line (code)' of the innermost frame outside torch."""
+    root = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__)
+              if not f.filename.startswith((root, "<")) and Path(f.filename) != Path(__file__)]  # fmt: skip
+    if not frames:  # the exporter quotes user code in its message
+        found = re.search(rf'File "(?!{re.escape(root)})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
+        return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
+    return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """ '; did you mean ...', or else all there are."""
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"
