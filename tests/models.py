@@ -37,8 +37,10 @@ class SelfAttention(nn.Module):
         query = self.query(x).view(*x.shape[:2], HEADS, -1).transpose(1, 2)
         key, value = (f(x).view(*x.shape[:2], self.kv_heads, -1).transpose(1, 2) for f in (self.key, self.value))
         grouped = self.kv_heads != HEADS
-        y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=self.causal, enable_gqa=grouped)
-        return self.out(y.transpose(1, 2).reshape(x.shape))
+        heads = F.scaled_dot_product_attention(query, key, value, mask, is_causal=self.causal, enable_gqa=grouped)
+        joined = heads.transpose(1, 2).reshape(x.shape)
+        y: Tensor = self.out(joined)
+        return y
 
 
 class EncoderLayer(nn.Module):
@@ -50,7 +52,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = self.norm1(self.attention(x, mask) + x)
-        return self.norm2(self.down(self.act(self.up(x))) + x)
+        x = self.norm2(self.down(self.act(self.up(x))) + x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -63,7 +66,7 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         allowed = mask[:, None, None, :].bool()
-        x = self.embedding(ids)
+        x: Tensor = self.embedding(ids)
         for layer in self.layers:
             x = layer(x, allowed)
         return x
@@ -113,7 +116,8 @@ class ConvNet(nn.Module):
         x = F.relu(self.stem(x))
         y = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(y)) + x)
-        return self.head(x.mean((2, 3)))
+        x = self.head(x.mean((2, 3)))
+        return x
 
 
 def seeded(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
@@ -171,25 +175,26 @@ def exported(module: nn.Module, inputs: Mapping[str, Tensor], opset: int, dynamo
     axes = {name: {0: "batch", 1: "seq"} for name in inputs}
     auto = {name: {axis: torch.export.Dim.AUTO for axis in named} for name, named in axes.items()}
     options: dict[str, Any] = {"dynamic_shapes": auto} if dynamo else {"dynamic_axes": axes}
-    names = {"input_names": list(inputs), "output_names": ["y"]}
+    options |= {"input_names": list(inputs), "output_names": ["y"], "opset_version": opset, "dynamo": dynamo}
     buffer = io.BytesIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.CRITICAL)
-        program = torch.onnx.export(
-            module, tuple(inputs.values()), None if dynamo else buffer, dynamo=dynamo, opset_version=opset,
-            verbose=False, **names, **options,
-        )  # fmt: skip
+        to: Any = None if dynamo else buffer
+        program = torch.onnx.export(module, tuple(inputs.values()), to, verbose=False, **options)
     return program.model_proto if program is not None else onnx.load_from_string(buffer.getvalue())
 
 
-def model(text: str, *, opset: int = 23, domains: Sequence[str] = (), **tensors: Tensor | np.ndarray[Any, Any]) -> onnx.ModelProto:
+def model(
+    text: str, tensors: Mapping[str, Tensor | np.ndarray[Any, Any]] | None = None, *,
+    opset: int = 23, domains: Sequence[str] = (),
+) -> onnx.ModelProto:  # fmt: skip
     """An ONNX model: `text` is a graph in ONNX's text form (and functions behind it), `tensors` its initializers."""
     imports = ", ".join([f'"" : {opset}', *(f'"{domain}" : 1' for domain in domains)])
     proto = onnx.parser.parse_model(f"<ir_version: 10, opset_import: [{imports}]> {text}")
-    for name, tensor in tensors.items():
+    for name, tensor in (tensors or {}).items():
         array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
-        proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        proto.graph.initializer.append(numpy_helper.from_array(np.array(array, order="C"), name))
     return proto
 
 
@@ -201,5 +206,5 @@ def plain_run(proto: onnx.ModelProto | str, feeds: Mapping[str, Tensor]) -> list
     source = proto if isinstance(proto, str) else proto.SerializeToString()
     session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     results = session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})
-    return [torch.from_numpy(np.ascontiguousarray(r)) if isinstance(r, np.ndarray) and r.dtype != object else r
+    return [torch.from_numpy(np.array(r)) if isinstance(r, np.ndarray) and r.dtype != object else r
             for r in results]  # fmt: skip
