@@ -162,7 +162,9 @@ def _graph_of(
     if dialect == "fx":
         from graphopt.dialects.fx import FxGraph
 
-        return FxGraph.from_program(program, input_names=signature.inputs, output_names=signature.outputs)
+        return FxGraph.from_program(
+            program, input_names=signature.inputs, output_names=signature.outputs, axis_names=axes
+        )
     from graphopt.dialects.onnx_capture import from_program
 
     return from_program(program, signature.inputs, signature.outputs, axes, places)

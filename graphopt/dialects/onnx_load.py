@@ -130,11 +130,20 @@ def _path_of(node: ir.Node) -> str:
     """The module path: from the dynamo exporter's scopes, or from a name such as /encoder/layer.0/MatMul."""
     scopes = node.metadata_props.get(_SCOPES)
     if scopes:
-        listed = ast.literal_eval(scopes)
+        listed = _listed(scopes)
         scope = str(listed[-2]) if len(listed) > 1 else ""
         return "" if scope.startswith("_empty_nn_module_stack") else scope
     *path, _ = (node.name or "").strip("/").split("/")  # also graphopt's own names: encoder.layer.0/MatMul
     return ".".join(path)
+
+
+def _listed(text: str) -> list[Any]:
+    """The list that a text spells; empty where it spells none: metadata is nothing to fail on."""
+    try:
+        listed = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return []
+    return listed if isinstance(listed, list) else []
 
 
 def raise_spellings(graph: OnnxGraph) -> None:
