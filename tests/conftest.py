@@ -1,6 +1,9 @@
 """Fixtures that tests of several folders share."""
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # several test processes share the cores
 
 
 @pytest.fixture(params=["fx", "onnx"])

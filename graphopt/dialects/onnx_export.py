@@ -48,7 +48,8 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
 
 
 def _inline(model: ir.Model) -> None:
-    names = {node.outputs[0].name: (node.name, dict(node.metadata_props)) for node in model.graph if node.domain == DOMAIN}
+    calls = [node for node in model.graph if node.domain == DOMAIN]
+    names = {node.outputs[0].name: (node.name, dict(node.metadata_props)) for node in calls}
     before = set(model.graph)
     ir_passes.InlinePass()(model)
     owner: tuple[str | None, dict[str, str]] = ("", {})

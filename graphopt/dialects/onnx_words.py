@@ -212,9 +212,9 @@ def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
     if scale.rank == 0 or (scale.shape == (1,) and (x is None or x.shape is None or x.shape[axis:][:1] != (1,))):
         axis = None  # one scale for all, which some files give as a vector of one
     word = "quantize" if node.op_type == "QuantizeLinear" else "dequantize"
-    if word == "quantize" and (len(operands) < 3 or operands[2] is None):
-        if _integer(node, "output_dtype", 0) != ir.DataType.INT8:  # uint8 by default
-            return None  # the word without a zero point means int8
+    has_zero_point = len(operands) > 2 and operands[2] is not None
+    if word == "quantize" and not has_zero_point and _integer(node, "output_dtype", 0) != ir.DataType.INT8:
+        return None  # without a zero point ONNX means uint8 by default, and the word int8
     return word, operands, {"axis": axis}
 
 
