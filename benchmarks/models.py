@@ -97,19 +97,24 @@ def _vit(medium: bool) -> Architecture:
 
     layers, width, heads, size = (6, 384, 6, 224) if medium else (2, 64, 4, 64)
     config = ViTConfig(
-        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
-        image_size=size, num_labels=100,
-    )  # fmt: skip
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        image_size=size,
+    )
+    config.num_labels = 100
     return Architecture("ViT", seeded(lambda: ViTForImageClassification(config)), _images(size))
 
 
 def _resnet(medium: bool) -> Architecture:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    widths, depths, size = ([256, 512, 1024, 2048], [3, 4, 6, 3], 224) if medium else ([32, 64, 96, 128], [1, 1, 1, 1], 64)
-    config = ResNetConfig(
-        embedding_size=64 if medium else 16, hidden_sizes=widths, depths=depths, layer_type="bottleneck", num_labels=100
-    )
+    first, widths, depths, size = 16, [32, 64, 96, 128], [1, 1, 1, 1], 64
+    if medium:
+        first, widths, depths, size = 64, [256, 512, 1024, 2048], [3, 4, 6, 3], 224
+    config = ResNetConfig(embedding_size=first, hidden_sizes=widths, depths=depths, layer_type="bottleneck")
+    config.num_labels = 100
     return Architecture("ResNet", seeded(lambda: ResNetForImageClassification(config)), _images(size))
 
 

@@ -21,7 +21,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     cases: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(CASES)}; all without any.")] = None,
     data: Annotated[
-        Path | None, typer.Option(envvar="GRAPHOPT_DATA", help="Real data and weights; see the README.", file_okay=False)
+        Path | None,
+        typer.Option(envvar="GRAPHOPT_DATA", help="Real data and weights; see README.md.", file_okay=False),
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads of every engine.", min=1)] = 2,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,

@@ -31,7 +31,9 @@ QUANTIZED = 0.98
 SIMPLIFIED = 1e-5
 """Largest error of simplify, relative to the largest entry of the output."""
 
-COLUMNS = ("model", "sparsify", "low-rank", "quantize", "file in ort", "portable file", "simplify error", "quantize cosine")
+COLUMNS = (
+    "model", "sparsify", "low-rank", "quantize", "file in ort", "portable file", "simplify error", "quantize cosine",
+)  # fmt: skip
 
 
 def run(settings: Settings) -> bool:

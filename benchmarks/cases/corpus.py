@@ -104,13 +104,14 @@ def _choices_of_largest(session: ort.InferenceSession) -> Iterator[Mapping[str, 
 
 
 def made_feeds(inputs: Sequence[Any], seed: int, size: int, largest: Mapping[str, int]) -> Feeds:
-    """Standard normal floats; integers from 0, below 2 or below `largest`; an unnamed batch axis is 1, others `size`."""
+    """Standard normal floats; integers from 0, below 2 or below `largest`; open batch axes are 1, others `size`."""
     random = np.random.default_rng(seed)
     feeds: Feeds = {}
+    batch = {name for one in inputs for name in one.shape[:1] if isinstance(name, str)}
     for given in inputs:
         dtype = np.dtype({"float": "float32", "double": "float64"}.get(kind := given.type[7:-1], kind))
-        batch = [name for one in inputs for name in one.shape[:1] if isinstance(name, str)]
-        shape = [n if isinstance(n, int) else 1 if axis == 0 or n in batch else size for axis, n in enumerate(given.shape)]
+        open_sizes = [1 if axis == 0 or name in batch else size for axis, name in enumerate(given.shape)]
+        shape = [n if isinstance(n, int) else other for n, other in zip(given.shape, open_sizes, strict=True)]
         if dtype.kind == "f":
             feeds[given.name] = random.standard_normal(shape).astype(dtype)
         else:
