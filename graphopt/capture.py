@@ -95,7 +95,7 @@ def capture(
     if isinstance(model, nn.Module):
         if example_inputs is None:
             name = type(model).__name__
-            raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, so that it can be traced")
+            raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, to trace it with")
         return _capture_module(model, dialect, trace(model, example_inputs, dynamic_shapes, cache))
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, dialect, example_inputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from inspect import Parameter, Signature
 from typing import Any
 
 import torch
@@ -14,21 +15,32 @@ NEW_TOKENS = 2
 
 
 class DecodeStep(nn.Module):
-    """forward(input_ids, attention_mask, past_key_values.N.key, past_key_values.N.value, ...) of the wrapped model.
+    """forward(input_ids, attention_mask, past_key_values_N_key, past_key_values_N_value, ...) of the wrapped model.
 
     Keys and values are (batch, heads, past length, head size). Returns a dict of the model's own tensors and
     present.N.key and present.N.value, each longer by the new tokens.
     """
 
-    def __init__(self, model: nn.Module, layers: int) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[str]) -> None:
         super().__init__()
-        self.model, self.layers = model, layers
+        self.model = model
+        self.public_names = {_argument(name): name for name in inputs}
+        """The names that the captured graph's inputs get, by argument name: those have no dots."""
 
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        def forward(**inputs: Tensor) -> dict[str, Tensor]:
+            return self.step({self.public_names[name]: value for name, value in inputs.items()})
+
+        # The arguments depend on the number of layers, and torch.export reads them from the signature.
+        parameters = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in self.public_names]
+        forward.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        self.forward = forward
+
+    def step(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One decode step on inputs by their public names."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        for layer in range(self.layers):
+        for layer in range(sum(name.endswith(".key") for name in inputs)):
             cache.update(inputs[f"{PAST}.{layer}.key"], inputs[f"{PAST}.{layer}.value"], layer)
         own = {name: value for name, value in inputs.items() if not name.startswith(PAST)}
         result = self.model(**own, past_key_values=cache, use_cache=True)
@@ -39,7 +51,7 @@ class DecodeStep(nn.Module):
     def around(
         cls, model: nn.Module, prompt: Any
     ) -> tuple[DecodeStep, dict[str, Tensor], dict[str, dict[int, str]]]:
-        """The wrapped model, an example of its inputs made by running `prompt`, and their dynamic axes.
+        """The wrapped model, an example of its arguments made by running `prompt`, and their dynamic axes.
 
         prompt: a dict with input_ids (batch, length). Raises ValueError for a model that returns no cache.
         """
@@ -57,7 +69,13 @@ class DecodeStep(nn.Module):
             **past,
         }
         axes = {"input_ids": {0: "batch", 1: "seq"}, "attention_mask": {0: "batch", 1: "total"}}
-        return cls(model, len(past) // 2), example, axes | {name: {0: "batch", 2: "past"} for name in past}
+        axes |= {name: {0: "batch", 2: "past"} for name in past}
+        by_argument = {_argument(name): tensor for name, tensor in example.items()}
+        return cls(model, list(example)), by_argument, {_argument(name): named for name, named in axes.items()}
+
+
+def _argument(name: str) -> str:
+    return name.replace(".", "_")
 
 
 def _entries(cache: Any, prefix: str) -> dict[str, Tensor]:

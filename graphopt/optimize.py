@@ -87,7 +87,9 @@ def optimize(
     lowered = neutral.clone()
     for rules in backend.rules(lowered):
         report.choices += [
-            {"rule": name, "sites": log.hits, "declined": log.declined} for name, log in rewrite(lowered, rules).items()
+            {"rule": name, "sites": log.hits, "declined": log.declined}
+            for name, log in rewrite(lowered, rules).items()
+            if log.hits or log.declined
         ]
         lowered.sweep()
     lowered.verify()
@@ -235,7 +237,7 @@ def _agree(captured: Captured, agree: bool | None, report: Report) -> Agree | No
     if agree is None and Cost.of(captured.graph).bytes > LARGE:
         report.notes.append("above 2 GB: outputs are not compared with the original (agree=True does)")
         return None
-    return Agree(captured.graph, captured.feeds)
+    return Agree(captured.graph, captured.feeds, captured.signature.outputs)
 
 
 def _sizes(captured: Captured) -> dict[str, int]:

@@ -80,6 +80,9 @@ def trace(
         except Exception as error:
             raise CaptureError(_trace_failure(module, error)) from error
     notes += _specialized(program, axes)
+    public = getattr(module, "public_names", {})
+    examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]
+    axes = {public.get(name, name): named for name, named in axes.items()}
     expected = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return Traced(program, examples, axes, structure(result), expected, notes)
 
@@ -222,10 +225,10 @@ def _export(
         name: {axis: torch.export.Dim.AUTO for axis in axes} or None for name, axes in spec.items()
     } | dict.fromkeys(constants)
     parameters = inspect.signature(module.forward).parameters
-    extra = {name for name in shapes if name not in parameters}
-    if extra:  # they arrive through **kwargs, and torch.export wants their spec under its name
+    extra = [name for name in shapes if name not in parameters]
+    if extra:  # they arrive through **kwargs, and torch.export wants their spec under its name, in their order
         keyword = next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
-        shapes = {name: shapes[name] for name in shapes if name not in extra} | {
+        shapes = {name: shapes[name] for name in shapes if name in parameters} | {
             keyword: {name: shapes[name] for name in extra}
         }
     with warnings.catch_warnings(), _quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
