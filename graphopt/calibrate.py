@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt import axes
 from graphopt.graph import Graph, Shape, Value
 from graphopt.numerics.observe import MinMax
 from graphopt.pipeline import UsageError, nearest
@@ -83,16 +84,15 @@ class Calibration:
     def observe(self, graph: Graph, values: Sequence[Value]) -> dict[Value, MinMax]:
         """The smallest and largest entry of each value over all batches; padding is left out.
 
-        Padding is where an integer or boolean input of rank 2 whose name contains "mask" is 0, in values whose leading
-        axes are the mask's, apart or flattened into one; with several such masks, where all of them are 0.
+        Padding is where an input that is a mask is 0 (`graphopt.axes.real_positions`).
         Raises NotFinite where an activation holds NaN or infinity at a real position.
         """
         seen = {value: MinMax() for value in values}
-        masks = [value for value in self.inputs if "mask" in value.name.lower()]
+        masks = axes.masks(self.inputs)
         for number, feeds in enumerate(self):
             for value, tensor in zip(seen, graph.evaluate(feeds, list(seen)), strict=True):
                 try:
-                    seen[value].update(tensor, _real_positions(value, tensor, masks, feeds))
+                    seen[value].update(tensor, axes.real_positions(value.shape, tensor, masks, feeds))
                 except ValueError as error:
                     where = value.producer.label if value.producer is not None else value.name
                     raise NotFinite(f"on calibration batch {number}, {value.name!r}: {error}", where) from error
@@ -187,35 +187,6 @@ def _fitted(tensor: Tensor, value: Input, where: str) -> Tensor:
     ):
         raise UsageError(f"{where} holds {_dtype_text(tensor.dtype)}, and the model takes {_dtype_text(dtype)}")
     return cast
-
-
-def _real_positions(value: Value, tensor: Tensor, masks: Sequence[Input], feeds: Mapping[str, Tensor]) -> Tensor | None:
-    """Where any mask that fits the value's leading axes is not 0; None where none fits."""
-    found: Tensor | None = None
-    for mask in masks:
-        feed = feeds[mask.name]
-        if feed.dim() != 2 or feed.is_floating_point():
-            continue
-        if tensor.shape[:2] == feed.shape and _may_be_equal(value.shape, mask.shape):
-            real = feed.bool()
-        elif tensor.dim() > 1 and tensor.shape[0] == feed.numel() and tensor.shape[:2] != feed.shape:
-            real = feed.bool().flatten()
-        else:
-            continue
-        if found is not None and found.shape != real.shape:
-            return None
-        found = real if found is None else found | real
-    return found
-
-
-def _may_be_equal(shape: Shape | None, mask: Shape | None) -> bool:
-    """Whether the leading two axes can be the mask's by their declaration: sizes alone may be equal by chance.
-
-    With 12 heads, for 12 tokens: an axis of a fixed size is not one that the mask leaves open.
-    """
-    if shape is None or mask is None:
-        return True
-    return not any(isinstance(a, int) != isinstance(b, int) for a, b in zip(shape[:2], mask, strict=True))
 
 
 def _shape_text(shape: Shape) -> str:

@@ -56,7 +56,7 @@ class DecodeStep(nn.Module):
         prompt: a dict with input_ids (batch, length). Raises ValueError for a model that returns no cache.
         """
         if not isinstance(prompt, Mapping) or "input_ids" not in prompt:
-            raise ValueError("cache=True needs example_inputs as a dict with input_ids, a prompt to fill the cache with")
+            raise ValueError("cache=True needs example_inputs as a dict with input_ids: a prompt that fills the cache")
         ids = torch.as_tensor(prompt["input_ids"])
         result = model(input_ids=ids, use_cache=True)
         if not (isinstance(result, Mapping) and PAST in result and hasattr(result[PAST], "layers")):

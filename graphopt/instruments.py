@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graphopt import axes
 from graphopt.compare import agreement, worst
 from graphopt.graph import Graph, GraphError
 from graphopt.numerics import metrics
@@ -65,16 +66,18 @@ class Verify(Instrument):
 class Agree(Instrument):
     """The outputs on the example inputs, against the original's after every pass that changed something.
 
-    The worst figure over the examples goes to the record. A lossless pass must not move an output beyond the tolerance
-    (`numerics.metrics.tolerance`; QUANTIZED_RTOL or QUANTIZED_MARGIN in a quantized
-    graph; integers stay equal) from where the last lossy
-    pass, or the original, left it: GraphError otherwise. No pass may change an output's shape.
+    The worst figure over the examples goes to the record; padding is left out where an input is a mask. A lossless pass
+    must not move an output beyond the tolerance (`numerics.metrics.tolerance`; QUANTIZED_RTOL or QUANTIZED_MARGIN in a
+    quantized graph; integers stay equal) from where the last lossy pass, or the original, left it: GraphError
+    otherwise. No pass may change an output's shape.
     """
 
     def __init__(self, original: Graph, feeds: Sequence[Feeds], names: Sequence[str] | None = None) -> None:
         """names: what the user calls the outputs, in order; the graph's own names without it."""
         self.feeds = list(feeds)
         self.names = list(names) if names is not None else [value.name for value in original.outputs]
+        self._shapes = [value.shape for value in original.outputs]
+        self._masks = axes.masks(original.inputs)
         self.original = self._outputs(original)
         self._accepted = self.original
 
@@ -98,12 +101,15 @@ class Agree(Instrument):
     def _agreements(self, outputs: list[list[Any]]) -> list[Agreement]:
         """One for each output that is a tensor (an ONNX model may also return sequences)."""
         by_output: dict[str, list[Agreement]] = {}
-        for expected, found in zip(self.original, outputs, strict=True):
-            for name, a, b in zip(self.names, expected, found, strict=True):
-                if isinstance(a, Tensor) and isinstance(b, Tensor):
-                    if a.shape != b.shape:
-                        raise GraphError(f"the shape of output {name!r} went from {list(a.shape)} to {list(b.shape)}")
-                    by_output.setdefault(name, []).append(agreement(name, a, b))
+        for feeds, expected, found in zip(self.feeds, self.original, outputs, strict=True):
+            for name, shape, a, b in zip(self.names, self._shapes, expected, found, strict=True):
+                if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+                    continue
+                if a.shape != b.shape:
+                    raise GraphError(f"the shape of output {name!r} went from {list(a.shape)} to {list(b.shape)}")
+                real = axes.real_positions(shape, a, self._masks, feeds)
+                kept = (a, b) if real is None else (a[real], b[real])
+                by_output.setdefault(name, []).append(agreement(name, *kept))
         return [worst(several) for several in by_output.values()]
 
     def _require_close(self, outputs: list[list[Any]], rtol: float | None) -> None:

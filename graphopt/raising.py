@@ -86,6 +86,8 @@ def _over_last_axis(m: Match, *means: Node) -> float:
         raise Declined("the epsilon is not a constant number, or the rank is unknown")
     if any(tuple(axis % rank for axis in mean.attributes["axes"]) != (rank - 1,) for mean in means):
         raise Declined("the mean is not over the last axis alone")
+    if not all(mean.attributes["keepdim"] for mean in means):
+        raise Declined("the mean loses its axis, so it lies along another one")
     width = m.x.shape[-1]
     if not m.weight.is_constant or m.weight.shape != (width,):
         raise Declined("the weight is not a constant of the last axis' size")
@@ -140,10 +142,18 @@ def to_attention(op: Builder, m: Match) -> Value:
     key = _untranspose(op, transposed)
     if m.value.rank != 4 or query.rank != 4 or key.rank != 4:
         raise Declined("queries, keys or values are not 4-D")
-    if query.shape is not None and key.shape is not None and query.shape[1] != key.shape[1]:
-        raise Declined("queries and keys differ in heads")
+    if _is_spread(query, key, 2) or _is_spread(query, m.value, 2):
+        raise Declined("queries, keys and values differ in batch or heads")
+    if mask is not None and (mask.rank not in (2, 3, 4) or _is_spread(scores, m.scores, 4)):
+        raise Declined("the mask has more entries than the scores, or fewer than two axes")
     scale *= query_scale * key_scale
     return _emit(op, "attention", query, key, m.value, _as_allowed(op.graph, mask), scale=scale)
+
+
+def _is_spread(value: Value, other: Value, axes: int) -> bool:
+    """Whether one of two values is repeated along one of the leading axes to fit the other; names tell nothing."""
+    sizes = list(zip(value.shape or (), other.shape or (), strict=False))[:axes]
+    return any(a != b and (1 in (a, b) or (isinstance(a, int) and isinstance(b, int))) for a, b in sizes)
 
 
 def _as_allowed(graph: Graph, mask: Value | None) -> Value | None:
@@ -225,7 +235,10 @@ def _to_gelu(approximate: str) -> Callable[[Builder, Match], Value]:
     return lambda op, m: _emit(op, "gelu", m.x, approximate=approximate)
 
 
-RULES = (
+LAYER_NORM = (_rule(layer_norm_affine, to_layer_norm, shared=True),)
+"""First: a layer norm holds a root mean square of centred values."""
+
+OTHERS = (
     _rule(gelu_erf_outer, _to_gelu("none")),
     _rule(gelu_erf_inner, _to_gelu("none")),
     _rule(gelu_erf_half, _to_gelu("none")),
@@ -233,7 +246,6 @@ RULES = (
     _rule(gelu_tanh, _to_gelu("tanh")),
     _rule(gelu_tanh_products, _to_gelu("tanh")),
     _rule(silu, lambda op, m: op.silu(m.x)),
-    _rule(layer_norm_affine, to_layer_norm, shared=True),
     _rule(rms_norm_rsqrt, to_rms_norm),
     _rule(rms_norm_reciprocal, to_rms_norm),
     _rule(rms_norm_divided, to_rms_norm),
@@ -244,6 +256,5 @@ RULES = (
 
 def raise_words(graph: Graph) -> dict[str, int]:
     """Apply the rules; returns how often each one did something."""
-    return {name: log.hits for name, log in rewrite(graph, RULES).items() if log.hits}
-
-
+    logs = rewrite(graph, LAYER_NORM) | rewrite(graph, OTHERS)
+    return {name: log.hits for name, log in logs.items() if log.hits}

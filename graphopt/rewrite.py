@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.graph import Graph, GraphError, Node, Value
+from graphopt.graph import Graph, GraphError, Node, Shape, Value
 
 ROUNDS = 16
 """Most rounds over a graph; rules that still find something then undo each other, which is an error."""
@@ -132,6 +132,8 @@ def _try(
         if match is None or (rule.check is not None and not rule.check(match)):
             return False
         new = rule.replace(Builder(graph, node), match)
+        if _differ(node.result.shape, new.shape):  # such as a factor of 1 that adds an axis
+            raise Declined(f"the shape would go from {node.result.shape} to {new.shape}")
         graph.replace(node, new)
         erased.add(node)
         for inner in match.interior:  # recorded from the root downwards, so users go first
@@ -146,6 +148,14 @@ def _try(
         return False
     finally:
         log.seconds += time.perf_counter() - start
+
+
+def _differ(shape: Shape | None, other: Shape | None) -> bool:
+    """Whether two shapes surely differ: in rank, or in an axis of fixed size."""
+    if shape is None or other is None:
+        return False
+    sizes = zip(shape, other, strict=False)
+    return len(shape) != len(other) or any(a != b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
 
 
 def match_node(

@@ -495,7 +495,8 @@ class OnnxGraph(Graph):
     def _types(self, node: ir.Node, inputs: Mapping[str, onnx.TypeProto]) -> list[onnx.TypeProto | None]:
         if node.domain == DOMAIN:
             if node.op_type not in self._protos:
-                self._protos[node.op_type] = ir.serde.serialize_function(onnx_functions.function(node.op_type, self.opset))
+                body = onnx_functions.function(node.op_type, self.opset)
+                self._protos[node.op_type] = ir.serde.serialize_function(body)
             given = [inputs[value.name or ""] for value in node.inputs if value is not None]
             attributes = [ir.serde.serialize_attribute(a) for a in node.attributes.values()]
             return list(onnx.shape_inference.infer_function_output_types(self._protos[node.op_type], given, attributes))
