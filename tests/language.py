@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from graphopt.calibrate import Calibration
-from graphopt.graph import Graph, Value
+from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.pipeline import Context, Pass, run_pass
 
@@ -201,6 +201,25 @@ def listing(graph: Graph) -> list[str]:
 def output_names(graph: Graph) -> list[str]:
     """The names by which the graph returns its outputs: kept beside an fx graph, those of the values in ONNX."""
     return list(getattr(graph, "output_names", None) or (value.name for value in graph.outputs))
+
+
+def producer(value: Value | None) -> Node:
+    """The node that computes a value, which must have one."""
+    assert value is not None and value.producer is not None, value
+    return value.producer
+
+
+def stored(node: Node, name: str) -> Tensor:
+    """The constant that the operand `name` of a node must be."""
+    tensor = node.graph.constant(node.required(name))
+    assert tensor is not None, f"{name} of {node.label} is computed"
+    return tensor
+
+
+def weight_of(site: Node) -> Tensor:
+    """The weight of a site, (out, in, ...), which must be a constant."""
+    assert site.weight is not None, f"the weight of {site.label} is computed"
+    return site.weight
 
 
 def outputs(graph: Graph, inputs: Mapping[str, Tensor] | None = None) -> list[Tensor]:

@@ -1,5 +1,8 @@
 """Rounding to integers, against numpy, ONNX's reference evaluator and the bounds that rounding promises."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,31 +11,36 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
+from torch import Tensor
 
 from graphopt.numerics import quantize
 
+Array = np.ndarray[Any, Any]
 FLOATS = st.floats(-1e6, 1e6, width=32)
 WEIGHTS = arrays(np.float32, array_shapes(min_dims=1, max_dims=4, max_side=6), elements=FLOATS)
 HALF_STEP = 0.5 * (1 + 1e-5)
 """Half a step, and float32's rounding of up to 255 steps."""
 
 
-def seeded(*shape, seed=0):
+def seeded(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def evaluate(op, feeds, outputs):
+def evaluate(op: str, feeds: Mapping[str, Array], outputs: Mapping[str, int]) -> list[Array]:
     """Run one ONNX op of opset 21 in the reference evaluator."""
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.uint8): TensorProto.UINT8}
     inputs = [helper.make_tensor_value_info(n, types[v.dtype], v.shape) for n, v in feeds.items()]
     results = [helper.make_tensor_value_info(n, t, None) for n, t in outputs.items()]
     graph = helper.make_graph([helper.make_node(op, list(feeds), list(outputs))], op, inputs, results)
-    return ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])).run(None, feeds)
+    evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
+    found = evaluator.run(None, dict(feeds))
+    assert isinstance(found, list)
+    return found
 
 
 @given(WEIGHTS, st.integers(2, 8), st.data())
 @settings(max_examples=100, deadline=None)
-def test_weight_is_within_half_a_step(weight, bits, data):
+def test_weight_is_within_half_a_step(weight: Array, bits: int, data: st.DataObject) -> None:
     axis = data.draw(st.none() | st.integers(-weight.ndim, weight.ndim - 1))
     q, scale = quantize.quantize_weight(torch.from_numpy(weight), bits=bits, axis=axis)
     limit = 2 ** (bits - 1) - 1
@@ -47,7 +55,7 @@ def test_weight_is_within_half_a_step(weight, bits, data):
 
 @given(WEIGHTS)
 @settings(max_examples=50, deadline=None)
-def test_weight_equals_its_definition_in_numpy(weight):
+def test_weight_equals_its_definition_in_numpy(weight: Array) -> None:
     q, scale = quantize.quantize_weight(torch.from_numpy(weight))
     largest = np.abs(weight).reshape(weight.shape[0], -1).max(1)
     expected = (largest / np.float32(127)).astype(np.float32)
@@ -57,18 +65,18 @@ def test_weight_equals_its_definition_in_numpy(weight):
     assert np.array_equal(q.numpy(), np.clip(steps, -127, 127))
 
 
-def test_halves_of_a_weight_go_to_even():
+def test_halves_of_a_weight_go_to_even() -> None:
     q, scale = quantize.quantize_weight(torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5]), axis=None)
     assert scale.item() == 1 and q.tolist() == [127, 0, 2, 2, 0, -2]
 
 
-def test_zero_and_subnormal_slices_get_scale_one():
+def test_zero_and_subnormal_slices_get_scale_one() -> None:
     q, scale = quantize.quantize_weight(torch.tensor([[0.0, 0.0], [1e-40, -1e-43], [127.0, 1.0]]))
     assert scale.tolist() == [1, 1, 1] and q.tolist() == [[0, 0], [0, 0], [127, 1]]
 
 
 @pytest.mark.parametrize("axis", [0, 1, None])
-def test_layout_does_not_change_a_bit(axis):
+def test_layout_does_not_change_a_bit(axis: int | None) -> None:
     weight = seeded(33, 17)
     strided = weight.T.contiguous().T
     assert not strided.is_contiguous()
@@ -79,7 +87,7 @@ def test_layout_does_not_change_a_bit(axis):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_float_dtypes_are_read_in_float32(dtype):
+def test_other_float_dtypes_are_read_in_float32(dtype: torch.dtype) -> None:
     weight = seeded(4, 8).to(dtype)
     q, scale = quantize.quantize_weight(weight)
     expected_q, expected_scale = quantize.quantize_weight(weight.float())
@@ -87,7 +95,7 @@ def test_other_float_dtypes_are_read_in_float32(dtype):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_weight_names_the_first_value_that_is_not_finite(bad):
+def test_weight_names_the_first_value_that_is_not_finite(bad: float) -> None:
     weight = torch.zeros(2, 3)
     weight[1, 0] = weight[1, 2] = bad
     with pytest.raises(ValueError, match=r"weight has 2 of 6 values NaN or infinite, the first at \(1, 0\)"):
@@ -95,14 +103,14 @@ def test_weight_names_the_first_value_that_is_not_finite(bad):
 
 
 @pytest.mark.parametrize("bits", [1, 9])
-def test_bits_out_of_range(bits):
+def test_bits_out_of_range(bits: int) -> None:
     with pytest.raises(ValueError, match="bits must be from 2 to 8"):
         quantize.quantize_weight(torch.ones(2), bits=bits)
 
 
 @given(FLOATS, FLOATS, st.floats(0, 1))
 @settings(max_examples=200, deadline=None)
-def test_activation_within_its_range_is_within_half_a_step(one, other, share):
+def test_activation_within_its_range_is_within_half_a_step(one: float, other: float, share: float) -> None:
     low, high = sorted((one, other))
     scale, zero_point = quantize.activation_parameters(low, high)
     assert scale > 0 and 0 <= zero_point <= 255
@@ -126,7 +134,7 @@ def test_activation_within_its_range_is_within_half_a_step(one, other, share):
         (0.0, 1e-40, (1.0, 0)),
     ],
 )
-def test_activation_parameters(low, high, expected):
+def test_activation_parameters(low: float, high: float, expected: tuple[float, int]) -> None:
     assert quantize.activation_parameters(low, high) == expected
     assert quantize.activation_parameters(torch.tensor(low), torch.tensor(high)) == expected
 
@@ -135,19 +143,19 @@ def test_activation_parameters(low, high, expected):
     ("low", "high"),
     [(float("nan"), 1.0), (0.0, float("nan")), (0.0, float("inf")), (float("-inf"), 0.0), (1e39, 1e39), (-3e38, 3e38)],
 )
-def test_a_range_that_is_not_finite(low, high):
+def test_a_range_that_is_not_finite(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="not finite in float32"):
         quantize.activation_parameters(low, high)
 
 
-def test_a_range_upside_down():
+def test_a_range_upside_down() -> None:
     with pytest.raises(ValueError, match=r"\[2.0, 1.0\] has low above high"):
         quantize.activation_parameters(2.0, 1.0)
 
 
 @given(WEIGHTS, st.floats(2**-10, 1e3, width=32), st.integers(0, 255))
 @settings(max_examples=60, deadline=None)
-def test_activation_equals_onnx_quantize_linear(x, scale, zero_point):
+def test_activation_equals_onnx_quantize_linear(x: Array, scale: float, zero_point: int) -> None:
     # the evaluator rounds through int32: |x / scale| stays below 2**31
     feeds = {"x": x, "scale": np.array(scale, np.float32), "zero": np.array(zero_point, np.uint8)}
     (expected,) = evaluate("QuantizeLinear", feeds, {"y": TensorProto.UINT8})
@@ -160,7 +168,7 @@ def test_activation_equals_onnx_quantize_linear(x, scale, zero_point):
 
 @given(WEIGHTS.filter(lambda x: np.ptp(np.append(x, 0)) > 1e-30))
 @settings(max_examples=60, deadline=None)
-def test_dynamic_equals_onnx_dynamic_quantize_linear(x):
+def test_dynamic_equals_onnx_dynamic_quantize_linear(x: Array) -> None:
     outputs = {"y": TensorProto.UINT8, "scale": TensorProto.FLOAT, "zero": TensorProto.UINT8}
     y, expected_scale, expected_zero = evaluate("DynamicQuantizeLinear", {"x": x}, outputs)
     scale, zero_point = quantize.dynamic_parameters(torch.from_numpy(x))
@@ -168,7 +176,7 @@ def test_dynamic_equals_onnx_dynamic_quantize_linear(x):
     assert np.array_equal(quantize.quantize_activation(torch.from_numpy(x), scale, zero_point).numpy(), y)
 
 
-def test_dynamic_of_zeros_of_nothing_and_of_nan():
+def test_dynamic_of_zeros_of_nothing_and_of_nan() -> None:
     assert quantize.dynamic_parameters(torch.zeros(3)) == (1.0, 0)
     with pytest.raises(ValueError, match="no elements"):
         quantize.dynamic_parameters(torch.zeros(0, 3))

@@ -3,7 +3,7 @@
 import pytest
 
 from graphopt.passes import FoldInt8, Quantize
-from tests.language import assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, run
+from tests.language import assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, producer, run
 
 X = "dequantize(x[1,4,6,6]:uint8, S[]:values(0.1), Z[]:uint8:values(128))"
 W = "dequantize(W[4,4,1,1]:int8:values(1,-2,3), T[4]:values(0.1), axis=0)"
@@ -11,7 +11,7 @@ STEP = 1 / 255
 """What outputs may differ by, of their maximum: where the last bit of a float decides, rounding goes one step on."""
 
 
-def test_static_linear(dialect):
+def test_static_linear(dialect: str) -> None:
     graph = build(dialect, "y = linear(x[2,8], W[4,8], B[4])")
     run(Quantize(), graph, calibration=[feeds(graph)])
     original = graph.clone()
@@ -26,7 +26,7 @@ def test_static_linear(dialect):
     assert_unchanged(FoldInt8(), graph)
 
 
-def test_dynamic_linears_share_their_parameters(dialect):
+def test_dynamic_linears_share_their_parameters(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[2,8], W[4,8])\nb = linear(x, V[4,8])\nreturn a, b")
     run(Quantize(scheme="dynamic"), graph)
     original = graph.clone()
@@ -35,7 +35,7 @@ def test_dynamic_linears_share_their_parameters(dialect):
     assert_outputs_equal(graph, original, rtol=1e-5)
 
 
-def test_convs_and_the_add_between_them(dialect):
+def test_convs_and_the_add_between_them(dialect: str) -> None:
     graph = build(
         dialect,
         """
@@ -57,7 +57,7 @@ def test_convs_and_the_add_between_them(dialect):
         "stride=[1,1], padding=[1,1,1,1], dilation=[1,1], groups=2)",
         "%3 = add_int8(%2[1,4,6,6]:uint8, [], []:uint8, %1[1,4,6,6]:uint8, [], []:uint8, [], []:uint8)",
     ]
-    assert graph.outputs[0].producer.kind == "dequantize"
+    assert producer(graph.outputs[0]).kind == "dequantize"
     assert_outputs_equal(graph, original, rtol=STEP)
     assert_unchanged(FoldInt8(), graph)
 
@@ -85,18 +85,18 @@ def test_convs_and_the_add_between_them(dialect):
         (f"y = add({X}, {X.replace('x[', 'z[')})", "result is read in float"),
     ],
 )
-def test_declines(dialect, text, reason):
+def test_declines(dialect: str, text: str, reason: str) -> None:
     graph = build(dialect, text)
     context = run(FoldInt8(), graph)
     assert declined(context) == [reason] and context.record.changes == 0
 
 
-def test_declines_a_dynamic_conv(dialect):
+def test_declines_a_dynamic_conv(dialect: str) -> None:
     graph = build(dialect, "c = conv(x[1,4,6,6], V[4,4,1,1])\ny = quantize(c, S[]:ones, Z[]:uint8:ones)")
     run(Quantize(scheme="dynamic"), graph)
     assert declined(run(FoldInt8(), graph)) == ["conv has no int8 form with a scale chosen at run time"]
 
 
-def test_float_sites_are_not_eligible(dialect):
+def test_float_sites_are_not_eligible(dialect: str) -> None:
     context = run(FoldInt8(), build(dialect, "h = linear(x[2,8], W[8,8])\ny = add(h, x)"))
     assert context.record.eligible == []

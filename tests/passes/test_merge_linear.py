@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from graphopt.passes import FoldInt8, MergeLinear, Quantize
-from tests.language import assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, run
+from tests.language import assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, run, stored
 
 THREE = "q = linear(x[2,8], Q[4,8], A[4])\nk = linear(x, K[2,8])\nv = linear(x, V[4,8], B[4])\nreturn q, k, v"
 
 
-def test_merges_linears_on_one_value(dialect):
+def test_merges_linears_on_one_value(dialect: str) -> None:
     graph = build(dialect, THREE)
     original = graph.clone()
     context = run(MergeLinear(), graph)
@@ -25,21 +25,21 @@ def test_merges_linears_on_one_value(dialect):
     assert_unchanged(MergeLinear(), graph)
 
 
-def test_nobody_has_a_bias(dialect):
+def test_nobody_has_a_bias(dialect: str) -> None:
     graph = build(dialect, "q = linear(x[2,8], Q[4,8])\nk = linear(x, K[2,8])\nreturn q, k")
     run(MergeLinear(), graph)
     assert graph.nodes[0].bias is None
 
 
-def test_a_missing_bias_is_zeros(dialect):
+def test_a_missing_bias_is_zeros(dialect: str) -> None:
     graph = build(dialect, THREE)
     run(MergeLinear(), graph)
-    assert graph.constant(graph.nodes[0].bias)[4:6].tolist() == [0, 0]
+    assert stored(graph.nodes[0], "bias")[4:6].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 @pytest.mark.parametrize("folded", [False, True])
-def test_merges_quantized_linears_before_and_after_folding(dialect, scheme, folded):
+def test_merges_quantized_linears_before_and_after_folding(dialect: str, scheme: str, folded: bool) -> None:
     graph = build(dialect, THREE)
     run(Quantize(scheme=scheme), graph, calibration=[feeds(graph)])
     if folded:
@@ -54,12 +54,12 @@ def test_merges_quantized_linears_before_and_after_folding(dialect, scheme, fold
     assert_unchanged(MergeLinear(), graph)
 
 
-def test_a_linear_alone_is_not_eligible(dialect):
+def test_a_linear_alone_is_not_eligible(dialect: str) -> None:
     context = run(MergeLinear(), build(dialect, "h = linear(x[2,8], W[8,8])\ny = linear(h, V[8,8])"))
     assert context.record.eligible == [] and context.record.changes == 0
 
 
-def test_declines_a_computed_bias_and_who_is_left_alone(dialect):
+def test_declines_a_computed_bias_and_who_is_left_alone(dialect: str) -> None:
     graph = build(dialect, "q = linear(x[2,8], Q[4,8], b[4])\nk = linear(x, K[2,8])\nreturn q, k")
     assert declined(run(MergeLinear(), graph)) == [
         "bias is computed by the graph",
@@ -67,7 +67,7 @@ def test_declines_a_computed_bias_and_who_is_left_alone(dialect):
     ]
 
 
-def test_leaves_a_tied_weight_tied(dialect):
+def test_leaves_a_tied_weight_tied(dialect: str) -> None:
     graph = build(dialect, "h = embedding(T[9,8], ids[2]:int64)\na = linear(h, T)\nb = linear(h, W[4,8])\nreturn a, b")
     context = run(MergeLinear(), graph)
     assert declined(context)[0].startswith("weight is tied with embedding") and context.record.changes == 0

@@ -8,7 +8,20 @@ from graphopt.numerics.metrics import cosine
 from graphopt.numerics.quantize import quantize_weight
 from graphopt.passes import Quantize
 from graphopt.pipeline import PassError, Selector, UsageError
-from tests.language import FakeTarget, assert_unchanged, build, declined, feeds, listing, output_names, outputs, run
+from tests.language import (
+    FakeTarget,
+    assert_unchanged,
+    build,
+    declined,
+    feeds,
+    listing,
+    output_names,
+    outputs,
+    producer,
+    run,
+    stored,
+    weight_of,
+)
 
 BLOCK = """
     c = conv(x[1,4,6,6], V[4,4,3,3], B[4], padding=[1,1,1,1])
@@ -19,10 +32,10 @@ BLOCK = """
     """
 
 
-def test_dynamic_linear(dialect):
+def test_dynamic_linear(dialect: str) -> None:
     graph = build(dialect, "y = linear(x[2,8], W[4,8], B[4])")
     original = graph.clone()
-    integers, scales = quantize_weight(graph.nodes[0].weight)
+    integers, scales = quantize_weight(weight_of(graph.nodes[0]))
     run(Quantize(scheme="dynamic"), graph)
     assert listing(graph) == [
         "%0, %1 = choose_qparams(x[2,8])",
@@ -32,14 +45,13 @@ def test_dynamic_linear(dialect):
         "%5 = linear(%3[2,8], %4[4,8], [4])",
         "return %5[2,4]",
     ]
-    weight = graph.sites("linear")[0].required("weight").producer
-    assert torch.equal(graph.constant(weight.operand("x")), integers)
-    assert torch.equal(graph.constant(weight.operand("scale")), scales)
+    weight = producer(graph.sites("linear")[0].required("weight"))
+    assert torch.equal(stored(weight, "x"), integers) and torch.equal(stored(weight, "scale"), scales)
     assert cosine(outputs(original)[0], outputs(graph)[0]) > 0.999
     assert_unchanged(Quantize(scheme="dynamic"), graph)
 
 
-def test_static_linear_takes_its_range_from_calibration(dialect):
+def test_static_linear_takes_its_range_from_calibration(dialect: str) -> None:
     graph = build(dialect, "y = linear(x[2,8], W[4,8])")
     batches = [feeds(graph, seed) for seed in (1, 2)]
     low, high = (float(end) for end in torch.aminmax(torch.cat([batch["x"] for batch in batches])))
@@ -52,13 +64,13 @@ def test_static_linear_takes_its_range_from_calibration(dialect):
         "return %3[2,4]",
     ]
     step = graph.nodes[0]
-    found = [graph.constant(step.operand(name)).item() for name in ("scale", "zero_point")]
+    found = [stored(step, name).item() for name in ("scale", "zero_point")]
     assert found == list(quantize.activation_parameters(low, high))
     assert_unchanged(Quantize(), graph, calibration=batches)
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])
-def test_sites_on_one_value_share_its_integers(dialect, scheme):
+def test_sites_on_one_value_share_its_integers(dialect: str, scheme: str) -> None:
     text = "a = linear(x[2,8], W[4,8])\nb = linear(x, V[4,8])\nc = add(a, b)\nd = linear(x, W, B[4])\nreturn c, d"
     graph = build(dialect, text)
     run(Quantize(scheme=scheme), graph, calibration=[feeds(graph)])
@@ -67,7 +79,7 @@ def test_sites_on_one_value_share_its_integers(dialect, scheme):
     assert len(graph.sites("dequantize")) == 3  # x, W (read twice) and V
 
 
-def test_static_convs_and_their_add_are_a_closed_island(dialect):
+def test_static_convs_and_their_add_are_a_closed_island(dialect: str) -> None:
     graph = build(dialect, BLOCK)
     original = graph.clone()
     context = run(Quantize(), graph, calibration=[feeds(graph, seed) for seed in range(4)])
@@ -76,14 +88,14 @@ def test_static_convs_and_their_add_are_a_closed_island(dialect):
         "quantize", "conv", "relu", "quantize", "conv", "quantize", "add", "relu", "quantize",
     ]  # fmt: skip
     add = graph.sites("add")[0]
-    assert [value.producer.kind for value in add.operands] == ["dequantize", "dequantize"]
-    assert graph.outputs[0].producer.kind == "dequantize" and output_names(graph) == ["y"]
+    assert [producer(value).kind for value in add.operands] == ["dequantize", "dequantize"]
+    assert producer(graph.outputs[0]).kind == "dequantize" and output_names(graph) == ["y"]
     assert context.record.notes == ["1 adds between quantized convs are quantized too"]
     assert cosine(outputs(original)[0], outputs(graph)[0]) > 0.999
     assert_unchanged(Quantize(), graph, calibration=[feeds(graph)])
 
 
-def test_the_first_reader_of_a_shared_value_may_be_the_add(dialect):
+def test_the_first_reader_of_a_shared_value_may_be_the_add(dialect: str) -> None:
     graph = build(
         dialect,
         """
@@ -99,39 +111,39 @@ def test_the_first_reader_of_a_shared_value_may_be_the_add(dialect):
     assert [user.kind for user in graph.sites("gelu")[0].result.users] == ["quantize"]
 
 
-def test_the_result_of_a_static_linear_stays_float_for_others(dialect):
+def test_the_result_of_a_static_linear_stays_float_for_others(dialect: str) -> None:
     graph = build(dialect, "h = linear(x[2,8], W[8,8])\ny = linear(h, V[8,8])\ns = add(h, y)")
     run(Quantize(), graph, calibration=[feeds(graph)])
-    assert [value.producer.kind for value in graph.sites("add")[0].operands] == ["linear", "linear"]
+    assert [producer(value).kind for value in graph.sites("add")[0].operands] == ["linear", "linear"]
 
 
-def test_an_add_of_a_float_value_stays_float(dialect):
+def test_an_add_of_a_float_value_stays_float(dialect: str) -> None:
     graph = build(dialect, "c = conv(x[1,4,6,6], V[4,4,1,1])\ny = add(c, z[1,4,6,6])")
     context = run(Quantize(), graph, calibration=[feeds(graph)])
-    assert graph.outputs[0].producer.kind == "add" and context.record.notes == []
+    assert producer(graph.outputs[0]).kind == "add" and context.record.notes == []
 
 
-def test_an_add_that_the_target_has_no_kernel_for_stays_float(dialect):
+def test_an_add_that_the_target_has_no_kernel_for_stays_float(dialect: str) -> None:
     graph = build(dialect, BLOCK)
     run(Quantize(), graph, target=FakeTarget(schemes={"conv": ("static",)}), calibration=[feeds(graph)])
-    assert graph.outputs[0].producer.kind == "relu"
+    assert producer(graph.outputs[0]).kind == "relu"
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
-def test_auto_is_static_with_calibration(dialect, calibrated):
+def test_auto_is_static_with_calibration(dialect: str, calibrated: bool) -> None:
     graph = build(dialect, "y = linear(x[2,8], W[4,8])")
     run(Quantize(), graph, calibration=[feeds(graph)] if calibrated else None)
     assert bool(graph.sites("choose_qparams")) != calibrated
 
 
-def test_auto_takes_what_the_target_has(dialect):
+def test_auto_takes_what_the_target_has(dialect: str) -> None:
     graph = build(dialect, "h = linear(x[1,8], W[4,8])\nc = conv(z[1,4,6,6], V[4,4,1,1])\nreturn h, c")
     target = FakeTarget(schemes={"linear": ("dynamic",), "conv": ("static",)})
     run(Quantize(), graph, target=target, calibration=[feeds(graph)])
     assert len(graph.sites("choose_qparams")) == 1 and len(graph.sites("quantize")) == 3
 
 
-def test_declines_words_without_a_kernel(dialect):
+def test_declines_words_without_a_kernel(dialect: str) -> None:
     graph = build(dialect, "h = linear(x[1,8], W[4,8])\nc = conv(z[1,4,6,6], V[4,4,1,1])\nreturn h, c")
     target = FakeTarget(schemes={"conv": ("static",)})
     assert declined(run(Quantize(), graph, target=target)) == [
@@ -143,7 +155,7 @@ def test_declines_words_without_a_kernel(dialect):
     ]
 
 
-def test_declines_what_is_no_stored_float_weight(dialect):
+def test_declines_what_is_no_stored_float_weight(dialect: str) -> None:
     graph = build(
         dialect,
         """
@@ -160,45 +172,45 @@ def test_declines_what_is_no_stored_float_weight(dialect):
     ]
 
 
-def test_a_tied_table_stays_float(dialect):
+def test_a_tied_table_stays_float(dialect: str) -> None:
     graph = build(dialect, "h = embedding(T[9,8], ids[2]:int64)\ny = linear(h, T)")
     run(Quantize(), graph)
-    assert graph.constant(graph.sites("embedding")[0].operand("table")).dtype == torch.float32
-    assert graph.sites("linear")[0].required("weight").producer.kind == "dequantize"
+    assert stored(graph.sites("embedding")[0], "table").dtype == torch.float32
+    assert producer(graph.sites("linear")[0].required("weight")).kind == "dequantize"
 
 
-def test_ignored_sites_stay_float(dialect):
+def test_ignored_sites_stay_float(dialect: str) -> None:
     graph = build(dialect, "h = linear(x[2,8], W[8,8])\ny = linear(h, V[8,8])")
     last = graph.nodes[1]
     run(Quantize(ignore=Selector(last.name)), graph)
     assert last in graph.nodes and last.weight is not None and graph.nodes[-1] == last
 
 
-def test_a_constant_activation_gets_scale_1(dialect):
+def test_a_constant_activation_gets_scale_1(dialect: str) -> None:
     graph = build(dialect, "y = linear(relu(mul(x[2,8], Z[1]:zeros)), W[4,8])")
     run(Quantize(scheme="static"), graph, calibration=[feeds(graph)])
     step = graph.sites("quantize")[0]
-    assert graph.constant(step.operand("scale")).item() == 1 and graph.constant(step.operand("zero_point")).item() == 0
+    assert stored(step, "scale").item() == 1 and stored(step, "zero_point").item() == 0
 
 
-def test_nan_names_the_site(dialect):
+def test_nan_names_the_site(dialect: str) -> None:
     graph = build(dialect, "y = linear(x[2,8], W[8,8]:values(1,nan))")
     with pytest.raises(PassError, match=rf"{graph.nodes[0].label}: weight has 32 of 64 values NaN"):
         run(Quantize(), graph)
 
 
-def test_infinite_activations_name_the_node(dialect):
+def test_infinite_activations_name_the_node(dialect: str) -> None:
     graph = build(dialect, "h = div(x[2,8], Z[1]:zeros)\ny = linear(h, W[4,8])")
     with pytest.raises(PassError, match=graph.nodes[0].label):
         run(Quantize(scheme="static"), graph, calibration=[feeds(graph)])
 
 
-def test_static_needs_calibration(dialect):
+def test_static_needs_calibration(dialect: str) -> None:
     with pytest.raises(UsageError, match="needs calibration data"):
         run(Quantize(scheme="static"), build(dialect, "y = linear(x[2,8], W[4,8])"))
 
 
-def test_refuses_unknown_options():
+def test_refuses_unknown_options() -> None:
     with pytest.raises(UsageError, match="quantize: scheme is 'int8'; give auto, static or dynamic"):
         Quantize(scheme="int8")
     with pytest.raises(UsageError, match="quantize: observer is 'mse'; give minmax"):
