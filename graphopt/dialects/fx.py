@@ -7,6 +7,7 @@ Nodes are calls between placeholders and one flat output, and carry a fake tenso
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +221,10 @@ class FxGraph(Graph):
         The program is made functional first; linear, conv, norms, attention and activations stay whole.
         Raises GraphError where the module writes to its own state, or a name is missing or too many.
         """
-        return cls._from_functional(program.run_decompositions({}), input_names, output_names, axis_names or {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export copies a deprecated class of its own
+            functional = program.run_decompositions({})
+        return cls._from_functional(functional, input_names, output_names, axis_names or {})
 
     @classmethod
     def _from_functional(
