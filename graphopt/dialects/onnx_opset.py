@@ -23,6 +23,7 @@ def lower_opset(graph: OnnxGraph, opset: int) -> None:
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST <= opset <= newest:
         raise GraphError(f"cannot write opset {opset}; give {OLDEST} to {newest}")
+    graph.refine_shapes()  # nodes out of function bodies come without types
     for node in graph.nodes:
         write_out = _WRITE_OUT.get(node.kind)
         if write_out is not None and opset < write_out[0]:

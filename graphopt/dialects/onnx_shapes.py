@@ -25,6 +25,8 @@ def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, l
     for node in model.graph:
         _follow(node, held)
         if node.op_type in ("Reshape", "Expand") and node.domain in ("", "ai.onnx"):
+            if node.outputs[0].type is None and node.inputs[0] is not None:
+                node.outputs[0].type = node.inputs[0].type
             _shape_from_held(node, held)
         elif any(_is_open(output.shape) for output in node.outputs) and not _holds_subgraph(node):
             before = [output.shape for output in node.outputs]

@@ -1,0 +1,384 @@
+"""The onnxruntime target: which kernels it builds, what it computes, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.backend import LoweringError
+from graphopt.backends.onnxruntime import OnnxRuntime, OrtRunner
+from graphopt.dialects import onnx_run
+from graphopt.dialects.onnx import OnnxGraph
+from graphopt.graph import GraphError
+from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
+from graphopt.optimize import Optimized
+from tests.language import build
+from tests.models import ConvNet, Decoder, Encoder, images, padding, plain_run, seeded, tokens
+
+ENCODED = {"ids": tokens(), "mask": padding()}
+COMPUTING = {
+    "Attention", "LayerNormalization", "RMSNormalization", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Gelu",
+    "BiasGelu", "QuickGelu", "Sum", "Softmax", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger",
+    "DynamicQuantizeLinear", "QuantizeLinear", "DequantizeLinear", "Conv", "FusedConv", "QLinearConv", "QLinearAdd",
+    "QLinearMatMul", "QGemm", "BatchNormalization",
+}  # fmt: skip
+
+
+def batches(count: int = 4) -> list[dict[str, Tensor]]:
+    return [{"ids": tokens(seed=seed), "mask": padding()} for seed in range(count)]
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, Optimized]:
+    """One encoder as float, and quantized in both ways."""
+    module = seeded(Encoder)
+    return {
+        "float": graphopt.optimize(module, example_inputs=ENCODED),
+        "dynamic": graphopt.optimize(module, "quantize{scheme=dynamic}", example_inputs=ENCODED),
+        "static": graphopt.optimize(module, "quantize{scheme=static}", example_inputs=ENCODED, calibration=batches()),
+    }
+
+
+@pytest.fixture(scope="module")
+def conv_net() -> Optimized:
+    calibration = [{"x": images(seed=seed)} for seed in range(4)]
+    module = seeded(ConvNet)
+    return graphopt.optimize(module, "quantize{scheme=static}", example_inputs=images(), calibration=calibration)
+
+
+def kernels(path: Path, level: str) -> list[onnx.NodeProto]:
+    """The nodes of the model that a plain session makes of a file."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = onnx_run.LEVELS[level]
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path) + f".{level}"
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return list(onnx.load(options.optimized_model_filepath).graph.node)
+
+
+def computing(nodes: list[onnx.NodeProto]) -> dict[str, int]:
+    return {op: count for op, count in Counter(node.op_type for node in nodes).items() if op in COMPUTING}
+
+
+CENSUS = {
+    "float": {"Attention": 2, "LayerNormalization": 4, "MatMul": 12, "BiasGelu": 2, "Sum": 4},
+    "dynamic": {
+        "Attention": 2, "LayerNormalization": 4, "Gelu": 2, "Sum": 4,
+        "DynamicQuantizeMatMul": 6, "MatMulIntegerToFloat": 6, "DynamicQuantizeLinear": 2,
+    },
+    "static": {
+        "Attention": 2, "LayerNormalization": 4, "Gelu": 2, "Sum": 4, "MatMulIntegerToFloat": 12, "QuantizeLinear": 8,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", ["extended", "all"])
+@pytest.mark.parametrize("scheme", CENSUS)
+def test_an_exported_encoder_gets_exactly_these_kernels(
+    encoders: dict[str, Optimized], scheme: str, level: str, tmp_path: Path
+) -> None:
+    path = encoders[scheme].export(tmp_path / "out.onnx")
+    assert computing(kernels(path, level)) == CENSUS[scheme]
+    census = encoders[scheme].report.census
+    assert {op: count for op, count in census.items() if op in COMPUTING} == CENSUS[scheme]
+
+
+@pytest.mark.parametrize("level", ["extended", "all"])
+def test_an_exported_conv_net_gets_exactly_these_kernels(conv_net: Optimized, level: str, tmp_path: Path) -> None:
+    """Each conv in int8, the residual too, and batch norms and relus gone into them."""
+    path = conv_net.export(tmp_path / "out.onnx")
+    found = computing(kernels(path, level))
+    assert found == {
+        "QLinearConv": 3, "QLinearAdd": 1, "MatMulIntegerToFloat": 1, "QuantizeLinear": 2, "DequantizeLinear": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "static", "conv"])
+def test_weights_are_int8_and_activations_uint8(
+    encoders: dict[str, Optimized], conv_net: Optimized, scheme: str, tmp_path: Path
+) -> None:
+    result = conv_net if scheme == "conv" else encoders[scheme]
+    model = onnx.load(result.export(tmp_path / "out.onnx"))
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        types = [stored[name].data_type if name in stored else None for name in node.input]
+        if node.op_type in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
+            assert types[1] == onnx.TensorProto.INT8
+        if node.op_type == "MatMulIntegerToFloat" and types[4] is not None:
+            assert types[4] == onnx.TensorProto.UINT8
+        if node.op_type == "QLinearConv":
+            assert (types[3], types[7]) == (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+        if node.op_type == "QuantizeLinear":
+            assert types[2] == onnx.TensorProto.UINT8
+        assert not (node.op_type == "DequantizeLinear" and node.input[0] in stored)
+    large = [t.name for t in stored.values() if t.data_type == onnx.TensorProto.FLOAT and np.prod(t.dims) > 48 * 32]
+    assert not large, "float weights are left beside the int8 ones"
+
+
+def unoptimized(result: Optimized, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    """The graph of words, by the bodies of its words, in a session without any optimization."""
+    assert isinstance(result.graph, OnnxGraph)
+    return onnx_run.run(onnx_run.session(result.graph.model, level="disable"), feeds)
+
+
+@pytest.mark.parametrize("scheme", ["float", "dynamic", "static"])
+def test_the_engine_computes_what_the_words_mean(encoders: dict[str, Optimized], scheme: str) -> None:
+    """Against the word graph without optimizations; through Q/DQ a rounding may fall the other way."""
+    result = encoders[scheme]
+    for batch in (ENCODED, {"ids": tokens(3, 11, seed=5), "mask": padding(3, 11)}):
+        plain = unoptimized(result, batch)
+        if scheme == "float":
+            assert within_tolerance(plain[0], result(**batch))
+        else:
+            assert sqnr(plain[0], result(**batch)) > 40
+        basic = result.graph.evaluate(batch, result.graph.outputs)
+        assert sqnr(plain[0], basic[0]) > 40
+
+
+def test_the_conv_net_computes_what_the_words_mean(conv_net: Optimized) -> None:
+    x = images(3, seed=9)
+    plain = unoptimized(conv_net, {"x": x})
+    assert sqnr(plain[0], conv_net(x)) > 40
+    assert cosine(seeded(ConvNet)(x), conv_net(x)) > 0.99
+
+
+@pytest.mark.parametrize("scheme", ["float", "dynamic", "static"])
+def test_outputs_stay_close_to_the_module(encoders: dict[str, Optimized], scheme: str) -> None:
+    module, result = seeded(Encoder), encoders[scheme]
+    expected, found = module(**ENCODED), result(**ENCODED)
+    assert isinstance(found, Tensor) and found.shape == expected.shape
+    if scheme == "float":
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    else:
+        assert cosine(expected, found) > 0.999
+    (agreement,) = result.report.agreement
+    assert agreement.cosine == pytest.approx(cosine(expected, found), abs=1e-6)
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+MASKS = {
+    "none": None,
+    "boolean": padding()[:, None, None, :].bool(),
+    "full": padding()[:, None, None, :].bool().repeat(1, 1, 7, 1),
+    "float": torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(0)),
+}  # fmt: skip
+
+
+class Heads(nn.Module):
+    """Attention between reshapes, for any number of key heads."""
+
+    def __init__(self, kv_heads: int, causal: bool, mask: Tensor | None) -> None:
+        super().__init__()
+        self.kv_heads, self.causal = kv_heads, causal
+        self.mask: Tensor | None
+        self.register_buffer("mask", mask)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query = q.view(*q.shape[:2], 4, -1).transpose(1, 2)
+        key, value = (t.view(*t.shape[:2], self.kv_heads, -1).transpose(1, 2) for t in (k, v))
+        y = nn.functional.scaled_dot_product_attention(
+            query, key, value, self.mask, is_causal=self.causal, enable_gqa=self.kv_heads != 4
+        )  # fmt: skip
+        joined: Tensor = y.transpose(1, 2).reshape(q.shape)
+        return joined
+
+
+@pytest.mark.parametrize(("mask", "causal"), [*((mask, False) for mask in MASKS), ("none", True)])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_splits_its_own_heads(kv_heads: int, causal: bool, mask: str) -> None:
+    module = Heads(kv_heads, causal, MASKS[mask]).eval()
+    draw = torch.Generator().manual_seed(3)
+    heads = {"q": 4, "k": kv_heads, "v": kv_heads}
+    inputs = {name: torch.randn(2, 7, 8 * count, generator=draw) for name, count in heads.items()}
+    result = graphopt.optimize(module, example_inputs=inputs)
+    (site,) = result.lowered.sites("attention")
+    assert (site.attributes["heads"], site.attributes["kv_heads"]) == (4, kv_heads)
+    assert "Transpose" not in result.report.census and "Reshape" not in result.report.census
+    torch.testing.assert_close(result(**inputs), module(**inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_is_lowered_whole() -> None:
+    module, inputs = seeded(Decoder), {"ids": tokens()}
+    result = graphopt.optimize(module, "quantize{scheme=dynamic}", example_inputs=inputs)
+    found = {op: count for op, count in result.report.census.items() if op in COMPUTING}
+    assert found == {
+        "Attention": 1, "RMSNormalization": 2, "QuickGelu": 1,
+        "DynamicQuantizeMatMul": 3, "MatMulIntegerToFloat": 5, "DynamicQuantizeLinear": 2,
+    }  # fmt: skip
+    assert cosine(module(**inputs), result(**inputs)) > 0.999
+
+
+# --- promises ------------------------------------------------------------------------------------------------------
+
+
+def test_fewer_kernels_than_promised_is_an_error_that_lists_the_nodes() -> None:
+    graph = build("onnx", """
+        q = quantize(x[n,16], S[]:values(0.1), Z[]:uint8)
+        h = linear_int8(q, S, Z, W[8,16]:int8, V[8]:ones)
+        y = gelu(h)""")  # fmt: skip
+    assert isinstance(graph, OnnxGraph)
+    graph.model.graph[1].metadata_props["graphopt.path"] = "block.up"
+
+    class Float(OrtRunner):
+        def census(self) -> dict[str, int]:
+            return super().census() | {"MatMulIntegerToFloat": 0, "QLinearMatMul": 0, "QGemm": 0}
+
+    with pytest.raises(LoweringError, match=r"1 linear_int8 were promised and onnxruntime built 0 .* block\.up"):
+        OnnxRuntime().check(graph, Float(graph, None))
+
+
+def test_threads_are_the_engines() -> None:
+    result = graphopt.optimize(seeded(ConvNet), example_inputs=images(), threads=1)
+    assert isinstance(result.runner, OrtRunner)
+    assert result.runner.session.get_session_options().intra_op_num_threads == 1
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["float", "dynamic", "static"])
+@pytest.mark.parametrize("portable", [False, True])
+def test_an_exported_file_runs_by_itself(
+    encoders: dict[str, Optimized], scheme: str, portable: bool, tmp_path: Path
+) -> None:
+    result = encoders[scheme]
+    path = result.export(tmp_path / "out.onnx", portable=portable)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    domains = {node.domain for node in model.graph.node} | {entry.domain for entry in model.opset_import}
+    assert domains <= ({""} if portable else {"", "com.microsoft"}) and not model.functions
+    assert [value.name for value in model.graph.input] == ["ids", "mask"]
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (ENCODED, {"ids": tokens(1, 3), "mask": padding(1, 3)}):
+        feeds = {name: tensor.numpy() for name, tensor in batch.items()}
+        (found,) = session.run(None, feeds)
+        expected = result(**batch)
+        if portable and scheme != "float":
+            assert cosine(expected, torch.from_numpy(found)) > 0.9999
+        else:
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["float", "dynamic", "static"])
+def test_a_portable_file_runs_in_the_reference_evaluator(
+    encoders: dict[str, Optimized], scheme: str, tmp_path: Path
+) -> None:
+    path = encoders[scheme].export(tmp_path / "out.onnx", portable=True)
+    (found,) = ReferenceEvaluator(onnx.load(path)).run(None, {name: t.numpy() for name, t in ENCODED.items()})
+    expected = encoders[scheme](**ENCODED)
+    assert cosine(expected, torch.from_numpy(found)) > 0.9999
+
+
+@pytest.mark.parametrize("opset", [17, 20, 21])
+@pytest.mark.parametrize("scheme", ["float", "dynamic", "static"])
+def test_a_portable_file_at_an_older_opset(
+    encoders: dict[str, Optimized], scheme: str, opset: int, tmp_path: Path
+) -> None:
+    path = encoders[scheme].export(tmp_path / "out.onnx", portable=True, opset=opset)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
+    assert cosine(encoders[scheme](**ENCODED), plain_run(str(path), ENCODED)[0]) > 0.9999
+
+
+def test_what_an_opset_lacks_is_refused_by_name_and_nothing_is_written(tmp_path: Path) -> None:
+    result = graphopt.optimize(seeded(Decoder), example_inputs={"ids": tokens()})
+    with pytest.raises(GraphError, match=r"\(attention"):
+        result.export(tmp_path / "out.onnx", opset=20)
+    with pytest.raises(GraphError, match="cannot write opset 5"):
+        result.export(tmp_path / "out.onnx", opset=5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_exports_are_identical_bytes(encoders: dict[str, Optimized], tmp_path: Path) -> None:
+    first = encoders["static"].export(tmp_path / "a.onnx").read_bytes()
+    assert encoders["static"].export(tmp_path / "b.onnx").read_bytes() == first
+    again = graphopt.optimize(
+        seeded(Encoder), "quantize{scheme=static}", example_inputs=ENCODED, calibration=batches()
+    )
+    assert again.export(tmp_path / "c.onnx").read_bytes() == first
+
+
+def test_a_file_says_how_it_was_made(encoders: dict[str, Optimized], tmp_path: Path) -> None:
+    path = encoders["static"].export(tmp_path / "out.onnx")
+    model = onnx.load(path)
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert model.producer_name == "graphopt"
+    assert properties["graphopt.pipeline"] == "simplify,quantize{scheme=static},fold-int8"
+    assert properties["graphopt.target"] == "onnxruntime"
+    assert json.loads(properties["graphopt.versions"])["onnxruntime"] == ort.__version__
+    assert len(properties["graphopt.input"]) == 64
+    assert json.loads(properties["graphopt.choices"])["matmul-integer-to-float"] == 12
+    paths = {prop.value for node in model.graph.node for prop in node.metadata_props if prop.key == "graphopt.path"}
+    assert {"layers.0.attention.query", "layers.1.down", "layers.0.norm1"} <= paths
+    manifest = json.loads((tmp_path / "out.onnx.json").read_text())
+    assert [record["name"] for record in manifest["passes"]] == ["simplify", "quantize", "fold-int8"]
+    assert manifest["passes"][1]["changed"] == 12 and manifest["census"]["MatMulIntegerToFloat"] == 12
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.json"]
+
+
+def test_weights_beside_the_file_are_found_from_elsewhere(encoders: dict[str, Optimized], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    path = encoders["float"].export(tmp_path / "there" / "out.onnx", external_data=True)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["out.onnx", "out.onnx.data", "out.onnx.json"]
+    assert path.stat().st_size < (path.parent / "out.onnx.data").stat().st_size
+    np.savez(tmp_path / "feeds.npz", ids=ENCODED["ids"].numpy(), mask=ENCODED["mask"].numpy())
+    code = (
+        "import numpy, onnxruntime; feeds = dict(numpy.load('../feeds.npz')); "
+        "numpy.save('y.npy', onnxruntime.InferenceSession('../there/out.onnx').run(None, feeds)[0])"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "here", check=True, env=os.environ | {"PYTHONPATH": ""})
+    found = torch.from_numpy(np.load(tmp_path / "here" / "y.npy"))
+    torch.testing.assert_close(found, encoders["float"](**ENCODED), rtol=1e-5, atol=1e-6)
+    again = graphopt.optimize(path, example_inputs=ENCODED)
+    torch.testing.assert_close(next(iter(again(**ENCODED).values())), found, rtol=1e-5, atol=1e-5)
+    # Over itself: the weights are read from the file that is replaced.
+    again.export(path, external_data=True)
+    torch.testing.assert_close(plain_run(str(path), ENCODED)[0], found, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(next(iter(again(**ENCODED).values())), found, rtol=1e-5, atol=1e-5)
+
+
+def test_through_graphsurgeon_and_back(encoders: dict[str, Optimized]) -> None:
+    surgical = encoders["float"].graphsurgeon()
+    assert {tensor.name for tensor in surgical.inputs} == {"ids", "mask"}
+    again = graphopt.optimize(surgical, "quantize{scheme=dynamic}", example_inputs=ENCODED)
+    record = next(record for record in again.report.passes if record.name == "quantize")
+    assert record.changed == 12 and "layers.0.attention.query" in record.eligible
+    assert cosine(encoders["float"](**ENCODED), next(iter(again(**ENCODED).values()))) > 0.999
+
+
+def test_an_exported_file_is_optimized_again(encoders: dict[str, Optimized], tmp_path: Path) -> None:
+    """A file that is quantized already stays so, kernel by kernel."""
+    path = encoders["static"].export(tmp_path / "out.onnx")
+    again = graphopt.optimize(path, example_inputs=ENCODED)
+    found = {op: count for op, count in again.report.census.items() if op in COMPUTING}
+    assert found == CENSUS["static"]
+    (y,) = again(**ENCODED).values()
+    torch.testing.assert_close(y, encoders["static"](**ENCODED), rtol=1e-4, atol=1e-4)
+
+
+def test_a_portable_static_file_has_the_same_int8_kernels(encoders: dict[str, Optimized], tmp_path: Path) -> None:
+    """Standard operators only: the engine itself finds the int8 kernels in Q/DQ."""
+    path = encoders["static"].export(tmp_path / "out.onnx", portable=True)
+    for level in ("extended", "all"):
+        found = computing(kernels(path, level))
+        assert found["MatMulIntegerToFloat"] == 12 and "MatMul" not in found and "DequantizeLinear" not in found
+    again = graphopt.optimize(path, example_inputs=ENCODED)
+    assert again.report.census["MatMulIntegerToFloat"] == 12
+    assert sqnr(encoders["static"](**ENCODED), next(iter(again(**ENCODED).values()))) > 40
