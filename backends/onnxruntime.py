@@ -43,7 +43,7 @@ class OnnxRuntime(Backend):
         return "fold-int8"
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
-        return (FLOAT_RULES, LINEAR_RULES, ISLAND_RULES)
+        return FLOAT_RULES, (_float_mask_once(),), LINEAR_RULES, ISLAND_RULES
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
         assert isinstance(graph, OnnxGraph)
@@ -129,10 +129,11 @@ def _attention_4d(op: Recorder, query: str, key: str, value: str, query_shape: s
 
 def _attention_3d(op: Builder, m: Match) -> Value:
     """Attention that splits the heads itself needs no Reshape and Transpose around it."""
-    query, key = (m.attention.required(name).shape for name in ("query", "key"))
-    flat = [value.shape for value in (m.query, m.key, m.value)]
-    if not _known_heads(query, flat[0]) or not _known_heads(key, flat[1]) or m.root.result.rank != 3:
-        raise Declined("the number of heads is not known")
+    query, key, value = (m.attention.required(name).shape for name in ("query", "key", "value"))
+    split = (query, m.query.shape), (key, m.key.shape), (value, m.value.shape)
+    joined = m.attention.result.shape, m.root.result.shape
+    if not all(_known_heads(*one) for one in (*split, joined)):
+        raise Declined("heads are not known to be split from, and joined to, the last axis")
     attributes = dict(m.attention.attributes) | {"heads": query[1], "kv_heads": key[1]}
     return op.attention(m.query, m.key, m.value, m.mask, **attributes)
 
@@ -143,6 +144,29 @@ def _known_heads(split: tuple[int | str, ...] | None, flat: tuple[int | str, ...
         return False
     heads, size = split[1], split[3]
     return isinstance(heads, int) and isinstance(size, int) and flat[2] == heads * size
+
+
+def _masked_attention(op: Recorder, query: str, key: str, value: str, mask: str) -> Pattern:
+    return op.attention(query, key, value, mask, bind="attention")
+
+
+def _float_mask_once() -> Rule:
+    """A rule for one graph: it remembers the masks that it made, so that every reader after the first shares them."""
+    made: dict[Value, Value] = {}
+
+    def shares_boolean_mask(m: Match) -> bool:
+        readers = sum(user.kind == "attention" for user in m.mask.users)
+        return m.mask.dtype is torch.bool and (readers > 1 or m.mask in made)
+
+    def read_float_mask(op: Builder, m: Match) -> Value:
+        """The kernel turns a boolean mask into floats at every layer; for several layers, once is enough."""
+        if m.mask not in made:
+            dtype = m.query.dtype
+            zero, lowest = (op.constant(torch.tensor(n, dtype=dtype)) for n in (0.0, torch.finfo(dtype).min))
+            made[m.mask] = op.where(m.mask, zero, lowest)
+        return op.attention(m.query, m.key, m.value, made[m.mask], **m.attention.attributes)
+
+    return Rule("float-mask-once", _masked_attention, read_float_mask, check=shares_boolean_mask)
 
 
 FLOAT_RULES = (

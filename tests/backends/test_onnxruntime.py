@@ -26,6 +26,7 @@ from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import GraphError
 from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
 from graphopt.optimize import Optimized
+from graphopt.rewrite import rewrite
 from tests.language import build
 from tests.models import ConvNet, Decoder, Encoder, images, padding, plain_run, seeded, tokens
 
@@ -210,6 +211,24 @@ def test_attention_splits_its_own_heads(kv_heads: int, causal: bool, mask: str) 
     assert (site.attributes["heads"], site.attributes["kv_heads"]) == (4, kv_heads)
     assert "Transpose" not in result.report.census and "Reshape" not in result.report.census
     torch.testing.assert_close(result(**inputs), module(**inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("layers", "masks_made"), [(1, 0), (3, 1)])
+def test_a_boolean_mask_becomes_floats_once_where_several_layers_read_it(layers: int, masks_made: int) -> None:
+    text = "y0 = identity(q[2,4,5,8])\n" + "\n".join(
+        f"y{n + 1} = attention(y{n}, k[2,4,5,8], v[2,4,5,8], mask[2,1,5,5]:bool)" for n in range(layers)
+    )
+    graph = build("onnx", text)
+    lowered = graph.clone()
+    for rules in OnnxRuntime().rules(lowered):
+        rewrite(lowered, rules)
+    lowered.verify()
+    assert len(lowered.sites("where")) == masks_made
+    generator = torch.Generator().manual_seed(0)
+    feeds = {name: torch.randn(2, 4, 5, 8, generator=generator) for name in "qkv"}
+    feeds["mask"] = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
+    expected, found = (one.evaluate(feeds, one.outputs)[0] for one in (graph, lowered))
+    assert within_tolerance(expected, found, rtol=1e-6)
 
 
 def test_a_decoder_is_lowered_whole() -> None:
