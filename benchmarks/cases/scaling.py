@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import onnx
@@ -22,6 +23,8 @@ from graphopt.report import PassRecord
 MINILM_SECONDS = 15.0
 LARGE_NODES, LARGE_SECONDS = 20_000, 20.0
 LAYERS = (6, 12, 24, 48)
+RUNS = 5
+"""Runs of the passes at each depth; their medians are shown."""
 GROWTH = 2.0
 """Most milliseconds per layer at the deepest over those at the shallowest: 1 is linear, 8 would be quadratic."""
 PASSES = "simplify,sparsify{amount=0.3},low-rank{rank=0.25},quantize{scheme=dynamic},merge-linear,fold-int8"
@@ -50,13 +53,14 @@ def on_minilm(settings: Settings) -> bool:
 
 def on_depth(settings: Settings) -> bool:
     rows = table("BERT encoders of width 64, milliseconds of each pass per layer", "layers", "nodes", *names(), "all")
-    per_layer = []
+    per_layer: list[float] = []
     for layers in LAYERS:
         batch = {"input_ids": torch.arange(32).reshape(2, 16), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}
-        records = apply(PASSES, capture(bert(layers, 64), "onnx", example_inputs=batch))
-        cells = [1000 * record.seconds / layers for record in records]
+        captured = capture(bert(layers, 64), "onnx", example_inputs=batch)
+        runs = [apply(PASSES, captured) for _ in range(RUNS)]
+        cells = [1000 * median(record.seconds for record in several) / layers for several in zip(*runs, strict=True)]
         per_layer.append(sum(cells))
-        rows.add_row(str(layers), str(records[0].nodes_before), *(f"{cell:.1f}" for cell in [*cells, per_layer[-1]]))
+        rows.add_row(str(layers), str(runs[0][0].nodes_before), *(f"{cell:.1f}" for cell in [*cells, per_layer[-1]]))
     settings.console.print(rows)
     growth = per_layer[-1] / per_layer[0]
     ratio, linear = growth * LAYERS[-1] / LAYERS[0], LAYERS[-1] / LAYERS[0]
