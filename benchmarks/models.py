@@ -89,8 +89,15 @@ def _gpt2(medium: bool) -> Architecture:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     layers, width, heads = (6, 384, 12) if medium else (2, 64, 4)
-    config = GPT2Config(vocab_size=1000, n_embd=width, n_layer=layers, n_head=heads, n_positions=128)
-    config.bos_token_id = config.eos_token_id = 0
+    config = GPT2Config(
+        vocab_size=1000,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        n_positions=128,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = seeded(lambda: GPT2LMHeadModel(config))
     return Architecture("GPT-2", model, _texts(1000), {"use_cache": False})
 
