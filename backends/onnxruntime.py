@@ -83,7 +83,11 @@ class OrtRunner(Runner):
     def __init__(self, graph: OnnxGraph, threads: int | None) -> None:
         self.model = onnx_export.deployable(graph)
         self.names = [value.name for value in graph.outputs]
-        self.session = onnx_run.session(self.model, level="all", threads=threads)
+        try:
+            self.session = onnx_run.session(self.model, level="all", threads=threads)
+        except Exception as error:  # the engine's own exceptions have no base of theirs
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise LoweringError(f"onnxruntime cannot load the model: {reason[0]}") from error
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         return onnx_run.run(self.session, feeds)

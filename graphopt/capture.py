@@ -196,6 +196,9 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str) ->
 
     try:
         graph: Graph = onnx_capture.from_model(model)
+        graph.verify()
+    except GraphError as error:
+        raise CaptureError(str(error)) from error
     except Exception as error:  # a damaged model fails anywhere in the libraries that read it
         raise CaptureError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
     opset = onnx_capture.opset_of(graph)

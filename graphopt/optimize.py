@@ -19,7 +19,7 @@ from graphopt.backend import Backend, Runner
 from graphopt.calibrate import Calibration
 from graphopt.capture import Captured, Feeds, Signature, capture
 from graphopt.cost import Cost
-from graphopt.graph import Graph
+from graphopt.graph import Graph, GraphError
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline import Context, Pass, Pipeline, UsageError, parse
 from graphopt.report import GraphDiff, Report, count_kinds
@@ -182,15 +182,21 @@ class Optimized:
 
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
         target). external_data: keep weights in NAME.data; None decides by size. The same input, pipeline and versions
-        give the same bytes. Raises GraphError naming the node that has no spelling at `opset`; then nothing is written.
+        give the same bytes. Raises GraphError where there is no folder, and naming the node that has no spelling at
+        `opset`, and OSError where the disk is full; then nothing is written, and what was there stays.
         """
         path = Path(path)
-        graph = self.graph if portable else self.lowered
-        self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=self._metadata(portable))
+        if not path.parent.is_dir():
+            raise GraphError(f"there is no folder {path.parent}; make it first")
+        graph, metadata = self.graph if portable else self.lowered, self._metadata(portable)
         manifest = path.with_name(path.name + ".json")
         unfinished = manifest.with_name(f".{manifest.name}.part")
-        unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-        unfinished.replace(manifest)
+        try:  # the manifest first, so that a full disk leaves an older pair of files as it was
+            unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+            self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=metadata)
+            unfinished.replace(manifest)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return path
 
     def _metadata(self, portable: bool) -> dict[str, str]:
@@ -219,8 +225,10 @@ def _pipeline(passes: str | Pass | Iterable[Pass] | None, backend: Backend) -> P
         chosen = parse(passes, REGISTRY).passes if passes.strip() else ()
     elif isinstance(passes, Pass):
         chosen = [passes]
-    elif passes is not None:
+    elif isinstance(passes, Iterable):
         chosen = list(passes)
+    elif passes is not None:
+        raise UsageError(f"passes: {passes!r} is a {type(passes).__name__}; give pass objects, or one text")
     for one in chosen:
         if not isinstance(one, Pass):
             raise UsageError(f"passes: {one!r} is a {type(one).__name__}; give pass objects, or one text")

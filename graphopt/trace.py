@@ -256,7 +256,7 @@ def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mappi
     for name, axes in spec.items():
         value = placeholders.get(name)
         for axis, label in axes.items():
-            if isinstance(value, Tensor) and not isinstance(value.shape[axis], torch.SymInt):
+            if isinstance(value, Tensor) and str(value.shape[axis]).isdigit():  # also a symbol that stands for a number
                 notes.append(f"the export fixed axis {axis} ({label}) of {name} at {value.shape[axis]}")
     return notes
 

@@ -310,7 +310,8 @@ class FxGraph(Graph):
         """A size as Shape has it: a number, or the name of a dynamic axis."""
         if isinstance(size, int):
             return size
-        return re.sub(r"[su]\d+", lambda symbol: self.axis_names.get(symbol[0], symbol[0]), str(size))
+        name = re.sub(r"[su]\d+", lambda symbol: self.axis_names.get(symbol[0], symbol[0]), str(size))
+        return int(name) if name.isdigit() else name  # a symbol may stand for a number
 
     # --- changing
 

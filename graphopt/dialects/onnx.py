@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphopt.dialects import onnx_functions, onnx_shapes, onnx_words
-from graphopt.dialects.onnx_tensors import TORCH_DTYPES, onnx_dtype, to_numpy, to_torch
+from graphopt.dialects.onnx_tensors import TORCH_DTYPES, onnx_dtype, take_in, to_numpy, to_torch
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD
 from graphopt.graph import Graph, GraphError, Node, Shape, Value
 from graphopt.words import WORDS
@@ -451,7 +451,9 @@ class OnnxGraph(Graph):
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
 
     def save(self, path: str | Path) -> None:
-        ir.save(self.model, str(path))
+        model = self.model.clone()
+        take_in(model.graph.initializers.values())  # the file stands for itself
+        ir.save(model, str(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -54,16 +54,15 @@ def _name_axes(graph: OnnxGraph, dynamic_axes: Mapping[str, Mapping[int, str]]) 
     for value in graph.model.graph.inputs:
         for axis, label in dynamic_axes.get(value.name or "", {}).items():
             size = value.shape[axis] if value.shape is not None else None
-            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+            if isinstance(size, ir.SymbolicDim) and size.value is not None and not str(size.value).isdigit():
                 names.setdefault(str(size.value), label)
-    if not names:
-        return
-    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else re.compile(r"$^")
     values = [o for node in graph.model.graph for o in node.outputs] + list(graph.model.graph.inputs)
     for value in values:
         if value.shape is not None and not value.shape.is_static():
             value.shape = ir.Shape([
                 size if isinstance(size, int) or size.value is None
+                else int(str(size.value)) if str(size.value).isdigit()  # a symbol that stands for a number
                 else symbol.sub(lambda found: names[found[1]], str(size.value))
                 for size in value.shape
             ])  # fmt: skip

@@ -14,6 +14,7 @@ import onnx_ir.passes.common as ir_passes
 
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx_load import MAP_TYPE
+from graphopt.dialects.onnx_tensors import take_in
 from graphopt.dialects.onnx_words import DOMAIN
 from graphopt.graph import GraphError, Node, Value
 from graphopt.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
@@ -115,6 +116,7 @@ def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_dat
     model.metadata_props.update(metadata)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
+        take_in(model.graph.initializers.values())  # of the file that was read
         ir.save(model, written, external_data=path.name + ".data" if external else None, size_threshold_bytes=1024)
         _put_back_maps(model, written)
         _check(model, written)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxNode, OnnxValue
-from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES
+from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES, take_in
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD, repeats_over_queries
 from graphopt.graph import GraphError, Shape
 
@@ -41,16 +42,26 @@ def read_model(path: str | Path) -> ir.Model:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GraphError(f"{path} is not a readable ONNX model (corrupt or truncated?): {first}") from error
     ir.external_data.set_base_dir(model.graph, path.parent.absolute())
+    for inner in model.graph.subgraphs():  # engines find large weights of the outer graph only
+        take_in(inner.initializers.values())
     return model
 
 
-def check_external_data(proto: onnx.ModelProto, folder: Path) -> None:
-    """Raise GraphError where a tensor's external data leaves the model's folder, or is not there."""
-    root = folder.resolve()
+def check_external_data(proto: onnx.ModelProto, folder: Path | None) -> None:
+    """Raise GraphError where a tensor's external data leaves the model's folder, or is not there.
+
+    folder: None for a model in memory, which is in no folder.
+    """
     for tensor in _tensors(proto):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entry = {item.key: item.value for item in tensor.external_data}
+        if folder is None:
+            raise GraphError(
+                f"tensor {tensor.name!r} has its data in the file {entry.get('location')!r}, which was not read; "
+                "hand over the model's path"
+            )
+        root = folder.resolve()
         location = entry.get("location", "")
         target = (root / location).resolve()
         if os.path.isabs(location) or not target.is_relative_to(root):
@@ -60,9 +71,16 @@ def check_external_data(proto: onnx.ModelProto, folder: Path) -> None:
             )
         if not target.is_file():
             raise GraphError(f"tensor {tensor.name!r} has its data in {location!r}, and there is no such file")
-        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        offset, needed = int(entry.get("offset", 0)), _bytes(tensor)
+        if offset < 0 or int(entry.get("length", needed)) < needed:
+            raise GraphError(f"tensor {tensor.name!r} names part of {location!r} that does not hold its {needed} bytes")
+        end = offset + int(entry.get("length", needed))
         if end > target.stat().st_size:
             raise GraphError(f"tensor {tensor.name!r} needs {end} bytes of {location!r}, which is shorter: truncated?")
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    return math.ceil(math.prod(int(size) for size in tensor.dims) * float(ir.DataType(tensor.data_type).itemsize))
 
 
 def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -97,6 +115,8 @@ def parsed(proto: onnx.ModelProto) -> ir.Model:
 
 def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model, sorted, constants as initializers and not as inputs, functions inlined, shapes inferred."""
+    if isinstance(model, onnx.ModelProto):
+        check_external_data(model, None)
     model = parsed(model) if isinstance(model, onnx.ModelProto) else model.clone()
     graph = model.graph
     graph.sort()

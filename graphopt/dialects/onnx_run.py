@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from torch import Tensor
 
-from graphopt.dialects.onnx_tensors import TORCH_DTYPES, array_to_torch, to_numpy
+from graphopt.dialects.onnx_tensors import TORCH_DTYPES, array_to_torch, take_in, to_numpy
 from graphopt.graph import GraphError
 
 LEVELS = {
@@ -74,7 +74,10 @@ def _take_large_weights(copy: ir.Model) -> tuple[list[str], list[np.ndarray[Any,
     names, arrays = [], []
     for name, value in copy.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _LARGE or tensor.dtype not in _SHAREABLE:
+        if tensor is None:
+            continue
+        if tensor.nbytes <= _LARGE or tensor.dtype not in _SHAREABLE:
+            take_in([value])  # the engine reads no file for a model in memory
             continue
         names.append(name)
         arrays.append(np.ascontiguousarray(tensor.numpy()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -61,3 +62,11 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
         return bits
     array: np.ndarray[Any, Any] = tensor.numpy()
     return array
+
+
+def take_in(values: Iterable[ir.Value]) -> None:
+    """Let constants whose data lies in a file be tensors in memory (mapped from that file)."""
+    for value in values:
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
