@@ -21,7 +21,7 @@ from graphopt import CaptureError, GraphError, PassError, UsageError
 from graphopt.backend import LoweringError
 from graphopt.passes import LowRank, Quantize
 from graphopt.pipeline import Pipeline
-from tests.models import ConvNet, Encoder, images, model, padding, plain_run, seeded, tokens
+from tests.models import ConvNet, Encoder, exported, images, model, padding, plain_run, seeded, tokens
 
 W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
 X = torch.randn(3, 64)
@@ -140,6 +140,12 @@ def test_an_onnx_model_for_a_target_of_the_other_dialect() -> None:
 BATCH = {"ids": tokens(), "mask": padding()}
 
 
+@pytest.fixture(scope="module")
+def encoder() -> onnx.ModelProto:
+    """The encoder as a file, which is read faster than a module is traced."""
+    return exported(seeded(Encoder), BATCH, 23, dynamo=True)
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -150,10 +156,10 @@ BATCH = {"ids": tokens(), "mask": padding()}
         ({"ids": ["a", "b"], "mask": padding()}, "batch 1, input 'ids'"),
     ],
 )
-def test_a_wrong_calibration_batch_is_named(batch: Any, message: str) -> None:
+def test_a_wrong_calibration_batch_is_named(encoder: onnx.ModelProto, batch: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         graphopt.optimize(
-            seeded(Encoder), "quantize{scheme=static}", example_inputs=BATCH, calibration=[BATCH, batch]
+            encoder, "quantize{scheme=static}", example_inputs=BATCH, calibration=[BATCH, batch]
         )
 
 
@@ -167,13 +173,13 @@ def test_calibration_that_is_not_finite() -> None:
         graphopt.optimize(seeded(ConvNet), "quantize{scheme=static}", example_inputs=images(), calibration=[x])
 
 
-def test_calibration_that_is_missing_or_empty() -> None:
+def test_calibration_that_is_missing_or_empty(encoder: onnx.ModelProto) -> None:
     with pytest.raises(UsageError, match="needs calibration data"):
-        graphopt.optimize(seeded(Encoder), "quantize{scheme=static}", example_inputs=BATCH)
+        graphopt.optimize(encoder, "quantize{scheme=static}", example_inputs=BATCH)
     with pytest.raises(UsageError, match="holds no batch"):
-        graphopt.optimize(seeded(Encoder), "quantize{scheme=static}", example_inputs=BATCH, calibration=[])
+        graphopt.optimize(encoder, "quantize{scheme=static}", example_inputs=BATCH, calibration=[])
     with pytest.raises(UsageError, match="must be an iterable of batches"):
-        graphopt.optimize(seeded(Encoder), "quantize{scheme=static}", example_inputs=BATCH, calibration=3)
+        graphopt.optimize(encoder, "quantize{scheme=static}", example_inputs=BATCH, calibration=3)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -211,9 +217,9 @@ def test_a_weight_that_is_not_finite_names_its_module(passes: str) -> None:
         (3, "onnxruntime", "passes"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_asked(passes: Any, target: str, message: str) -> None:
+def test_what_cannot_be_asked(encoder: onnx.ModelProto, passes: Any, target: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        graphopt.optimize(seeded(Encoder), passes, target=target, example_inputs=BATCH)
+        graphopt.optimize(encoder, passes, target=target, example_inputs=BATCH)
 
 
 def test_nested_pipelines_are_put_in_order_too() -> None:

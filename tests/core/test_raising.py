@@ -278,8 +278,8 @@ class Logits(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("how", EXPORTERS)
-def test_a_gpt2_from_every_exporter(how: tuple[int, bool]) -> None:
+@pytest.mark.parametrize("how", [EXPORTERS[0], EXPORTERS[2]])
+def test_a_gpt2_from_either_exporter(how: tuple[int, bool]) -> None:
     module, inputs = Logits().eval(), {"input_ids": tokens(), "attention_mask": padding()}
     result = graphopt.optimize(exported(module, inputs, *how), example_inputs=inputs)
     words = result.report.words_before
