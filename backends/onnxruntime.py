@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,6 +95,10 @@ class OrtRunner(Runner):
 
     def census(self) -> dict[str, int]:
         """From the model that the session optimized, dumped at the level below hardware layouts."""
+        return dict(self._census)
+
+    @cached_property
+    def _census(self) -> Counter[str]:
         options = ort.SessionOptions()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"
@@ -102,7 +107,7 @@ class OrtRunner(Runner):
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
             onnx_run.session(self.model, level="extended", options=options)
             nodes = onnx.load(path, load_external_data=False).graph.node
-        return dict(sorted(Counter(node.op_type for node in nodes).items()))
+        return Counter(sorted(node.op_type for node in nodes))
 
 
 # --- float forms ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ from graphopt.words import WORDS
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with attention whole."""
 
+MANY_NODES = 5000
+"""Nodes above which the engine's own optimizer takes longer than it saves when a graph is evaluated."""
+
 PATH = "graphopt.path"
 """The metadata key that carries a node's module path."""
 _RANDOM = {
@@ -405,7 +408,10 @@ class OnnxGraph(Graph):
     # --- running
 
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
-        """Run in ONNX Runtime at the BASIC level. Raises GraphError naming a missing input."""
+        """Run in ONNX Runtime at the BASIC level, or without its optimizer where there are very many nodes.
+
+        Raises GraphError naming a missing input.
+        """
         found: dict[Value, Tensor] = {}
         by_name = {value.name: value for value in self.inputs}
         for name, value in by_name.items():
@@ -421,7 +427,9 @@ class OnnxGraph(Graph):
 
             key = (self.version, len(self.model.graph), tuple(value.name for value in wanted))
             if self._session is None or self._session[0] != key:
-                self._session = key, onnx_run.session(self.model, [self._native(value) for value in wanted])
+                natives = [self._native(value) for value in wanted]
+                level = "basic" if len(self.model.graph) <= MANY_NODES else "disable"
+                self._session = key, onnx_run.session(self.model, natives, level=level)
             arrays = onnx_run.run(self._session[1], feeds)
             found |= dict(zip(wanted, arrays, strict=True))
         return [found[value] for value in fetch]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from torch import Tensor
@@ -39,16 +40,16 @@ def session(
     options.log_severity_level = 4  # what fails is raised, and needs no second telling
     if threads is not None:
         options.intra_op_num_threads = threads
-    copy = model.clone()
+    names, arrays, proto = _without_large_weights(model)
     if outputs is not None:
-        _keep_only(copy, [output.name for output in outputs])
-    names, arrays = _take_large_weights(copy)
-    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
-    if names:
-        options.add_external_initializers(names, values)
-    proto = ir.to_proto(copy)
+        _keep_only(proto.graph, outputs)
+    kept = {tensor.name for tensor in proto.graph.initializer}
+    shared = {name: array for name, array in zip(names, arrays, strict=True) if name in kept}
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
+    if values:
+        options.add_external_initializers(list(shared), values)
     made = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    made._graphopt_weights = (arrays, values)  # they must live as long as the session
+    made._graphopt_weights = (shared, values)  # they must live as long as the session
     return made
 
 
@@ -69,56 +70,49 @@ def _from_result(result: Any) -> Any:
     return array_to_torch(result, dtype) if dtype is not None else result
 
 
-def _take_large_weights(copy: ir.Model) -> tuple[list[str], list[np.ndarray[Any, Any]]]:
-    """Names and arrays of the weights that are worth it; in their place the model only names them."""
+def _without_large_weights(model: ir.Model) -> tuple[list[str], list[np.ndarray[Any, Any]], onnx.ModelProto]:
+    """Names and arrays of the weights that are worth it, and the model, which only names them."""
+    initializers = model.graph.initializers.values()
+    held = {value: value.const_value for value in initializers if value.const_value is not None}
     names, arrays = [], []
-    for name, value in copy.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None:
-            continue
-        if tensor.nbytes <= _LARGE or tensor.dtype not in _SHAREABLE:
-            take_in([value])  # the engine reads no file for a model in memory
-            continue
-        names.append(name)
-        arrays.append(np.ascontiguousarray(tensor.numpy()))
-        value.const_value = ir.ExternalTensor(
-            "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name
-        )
-    return names, arrays
+    try:
+        for value, tensor in held.items():
+            if tensor.nbytes <= _LARGE or tensor.dtype not in _SHAREABLE:
+                take_in([value])  # the engine reads no file for a model in memory
+                continue
+            names.append(value.name or "")
+            arrays.append(np.ascontiguousarray(tensor.numpy()))
+            value.const_value = ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
+            )
+        return names, arrays, ir.to_proto(model)
+    finally:
+        for value, tensor in held.items():
+            value.const_value = tensor
 
 
-def _keep_only(copy: ir.Model, outputs: Sequence[str | None]) -> None:
-    """Cut the model down to what computes these values."""
-    by_name = {o.name: o for node in copy.graph for o in node.outputs} | {v.name: v for v in copy.graph.inputs}
-    copy.graph.outputs.clear()
-    copy.graph.outputs.extend(by_name[name] for name in outputs)
-    needed = _needed(copy.graph.outputs)
-    copy.graph.remove([node for node in copy.graph if not needed.issuperset(node.outputs)])
-    for name in [name for name, value in copy.graph.initializers.items() if value not in needed]:
-        del copy.graph.initializers[name]
-    inputs = [value for value in copy.graph.inputs if value in needed]
-    copy.graph.inputs.clear()
-    copy.graph.inputs.extend(inputs)
+def _keep_only(graph: onnx.GraphProto, outputs: Sequence[ir.Value]) -> None:
+    """Cut a sorted graph down to what computes these values."""
+    needed = {value.name or "" for value in outputs}
+    kept = []
+    for node in reversed(graph.node):
+        if not needed.isdisjoint(node.output):
+            kept.append(node)
+            needed |= _reads(node)
+    cut = onnx.GraphProto(name=graph.name)
+    cut.node.extend(reversed(kept))
+    cut.input.extend(value for value in graph.input if value.name in needed)
+    cut.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
+    cut.output.extend(ir.serde.serialize_value(value) for value in outputs)
+    graph.CopyFrom(cut)
 
 
-def _needed(values: Sequence[ir.Value]) -> set[ir.Value]:
-    """The values that these are computed from, also inside subgraphs, and what their producers return besides."""
-    needed: set[ir.Value] = set()
-    pending = list(values)
-    while pending:
-        value = pending.pop()
-        if value in needed:
-            continue
-        needed.add(value)
-        producer = value.producer()
-        if producer is not None:
-            needed.update(producer.outputs)
-            for node in (producer, *_inside(producer)):
-                pending += [read for read in node.inputs if read is not None]
-    return needed
-
-
-def _inside(node: ir.Node) -> list[ir.Node]:
-    """The nodes of a node's subgraphs, nested ones included."""
-    graphs = [a.as_graph() for a in node.attributes.values() if a.type is ir.AttributeType.GRAPH]
-    return [inner for graph in graphs for inner in graph.all_nodes()]
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """The names that a node reads, its subgraphs included."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for graph in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
+            for inner in graph.node:
+                names |= _reads(inner)
+            names |= {value.name for value in graph.output}
+    return names
