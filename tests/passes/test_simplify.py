@@ -1,6 +1,7 @@
 """simplify: the same function with fewer nodes."""
 
 import pytest
+import torch
 
 from graphopt.passes import Simplify
 from tests.language import assert_outputs_equal, assert_unchanged, build, listing, run
@@ -236,3 +237,18 @@ def test_folds_a_static_part_of_a_dynamic_shape() -> None:
         "%0 = mul(z[1]:int64, [1]:int64)",
         "return %0[1]:int64",
     ]
+
+
+def test_a_gather_from_a_uniform_constant_spreads_its_number() -> None:
+    graph = build("onnx", "y = onnx.GatherElements(Z[1,8]:int64:zeros, x[1,4]:int64, axis=1)")
+    before = graph.clone()
+    run(Simplify(), graph)
+    assert "onnx.GatherElements" not in graph.text() and "onnx.Expand" in graph.text()
+    feeds = {"x": torch.tensor([[3, 1, 0, 7]])}
+    assert torch.equal(graph.evaluate(feeds, graph.outputs)[0], before.evaluate(feeds, before.outputs)[0])
+
+
+def test_a_gather_from_other_constants_stays() -> None:
+    graph = build("onnx", "y = onnx.GatherElements(Z[1,3]:int64:values(0,0,1), x[1,4]:int64, axis=1)")
+    run(Simplify(), graph)
+    assert "onnx.GatherElements" in graph.text()
