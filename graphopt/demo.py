@@ -25,7 +25,7 @@ SHAPES = ((1, 16), (1, 128), (8, 128), (32, 32))
 """Batch and length of each timing."""
 BASELINE_OPSETS = {"fp32, opset 20": 20, "fp32, opset 23": 23}
 """What torch.onnx.export writes by default, and the newest form that keeps attention whole."""
-THREADS = 2
+THREADS, ROUNDS = 2, 9
 
 SENTENCES = (
     "A small compiler makes neural networks faster.", "The graph is rewritten step by step.",
@@ -136,7 +136,8 @@ def time_against_exports(module: nn.Module, small: Optimized, batch: dict[str, T
         generator = torch.Generator().manual_seed(0)
         for size, length in SHAPES:
             feeds = _feeds(size, length, generator)
-            ratios = paired({name: partial(call, feeds) for name, call in calls.items()}, baseline=baseline)
+            bound = {name: partial(call, feeds) for name, call in calls.items()}
+            ratios = paired(bound, baseline=baseline, rounds=ROUNDS)
             result.rows.append((f"{size} x {length}", {name: ratios[name] for name in ("int8", newest, "control")}))
     return result
 

@@ -20,6 +20,7 @@ class Machine:
     now: float = 0.0
     speed: Callable[[float], float] = lambda now: 1.0
     log: list[str] = field(default_factory=list)
+    rests: int = 0
 
     def clock(self) -> float:
         return self.now
@@ -39,7 +40,12 @@ class Machine:
 
     def paired(self, candidates: dict[str, Callable[[], None]], rounds: int = 15, **options: float) -> dict[str, Ratio]:
         probe = self.task("probe", 0.001)
-        return paired(candidates, baseline="base", rounds=rounds, clock=self.clock, probe=probe, **options)
+        return paired(
+            candidates, baseline="base", rounds=rounds, clock=self.clock, sleep=self.rest, probe=probe, **options
+        )
+
+    def rest(self, seconds: float) -> None:
+        self.rests += 1
 
 
 def test_ratio_of_steady_tasks() -> None:
@@ -50,6 +56,13 @@ def test_ratio_of_steady_tasks() -> None:
     assert (fast.rounds, fast.dropped) == (15, 0)
     assert fast.seconds["base"] == pytest.approx((0.06, 0.06), rel=1e-9)
     assert fast.seconds["fast"] == pytest.approx((0.03, 0.03), rel=1e-9)
+
+
+def test_everything_rests_after_each_block() -> None:
+    """Worker threads that still spin would be timed with the next candidate."""
+    machine = Machine()
+    machine.paired({"base": machine.task("base", 0.06), "fast": machine.task("fast", 0.03)}, rounds=15)
+    assert machine.rests == 2 + 15 * 2
 
 
 def test_baseline_is_one_and_control_is_near() -> None:
@@ -171,7 +184,7 @@ def test_an_unsteady_machine_gives_fewer_rounds_after_twice_as_many() -> None:
     warm_up, *durations = [1.0, *steady, *changing, *changing]
     probe = machine.task("probe", warm_up, *durations * 10)
     tasks = {"base": machine.task("base", 0.04), "slow": machine.task("slow", 0.05)}
-    slow = paired(tasks, baseline="base", clock=machine.clock, probe=probe)["slow"]
+    slow = paired(tasks, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe)["slow"]
     assert (slow.rounds, slow.dropped) == (10, 20)
     assert slow.high < 1.0
     assert not slower_than(slow)
@@ -184,7 +197,8 @@ def test_a_machine_that_is_never_steady_is_an_error() -> None:
         machine.now *= 1.01
 
     tasks = {"base": machine.task("base", 0.04), "same": machine.task("same", 0.04)}
-    same = paired(tasks, baseline="base", clock=machine.clock, probe=growing, probe_tolerance=0.0)["same"]
+    options = {"clock": machine.clock, "sleep": machine.rest, "probe": growing, "probe_tolerance": 0.0}
+    same = paired(tasks, baseline="base", **options)["same"]  # type: ignore[arg-type]
     assert (same.steady, same.rounds, same.dropped) == (False, 6, 24)
     assert same.median == pytest.approx(1.0)
 
@@ -198,13 +212,13 @@ def test_errors_name_the_fact() -> None:
     machine = Machine()
     task = machine.task("base", 0.03)
     with pytest.raises(ValueError, match="no candidates"):
-        paired({}, baseline="base", clock=machine.clock)
+        paired({}, baseline="base", clock=machine.clock, sleep=machine.rest)
     with pytest.raises(ValueError, match="'float' is not among the candidates: base, fast"):
-        paired({"base": task, "fast": task}, baseline="float", clock=machine.clock)
+        paired({"base": task, "fast": task}, baseline="float", clock=machine.clock, sleep=machine.rest)
     with pytest.raises(ValueError, match="at least 1, not 0"):
-        paired({"base": task}, baseline="base", rounds=0, clock=machine.clock)
+        paired({"base": task}, baseline="base", rounds=0, clock=machine.clock, sleep=machine.rest)
     with pytest.raises(ValueError, match="16384 calls of 'base' took no time"):
-        paired({"base": lambda: None}, baseline="base", clock=machine.clock)
+        paired({"base": lambda: None}, baseline="base", clock=machine.clock, sleep=machine.rest)
 
 
 def verdict(high: float, rounds: int = 15) -> bool:
