@@ -11,13 +11,16 @@ from graphopt.numerics import prune
 from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
 from graphopt.weights import changeable
 
+_PRUNED = ("linear", "conv")
+"""Words whose weight multiplies; the few numbers of a norm scale whole channels, and are no use as zeros."""
+
 
 @dataclass(frozen=True)
 class Sparsify(Pass):
     """Set the smallest weights to zero, where they stand (Han et al., 2015).
 
-    Shapes and dtypes stay. Declined: a weight that the graph computes, that is quantized, or that a node outside the
-    selection reads too.
+    Shapes and dtypes stay. Declined: any word but linear and conv, and a weight that the graph computes, that is
+    quantized, or that a node outside the selection reads too.
     """
 
     name = "sparsify"
@@ -29,7 +32,7 @@ class Sparsify(Pass):
     scope: str = "local"
     """What a weight is ranked against: its own tensor (local), or all that are selected (global)."""
 
-    targets: Selector = Selector("linear", "conv")
+    targets: Selector = Selector(*_PRUNED)
     """Sites to consider: words, module paths or patterns."""
 
     ignore: Selector = Selector()
@@ -42,7 +45,13 @@ class Sparsify(Pass):
             raise UsageError(f"sparsify: scope is {self.scope!r}; give local or global")
 
     def run(self, graph: Graph, context: Context) -> None:
-        weights = changeable(context.sites(graph, self.targets, self.ignore), context)
+        sites = []
+        for site in context.sites(graph, self.targets, self.ignore):
+            if site.kind in _PRUNED:
+                sites.append(site)
+            else:
+                context.decline(site, f"{site.kind} is neither {' nor '.join(_PRUNED)}")
+        weights = changeable(sites, context)
         tensors = [weight.tensor for weight in weights]
         if self.scope == "global":
             masks = prune.magnitude_masks_global(tensors, self.amount)

@@ -7,7 +7,7 @@ import torch
 
 from graphopt.numerics.prune import magnitude_mask, sparsity
 from graphopt.passes import Sparsify
-from graphopt.pipeline import PassError, UsageError
+from graphopt.pipeline import PassError, Selector, UsageError
 from tests.language import assert_unchanged, build, declined, listing, run, weight_of
 
 TWO = "h = linear(x[2,8], W[16,8])\ny = linear(h, V[4,16]:seed7, B[4])"
@@ -60,6 +60,22 @@ def test_declines_what_is_no_stored_float_weight(dialect: str) -> None:
         """,
     )
     assert declined(run(Sparsify(), graph)) == ["weight is computed by the graph", "already quantized"]
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_pattern_that_matches_all_prunes_linears_and_convs_only(dialect: str, scope: str) -> None:
+    text = "h = linear(x[2,8], W[8,8])\nn = layer_norm(h, G[8]:seed3, B[8])\ny = rms_norm(n, R[8]:seed4)"
+    graph = build(dialect, text)
+    norms = [weight_of(node).clone() for node in graph.nodes[1:]]
+    context = run(Sparsify(targets=Selector("*"), scope=scope), graph)
+    assert declined(context) == [f"{kind} is neither linear nor conv" for kind in ("layer_norm", "rms_norm")]
+    assert context.record.changed == 1 and sparsity(weight_of(graph.nodes[0])) == 0.5
+    assert all(torch.equal(weight_of(node), norm) for node, norm in zip(graph.nodes[1:], norms, strict=True))
+
+
+def test_only_norms_selected_leaves_the_graph(dialect: str) -> None:
+    graph = build(dialect, "y = rms_norm(x[2,8], R[8]:seed4)")
+    assert_unchanged(Sparsify(targets=Selector("*"), scope="global"), graph)
 
 
 def test_leaves_a_tied_weight_tied(dialect: str) -> None:
