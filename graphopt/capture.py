@@ -177,7 +177,10 @@ def _capture_file(path: Path, dialect: str, example_inputs: Any) -> Captured:
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise CaptureError(f"{path} may hold a pickle, which is never loaded; load the module and hand that over")
     if path.suffix == ".pt2":
-        return capture(torch.export.load(path), dialect, example_inputs=example_inputs)
+        raise CaptureError(
+            f"{path} may hold a pickle, which is never loaded; "
+            f"if you trust it, hand over torch.export.load({path.name!r})"
+        )
     from graphopt.dialects.onnx_load import read_model
 
     try:

@@ -242,7 +242,10 @@ class Reproduce(Instrument):
         }
         (folder / "pass.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
         command = shlex.join([sys.executable, "-m", "graphopt.cli", "reproduce", str(folder)])
-        readme = f"{pass_} failed on this graph.\n{account['error']}\n\nTo run it again:\n\n    {command}\n"
+        readme = (
+            f"{pass_} failed on this graph.\n{account['error']}\n\nTo run it again, in a folder that you trust (a "
+            f"graph.fx can run code when it is loaded):\n\n    {command}\n"
+        )
         (folder / "README").write_text(readme, encoding="utf-8")
         return str(folder)
 

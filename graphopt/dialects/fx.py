@@ -433,7 +433,10 @@ class FxGraph(Graph):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises GraphError for any other file."""
+        """Read what `save` wrote. Raises GraphError for any other file.
+
+        torch.export reads parts of its archives as pickles, which can run code: load only files that you trust.
+        """
         from graphopt.dialects import fx_save
 
         program, names = fx_save.load(path)

@@ -47,7 +47,10 @@ def save(graph: FxGraph, path: str | Path, metadata: Mapping[str, str] | None = 
 
 
 def load(path: str | Path) -> tuple[ExportedProgram, dict[str, Any]]:
-    """Read an archive of `save`: the program, and the names in it. Raises GraphError for any other file."""
+    """Read an archive of `save`: the program, and the names in it. Raises GraphError for any other file.
+
+    torch.export reads parts of its archives as pickles, which can run code: only for files that one trusts.
+    """
     quantized_decomposed()
     extra = {_NAMES: ""}
     try:

@@ -465,8 +465,10 @@ class OnnxGraph(Graph):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        model = ir.load(str(path))
-        return cls(model)
+        """Read what `save` wrote. Raises GraphError where it is damaged, or has weights outside the file's folder."""
+        from graphopt.dialects import onnx_load
+
+        return cls(onnx_load.read_model(path))
 
     def refine_shapes(self) -> None:
         """Infer shapes again where they are open: constants, and words raised since, tell more than the file did.

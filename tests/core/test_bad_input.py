@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import CaptureError, GraphError, PassError, UsageError
 from graphopt.backend import LoweringError
+from graphopt.dialects.onnx import OnnxGraph
 from graphopt.passes import LowRank, Quantize
 from graphopt.pipeline import Pipeline
 from tests.models import ConvNet, Encoder, exported, images, model, padding, plain_run, seeded, tokens
@@ -48,6 +49,10 @@ def test_a_path_that_is_not_there_and_files_that_are_not_read(tmp_path: Path) ->
     (tmp_path / "weights.pt").write_bytes(b"cposix\nsystem\n")
     with pytest.raises(CaptureError, match="pickle, which is never loaded"):
         graphopt.optimize(tmp_path / "weights.pt")
+    program = torch.export.export(seeded(ConvNet), (images(),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    with pytest.raises(CaptureError, match=r"if you trust it, hand over torch.export.load\('program.pt2'\)"):
+        graphopt.optimize(tmp_path / "program.pt2")
 
 
 def test_a_module_without_example_inputs() -> None:
@@ -305,8 +310,11 @@ def test_external_data_outside_the_folder_is_refused(way: str, tmp_path: Path) -
         "..": "../outside.bin", "absolute": str(tmp_path / "outside.bin"), "symlink": "link.bin",
         "linked folder": "up/outside.bin", "through a folder": "sub/../../outside.bin",
     }[way]  # fmt: skip
+    path = external(folder, location)
     with pytest.raises(CaptureError, match=r"outside the model's folder; refused"):
-        graphopt.optimize(external(folder, location))
+        graphopt.optimize(path)
+    with pytest.raises(GraphError, match=r"outside the model's folder; refused"):
+        OnnxGraph.load(path)
 
 
 def test_external_data_that_is_missing_or_short(tmp_path: Path) -> None:
