@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -18,6 +18,21 @@ class Named(Protocol):
 
     @property
     def shape(self) -> Shape | None: ...
+
+
+def labels(claims: Iterable[tuple[str, str, str]]) -> dict[str, str]:
+    """A name for each symbol of a traced program, of claims (symbol, label, input), each symbol and each name once.
+
+    Axes of one name are of one size, so only the first symbol that claims a label has it; a later one is called by its
+    input too: decoder_input_ids_seq. An axis that several inputs share has its name from the first.
+    """
+    names: dict[str, str] = {}
+    for symbol, label, owner in claims:
+        if symbol not in names:
+            taken = set(names.values())
+            options = (label, f"{owner}_{label}", *(f"{owner}_{label}_{number}" for number in range(2, len(taken) + 3)))
+            names[symbol] = next(name for name in options if name not in taken)
+    return names
 
 
 Input = TypeVar("Input", bound=Named)

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from graphopt import axes
 from graphopt.dialects.onnx import OPSET, OnnxGraph
 from graphopt.dialects.onnx_load import parsed
 from graphopt.graph import Graph
@@ -50,12 +51,14 @@ def from_program(
 
 def _name_axes(graph: OnnxGraph, dynamic_axes: Mapping[str, Mapping[int, str]]) -> None:
     """Give the symbols of the trace (s18) the names of the axes they stand for (batch), also inside expressions."""
-    names: dict[str, str] = {}
-    for value in graph.model.graph.inputs:
-        for axis, label in dynamic_axes.get(value.name or "", {}).items():
-            size = value.shape[axis] if value.shape is not None else None
-            if isinstance(size, ir.SymbolicDim) and size.value is not None and not str(size.value).isdigit():
-                names.setdefault(str(size.value), label)
+    names = axes.labels(
+        (str(size.value), label, value.name)
+        for value in graph.model.graph.inputs
+        if value.name is not None and value.shape is not None
+        for axis, label in dynamic_axes.get(value.name, {}).items()
+        if isinstance(size := value.shape[axis], ir.SymbolicDim)
+        and size.value is not None and not str(size.value).isdigit()
+    )
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else re.compile(r"$^")
     values = [o for node in graph.model.graph for o in node.outputs] + list(graph.model.graph.inputs)
     for value in values:

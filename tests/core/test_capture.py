@@ -230,6 +230,33 @@ def test_default_and_given_dynamic_axes(dialect: str) -> None:
     assert shapes(fixed) == {"ids": (2, "length"), "x": (2, 4)}
 
 
+class Scores(nn.Module):
+    """Each query against each document: their numbers are independent, and so are the lengths of two texts."""
+
+    def forward(self, query: Tensor, docs: Tensor) -> Tensor:
+        return query @ docs.mT
+
+
+class Texts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, ids: Tensor, other_ids: Tensor) -> Tensor:
+        return self.table(ids).sum(1) + self.table(other_ids).sum(1)
+
+
+def test_axes_that_the_export_keeps_apart_have_names_of_their_own(dialect: str) -> None:
+    module, example = Scores(), (torch.randn(2, 4), torch.randn(3, 4))
+    captured = capture(module, dialect, example_inputs=example)
+    assert shapes(captured) == {"query": ("batch", 4), "docs": ("docs_batch", 4)}
+    assert captured.graph.outputs[0].shape == ("batch", "docs_batch")
+    torch.testing.assert_close(ran(captured, *example), module(*example), rtol=1e-5, atol=1e-6)
+    two = {"ids": torch.ones(2, 5, dtype=torch.int64), "other_ids": torch.ones(2, 3, dtype=torch.int64)}
+    found = shapes(capture(seeded(Texts), dialect, example_inputs=two))
+    assert found == {"ids": ("batch", "seq"), "other_ids": ("batch", "other_ids_seq")}
+
+
 def test_a_size_of_one_is_repeated_for_the_trace(dialect: str) -> None:
     module, example = seeded(Ids), {"ids": torch.ones(1, 1, dtype=torch.int64), "x": torch.randn(1, 4)}
     captured = capture(module, dialect, example_inputs=example)
