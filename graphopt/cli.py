@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="graphopt",
-    help="Shrink neural networks: every rewrite is checked, every choice is measured.",
+    help="Shrink neural networks: every rewrite is checked, every refusal has its reason.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -110,7 +110,7 @@ class Context:
     """What a pass may ask of its surroundings while it runs."""
 
     target: Any = None
-    """The backend: `schemes` says which words may be int8 and how, `round_to` which sizes run fast."""
+    """The backend: `schemes` says which words may be int8, and how."""
     report: Report = field(default_factory=Report)
     feeds: Sequence[Mapping[str, Tensor]] = ()
     """The example inputs, by input name, one mapping for each shape."""

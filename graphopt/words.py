@@ -35,14 +35,13 @@ class Word:
     results: tuple[str, ...]
     reference: Callable[..., Any]
     commutative: bool = False
-    elementary: bool = False
 
     def __repr__(self) -> str:
         return self.name
 
 
 def _declare(
-    reference: Callable[..., Any], results: tuple[str, ...], commutative: bool, elementary: bool
+    reference: Callable[..., Any], results: tuple[str, ...], commutative: bool
 ) -> None:
     parameters = inspect.signature(reference).parameters.values()
     operands = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
@@ -55,17 +54,14 @@ def _declare(
         results=results,
         reference=reference,
         commutative=commutative,
-        elementary=elementary,
     )
 
 
-def word(
-    *, results: tuple[str, ...] = ("y",), commutative: bool = False, elementary: bool = False
-) -> Callable[[Reference], Reference]:
+def word(*, results: tuple[str, ...] = ("y",), commutative: bool = False) -> Callable[[Reference], Reference]:
     """Declare the decorated function as a word (see the module's docstring)."""
 
     def declare(reference: Reference) -> Reference:
-        _declare(reference, results, commutative, elementary)
+        _declare(reference, results, commutative)
         return reference
 
     return declare
@@ -309,7 +305,7 @@ def slice_(x: Tensor, *, axis: int = 0, start: int = 0, end: int = 0) -> Tensor:
 def _elementary(name: str, reference: Callable[..., Any], commutative: bool = False) -> None:
     binary = len(inspect.signature(reference).parameters) == 2
     _WORDS[name] = Word(
-        name, ("a", "b") if binary else ("x",), frozenset(), MappingProxyType({}), ("y",), reference, commutative, True
+        name, ("a", "b") if binary else ("x",), frozenset(), MappingProxyType({}), ("y",), reference, commutative
     )
 
 
@@ -326,13 +322,13 @@ _elementary("sigmoid", lambda x: torch.sigmoid(x))
 _elementary("isnan", lambda x: torch.isnan(x))
 
 
-@word(elementary=True)
+@word()
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a where condition holds, else b."""
     return torch.where(condition, a, b)
 
 
-@word(elementary=True)
+@word()
 def mean(x: Tensor, *, axes: tuple[int, ...] = (), keepdim: bool = True) -> Tensor:
     """Mean over axes."""
     return x.mean(axes, keepdim)

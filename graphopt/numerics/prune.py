@@ -44,17 +44,6 @@ def magnitude_masks_global(weights: Iterable[Tensor], amount: float) -> list[Ten
     return masks
 
 
-def global_threshold(weights: Iterable[Tensor], amount: float) -> float:
-    """The largest magnitude that `magnitude_masks_global` sets to zero; 0 when it sets none.
-
-    weights, amount, errors: as there. Every weight above the threshold is kept, every one below it goes, and of those
-    equal to it as many as the count needs.
-    """
-    cut, _ = _select(list(weights), amount)
-    floats = torch.float64 if cut.dtype == torch.int64 else torch.float32
-    return float(cut.view(floats)) if int(cut) >= 0 else 0.0
-
-
 def sparsity(weight: Tensor) -> float:
     """The share of elements of `weight` (any shape and dtype) that are exactly zero, in [0, 1]; 0 when it is empty."""
     if weight.numel() == 0:

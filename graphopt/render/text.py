@@ -81,12 +81,17 @@ def bench_rows(result: BenchResult) -> Rows:
 
 
 def bench_notes(result: BenchResult) -> list[str]:
-    """How to read the rows."""
+    """How to read the rows, and where a candidate loses for certain."""
+    from graphopt.backends.measure import slower_than
+
     ratios = [ratio for _, row in result.rows for ratio in row.values()]
     unsteady = ["~ the machine kept changing speed: the steadiest few rounds had to do"]
+    losses = [f"{name} is slower than the baseline at {shapes}"
+              for shapes, row in result.rows for name, ratio in row.items() if slower_than(ratio)]  # fmt: skip
     return [
         f"times faster than the baseline, with the 95% interval of the median over {ratios[0].rounds} paired rounds",
         *(unsteady if not all(ratio.steady for ratio in ratios) else []),
+        *losses,
     ]
 
 

@@ -231,6 +231,15 @@ def test_count_kinds_ranks_by_number() -> None:
 # --- the table of timings ------------------------------------------------------------------------------------------
 
 
+def test_a_certain_loss_is_told() -> None:
+    seconds = {"original": (0.004, 0.005), "optimized": (0.005, 0.006)}
+    rows = {"small": Ratio(0.8, 0.7, 0.95, 15, 0, seconds), "large": Ratio(0.99, 0.9, 1.1, 15, 0, seconds)}
+    result = BenchResult("machine", [(shapes, {"optimized": ratio}) for shapes, ratio in rows.items()])
+    assert [note for note in text.bench_notes(result) if "slower" in note] == [
+        "optimized is slower than the baseline at small"
+    ]
+
+
 def test_bench_tables() -> None:
     ratio = Ratio(2.0, 1.8, 2.2, 15, 0, {"original": (0.004, 0.005), "optimized": (0.002, 0.003)})
     control = Ratio(1.0, 0.0, math.inf, 3, 0, {"original": (0.004, 0.005), "control": (0.004, 0.005)}, steady=False)

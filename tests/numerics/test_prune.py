@@ -47,8 +47,6 @@ def test_global_masks_equal_a_stable_sort_of_all(weights: list[Array], amount: f
     count = round(amount * len(magnitudes))
     flat = np.concatenate([np.zeros(0, bool), *(m.numpy().ravel() for m in masks)])
     assert np.array_equal(flat, expected_keep(magnitudes, count))
-    threshold = prune.global_threshold(iter(tensors), amount)
-    assert threshold == (np.sort(magnitudes)[count - 1] if count else 0.0)
 
 
 def test_float64_is_told_apart_below_float32() -> None:
