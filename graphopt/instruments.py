@@ -79,21 +79,31 @@ class Agree(Instrument):
         self._shapes = [value.shape for value in original.outputs]
         self._masks = axes.masks(original.inputs)
         self.original = self._outputs(original)
-        self._accepted = self.original
+        self._accepted = self._latest = self.original
 
     def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
         if not context.record.changes:
             return
         outputs = self._outputs(graph)
         context.record.agreement = self._agreements(outputs)
-        if pass_.lossless:
-            self._require_close(outputs, QUANTIZED_RTOL if _is_quantized(graph) else None)
-        else:
+        if not pass_.lossless:
             self._accepted = outputs
+        elif (moved := self._moved(self._accepted, outputs, graph)) is not None:
+            raise GraphError(f"this pass loses nothing by its own account, and {moved}")
+        self._latest = outputs
 
-    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> list[Agreement]:
-        """The original's outputs against what `run` gives for the same feeds."""
-        return self._agreements([list(run(feeds)) for feeds in self.feeds])
+    def compare(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph | None = None) -> list[Agreement]:
+        """The original's outputs against what `run` gives for the same feeds.
+
+        graph: what the last pass left, and `run` was built from; GraphError where `run` moves one of its outputs as no
+        lossless pass may. A graph that does not agree with itself is random, and held to nothing.
+        """
+        outputs = [list(run(feeds)) for feeds in self.feeds]
+        found = self._agreements(outputs)
+        moved = None if graph is None else self._moved(self._latest, outputs, graph)
+        if graph is not None and moved is not None and self._moved(self._latest, self._outputs(graph), graph) is None:
+            raise GraphError(moved)
+        return found
 
     def _outputs(self, graph: Graph) -> list[list[Any]]:
         return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
@@ -112,8 +122,10 @@ class Agree(Instrument):
                 by_output.setdefault(name, []).append(agreement(name, *kept))
         return [worst(several) for several in by_output.values()]
 
-    def _require_close(self, outputs: list[list[Any]], rtol: float | None) -> None:
-        for number, (expected, found) in enumerate(zip(self._accepted, outputs, strict=True)):
+    def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:
+        """The first output of `graph` that goes further than rounding explains, and by how much; None where none."""
+        rtol = QUANTIZED_RTOL if _is_quantized(graph) else None
+        for number, (expected, found) in enumerate(zip(before, after, strict=True)):
             for name, a, b, first in zip(self.names, expected, found, self.original[number], strict=True):
                 if not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
                     continue
@@ -121,10 +133,11 @@ class Agree(Instrument):
                     continue
                 allowed = f"{rtol or metrics.tolerance(a.dtype)[0]:.2g}" if a.is_floating_point() else "equal values"
                 largest = float(torch.nan_to_num(a.double()).abs().max())
-                raise GraphError(
-                    f"this pass loses nothing by its own account, and on example {number} it moves output {name!r} by "
-                    f"{metrics.max_error(a, b):.3g}, of at most {largest:.3g} (relative tolerance: {allowed})"
+                return (
+                    f"on example {number} it moves output {name!r} by {metrics.max_error(a, b):.3g}, "
+                    f"of at most {largest:.3g} (relative tolerance: {allowed})"
                 )
+        return None
 
 
 def _is_quantized(graph: Graph) -> bool:

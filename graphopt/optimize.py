@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.backend import Backend, Runner
+from graphopt.backend import Backend, LoweringError, Runner
 from graphopt.calibrate import Calibration
 from graphopt.capture import Captured, Feeds, Signature, capture
 from graphopt.cost import Cost
@@ -61,7 +61,7 @@ def optimize(
     instruments: further watchers of the pipeline, such as Dump or Progress.
 
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
-    LoweringError when the engine builds less than promised.
+    LoweringError when the engine builds less than promised, or computes something else.
     """
     backend = _target(target)
     pipeline = _pipeline(passes, backend)
@@ -115,7 +115,10 @@ def _run(
     report.cost_after, report.words_after = Cost.of(neutral, _sizes(captured)), count_kinds(neutral.nodes)
     report.census = runner.census()
     if reference is not None:
-        report.agreement = reference.compare(runner)
+        try:
+            report.agreement = reference.compare(runner, neutral)
+        except GraphError as error:
+            raise LoweringError(f"{backend.name} computes something else than the passes left: {error}") from error
     return Optimized(original, neutral, lowered, runner, report, backend, captured.signature, captured.feeds, threads)
 
 
@@ -174,7 +177,8 @@ class Optimized:
         if not (batches or self.feeds):
             raise UsageError("bench needs inputs: pass bench(inputs=<a batch>)")
         original = self.backend.compile(self.original, self.threads)
-        result = BenchResult(header(environment(), self.threads or 0))
+        machine = environment()
+        result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
             calls = {name: partial(run, feeds) for name, run in
                      {"original": original, "control": original, "optimized": self.runner}.items()}  # fmt: skip

@@ -11,7 +11,9 @@ from torch import Tensor
 
 import graphopt
 from graphopt import PassError, UsageError
+from graphopt.backend import LoweringError, Runner
 from graphopt.backends import measure
+from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.compare import compare
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph
@@ -138,6 +140,8 @@ def test_bench_times_original_control_and_optimized(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(seen[0], seen[2], rtol=1e-4, atol=1e-5)
     (row,) = result.bench(images(5), rounds=3).rows
     assert row[0] == "x [5, 3, 8, 8]"
+    cores = measure.environment()["cores"]
+    assert f"{cores} threads" in bench.header
 
 
 def test_bench_without_inputs_is_refused() -> None:
@@ -171,6 +175,30 @@ class Fails(Pass):
         for node in graph.sites("linear"):
             graph.replace(node, graph.emit("linear", node.input, node.required("weight"), at=node))
         raise ValueError("half way")
+
+
+@pytest.mark.parametrize("passes", [None, "quantize{scheme=dynamic}"])
+def test_an_engine_that_computes_something_else_is_found_out(
+    passes: str | None, encoder: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = OnnxRuntime.compile
+
+    def wrong(self: OnnxRuntime, graph: Graph, threads: int | None = None) -> Runner:
+        last = graph.outputs[0].producer
+        assert last is not None
+        again = graph.emit(last, *last.operands, at=last)
+        graph.replace(last, graph.emit("mul", again, graph.add_constant(torch.tensor(1.5)), at=last))
+        return original(self, graph, threads)
+
+    monkeypatch.setattr(OnnxRuntime, "compile", wrong)
+    with pytest.raises(LoweringError, match=r"onnxruntime computes something else .* on example 0 .* output 'y' by \d"):
+        graphopt.optimize(encoder, passes, example_inputs=INPUTS)
+
+
+def test_a_random_model_is_held_to_nothing() -> None:
+    text = "g (float[2,2] x) => (float[2,2] y) { r = RandomNormal<shape = [2,2]>()  y = Add(x, r) }"
+    result = graphopt.optimize(model(text, opset=21))
+    assert result.report.agreement[0].cosine < 1
 
 
 class Watches(Instrument):
