@@ -74,7 +74,8 @@ class OnnxValue(Value):
 
     @property
     def users(self) -> tuple[Node, ...]:
-        return tuple(OnnxNode(self.graph, node) for node in dict.fromkeys(use.node for use in self.native.uses()))
+        holders = (self.graph.holder(use.node) for use in self.native.uses())
+        return tuple(OnnxNode(self.graph, node) for node in dict.fromkeys(holders) if node is not None)
 
     @property
     def is_output(self) -> bool:
@@ -165,6 +166,7 @@ class OnnxGraph(Graph):
         self._names: set[str | None] = names | set(model.graph.initializers) | {v.name for v in model.graph.inputs}
         self._node_names: set[str | None] = {node.name for node in model.graph.all_nodes()}
         self._protos: dict[str, onnx.FunctionProto] = {}
+        self._holders: dict[ir.Graph | ir.Function | None, ir.Node] = {}
 
     # --- making one
 
@@ -233,6 +235,22 @@ class OnnxGraph(Graph):
     def values(self, natives: Sequence[ir.Value | None]) -> tuple[OnnxValue | None, ...]:
         """Views of native values; None stays None."""
         return tuple(None if native is None else OnnxValue(self, native) for native in natives)
+
+    def holder(self, native: ir.Node) -> ir.Node | None:
+        """The node of this graph that a node is, or stands inside of; None for one of a subgraph that is gone."""
+        if native.graph is self.model.graph:
+            return native
+        holder = self._holders.get(native.graph)
+        if holder is None or holder.graph is not self.model.graph:
+            self._holders = {
+                node.graph: top
+                for top in self.model.graph
+                for held in top.attributes.values() if _holds_graph(held)
+                for graph in ([held.as_graph()] if held.type is ir.AttributeType.GRAPH else held.as_graphs())
+                for node in graph.all_nodes()
+            }  # fmt: skip
+            holder = self._holders.get(native.graph)
+        return holder
 
     def constant(self, value: Value) -> Tensor | None:
         if not isinstance(value, OnnxValue) or not value.is_constant:

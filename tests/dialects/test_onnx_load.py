@@ -17,7 +17,7 @@ from torch import Tensor
 import graphopt
 from graphopt.backend import LoweringError
 from graphopt.dialects.onnx import OnnxGraph
-from graphopt.numerics.metrics import cosine, within_tolerance
+from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
 from graphopt.optimize import Optimized
 from tests.dialects.test_fx import normal
 from tests.models import model, plain_run
@@ -122,6 +122,20 @@ def test_if_with_weights_of_the_graph_around_it(condition: bool, tmp_path: Path)
     result = assert_same(proto, feeds, tmp_path)
     assert [node.kind for node in result.graph.nodes] == ["linear", "onnx.If", "linear"]
     assert_quantizes(proto, feeds, 2)  # the branches stay in float
+
+
+def test_a_reader_inside_a_branch_is_no_end_of_an_island(tmp_path: Path) -> None:
+    text = """g (float[1,4,6,6] x, bool c) => (float[1,4,6,6] y) {
+        h = Conv(x, V)
+        y = If(c) <then_branch = t () => (float[1,4,6,6] p) { p = Relu(h) },
+                   else_branch = e () => (float[1,4,6,6] q) { q = Add(h, h) }>
+    }"""
+    feeds = {"x": normal(1, 4, 6, 6), "c": torch.tensor(True)}
+    proto = model(text, {"V": normal(4, 4, 1, 1)})
+    graph = OnnxGraph.from_model(proto)
+    assert [user.kind for user in graph.nodes[0].result.users] == ["onnx.If"]
+    result = graphopt.optimize(proto, "quantize{scheme=static}", example_inputs=feeds, calibration=[feeds])
+    assert sqnr(plain_run(proto, feeds)[0], result(**feeds)["y"]) > 30
 
 
 def test_if_is_neither_folded_nor_merged(tmp_path: Path) -> None:
