@@ -148,10 +148,15 @@ def _attention_3d(op: Builder, m: Match) -> Value:
 
 
 def _known_heads(split: tuple[int | str, ...] | None, flat: tuple[int | str, ...] | None) -> bool:
-    """Whether (batch, heads, length, size) is (batch, length, heads · size) split, with both numbers known."""
+    """Whether (batch, heads, length, size) is (batch, length, heads · size) split, with heads and size known.
+
+    A reshape may also cut the batch or the length, as attention within blocks does; unnamed axes could hide that.
+    """
     if split is None or flat is None or len(split) != 4 or len(flat) != 3:
         return False
-    heads, size = split[1], split[3]
+    batch, heads, length, size = split
+    if "?" in (batch, length) or (batch, length) != flat[:2]:
+        return False
     return isinstance(heads, int) and isinstance(size, int) and flat[2] == heads * size
 
 
@@ -232,6 +237,8 @@ def _qlinear_conv(op: Builder, m: Match) -> Value:
     if weight is None or scale is None or weight_scale is None:
         raise Declined("its scales are not constant")
     bias = graph.constant(m.bias) if m.bias is not None else None
+    if m.bias is not None and bias is None:
+        raise Declined("its bias is computed by the graph")
     steps = None
     if bias is not None:
         limits = torch.iinfo(torch.int32)

@@ -9,6 +9,7 @@ import torch
 from graphopt.graph import Graph, Node, Value
 from graphopt.pipeline import Context, Pass, Selector, Stage
 from graphopt.rewrite import scalar
+from graphopt.words import WORDS
 
 _Quantized = tuple[Value, Value, Value]
 """An activation in integers: its steps, scale and zero point."""
@@ -21,7 +22,7 @@ class FoldInt8(Pass):
     Eligible is each linear, conv and add that reads a dequantize. A linear gives float, so nothing needs to follow it.
     A conv or an add gives integers: it is declined unless only a quantize reads it, at most with a relu between, which
     the saturation at zero point 0 stands for. Declined too: activations or weights in another form than uint8 with one
-    scale, and int8 with a scale an output channel.
+    scale, and int8 with a scale an output channel; a conv whose bias is computed. A bias in integers becomes float.
     """
 
     name = "fold-int8"
@@ -53,11 +54,14 @@ def _fold_weighted(graph: Graph, site: Node) -> str | None:
         return None
     if not x[1].is_constant:
         return "conv has no int8 form with a scale chosen at run time"
+    bias = _bias(graph, site)
+    if bias is not None and not bias.is_constant:
+        return "conv has no int8 form with a bias that is computed"
     found = _quantize_behind(graph, site)
     if isinstance(found, str):
         return found
     steps, scale, zero_point = found
-    y = graph.emit("conv_int8", *x, *weight, scale, zero_point, site.bias, at=site, **site.attributes)
+    y = graph.emit("conv_int8", *x, *weight, scale, zero_point, bias, at=site, **site.attributes)
     graph.replace(steps, y)
     return None
 
@@ -111,6 +115,18 @@ def _activation(value: Value) -> _Quantized | None:
     if zero_point is None:  # of a dequantize, it then is 0
         zero_point = maker.graph.add_constant(torch.zeros((), dtype=torch.uint8))
     return steps, maker.required("scale"), zero_point
+
+
+def _bias(graph: Graph, site: Node) -> Value | None:
+    """The bias, as floats where it is stored in integers behind a dequantize."""
+    bias = site.bias
+    maker = _maker(bias) if bias is not None else None
+    if maker is None:
+        return bias
+    stored = [None if value is None else graph.constant(value) for value in maker.operands]
+    if any(value is not None and tensor is None for value, tensor in zip(maker.operands, stored, strict=True)):
+        return bias
+    return graph.add_constant(WORDS["dequantize"].reference(*stored, **maker.attributes))
 
 
 def _one_scale(node: Node) -> bool:

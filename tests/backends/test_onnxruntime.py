@@ -213,6 +213,25 @@ def test_attention_splits_its_own_heads(kv_heads: int, causal: bool, mask: str) 
     torch.testing.assert_close(result(**inputs), module(**inputs), rtol=1e-5, atol=1e-5)
 
 
+class BlockHeads(nn.Module):
+    """Attention within blocks of the length: the reshape that splits the heads makes a batch of blocks too."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query, key, value = (t.view(-1, 4, 4, 8).transpose(1, 2) for t in (q, k, v))
+        y = nn.functional.scaled_dot_product_attention(query, key, value)
+        joined: Tensor = y.transpose(1, 2).reshape(q.shape)
+        return joined
+
+
+def test_attention_within_blocks_stays_within_them() -> None:
+    inputs = {name: torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(ord(name))) for name in "qkv"}
+    module = BlockHeads().eval()
+    result = graphopt.optimize(module, example_inputs=inputs, dynamic_shapes={name: {} for name in inputs})
+    (site,) = result.lowered.sites("attention")
+    assert site.attributes["heads"] == 0
+    torch.testing.assert_close(result(**inputs), module(**inputs), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("layers", "masks_made"), [(1, 0), (3, 1)])
 def test_a_boolean_mask_becomes_floats_once_where_several_layers_read_it(layers: int, masks_made: int) -> None:
     text = "y0 = identity(q[2,4,5,8])\n" + "\n".join(
@@ -259,6 +278,13 @@ def test_fewer_kernels_than_promised_is_an_error_that_lists_the_nodes() -> None:
 
     with pytest.raises(LoweringError, match=r"1 linear_int8 were promised and onnxruntime built 0 .* block\.up"):
         OnnxRuntime().check(graph, Float(graph, None))
+
+
+def test_a_computed_bias_of_a_conv_is_refused() -> None:
+    graph = build("onnx", "y = conv_int8(x[1,4,6,6]:uint8, S[]:ones, Z[]:uint8, W[4,4,1,1]:int8, V[4]:ones, "
+                          "T[]:ones, Z, b[4])")  # fmt: skip
+    logs = [rewrite(graph, rules) for rules in OnnxRuntime().rules(graph)]
+    assert list(logs[-1]["qlinear-conv"].declined.values()) == ["its bias is computed by the graph"]
 
 
 def test_threads_are_the_engines() -> None:

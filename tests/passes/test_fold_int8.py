@@ -1,6 +1,7 @@
 """fold-int8: islands of dequantize, float word and quantize -> int8 words."""
 
 import pytest
+import torch
 
 from graphopt.passes import FoldInt8, Quantize
 from tests.language import assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, producer, run
@@ -95,6 +96,25 @@ def test_declines_a_dynamic_conv(dialect: str) -> None:
     graph = build(dialect, "c = conv(x[1,4,6,6], V[4,4,1,1])\ny = quantize(c, S[]:ones, Z[]:uint8:ones)")
     run(Quantize(scheme="dynamic"), graph)
     assert declined(run(FoldInt8(), graph)) == ["conv has no int8 form with a scale chosen at run time"]
+
+
+def test_declines_a_computed_conv_bias(dialect: str) -> None:
+    graph = build(dialect, f"y = quantize(conv({X}, {W}, b[4]), S, Z)")
+    original = graph.clone()
+    assert declined(run(FoldInt8(), graph)) == ["conv has no int8 form with a bias that is computed"]
+    assert_outputs_equal(graph, original, rtol=0)
+
+
+def test_a_conv_bias_in_integers_becomes_float(dialect: str) -> None:
+    bias = "dequantize(I[4]:int32:values(90,-40,7), R[4]:values(0.01), axis=0)"
+    graph = build(dialect, f"y = quantize(conv({X}, {W}, {bias}), S, Z)")
+    original = graph.clone()
+    context = run(FoldInt8(), graph)
+    assert context.record.changed == 1 and [node.kind for node in graph.nodes] == ["conv_int8"]
+    (site,) = graph.nodes
+    assert site.bias is not None
+    assert torch.equal(graph.constant(site.bias), torch.tensor([90, -40, 7, 90]) * torch.tensor(0.01))
+    assert_outputs_equal(graph, original, rtol=STEP)
 
 
 def test_float_sites_are_not_eligible(dialect: str) -> None:
