@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 Size = int | str | None
 """A number, the name of an axis, or unknown."""
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 
 
 def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, list[int]]:
@@ -23,7 +24,6 @@ def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, l
     """
     held: dict[ir.Value, list[Size]] = {}
     for node in model.graph:
-        _follow(node, held)
         if node.op_type in ("Reshape", "Expand") and node.domain in ("", "ai.onnx"):
             if node.outputs[0].type is None and node.inputs[0] is not None:
                 node.outputs[0].type = node.inputs[0].type
@@ -33,12 +33,13 @@ def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, l
             infer(node)
             for output, known in zip(node.outputs, before, strict=True):
                 output.shape = _merge(output.shape, known)
+        _follow(node, held)
     numbers = {value: [size for size in sizes if isinstance(size, int)] for value, sizes in held.items()}
     return {
         producer: numbers[value]
         for value, sizes in held.items()
         if len(numbers[value]) == len(sizes)
-        and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+        and value.dtype in _INTEGERS
         and value.shape is not None and value.shape.is_static()
         and (producer := value.producer()) is not None
     }  # fmt: skip
@@ -69,12 +70,16 @@ def _sizes(shape: ir.Shape | None) -> list[Size]:
 
 
 def _follow(node: ir.Node, held: dict[ir.Value, list[Size]]) -> None:
-    """What a small integer tensor holds, where it is made of sizes."""
+    """What a small integer tensor of rank 0 or 1 holds, where it is made of sizes; others are not followed."""
     follow = _FOLLOW.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-    if follow is not None:
+    if follow is not None and _is_list(node.outputs[0].shape):
         result = follow(node, held)
         if result is not None:
             held[node.outputs[0]] = result
+
+
+def _is_list(shape: ir.Shape | None) -> bool:
+    return shape is not None and len(shape) <= 1
 
 
 def _held(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
@@ -83,7 +88,7 @@ def _held(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Size
     if value in held:
         return held[value]
     tensor = value.const_value
-    if tensor is not None and tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32) and tensor.size <= 64:
+    if tensor is not None and tensor.dtype in _INTEGERS and tensor.size <= 64 and len(tensor.shape) <= 1:
         return [int(n) for n in tensor.numpy().reshape(-1)]
     return None
 
@@ -102,7 +107,7 @@ def _slice_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | N
         return None
     bounds = [part[0] for part in parts[1:] if part is not None and len(part) == 1]
     numbers = [bound for bound in bounds if isinstance(bound, int)]
-    if len(numbers) != len(parts) - 1 or parts[0] is None:
+    if len(numbers) != len(parts) - 1 or len(numbers) < 2 or parts[0] is None:  # before opset 10 they are attributes
         return None
     return parts[0][numbers[0] : numbers[1] : numbers[3] if len(numbers) > 3 else 1]
 
@@ -131,9 +136,13 @@ def _same_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | No
     return _held(node.inputs[0], held)
 
 
+def _cast_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+    return _same_op(node, held) if ir.DataType(node.attributes["to"].as_int()) in _INTEGERS else None
+
+
 _FOLLOW: dict[str, Callable[[ir.Node, dict[ir.Value, list[Size]]], list[Size] | None]] = {
     "Shape": _shape_op, "Slice": _slice_op, "Gather": _gather_op, "Concat": _concat_op, "Unsqueeze": _same_op,
-    "Squeeze": _same_op, "Reshape": _same_op, "Cast": _same_op, "Identity": _same_op,
+    "Squeeze": _same_op, "Reshape": _same_op, "Cast": _cast_op, "Identity": _same_op,
 }  # fmt: skip
 
 

@@ -71,6 +71,29 @@ def test_sizes_that_are_numbers_become_constants() -> None:
     torch.testing.assert_close(graph.evaluate({"x": x}, graph.outputs), plain_run(proto, {"x": x}), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Concat<axis = 1>(M, N)",
+        "y = Gather<axis = 1>(M, I)",
+        "y = Slice(P, F, T, A)",
+        "r = Reshape(L, Q) y = Concat<axis = 1>(r, r)",
+        "r = Unsqueeze(L, F) y = Concat<axis = 0>(r, r)",
+        "b = Cast<to = 9>(L) y = Cast<to = 7>(b)",
+    ],
+)
+def test_tables_of_numbers_and_truths_are_left_to_the_engine(body: str) -> None:
+    """What is followed is a list: a rank above 1 would lie in another order."""
+    values = {"M": [[1], [2]], "N": [[3], [4]], "I": [0], "P": [[1, 2, 3], [4, 5, 6]], "F": [1], "T": [2], "A": [1],
+              "L": [1, 2, 3, 4], "Q": [2, 2]}  # fmt: skip
+    tensors = {name: torch.tensor(value) for name, value in values.items()}
+    proto = model(f"g (float[2] x) => (float z) {{ {body} c = Cast<to = 1>(y) s = Mul(c, H) z = Sum(s, s) }}",
+                  tensors | {"H": torch.tensor(0.5)})  # fmt: skip
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    graph, feeds = OnnxGraph.from_model(proto), {"x": torch.zeros(2)}
+    torch.testing.assert_close(graph.evaluate(feeds, graph.outputs), plain_run(proto, feeds), rtol=0, atol=0)
+
+
 def test_a_size_that_the_graph_returns_is_left_to_the_engine() -> None:
     text = "g (float[b,8] x) => (int64[1] y) { s = Shape(x) y = Slice(s, F, T) }"
     proto = model(text, {"F": torch.tensor([1]), "T": torch.tensor([2])})
