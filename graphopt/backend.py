@@ -14,7 +14,7 @@ from graphopt.rewrite import Rule
 
 
 class LoweringError(RuntimeError):
-    """The engine did not build what was promised, or it computes something else; says where and why."""
+    """The engine did not build what was promised, or the lowered graph computes something else; says where and why."""
 
 
 class Runner(ABC):

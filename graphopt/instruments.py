@@ -92,18 +92,18 @@ class Agree(Instrument):
             raise GraphError(f"this pass loses nothing by its own account, and {moved}")
         self._latest = outputs
 
-    def compare(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph | None = None) -> list[Agreement]:
-        """The original's outputs against what `run` gives for the same feeds.
+    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> list[Agreement]:
+        """The original's outputs against what `run` gives for the same feeds."""
+        return self._agreements([list(run(feeds)) for feeds in self.feeds])
 
-        graph: what the last pass left, and `run` was built from; GraphError where `run` moves one of its outputs as no
-        lossless pass may. A graph that does not agree with itself is random, and held to nothing.
+    def hold(self, lowered: Graph, graph: Graph) -> None:
+        """GraphError where a lowered graph moves an output of `graph`, left by the last pass, as no lossless pass may.
+
+        A graph that does not agree with itself is random, and held to nothing.
         """
-        outputs = [list(run(feeds)) for feeds in self.feeds]
-        found = self._agreements(outputs)
-        moved = None if graph is None else self._moved(self._latest, outputs, graph)
-        if graph is not None and moved is not None and self._moved(self._latest, self._outputs(graph), graph) is None:
+        moved = self._moved(self._latest, self._outputs(lowered), graph)
+        if moved is not None and self._moved(self._latest, self._outputs(graph), graph) is None:
             raise GraphError(moved)
-        return found
 
     def _outputs(self, graph: Graph) -> list[list[Any]]:
         return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]

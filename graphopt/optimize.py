@@ -61,7 +61,7 @@ def optimize(
     instruments: further watchers of the pipeline, such as Dump or Progress.
 
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
-    LoweringError when the engine builds less than promised, or computes something else.
+    LoweringError when the engine builds less than promised, or the lowered graph computes something else.
     """
     backend = _target(target)
     pipeline = _pipeline(passes, backend)
@@ -110,15 +110,17 @@ def _run(
         ]
         lowered.sweep()
     lowered.verify()
+    if reference is not None:
+        try:
+            reference.hold(lowered, neutral)
+        except GraphError as error:
+            raise LoweringError(f"lowered for {backend.name}, the graph computes something else: {error}") from error
     runner = backend.compile(lowered, threads)
     backend.check(neutral, runner)
     report.cost_after, report.words_after = Cost.of(neutral, _sizes(captured)), count_kinds(neutral.nodes)
     report.census = runner.census()
     if reference is not None:
-        try:
-            report.agreement = reference.compare(runner, neutral)
-        except GraphError as error:
-            raise LoweringError(f"{backend.name} computes something else than the passes left: {error}") from error
+        report.agreement = reference.compare(runner)
     return Optimized(original, neutral, lowered, runner, report, backend, captured.signature, captured.feeds, threads)
 
 
@@ -203,14 +205,18 @@ class Optimized:
 
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
         target). external_data: keep weights in NAME.data; None decides by size. The same input, pipeline and versions
-        give the same bytes. Raises GraphError where there is no folder, and naming the node that has no spelling at
-        `opset`, and OSError where the disk is full; then nothing is written, and what was there stays.
+        give the same bytes. Raises GraphError where there is no folder, or one in a file's place, and naming the node
+        that has no spelling at `opset`, and OSError where the disk is full; then nothing is written, and what was there
+        stays.
         """
         path = Path(path)
         if not path.parent.is_dir():
             raise GraphError(f"there is no folder {path.parent}; make it first")
-        graph, metadata = self.graph if portable else self.lowered, self._metadata(portable)
         manifest = path.with_name(path.name + ".json")
+        for file in (path, manifest):
+            if file.is_dir():
+                raise GraphError(f"{file} is a folder; name another file")
+        graph, metadata = self.graph if portable else self.lowered, self._metadata(portable)
         unfinished = manifest.with_name(f".{manifest.name}.part")
         try:  # the manifest first, so that a full disk leaves an older pair of files as it was
             unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt import PassError, UsageError
-from graphopt.backend import LoweringError, Runner
+from graphopt.backend import LoweringError
 from graphopt.backends import measure
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.compare import compare
@@ -20,6 +20,7 @@ from graphopt.graph import Graph
 from graphopt.instruments import Diff, Instrument
 from graphopt.passes import LowRank, Quantize, Simplify, Sparsify
 from graphopt.pipeline import Context, Pass, Pipeline, Stage
+from graphopt.rewrite import Rule
 from tests.models import ConvNet, Encoder, exported, images, model, padding, seeded, tokens
 
 INPUTS = {"ids": tokens(), "mask": padding()}
@@ -178,20 +179,12 @@ class Fails(Pass):
 
 
 @pytest.mark.parametrize("passes", [None, "quantize{scheme=dynamic}"])
-def test_an_engine_that_computes_something_else_is_found_out(
+def test_a_lowering_rule_that_changes_the_meaning_is_found_out(
     passes: str | None, encoder: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = OnnxRuntime.compile
-
-    def wrong(self: OnnxRuntime, graph: Graph, threads: int | None = None) -> Runner:
-        last = graph.outputs[0].producer
-        assert last is not None
-        again = graph.emit(last, *last.operands, at=last)
-        graph.replace(last, graph.emit("mul", again, graph.add_constant(torch.tensor(1.5)), at=last))
-        return original(self, graph, threads)
-
-    monkeypatch.setattr(OnnxRuntime, "compile", wrong)
-    with pytest.raises(LoweringError, match=r"onnxruntime computes something else .* on example 0 .* output 'y' by \d"):
+    wrong = Rule("wrong", lambda op, x: op.gelu(x), lambda op, m: op.relu(m.x))
+    monkeypatch.setattr(OnnxRuntime, "rules", lambda self, graph: ((wrong,),))
+    with pytest.raises(LoweringError, match=r"computes something else: on example 0 .* output 'y' by \d"):
         graphopt.optimize(encoder, passes, example_inputs=INPUTS)
 
 
