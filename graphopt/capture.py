@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from graphopt.constants import fold_constants
@@ -87,16 +88,19 @@ def capture(
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
     for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
     axis 0 of every input and axis 1 of integer inputs. cache: capture the decode step of a language model.
-    The model is not changed. Raises CaptureError.
+    Both are for modules, which are traced; anything else has its axes already. The model is not changed.
+    Raises CaptureError.
     """
     kind = type(model)
     if isinstance(model, str | Path):
+        _refuse_options("an .onnx file", dynamic_shapes, cache)
         return _capture_file(Path(model), dialect, example_inputs)
     if isinstance(model, nn.Module):
         if example_inputs is None:
             name = type(model).__name__
             raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, to trace it with")
         return _capture_module(model, dialect, trace(model, example_inputs, dynamic_shapes, cache))
+    _refuse_options(f"a {kind.__name__}", dynamic_shapes, cache)
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, dialect, example_inputs)
     if kind.__module__.startswith("onnx_graphsurgeon") and kind.__name__ == "Graph":
@@ -109,6 +113,16 @@ def capture(
         f"cannot capture a {kind.__module__}.{kind.__qualname__}; hand over an nn.Module, ExportedProgram, "
         "fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to an .onnx file"
     )
+
+
+def _refuse_options(what: str, dynamic_shapes: Any, cache: bool) -> None:
+    """Raise CaptureError where an option of the trace is given for what is not traced."""
+    for option, given in (("dynamic_shapes", dynamic_shapes is not None), ("cache", cache)):
+        if given:
+            raise CaptureError(
+                f"{option} says how a module is traced, and {what} is traced already: leave it out, or hand over the "
+                "nn.Module"
+            )
 
 
 # --- modules and programs ------------------------------------------------------------------------------------------
@@ -135,8 +149,9 @@ def _capture_program(program: torch.export.ExportedProgram, dialect: str, exampl
                for axis, size in enumerate(placeholders[name].shape) if isinstance(size, torch.SymInt)}
         for name in names
     }  # fmt: skip
-    tree, count = program.call_spec.out_spec, len(program.graph_signature.user_outputs)
-    leaves = [torch.empty(0)] * count
+    tree = program.call_spec.out_spec
+    results = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    leaves = [result.value if isinstance(result, ConstantArgument) else torch.empty(0) for result in results]
     returned = structure(pytree.tree_unflatten(leaves, tree) if tree is not None else tuple(leaves))
     signature = Signature(tuple(names), returned.names, returned.rebuild)
     notes: list[str] = []
@@ -218,7 +233,9 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str) ->
         raise CaptureError(f"{source} does not run on the example inputs: {notes[-1]}")
     lifted = onnx_capture.lift(model, graph, notes)
     if lifted is not None:
-        if expected is not None and _computes(lifted, feeds, expected):
+        if expected is None:
+            notes.append(f"stays at opset {opset}: it cannot be checked that the lifted model computes the same")
+        elif _computes(lifted, feeds, expected):
             graph = lifted
         else:
             notes.append(f"stays at opset {opset}: the lifted model does not compute the same")
@@ -231,7 +248,10 @@ def _raise_checked(
 ) -> Graph:
     """The graph with decomposed forms raised to words, if it then computes what is expected on the feeds."""
     raised = graph.clone()
-    fold_constants(raised)  # exporters compute axes and scales that the forms to be raised are told by
+    try:
+        fold_constants(raised)  # exporters compute axes and scales that the forms to be raised are told by
+    except Exception as error:  # whatever the engine raises
+        raise CaptureError(f"what the model computes of its constants cannot be run: {first_line(error)}") from error
     hits = raise_words(raised)
     raised.sweep()
     if expected is None or _computes(raised, feeds, expected):

@@ -60,6 +60,8 @@ def trace(
         if cache:
             from graphopt.decode import DecodeStep
 
+            if dynamic_shapes is not None:
+                raise CaptureError("cache=True names the axes of the decode step itself: leave out dynamic_shapes")
             try:
                 module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
             except ValueError as error:

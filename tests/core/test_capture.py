@@ -133,6 +133,39 @@ def test_a_model_with_a_cache_is_captured_without_it(dialect: str) -> None:
     torch.testing.assert_close(found.logits, module(tokens(3, 5), use_cache=False).logits, rtol=0, atol=1e-5)
 
 
+def test_the_decode_step_is_the_models_own() -> None:
+    """Logits and cache of one new token on a prompt of another length, against the model's."""
+    module, prompt = gpt2(), tokens(2, 6)
+    example = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens())}
+    result = graphopt.optimize(module, cache=True, example_inputs=example)
+    with torch.no_grad():
+        past = module(prompt, use_cache=True).past_key_values
+        inputs = {"input_ids": tokens(2, 1, seed=1), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+        for number, layer in enumerate(past.layers):
+            inputs |= {f"past_key_values.{number}.key": layer.keys, f"past_key_values.{number}.value": layer.values}
+        found = result(inputs)
+        expected = module(inputs["input_ids"], past_key_values=past, use_cache=True)
+    torch.testing.assert_close(found["logits"], expected.logits, rtol=0, atol=1e-4)
+    assert set(found) == {"logits", *(f"present.{number}.{name}" for number in (0, 1) for name in ("key", "value"))}
+    for number, layer in enumerate(expected.past_key_values.layers):
+        torch.testing.assert_close(found[f"present.{number}.key"], layer.keys, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[f"present.{number}.value"], layer.values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "message"),
+    [
+        ({"input_ids": tokens(), "attention_mask": padding()}, {}, "prompt without padding"),
+        ({"input_ids": tokens(), "position_ids": tokens()}, {}, "no 'position_ids'"),
+        (tokens(), {}, "a dict with input_ids"),
+        ({"input_ids": tokens()}, {"dynamic_shapes": {"input_ids": {0: "n"}}}, "leave out dynamic_shapes"),
+    ],
+)
+def test_prompts_that_no_decode_step_is_made_of(example: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(gpt2(), "onnx", example_inputs=example, cache=True, **options)
+
+
 # --- other things that are models ----------------------------------------------------------------------------------
 
 
@@ -144,6 +177,15 @@ def test_an_exported_program(dialect: str) -> None:
     assert captured.signature.inputs == ("x", "scale") and captured.graph.inputs[0].shape == ("batch", 4)
     assert torch.equal(captured.feeds[0]["x"], X)
     torch.testing.assert_close(ran(captured, X[:2], SCALE[:2]), module(X[:2], SCALE[:2]), rtol=1e-5, atol=1e-6)
+
+
+def test_an_exported_program_that_returns_more_than_tensors(dialect: str) -> None:
+    module = seeded(Two, lambda y, x: {"loss": None, "logits": y})
+    captured = capture(torch.export.export(module, (X, SCALE)), dialect)
+    found, expected = ran(captured, X, SCALE), module(X, SCALE)
+    assert captured.signature.outputs == ("logits",)
+    assert list(found) == list(expected) and found["loss"] is None
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_symbolically_traced_module(dialect: str) -> None:
@@ -199,6 +241,13 @@ def test_a_model_that_does_not_run_when_lifted_stays_at_its_opset() -> None:
     assert any("stays at opset 21" in note for note in captured.notes)
 
 
+def test_a_lifted_model_that_cannot_be_checked_is_not_taken() -> None:
+    text = "g (float[n,4] x) => (float[3,m] y) { y = Reshape(x, s) }"  # no batch of 1 has a third
+    captured = capture(model(text, {"s": torch.tensor([3, -1])}, opset=17), "onnx")
+    assert isinstance(captured.graph, OnnxGraph) and captured.graph.opset == 17
+    assert "stays at opset 17: it cannot be checked that the lifted model computes the same" in captured.notes
+
+
 def test_lifting_is_noted() -> None:
     captured = capture(model("g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }", opset=17), "onnx")
     assert isinstance(captured.graph, OnnxGraph) and captured.graph.opset == 23
@@ -243,7 +292,8 @@ class Texts(nn.Module):
         self.table = nn.Embedding(9, 4)
 
     def forward(self, ids: Tensor, other_ids: Tensor) -> Tensor:
-        return self.table(ids).sum(1) + self.table(other_ids).sum(1)
+        y: Tensor = self.table(ids).sum(1) + self.table(other_ids).sum(1)
+        return y
 
 
 def test_axes_that_the_export_keeps_apart_have_names_of_their_own(dialect: str) -> None:
