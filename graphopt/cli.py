@@ -108,8 +108,7 @@ def optimize(
         raise UsageError("--dry-run writes nothing; leave out --output and --report")
     if not dry_run and output is None:
         raise UsageError("say where to write: -o FILE, or --dry-run")
-    for path in filter(None, (output, report)):
-        _require_writable(path, model)
+    _require_writable(model, output, report)
     batches = None if calibration is None else _arrays(calibration)
     quiet = as_json or not sys.stderr.isatty()
     small = run(
@@ -353,15 +352,27 @@ def _require_file(path: Path) -> None:
         raise UsageError(f"there is no file {path}")
 
 
-def _require_writable(path: Path, model: Path) -> None:
+def _require_writable(model: Path, output: Path | None, report: Path | None) -> None:
+    """What is written is no folder, nor the model, nor a file of its weights, nor written twice."""
+    from graphopt.dialects.onnx_load import external_files
     from graphopt.pipeline import UsageError
 
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {path.parent} to write {path.name} into")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if path.resolve() == model.resolve():
-        raise UsageError(f"{path} is the model itself; write to another file")
+    files = [] if output is None else [output, *(output.with_name(output.name + end) for end in (".json", ".data"))]
+    files += [] if report is None else [report]
+    for path in files:
+        if not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent} to write {path.name} into")
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; name a file")
+        if path.resolve() == model.resolve():
+            raise UsageError(f"{path} is the model itself; write to another file")
+    if report is not None and report.resolve() in [path.resolve() for path in files[:-1]]:
+        raise UsageError(f"{report} is what --output writes; write the report to another file")
+    there = [path for path in files if path.exists()]
+    weights = {path.resolve() for path in external_files(model)} if there else set()
+    for path in there:
+        if path.resolve() in weights:
+            raise UsageError(f"{path} holds weights of the model; write to another file")
 
 
 def _graph(path: Path) -> Graph:

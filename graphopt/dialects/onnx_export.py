@@ -104,10 +104,13 @@ def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_dat
     """Write the file under a temporary name in its folder, check it, and rename it.
 
     external_data: weights beside the file as NAME.onnx.data; None decides by size. Raises GraphError where the folder
-    is not there, and OSError where it is full; then nothing is left behind.
+    is not there, or stands in a file's place, and OSError where the disk is full; then nothing is left behind.
     """
     if not path.parent.is_dir():
         raise GraphError(f"there is no folder {path.parent}; make it first")
+    for file in (path, path.with_name(path.name + ".data")):
+        if file.is_dir():
+            raise GraphError(f"{file} is a folder; name another file")
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     external = size > EXTERNAL_ABOVE if external_data is None else external_data
     if not external and size > EXTERNAL_ABOVE:

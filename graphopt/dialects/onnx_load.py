@@ -27,10 +27,8 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def read_model(path: str | Path) -> ir.Model:
     """Parse a file. Raises GraphError when it is unreadable, or when external data lies outside the file's folder."""
     path = Path(path)
-    if not path.is_file():
-        raise GraphError(f"there is no file {path}")
+    proto = _proto(path)
     try:
-        proto = onnx.load(path, load_external_data=False)
         if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
             raise ValueError("it holds no graph")
         check_external_data(proto, path.parent)
@@ -39,12 +37,32 @@ def read_model(path: str | Path) -> ir.Model:
     except GraphError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise GraphError(f"{path} is not a readable ONNX model (corrupt or truncated?): {first}") from error
+        raise _unreadable(path, error) from error
     ir.external_data.set_base_dir(model.graph, path.parent.absolute())
     for inner in model.graph.subgraphs():  # engines find large weights of the outer graph only
         take_in(inner.initializers.values())
     return model
+
+
+def _proto(path: Path) -> onnx.ModelProto:
+    """A file's content, without its external data."""
+    if not path.is_file():
+        raise GraphError(f"there is no file {path}")
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> GraphError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return GraphError(f"{path} is not a readable ONNX model (corrupt or truncated?): {first}")
+
+
+def external_files(path: Path) -> set[Path]:
+    """The files that a model's weights lie in, besides its own. Raises GraphError where it is unreadable."""
+    entries = (entry for tensor in _tensors(_proto(path)) for entry in tensor.external_data)
+    return {path.parent / entry.value for entry in entries if entry.key == "location"}
 
 
 def check_external_data(proto: onnx.ModelProto, folder: Path | None) -> None:

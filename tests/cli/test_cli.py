@@ -168,6 +168,28 @@ def test_wrong_calibration(model: Path, tmp_path: Path, arrays: dict[str, Any], 
     assert not small.exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "report", "message"),
+    [
+        ("a.onnx", "a.onnx", "a.onnx is what --output writes"), ("a.onnx", "a.onnx.json", "is what --output writes"),
+        ("a.onnx", "a.onnx.data", "is what --output writes"),
+        ("outside.onnx", None, "outside.onnx is the model itself"),
+        ("a.onnx", "outside.onnx", "outside.onnx is the model itself"),
+        ("w.json", None, "w.json holds weights of the model"), ("w", None, "w.json holds weights of the model"),
+        ("a.onnx", "w.json", "w.json holds weights of the model"),
+    ],
+)  # fmt: skip
+def test_nothing_that_is_read_or_written_is_overwritten(
+    output: str, report: str | None, message: str, model: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside.onnx"
+    onnx.save(onnx.load(model), outside, save_as_external_data=True, location="w.json", size_threshold=64)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    result = run("optimize", outside, "-o", tmp_path / output, *(["--report", tmp_path / report] if report else []))
+    assert result.exit_code == 2 and message in result.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_failing_pass_is_one_line_and_leaves_a_reproducer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon
 import onnx_ir
 import pytest
 import torch
@@ -133,6 +134,22 @@ def test_wrong_dynamic_shapes(spec: Any, message: str) -> None:
 def test_examples_that_do_not_fit_an_onnx_model(example: Any, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         graphopt.optimize(linear(), example_inputs=example)
+
+
+@pytest.mark.parametrize("options", [{"cache": True}, {"dynamic_shapes": {"x": {0: "n"}}}])
+def test_options_of_the_trace_for_what_is_not_traced(options: Any, tmp_path: Path) -> None:
+    onnx.save(linear(), tmp_path / "m.onnx")
+    surgeon = onnx_graphsurgeon.import_onnx(linear())
+    program = torch.export.export(seeded(ConvNet), (images(),))
+    for thing in (linear(), tmp_path / "m.onnx", str(tmp_path / "m.onnx"), surgeon, program):
+        with pytest.raises(CaptureError, match=f"{next(iter(options))} says how a module is traced"):
+            graphopt.optimize(thing, **options)
+
+
+def test_constants_that_the_engine_cannot_compute() -> None:
+    text = "g (float[n,64] x, string[n] s) => (float[n,64] y) { c = Gather(W, i)  y = Add(x, c) }"
+    with pytest.raises(CaptureError, match=r"what the model computes of its constants cannot be run: .*out of"):
+        graphopt.optimize(model(text, {"W": W, "i": torch.tensor([99])}))
 
 
 def test_an_onnx_model_for_a_target_of_the_other_dialect() -> None:
@@ -348,6 +365,14 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GraphError, match="there is no folder"):
         result.export(tmp_path / "file" / "out.onnx")
+
+
+@pytest.mark.parametrize("name", ["out.onnx", "out.onnx.data", "out.onnx.json"])
+def test_a_folder_in_the_place_of_a_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(GraphError, match=rf"{name} is a folder; name another file"):
+        graphopt.optimize(linear()).export(tmp_path / "out.onnx", external_data=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and not list((tmp_path / name).iterdir())
 
 
 def full(*_: Any, **__: Any) -> Any:
