@@ -112,24 +112,44 @@ def several(example_inputs: Any) -> list[Any]:
 
 
 def _arguments(module: nn.Module, example: Any) -> Feeds:
-    """One example as keyword arguments of forward, all tensors."""
+    """One example by the names of forward's arguments, all tensors; those of *xs are xs_0, xs_1 and so on."""
     parameters = inspect.signature(module.forward).parameters
     if isinstance(example, Mapping):
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for key in example:
+            if key in parameters and parameters[key].kind is inspect.Parameter.VAR_POSITIONAL:
+                raise CaptureError(f"example_inputs: {key!r} takes any number of tensors; give a tuple, not a dict")
             if key not in parameters and not open_ended:
                 known = list(parameters)
                 raise CaptureError(
                     f"example_inputs: {type(module).__name__}.forward has no argument {key!r}{nearest(key, known)}"
                 )
-        return {str(key): as_tensor(value, str(key)) for key, value in example.items()}
+        first = [key for key, p in parameters.items() if p.kind is p.POSITIONAL_ONLY and key in example]
+        order = (*first, *(key for key in example if key not in first))
+        return {str(key): as_tensor(example[key], str(key)) for key in order}
     values = tuple(example) if isinstance(example, tuple) else (example,)
     named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named += [f"{starred}_{number}" for starred in _starred(parameters) for number in range(len(values) - len(named))]
     if len(values) > len(named):
         raise CaptureError(
             f"example_inputs has {len(values)} tensors, and {type(module).__name__}.forward takes {len(named)}"
         )
     return {key: as_tensor(value, key) for key, value in zip(named, values, strict=False)}
+
+
+def _starred(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The name of *xs, if there is one."""
+    return [key for key, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
+
+
+def _call(module: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by position and by keyword: by position those that can be given in no other way, and all before *xs."""
+    parameters = inspect.signature(module.forward).parameters
+    rest = [key for key in named if key not in parameters]
+    extra = [key for starred in _starred(parameters) for key in rest if re.fullmatch(rf"{starred}_\d+", key)]
+    by_position = {inspect.Parameter.POSITIONAL_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if extra else set())
+    first = [key for key, p in parameters.items() if p.kind in by_position and key in named] + extra
+    return tuple(named[key] for key in first), {key: value for key, value in named.items() if key not in first}
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
@@ -148,7 +168,8 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
     try:
-        return module(**arguments)
+        args, kwargs = _call(module, arguments)
+        return module(*args, **kwargs)
     except Exception as error:
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
         shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
@@ -227,15 +248,19 @@ def _export(
         name: {axis: torch.export.Dim.AUTO for axis in axes} or None for name, axes in spec.items()
     } | dict.fromkeys(constants)
     parameters = inspect.signature(module.forward).parameters
-    extra = [name for name in shapes if name not in parameters]
-    if extra:  # they arrive through **kwargs, and torch.export wants their spec under its name, in their order
-        keyword = next(p.name for p in parameters.values() if p.kind is p.VAR_KEYWORD)
-        shapes = {name: shapes[name] for name in shapes if name in parameters} | {
-            keyword: {name: shapes[name] for name in extra}
-        }
+    args, kwargs = _call(module, {**traced, **constants})
+    # torch.export wants what arrives through *args or **kwargs under that name, in its order.
+    plain = {name: shape for name, shape in shapes.items() if name in parameters}
+    by_position = [name for name in shapes if name not in parameters and name not in kwargs]
+    by_keyword = [name for name in shapes if name not in parameters and name in kwargs]
+    if by_position:
+        plain |= {starred: tuple(shapes[name] for name in by_position) for starred in _starred(parameters)}
+    if by_keyword:
+        plain |= {p.name: {name: shapes[name] for name in by_keyword}
+                  for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
     with warnings.catch_warnings(), _quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
         warnings.simplefilter("ignore")
-        return torch.export.export(module, (), {**traced, **constants}, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
 
 
 @contextmanager

@@ -71,6 +71,40 @@ def test_a_single_tensor(dialect: str) -> None:
     torch.testing.assert_close(ran(captured, images(5)), module(images(5)), rtol=1e-5, atol=1e-5)
 
 
+class Sum(nn.Module):
+    """Any number of tensors behind one, and a keyword behind those."""
+
+    def forward(self, x: Tensor, *others: Tensor, scale: Tensor | None = None) -> Tensor:
+        total = x if scale is None else x * scale
+        for other in others:
+            total = total * 2 + other
+        return total
+
+
+class ByPosition(nn.Module):
+    def forward(self, x: Tensor, y: Tensor, /, scale: Tensor) -> Tensor:
+        return (x - y) * scale
+
+
+def test_arguments_that_only_a_position_names(dialect: str) -> None:
+    a, b, c = X, X + 1, X[:, :1]
+    captured = capture(Sum(), dialect, example_inputs=(a, b, c))
+    assert captured.signature.inputs == ("x", "others_0", "others_1")
+    assert captured.graph.inputs[1].shape == ("batch", 4)
+    torch.testing.assert_close(ran(captured, a[:2], b[:2], c[:2]), Sum()(a[:2], b[:2], c[:2]))
+    keyword = capture(Sum(), dialect, example_inputs={"scale": SCALE, "x": a})
+    torch.testing.assert_close(ran(keyword, x=b, scale=SCALE), Sum()(b, scale=SCALE))
+    for example in ((a, b, SCALE), {"scale": SCALE, "y": b, "x": a}):
+        captured = capture(ByPosition(), dialect, example_inputs=example)
+        assert captured.signature.inputs == ("x", "y", "scale")
+        torch.testing.assert_close(ran(captured, b, a, SCALE), ByPosition()(b, a, SCALE))
+
+
+def test_a_dict_has_no_place_for_any_number_of_tensors() -> None:
+    with pytest.raises(CaptureError, match="'others' takes any number of tensors; give a tuple"):
+        capture(Sum(), "onnx", example_inputs={"x": X, "others": (X,)})
+
+
 def test_numpy_in_gives_numpy_out() -> None:
     result = graphopt.optimize(seeded(Two), example_inputs=(X, SCALE))
     found = result(X.numpy(), SCALE.numpy())
