@@ -24,6 +24,8 @@ def lower_opset(graph: OnnxGraph, opset: int) -> None:
     if not OLDEST <= opset <= newest:
         raise GraphError(f"cannot write opset {opset}; give {OLDEST} to {newest}")
     graph.refine_shapes()  # nodes out of function bodies come without types
+    source = graph.opset
+    graph.model.graph.opset_imports[""] = opset  # of which is what is emitted from here on
     for node in graph.nodes:
         write_out = _WRITE_OUT.get(node.kind)
         if write_out is not None and opset < write_out[0]:
@@ -31,18 +33,20 @@ def lower_opset(graph: OnnxGraph, opset: int) -> None:
     graph.sweep()
     for native in graph.model.graph.all_nodes():
         if native.domain in STANDARD:
-            _fit(graph, native, opset)
-    graph.model.graph.opset_imports[""] = opset
+            _fit(native, source, opset)
 
 
-def _fit(graph: OnnxGraph, native: ir.Node, opset: int) -> None:
-    """Raise GraphError unless the node means the same at `opset`; drop attributes that only spell a default."""
+def _fit(native: ir.Node, source: int, opset: int) -> None:
+    """Raise GraphError unless a node, of `source` or written for `opset`, means the same at `opset`.
+
+    Attributes that only spell a default are dropped.
+    """
     label = native.metadata_props.get(PATH) or native.name
     try:
         old = onnx.defs.get_schema(native.op_type, opset)
     except onnx.defs.SchemaError:
         raise GraphError(f"{native.op_type} is not in opset {opset} ({label}); give a newer one") from None
-    new = onnx.defs.get_schema(native.op_type, graph.opset)
+    new = onnx.defs.get_schema(native.op_type, source)
     if old.since_version == new.since_version:
         return
     for name in [name for name in native.attributes if name not in old.attributes]:
@@ -97,12 +101,11 @@ def _attention(op: Builder, node: Node) -> Value:
     """softmax(q kᵀ · scale + mask) v, heads split and joined where they come together."""
     query, key, value = (node.required(name) for name in ("query", "key", "value"))
     mask, heads, kv_heads = node.operand("mask"), node.attributes["heads"], node.attributes["kv_heads"]
-    if node.attributes["causal"]:
-        raise GraphError(f"causal attention is not written out below opset 23 ({node.label})")
     if heads:
         query, key, value = _split(op, query, heads), _split(op, key, kv_heads), _split(op, value, kv_heads)
-    if query.shape is None or key.shape is None or query.shape[1] != key.shape[1]:
-        raise GraphError(f"grouped-query attention is not written out below opset 23 ({node.label})")
+    if query.shape is None:
+        raise GraphError(f"the heads of attention are not known ({node.label})")
+    key, value = (_repeated(op, each, query.shape[1], node) for each in (key, value))
     size = query.shape[-1]
     scale = node.attributes["scale"] or (1 / math.sqrt(size) if isinstance(size, int) else None)
     if scale is None:
@@ -111,7 +114,9 @@ def _attention(op: Builder, node: Node) -> Value:
     if mask is not None and mask.dtype is torch.bool:
         lowest = _number(op, torch.finfo(query.dtype or torch.float32).min, query)
         mask = op.where(mask, _number(op, 0.0, query), lowest)
-    weights = op.softmax(scores if mask is None else op.add(scores, mask), axis=-1)
+    for added in (mask, _later_keys(op, scores) if node.attributes["causal"] else None):
+        scores = scores if added is None else op.add(scores, added)
+    weights = op.softmax(scores, axis=-1)
     context = op.matmul(weights, value)
     if not heads:
         return context
@@ -126,9 +131,37 @@ def _split(op: Builder, x: Value, heads: int) -> Value:
     return op.transpose(split, perm=(0, 2, 1, 3))
 
 
+def _repeated(op: Builder, x: Value, heads: int | str, node: Node) -> Value:
+    """Keys or values (batch, kv heads, length, size), each head as often as queries share it (grouped query)."""
+    shape = x.shape or ("?",) * 4
+    if shape[1] == heads and heads != "?":
+        return x
+    given, size = shape[1], shape[3]
+    if not (isinstance(heads, int) and isinstance(given, int) and isinstance(size, int)):
+        raise GraphError(f"the heads of attention, or their size, are not known ({node.label})")
+    apart = op("onnx.Unsqueeze", x, op.constant(torch.tensor([2])))
+    spread = op("onnx.Expand", apart, op.constant(torch.tensor([1, 1, heads // given, 1, 1])))
+    return op("onnx.Reshape", spread, op.constant(torch.tensor([0, heads, -1, size])))
+
+
+def _later_keys(op: Builder, scores: Value) -> Value:
+    """(queries, keys): the lowest number at keys behind their query, else 0; engines fold it where sizes are fixed."""
+    two, four = (op.constant(torch.tensor([n])) for n in (2, 4))
+    sizes = op("onnx.Slice", op("onnx.Shape", scores), two, four)
+    dtype = scores.dtype or torch.float32
+    lowest = op("onnx.ConstantOfShape", sizes, value=torch.tensor([torch.finfo(dtype).min], dtype=dtype))
+    return op("onnx.Trilu", lowest, op.constant(torch.tensor(1)), upper=1)
+
+
+def _mean(op: Builder, node: Node) -> Value:
+    """The same, with its axes where the opset has them."""
+    return op.mean(node.input, **node.attributes)
+
+
 _WRITE_OUT: dict[str, tuple[int, Callable[[Builder, Node], Value]]] = {
     "gelu": (20, _gelu),
     "rms_norm": (23, _rms_norm),
     "attention": (23, _attention),
+    "mean": (18, _mean),
 }
-"""By word: the opset that has it as an operator, and what stands for it before."""
+"""By word: the opset that has it as it is spelled now, and what stands for it before."""
