@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from graphopt.dialects.onnx_words import DOMAIN
 from graphopt.graph import GraphError, Node, Value
 from graphopt.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
 
+_EXPORTERS = ("pkg.torch.onnx.", "pkg.torch.export.")
 EXTERNAL_ABOVE = 2**31 - 2**24
 """Bytes of weights above which a file must keep them outside (protobuf's limit, less room for the graph)."""
 
@@ -43,9 +45,37 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
         lower_opset(graph, opset)
     ir_passes.RemoveUnusedOpsetsPass()(model)
     model.producer_name = "graphopt"
-    for native in model.graph:
-        native.doc_string = None
+    _strip(model)
+    _name_by_path(model)
     return model
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the exporter wrote beside the model: scopes, and stack traces with the paths of somebody's files."""
+    nodes = list(model.graph.all_nodes())
+    graphs = dict.fromkeys([model.graph, *(native.graph for native in nodes if isinstance(native.graph, ir.Graph))])
+    stored = [value for graph in graphs for value in (*graph.inputs, *graph.initializers.values())]
+    computed = [output for native in nodes for output in native.outputs]
+    for native in nodes:
+        native.doc_string = None
+    for part in (*nodes, *graphs, *stored, *computed):
+        for key in [key for key in part.metadata_props if key == "namespace" or key.startswith(_EXPORTERS)]:
+            del part.metadata_props[key]
+
+
+def _name_by_path(model: ir.Model) -> None:
+    """Name each node PATH/LAST, with the last part of its name: engines and graphsurgeon show names, not metadata."""
+    taken: set[str] = set()
+    counts: Counter[str] = Counter()
+    for native in model.graph.all_nodes():
+        path, last = native.metadata_props.get(PATH), (native.name or native.op_type).rsplit("/", 1)[-1]
+        hint = f"{path}/{last}" if path else native.name or native.op_type
+        name = hint
+        while name in taken:
+            counts[hint] += 1
+            name = f"{hint}_{counts[hint]}"
+        taken.add(name)
+        native.name = name
 
 
 def _inline(model: ir.Model) -> None:
@@ -140,13 +170,9 @@ def _check(model: ir.Model, written: Path) -> None:
 
 
 def graphsurgeon(model: ir.Model) -> Any:
-    """The model as an onnx_graphsurgeon.Graph. It drops metadata, so each node's module path travels in its name."""
+    """A deployable model as an onnx_graphsurgeon.Graph. It drops metadata: module paths travel in the nodes' names."""
     import onnx_graphsurgeon
 
-    for node in model.graph:
-        path = node.metadata_props.get(PATH, "")
-        if path and not (node.name or "").startswith(path + "/"):
-            node.name = f"{path}/{node.name}"
     return onnx_graphsurgeon.import_onnx(ir.to_proto(model))
 
 
