@@ -58,7 +58,8 @@ def _strip(model: ir.Model) -> None:
     computed = [output for native in nodes for output in native.outputs]
     for native in nodes:
         native.doc_string = None
-    for part in (*nodes, *graphs, *stored, *computed):
+    parts: list[ir.Node | ir.Graph | ir.Value] = [*nodes, *graphs, *stored, *computed]
+    for part in parts:
         for key in [key for key in part.metadata_props if key == "namespace" or key.startswith(_EXPORTERS)]:
             del part.metadata_props[key]
 
