@@ -258,19 +258,21 @@ def _export(
     if by_keyword:
         plain |= {p.name: {name: shapes[name] for name in by_keyword}
                   for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
-    with warnings.catch_warnings(), _quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
-        warnings.simplefilter("ignore")
+    with quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
         return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
 
 
 @contextmanager
-def _quiet(*names: str) -> Iterator[None]:
+def quiet(*names: str) -> Iterator[None]:
+    """No warnings, and nothing below critical from these loggers: an exporter's talk is not for the user."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

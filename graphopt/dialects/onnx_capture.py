@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ from graphopt import axes
 from graphopt.dialects.onnx import OPSET, OnnxGraph
 from graphopt.dialects.onnx_load import parsed
 from graphopt.graph import Graph
+from graphopt.trace import quiet
 
 
 def from_program(
@@ -31,8 +30,7 @@ def from_program(
 
     picked: which of the program's outputs are tensors (the others are constants such as None).
     """
-    with warnings.catch_warnings(), _silence("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     assert exported is not None
     model = exported.model
@@ -99,8 +97,7 @@ def lift(model: ir.Model | onnx.ModelProto, graph: Graph, notes: list[str]) -> O
     fresh = parsed(model) if isinstance(model, onnx.ModelProto) else model.clone()
     fresh.graph.sort()
     try:
-        with warnings.catch_warnings(), _silence("onnxscript", "onnx_ir"):
-            warnings.simplefilter("ignore")
+        with quiet("onnxscript", "onnx_ir"):
             version_converter.convert_version(fresh, OPSET, fallback=True)
         lifted = OnnxGraph.from_model(fresh)
     except Exception as error:
@@ -112,16 +109,3 @@ def lift(model: ir.Model | onnx.ModelProto, graph: Graph, notes: list[str]) -> O
         return None
     notes.append(f"lifted from opset {graph.opset} to {OPSET}")
     return lifted
-
-
-@contextlib.contextmanager
-def _silence(*names: str) -> Any:
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
