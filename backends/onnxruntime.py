@@ -39,6 +39,8 @@ class OnnxRuntime(Backend):
         "conv": ("static",),
         "add": ("static",),
     }
+    round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
+    """A register of AVX-512 floats: blocked convolutions pad channels to it, and GEMM tiles are multiples of it."""
 
     def pipeline(self) -> str:
         return "fold-int8"

@@ -39,6 +39,8 @@ class Backend(ABC):
     """One line for `graphopt targets`."""
     schemes: ClassVar[Mapping[str, tuple[str, ...]]]
     """By word, the quantization schemes that have a fast kernel here, best first; no entry: the word stays float."""
+    round_to: ClassVar[Mapping[str, int]]
+    """Sizes that kernels run fast are multiples of these: by kind of axis (neurons, channels, width, rank)."""
 
     @abstractmethod
     def pipeline(self) -> str:

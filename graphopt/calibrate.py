@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from graphopt import axes
 from graphopt.graph import Graph, Shape, Value
-from graphopt.numerics.observe import MinMax
 from graphopt.pipeline import UsageError, nearest
 
 SAMPLES = 8
 """Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
+
+MEMORY = 2**30
+"""Bytes of statistics that are filled in one run over the batches."""
 
 
 class Input(Protocol):
@@ -30,6 +32,20 @@ class Input(Protocol):
 
     @property
     def dtype(self) -> torch.dtype | None: ...
+
+
+class Statistic(Protocol):
+    """What is kept of a value over the batches, in memory that does not grow with them (`numerics.observe`)."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds once it has seen a batch."""
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take in one batch; the mask is True at real positions. Raises ValueError on NaN or infinity there."""
+
+
+S = TypeVar("S", bound=Statistic)
 
 
 class NotFinite(ValueError):
@@ -70,33 +86,53 @@ class Calibration:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The batches as feeds: by input name, in the dtypes of the graph."""
+        return (feeds for feeds, _ in self.with_batches())
+
+    def with_batches(self) -> Iterator[tuple[dict[str, Tensor], Any]]:
+        """The feeds, each with the batch it was made from (which may hold labels besides)."""
         if self.once and self._used:
             raise UsageError(
                 "the calibration batches are needed again, and a generator gives them once; pass a list or a DataLoader"
             )
         self._used, number = True, -1
         for number, batch in enumerate(itertools.islice(self._batches, self.steps)):
-            yield self._feeds(batch, f"calibration batch {number}")
+            yield self._feeds(batch, f"calibration batch {number}"), batch
         if number < 0:
             used_up = " (a generator that was used up before? pass a list or a DataLoader)" if self.once else ""
             raise UsageError(f"calibration holds no batch{used_up}")
 
-    def observe(self, graph: Graph, values: Sequence[Value]) -> dict[Value, MinMax]:
-        """The smallest and largest entry of each value over all batches; padding is left out.
+    def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
+        """Fill a fresh statistic of each value over all batches, and give them in order; padding is left out.
 
-        Padding is where an input that is a mask is 0 (`graphopt.axes.real_positions`).
+        Padding is where an input that is a mask is 0 (`graphopt.axes.real_positions`). Statistics of at most MEMORY
+        bytes (or a single larger one) are filled together, so a reader that lets go of each needs no more than that;
+        every such part runs over the batches anew. The graph must not change in between.
         Raises NotFinite where an activation holds NaN or infinity at a real position.
         """
-        seen = {value: MinMax() for value in values}
+        part: list[tuple[Value, S]] = []
+        version = graph.version
+        for value, statistic in wanted:
+            if part and sum(one.nbytes for _, one in part) + statistic.nbytes > MEMORY:
+                yield from self._fill(graph, part)
+                part = []
+                assert graph.version == version, "the graph changed between parts of its statistics"
+            part.append((value, statistic))
+        if part:
+            yield from self._fill(graph, part)
+
+    def _fill(self, graph: Graph, part: Sequence[tuple[Value, S]]) -> list[S]:
+        fetch = list(dict.fromkeys(value for value, _ in part))
         masks = axes.masks(self.inputs)
         for number, feeds in enumerate(self):
-            for value, tensor in zip(seen, graph.evaluate(feeds, list(seen)), strict=True):
+            tensors = dict(zip(fetch, graph.evaluate(feeds, fetch), strict=True))
+            for value, statistic in part:
                 try:
-                    seen[value].update(tensor, axes.real_positions(value.shape, tensor, masks, feeds))
+                    real = axes.real_positions(value.shape, tensors[value], masks, feeds)
+                    statistic.update(tensors[value], real)
                 except ValueError as error:
                     where = value.producer.label if value.producer is not None else value.name
                     raise NotFinite(f"on calibration batch {number}, {value.name!r}: {error}", where) from error
-        return seen
+        return [statistic for _, statistic in part]
 
     def _only_input(self) -> Input:
         if len(self.inputs) != 1:
@@ -118,8 +154,11 @@ class Calibration:
         if fixed and (len(fixed) > 1 or total % size):
             sizes = " and ".join(str(one) for one in sorted(fixed))
             raise UsageError(f"calibration: {total} samples cannot be cut into batches of {sizes}, as the model is")
-        starts = range(0, total, size)
-        return [{name: array[start : start + size] for name, array in arrays.items()} for start in starts]
+        others = {name: array for name, array in stacked.items() if name not in arrays and len(array) == total}
+        cut: dict[str, Any] = arrays | others  # labels are cut along with the inputs
+        return [
+            {name: array[start : start + size] for name, array in cut.items()} for start in range(0, total, size)
+        ]
 
     def _feeds(self, batch: Any, where: str) -> dict[str, Tensor]:
         named = self._named(batch, where)

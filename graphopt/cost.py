@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from graphopt.graph import Graph, Node
 
 
@@ -28,6 +30,16 @@ class Cost:
             parameters=sum(tensor.numel() for tensor in tensors),
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         )
+
+
+def sizes(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, int]:
+    """Numbers for the named axes of a graph, from what one example feeds it."""
+    return {
+        size: number
+        for value in graph.inputs
+        for size, number in zip(value.shape or (), feeds[value.name].shape, strict=False)
+        if isinstance(size, str)
+    }
 
 
 def _flops(node: Node, sizes: Mapping[str, int]) -> int | None:

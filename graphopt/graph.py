@@ -8,7 +8,7 @@ and hold nothing that could go stale.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -227,8 +227,10 @@ class Graph(ABC):
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
         """Run the graph on named inputs and return the values asked for (any in the graph, constants included)."""
 
-    def gradients(self, loss: Value, values: Sequence[Value]) -> list[Tensor]:
-        """d loss / d values; only where the dialect can train."""
+    def gradients(
+        self, feeds: Mapping[str, Tensor], loss: Callable[[list[Tensor]], Tensor], values: Sequence[Value]
+    ) -> list[Tensor]:
+        """d loss(outputs) / d values on named inputs; only where the dialect can train."""
         raise GraphError(f"the {self.dialect} dialect has no gradients: use a target whose dialect is fx")
 
     @abstractmethod

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from graphopt.backend import Backend, LoweringError, Runner
 from graphopt.calibrate import Calibration
@@ -23,7 +25,7 @@ from graphopt.capture import Captured, Feeds, Signature, capture
 from graphopt.cost import Cost
 from graphopt.graph import Graph, GraphError
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
-from graphopt.pipeline import Context, Pass, Pipeline, UsageError, parse
+from graphopt.pipeline import Context, Loss, Pass, Pipeline, UsageError, parse
 from graphopt.report import GraphDiff, Report, count_kinds
 from graphopt.rewrite import rewrite
 
@@ -45,6 +47,7 @@ def optimize(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     calibration: Any = None,
     calibration_steps: int | None = None,
+    loss: Loss | None = None,
     cache: bool = False,
     threads: int | None = None,
     agree: bool | None = None,
@@ -56,7 +59,9 @@ def optimize(
     it is not changed. passes: as text or objects; None only simplifies and lowers, which loses nothing.
     example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; needed for
     modules. dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
-    calibration: any iterable of batches, for static quantization. threads: of the engine, None for its default.
+    calibration: any iterable of batches, for passes that look at activations. loss: (what the model returns, the
+    batch) -> one number, for passes that follow gradients; None is the cross-entropy to the labels in the batches.
+    threads: of the engine, None for its default.
     agree: compare outputs with the original after every pass; None does so up to 2 GB of weights.
     instruments: further watchers of the pipeline, such as Dump or Progress.
 
@@ -72,7 +77,7 @@ def optimize(
         data = None
         if calibration is not None:
             data = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
-        return _run(captured, pipeline, backend, data, threads, agree, instruments)
+        return _run(captured, pipeline, backend, data, loss or cross_entropy, threads, agree, instruments)
 
 
 def _run(
@@ -80,6 +85,7 @@ def _run(
     pipeline: Pipeline,
     backend: Backend,
     calibration: Calibration | None,
+    loss: Loss,
     threads: int | None,
     agree: bool | None,
     instruments: Sequence[Instrument],
@@ -88,7 +94,6 @@ def _run(
     original = captured.graph
     report = Report(target=backend.name, source=captured.source, pipeline=str(pipeline), versions=_versions())
     report.notes += captured.notes
-    report.cost_before, report.words_before = Cost.of(original, _sizes(captured)), count_kinds(original.nodes)
     watchers: list[Instrument] = [Reproduce(), Verify(), *instruments]
     reference = _agree(captured, agree, report)
     if reference is not None:
@@ -98,8 +103,10 @@ def _run(
         report=report,
         feeds=captured.feeds,
         calibration=calibration,
+        loss=lambda outputs, batch: loss(captured.signature.rebuild(outputs), batch),
         instruments=watchers,
     )
+    report.cost_before, report.words_before = context.cost(original), count_kinds(original.nodes)
     neutral = pipeline.apply(original, context)
     lowered = neutral.clone()
     for rules in backend.rules(lowered):
@@ -117,7 +124,7 @@ def _run(
             raise LoweringError(f"lowered for {backend.name}, the graph computes something else: {error}") from error
     runner = backend.compile(lowered, threads)
     backend.check(neutral, runner)
-    report.cost_after, report.words_after = Cost.of(neutral, _sizes(captured)), count_kinds(neutral.nodes)
+    report.cost_after, report.words_after = context.cost(neutral), count_kinds(neutral.nodes)
     report.census = runner.census()
     if reference is not None:
         report.agreement = reference.compare(runner)
@@ -237,6 +244,19 @@ class Optimized:
         }
 
 
+def cross_entropy(outputs: Any, batch: Any) -> Tensor:
+    """The mean cross-entropy of logits (..., classes) to the integer labels (...) in a batch; -100 is left out.
+
+    The logits are the output of that name, else the first one. Raises UsageError where the batch holds no labels.
+    """
+    labels = next((batch[name] for name in ("labels", "label") if isinstance(batch, Mapping) and name in batch), None)
+    if labels is None:
+        raise UsageError("no loss: pass loss=<function of (outputs, batch)>, or batches (dicts) that hold 'labels'")
+    named = outputs if isinstance(outputs, Mapping) else {}
+    logits = named.get("logits", next(iter(pytree.tree_leaves(outputs))))
+    return F.cross_entropy(logits.flatten(0, -2).float(), torch.as_tensor(labels).flatten())
+
+
 @contextmanager
 def _few_collections() -> Iterator[None]:
     """Graphs are millions of small objects that live long: the collector's walks over them take a third of the time."""
@@ -284,18 +304,6 @@ def _agree(captured: Captured, agree: bool | None, report: Report) -> Agree | No
         report.notes.append("above 2 GB: outputs are not compared with the original (agree=True does)")
         return None
     return Agree(captured.graph, captured.feeds, captured.signature.outputs)
-
-
-def _sizes(captured: Captured) -> dict[str, int]:
-    """Numbers for the named axes, from the first example."""
-    if not captured.feeds:
-        return {}
-    return {
-        size: number
-        for value in captured.graph.inputs
-        for size, number in zip(value.shape or (), captured.feeds[0][value.name].shape, strict=False)
-        if isinstance(size, str)
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -9,22 +9,24 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from graphopt.cost import Cost
+from graphopt.cost import Cost, sizes
 from graphopt.graph import Graph, Node, Value
 from graphopt.report import PassRecord, Report
 from graphopt.words import WORDS
 
 if TYPE_CHECKING:
-    from graphopt.calibrate import Calibration
+    from graphopt.calibrate import Calibration, S
     from graphopt.instruments import Instrument
-    from graphopt.numerics.observe import MinMax
+
+Loss = Callable[[Any, Any], Tensor]
+"""(what the model returns, the batch that it was fed) -> one number, the mean over the batch."""
 
 
 class UsageError(ValueError):
@@ -115,6 +117,8 @@ class Context:
     feeds: Sequence[Mapping[str, Tensor]] = ()
     """The example inputs, by input name, one mapping for each shape."""
     calibration: Calibration | None = None
+    loss: Callable[[list[Tensor], Any], Tensor] | None = None
+    """(the graph's outputs in order, the batch) -> one number; for criteria that follow gradients."""
     instruments: Sequence[Instrument] = ()
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The account of the pass that runs now."""
@@ -151,14 +155,48 @@ class Context:
         """Tell the user something about this pass as a whole."""
         self.record.notes.append(text)
 
-    def statistics(self, graph: Graph, values: Sequence[Value]) -> dict[Value, MinMax]:
-        """What the calibration batches do to these values. Raises UsageError when there is no calibration."""
+    def statistics(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
+        """What the calibration batches do to values: each with a fresh statistic to fill, given back in order.
+
+        The graph must stay as it is until the last (`Calibration.observe`). Raises UsageError without calibration.
+        """
+        return self.batches().observe(graph, wanted)
+
+    def gradients(self, graph: Graph, values: Sequence[Value]) -> Iterator[list[Tensor]]:
+        """d loss / d values, batch by batch of the calibration.
+
+        Raises UsageError without calibration or a loss, and where the dialect has no gradients.
+        """
+        if graph.dialect != "fx":
+            raise UsageError(
+                f"{self.record.name} follows gradients, and an {graph.dialect} graph has none: use a target that runs "
+                "PyTorch graphs (graphopt targets), or a criterion without gradients"
+            )
+        if self.loss is None:
+            raise UsageError(
+                f"{self.record.name} follows gradients, and has no loss: pass loss=<function of (outputs, batch)>, or "
+                "batches with labels"
+            )
+        loss = self.loss
+        for feeds, batch in self.batches().with_batches():
+            yield graph.gradients(feeds, lambda outputs, batch=batch: loss(outputs, batch), values)  # type: ignore[misc]
+
+    def batches(self) -> Calibration:
+        """The calibration batches. Raises UsageError where there are none."""
         if self.calibration is None:
             raise UsageError(
                 f"{self.record.name} needs calibration data: pass calibration=<batches of inputs> "
-                "(on the command line: --calibration file.npz), or use scheme=dynamic"
+                f"(on the command line: --calibration file.npz){self._without_calibration()}"
             )
-        return self.calibration.observe(graph, values)
+        return self.calibration
+
+    def _without_calibration(self) -> str:
+        scheme = getattr(self.current, "scheme", None)
+        return ", or use scheme=dynamic" if scheme is not None else ""
+
+    def cost(self, graph: Graph) -> Cost:
+        """What a graph costs at the sizes of the first example."""
+        return Cost.of(graph, sizes(graph, self.feeds[0]) if self.feeds else {})
 
 
 @dataclass(frozen=True)
@@ -250,7 +288,7 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
             f"{pass_.name} works on {' or '.join(pass_.dialects)} graphs, and this target's dialect is {graph.dialect}"
         )
     record = PassRecord(pass_.name, str(pass_), stage=pass_.stage.name)
-    record.cost_before, record.nodes_before = Cost.of(graph), len(graph.nodes)
+    record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
     context.record, context.current, context.labels = record, pass_, {}
     active = [instrument for instrument in context.instruments if instrument.should_run(pass_)]
     for instrument in active:
@@ -260,7 +298,7 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
         pass_.run(graph, context)
         graph.sweep()
         record.seconds, record.changes = time.perf_counter() - start, graph.version - version
-        record.cost_after, record.nodes_after = Cost.of(graph), len(graph.nodes)
+        record.cost_after, record.nodes_after = context.cost(graph), len(graph.nodes)
         for instrument in active:
             instrument.after(pass_, graph, context)
     except UsageError:

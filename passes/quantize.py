@@ -8,6 +8,7 @@ import torch
 
 from graphopt.graph import Graph, Node
 from graphopt.islands import Islands
+from graphopt.numerics.observe import MinMax
 from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
 from graphopt.weights import why_fixed
 
@@ -55,8 +56,9 @@ class Quantize(Pass):
         adds = islands.join_adds(self.ignore) if "static" in _legal("add", context) else 0
         if adds:
             context.note(f"{adds} adds between quantized convs are quantized too")
-        observed = islands.observed()
-        islands.measure(context.statistics(graph, observed) if observed else {})
+        wanted = [(value, MinMax()) for value in islands.observed()]
+        seen = context.statistics(graph, wanted) if wanted else ()
+        islands.measure({value: ends for (value, _), ends in zip(wanted, seen, strict=True)})
         islands.emit()
 
     def _scheme_of(self, word: str, context: Context) -> str:

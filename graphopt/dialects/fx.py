@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -205,7 +205,6 @@ class FxGraph(Graph):
         self.native, self.output_names = native, list(output_names)
         self.axis_names: dict[str, str] = dict(axis_names or {})
         """Names of dynamic axes by their symbol."""
-        self._feeds: Mapping[str, Tensor] | None = None
 
     @classmethod
     def from_program(
@@ -368,23 +367,24 @@ class FxGraph(Graph):
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
         with torch.no_grad():
             values = self._run(feeds, fetch, None)
-        self._feeds = feeds
         return [torch.as_tensor(value) for value in values]
 
-    def gradients(self, loss: Value, values: Sequence[Value]) -> list[Tensor]:
-        """d loss / d values at the feeds of the last `evaluate`; zeros where the loss does not depend on a value.
+    def gradients(
+        self, feeds: Mapping[str, Tensor], loss: Callable[[list[Tensor]], Tensor], values: Sequence[Value]
+    ) -> list[Tensor]:
+        """d loss(outputs) / d values on named inputs; zeros where the loss does not depend on a value.
 
-        loss: one element. values: floating point, any in the graph. Raises GraphError before the first `evaluate`.
+        values: floating point, any in the graph. Raises GraphError where the loss is not one element.
         """
-        if self._feeds is None:
-            raise GraphError("gradients are taken at the feeds of the last evaluate, and there was none")
         wanted = {_raw(value) for value in values}
 
         def mark(node: fx.Node, value: Any) -> Any:
             return value.detach().requires_grad_() if node in wanted and not value.requires_grad else value
 
         with torch.enable_grad():
-            total, *points = self._run(self._feeds, [loss, *values], mark)
+            computed = self._run(feeds, [*self.outputs, *values], mark)
+            outputs, points = computed[: len(self.outputs)], computed[len(self.outputs) :]
+            total = loss(outputs)
             if total.numel() != 1:
                 raise GraphError(f"the loss has shape {list(total.shape)}; it must be one element")
             if not total.requires_grad:

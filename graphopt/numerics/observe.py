@@ -12,6 +12,8 @@ class MinMax:
     Source: Krishnamoorthi 2018, section 2.1.
     """
 
+    nbytes = 16
+    """What it holds."""
     count: int
     """Elements seen, those that a mask left out not among them."""
 

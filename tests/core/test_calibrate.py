@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from graphopt.calibrate import SAMPLES, Calibration, NotFinite
 from graphopt.graph import Shape
+from graphopt.numerics.observe import MinMax
 from graphopt.pipeline import PassError, UsageError, run_pass
 from graphopt.report import PassRecord
 from tests.language import build
@@ -188,9 +189,8 @@ def test_refuses_no_steps() -> None:
 
 def ranges(graph: Any, batches: Any, *kinds: str) -> list[tuple[float, float]]:
     values = [graph.inputs[0], *(node.result for node in graph.nodes if node.kind in kinds)]
-    observed = Calibration(batches, graph.inputs).observe(graph, values)
-    assert list(observed) == values
-    return [observed[value].range() for value in values]
+    observed = Calibration(batches, graph.inputs).observe(graph, [(value, MinMax()) for value in values])
+    return [seen.range() for seen in observed]
 
 
 def test_ranges_over_batches(dialect: str) -> None:
@@ -239,7 +239,7 @@ def test_an_activation_that_is_not_finite_names_its_node(dialect: str) -> None:
     batches: list[Tensor] = [torch.ones(1, 2), torch.zeros(1, 2)]
     node = graph.sites("div")[0]
     with pytest.raises(NotFinite, match="calibration batch 1") as caught:
-        Calibration(batches, graph.inputs).observe(graph, [node.result])
+        list(Calibration(batches, graph.inputs).observe(graph, [(node.result, MinMax())]))
     assert caught.value.node == node.label
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from graphopt.graph import Graph, GraphError
 from graphopt.instruments import Instrument
+from graphopt.numerics.observe import MinMax
 from graphopt.pipeline import (
     Context,
     Pass,
@@ -284,7 +285,7 @@ def test_usage_errors_are_not_wrapped() -> None:
 def test_statistics_without_calibration_say_how_to_give_it() -> None:
     graph = build("onnx", TEXT)
     with pytest.raises(UsageError, match="calibration=<batches of inputs>"):
-        Context().statistics(graph, graph.inputs)
+        list(Context().statistics(graph, [(graph.inputs[0], MinMax())]))
 
 
 # --- selectors -----------------------------------------------------------------------------------------------------

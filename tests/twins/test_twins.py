@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.calibrate import Calibration
+from graphopt.calibrate import Calibration, S
 from graphopt.capture import Captured, capture
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.metrics import within_tolerance
-from graphopt.numerics.observe import MinMax
 from graphopt.passes import FoldInt8, LowRank, MergeLinear, Quantize, Simplify, Sparsify
 from graphopt.pipeline import Pass, Selector
 from tests import models
@@ -102,16 +102,18 @@ def test_passes_over_weights_are_equal_to_the_bit(name: str, passes: Sequence[Pa
 
 
 class Recorded(Calibration):
-    """Ranges that one dialect saw, given to the other: by the path and the side of the site that a value belongs to."""
+    """What one dialect saw, given to the other: by the path and the side of the site that a value belongs to."""
 
     def __init__(self, graph: Graph, feeds: dict[str, Tensor]) -> None:
         super().__init__([feeds], graph.inputs)
-        self.ranges: dict[tuple[str, ...], MinMax] = {}
+        self.seen: dict[tuple[str, ...], Any] = {}
 
-    def observe(self, graph: Graph, values: Sequence[Value]) -> dict[Value, MinMax]:
-        if not self.ranges:
-            self.ranges = {key(value): seen for value, seen in super().observe(graph, values).items()}
-        return {value: self.ranges[key(value)] for value in values}
+    def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
+        pairs = list(wanted)
+        if not self.seen:
+            observed = super().observe(graph, pairs)
+            self.seen = {key(value): seen for (value, _), seen in zip(pairs, observed, strict=True)}
+        return iter([self.seen[key(value)] for value, _ in pairs])
 
 
 def key(value: Value) -> tuple[str, ...]:

@@ -1,0 +1,112 @@
+"""Second moments of activations over batches: what one input of a layer carries, and how inputs go together."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.numerics.finite import require_finite
+
+Rows = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int]
+"""How a convolution reads its input: kernel, stride, padding (begins, then ends), dilation, groups."""
+
+
+class Norm:
+    """The L2 norm of each feature over all rows: ‖x_j‖ of WANDA (Sun et al. 2024, section 3)."""
+
+    def __init__(self, features: int, conv: Rows | None = None) -> None:
+        """features: inputs of one output: the last axis of x, or C / groups * kernel sizes of a convolution."""
+        self.features, self.conv = features, conv
+        groups = 1 if conv is None else conv[4]
+        self._squares = torch.zeros(groups, features, dtype=torch.float64)
+        self.count = 0
+        """Rows seen."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._squares.nbytes
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take in one batch: as `Covariance.update`."""
+        rows = _rows(x, mask, self.features, self.conv)
+        self._squares += rows.square().sum(1, dtype=torch.float64)
+        self.count += rows.shape[1]
+
+    def norms(self) -> Tensor:
+        """Float64 (groups, features): the root of the mean square (the norm over sqrt(count)). ValueError if empty."""
+        _require_rows(self.count)
+        return (self._squares / self.count).sqrt()
+
+
+class Covariance:
+    """The second moment matrix of the rows that a layer multiplies with its weight: the mean of x xᵀ, not centred.
+
+    Half the Hessian of the layer's squared output error (Hassibi & Stork 1993; Frantar & Alistarh 2022, section 3).
+    """
+
+    def __init__(self, features: int, conv: Rows | None = None) -> None:
+        """features: as for `Norm`. Holds groups * features² float64 numbers."""
+        self.features, self.conv = features, conv
+        self.groups = 1 if conv is None else conv[4]
+        self._sum: Tensor | None = None
+        self.count = 0
+        """Rows seen."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it will hold: nothing is allocated before the first batch."""
+        return self.groups * self.features**2 * 8
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take in one batch.
+
+        x: float, (..., features), or (N, C, *space) with `conv`; mask: bool, the shape of x's leading axes, True = a
+        real position (not with `conv`, whose patches reach over positions: there it is left aside).
+        Raises ValueError on NaN or infinity at a real position.
+        """
+        rows = _rows(x, mask, self.features, self.conv)
+        if self._sum is None:
+            self._sum = torch.zeros(self.groups, self.features, self.features, dtype=torch.float64)
+        self._sum += (rows.transpose(1, 2) @ rows).double()
+        self.count += rows.shape[1]
+
+    def matrix(self) -> Tensor:
+        """Float64 (groups, features, features), symmetric. ValueError when no row was seen."""
+        _require_rows(self.count)
+        assert self._sum is not None
+        return self._sum / self.count
+
+
+def _require_rows(count: int) -> None:
+    if count == 0:
+        raise ValueError("no row was observed")
+
+
+def _rows(x: Tensor, mask: Tensor | None, features: int, conv: Rows | None) -> Tensor:
+    """Float32 (groups, rows, features): what is multiplied with the weight, a row an output position."""
+    x = x.detach().float()
+    if conv is not None:
+        require_finite(x, "x")
+        return _patches(x, conv)
+    if mask is not None:
+        x = x[mask]
+    require_finite(x, "x")
+    if x.shape[-1] != features:
+        raise ValueError(f"x has {x.shape[-1]} features, not {features}")
+    return x.reshape(1, -1, features)
+
+
+def _patches(x: Tensor, conv: Rows) -> Tensor:
+    """Every patch that a kernel is laid over, channels first: (groups, patches, C / groups * kernel sizes)."""
+    kernel, stride, padding, dilation, groups = conv
+    rank = len(kernel)
+    begin, end = padding[:rank] or (0,) * rank, padding[rank:] or (0,) * rank
+    x = F.pad(x, [side for axis in reversed(range(rank)) for side in (begin[axis], end[axis])])
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride or (1,) * rank, dilation or (1,) * rank, strict=True)):
+        reach = gap * (size - 1) + 1
+        x = x.unfold(2 + axis, reach, step)[..., ::gap]
+    # (N, C, *positions, *kernel) -> (groups, N · positions, C / groups · kernel)
+    batch, channels = x.shape[:2]
+    x = x.reshape(batch, groups, channels // groups, -1, torch.Size(kernel).numel())
+    return x.permute(1, 0, 3, 2, 4).reshape(groups, -1, channels // groups * torch.Size(kernel).numel())
