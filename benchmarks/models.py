@@ -143,18 +143,18 @@ def _dscnn(source: Path) -> Architecture:
     """Keyword spotting, on recorded clips."""
     import numpy as np
 
-    model = _definitions(source).dscnn(source.parent / "mlperf_tiny" / "dscnn_kws_fp32.pt")
+    model = definitions(source).dscnn(source.parent / "mlperf_tiny" / "dscnn_kws_fp32.pt")
     with np.load(source.parent / "mlperf_tiny" / "kws_val500.npz") as clips:
         x = torch.from_numpy(clips["x"][:11]).float().reshape(-1, 1, 49, 10)
     return Architecture("DS-CNN", model, [{"x": x[:8]}, {"x": x[8:]}])
 
 
 def _llama(source: Path) -> Architecture:
-    model = _definitions(source).llama(source.parent / "stories260k" / "stories260K.bin")
+    model = definitions(source).llama(source.parent / "stories260k" / "stories260K.bin")
     return Architecture("Llama", model, [{"ids": batch["input_ids"]} for batch in _texts(512)])
 
 
-def _definitions(source: Path) -> Any:
+def definitions(source: Path) -> Any:
     """The module of network definitions in the data folder."""
     spec = importlib.util.spec_from_file_location("graphopt_benchmark_models", source)
     assert spec is not None and spec.loader is not None

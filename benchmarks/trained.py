@@ -1,0 +1,176 @@
+"""Networks with trained weights on real data: what to calibrate on, what to predict, and how good that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import models, sentences
+from benchmarks.case import Settings
+from benchmarks.models import Batch
+from graphopt.numerics import metrics
+
+Run = Callable[[Batch], Sequence[Any]]
+"""A network: from a batch to its outputs, in order."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained network, and its quality on data that was not used to calibrate."""
+
+    name: str
+    model: Any
+    """A module, or the path of an ONNX file."""
+    calibration: list[Batch]
+    batches: list[Batch]
+    read: Callable[[Tensor, Batch], Tensor]
+    """From the first output to a row of figures a sample: embeddings, logits."""
+    metric: str
+    score: Callable[[Tensor], float]
+    """How good all rows are; larger is better."""
+
+    def predict(self, run: Run) -> Tensor:
+        """The rows of all samples, in order."""
+        return torch.cat([self.read(torch.as_tensor(run(batch)[0]), batch) for batch in self.batches])
+
+    def run_module(self, batch: Batch) -> list[Tensor]:
+        """The network itself, in PyTorch."""
+        with torch.inference_mode():
+            return models.tensors(self.model(**batch))
+
+
+def cosine(expected: Tensor, found: Tensor) -> float:
+    """Mean cosine of the rows."""
+    return metrics.mean_cosine(expected, found)
+
+
+def minilm(settings: Settings, sentences_of_train: int = 512) -> Task:
+    """Spearman x 100 on STS-B dev; calibration from STS-B train."""
+    tokens = sentences.tokenizer()
+    train = sentences.read_pairs(settings.required("stsb", "sts-train.csv"))
+    dev = sentences.read_pairs(settings.required("stsb", "sts-dev.csv"))
+    return Task(
+        "MiniLM",
+        models.minilm(),
+        sentences.batches(tokens, train.first[:sentences_of_train]),
+        sentences.batches(tokens, [*dev.first, *dev.second]),
+        lambda hidden, batch: sentences.pooled(hidden, batch["attention_mask"]),
+        "Spearman on STS-B dev",
+        lambda rows: sentences.spearman(dev, *rows.chunk(2)),
+    )
+
+
+def resnet(settings: Settings, depth: int) -> Task:
+    """Accuracy (%) of a CIFAR-10 ResNet; calibration from train images."""
+    source = settings.required("models.py")
+    definitions = models.definitions(source)
+    file = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}[depth]
+    mean, std = (torch.tensor(numbers).reshape(3, 1, 1) for numbers in (definitions.CIFAR_MEAN, definitions.CIFAR_STD))
+
+    def normalized(images: Tensor) -> Tensor:
+        return (images / 255 - mean) / std
+
+    model = definitions.resnet(source.parent / "resnet_cifar10" / file)
+    return _images(f"ResNet-{depth}", model, settings, normalized)
+
+
+def resnet8(settings: Settings) -> Task:
+    """Accuracy (%) of MLPerf Tiny's ResNet-8 on CIFAR-10; calibration from train images."""
+    source = settings.required("models.py")
+    model = models.definitions(source).resnet8(source.parent / "mlperf_tiny" / "resnet8_cifar10_fp32.pt")
+    return _images("ResNet-8", model, settings, lambda images: images)
+
+
+def _images(name: str, model: Any, settings: Settings, prepare: Callable[[Tensor], Tensor]) -> Task:
+    def load(file: str, most: int | None = None) -> tuple[list[Batch], Tensor]:
+        with np.load(settings.required("cifar10", file)) as held:
+            x = torch.from_numpy(held["x"][:most]).permute(0, 3, 1, 2).float()
+            return _cut("x", prepare(x)), torch.from_numpy(held["y"][:most]).long()
+
+    batches, labels = load("val.npz")
+    return Task(
+        name, model, load("calibration.npz", 512)[0], batches, lambda logits, batch: logits,
+        "accuracy %, CIFAR-10 val", lambda rows: _accuracy(rows, labels),
+    )  # fmt: skip
+
+
+def dscnn(settings: Settings, calibrating: int = 100) -> Task:
+    """Accuracy (%) of keyword spotting. There are 500 clips and no others: the first calibrate, the rest judge."""
+    source = settings.required("models.py")
+    with np.load(settings.required("mlperf_tiny", "kws_val500.npz")) as held:
+        x, labels = torch.from_numpy(held["x"]).float(), torch.from_numpy(held["y"]).long()[calibrating:]
+    model = models.definitions(source).dscnn(source.parent / "mlperf_tiny" / "dscnn_kws_fp32.pt")
+    return Task(
+        "DS-CNN", model, _cut("x", x[:calibrating]), _cut("x", x[calibrating:]), lambda logits, batch: logits,
+        f"accuracy %, {len(labels)} clips", lambda rows: _accuracy(rows, labels),
+    )  # fmt: skip
+
+
+def magika(settings: Settings, calibrating: int = 115) -> Task:
+    """Accuracy (%) of file type detection, an ONNX file. 575 files: the first calibrate, the rest judge."""
+    with np.load(settings.required("magika", "val.npz")) as held:
+        x, labels = torch.from_numpy(held["x"]).int(), torch.from_numpy(held["y"]).long()[calibrating:]
+    return Task(
+        "Magika",
+        settings.required("onnx_corpus", "magika__standard_v3_3__model.onnx"),
+        _cut("bytes", x[:calibrating], 5),
+        _cut("bytes", x[calibrating:], 23),
+        lambda scores, batch: scores,
+        f"accuracy %, {len(labels)} files",
+        lambda rows: _accuracy(rows, labels),
+    )
+
+
+def stories(settings: Settings, length: int = 192) -> Task:
+    """Minus the cross-entropy (nats a token) of stories260K on samples of its own; calibration from other samples."""
+    source = settings.required("models.py")
+    model = models.definitions(source).llama(source.parent / "stories260k" / "stories260K.bin")
+    first, second = _samples(source, length)
+    return Task(
+        "stories260K", model, _cut("ids", first, 16), _cut("ids", second, 16), lambda logits, batch: logits,
+        "minus cross-entropy, own samples", lambda rows: -_cross_entropy(rows, second),
+    )  # fmt: skip
+
+
+@cache
+def _samples(source: Path, length: int) -> tuple[Tensor, Tensor]:
+    """Two sets of 32 stories, sampled at temperature 1 from the begin-of-sequence token."""
+    model = models.definitions(source).llama(source.parent / "stories260k" / "stories260K.bin")
+    generator = torch.Generator().manual_seed(models.SEED)
+    ids = torch.ones(64, 1, dtype=torch.int64)
+    with torch.inference_mode():
+        while ids.shape[1] < length:
+            ids = torch.cat([ids, torch.multinomial(F.softmax(model(ids)[:, -1], -1), 1, generator=generator)], 1)
+    return ids[:32].clone(), ids[32:].clone()
+
+
+def _cut(name: str, x: Tensor, size: int = 128) -> list[Batch]:
+    return [{name: x[start : start + size]} for start in range(0, len(x), size)]
+
+
+def _accuracy(rows: Tensor, labels: Tensor) -> float:
+    return 100 * float((rows.argmax(-1) == labels).double().mean())
+
+
+def _cross_entropy(logits: Tensor, ids: Tensor) -> float:
+    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+
+
+TASKS: dict[str, Callable[[Settings], Task]] = {
+    "minilm": minilm,
+    "resnet20": lambda settings: resnet(settings, 20),
+    "resnet56": lambda settings: resnet(settings, 56),
+    "resnet8": resnet8,
+    "dscnn": dscnn,
+    "magika": magika,
+    "stories": stories,
+}
+"""How to make each task, by what it is called on the command line."""
