@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from graphopt.graph import Graph, GraphError
-from graphopt.rewrite import Rule
+from graphopt.rewrite import Rule, RuleLog, rewrite
+
+if TYPE_CHECKING:
+    from graphopt.backends.measure import Ratio
 
 
 class LoweringError(RuntimeError):
@@ -50,9 +54,43 @@ class Backend(ABC):
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
         """Rule sets that turn words into this engine's own operations, applied one after the other."""
 
+    def lower(self, graph: Graph) -> tuple[Graph, dict[str, RuleLog]]:
+        """A clone in this engine's own operations, checked, and the log of each rule by its name."""
+        lowered = graph.clone()
+        logs: dict[str, RuleLog] = {}
+        for rules in self.rules(lowered):
+            logs |= rewrite(lowered, rules)
+            lowered.sweep()
+        lowered.verify()
+        return lowered, logs
+
     @abstractmethod
     def compile(self, graph: Graph, threads: int | None = None) -> Runner:
         """Build the engine's program. threads: intra-op threads, None for the engine's default."""
+
+    def ratios(
+        self,
+        graph: Graph,
+        baseline: Graph,
+        feeds: Sequence[Mapping[str, Tensor]],
+        *,
+        threads: int | None = None,
+        rounds: int = 15,
+    ) -> list[Ratio]:
+        """How many times faster than `baseline` a graph of words runs here once lowered: one Ratio for each feeds.
+
+        Paired and interleaved (`measure.paired`). Raises LoweringError where the engine cannot build one of them.
+        """
+        from graphopt.backends.measure import paired
+
+        runners = {name: self.compile(self.lower(one)[0], threads)
+                   for name, one in {"baseline": baseline, "candidate": graph}.items()}  # fmt: skip
+        return [
+            paired({name: partial(run, one) for name, run in runners.items()}, baseline="baseline", rounds=rounds)[
+                "candidate"
+            ]
+            for one in feeds
+        ]
 
     @abstractmethod
     def check(self, neutral: Graph, runner: Runner) -> None:

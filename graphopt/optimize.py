@@ -27,7 +27,6 @@ from graphopt.graph import Graph, GraphError
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline import Context, Loss, Pass, Pipeline, UsageError, parse
 from graphopt.report import GraphDiff, Report, count_kinds
-from graphopt.rewrite import rewrite
 
 if TYPE_CHECKING:
     from graphopt.backends.measure import Ratio
@@ -105,18 +104,16 @@ def _run(
         calibration=calibration,
         loss=lambda outputs, batch: loss(captured.signature.rebuild(outputs), batch),
         instruments=watchers,
+        threads=threads,
     )
     report.cost_before, report.words_before = context.cost(original), count_kinds(original.nodes)
     neutral = pipeline.apply(original, context)
-    lowered = neutral.clone()
-    for rules in backend.rules(lowered):
-        report.choices += [
-            {"rule": name, "sites": log.hits, "declined": log.declined}
-            for name, log in rewrite(lowered, rules).items()
-            if log.hits or log.declined
-        ]
-        lowered.sweep()
-    lowered.verify()
+    lowered, logs = backend.lower(neutral)
+    report.choices += [
+        {"rule": name, "sites": log.hits, "declined": log.declined}
+        for name, log in logs.items()
+        if log.hits or log.declined
+    ]
     if reference is not None:
         try:
             reference.hold(lowered, neutral)
@@ -321,4 +318,3 @@ def _digest(graph: Graph) -> str:
         flat = flat.as_strided((flat.numel(),), (1,))  # one element may carry any stride
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-

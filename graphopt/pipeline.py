@@ -82,6 +82,32 @@ class Selector:
         return value_text(self.terms[0] if len(self.terms) == 1 else list(self.terms))
 
 
+@dataclass(frozen=True, init=False)
+class PerSite(Mapping[str, Any]):
+    """A value for each term of a selector: a site takes that of the first term that matches it."""
+
+    pairs: tuple[tuple[str, Any], ...]
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """Raises UsageError where a term is no text."""
+        if wrong := [term for term in values if not isinstance(term, str)]:
+            raise UsageError(f"{wrong[0]!r} selects no site; give a word, a module path or a pattern")
+        object.__setattr__(self, "pairs", tuple(values.items()))
+
+    def __getitem__(self, term: str) -> Any:
+        return dict(self.pairs)[term]
+
+    def __iter__(self) -> Iterator[str]:
+        return (term for term, _ in self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def term_of(self, node: Node) -> str | None:
+        """The term whose value a node takes, or None where no term matches it."""
+        return next((term for term in self if node in Selector(term)), None)
+
+
 @dataclass(frozen=True)
 class Pass:
     """A rewrite. Subclasses are frozen dataclasses: class-level facts, and fields that are the options.
@@ -113,6 +139,8 @@ class Context:
 
     target: Any = None
     """The backend: `schemes` says which words may be int8, and how."""
+    threads: int | None = None
+    """Of the engine, where a pass measures; None for its default."""
     report: Report = field(default_factory=Report)
     feeds: Sequence[Mapping[str, Tensor]] = ()
     """The example inputs, by input name, one mapping for each shape."""
@@ -146,6 +174,22 @@ class Context:
             self.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
         self.record.eligible.extend(self.labels[node] for node in chosen)
         return chosen
+
+    def per_site(self, graph: Graph, option: str, values: PerSite, targets: Selector) -> dict[Node, Any]:
+        """The value of each site that `targets` selects and a term of `values` matches.
+
+        Raises UsageError where a term gives its value to none of them, naming the nearest path or the terms before it.
+        """
+        selected = [node for node in graph.nodes if node in targets]
+        terms = {node: term for node in selected if (term := values.term_of(node)) is not None}
+        for term in values:
+            if term in terms.values():
+                continue
+            if any(node in Selector(term) for node in selected):
+                raise UsageError(f"{option}: {term!r} is never reached, as earlier terms match all of its sites")
+            names = sorted({node.label for node in selected} | {node.kind for node in selected if node.word})
+            raise UsageError(f"{option}: {term!r} selects none of the sites in {targets}{nearest(term, names)}")
+        return {node: values[term] for node, term in terms.items()}
 
     def decline(self, site: Node, reason: str) -> None:
         """Leave a site as it is, and say why."""
@@ -384,12 +428,13 @@ class _Parser:
         self.take(")")
         return passes
 
-    def options(self) -> dict[str, Any]:
+    def options(self, quoted: bool = False) -> dict[str, Any]:
+        """What stands in braces; quoted: names may be strings, as the terms of a value by site are."""
         options: dict[str, Any] = {}
         self.take("{")
         while self.tokens[0][1] != "}":
-            position = self.tokens[0][2]
-            name = self.take("word")
+            kind, _, position = self.tokens[0]
+            name = str(self.value()) if quoted and kind == "string" else self.take("word")
             if name in options:
                 raise UsageError(f"pipeline text, at character {position + 1}: {name} is given twice in {self.text!r}")
             self.take("=")
@@ -400,8 +445,11 @@ class _Parser:
         return options
 
     def value(self) -> Any:
-        """A string, a _Bare word, or a tuple of values."""
-        kind, token, position = self.tokens.pop(0)
+        """A string, a _Bare word, a tuple of values, or values by term."""
+        kind, token, position = self.tokens[0]
+        if token == "{":
+            return self.options(quoted=True)
+        self.tokens.pop(0)
         if token == "[":
             items = []
             while self.tokens[0][1] != "]":
@@ -433,13 +481,16 @@ class _Bare(str):
 def _literal(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_literal(item) for item in value)
+    if isinstance(value, dict):
+        return PerSite({term: _literal(item) for term, item in value.items()})
     return value.literal() if isinstance(value, _Bare) else value
 
 
 def _selector(cls: type[Pass], name: str, value: Any) -> Selector:
     terms = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(term, str) for term in terms):
-        raise UsageError(f"{cls.name}: {name} is a list of lists; give words, module paths or patterns")
+        kind = "a value by site" if isinstance(value, dict) else "a list of lists"
+        raise UsageError(f"{cls.name}: {name} is {kind}; give words, module paths or patterns")
     return Selector(*(str(term) for term in terms))
 
 
@@ -476,6 +527,8 @@ def value_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return "[" + ",".join(value_text(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + " ".join(f"{value_text(term)}={value_text(item)}" for term, item in value.items()) + "}"
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z_.*][^\s{}()\[\],=\"]*", value) and value not in ("true", "false", "none")
         return value if plain and not _is_number(value) else json.dumps(value)
