@@ -59,7 +59,8 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True, init=False)
 class Selector:
-    """Which sites: words (linear), module paths or globs (encoder.layer.*.output), or regular expressions (re:...)."""
+    """Which sites: words (linear), module paths or globs (encoder.layer.*.output), regular expressions (re:...), or
+    single nodes by their unique name (node:..., see `of`)."""
 
     terms: tuple[str, ...]
 
@@ -67,9 +68,16 @@ class Selector:
         flat = [t for term in terms for t in ([term] if isinstance(term, str) else term)]
         object.__setattr__(self, "terms", tuple(flat))
 
+    @classmethod
+    def of(cls, *nodes: Node) -> Selector:
+        """These nodes and no other: a name may be that of a word, and modules called twice share their path."""
+        return cls(f"node:{node.name}" for node in nodes)
+
     def matches(self, node: Node, term: str) -> bool:
         if term in WORDS:
             return node.kind == term
+        if term.startswith("node:"):
+            return node.name == term.removeprefix("node:")
         if term.startswith("re:"):
             return re.search(term[3:], node.label) is not None
         return any(fnmatch.fnmatchcase(name, pattern) for name in (node.path, node.name) if name
