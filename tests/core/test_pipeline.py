@@ -17,6 +17,7 @@ from graphopt.pipeline import (
     Context,
     Pass,
     PassError,
+    PerSite,
     Pipeline,
     Repeat,
     Selector,
@@ -60,6 +61,9 @@ class Shrink(Pass):
 
     sizes: tuple[int, ...] = ()
     """Some sizes."""
+
+    shares: PerSite | None = None
+    """Some number for some sites."""
 
     targets: Selector = Selector("linear")
     """Sites."""
@@ -114,6 +118,7 @@ shrinks = st.builds(
     label=st.none() | words | st.sampled_from(["none", "true", "1e5", "0", "inf", "a,b", '"', "\\"]),
     exact=st.booleans(),
     sizes=st.lists(st.integers(), max_size=3).map(tuple),
+    shares=st.none() | st.dictionaries(words, st.floats(0, 1) | words | st.none(), max_size=3).map(PerSite),
     targets=selectors | st.sampled_from([Selector("0"), Selector("1.0", "re:a{2}[bc]"), Selector("none")]),
     ignore=selectors,
 )
@@ -140,6 +145,11 @@ def test_text_round_trip(pipeline: Pipeline) -> None:
         ("shrink{targets=0.1}", Pipeline([Shrink(targets=Selector("0.1"))])),
         ("shrink{targets=[0, encoder.*]}", Pipeline([Shrink(targets=Selector("0", "encoder.*"))])),
         ('shrink{targets="re:(q|k)$"}', Pipeline([Shrink(targets=Selector("re:(q|k)$"))])),
+        (
+            'shrink{shares={encoder.0=0.5, conv=1 "re:[qk]$"=none} exact=true}',
+            Pipeline([Shrink(shares=PerSite({"encoder.0": 0.5, "conv": 1, "re:[qk]$": None}), exact=True)]),
+        ),
+        ("shrink{shares={}}", Pipeline([Shrink(shares=PerSite({}))])),
         ("repeat{times=2}(tidy,(shrink))", Pipeline([Repeat([Tidy(), Pipeline([Shrink()])], times=2)])),
         ("repeat(tidy)", Pipeline([Repeat([Tidy()], times=10)])),
     ],
@@ -167,6 +177,10 @@ def test_reads(text: str, expected: Pipeline) -> None:
         ("repeat{times=0}(tidy)", "times is 0"),
         ("repeat{times=true}(tidy)", "times is True"),
         ("shrink{targets=[[a]]}", "targets is a list of lists"),
+        ("shrink{targets={a=1}}", "targets is a value by site"),
+        ("shrink{shares={a}}", "at character 17: cannot read '}}'"),
+        ("shrink{shares={a=1", "at character 19: cannot read ''"),
+        ('shrink{shares={a=1 "a"=2}}', "at character 20: a is given twice"),
     ],
 )
 def test_refuses_to_read(text: str, message: str) -> None:
@@ -330,3 +344,36 @@ def test_sites_of_a_shared_module_are_counted_one_by_one() -> None:
     run_pass(Shrink(), graph, context)
     assert context.record.eligible == [f"shared.fc ({node.name})" for node in nodes]
     assert context.record.changed == 0 and len(context.record.declined) == 2
+
+
+# --- values by site ------------------------------------------------------------------------------------------------
+
+
+def per_site(values: dict[Any, Any], *targets: str) -> list[Any]:
+    graph = build("onnx", TEXT + "\nz = relu(y)")
+    first, _, second, _ = graph.nodes
+    first.native.metadata_props["graphopt.path"] = "encoder.0.query"  # type: ignore[attr-defined]
+    second.native.metadata_props["graphopt.path"] = "encoder.1.query"  # type: ignore[attr-defined]
+    found = Context().per_site(graph, "shrink: shares", PerSite(values), Selector(targets))
+    return [found.get(node) for node in graph.nodes]
+
+
+def test_the_first_term_that_matches_gives_a_site_its_value() -> None:
+    assert per_site({"encoder.0": 1, "linear": 2}, "linear") == [1, None, 2, None]
+    assert per_site({"re:1": 1}, "linear") == [None, None, 1, None]
+    assert per_site({}, "linear") == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"encodr.0": 1}, "shrink: shares: 'encodr.0' selects none of the sites in linear; did you mean 'encoder.0"),
+        ({"relu": 1}, "shrink: shares: 'relu' selects none of the sites in linear"),
+        ({"linear": 1, "encoder.0": 2}, "'encoder.0' is never reached, as earlier terms match all of its sites"),
+        ({3: 1}, "3 selects no site; give a word, a module path or a pattern"),
+    ],
+)
+def test_a_term_that_gives_its_value_to_no_site_is_an_error(values: dict[Any, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        per_site(values, "linear")
+    assert message in str(caught.value)
