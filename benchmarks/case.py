@@ -29,6 +29,14 @@ class Settings:
     medium: bool = False
     """Architectures of a medium size in place of small ones."""
     console: Console = field(default_factory=Console)
+    out: Path | None = None
+    """A folder for figures as JSON, and for plots; None writes none."""
+    only: tuple[str, ...] = ()
+    """The models of a case that are run; all where empty."""
+
+    def chosen(self, name: str) -> bool:
+        """Whether a model of the case is to be run."""
+        return not self.only or name in self.only
 
     def file(self, *parts: str) -> Path | None:
         """A file or folder of the data; None without data. Raises DataMissing where data was given without it."""

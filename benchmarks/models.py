@@ -117,15 +117,23 @@ def _vit(medium: bool) -> Architecture:
     return Architecture("ViT", seeded(lambda: ViTForImageClassification(config)), _images(size))
 
 
-def _resnet(medium: bool) -> Architecture:
+def resnet50(classes: int = 1000) -> nn.Module:
+    """A seeded ResNet-50."""
+    return _bottlenecks(64, [256, 512, 1024, 2048], [3, 4, 6, 3], classes)
+
+
+def _bottlenecks(first: int, widths: list[int], depths: list[int], classes: int) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    first, widths, depths, size = 16, [32, 64, 96, 128], [1, 1, 1, 1], 64
-    if medium:
-        first, widths, depths, size = 64, [256, 512, 1024, 2048], [3, 4, 6, 3], 224
     config = ResNetConfig(embedding_size=first, hidden_sizes=widths, depths=depths, layer_type="bottleneck")
-    config.num_labels = 100
-    return Architecture("ResNet", seeded(lambda: ResNetForImageClassification(config)), _images(size))
+    config.num_labels = classes
+    return seeded(lambda: ResNetForImageClassification(config))
+
+
+def _resnet(medium: bool) -> Architecture:
+    if medium:
+        return Architecture("ResNet", resnet50(100), _images(224))
+    return Architecture("ResNet", _bottlenecks(16, [32, 64, 96, 128], [1, 1, 1, 1], 100), _images(64))
 
 
 def _distilbert(medium: bool) -> Architecture:

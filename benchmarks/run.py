@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.case import DataMissing, Settings
 
-CASES = ("minilm", "fbgemm", "scaling", "startup", "architectures", "corpus")
+CASES = ("minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "curves", "pruned")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,6 +27,8 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of every engine.", min=1)] = 2,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
     medium: Annotated[bool, typer.Option("--medium", help="Architectures of a medium size.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots.", file_okay=False)] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Models of a case to run; repeat it for several.")] = None,
     width: Annotated[int | None, typer.Option(help="Columns of the tables; the terminal's without it.")] = None,
 ) -> None:
     """Measure graphopt, and check what it promises."""
@@ -41,7 +43,9 @@ def main(
     from graphopt.backends.measure import environment, header
 
     torch.set_num_threads(threads)
-    settings = Settings(data, threads, rounds, medium, Console(width=width, soft_wrap=False))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(data, threads, rounds, medium, Console(width=width, soft_wrap=False), out, tuple(only or ()))
     settings.console.print(header(environment(), threads), highlight=False)
     failed = []
     for name in cases or CASES:
