@@ -7,6 +7,7 @@ and hold nothing that could go stale.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -272,6 +273,25 @@ class Graph(ABC):
     def sites(self, *words: str) -> list[Node]:
         """The nodes of these words."""
         return [node for node in self.nodes if node.kind in words]
+
+
+def digest(graph: Graph) -> str:
+    """SHA-256 over what decides a graph's results: its listing, its weights, and who reads which."""
+    found = hashlib.sha256(graph.text().encode())
+    for node in graph.nodes:
+        read = [value.name for value in node.operands if value is not None and value.is_constant]
+        found.update("\0".join([node.name, *read, ""]).encode())
+    for name, tensor in sorted(graph.constants(), key=lambda item: item[0]):
+        found.update(name.encode())
+        found.update(raw_bytes(tensor))
+    return found.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """What a tensor holds, row by row."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    flat = flat.as_strided((flat.numel(),), (1,))  # one element may carry any stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def _given(operands: Sequence[Value | None]) -> list[Value | None]:

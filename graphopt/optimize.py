@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from graphopt.backend import Backend, LoweringError, Runner
 from graphopt.calibrate import Calibration
 from graphopt.capture import Captured, Feeds, Signature, capture
 from graphopt.cost import Cost
-from graphopt.graph import Graph, GraphError
+from graphopt.graph import Graph, GraphError, digest
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline import Context, Loss, Pass, Pipeline, UsageError, parse
 from graphopt.report import GraphDiff, Report, count_kinds
@@ -236,7 +235,7 @@ class Optimized:
             "graphopt.pipeline": self.report.pipeline,
             "graphopt.target": self.report.target + (" (portable)" if portable else ""),
             "graphopt.versions": json.dumps(self.report.versions, sort_keys=True),
-            "graphopt.input": _digest(self.original),
+            "graphopt.input": digest(self.original),
             "graphopt.choices": json.dumps({choice["rule"]: choice["sites"] for choice in self.report.choices}),
         }
 
@@ -307,14 +306,3 @@ def _versions() -> dict[str, str]:
     from graphopt import __version__
 
     return {name: __version__ if name == "graphopt" else version(name) for name in _VERSIONS}
-
-
-def _digest(graph: Graph) -> str:
-    """SHA-256 over the graph's listing and weights."""
-    digest = hashlib.sha256(graph.text().encode())
-    for name, tensor in sorted(graph.constants(), key=lambda item: item[0]):
-        digest.update(name.encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        flat = flat.as_strided((flat.numel(),), (1,))  # one element may carry any stride
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

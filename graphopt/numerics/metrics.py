@@ -12,8 +12,20 @@ def sqnr(reference: Tensor, candidate: Tensor) -> float:
     Both: same shape, any real dtype. inf when they are equal, -inf when only the reference is all zero, nan with NaN.
     Raises ValueError when the shapes differ.
     """
+    return decibels(*energies(reference, candidate))
+
+
+def energies(reference: Tensor, candidate: Tensor) -> tuple[float, float]:
+    """sum(reference**2) and sum((reference - candidate)**2), which add up over batches.
+
+    Both: same shape, any real dtype. Raises ValueError when the shapes differ.
+    """
     a, b = _in_double(reference, candidate)
-    signal, noise = float(a.square().sum()), float((a - b).square().sum())
+    return float(a.square().sum()), float((a - b).square().sum())
+
+
+def decibels(signal: float, noise: float) -> float:
+    """`sqnr` of these two energies, in dB."""
     if math.isnan(signal) or math.isnan(noise):
         return math.nan
     if noise == 0:
