@@ -12,7 +12,7 @@ from rich.console import Console
 
 from benchmarks.case import DataMissing, Settings
 
-CASES = ("minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "curves", "pruned")
+CASES = ("minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "curves", "pruned", "growth")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
