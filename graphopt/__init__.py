@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from graphopt.graph import GraphError
     from graphopt.optimize import Optimized, optimize
     from graphopt.pipeline import PassError, UsageError
+    from graphopt.sensitivity import sensitivity
 
 __version__ = "0.1.0"
-__all__ = ["CaptureError", "GraphError", "Optimized", "PassError", "UsageError", "__version__", "compare", "optimize"]
+__all__ = [
+    "CaptureError", "GraphError", "Optimized", "PassError", "UsageError", "__version__", "compare", "optimize",
+    "sensitivity",
+]  # fmt: skip
 
 _HOMES = {
     "CaptureError": "capture",
@@ -29,6 +33,7 @@ _HOMES = {
     "UsageError": "pipeline",
     "compare": "compare",
     "optimize": "optimize",
+    "sensitivity": "sensitivity",
 }
 
 

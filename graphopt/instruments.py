@@ -7,7 +7,8 @@ import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,11 @@ class Instrument:
     def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
         """The pass (or an instrument after it) failed; may return the folder of a reproducer."""
         return None
+
+    @contextmanager
+    def watch(self, what: str, steps: int) -> Iterator[Callable[[str], None]]:
+        """Around a long search inside a pass, which calls what this yields once a step, with what it has just done."""
+        yield lambda step: None
 
 
 class Verify(Instrument):
@@ -203,7 +209,7 @@ class Dump(Instrument):
 
 
 class Progress(Instrument):
-    """One line on the terminal for each pass: its sites and its seconds."""
+    """One line on the terminal for each pass: its sites and its seconds; a bar while one searches."""
 
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console as RichConsole
@@ -219,6 +225,20 @@ class Progress(Instrument):
     def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
         self._line(f"{pass_} failed")
         return None
+
+    @contextmanager
+    def watch(self, what: str, steps: int) -> Iterator[Callable[[str], None]]:
+        """A bar, which goes away at the end."""
+        from rich.markup import escape
+        from rich.progress import Progress as Bar
+
+        with Bar(console=self.console, transient=True) as bar:
+            task = bar.add_task(what, total=steps)
+
+            def advance(step: str) -> None:
+                bar.update(task, advance=1, description=f"{what}: {escape(step)}")
+
+            yield advance
 
     def _line(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

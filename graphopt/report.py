@@ -16,6 +16,8 @@ from graphopt.graph import Graph, Node
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from graphopt.sensitivity import Sensitivity
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -50,6 +52,8 @@ class PassRecord:
     rules: dict[str, Any] = field(default_factory=dict)
     """Hits, tries, seconds and declined reasons of each rule that ran inside."""
     notes: list[str] = field(default_factory=list)
+    sensitivity: Sensitivity | None = None
+    """The damage site by site, where the pass looked at that first."""
 
     @property
     def changed(self) -> int:

@@ -14,6 +14,7 @@ from graphopt.report import GraphDiff, Report
 
 if TYPE_CHECKING:
     from graphopt.optimize import BenchResult
+    from graphopt.sensitivity import Sensitivity
 
 STYLES = {"-": "red", "+": "green", " ": "dim"}
 
@@ -34,6 +35,7 @@ def report(report: Report) -> RenderableType:
     ]
     if declined:
         parts.append(table([("pass", "sites", "declined because", "where"), *declined], "declined", right=(1,)))
+    parts += [sensitivity(one.sensitivity, text.ROWS) for one in report.passes if one.sensitivity is not None]
     if report.agreement:
         parts.append(table(text.agreement_rows(report.agreement), "outputs against the original"))
     if report.census:
@@ -57,6 +59,15 @@ def bench(result: BenchResult) -> RenderableType:
     """One row a shape, under the description of the machine."""
     notes = Text("\n".join(text.bench_notes(result)), style="dim")
     return Group(Text(result.header, style="dim"), table(text.bench_rows(result)), notes)
+
+
+def sensitivity(found: Sensitivity, limit: int | None = None) -> RenderableType:
+    """One row a site, the most sensitive first; `limit`: most rows."""
+    rows = text.sensitivity_rows(found)
+    shown = rows if limit is None else rows[: limit + 1]
+    left_out = [f"... {len(rows) - len(shown)} less sensitive"] if len(shown) < len(rows) else []
+    notes = [Text(line, style="dim") for line in [*left_out, *text.sensitivity_notes(found)]]
+    return Group(*([table(shown, "sensitivity")] if len(rows) > 1 else []), *notes)
 
 
 def table(rows: text.Rows, title: str | None = None, *, right: Sequence[int] | None = None) -> Table:

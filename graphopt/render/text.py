@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from graphopt.backends.measure import Ratio
     from graphopt.compare import Comparison
     from graphopt.optimize import BenchResult
+    from graphopt.sensitivity import Damage, Sensitivity
 
 WIDTH = 100
 SITES = 3
 """Declined sites that are named for each reason."""
+
+ROWS = 10
+"""Sites of a sensitivity table that a report shows."""
 
 Rows = list[tuple[str, ...]]
 """A table; the first row is its header."""
@@ -30,6 +34,8 @@ def report(report: Report) -> str:
         _titled("notes", [_wrapped(note, "  - ") for note in remarks(report)]),
         table(pass_rows(report)),
         _titled("declined", [_declined(record) for record in report.passes if record.declined]),
+        *(_titled(f"sensitivity, for {one.name}", [textwrap.indent(sensitivity(one.sensitivity, ROWS), "  ")])
+          for one in report.passes if one.sensitivity is not None),
         _titled("outputs against the original", outputs),
         _titled("kernels that the engine built", [_wrapped(counts(report.census), "  ")] if report.census else []),
         _titled("choices", [_wrapped(line, "  ") for line in choices(report)]),
@@ -98,6 +104,53 @@ def bench_notes(result: BenchResult) -> list[str]:
 def _ratio_text(ratio: Ratio) -> str:
     sure = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if math.isfinite(ratio.high) else ""
     return f"{'' if ratio.steady else '~'}{ratio.median:.2f}{sure}"
+
+
+def sensitivity(found: Sensitivity, limit: int | None = None) -> str:
+    """One row a site, the most sensitive first, and what the columns are; `limit`: most rows."""
+    rows = sensitivity_rows(found)
+    shown = rows if limit is None else rows[: limit + 1]
+    left_out = [f"... {len(rows) - len(shown)} less sensitive"] if len(shown) < len(rows) else []
+    parts = ["\n".join([table(shown), *left_out])] if len(rows) > 1 else []
+    return "\n\n".join([*parts, "\n".join(_wrapped(line, "") for line in sensitivity_notes(found))])
+
+
+def sensitivity_rows(found: Sensitivity) -> Rows:
+    """One row a site, by its worst rank over the settings: with one setting all figures, with several the main ones."""
+    sites = list(dict.fromkeys(row.site for row in found.ranking()))
+    damages = {site: found.of(site) for site in sites}
+    if len(found.settings) > 1:
+        header = "site", *(f"setting {number}" for number in range(1, len(found.settings) + 1))
+        return [header, *((site, *(_brief(damages[site].get(one)) for one in found.settings)) for site in sites)]
+    has_metric = found.baseline is not None
+    rows: Rows = [("site", "SQNR", "cosine", "worst batch", *(["metric"] if has_metric else []))]
+    for site in sites:
+        damage = damages[site][found.settings[0]]
+        metric = [f"{damage.metric:.5g}"] if damage.metric is not None else []
+        rows.append((site, decibels(damage.sqnr), cosine(damage.cosine), cosine(damage.worst_cosine), *metric))
+    return rows
+
+
+def sensitivity_notes(found: Sensitivity) -> list[str]:
+    """What the columns of `sensitivity_rows` are, and which sites the settings declined."""
+    over = "1 batch" if found.batches == 1 else f"{found.batches} batches"
+    notes = [f"what changing one site alone does to the worst output, over {over}"]
+    if found.baseline is not None:
+        notes.append(f"metric of the unchanged model: {found.baseline:.5g}; more is better")
+    if len(found.settings) > 1:
+        notes += [f"setting {number}: {setting}" for number, setting in enumerate(found.settings, 1)]
+    else:
+        notes.append(f"setting: {found.settings[0]}")
+    for setting in found.settings:
+        reasons = {row.site: row.declined for row in found.rows if row.setting == setting and row.damage is None}
+        notes += [f"{setting} declined {number} x {reason}: {names}" for reason, number, names in declined(reasons)]
+    return notes
+
+
+def _brief(damage: Damage | None) -> str:
+    if damage is None:
+        return "-"
+    return decibels(damage.sqnr) + (f"  {damage.metric:.5g}" if damage.metric is not None else "")
 
 
 def pass_rows(report: Report) -> Rows:
