@@ -121,6 +121,8 @@ class Node(ABC):
         word = self.word
         if word is None or name not in word.operands:
             raise GraphError(f"{self.kind} has no operand {name!r} ({self.label})")
+        if word.variadic:
+            raise GraphError(f"{self.kind} has any number of {name}: read its operands ({self.label})")
         index = word.operands.index(name)
         return self.operands[index] if index < len(self.operands) else None
 

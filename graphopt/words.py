@@ -1,7 +1,8 @@
 """The vocabulary: what passes match and emit, whatever the dialect.
 
 A word is declared by a function: its positional parameters are the operands (optional ones default to None), its
-keyword-only parameters are the attributes with their defaults, and its body is the reference meaning in torch.
+keyword-only parameters are the attributes with their defaults, and its body is the reference meaning in torch. A word
+with *values for its operands is variadic: it takes one or more.
 The first group is what passes rewrite; the second is named so that decomposed forms of the first can be recognized.
 """
 
@@ -35,9 +36,14 @@ class Word:
     results: tuple[str, ...]
     reference: Callable[..., Any]
     commutative: bool = False
+    variadic: bool = False
 
     def __repr__(self) -> str:
         return self.name
+
+    def names(self, count: int) -> tuple[str, ...]:
+        """What each operand is called, where `count` are given: a variadic word repeats its one name, at least once."""
+        return self.operands * max(count, 1) if self.variadic else self.operands
 
 
 def _declare(
@@ -54,6 +60,7 @@ def _declare(
         results=results,
         reference=reference,
         commutative=commutative,
+        variadic=any(p.kind is p.VAR_POSITIONAL for p in operands),
     )
 
 
@@ -89,10 +96,80 @@ def conv(
 ) -> Tensor:
     """x (N, C, *space), weight (out, C/groups, *kernel); padding is (begin of each axis ..., end of each axis ...)."""
     rank = weight.dim() - 2
-    begin, end = padding[:rank] or (0,) * rank, padding[rank:] or (0,) * rank
-    x = F.pad(x, [side for axis in reversed(range(rank)) for side in (begin[axis], end[axis])])
     function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    return function(x, weight, bias, stride or (1,) * rank, 0, dilation or (1,) * rank, groups)
+    return function(_padded(x, padding), weight, bias, stride or (1,) * rank, 0, dilation or (1,) * rank, groups)
+
+
+@word()
+def max_pool(
+    x: Tensor,
+    *,
+    kernel: tuple[int, ...] = (),
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...] = (),
+    ceil: bool = False,
+) -> Tensor:
+    """The largest entry of each window of x (N, C, *space), which padding never is.
+
+    stride, padding and dilation are as in conv. ceil keeps a last window that hangs over the end, if it starts before
+    the end's padding.
+    """
+    lowest = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+    stride, dilation = stride or (1,) * len(kernel), dilation or (1,) * len(kernel)
+    x = F.pad(_padded(x, padding, lowest), _overhang(x, kernel, stride, padding, dilation, ceil), value=lowest)
+    return (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1](x, kernel, stride, 0, dilation)
+
+
+@word()
+def average_pool(
+    x: Tensor,
+    *,
+    kernel: tuple[int, ...] = (),
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    ceil: bool = False,
+    include_pad: bool = False,
+) -> Tensor:
+    """The mean of each window of x (N, C, *space), zeros of the padding included or not.
+
+    stride and padding are as in conv, ceil as in max_pool; what hangs over the end never counts.
+    """
+    stride = stride or (1,) * len(kernel)
+    over = _overhang(x, kernel, stride, padding, (1,) * len(kernel), ceil)
+    function = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(kernel) - 1]
+    counted = _padded(torch.ones_like(x), padding, float(include_pad))
+    return function(F.pad(_padded(x, padding), over), kernel, stride) / function(F.pad(counted, over), kernel, stride)
+
+
+def _padded(x: Tensor, padding: tuple[int, ...], value: float = 0.0) -> Tensor:
+    """x with its trailing axes padded by (begin of each axis ..., end of each axis ...); negative sizes crop."""
+    rank = len(padding) // 2
+    sides = [side for axis in reversed(range(rank)) for side in (padding[axis], padding[rank + axis])]
+    return F.pad(x, sides, value=value)
+
+
+def _overhang(
+    x: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    ceil: bool,
+) -> list[int]:
+    """How far the last window reaches behind the padding, in the form that F.pad takes; negative where it ends before.
+
+    The number of windows is that of torch, and of ONNX since opset 22.
+    """
+    rank = len(kernel)
+    over: list[int] = []
+    for axis in reversed(range(rank if ceil else 0)):
+        size = x.shape[x.dim() - rank + axis] + (padding[axis] if padding else 0)
+        width, step = dilation[axis] * (kernel[axis] - 1) + 1, stride[axis]
+        whole = size + (padding[rank + axis] if padding else 0)
+        start = -((width - whole) // step) * step  # of the last window
+        over += [0, (start if start < size else start - step) + width - whole]
+    return over
 
 
 @word()
@@ -168,6 +245,35 @@ def silu(x: Tensor) -> Tensor:
 def relu(x: Tensor) -> Tensor:
     """max(x, 0)."""
     return F.relu(x)
+
+
+@word()
+def clip(x: Tensor, *, low: float | None = None, high: float | None = None) -> Tensor:
+    """min(max(x, low), high), None being no bound (ReLU6, hardtanh)."""
+    return x if low is None and high is None else x.clamp(_as_type(low, x.dtype), _as_type(high, x.dtype))
+
+
+def _as_type(bound: float | None, dtype: torch.dtype) -> float | None:
+    """A bound as a number that leaves integers integers."""
+    return bound if bound is None or dtype.is_floating_point else int(bound)
+
+
+@word()
+def leaky_relu(x: Tensor, *, slope: float = 0.01) -> Tensor:
+    """x where it is positive, else slope · x."""
+    return F.leaky_relu(x, slope)
+
+
+@word()
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """min(max(x + 3, 0), 6) / 6 (torch's; Howard et al., 2019)."""
+    return F.hardsigmoid(x)
+
+
+@word()
+def hard_swish(x: Tensor) -> Tensor:
+    """x · hard_sigmoid(x) (Howard et al., 2019)."""
+    return F.hardswish(x)
 
 
 @word(commutative=True)
@@ -297,6 +403,32 @@ def cast(x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
 def slice_(x: Tensor, *, axis: int = 0, start: int = 0, end: int = 0) -> Tensor:
     """The entries start <= i < end along axis."""
     return x.narrow(axis, start, end - start)
+
+
+@word()
+def concat(*values: Tensor, axis: int = 0) -> Tensor:
+    """One or more values of one dtype, joined along axis; their other axes are equal."""
+    return torch.cat(values, axis)
+
+
+@word()
+def pad(x: Tensor, *, padding: tuple[int, ...] = (), value: float = 0.0) -> Tensor:
+    """x with `value` around it; padding is (begin of each axis ..., end of each axis ...), negative where it crops."""
+    return _padded(x, padding, value)
+
+
+@word()
+def squeeze(x: Tensor, *, axes: tuple[int, ...] = ()) -> Tensor:
+    """x without these axes, each of size 1."""
+    return x.squeeze(axes)
+
+
+@word()
+def unsqueeze(x: Tensor, *, axes: tuple[int, ...] = ()) -> Tensor:
+    """x with axes of size 1, which have these numbers in the result."""
+    for axis in sorted(axis % (x.dim() + len(axes)) for axis in axes):
+        x = x.unsqueeze(axis)
+    return x
 
 
 # --- elementary operators, named so that decomposed forms are recognized --------------------------------------------

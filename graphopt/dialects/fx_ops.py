@@ -1,4 +1,5 @@
-"""The words that aten has no spelling for, as custom operators `graphopt::<word>` whose kernel is the reference.
+"""The words that aten has no spelling for (pools: no spelling for all their attributes), as custom operators
+`graphopt::<word>` whose kernel is the reference.
 
 They make a neutral int8 graph run, trace, export and save anywhere torch does. They are not fast: a backend replaces
 them by its own kernels. Importing this module declares them.
@@ -10,14 +11,14 @@ import torch
 
 from graphopt.words import WORDS, Word
 
-NAMES = ("choose_qparams", "linear_int8", "conv_int8", "add_int8")
+NAMES = ("choose_qparams", "linear_int8", "conv_int8", "add_int8", "max_pool", "average_pool")
 
 
 def _schema(word: Word) -> str:
-    """The operator's schema: operands are tensors, the attributes (all of them conv's) integers."""
+    """The operator's schema: operands are tensors, the attributes (of convs and pools) integers or booleans."""
     operands = [f"Tensor? {name}=None" if name in word.optional else f"Tensor {name}" for name in word.operands]
     attributes = [
-        f"int[] {name}=[]" if isinstance(default, tuple) else f"int {name}={default}"
+        f"int[] {name}=[]" if isinstance(default, tuple) else f"{type(default).__name__} {name}={default}"
         for name, default in word.attributes.items()
     ]
     parameters = ", ".join(operands + (["*", *attributes] if attributes else []))

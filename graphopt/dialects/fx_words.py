@@ -141,6 +141,88 @@ def _read_conv(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
     return Read("conv", (a["input"], a["weight"], a["bias"]), attributes)
 
 
+def _read_pool(word: str) -> Reader:
+    def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+        x, rank = meta(a["self"]), int(str(node.target).partition("pool")[2][0])  # of max_pool2d: 2
+        if x.dim() != rank + 2 or a.get("divisor_override") is not None:  # without a batch, or no mean
+            return None
+        if word == "average_pool" and not x.is_floating_point():
+            return None
+
+        def per_axis(name: str) -> tuple[int, ...]:
+            return tuple(a[name]) * (rank if len(a[name]) == 1 else 1)
+
+        attributes = {"kernel": per_axis("kernel_size"), "padding": per_axis("padding") * 2, "ceil": a["ceil_mode"]}
+        attributes["stride"] = per_axis("stride") if a["stride"] else attributes["kernel"]
+        own = {"dilation": per_axis("dilation")} if word == "max_pool" else {"include_pad": a["count_include_pad"]}
+        return Read(word, (a["self"],), attributes | own)
+
+    return read_one
+
+
+def _read_adaptive(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    """To one entry along each axis, it is a mean."""
+    x, rank = meta(a["self"]), len(a["output_size"])
+    if list(a["output_size"]) != [1] * rank or not x.is_floating_point():
+        return None
+    return Read("mean", (a["self"],), {"axes": tuple(range(x.dim() - rank, x.dim())), "keepdim": True})
+
+
+def _read_clip(low: str | float, high: str | float) -> Reader:
+    """Reads a clip whose bounds are arguments of these names, or these numbers."""
+
+    def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+        bounds = [a.get(bound) if isinstance(bound, str) else bound for bound in (low, high)]
+        dtype = meta(node).dtype
+        if dtype != meta(a["self"]).dtype or not all(bound is None or _fits(bound, dtype) for bound in bounds):
+            return None
+        found = [None if bound is None else float(bound) for bound in bounds]
+        return Read("clip", (a["self"],), {"low": found[0], "high": found[1]})
+
+    return read_one
+
+
+def _fits(number: Any, dtype: torch.dtype) -> bool:
+    """Whether an argument is a number that a float holds, and a value of this dtype."""
+    if not isinstance(number, int | float):
+        return False
+    return dtype.is_floating_point or (float(number).is_integer() and float(number) == number)
+
+
+def _read_leaky_relu(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    slope = a["negative_slope"]
+    return Read("leaky_relu", (a["self"],), {"slope": float(slope)}) if isinstance(slope, int | float) else None
+
+
+def _read_pad(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    value = a["value"] if a["value"] is not None else 0.0
+    sides, x = a["pad"], meta(a["self"])
+    if a.get("mode", "constant") != "constant" or not _fits(value, x.dtype):
+        return None
+    if not all(isinstance(side, int) for side in sides):
+        return None
+    sides = [*sides, *[0] * (2 * x.dim() - len(sides))]
+    return Read("pad", (a["self"],), {"padding": (*sides[-2::-2], *sides[::-2]), "value": float(value)})
+
+
+def _read_concat(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    """aten promotes dtypes, and passes over values of shape (0,); the word does neither."""
+    parts = [meta(part) for part in a["tensors"]]
+    same = all(part.dtype == meta(node).dtype and part.dim() == meta(node).dim() for part in parts)
+    return Read("concat", tuple(a["tensors"]), {"axis": a["dim"]}) if same else None
+
+
+def _read_squeeze(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    """aten passes over axes that are not of size 1; the word has none."""
+    axes, sizes = a["dim"] if isinstance(a["dim"], list | tuple) else (a["dim"],), meta(a["self"]).shape
+    ones = sizes and all(isinstance(sizes[axis], int) and sizes[axis] == 1 for axis in axes)
+    return Read("squeeze", (a["self"],), {"axes": tuple(axes)}) if ones else None
+
+
+def _read_unsqueeze(node: fx.Node, a: dict[str, Any], constant: Any) -> Read:
+    return Read("unsqueeze", (a["self"],), {"axes": (a["dim"],)})
+
+
 def _read_attention(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
     query = meta(a["query"])
     if a["dropout_p"] != 0.0 or not isinstance(query, Tensor) or query.dim() != 4:
@@ -285,6 +367,9 @@ _READERS: dict[str, Reader] = {
     "aten.conv2d.padding": _read_conv,
     "aten.conv3d.padding": _read_conv,
     "aten.convolution.default": _read_conv,
+    **{f"aten.max_pool{rank}d.default": _read_pool("max_pool") for rank in (1, 2, 3)},
+    **{f"aten.avg_pool{rank}d.default": _read_pool("average_pool") for rank in (1, 2, 3)},
+    **{f"aten.adaptive_avg_pool{rank}d.default": _read_adaptive for rank in (1, 2, 3)},
     "aten.matmul.default": _reader("matmul", "self", "other"),
     "aten.bmm.default": _reader("matmul", "self", "mat2"),
     "aten.mm.default": _reader("matmul", "self", "mat2"),
@@ -294,6 +379,14 @@ _READERS: dict[str, Reader] = {
     "aten.batch_norm.default": _read_batch_norm,
     "aten.embedding.default": _reader("embedding", "weight", "indices"),
     "aten.gelu.default": _reader("gelu", "self", approximate="approximate"),
+    "aten.clamp.default": _read_clip("min", "max"),
+    "aten.clamp_min.default": _read_clip("min", "max"),
+    "aten.clamp_max.default": _read_clip("min", "max"),
+    "aten.hardtanh.default": _read_clip("min_val", "max_val"),
+    "aten.relu6.default": _read_clip(0.0, 6.0),
+    "aten.leaky_relu.default": _read_leaky_relu,
+    "aten.hardsigmoid.default": _reader("hard_sigmoid", "self"),
+    "aten.hardswish.default": _reader("hard_swish", "self"),
     "aten.softmax.int": _read_softmax,
     "aten._softmax.default": _read_softmax,
     "aten.mean.dim": _read_mean,
@@ -331,6 +424,12 @@ _READERS: dict[str, Reader] = {
     "aten.transpose.int": _read_transpose,
     "aten.t.default": _read_transpose,
     "aten.slice.Tensor": _read_slice,
+    "aten.cat.default": _read_concat,
+    "aten.constant_pad_nd.default": _read_pad,
+    "aten.pad.default": _read_pad,
+    "aten.squeeze.dim": _read_squeeze,
+    "aten.squeeze.dims": _read_squeeze,
+    "aten.unsqueeze.default": _read_unsqueeze,
     "quantized_decomposed.quantize_per_tensor.default": _read_quantize("quantize", False),
     "quantized_decomposed.quantize_per_tensor.tensor": _read_quantize("quantize", False),
     "quantized_decomposed.quantize_per_channel.default": _read_quantize("quantize", True),
@@ -368,13 +467,68 @@ def _write_conv(
         raise GraphError(f"conv takes a weight of rank 3 to 5, not {rank + 2}")
     begin, end = tuple(padding[:rank]) or (0,) * rank, tuple(padding[rank:]) or (0,) * rank
     if begin != end:  # aten pads both ends alike
-        sides = [side for axis in reversed(range(rank)) for side in (begin[axis], end[axis])]
-        x, begin = writer.call(aten.constant_pad_nd.default, x, sides, 0.0), (0,) * rank
+        x, begin = _write_pad(writer, x, padding=(*begin, *end), value=0.0), (0,) * rank
     target = (aten.conv1d, aten.conv2d, aten.conv3d)[rank - 1].default
     ones = [1] * rank
     return writer.call(
         target, x, weight, bias, list(stride) or ones, list(begin), list(dilation) or ones, groups
     )  # fmt: skip
+
+
+def _write_pool(word: str) -> Callable[..., fx.Node]:
+    """aten pads both ends alike and by half the kernel at most; other pads take an operator of ours."""
+    max_pools = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d)
+    average_pools = (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
+
+    def spell(
+        writer: Writer, x: Raw, *, kernel: Any, stride: Any, padding: Any, ceil: bool, dilation: Any = None,
+        include_pad: bool = False,
+    ) -> fx.Node:  # fmt: skip
+        rank = len(kernel)
+        if rank not in (1, 2, 3):
+            raise GraphError(f"{word} takes a kernel over 1 to 3 axes, not {rank}")
+        ones, zeros = [1] * rank, [0] * rank
+        begin, end = list(padding[:rank]) or zeros, list(padding[rank:]) or zeros
+        own = {"dilation": list(dilation) or ones} if word == "max_pool" else {"include_pad": include_pad}
+        if begin != end or any(2 * pad > size for pad, size in zip(begin, kernel, strict=True)):
+            target = getattr(torch.ops.graphopt, word).default
+            spelled = {"kernel": list(kernel), "stride": list(stride) or ones, "padding": [*begin, *end], "ceil": ceil}
+            return writer.call(target, writer.tensor(x), **spelled, **own)
+        window = [writer.tensor(x), list(kernel), list(stride) or ones, begin]
+        if word == "max_pool":
+            return writer.call(max_pools[rank - 1].default, *window, own["dilation"], ceil)
+        return writer.call(average_pools[rank - 1].default, *window, ceil, include_pad)
+
+    return spell
+
+
+def _write_clip(writer: Writer, x: Raw, *, low: float | None, high: float | None) -> fx.Node:
+    node = writer.tensor(x)
+    assert node is not None
+    if low is None and high is None:
+        return writer.call(aten.alias.default, node)
+    dtype = meta(node).dtype
+    if not dtype.is_floating_point:  # a float would make the result one
+        low, high = (None if bound is None else int(bound) for bound in (low, high))
+    return writer.call(aten.clamp.default, node, low, high)
+
+
+def _write_pad(writer: Writer, x: Raw, *, padding: Any, value: float) -> fx.Node:
+    rank = len(padding) // 2
+    sides = [side for axis in reversed(range(rank)) for side in (padding[axis], padding[rank + axis])]
+    return writer.call(aten.constant_pad_nd.default, writer.tensor(x), sides, value)
+
+
+def _write_unsqueeze(writer: Writer, x: Raw, *, axes: Any) -> fx.Node:
+    """One axis a node, which is all that aten adds at a time."""
+    node = writer.tensor(x)
+    assert node is not None
+    if not axes:
+        raise GraphError("unsqueeze needs its axes")
+    rank = meta(node).dim() + len(axes)
+    for axis in sorted(axis % rank for axis in axes) if len(axes) > 1 else axes:
+        node = writer.call(aten.unsqueeze.default, node, axis)
+    return node
 
 
 def _write_attention(
@@ -486,6 +640,8 @@ def quantized_decomposed() -> Any:
 
 _SPELLINGS: dict[str, Callable[..., fx.Node]] = {
     "conv": _write_conv,
+    "max_pool": _write_pool("max_pool"),
+    "average_pool": _write_pool("average_pool"),
     "attention": _write_attention,
     "layer_norm": _write_norm(aten.layer_norm.default),
     "rms_norm": _write_norm(aten.rms_norm.default),
@@ -496,6 +652,10 @@ _SPELLINGS: dict[str, Callable[..., fx.Node]] = {
     "sub": _write_arithmetic(aten.sub.Tensor, first_number=aten.rsub.Scalar),
     "div": _write_arithmetic(aten.div.Tensor),
     "pow": _write_pow,
+    "clip": _write_clip,
+    "leaky_relu": lambda writer, x, slope: writer.call(aten.leaky_relu.default, writer.tensor(x), slope),
+    "hard_sigmoid": lambda writer, x: writer.call(aten.hardsigmoid.default, writer.tensor(x)),
+    "hard_swish": lambda writer, x: writer.call(aten.hardswish.default, writer.tensor(x)),
     "softmax": lambda writer, x, axis: writer.call(aten.softmax.int, writer.tensor(x), axis),
     "mean": lambda writer, x, axes, keepdim: writer.call(aten.mean.dim, writer.tensor(x), list(axes), keepdim),
     "where": lambda writer, *operands: writer.call(aten.where.self, *map(writer.tensor, operands)),
@@ -504,6 +664,10 @@ _SPELLINGS: dict[str, Callable[..., fx.Node]] = {
     "transpose": lambda writer, x, perm: writer.call(aten.permute.default, writer.tensor(x), list(perm)),
     "cast": lambda writer, x, dtype: writer.call(aten._to_copy.default, writer.tensor(x), dtype=dtype),
     "slice": lambda writer, x, axis, start, end: writer.call(aten.slice.Tensor, writer.tensor(x), axis, start, end),
+    "concat": lambda writer, *values, axis: writer.call(aten.cat.default, [*map(writer.tensor, values)], axis),
+    "pad": _write_pad,
+    "squeeze": lambda writer, x, axes: writer.call(aten.squeeze.dims, writer.tensor(x), list(axes)),
+    "unsqueeze": _write_unsqueeze,
     "quantize": _write_quantize("quantize"),
     "dequantize": _write_quantize("dequantize"),
 }

@@ -24,12 +24,13 @@ class NodeWriter:
     def word(self, name: str, raws: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
         """A word, its operands and attributes checked against the declaration."""
         word = WORDS[name]
-        if len(raws) > len(word.operands):
+        names = word.names(len(raws))
+        if len(raws) > len(names):
             raise GraphError(f"{name} takes {', '.join(word.operands)}; there are {len(raws)} operands")
         if unknown := sorted(set(attributes) - set(word.attributes)):
             raise GraphError(f"{name} has no attribute {unknown}; it has {list(word.attributes)}")
-        complete = [*raws, *[None] * (len(word.operands) - len(raws))]
-        for operand, raw in zip(word.operands, complete, strict=True):
+        complete = [*raws, *[None] * (len(names) - len(raws))]
+        for operand, raw in zip(names, complete, strict=True):
             if raw is None and operand not in word.optional:
                 raise GraphError(f"{name} needs its operand {operand!r}")
         return fx_words.write(self, name, complete, dict(word.attributes) | dict(attributes))

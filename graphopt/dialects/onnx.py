@@ -278,7 +278,7 @@ class OnnxGraph(Graph):
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
         path = at.path if at is not None else ""
-        if isinstance(kind, OnnxNode) and kind.word is not None:
+        if isinstance(kind, OnnxNode) and kind.word is not None and kind.native.op_type not in onnx_words.KEPT:
             spelled = self._spell(kind.kind, operands, kind.attributes)
         elif isinstance(kind, OnnxNode):
             spelled = onnx_words.Spelled(
@@ -310,10 +310,11 @@ class OnnxGraph(Graph):
     ) -> onnx_words.Spelled:
         word = WORDS[kind]
         unknown = set(attributes) - set(word.attributes)
-        if unknown or len(operands) > len(word.operands):
+        names = word.names(len(operands))
+        if unknown or len(operands) > len(names):
             raise GraphError(f"{kind} takes {word.operands} and {tuple(word.attributes)}, not {sorted(unknown)}")
-        padded = (*operands, *[None] * (len(word.operands) - len(operands)))
-        for name, value in zip(word.operands, padded, strict=True):
+        padded = (*operands, *[None] * (len(names) - len(operands)))
+        for name, value in zip(names, padded, strict=True):
             if value is None and name not in word.optional:
                 raise GraphError(f"{kind} needs its operand {name!r}")
         filled = dict(word.attributes) | dict(attributes)

@@ -79,6 +79,7 @@ _ATTENTION_OVER_QUERIES = (
 
 _FIXED = {
     "silu": ("(x) => (y)", "s = Sigmoid(x) y = Mul(x, s)"),
+    "hard_swish": ("(x) => (y)", "s = HardSigmoid<alpha = 0.16666667, beta = 0.5>(x) y = Mul(x, s)"),
     "rsqrt": ("(x) => (y)", "s = Sqrt(x) y = Reciprocal(s)"),
     "choose_qparams": ("(x) => (scale, zero_point)", "q, scale, zero_point = DynamicQuantizeLinear(x)"),
     "add_int8": (

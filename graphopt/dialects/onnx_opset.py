@@ -68,7 +68,7 @@ _TYPE_NAMES = {ir.DataType.FLOAT: "float", ir.DataType.DOUBLE: "double"}
 def _is_default(given: ir.Attr, attribute: onnx.defs.OpSchema.Attribute) -> bool:
     default = attribute.default_value
     if not default.name:
-        return False
+        return given.name == "dilations" and set(given.as_ints()) == {1}  # a default that no schema says
     return bool(ir.serde.deserialize_attribute(default).value == given.value)
 
 
@@ -153,15 +153,20 @@ def _later_keys(op: Builder, scores: Value) -> Value:
     return op("onnx.Trilu", lowest, op.constant(torch.tensor(1)), upper=1)
 
 
+def _hard_swish(op: Builder, node: Node) -> Value:
+    return op.mul(node.input, op.hard_sigmoid(node.input))
+
+
 def _mean(op: Builder, node: Node) -> Value:
     """The same, with its axes where the opset has them."""
-    return op.mean(node.input, **node.attributes)
+    return op.graph.emit(node, node.input, at=node)
 
 
 _WRITE_OUT: dict[str, tuple[int, Callable[[Builder, Node], Value]]] = {
     "gelu": (20, _gelu),
     "rms_norm": (23, _rms_norm),
     "attention": (23, _attention),
+    "hard_swish": (14, _hard_swish),
     "mean": (18, _mean),
 }
 """By word: the opset that has it as it is spelled now, and what stands for it before."""

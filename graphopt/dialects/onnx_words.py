@@ -45,10 +45,13 @@ class Spelled:
 _PLAIN = {
     "MatMul": "matmul", "Add": "add", "Mul": "mul", "Sub": "sub", "Div": "div", "Pow": "pow", "Sqrt": "sqrt",
     "Reciprocal": "reciprocal", "Exp": "exp", "Erf": "erf", "Tanh": "tanh", "Sigmoid": "sigmoid", "IsNaN": "isnan",
-    "Relu": "relu", "Where": "where", "Identity": "identity",
+    "Relu": "relu", "HardSwish": "hard_swish", "Where": "where", "Identity": "identity",
 }  # fmt: skip
 _PLAIN_OPS = {word: op for op, word in _PLAIN.items()}
 
+
+KEPT = ("GlobalAveragePool",)
+"""Spellings that stay when a node is emitted anew, as they have kernels of their own (a mean's in integers)."""
 
 _SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization")
 """Operators that may have further outputs; their readers see to it that nobody uses those."""
@@ -137,6 +140,32 @@ def _read_conv(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None
     return "conv", operands, attributes
 
 
+def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    attributes = _window(node)
+    if attributes is None:
+        return None
+    dilation = _integers(node, "dilations") or (1,) * len(attributes["kernel"])
+    return "max_pool", operands, attributes | {"dilation": dilation}
+
+
+def _read_average_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    attributes = _window(node)
+    if attributes is None or set(_integers(node, "dilations")) - {1}:
+        return None
+    return "average_pool", operands, attributes | {"include_pad": bool(_integer(node, "count_include_pad", 0))}
+
+
+def _window(node: ir.Node) -> dict[str, Any] | None:
+    """What both pools have; None where the padding follows from the input's size, or the kernel has no torch form."""
+    kernel, ceil = _integers(node, "kernel_shape"), bool(_integer(node, "ceil_mode", 0))
+    auto_pad = _text(node, "auto_pad", "NOTSET")
+    if len(kernel) not in (1, 2, 3) or auto_pad not in ("NOTSET", "VALID") or (ceil and auto_pad == "VALID"):
+        return None
+    stride = _integers(node, "strides") or (1,) * len(kernel)
+    padding = _integers(node, "pads") or (0,) * (2 * len(kernel))
+    return {"kernel": kernel, "stride": stride, "padding": padding, "ceil": ceil}
+
+
 def _read_attention(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
     plain = (
         all(value is None for value in operands[4:])
@@ -192,15 +221,82 @@ def _read_softmax(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | N
 
 
 def _read_mean(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    axes: tuple[int, ...] = _integers(node, "axes")
+    axes: tuple[int, ...] | None = _integers(node, "axes")
     if len(operands) > 1 and operands[1] is not None:
-        tensor = graph.constant(operands[1])
-        if tensor is None:
-            return None
-        axes = tuple(tensor.flatten().tolist())
+        axes = _constant_integers(graph, operands[1])
     if not axes:
         return None
     return "mean", operands[:1], {"axes": axes, "keepdim": bool(_integer(node, "keepdims", 1))}
+
+
+def _read_global_mean(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    rank = operands[0].rank if operands[0] is not None else None
+    return None if rank is None or rank < 3 else ("mean", operands, {"axes": tuple(range(2, rank)), "keepdim": True})
+
+
+def _read_clip(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    if graph.opset < 11:
+        bounds = [_number(node, name, 0.0) if name in node.attributes else None for name in ("min", "max")]
+    else:
+        given = (*operands[1:], None, None)[:2]
+        bounds = [_constant_number(graph, value) for value in given]
+        if any(value is not None and bound is None for value, bound in zip(given, bounds, strict=True)):
+            return None
+    if bounds == [None, None]:
+        return "identity", operands[:1], {}
+    return "clip", operands[:1], {"low": bounds[0], "high": bounds[1]}
+
+
+def _constant_number(graph: OnnxGraph, value: OnnxValue | None) -> float | None:
+    """The number in a constant of one element, where Python's floats hold it."""
+    tensor = graph.constant(value) if value is not None else None
+    if tensor is None or tensor.numel() != 1:
+        return None
+    number = tensor.item()
+    if tensor.dtype == torch.float32:
+        return _shortest(number)
+    return float(number) if float(number) == number or number != number else None  # bounds of int64 may be too long
+
+
+def _read_hard_sigmoid(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    alpha, beta = _number(node, "alpha", 0.2), _number(node, "beta", 0.5)
+    return ("hard_sigmoid", operands, {}) if (alpha, beta) == (_shortest(1 / 6), 0.5) else None
+
+
+def _read_concat(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    return ("concat", operands, {"axis": _integer(node, "axis", 1)}) if None not in operands else None
+
+
+def _read_pad(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    if _text(node, "mode", "constant") != "constant":
+        return None
+    if graph.opset < 11:
+        return "pad", operands[:1], {"padding": _integers(node, "pads"), "value": _number(node, "value", 0.0)}
+    x, sizes, fill, axes = (*operands, None, None)[:4]
+    padding = _constant_integers(graph, sizes)
+    value = 0.0 if fill is None else _constant_number(graph, fill)
+    if padding is None or value is None:
+        return None
+    if axes is not None:
+        chosen, rank = _constant_integers(graph, axes), x.rank if x is not None else None
+        if chosen is None or rank is None:
+            return None
+        sides = [0] * (2 * rank)
+        for index, axis in enumerate(chosen):
+            sides[axis % rank], sides[rank + axis % rank] = padding[index], padding[len(chosen) + index]
+        padding = tuple(sides)
+    return "pad", (x,), {"padding": padding, "value": value}
+
+
+def _constant_integers(graph: OnnxGraph, value: OnnxValue | None) -> tuple[int, ...] | None:
+    tensor = graph.constant(value) if value is not None else None
+    return tuple(tensor.flatten().tolist()) if tensor is not None else None
+
+
+def _read_squeeze(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    """Without axes, Squeeze drops every axis of size 1: that depends on the sizes, so it stays opaque."""
+    axes = _integers(node, "axes") if graph.opset < 13 else _constant_integers(graph, (*operands, None)[1])
+    return (node.op_type.lower(), operands[:1], {"axes": axes}) if axes else None
 
 
 def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
@@ -275,12 +371,18 @@ def _read_dropout(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | N
 
 _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
     "Conv": _read_conv,
+    "MaxPool": _read_max_pool,
+    "AveragePool": _read_average_pool,
+    "GlobalAveragePool": _read_global_mean,
     "Attention": _read_attention,
     "LayerNormalization": _read_layer_norm,
     "RMSNormalization": lambda graph, node, operands: _read_norm("rms_norm", node, operands),
     "BatchNormalization": _read_batch_norm,
     "Gather": _read_gather,
     "Gelu": lambda graph, node, operands: ("gelu", operands, {"approximate": _text(node, "approximate", "none")}),
+    "Clip": _read_clip,
+    "LeakyRelu": lambda graph, node, operands: ("leaky_relu", operands, {"slope": _number(node, "alpha", 0.01)}),
+    "HardSigmoid": _read_hard_sigmoid,
     "Softmax": _read_softmax,
     "ReduceMean": _read_mean,
     "QuantizeLinear": _read_quantize,
@@ -289,6 +391,10 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
     "Transpose": _read_transpose,
     "Cast": _read_cast,
     "Slice": _read_slice,
+    "Concat": _read_concat,
+    "Pad": _read_pad,
+    "Squeeze": _read_squeeze,
+    "Unsqueeze": _read_squeeze,
     "Dropout": _read_dropout,
 }
 
@@ -298,7 +404,7 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
 
 def write(graph: OnnxGraph, word: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     """The node that means `word` at the graph's opset."""
-    if word in _PLAIN_OPS:
+    if word in _PLAIN_OPS and (word != "hard_swish" or graph.opset >= 14):
         return Spelled(_PLAIN_OPS[word], operands, {})
     writer = _WRITERS.get(word)
     spelled = writer(graph, operands, attributes) if writer is not None else None
@@ -330,6 +436,19 @@ def _write_function(word: str, operands: Sequence[OnnxValue | None], attributes:
 def _conv_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     names = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups"}
     return {onnx_name: attributes[name] for onnx_name, name in names.items() if attributes[name] != ()}
+
+
+def _write_pool(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
+    names = {"kernel": "kernel_shape", "stride": "strides", "padding": "pads", "dilation": "dilations",
+             "ceil": "ceil_mode", "include_pad": "count_include_pad"}  # fmt: skip
+
+    def write_one(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+        given = {name: value for name, value in attributes.items() if value not in ((), False)}
+        if set(given.get("dilation", ())) == {1}:
+            del given["dilation"]  # older than opset 10 has neither it nor ceil_mode
+        return Spelled(op_type, operands, {names[name]: value for name, value in given.items()})
+
+    return write_one
 
 
 def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
@@ -390,6 +509,37 @@ def _write_mean(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attribut
     return Spelled("ReduceMean", [*operands, axes], {"keepdims": keepdims})
 
 
+def _write_clip(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    bounds = {"min": attributes["low"], "max": attributes["high"]}
+    if graph.opset < 11:
+        return Spelled("Clip", operands, {name: bound for name, bound in bounds.items() if bound is not None})
+    return Spelled("Clip", [*operands, *(_like(graph, operands[0], bound) for bound in bounds.values())], {})
+
+
+def _like(graph: OnnxGraph, x: OnnxValue | None, number: float | None) -> OnnxValue | None:
+    """A number as a constant of x's dtype."""
+    dtype = (x.dtype if x is not None else None) or torch.float32
+    return None if number is None else graph.add_constant(torch.tensor(number, dtype=dtype))
+
+
+def _write_pad(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset < 11:
+        return Spelled("Pad", operands, {"pads": attributes["padding"], "value": attributes["value"]})
+    sizes = graph.add_constant(torch.tensor(attributes["padding"], dtype=torch.int64))
+    value = _like(graph, operands[0], attributes["value"] or None)  # 0 is what engines fuse when it is left out
+    return Spelled("Pad", [*operands, sizes, value], {})
+
+
+def _write_squeeze(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
+    def write_one(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+        if graph.opset < 13:
+            return Spelled(op_type, operands, {"axes": attributes["axes"]})
+        axes = graph.add_constant(torch.tensor(attributes["axes"], dtype=torch.int64))
+        return Spelled(op_type, [*operands, axes], {})
+
+    return write_one
+
+
 def _write_slice(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     bounds = [graph.add_constant(torch.tensor([attributes[key]])) for key in ("start", "end", "axis")]
     return Spelled("Slice", [*operands, *bounds], {})
@@ -408,6 +558,8 @@ def _write_quantize(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
 
 _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "conv": lambda graph, operands, attributes: Spelled("Conv", operands, _conv_attributes(attributes)),
+    "max_pool": _write_pool("MaxPool"),
+    "average_pool": _write_pool("AveragePool"),
     "attention": _write_attention,
     "layer_norm": _write_layer_norm,
     "rms_norm": _write_rms_norm,
@@ -416,6 +568,11 @@ _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     ),
     "embedding": lambda graph, operands, attributes: Spelled("Gather", operands, {"axis": 0}),
     "gelu": _write_gelu,
+    "clip": _write_clip,
+    "leaky_relu": lambda graph, operands, attributes: Spelled("LeakyRelu", operands, {"alpha": attributes["slope"]}),
+    "hard_sigmoid": lambda graph, operands, attributes: Spelled(
+        "HardSigmoid", operands, {"alpha": 1 / 6, "beta": 0.5}
+    ),
     "softmax": lambda graph, operands, attributes: Spelled("Softmax", operands, {"axis": attributes["axis"]}),
     "mean": _write_mean,
     "quantize": _write_quantize("QuantizeLinear"),
@@ -424,4 +581,8 @@ _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "transpose": lambda graph, operands, attributes: Spelled("Transpose", operands, {"perm": attributes["perm"]}),
     "cast": lambda graph, operands, attributes: Spelled("Cast", operands, {"to": int(onnx_dtype(attributes["dtype"]))}),
     "slice": _write_slice,
+    "concat": lambda graph, operands, attributes: Spelled("Concat", operands, {"axis": attributes["axis"]}),
+    "pad": _write_pad,
+    "squeeze": _write_squeeze("Squeeze"),
+    "unsqueeze": _write_squeeze("Unsqueeze"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from graphopt.dialects.fx_words import quantized_decomposed
 from graphopt.graph import Graph, GraphError, Value
 from graphopt.rewrite import scalar
 from graphopt.words import WORDS
+from tests.language import producer
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -52,6 +53,24 @@ CASES: dict[str, list[Case]] = {
     "layer_norm": [([normal(2, 3, 4), normal(4), normal(4, seed=1)], {"eps": 1e-6}),
                    ([normal(2, 3, 4), normal(3, 4)], {})],
     "rms_norm": [([normal(2, 3, 4), normal(4)], {"eps": 1e-6})],
+    "max_pool": [
+        ([normal(2, 3, 9)], {"kernel": (3,), "stride": (2,), "padding": (1, 1), "dilation": (2,), "ceil": True}),
+        ([normal(2, 3, 8, 9)], {"kernel": (3, 2), "stride": (2, 3), "padding": (1, 0, 1, 0), "dilation": (1, 1)}),
+        ([normal(2, 3, 6, 6)], {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 1, 1, 0), "dilation": (1, 1),
+                                "ceil": True}),
+        ([normal(1, 2, 5, 6, 7)], {"kernel": (2, 3, 1), "stride": (1, 2, 3), "padding": (0, 2, 0) * 2,
+                                   "dilation": (1, 1, 1)}),
+    ],
+    "average_pool": [
+        ([normal(2, 3, 9)], {"kernel": (3,), "stride": (2,), "padding": (1, 1), "include_pad": True}),
+        ([normal(2, 3, 8, 9)], {"kernel": (3, 2), "stride": (2, 3), "padding": (1, 0, 1, 0), "ceil": True}),
+        ([normal(2, 3, 6, 6)], {"kernel": (2, 2), "stride": (3, 3), "padding": (1, 1, 1, 1), "ceil": True,
+                                "include_pad": True}),
+        ([normal(2, 3, 6, 6)], {"kernel": (3, 3), "stride": (2, 2), "padding": (0, 1, 1, 0)}),
+        ([normal(2, 3, 6, 6)], {"kernel": (3, 3), "stride": (2, 2), "padding": (0, 1, 1, 0), "ceil": True,
+                                "include_pad": True}),
+        ([normal(1, 2, 5, 6, 7)], {"kernel": (2, 3, 1), "stride": (1, 2, 3), "padding": (0,) * 6}),
+    ],
     "batch_norm": [([normal(2, 3, 4, 4), normal(3), normal(3, seed=1), normal(3, seed=2), normal(3, seed=3) ** 2],
                     {"eps": 1e-3})],
     "embedding": [([normal(9, 4), torch.tensor([[0, 8], [3, 3]])], {}),
@@ -59,6 +78,13 @@ CASES: dict[str, list[Case]] = {
     "gelu": [([normal(2, 4)], {}), ([normal(2, 4)], {"approximate": "tanh"})],
     "silu": [([normal(2, 4)], {})],
     "relu": [([normal(2, 4)], {})],
+    "clip": [([normal(2, 4)], {"low": -0.5, "high": 0.7}), ([normal(2, 4)], {"low": 0.1}),
+             ([normal(2, 4)], {"high": 6.0}), ([normal(2, 4)], {"low": 0.5, "high": -0.5}),
+             ([integers(2, 4, dtype=torch.int32)], {"low": -3.0, "high": 2.0**30}),
+             ([normal(2, 4).double()], {"low": 0.1, "high": 0.2})],
+    "leaky_relu": [([normal(2, 4)], {}), ([normal(2, 4)], {"slope": 0.2})],
+    "hard_sigmoid": [([normal(2, 4) * 5], {})],
+    "hard_swish": [([normal(2, 4) * 5], {})],
     "add": [([normal(2, 1, 4), normal(3, 1)], {})],
     "mul": [([normal(2, 1, 4), normal(3, 1)], {})],
     "softmax": [([normal(2, 3, 4)], {"axis": 1})],
@@ -92,6 +118,13 @@ CASES: dict[str, list[Case]] = {
     "transpose": [([normal(2, 3, 4)], {"perm": (2, 0, 1)})],
     "cast": [([normal(2, 3)], {"dtype": torch.float64})],
     "slice": [([normal(2, 6)], {"axis": 1, "start": 1, "end": 4})],
+    "concat": [([normal(2, 3), normal(2, 1)], {"axis": 1}), ([normal(2, 3)], {}),
+               ([normal(2, 3), normal(4, 3), normal(1, 3)], {"axis": -2}),
+               ([integers(2), integers(3)], {})],
+    "pad": [([normal(2, 3)], {"padding": (0, 1, 2, 0), "value": 0.5}), ([normal(2, 3)], {"padding": (1, -1, -1, 0)}),
+            ([integers(2, 3, 4, dtype=torch.int64)], {"padding": (1, 0, 0, 0, 2, 3), "value": -3.0})],
+    "squeeze": [([normal(2, 1, 3)], {"axes": (1,)}), ([normal(1, 2, 1)], {"axes": (0, -1)})],
+    "unsqueeze": [([normal(2, 3)], {"axes": (1,)}), ([normal(2, 3)], {"axes": (-1,)})],
     "pow": [([normal(2, 3).abs(), normal(3)], {})],
     "where": [([normal(2, 3) > 0, normal(2, 3), normal(3)], {})],
     "mean": [([normal(2, 3, 4)], {"axes": (1, 2), "keepdim": False}), ([normal(2, 3, 4)], {"axes": (-1,)})],
@@ -101,11 +134,17 @@ CASES: dict[str, list[Case]] = {
 }  # fmt: skip
 
 
+def operand_names(word: str, tensors: Sequence[Tensor | None]) -> tuple[str, ...]:
+    """A name for each operand: those of a variadic word are numbered."""
+    names = WORDS[word].names(len(tensors))
+    return tuple(f"{name}{index}" for index, name in enumerate(names)) if WORDS[word].variadic else names
+
+
 def emitted(
     word: str, tensors: list[Tensor | None], attributes: Mapping[str, Any]
 ) -> tuple[FxGraph, dict[str, Tensor]]:
     """A graph of one word whose operands are inputs (a shape is a constant), and feeds for it."""
-    names = WORDS[word].operands
+    names = operand_names(word, tensors)
     feeds = {n: t for n, t in zip(names, tensors, strict=False) if t is not None and (word, n) != ("reshape", "shape")}
     graph = FxGraph.empty({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in feeds.items()})
     inputs: dict[str, Value | None] = {value.name: value for value in graph.inputs}
@@ -141,6 +180,35 @@ def test_a_word_is_emitted_run_and_read_back(word: str, case: Case) -> None:
     again = graph.emit_all(node, *node.operands)
     for found, wanted in zip(graph.evaluate(feeds, again), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_variadic_word_takes_one_operand_or_more() -> None:
+    graph = FxGraph.empty({"x": ((2, 3), torch.float32), "y": ((2, 1), torch.float32)})
+    x, y = graph.inputs
+    node = producer(graph.emit("concat", x, y, x, axis=1))
+    assert node.operands == (x, y, x)
+    with pytest.raises(GraphError, match="concat has any number of values: read its operands"):
+        node.operand("values")
+    for operands in ((), (x, None)):
+        with pytest.raises(GraphError, match="concat needs its operand 'values'"):
+            graph.emit("concat", *operands)
+
+
+def test_an_axis_a_node_where_several_are_added() -> None:
+    tensors: list[Tensor | None] = [normal(2, 3)]
+    graph, feeds = emitted("unsqueeze", tensors, {"axes": (3, 0, -4)})
+    assert [node.attributes["axes"] for node in graph.nodes] == [(0,), (1,), (3,)]
+    torch.testing.assert_close(
+        graph.evaluate(feeds, graph.outputs), list(reference("unsqueeze", tensors, {"axes": (3, 0, -4)}))
+    )
+    with pytest.raises(GraphError, match="unsqueeze needs its axes"):
+        graph.emit("unsqueeze", graph.inputs[0])
+
+
+def test_a_clip_without_bounds_is_an_identity() -> None:
+    graph, feeds = emitted("clip", [normal(2, 3)], {})
+    assert [node.kind for node in graph.nodes] == ["identity"]
+    assert torch.equal(graph.evaluate(feeds, graph.outputs)[0], normal(2, 3))
 
 
 def test_an_embedding_takes_ids_of_any_integer_type() -> None:
@@ -237,9 +305,7 @@ def test_spellings_of_a_linear_are_one_word_on_the_stored_matrix(word: str, func
     module = Lambda(function, normal(4, 5), normal(5))
     graph = load(module, X)
     (node,) = graph.sites(word)
-    assert [
-        n.kind for n in graph.nodes if n.kind not in ("linear", "aten.unsqueeze.default", "aten.sym_size.int")
-    ] == []
+    assert [n.kind for n in graph.nodes if n.kind not in ("linear", "unsqueeze", "aten.sym_size.int")] == []
     assert node.weight is not None and node.weight.data_ptr() == module.w.data_ptr()  # type: ignore[union-attr]
     assert node.weight.shape == (5, 4)
     assert_same(graph, module, X)

@@ -14,7 +14,7 @@ from torch import Tensor
 from graphopt.dialects.onnx import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.graph import GraphError, Value
 from graphopt.words import WORDS
-from tests.dialects.test_fx import CASES, Case, integers, normal, reference
+from tests.dialects.test_fx import CASES, Case, integers, normal, operand_names, reference
 from tests.language import build, feeds
 from tests.models import model, plain_run
 
@@ -34,6 +34,9 @@ MORE_CASES: dict[str, list[Case]] = {
           integers(5, 4, 3, 3, dtype=torch.int8), PER_CHANNEL, torch.tensor(0.1), torch.tensor(7, dtype=torch.uint8),
           normal(5)], {"stride": (1, 1), "padding": (0,) * 4, "dilation": (2, 2), "groups": 1}),
     ],
+    "max_pool": [([integers(1, 2, 6, 6)], {"kernel": (2, 2), "stride": (1, 1), "padding": (0,) * 4,
+                                           "dilation": (1, 1)})],
+    "unsqueeze": [([normal(2, 3)], {"axes": (0, 3, 1)})],
     "slice": [([normal(4, 6)], {"axis": 0, "start": 3, "end": 4})],
     "softmax": [([normal(2, 3, 4)], {})],
     "transpose": [([normal(3, 4)], {"perm": (1, 0)})],
@@ -44,13 +47,14 @@ ALL_CASES = [(word, case) for cases in (CASES, MORE_CASES) for word, several in 
 def emitted(word: str, case: Case) -> tuple[OnnxGraph, dict[str, Tensor]]:
     """A graph of one word whose operands are inputs (a shape and an embedding's table are constants), and feeds."""
     tensors, attributes = case
-    given = {n: t for n, t in zip(WORDS[word].operands, tensors, strict=False) if t is not None}
+    names = operand_names(word, tensors)
+    given = {n: t for n, t in zip(names, tensors, strict=False) if t is not None}
     stored = {"shape", "table"} & set(given)
     inputs = {name: tensor for name, tensor in given.items() if name not in stored}
     graph = OnnxGraph.empty({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items()})
     values: dict[str, Value] = {value.name: value for value in graph.inputs}
     values |= {name: graph.add_constant(given[name], name) for name in stored}
-    results = graph.emit_all(word, *[values.get(name) for name in WORDS[word].operands], **attributes)
+    results = graph.emit_all(word, *[values.get(name) for name in names], **attributes)
     graph.set_outputs(dict(zip(WORDS[word].results, results, strict=True)))
     graph.verify()
     return graph, inputs
