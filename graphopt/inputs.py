@@ -1,0 +1,66 @@
+"""What flows into weights on the calibration batches: second moments, shared by all that multiply the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from graphopt.graph import Graph, Node, Value
+from graphopt.numerics.moments import Covariance, Norm, Rows
+from graphopt.pipeline import Context
+from graphopt.weights import Weight
+
+S = TypeVar("S", Norm, Covariance)
+
+
+def covariances(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """Of each weight, the mean of x xᵀ over the inputs x of all its sites: float64 (groups, features, features).
+
+    Weights that read the same come together, not in the given order. The graph must not change until the last is read.
+    Raises UsageError without calibration.
+    """
+    return _observed(graph, context, weights, Covariance, Covariance.matrix)
+
+
+def norms(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """As `covariances`, the root mean square of each input: float64 (groups, features)."""
+    squares = _observed(graph, context, weights, Norm, lambda norm: norm.norms().square())
+    return ((weight, mean.sqrt()) for weight, mean in squares)
+
+
+def _observed(
+    graph: Graph,
+    context: Context,
+    weights: Sequence[Weight],
+    statistic: Callable[[int, Rows | None], S],
+    mean: Callable[[S], Tensor],
+) -> Iterator[tuple[Weight, Tensor]]:
+    """The mean over all rows that a weight multiplies; `mean` gives that of one statistic."""
+    readers: dict[tuple[tuple[Value, Rows | None], ...], list[Weight]] = {}
+    for weight in weights:
+        readers.setdefault(tuple((site.input, _rows(site)) for site in weight.sites), []).append(weight)
+    wanted = (
+        (value, statistic(reading[0].tensor[0].numel(), rows))
+        for inputs, reading in readers.items() for value, rows in inputs
+    )  # fmt: skip
+    seen = context.statistics(graph, wanted)
+    for inputs, reading in readers.items():
+        several = [next(seen) for _ in inputs]
+        total = sum(one.count for one in several)
+        moments = mean(several[0]) if len(several) == 1 else sum(mean(one) * (one.count / total) for one in several)
+        assert isinstance(moments, torch.Tensor)
+        for weight in reading:
+            yield weight, moments
+
+
+def _rows(site: Node) -> Rows | None:
+    if site.kind != "conv":
+        return None
+    shape, attributes = site.required("weight").shape, site.attributes
+    assert shape is not None
+    kernel = tuple(int(size) for size in shape[2:])
+    stride, padding, dilation = (tuple(attributes[name]) for name in ("stride", "padding", "dilation"))
+    return kernel, stride, padding, dilation, int(attributes["groups"])
