@@ -202,8 +202,17 @@ class Graph(ABC):
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> Value:
         """Put a node just before `at` (at the end without it), under its module path; its first result. Inert.
 
-        kind: a word; a dialect's own operation, for lowering; or a node, to compute the same on other operands.
-        Raises GraphError when the operands do not fit the word.
+        kind: a word; a dialect's own operation, for lowering; or a node, to compute the same on other operands, its
+        attributes as they are but for those given. Raises GraphError when the operands do not fit the word.
+        """
+
+    @abstractmethod
+    def emit_sized(
+        self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
+    ) -> Value:
+        """As `emit` of a node that is told the shape of its result (reshape, expand, resize), told other `sizes`.
+
+        sizes: by axis of the result. Sizes that the graph computes are kept, those that are left open (-1) too.
         """
 
     def emit_all(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> tuple[

@@ -327,7 +327,7 @@ class FxGraph(Graph):
         if isinstance(kind, Node):
             read = fx_words.read(_native(kind), self.native.tensor)
             if read is None:
-                node = writer.copy(_native(kind), raws)
+                node = writer.copy(_native(kind), raws, attributes)
             else:
                 node = writer.word(read.word, raws, read.attributes | attributes)
         elif kind in WORDS:
@@ -335,6 +335,18 @@ class FxGraph(Graph):
         else:
             node = writer.operator(kind, raws, attributes)
         return FxValue(self, results(node)[0])
+
+    def emit_sized(
+        self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
+    ) -> FxValue:
+        native, (x, *_) = _native(node), operands
+        arguments = fx_words.arguments(native)
+        name = next((name for name in ("size", "shape") if name in arguments), None)
+        if x is None or name is None:
+            raise GraphError(f"{node.kind} is told no shape ({node.label})")
+        told = [size if size == -1 else sizes.get(axis, size) for axis, size in enumerate(arguments[name])]
+        writer = NodeWriter(self.native, None if at is None else _native(at))
+        return FxValue(self, writer.copy(native, [_raw(x), *tensors_read(native)[1:]], {name: told}))
 
     def replace(self, node: Node, *values: Value) -> None:
         old = results(_native(node))

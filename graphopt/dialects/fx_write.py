@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -35,8 +36,8 @@ class NodeWriter:
                 raise GraphError(f"{name} needs its operand {operand!r}")
         return fx_words.write(self, name, complete, dict(word.attributes) | dict(attributes))
 
-    def copy(self, node: fx.Node, raws: Sequence[Raw]) -> fx.Node:
-        """The same operation on other values, in the order in which it reads them."""
+    def copy(self, node: fx.Node, raws: Sequence[Raw], changed: Mapping[str, Any] = MappingProxyType({})) -> fx.Node:
+        """The same operation on other values, in the order in which it reads them, with some arguments changed."""
         if len(raws) != len(tensors_read(node)):
             raise GraphError(f"{target_name(node)} reads {len(tensors_read(node))} values, not {len(raws)}")
         waiting = iter(raws)
@@ -49,6 +50,11 @@ class NodeWriter:
             return raw.number if takes_number else self.tensor(raw)  # type: ignore[union-attr]
 
         args, kwargs = with_nodes((node.args, node.kwargs), other)
+        if changed:
+            names = [parameter.name for parameter in cast(Any, node.target)._schema.arguments]
+            given = dict(zip(names, args, strict=False)) | kwargs | dict(changed)
+            args = [given.pop(name) for name in names[: len(args)]]
+            kwargs = given
         return self.call(cast(Callable[..., Any], node.target), *args, **kwargs)
 
     def operator(self, kind: str, raws: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:

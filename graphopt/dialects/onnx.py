@@ -14,8 +14,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.dialects import onnx_functions, onnx_shapes, onnx_words
-from graphopt.dialects.onnx_tensors import TORCH_DTYPES, onnx_dtype, take_in, to_numpy, to_torch
+from graphopt.dialects import onnx_files, onnx_functions, onnx_shapes, onnx_words
+from graphopt.dialects.onnx_tensors import TORCH_DTYPES, onnx_dtype, to_numpy, to_torch
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD
 from graphopt.graph import Graph, GraphError, Node, Shape, Value
 from graphopt.words import WORDS
@@ -156,8 +156,10 @@ class OnnxGraph(Graph):
 
     dialect = "onnx"
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, scratch: onnx_files.Scratch | None = None) -> None:
+        """scratch: where weights that are added go, for a model that is not to be held in memory."""
         self.model = model
+        self.scratch = scratch
         self.version = 0
         self._numbers = itertools.count()
         self._fresh: dict[ir.Node, None] = {}
@@ -179,7 +181,8 @@ class OnnxGraph(Graph):
         """
         from graphopt.dialects import onnx_load
 
-        graph = cls(onnx_load.in_order(model))
+        ordered = onnx_load.in_order(model)
+        graph = cls(ordered, onnx_files.scratch_for(ordered))
         graph.refine_shapes()
         onnx_load.raise_spellings(graph)
         graph.sweep()
@@ -188,7 +191,10 @@ class OnnxGraph(Graph):
 
     @classmethod
     def from_file(cls, path: str | Path) -> OnnxGraph:
-        """Read a file; external data stays memory-mapped. Raises GraphError for what is not a readable ONNX model."""
+        """Read a file; external data stays there, and what is added to a large one goes to a temporary file.
+
+        Raises GraphError for what is not a readable ONNX model.
+        """
         from graphopt.dialects import onnx_load
 
         return cls.from_model(onnx_load.read_model(path))
@@ -272,19 +278,21 @@ class OnnxGraph(Graph):
         name = self._unique(name or "constant")
         array = to_numpy(tensor)
         native = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
-        native.const_value = ir.Tensor(array, dtype=dtype, name=name)
+        held = ir.Tensor(array, dtype=dtype, name=name)
+        spills = self.scratch is not None and held.nbytes > onnx_files.SMALL
+        native.const_value = self.scratch.store(held) if self.scratch is not None and spills else held
         self.model.graph.register_initializer(native)
         return OnnxValue(self, native)
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
         path = at.path if at is not None else ""
         if isinstance(kind, OnnxNode) and kind.word is not None and kind.native.op_type not in onnx_words.KEPT:
-            spelled = self._spell(kind.kind, operands, kind.attributes)
+            spelled = self._spell(kind.kind, operands, {**kind.attributes, **attributes})
         elif isinstance(kind, OnnxNode):
             spelled = onnx_words.Spelled(
                 kind.native.op_type,
                 _onnx_values(operands),
-                {a.name: a for a in kind.native.attributes.values()},
+                {a.name: a for a in kind.native.attributes.values()} | attributes,
                 kind.native.domain,
                 len(kind.native.outputs),
             )
@@ -304,6 +312,32 @@ class OnnxGraph(Graph):
             self.model.graph.append(native)
         self._fresh[native] = None
         return OnnxValue(self, native.outputs[0])
+
+    def emit_sized(
+        self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
+    ) -> OnnxValue:
+        *others, shape = operands
+        known = node.result.shape
+        if shape is None or known is None:
+            raise GraphError(f"{node.kind} is told no shape that is known ({node.label})")
+        value = self.emit(node, *others, self._with_sizes(shape, sizes, len(known), at), at=at)
+        value.native.shape = ir.Shape([sizes.get(axis, None if n == "?" else n) for axis, n in enumerate(known)])
+        return value
+
+    def _with_sizes(self, shape: Value, sizes: Mapping[int, int], rank: int, at: Node | None) -> Value:
+        """A tensor of sizes with other numbers at some places, which count as in the result of rank `rank`."""
+        length = shape.shape[0] if shape.shape else 0
+        if not isinstance(length, int):
+            raise GraphError(f"'{shape.name}' holds sizes, and it is not known how many")
+        tensor = self.constant(shape)
+        numbers = torch.zeros(length, dtype=torch.int64) if tensor is None else tensor.clone()
+        told = torch.tensor([axis + rank - length in sizes for axis in range(length)])
+        for axis, size in sizes.items():
+            if axis >= rank - length and numbers[axis - rank + length] != -1:
+                numbers[axis - rank + length] = size
+        if tensor is not None:
+            return self.add_constant(numbers, shape.name)
+        return self.emit("where", self.add_constant(told), self.add_constant(numbers), shape, at=at)
 
     def _spell(
         self, kind: str, operands: Sequence[Value | None], attributes: Mapping[str, Any]
@@ -456,7 +490,7 @@ class OnnxGraph(Graph):
     # --- whole graph
 
     def clone(self) -> Self:
-        return type(self)(self.model.clone())
+        return type(self)(self.model.clone(), self.scratch)
 
     def verify(self) -> None:
         graph = self.model.graph
@@ -478,16 +512,17 @@ class OnnxGraph(Graph):
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
 
     def save(self, path: str | Path) -> None:
-        model = self.model.clone()
-        take_in(model.graph.initializers.values())  # the file stands for itself
-        ir.save(model, str(path))
+        path = Path(path)
+        outside = onnx_files.size(self.model) > onnx_files.INSIDE
+        onnx_files.save(self.model, path, path.name + ".data" if outside else None)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises GraphError where it is damaged, or has weights outside the file's folder."""
         from graphopt.dialects import onnx_load
 
-        return cls(onnx_load.read_model(path))
+        model = onnx_load.read_model(path)
+        return cls(model, onnx_files.scratch_for(model))
 
     def refine_shapes(self) -> None:
         """Infer shapes again where they are open: constants, and words raised since, tell more than the file did.
