@@ -12,7 +12,9 @@ from rich.console import Console
 
 from benchmarks.case import DataMissing, Settings
 
-CASES = ("minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "curves", "pruned", "growth")
+CASES = (
+    "minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "curves", "pruned", "growth", "quantization",
+)  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
