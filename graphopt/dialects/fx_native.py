@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphopt.graph import GraphError
@@ -191,7 +192,7 @@ class Native:
     def _infer(self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         fake_args, fake_kwargs = with_nodes((tuple(args), dict(kwargs)), meta)
         try:
-            with self.fake, torch.no_grad():
+            with enable_python_dispatcher(), self.fake, torch.no_grad():  # C++ kernels fix sizes that are symbols
                 return target(*fake_args, **fake_kwargs)
         except Exception as error:
             reason = str(error).strip() or type(error).__name__

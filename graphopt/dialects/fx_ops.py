@@ -12,6 +12,8 @@ import torch
 from graphopt.words import WORDS, Word
 
 NAMES = ("choose_qparams", "linear_int8", "conv_int8", "add_int8", "max_pool", "average_pool")
+_DIFFERENTIABLE = ("max_pool", "average_pool")
+"""Their gradient is that of what the reference calls."""
 
 
 def _schema(word: Word) -> str:
@@ -28,5 +30,8 @@ def _schema(word: Word) -> str:
 for _name in NAMES:
     _word = WORDS[_name]
     torch.library.define(f"graphopt::{_name}", _schema(_word), tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(f"graphopt::{_name}", "CompositeExplicitAutograd", _word.reference)
-    torch.library.register_fake(f"graphopt::{_name}", _word.reference)
+    if _name in _DIFFERENTIABLE:
+        torch.library.impl(f"graphopt::{_name}", "CompositeImplicitAutograd", _word.reference)
+    else:
+        torch.library.impl(f"graphopt::{_name}", "CompositeExplicitAutograd", _word.reference)
+        torch.library.register_fake(f"graphopt::{_name}", _word.reference)
