@@ -7,6 +7,7 @@ how in its row.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -45,7 +46,8 @@ def run(settings: Settings) -> bool:
             figures = measure(task, Path(folder), settings)
         fp32, found = figures.pop("fp32"), figures
         judged = found[JUDGED]
-        best = max((one[0] for row, one in found.items() if row not in OURS and isinstance(one, tuple)), default=-float("inf"))
+        peers = [one[0] for row, one in found.items() if row not in OURS and isinstance(one, tuple)]
+        best = max(peers, default=-float("inf"))
         rows = table(f"{task.name}: {task.metric}", "", "metric", "against fp32", "cosine to fp32")
         assert isinstance(fp32, tuple)
         rows.add_row("fp32", f"{fp32[0]:.4f}", "", "")
@@ -125,7 +127,7 @@ def _ort_static(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared, file = folder / "prepared.onnx", folder / f"{method}.onnx"
-    with quiet():
+    with quiet(), contextlib.chdir(folder):  # it leaves files in the working folder where it fails
         try:
             quant_pre_process(str(source), str(prepared))
         except Exception:
