@@ -46,6 +46,11 @@ class Backend(ABC):
     round_to: ClassVar[Mapping[str, int]]
     """Sizes that kernels run fast are multiples of these: by kind of axis (neurons, channels, width, rank)."""
 
+    zeros: ClassVar[str] = "dense kernels multiply zeros like any number: a file is smaller once compressed, no more"
+    """What zeros inside weights bring here, in words for the user."""
+    sparse: ClassVar[tuple[str, ...]] = ()
+    """The patterns of zeros that kernels skip here, as `sparsify` spells them (2:4)."""
+
     @abstractmethod
     def pipeline(self) -> str:
         """The lowering passes of this target, as text."""

@@ -158,10 +158,12 @@ def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class FakeTarget:
-    """A target by what a pass asks of it: which schemes each word has a kernel for."""
+    """A target by what a pass asks of it: which schemes each word has a kernel for, and what zeros bring."""
 
     name: str = "toy"
     schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    zeros: str = "zeros are numbers"
+    sparse: tuple[str, ...] = ()
 
 
 def feeds(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Tensor]:

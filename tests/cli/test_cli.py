@@ -313,7 +313,7 @@ def test_passes_lists_every_pass_with_its_options() -> None:
     for one in facts.values():
         assert one["help"]
         assert all(help_ for _, help_ in one["options"].values()), f"an option of {one['name']} has no docstring"
-    assert facts["sparsify"]["options"]["amount"][0] == "0.5"
+    assert facts["sparsify"]["options"]["scope"][0] == "local"
     shown = done("passes")
     assert all(f"{name}  (" in shown for name in REGISTRY)
 
