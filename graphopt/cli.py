@@ -68,6 +68,7 @@ Model = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own default without it.", min=1)]
 Target = Annotated[str, typer.Option(help="What the model will run on; see `graphopt targets`.")]
+CalibrationSteps = Annotated[int | None, typer.Option(help="Most calibration batches to use.", min=1)]
 Passes = Annotated[
     str | None,
     typer.Option(
@@ -87,7 +88,7 @@ def optimize(
     calibration: Annotated[
         Path | None, typer.Option(help="An .npz file: one array an input, samples along axis 0.")
     ] = None,
-    calibration_steps: Annotated[int | None, typer.Option(help="Most calibration batches to use.", min=1)] = None,
+    calibration_steps: CalibrationSteps = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what each pass would do, and why not; write nothing.")
     ] = False,
@@ -129,6 +130,52 @@ def optimize(
         return
     _show(small.report)
     typer.echo("\ndry run: nothing was written" if dry_run else f"\nwritten: {', '.join(map(str, written))}")
+
+
+@command
+def sensitivity(
+    model: Model,
+    setting: Annotated[
+        list[str],
+        typer.Option(help='A pass to try on each site alone, such as "sparsify{amount=0.5}"; may be given again.'),
+    ],
+    calibration: Annotated[Path, typer.Option(help="An .npz file: one array an input, samples along axis 0.")],
+    calibration_steps: CalibrationSteps = None,
+    sites: Annotated[
+        list[str] | None,
+        typer.Option(help="A word, path or pattern, in place of the settings' own targets; may be given again."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Most batches to compare outputs on; 8 without it.", min=1, show_default=False)
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="A file that keeps what was measured: a later run goes on from there.")
+    ] = None,
+    target: Target = "onnxruntime",
+    as_json: Json = False,
+) -> None:
+    """Show how much the outputs suffer when one site alone is changed."""
+    from graphopt.instruments import Progress
+    from graphopt.sensitivity import STEPS
+    from graphopt.sensitivity import sensitivity as measure
+
+    _require_file(model)
+    quiet = as_json or not sys.stderr.isatty()
+    found = measure(
+        model,
+        setting,
+        calibration=_arrays(calibration),
+        calibration_steps=calibration_steps,
+        sites=sites or None,
+        steps=steps or STEPS,
+        cache=cache,
+        target=target,
+        instruments=() if quiet else [Progress()],
+    )
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _show(found)
 
 
 @command

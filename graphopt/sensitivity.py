@@ -89,7 +89,8 @@ class Sensitivity:
 
     def ranking(self, setting: Pass | str | None = None) -> list[Row]:
         """The rows of one setting (or all) that were measured, the most harmful first."""
-        rows = [row for row in self.rows if row.damage is not None and setting in (None, row.setting)]
+        wanted = self.settings if setting is None else [str(setting)]
+        rows = [row for row in self.rows if row.damage is not None and row.setting in wanted]
         return sorted(rows, key=lambda row: row.damage.rank if row.damage else math.inf)
 
     def of(self, site: Node | str) -> dict[str, Damage]:
@@ -198,6 +199,8 @@ def scan(
     Raises UsageError without settings, sites or batches, for a pass without targets, and where `evaluate` gives no
     number; PassError where a pass fails.
     """
+    if steps < 1:
+        raise UsageError(f"sensitivity: steps is {steps}; give at least 1")
     units = list(_units(graph, settings, sites, context))
     batches = list(islice(context.batches(), steps))
     reference = Reference(graph, batches, evaluate)

@@ -8,17 +8,17 @@ import sys
 import pytest
 
 ORDERS = {
-    "submodule first": "import graphopt.optimize, graphopt.compare; import graphopt",
+    "submodule first": "import graphopt.optimize, graphopt.compare, graphopt.sensitivity; import graphopt",
     "submodule last": "import graphopt; graphopt.optimize; from graphopt.optimize import Optimized",
     "by an instrument": "from graphopt.instruments import Dump; import graphopt",
 }
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_optimize_and_compare_are_functions(order: str) -> None:
-    check = "print(type(graphopt.optimize).__name__, type(graphopt.compare).__name__)"
+def test_functions_named_like_their_modules_are_functions(order: str) -> None:
+    check = "print(*(type(getattr(graphopt, name)).__name__ for name in ('optimize', 'compare', 'sensitivity')))"
     found = subprocess.run([sys.executable, "-c", f"{order}; {check}"], capture_output=True, text=True, check=True)
-    assert found.stdout == "function function\n"
+    assert found.stdout == "function function function\n"
 
 
 def test_importing_the_package_imports_no_torch() -> None:
