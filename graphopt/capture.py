@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
+from graphopt import cost
 from graphopt.constants import fold_constants
 from graphopt.graph import Graph, GraphError, Value
 from graphopt.numerics import metrics
@@ -82,19 +83,21 @@ def capture(
     example_inputs: Any = None,
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     cache: bool = False,
+    run: bool | None = None,
 ) -> Captured:
     """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph or a path to .onnx.
 
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
     for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
     axis 0 of every input and axis 1 of integer inputs. cache: capture the decode step of a language model.
-    Both are for modules, which are traced; anything else has its axes already. The model is not changed.
+    Both are for modules, which are traced; anything else has its axes already. run: whether an ONNX model is run, to
+    see that what is made of it computes the same; None does so up to `cost.LARGE`. The model is not changed.
     Raises CaptureError.
     """
     kind = type(model)
     if isinstance(model, str | Path):
         _refuse_options("an .onnx file", dynamic_shapes, cache)
-        return _capture_file(Path(model), dialect, example_inputs)
+        return _capture_file(Path(model), dialect, example_inputs, run)
     if isinstance(model, nn.Module):
         if example_inputs is None:
             name = type(model).__name__
@@ -106,9 +109,10 @@ def capture(
     if kind.__module__.startswith("onnx_graphsurgeon") and kind.__name__ == "Graph":
         import onnx_graphsurgeon
 
-        return _capture_onnx(onnx_graphsurgeon.export_onnx(model), dialect, example_inputs, "onnx_graphsurgeon.Graph")
+        proto = onnx_graphsurgeon.export_onnx(model)
+        return _capture_onnx(proto, dialect, example_inputs, "onnx_graphsurgeon.Graph", run)
     if kind.__name__ == "ModelProto":
-        return _capture_onnx(model, dialect, example_inputs, "onnx.ModelProto")
+        return _capture_onnx(model, dialect, example_inputs, "onnx.ModelProto", run)
     raise CaptureError(
         f"cannot capture a {kind.__module__}.{kind.__qualname__}; hand over an nn.Module, ExportedProgram, "
         "fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to an .onnx file"
@@ -188,7 +192,7 @@ def _graph_of(
 # --- ONNX ----------------------------------------------------------------------------------------------------------
 
 
-def _capture_file(path: Path, dialect: str, example_inputs: Any) -> Captured:
+def _capture_file(path: Path, dialect: str, example_inputs: Any, run: bool | None) -> Captured:
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise CaptureError(f"{path} may hold a pickle, which is never loaded; load the module and hand that over")
     if path.suffix == ".pt2":
@@ -202,10 +206,10 @@ def _capture_file(path: Path, dialect: str, example_inputs: Any) -> Captured:
         model = read_model(path)
     except GraphError as error:
         raise CaptureError(str(error)) from error
-    return _capture_onnx(model, dialect, example_inputs, str(path))
+    return _capture_onnx(model, dialect, example_inputs, str(path), run)
 
 
-def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str) -> Captured:
+def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str, run: bool | None) -> Captured:
     if dialect != "onnx":
         raise CaptureError(
             "an ONNX model cannot go to a target of the fx dialect; use target=onnxruntime, or hand over the nn.Module"
@@ -228,6 +232,10 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str) ->
         feeds = [_made_feeds(graph.inputs, notes)] if all(v.dtype is not None for v in graph.inputs) else []
     else:
         feeds = [signature.bind(one if isinstance(one, tuple) else (one,), {})[0] for one in several(example_inputs)]
+    size = cost.Cost.of(graph).bytes
+    if not (size <= cost.LARGE if run is None else run):
+        notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run, and stays at opset {opset}")
+        return Captured(onnx_capture.refined(_raise_checked(graph, [], None, notes)), signature, feeds, source, notes)
     expected = _reference(graph, feeds, notes)
     if expected is None and example_inputs is not None:
         raise CaptureError(f"{source} does not run on the example inputs: {notes[-1]}")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
-from graphopt.graph import Graph, Node
+from graphopt.graph import Graph, Node, Shape, Value
+
+LARGE = 2 * 2**30
+"""Bytes of weights above which a model is not run for a check unless asked, nor held in memory if it lies in a file."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,13 @@ class Cost:
     @classmethod
     def of(cls, graph: Graph, sizes: Mapping[str, int] | None = None) -> Cost:
         """The cost of a graph; `sizes` gives numbers for named axes (without it, a dynamic graph has no FLOPs)."""
-        tensors = [tensor for _, tensor in graph.constants()]
-        flops = [_flops(node, sizes or {}) for node in graph.nodes]
+        # One at a time: each may be a mapping of its own.
+        stored = [(tensor.numel(), tensor.element_size()) for _, tensor in graph.constants()]
+        counted = [flops(node, sizes or {}) for node in graph.nodes]
         return cls(
-            flops=None if None in flops else sum(n for n in flops if n is not None),
-            parameters=sum(tensor.numel() for tensor in tensors),
-            bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            flops=None if None in counted else sum(n for n in counted if n is not None),
+            parameters=sum(count for count, _ in stored),
+            bytes=sum(count * size for count, size in stored),
         )
 
 
@@ -42,20 +47,27 @@ def sizes(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _flops(node: Node, sizes: Mapping[str, int]) -> int | None:
-    """FLOPs of one node, 0 for what is not counted, None where a size is unknown."""
+def flops(node: Node, sizes: Mapping[str, int], shapes: Mapping[Value, Shape] = MappingProxyType({})) -> int | None:
+    """FLOPs of one node, 0 for what is not counted, None where a size is unknown.
+
+    sizes: numbers for named axes; shapes: for values that are to be of other shapes than they have.
+    """
     if node.kind not in ("linear", "linear_int8", "conv", "conv_int8", "matmul", "attention"):
         return 0
-    out = _numbers(node.result.shape, sizes)
+
+    def numbers(value: Value) -> list[int] | None:
+        return _numbers(shapes.get(value, value.shape), sizes)
+
+    out = numbers(node.result)
     if out is None:
         return None
     if node.kind.startswith(("linear", "conv")):
-        weight = _numbers(node.required("weight").shape, sizes)
+        weight = numbers(node.required("weight"))
         return None if weight is None else 2 * math.prod(out) * math.prod(weight[1:])
     if node.kind == "matmul":
-        a = _numbers(node.required("a").shape, sizes)
+        a = numbers(node.required("a"))
         return None if a is None else 2 * math.prod(out) * a[-1]
-    query, key = _numbers(node.required("query").shape, sizes), _numbers(node.required("key").shape, sizes)
+    query, key = numbers(node.required("query")), numbers(node.required("key"))
     if query is None or key is None:
         return None
     # Two products, each batch x length x keys x width (heads included in the width).
@@ -63,7 +75,7 @@ def _flops(node: Node, sizes: Mapping[str, int]) -> int | None:
     return 4 * query[0] * query[-2] * key[-2] * width
 
 
-def _numbers(shape: tuple[int | str, ...] | None, sizes: Mapping[str, int]) -> list[int] | None:
+def _numbers(shape: Shape | None, sizes: Mapping[str, int]) -> list[int] | None:
     if shape is None:
         return None
     numbers = [size if isinstance(size, int) else sizes.get(size) for size in shape]

@@ -292,9 +292,10 @@ def digest(graph: Graph) -> str:
     for node in graph.nodes:
         read = [value.name for value in node.operands if value is not None and value.is_constant]
         found.update("\0".join([node.name, *read, ""]).encode())
-    for name, tensor in sorted(graph.constants(), key=lambda item: item[0]):
+    # One tensor at a time: together they may not fit memory.
+    for name, content in sorted((name, hashlib.sha256(raw_bytes(tensor))) for name, tensor in graph.constants()):
         found.update(name.encode())
-        found.update(raw_bytes(tensor))
+        found.update(content.digest())
     return found.hexdigest()
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphopt import cost
 from graphopt.backend import Backend, LoweringError, Runner
 from graphopt.calibrate import Calibration
 from graphopt.capture import Captured, Feeds, Signature, capture
-from graphopt.cost import Cost
 from graphopt.graph import Graph, GraphError, digest
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline import Context, Loss, Pass, Pipeline, UsageError, parse
@@ -29,9 +29,6 @@ from graphopt.report import GraphDiff, Report, count_kinds
 
 if TYPE_CHECKING:
     from graphopt.backends.measure import Ratio
-
-LARGE = 2 * 2**30
-"""Bytes of weights above which outputs are not compared unless asked."""
 
 _VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
@@ -60,7 +57,8 @@ def optimize(
     calibration: any iterable of batches, for passes that look at activations. loss: (what the model returns, the
     batch) -> one number, for passes that follow gradients; None is the cross-entropy to the labels in the batches.
     threads: of the engine, None for its default.
-    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights.
+    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
+    that is not run at all unless asked, and its weights are read one by one: memory holds a few copies of the largest.
     instruments: further watchers of the pipeline, such as Dump or Progress.
 
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
@@ -70,8 +68,9 @@ def optimize(
     pipeline = _pipeline(passes, backend)
     with _few_collections():
         captured = capture(
-            model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache
-        )
+            model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
+            run=agree or None,
+        )  # fmt: skip
         data = None
         if calibration is not None:
             data = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
@@ -92,8 +91,11 @@ def _run(
     original = captured.graph
     report = Report(target=backend.name, source=captured.source, pipeline=str(pipeline), versions=_versions())
     report.notes += captured.notes
-    watchers: list[Instrument] = [Reproduce(), Verify(), *instruments]
-    reference = _agree(captured, agree, report)
+    large = cost.Cost.of(original).bytes > cost.LARGE
+    watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *instruments]
+    if large:
+        report.notes.append("above 2 GB: a pass that fails leaves no reproducer (instruments=[Reproduce(folder)] does)")
+    reference = _agree(captured, large, agree, report)
     if reference is not None:
         watchers.append(reference)
     context = Context(
@@ -118,13 +120,15 @@ def _run(
             reference.hold(lowered, neutral)
         except GraphError as error:
             raise LoweringError(f"lowered for {backend.name}, the graph computes something else: {error}") from error
-    runner = backend.compile(lowered, threads)
-    backend.check(neutral, runner)
     report.cost_after, report.words_after = context.cost(neutral), count_kinds(neutral.nodes)
-    report.census = runner.census()
+    made = Optimized(original, neutral, lowered, report, backend, captured.signature, captured.feeds, threads)
+    if large and not agree:
+        return made
+    backend.check(neutral, made.runner)
+    report.census = made.runner.census()
     if reference is not None:
-        report.agreement = reference.compare(runner)
-    return Optimized(original, neutral, lowered, runner, report, backend, captured.signature, captured.feeds, threads)
+        report.agreement = reference.compare(made.runner)
+    return made
 
 
 @dataclass
@@ -151,12 +155,16 @@ class Optimized:
     """The graph of words after the passes, before the target's own operations were put in."""
     lowered: Graph
     """What the target runs."""
-    runner: Runner
     report: Report
     backend: Backend
     signature: Signature
     feeds: list[Feeds]
     threads: int | None = None
+
+    @cached_property
+    def runner(self) -> Runner:
+        """The lowered graph, compiled; above 2 GB of weights not before it is asked for."""
+        return self.backend.compile(self.lowered, self.threads)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the target: inputs and result as the original model has them; numpy in gives numpy out."""
@@ -291,13 +299,12 @@ def _pipeline(passes: str | Pass | Iterable[Pass] | None, backend: Backend) -> P
     return Pipeline([*own, *chosen, *parse(backend.pipeline(), REGISTRY).passes])
 
 
-def _agree(captured: Captured, agree: bool | None, report: Report) -> Agree | None:
-    if agree is False:
+def _agree(captured: Captured, large: bool, agree: bool | None, report: Report) -> Agree | None:
+    if large and not agree:
+        what = "outputs are not compared with the original, nor kernels counted"
+        report.notes.append(f"above 2 GB: {what} (agree=True does both)")
         return None
-    if not captured.feeds:
-        return None
-    if agree is None and Cost.of(captured.graph).bytes > LARGE:
-        report.notes.append("above 2 GB: outputs are not compared with the original (agree=True does)")
+    if agree is False or not captured.feeds:
         return None
     return Agree(captured.graph, captured.feeds, captured.signature.outputs)
 

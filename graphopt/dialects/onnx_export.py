@@ -13,16 +13,14 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
+from graphopt.dialects import onnx_files
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx_load import MAP_TYPE
-from graphopt.dialects.onnx_tensors import take_in
 from graphopt.dialects.onnx_words import DOMAIN
 from graphopt.graph import GraphError, Node, Value
 from graphopt.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
 
 _EXPORTERS = ("pkg.torch.onnx.", "pkg.torch.export.")
-EXTERNAL_ABOVE = 2**31 - 2**24
-"""Bytes of weights above which a file must keep them outside (protobuf's limit, less room for the graph)."""
 
 
 def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
@@ -134,24 +132,25 @@ DYNAMIC_QUANTIZE = Rule(
 def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_data: bool | None = None) -> None:
     """Write the file under a temporary name in its folder, check it, and rename it.
 
-    external_data: weights beside the file as NAME.onnx.data; None decides by size. Raises GraphError where the folder
-    is not there, or stands in a file's place, and OSError where the disk is full; then nothing is left behind.
+    external_data: weights beside the file as NAME.onnx.data, one at a time in memory; None does so where they do not
+    fit one file, or were not held in memory before. Raises GraphError where the folder is not there, or stands in a
+    file's place, and OSError where the disk is full; then nothing is left behind.
     """
     if not path.parent.is_dir():
         raise GraphError(f"there is no folder {path.parent}; make it first")
     for file in (path, path.with_name(path.name + ".data")):
         if file.is_dir():
             raise GraphError(f"{file} is a folder; name another file")
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    external = size > EXTERNAL_ABOVE if external_data is None else external_data
-    if not external and size > EXTERNAL_ABOVE:
+    size = onnx_files.size(model)
+    needed = size > onnx_files.INSIDE
+    external = needed or onnx_files.is_spilled(model) if external_data is None else external_data
+    if needed and not external:
         raise GraphError(f"{size / 2**30:.1f} GiB of weights do not fit one ONNX file: leave external_data to graphopt")
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
-        take_in(model.graph.initializers.values())  # of the file that was read
-        ir.save(model, written, external_data=path.name + ".data" if external else None, size_threshold_bytes=1024)
+        onnx_files.save(model, written, path.name + ".data" if external else None)
         _put_back_maps(model, written)
         _check(model, written)
         data = written.with_name(path.name + ".data")

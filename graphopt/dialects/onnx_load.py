@@ -15,7 +15,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxNode, OnnxValue
-from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES, take_in
+from graphopt.dialects.onnx_files import open_weights
+from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD, repeats_over_queries
 from graphopt.graph import GraphError, Shape
 
@@ -34,13 +35,11 @@ def read_model(path: str | Path) -> ir.Model:
         check_external_data(proto, path.parent)
         model = parsed(proto)
         model.graph.sort()  # an unsorted graph cannot be cloned
+        open_weights(model, path.parent)
     except GraphError:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
-    ir.external_data.set_base_dir(model.graph, path.parent.absolute())
-    for inner in model.graph.subgraphs():  # engines find large weights of the outer graph only
-        take_in(inner.initializers.values())
     return model
 
 

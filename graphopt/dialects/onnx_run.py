@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from torch import Tensor
 
-from graphopt.dialects.onnx_tensors import TORCH_DTYPES, array_to_torch, take_in, to_numpy
+from graphopt.dialects.onnx_tensors import TORCH_DTYPES, array_to_torch, to_numpy
 from graphopt.graph import GraphError
 
 LEVELS = {
@@ -40,11 +40,11 @@ def session(
     options.log_severity_level = 4  # what fails is raised, and needs no second telling
     if threads is not None:
         options.intra_op_num_threads = threads
-    names, arrays, proto = _without_large_weights(model)
+    weights, proto = _without_large_weights(model)
     if outputs is not None:
         _keep_only(proto.graph, outputs)
-    kept = {tensor.name for tensor in proto.graph.initializer}
-    shared = {name: array for name, array in zip(names, arrays, strict=True) if name in kept}
+    kept = [tensor.name for tensor in proto.graph.initializer if tensor.name in weights]
+    shared = {name: np.ascontiguousarray(weights[name].numpy()) for name in kept}
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
     if values:
         options.add_external_initializers(list(shared), values)
@@ -70,22 +70,20 @@ def _from_result(result: Any) -> Any:
     return array_to_torch(result, dtype) if dtype is not None else result
 
 
-def _without_large_weights(model: ir.Model) -> tuple[list[str], list[np.ndarray[Any, Any]], onnx.ModelProto]:
-    """Names and arrays of the weights that are worth it, and the model, which only names them."""
+def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol], onnx.ModelProto]:
+    """The weights that are worth it by name, not read yet, and the model, which only names them."""
     initializers = model.graph.initializers.values()
     held = {value: value.const_value for value in initializers if value.const_value is not None}
-    names, arrays = [], []
+    weights = {}
     try:
         for value, tensor in held.items():
             if tensor.nbytes <= _LARGE or tensor.dtype not in _SHAREABLE:
-                take_in([value])  # the engine reads no file for a model in memory
                 continue
-            names.append(value.name or "")
-            arrays.append(np.ascontiguousarray(tensor.numpy()))
+            weights[value.name or ""] = tensor
             value.const_value = ir.ExternalTensor(
                 "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
             )
-        return names, arrays, ir.to_proto(model)
+        return weights, ir.to_proto(model)
     finally:
         for value, tensor in held.items():
             value.const_value = tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -49,10 +48,15 @@ def array_to_torch(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
     if array.size <= 64:
         return torch.from_numpy(array.copy())
     # torch has no read-only tensors, and from_numpy warns of it; the waist forbids writing to constants.
-    interface = dict(array.__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-    holder = type("Array", (), {"__array_interface__": interface, "owner": array})()
-    return torch.from_numpy(np.asarray(holder))
+    return torch.from_numpy(np.asarray(_Writeable(array)))
+
+
+class _Writeable:
+    """A read-only array by its address; it dies with the last tensor over it, and no later: so may its mapping."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.owner = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
@@ -62,11 +66,3 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
         return bits
     array: np.ndarray[Any, Any] = tensor.numpy()
     return array
-
-
-def take_in(values: Iterable[ir.Value]) -> None:
-    """Let constants whose data lies in a file be tensors in memory (mapped from that file)."""
-    for value in values:
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
