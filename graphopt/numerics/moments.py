@@ -39,6 +39,32 @@ class Norm:
         return (self._squares / self.count).sqrt()
 
 
+class Mean:
+    """The mean of each feature over all rows: what a change of weights shifts the outputs by, on average."""
+
+    def __init__(self, features: int, conv: Rows | None = None) -> None:
+        """features: as for `Norm`."""
+        self.features, self.conv = features, conv
+        self._sum = torch.zeros(1 if conv is None else conv[4], features, dtype=torch.float64)
+        self.count = 0
+        """Rows seen."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._sum.nbytes
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take in one batch: as `Covariance.update`."""
+        rows = _rows(x, mask, self.features, self.conv)
+        self._sum += rows.sum(1, dtype=torch.float64)
+        self.count += rows.shape[1]
+
+    def mean(self) -> Tensor:
+        """Float64 (groups, features). ValueError when no row was seen."""
+        _require_rows(self.count)
+        return self._sum / self.count
+
+
 class Covariance:
     """The second moment matrix of the rows that a layer multiplies with its weight: the mean of x xᵀ, not centred.
 

@@ -7,18 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphopt.numerics.moments import Covariance, Norm
+from graphopt.numerics.moments import Covariance, Mean, Norm
 
 
 def test_batches_add_up_to_the_whole() -> None:
     x = torch.randn(40, 7, generator=torch.Generator().manual_seed(1))
-    covariance, norm = Covariance(7), Norm(7)
+    covariance, norm, mean = Covariance(7), Norm(7), Mean(7)
     for part in (x[start : start + 9] for start in range(0, 40, 9)):
         covariance.update(part)
         norm.update(part)
+        mean.update(part)
     whole = x.double().numpy()
     np.testing.assert_allclose(covariance.matrix()[0], whole.T @ whole / 40, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(norm.norms()[0], np.sqrt((whole**2).mean(0)), rtol=1e-6)
+    np.testing.assert_allclose(mean.mean()[0], whole.mean(0), rtol=1e-12)
     assert covariance.nbytes == 7 * 7 * 8 == covariance.matrix().nbytes
 
 

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
@@ -114,9 +115,11 @@ def test_activation_within_its_range_is_within_half_a_step(one: float, other: fl
     low, high = sorted((one, other))
     scale, zero_point = quantize.activation_parameters(low, high)
     assert scale > 0 and 0 <= zero_point <= 255
-    x = torch.tensor([low, high, low + share * (high - low), 0.0])
-    back = quantize.dequantize_activation(quantize.quantize_activation(x, scale, zero_point), scale, zero_point)
-    assert bool(((back - x).abs() <= HALF_STEP * scale).all())
+    x = np.array([low, high, low + share * (high - low), 0.0], np.float32)
+    parameters: dict[str, Array] = {"scale": np.array(scale, np.float32), "zero": np.array(zero_point, np.uint8)}
+    (q,) = evaluate("QuantizeLinear", {"x": x, **parameters}, {"y": TensorProto.UINT8})
+    (back,) = evaluate("DequantizeLinear", {"x": q, **parameters}, {"y": TensorProto.FLOAT})
+    assert bool((np.abs(back - x) <= HALF_STEP * scale).all())
     assert back[3] == 0
 
 
@@ -153,32 +156,170 @@ def test_a_range_upside_down() -> None:
         quantize.activation_parameters(2.0, 1.0)
 
 
-@given(WEIGHTS, st.floats(2**-10, 1e3, width=32), st.integers(0, 255))
-@settings(max_examples=60, deadline=None)
-def test_activation_equals_onnx_quantize_linear(x: Array, scale: float, zero_point: int) -> None:
-    # the evaluator rounds through int32: |x / scale| stays below 2**31
-    feeds = {"x": x, "scale": np.array(scale, np.float32), "zero": np.array(zero_point, np.uint8)}
-    (expected,) = evaluate("QuantizeLinear", feeds, {"y": TensorProto.UINT8})
-    q = quantize.quantize_activation(torch.from_numpy(x), scale, zero_point)
-    assert q.dtype == torch.uint8 and np.array_equal(q.numpy(), expected)
-    feeds = {"x": expected, "scale": feeds["scale"], "zero": feeds["zero"]}
-    (expected,) = evaluate("DequantizeLinear", feeds, {"y": TensorProto.FLOAT})
-    assert np.array_equal(quantize.dequantize_activation(q, scale, zero_point).numpy(), expected)
-
-
 @given(WEIGHTS.filter(lambda x: np.ptp(np.append(x, 0)) > 1e-30))
 @settings(max_examples=60, deadline=None)
-def test_dynamic_equals_onnx_dynamic_quantize_linear(x: Array) -> None:
+def test_activation_parameters_of_extremes_equal_onnx_dynamic_quantize_linear(x: Array) -> None:
     outputs = {"y": TensorProto.UINT8, "scale": TensorProto.FLOAT, "zero": TensorProto.UINT8}
-    y, expected_scale, expected_zero = evaluate("DynamicQuantizeLinear", {"x": x}, outputs)
-    scale, zero_point = quantize.dynamic_parameters(torch.from_numpy(x))
-    assert (scale, zero_point) == (float(expected_scale), int(expected_zero))
-    assert np.array_equal(quantize.quantize_activation(torch.from_numpy(x), scale, zero_point).numpy(), y)
+    _, scale, zero = evaluate("DynamicQuantizeLinear", {"x": x}, outputs)
+    assert quantize.activation_parameters(float(x.min()), float(x.max())) == (float(scale), int(zero))
 
 
-def test_dynamic_of_zeros_of_nothing_and_of_nan() -> None:
-    assert quantize.dynamic_parameters(torch.zeros(3)) == (1.0, 0)
-    with pytest.raises(ValueError, match="no elements"):
-        quantize.dynamic_parameters(torch.zeros(0, 3))
-    with pytest.raises(ValueError, match=r"first at \(1,\)"):
-        quantize.dynamic_parameters(torch.tensor([0.0, float("nan")]))
+FITS = [
+    {"axis": 0},
+    {"axis": 1},
+    {"axis": None},
+    {"block": 16},
+    {"axis": 0, "symmetric": False},
+    {"axis": None, "symmetric": False},
+    {"block": 32, "symmetric": False},
+]
+
+
+def slices(weight: Tensor, axis: int | None = 0, block: int | None = None, symmetric: bool = True) -> list[Array]:
+    """Which weights share a scale, in the order of the scales."""
+    w = weight.numpy()
+    if block is not None:
+        return [row[start : start + block] for row in w for start in range(0, len(row), block)]
+    return [w] if axis is None else list(np.moveaxis(w, axis, 0))
+
+
+def nearest(weights: Array, scale: float, zero_point: int, low: int, high: int) -> Array:
+    """What each weight becomes, found by trying every integer."""
+    values = (np.arange(low, high + 1) - zero_point) * np.float64(scale)
+    return np.asarray(values[np.abs(weights.reshape(-1, 1) - values).argmin(1)])
+
+
+@pytest.mark.parametrize("options", FITS, ids=str)
+@pytest.mark.parametrize("search", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_grid_rounds_to_the_nearest_of_its_values(options: dict[str, Any], search: bool, bits: int) -> None:
+    weight = seeded(6, 64) * torch.arange(1.0, 7)[:, None]
+    grid = quantize.fit(weight, bits=bits, search=search, **options)
+    integers = grid.round(weight)
+    symmetric = options.get("symmetric", True)
+    assert integers.dtype == (torch.int8 if symmetric else torch.uint8) and integers.shape == weight.shape
+    parts, back = slices(weight, **options), slices(grid.values(integers), **options)
+    scales = grid.scale.flatten().tolist()
+    zeros = [0] * len(scales) if grid.zero_point is None else grid.zero_point.flatten().tolist()
+    assert len(scales) == len(parts) and all(0 <= zero < 2**bits for zero in zeros)
+    lowest = -(2 ** (bits - 1)) + (0 if "block" in options else 1)
+    assert (grid.low, grid.high) == ((lowest, 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1))
+    for part, found, scale, zero in zip(parts, back, scales, zeros, strict=True):
+        expected = nearest(part, scale, zero, grid.low, grid.high)
+        np.testing.assert_allclose(found.flatten(), expected, atol=1e-5 * abs(scale))
+        if not search:
+            asymmetric_end = 1.0 if "block" in options and symmetric else 0.5  # the upper end has a step less
+            assert np.abs(found - part).max() <= asymmetric_end * (1 + 1e-5) * abs(scale)
+    scale, zero_point = grid.expanded(weight)
+    torch.testing.assert_close((integers - zero_point) * scale, grid.values(integers))
+
+
+@pytest.mark.parametrize("options", FITS, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_search_finds_the_best_shrink_of_each_slice(options: dict[str, Any], bits: int) -> None:
+    weight = seeded(4, 64, seed=1) ** 3
+    whole, searched = (quantize.fit(weight, bits=bits, search=search, **options) for search in (False, True))
+    zeros = torch.zeros_like(whole.scale) if whole.zero_point is None else whole.zero_point
+    rows = zip(slices(weight, **options), whole.scale.flatten(), searched.scale.flatten(), zeros.flatten(), strict=True)
+    for part, before, after, zero in rows:
+        errors = []
+        for shrink in np.arange(1, 0.29, -0.02):
+            kept = nearest(part, float(before) * shrink, int(zero), whole.low, whole.high)
+            errors.append(np.square(kept - part.flatten()).sum())
+        found = nearest(part, float(after), int(zero), whole.low, whole.high)
+        assert np.square(found - part.flatten()).sum() <= min(errors) * (1 + 1e-5)
+        assert 0.29 <= float(after / before) <= 1
+
+
+def test_a_block_puts_its_largest_weight_at_the_lower_end() -> None:
+    weight = torch.zeros(2, 16)
+    weight[0, 3], weight[0, 4], weight[1, 5], weight[1, 6] = 4.0, -1.0, -4.0, 3.6
+    grid = quantize.fit(weight, bits=4, block=16)
+    integers = grid.round(weight)
+    assert grid.scale.tolist() == [[-0.5], [0.5]]
+    assert integers[0, 3:5].tolist() == [-8, 2] and integers[1, 5:7].tolist() == [-8, 7]
+
+
+def test_seven_bits_do_not_saturate_in_sixteen() -> None:
+    integers, _ = quantize.quantize_weight(seeded(4, 64), bits=7)
+    assert int(integers.abs().max()) == 63 and 2 * 255 * 63 < 2**15
+
+
+@pytest.mark.parametrize("block", [None, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("search", [True, False])
+def test_zeros_and_subnormals_stay_zero_and_zero_is_exact(block: int | None, symmetric: bool, search: bool) -> None:
+    weight = seeded(4, 32)
+    weight[0], weight[1] = 0, 1e-40
+    weight[:, ::3] = 0
+    grid = quantize.fit(weight, bits=4, block=block, symmetric=symmetric, search=search)
+    values = grid.values(grid.round(weight))
+    assert bool((values[:2] == 0).all()) and bool((values[:, ::3] == 0).all())
+    assert bool((grid.scale[:2] == 1).all())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_sided_weights_use_all_unsigned_integers(sign: int) -> None:
+    weight = sign * torch.linspace(0.5, 15, 64).reshape(2, 32)
+    grid = quantize.fit(weight, bits=4, axis=None, symmetric=False)
+    assert grid.scale == 1 and grid.zero_point == (0 if sign > 0 else 15)
+
+
+def test_blocks_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"block 32 does not divide 48 inputs \(weight \[2, 48\]\)"):
+        quantize.fit(torch.ones(2, 48), block=32)
+    with pytest.raises(ValueError, match="block must be one of 16, 32, 64, 128, 256, got 8"):
+        quantize.fit(torch.ones(2, 48), block=8)
+    with pytest.raises(ValueError, match=r"blocks need a matrix, got shape \[2, 16, 1\]"):
+        quantize.fit(torch.ones(2, 16, 1), block=16)
+
+
+@given(st.sampled_from([2, 4, 8]), st.integers(1, 9), st.data())
+@settings(max_examples=60, deadline=None)
+def test_packed_numbers_lie_low_bits_first(bits: int, count: int, data: st.DataObject) -> None:
+    numbers = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count))
+    packed = quantize.pack(torch.tensor([numbers], dtype=torch.uint8), bits)
+    whole = int.from_bytes(bytes(packed[0].tolist()), "little")
+    assert whole == sum(number << (bits * place) for place, number in enumerate(numbers))
+    assert packed.shape[1] == -(-count * bits // 8)
+    assert quantize.unpack(packed, bits, count).tolist() == [numbers]
+    signed = (torch.tensor([numbers]) - 2 ** (bits - 1)).to(torch.int8)
+    assert torch.equal(quantize.pack(signed, bits), packed)
+
+
+def test_three_bits_have_no_packed_form() -> None:
+    with pytest.raises(ValueError, match="bits must be 2, 4 or 8 to be packed, got 3"):
+        quantize.pack(torch.zeros(1, 8, dtype=torch.uint8), 3)
+    with pytest.raises(ValueError, match="bits must be 2, 4 or 8 to be packed, got 3"):
+        quantize.unpack(torch.zeros(1, 8, dtype=torch.uint8), 3, 8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block", [16, 32])
+def test_packed_blocks_are_what_onnxruntime_multiplies(bits: int, symmetric: bool, block: int) -> None:
+    n, k = 5, 96  # an odd number of blocks of 32: zero points of 4 bits need a filled byte
+    weight, x = seeded(n, k), seeded(3, k, seed=1)
+    grid = quantize.fit(weight, bits=bits, block=block, symmetric=symmetric)
+    integers = grid.round(weight)
+    constants = {
+        "B": quantize.pack(integers.reshape(n, -1, block), bits).numpy(),
+        "scales": grid.scale.numpy(),
+    }
+    if grid.zero_point is not None:
+        constants["zero_points"] = quantize.pack(grid.zero_point, bits).numpy()
+    node = helper.make_node(
+        "MatMulNBits", ["A", *constants], ["Y"], domain="com.microsoft", K=k, N=n, bits=bits, block_size=block
+    )
+    graph = helper.make_graph(
+        [node],
+        "blocks",
+        [helper.make_tensor_value_info("A", TensorProto.FLOAT, [3, k])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [3, n])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"A": x.numpy()})
+    np.testing.assert_allclose(found, x.numpy() @ grid.values(integers).numpy().T, rtol=1e-4, atol=1e-4)
