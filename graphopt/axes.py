@@ -187,11 +187,12 @@ def _described(
     for index, parts in enumerate(members):
         producers = list(dict.fromkeys(node for node, _ in parts))
         size = max(int(axis.units.max()) for axis in axes[index]) + 1
+        wide = any(len(units) > len(np.unique(units)) for _, units in parts)  # several outputs are one unit
         reason = facts.locks[first[index]][1] if first[index] < len(facts.locks) else None
         described.append(
             Group(
                 name=_unique(producers[0].label, taken),
-                kind=_kind(producers, norms[index], index in heads, index in split),
+                kind=_kind(producers, norms[index], index in heads, index in split and wide),
                 size=size,
                 axes=tuple(axes[index]),
                 producers=tuple(producers),

@@ -697,6 +697,12 @@ def repeat(op: Op) -> None:
                 op.lock(op.x, axis - offset, "is repeated by")
 
 
+def roll(op: Op) -> None:
+    op.aligned(op.x, op.y)
+    for axis in op.attributes.get("dims", range(op.rank(op.x))):
+        op.lock(op.x, axis, "is rolled by")
+
+
 def depth_to_space(op: Op) -> None:
     """Channels (C, r²), or (r², C) in ONNX's default mode, become C."""
     _depth(op, op.x, op.y, op.attributes.get("mode", "DCR") == "DCR" and op.kind.startswith("onnx."))
@@ -831,7 +837,7 @@ _ATEN = (
     | {"cat": concat, "stack": stack, "index_select": gather, "constant_pad_nd": pad, "expand": expand, "bmm": matmul,
        "repeat": repeat, "addmm": addmm, "baddbmm": addmm, "convolution": conv_transpose, "group_norm": group_norm,
        "instance_norm": per_channel, "pixel_shuffle": depth_to_space, "pixel_unshuffle": space_to_depth,
-       "prelu": per_channel, "_prelu_kernel": elementwise, "split_with_sizes": split}
+       "prelu": per_channel, "roll": roll, "_prelu_kernel": elementwise, "split_with_sizes": split}
 )  # fmt: skip
 
 _ATEN_OVERLOADS = (
