@@ -25,6 +25,11 @@ def covariances(graph: Graph, context: Context, weights: Sequence[Weight]) -> It
     return _observed(graph, context, weights, Covariance, Covariance.matrix)
 
 
+def affine(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """As `covariances`, with one more input that is always 1, whose row holds the means of the others."""
+    return _observed(graph, context, weights, Covariance, Covariance.affine)
+
+
 def norms(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
     """As `covariances`, the root mean square of each input: float64 (groups, features)."""
     squares = _observed(graph, context, weights, Norm, lambda norm: norm.norms().square())
