@@ -13,7 +13,9 @@ from rich.console import Console
 from benchmarks.case import DataMissing, Settings
 
 CASES = (
-    "minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "curves", "pruned", "growth", "quantization",
+    "minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "groups", "curves", "pruned", "growth",
+    "quantization",
+    "streaming",
 )  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

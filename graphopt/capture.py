@@ -234,7 +234,8 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str, ru
         feeds = [signature.bind(one if isinstance(one, tuple) else (one,), {})[0] for one in several(example_inputs)]
     size = cost.Cost.of(graph).bytes
     if not (size <= cost.LARGE if run is None else run):
-        notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run, and stays at opset {opset}")
+        stays = f", and stays at opset {opset}" if onnx_capture.liftable(graph) else ""
+        notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run{stays} (agree=True runs it)")
         return Captured(onnx_capture.refined(_raise_checked(graph, [], None, notes)), signature, feeds, source, notes)
     expected = _reference(graph, feeds, notes)
     if expected is None and example_inputs is not None:

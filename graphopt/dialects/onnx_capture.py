@@ -87,10 +87,15 @@ def opset_of(graph: Graph) -> int:
     return graph.opset
 
 
+def liftable(graph: Graph) -> bool:
+    """Whether the graph is of an older opset than modules are captured at."""
+    return opset_of(graph) < OPSET
+
+
 def lift(model: ir.Model | onnx.ModelProto, graph: Graph, notes: list[str]) -> OnnxGraph | None:
     """The model at OPSET, or None where it is there already or does not convert (with a note)."""
     assert isinstance(graph, OnnxGraph)
-    if graph.opset >= OPSET:
+    if not liftable(graph):
         return None
     from onnxscript import version_converter
 
