@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from graphopt.amounts import by_sensitivity
 from graphopt.criteria import CRITERIA, Request
 from graphopt.graph import Graph, Value
 from graphopt.numerics.prune import Pattern
@@ -18,7 +19,6 @@ from graphopt.zeros import Zeros
 _PRUNED = ("linear", "conv")
 """Words whose weight multiplies; the few numbers of a norm scale whole channels, and are no use as zeros."""
 
-_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,13 @@ class Sparsify(Pass):
     scope: str = "local"
     """What a weight is ranked against: its own tensor (local), or all that are selected (global)."""
 
+    allocate: str = "evenly"
+    """Who gets how much of one amount: each the same (evenly), or more where outputs suffer less (sensitivity)."""
+
     seed: int = 0
     """Of random."""
 
-    damping: float = _DAMPING
+    damping: float = 0.01
     """Of sparsegpt: what is added to the covariance of the inputs, as a share of its mean diagonal."""
 
     targets: Selector = Selector(*_PRUNED)
@@ -62,15 +65,15 @@ class Sparsify(Pass):
     def __post_init__(self) -> None:
         if isinstance(self.amount, Mapping):
             object.__setattr__(self, "amount", PerSite(self.amount))
-        for option, choices in (("criterion", tuple(CRITERIA)), ("scope", ("local", "global"))):
+        choices_of = {"criterion": tuple(CRITERIA), "scope": ("local", "global"), "allocate": ("evenly", "sensitivity")}
+        for option, choices in choices_of.items():
             if getattr(self, option) not in choices:
                 raise UsageError(f"sparsify: {option} is {getattr(self, option)!r}; give {_either(choices)}")
         try:
             pattern = Pattern.parse(self.pattern)
         except (TypeError, ValueError) as error:
             raise UsageError(f"sparsify: {error}") from error
-        reason = self._wrong_number() or self._contradiction(pattern)
-        if reason:
+        if reason := self._wrong_number() or self._contradiction(pattern):
             raise UsageError(f"sparsify: {reason}")
 
     def _wrong_number(self) -> str | None:
@@ -103,21 +106,26 @@ class Sparsify(Pass):
                 return "scope=global decides how much goes where, and so does " + ("amount" if by_site else "pattern")
             if chosen in ("threshold", "wanda", "sparsegpt"):
                 return f"{chosen} looks at one weight tensor at a time; use scope=local, or criterion=magnitude"
-        if self.seed and chosen != "random":
-            return f"seed is for criterion=random, and criterion is {chosen}"
-        if self.damping != _DAMPING and chosen != "sparsegpt":
-            return f"damping is for criterion=sparsegpt, and criterion is {chosen}"
+        if self.allocate == "sensitivity" and (
+            fixed is not None or by_site or self.scope == "global" or chosen == "threshold" or self.amount == 0
+        ):
+            return "allocate=sensitivity spreads one share of zeros; leave out N:M, a threshold, global, 0 and {...}"
+        for option, only in (("seed", "random"), ("damping", "sparsegpt")):
+            if getattr(self, option) != getattr(Sparsify, option) and chosen != only:
+                return f"{option} is for criterion={only}, and criterion is {chosen}"
         return None
 
     def run(self, graph: Graph, context: Context) -> None:
         request = self._request(graph, context)
+        if self.allocate == "sensitivity" and request.weights:
+            request = by_sensitivity(replace(self, allocate="evenly"), graph, context, request)
         stored, zeros = [], Zeros()
         for sparse in CRITERIA[self.criterion](graph, context, request) if request.weights else ():
-            weight, mask = sparse.weight, sparse.mask
+            weight = sparse.weight
             zeros.add(weight.tensor, sparse.tensor)
             if torch.equal(sparse.tensor, weight.tensor):
-                going = f"{int((~mask).sum())} of {mask.numel()} weights are to go"
-                _decline(context, weight, going + ("" if mask.all() else ", and they are zero"))
+                going = f"{int((~sparse.mask).sum())} of {sparse.mask.numel()} weights are to go"
+                _decline(context, weight, going + ("" if sparse.mask.all() else ", and they are zero"))
             else:
                 stored.append((weight, graph.add_constant(sparse.tensor, weight.value.name)))
         for weight, value in stored:

@@ -344,6 +344,46 @@ def test_a_term_that_no_site_takes_is_an_error(dialect: str) -> None:
         run(Sparsify(amount={"linear": 0.5, "convv": 0.5}), build(dialect, TWO))
 
 
+# --- amounts by sensitivity ----------------------------------------------------------------------------------------
+
+
+def test_sensitivity_spares_the_weight_that_hurts_most(dialect: str) -> None:
+    """Two branches add up to the output, one of them a thousand times smaller."""
+    text = """
+        a = linear(x[batch,32], W[32,32])
+        b = linear(x, V[32,32])
+        y = add(a, mul(b, TINY[1]:values(0.001)))
+    """
+    graph, batches = build(dialect, text), [torch.randn(64, 32, generator=torch.Generator().manual_seed(0))]
+    even = graph.clone()
+    context = run(Sparsify(allocate="sensitivity"), graph, calibration=batches)
+    loud, quiet = graph.sites("linear")
+    assert [sparsity(weight_of(site)) for site in (loud, quiet)] == pytest.approx([0.25, 0.75], abs=1e-3)
+    assert context.record.notes[0].startswith("amounts by sensitivity, 0.5 in all: from 0.25 (")
+    found = context.record.sensitivity
+    assert found is not None and {row.setting for row in found.rows} == {
+        "sparsify{amount=0.25}", "sparsify{amount=0.5}", "sparsify{amount=0.75}"
+    }  # fmt: skip
+    expected = even.evaluate({"x": batches[0]}, even.outputs)[0]
+    run(Sparsify(), even)
+    errors = [(g.evaluate({"x": batches[0]}, g.outputs)[0] - expected).norm() for g in (graph, even)]
+    assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"amount": 0.8}, {"pattern": "4x1"}, {"criterion": "sparsegpt"}])
+def test_sensitivity_keeps_the_total(dialect: str, options: dict[str, Any]) -> None:
+    graph = build(dialect, BOTH)
+    run(Sparsify(allocate="sensitivity", **options), graph, calibration=images())
+    weights = [weight_of(site) for site in sites_of(graph)]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert zeros == pytest.approx(options.get("amount", 0.5), abs=0.02)
+
+
+def test_sensitivity_needs_calibration(dialect: str) -> None:
+    with pytest.raises(UsageError, match="needs calibration data"):
+        run(Sparsify(allocate="sensitivity"), build(dialect, TWO))
+
+
 # --- with others ---------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +463,15 @@ def test_refuses_amounts_out_of_range(amount: Any) -> None:
         ({"criterion": "sparsegpt", "pattern": "4x1"}, "sparsegpt has no blocks, and pattern is 4x1"),
         ({"scope": "global", "pattern": "2:4"}, "scope=global decides how much goes where, and so does pattern"),
         ({"scope": "global", "amount": {"linear": 0.5}}, "scope=global decides how much goes where, and so does amou"),
+        ({"allocate": "greedy"}, "allocate is 'greedy'; give evenly or sensitivity"),
+        ({"allocate": "sensitivity", "pattern": "2:4"}, "allocate=sensitivity spreads one share of zeros"),
+        ({"allocate": "sensitivity", "amount": {"linear": 0.5}}, "allocate=sensitivity spreads one share of zeros"),
+        ({"allocate": "sensitivity", "amount": 0}, "allocate=sensitivity spreads one share of zeros"),
+        ({"allocate": "sensitivity", "scope": "global"}, "allocate=sensitivity spreads one share of zeros"),
+        (
+            {"allocate": "sensitivity", "criterion": "threshold", "amount": 0.5},
+            "allocate=sensitivity spreads one share of zeros",
+        ),
         ({"seed": 3}, "seed is for criterion=random, and criterion is magnitude"),
         ({"criterion": "wanda", "damping": 0.1}, "damping is for criterion=sparsegpt, and criterion is wanda"),
     ],
