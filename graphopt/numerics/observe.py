@@ -107,7 +107,6 @@ class Histogram(MinMax):
         self._counts: Tensor | None = None
         self._first = 0
         self._exponent = -126
-        self._zeros = 0
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +125,6 @@ class Histogram(MinMax):
             # in float64 no quotient underflows, so a negative number stays in a bin below zero
             indices = (part.double() * 2.0**-self._exponent).floor_().to(torch.int64).sub_(self._first)
             self._counts += torch.bincount(indices, minlength=self.bins)
-        self._zeros += seen.numel() - int(torch.count_nonzero(seen))
 
     def _widen(self) -> None:
         """Make the bins cover the extremes, moving the counts that are there."""
@@ -189,7 +187,7 @@ class Percentile(Histogram):
 class Mse(Histogram):
     """The range whose 8-bit integers have the least mean squared error over all that was seen.
 
-    Each bin counts at its middle, zeros apart: they are exact. Either end is searched down to 1/256 of the extreme, the
+    Each bin counts at its middle. Either end is searched down to 1/256 of the extreme, the
     two together, to within 3% of the end. Source: Krishnamoorthi 2018; Banner et al. 2019; Nagel et al. 2021, section
     3.1.
     """
@@ -197,11 +195,8 @@ class Mse(Histogram):
     def range(self) -> tuple[float, float]:
         """As `MinMax.range`, for the range named above; an extreme on the other side of zero counts as zero."""
         edges, counts = self.counts()
-        weights = counts.double()
-        if self._first <= 0 < self._first + len(counts):
-            weights[-self._first] -= self._zeros
-        middles = (edges + self.width / 2).clamp(self._low, self._high)
-        middles, weights = middles[weights > 0], weights[weights > 0]
+        middles = (edges + self.width / 2).clamp(self._low, self._high)[counts > 0]
+        weights = counts[counts > 0].double()
         least, most = min(self._low, 0.0), max(self._high, 0.0)
         low, high, step = least, most, 2.0**0.5
         for powers in (range(17), range(-4, 5), range(-4, 5)):
@@ -229,18 +224,15 @@ class Entropy(Histogram):
         """As `MinMax.range`, for the range named above."""
         edges, counts = self.counts()
         filled = torch.nonzero(counts).flatten()
-        best, ends = float("inf"), (0, len(counts) - 1)
         magnitudes = torch.maximum(edges.abs(), (edges + self.width).abs())
         smallest = magnitudes.sort().values[min(STEPS, len(counts) - 1)]
+        divergences: dict[tuple[int, int], float] = {}
         for cut in torch.linspace(float(magnitudes.max()), float(smallest), 128, dtype=torch.float64):
             kept = filled[magnitudes[filled] <= cut]
-            if len(kept) == 0:
-                break
-            first, last = int(kept[0]), int(kept[-1])
-            divergence = _divergence(counts, first, last)
-            if divergence < best:
-                best, ends = divergence, (first, last)
-        first, last = ends
+            ends = (int(kept[0]), int(kept[-1])) if len(kept) else (0, len(counts) - 1)
+            if ends not in divergences:
+                divergences[ends] = _divergence(counts, *ends)
+        first, last = min(divergences, key=lambda ends: divergences[ends])
         return max(float(edges[first]), self._low), min(float(edges[last]) + self.width, self._high)
 
 
