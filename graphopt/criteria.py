@@ -93,8 +93,10 @@ def sparsegpt(graph: Graph, context: Context, request: Request) -> Iterator[Spar
     """What the layer's squared output error misses least goes, and the others make up for it (`numerics.obs`)."""
     dead, singular = list[tuple[Weight, int, int]](), list[str]()
     for weight, covariance in inputs.covariances(graph, context, request.weights):
-        shape, order = weight.tensor.shape, columns(weight.tensor.shape)
-        covariance = covariance[:, order][:, :, order]
+        shape = weight.tensor.shape
+        if len(shape) > 2:
+            order = columns(shape)
+            covariance = covariance[:, order][:, :, order]
         matrix = as_matrix(weight.tensor)
         grouped = matrix.reshape(len(covariance), -1, matrix.shape[1])
         amount = request.shares[weight.value]
