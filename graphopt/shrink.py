@@ -38,7 +38,9 @@ def shrink(graph: Graph, cuts: Mapping[Group, Tensor]) -> None:
         for value in (*op.given, *op.results):
             facts.shape(value)
     touched = {value for value, _ in kept}
-    cut = _Cut(graph, kept, {}, {op.y: op for op in before if op.kind == "onnx.SplitToSequence"})
+    sources = {op.y: op for op in before if op.kind == "onnx.SplitToSequence"}
+    touched |= {sequence for sequence, op in sources.items() if op.x in touched}
+    cut = _Cut(graph, kept, {}, sources)
     for op in before:
         if not touched.isdisjoint(op.given) or not touched.isdisjoint(op.results):
             emit = _EMITTERS.get(op.kind, _again)

@@ -411,6 +411,8 @@ class OnnxGraph(Graph):
             new = self._native(value)
             if new.shape is None or new.dtype is None:  # operators that shape inference does not know
                 new.shape, new.type = new.shape or old.shape, new.type or old.type
+            elif old.shape is not None and len(old.shape) == len(new.shape):
+                new.shape = _with_names(new.shape, old.shape)
             name, is_output = old.name, old.is_graph_output()
             if is_output and (new.producer() is None or new.is_graph_output()):
                 new = self._native(self.emit("identity", value, at=node))
@@ -581,6 +583,8 @@ class OnnxGraph(Graph):
         found = onnx.shape_inference.infer_node_outputs(
             schema, ir.serde.serialize_node(node), dict(inputs), small, opset_imports=opsets
         )
+        if node.op_type == "GroupNormalization" and node.inputs[0] is not None:  # a function, which is not followed
+            return [inputs[node.inputs[0].name or ""]]
         return [found.get(output.name or "") for output in node.outputs]
 
     def _unique(self, hint: str, taken: set[str | None] | None = None) -> str:
@@ -594,6 +598,14 @@ class OnnxGraph(Graph):
     def _rename(self, native: ir.Value, name: str) -> None:
         native.name = name
         self._names.add(name)
+
+
+def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
+    """A shape whose axes of unknown size have the names by which they were known."""
+    return ir.Shape([
+        old if not isinstance(new, int) and new.value is None and not isinstance(old, int) else new
+        for new, old in zip(shape, known, strict=True)
+    ])  # fmt: skip
 
 
 # --- operands and attributes ---------------------------------------------------------------------------------------
