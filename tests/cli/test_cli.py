@@ -320,7 +320,7 @@ def test_passes_lists_every_pass_with_its_options() -> None:
 
 def test_passes_explains_one() -> None:
     shown = done("passes", "sparsify")
-    assert "    amount=0.5\n        Share of the weights" in shown and "low-rank" not in shown
+    assert "    scope=local\n        What a weight is ranked against" in shown and "low-rank" not in shown
     assert "did you mean 'sparsify'?" in refused(2, "passes", "sparsfy")
 
 
