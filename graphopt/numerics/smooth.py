@@ -9,7 +9,7 @@ from torch import Tensor
 from graphopt.numerics.quantize import fit
 from graphopt.numerics.reconstruct import output_error
 
-ALPHAS = tuple(step / 10 for step in range(1, 10))
+ALPHAS = tuple(step / 10 for step in range(1, 11))
 """The shares of the difficulty that the search moves from activations to weights."""
 
 

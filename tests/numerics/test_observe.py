@@ -231,7 +231,7 @@ def kullback_leibler(histogram: Array, first: int, last: int) -> float:
 
 @pytest.mark.parametrize("skew", [False, True])
 def test_entropy_has_the_least_divergence_of_its_candidates(skew: bool) -> None:
-    observer, x = Entropy(), heavy(30_000)
+    observer, x = Entropy(), normal(30_000) ** 3
     observer.update(torch.where(x < 0, x / 3, x) if skew else x)
     edges, counts = (part.numpy() for part in observer.counts())
     size = np.maximum(np.abs(edges), np.abs(edges + observer.width))
