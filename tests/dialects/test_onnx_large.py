@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -128,6 +130,7 @@ def test_every_dtype_at_any_place(dtype: str, start: int, large: Path, tmp_path:
     assert name == "W"
     wide = torch.from_numpy(array.astype(np.float64))
     torch.testing.assert_close(found.double(), wide, rtol=0, atol=0)
+    assert found.data_ptr() % found.element_size() == 0  # torch takes any address, and not every kernel of it does
 
 
 def test_small_weights_are_read_at_once(large: Path, tmp_path: Path, mappings: Mappings) -> None:
@@ -242,16 +245,30 @@ def test_a_graph_too_large_for_one_file_is_saved_in_two(
         onnx_export.write(onnx_export.deployable(graph), tmp_path / "saved" / "x.onnx", {}, external_data=False)
 
 
-def test_weights_are_written_aligned_one_after_the_other(large: Path, tmp_path: Path, mappings: Mappings) -> None:
-    """Kernels read mapped weights with the widest registers."""
+@pytest.mark.parametrize("dtype", [ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT])
+def test_each_tensor_begins_where_the_widest_registers_read(dtype: ir.DataType) -> None:
+    file = io.BytesIO()
+    tensors = [ir.Tensor(np.full(count, 3, dtype.numpy()), dtype) for count in (1, 63, 64, 1501)]
+    offsets = [onnx_files.append(file, tensor) for tensor in tensors]
+    assert offsets == sorted(set(offsets)) and all(offset % 64 == 0 for offset in offsets)
+    for offset, tensor in zip(offsets, tensors, strict=True):
+        assert file.getvalue()[offset : offset + tensor.nbytes] == tensor.tobytes()
+
+
+def test_four_bits_are_spilled_as_they_are_packed(large: Path) -> None:
+    numbers = np.arange(-8, 7).repeat(101).astype(ir.DataType.INT4.numpy())
+    stored = onnx_files.Scratch().store(ir.Tensor(numbers, ir.DataType.INT4))
+    assert stored.nbytes == 758 and (stored.numpy() == numbers).all()
+
+
+def test_weights_are_written_one_after_the_other(large: Path, tmp_path: Path, mappings: Mappings) -> None:
     graph = OnnxGraph.from_file(layers(tmp_path / "m"))
     model_ = onnx_export.deployable(graph)
     mappings.most = 0
     onnx_export.write(model_, tmp_path / "out.onnx", {}, external_data=True)
     assert mappings.most == 1
     stored = onnx.load(tmp_path / "out.onnx", load_external_data=False).graph.initializer
-    entries = [{e.key: e.value for e in t.external_data} for t in stored if t.external_data]
-    assert len(entries) == 4 and all(int(entry["offset"]) % 64 == 0 for entry in entries)
+    assert sum(bool(tensor.external_data) for tensor in stored) == 4
     first = onnx.load(tmp_path / "out.onnx").graph.initializer
     found = {t.name: torch.from_numpy(np.array(onnx.numpy_helper.to_array(t))) for t in first}
     weights = [tensor for tensor in found.values() if tensor.dim() == 2]
