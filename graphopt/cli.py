@@ -18,6 +18,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from graphopt.capture import Captured
     from graphopt.graph import Graph, Value
     from graphopt.pipeline import Pass
 
@@ -178,13 +179,22 @@ def sensitivity(
         _show(found)
 
 
+def _simplified(captured: Captured) -> Graph:
+    from graphopt.passes import REGISTRY
+    from graphopt.pipeline import Context, parse
+
+    return parse("simplify", REGISTRY).apply(captured.graph, Context(feeds=captured.feeds))
+
+
 @command
 def inspect(
     model: Model,
     full: Annotated[bool, typer.Option("--full", help="Print the whole listing.")] = False,
+    show_groups: Annotated[bool, typer.Option("--groups", help="List what prune may cut, and what is locked.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a model takes, returns and consists of, as the passes see it."""
+    from graphopt.axes import groups
     from graphopt.capture import capture
     from graphopt.cost import Cost
     from graphopt.render import text
@@ -194,6 +204,14 @@ def inspect(
     _require_file(model)
     captured = capture(model, "onnx")
     graph, cost = captured.graph, Cost.of(captured.graph)
+    if show_groups:  # as prune finds them, behind simplify
+        found = groups(_simplified(captured))
+        if as_json:
+            keys = "name", "kind", "size", "locked"
+            _print_json([{key: getattr(group, key) for key in keys} for group in found])
+        else:
+            typer.echo(text.groups(found))
+        return
     kinds = count_kinds(graph.nodes)
     words = {kind: number for kind, number in kinds.items() if kind in WORDS}
     opaque = {kind: number for kind, number in kinds.items() if kind not in WORDS}

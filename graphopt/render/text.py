@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from graphopt.report import Agreement, GraphDiff, PassRecord, Report
 
 if TYPE_CHECKING:
+    from graphopt.axes import Group
     from graphopt.backends.measure import Ratio
     from graphopt.compare import Comparison
     from graphopt.optimize import BenchResult
@@ -151,6 +152,15 @@ def _brief(damage: Damage | None) -> str:
     if damage is None:
         return "-"
     return decibels(damage.sqnr) + (f"  {damage.metric:.5g}" if damage.metric is not None else "")
+
+
+def groups(found: Sequence[Group]) -> str:
+    """One row for what shrinks together: its units, how many sites write and read them, and what locks it."""
+    rows: Rows = [("group", "kind", "units", "producers", "consumers", "locked")]
+    for group in found:
+        figures = str(group.size), str(len(group.producers)), str(len(group.consumers))
+        rows.append((group.name, group.kind, *figures, f"it {group.locked}" if group.locked else ""))
+    return table(rows) if found else "no group of axes shrinks together: there is no linear, conv or embedding"
 
 
 def pass_rows(report: Report) -> Rows:

@@ -239,6 +239,14 @@ def test_inspect(model: Path) -> None:
     assert "return %2[batch,4]" in done("inspect", model, "--full").splitlines()
 
 
+def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model.onnx")
+    shown = done("inspect", model, "--groups")
+    found = json.loads(done("inspect", model, "--groups", "--json"))
+    assert [group["locked"] for group in found][-1] == "is the model's output 'y'"
+    assert all(group["name"] in shown and group["kind"] in shown for group in found)
+
+
 def test_inspect_as_json(tmp_path: Path) -> None:
     facts = json.loads(done("inspect", write_model(tmp_path / "a.onnx", activation="Softplus"), "--json", "--full"))
     assert facts["inputs"] == {"x": "[batch, 16] float32"}
