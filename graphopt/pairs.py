@@ -60,8 +60,8 @@ class Candidate:
             graph.replace(site, graph.emit(site.kind, thin, outer, site.bias, at=site, **second))
 
 
-def split_of(site: Node, spatial: bool) -> Split | str:
-    """How a site can be split, or why it cannot."""
+def split_of(site: Node, conv: str) -> Split | str:
+    """How a site can be split, or why it cannot. conv: as the option of the pass."""
     if site.kind not in ("linear", "conv"):
         return f"{site.kind} is neither linear nor conv"
     if in_pair(site):
@@ -71,9 +71,10 @@ def split_of(site: Node, spatial: bool) -> Split | str:
     groups = site.attributes.get("groups", 1)
     if groups > 1:
         return f"a conv of {groups} groups: each kernel reads {sizes[1]} of its channels"
-    if spatial and site.kind == "conv" and (len(sizes) != 4 or min(sizes[2:]) < 2):
+    two_axes = len(sizes) == 4 and min(sizes[2:]) > 1
+    if conv == "spatial" and site.kind == "conv" and not two_axes:
         return f"a kernel {list(sizes[2:])} has no two axes to split; conv=channel splits it"
-    return Split(sizes, spatial and site.kind == "conv")
+    return Split(sizes, conv != "channel" and two_axes)
 
 
 def in_pair(site: Node) -> bool:
@@ -95,7 +96,7 @@ def _is_pair(inner: Node, outer: Node) -> bool:
 
 
 def candidates(
-    graph: Graph, context: Context, weights: Sequence[Weight], *, spatial: bool, outputs: bool
+    graph: Graph, context: Context, weights: Sequence[Weight], *, conv: str, outputs: bool
 ) -> list[Candidate]:
     """Each weight with its spectrum: of the weight, or of what it computes on the calibration batches (`outputs`).
 
@@ -107,7 +108,7 @@ def candidates(
     damped: list[str] = []
     seen = covariances(graph, context, weights) if outputs else ((weight, None) for weight in weights)
     for weight, moments in seen:
-        split = split_of(weight.sites[0], spatial)
+        split = split_of(weight.sites[0], conv)
         assert isinstance(split, Split), split
         work = split.work(**_lengths(weight.sites[0], sizes))
         metric = None if moments is None else split.moments(moments[0])

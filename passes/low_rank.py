@@ -46,8 +46,8 @@ class LowRank(Pass):
     fit: str = "auto"
     """What a pair is closest to: the weights, or the outputs on calibration data; auto is outputs where it can be."""
 
-    conv: str = "channel"
-    """How a conv is split: channel (its kernel, then 1x1) or spatial (k x 1, then 1 x k)."""
+    conv: str = "auto"
+    """How a conv is split: spatial (k x 1, 1 x k) or channel (its kernel, 1x1); auto is spatial where that can be."""
 
     targets: Selector = Selector("linear", "conv")
     """Sites to consider: words, module paths or patterns."""
@@ -72,21 +72,21 @@ class LowRank(Pass):
         ways = [name for name in ("rank", "energy", "error", "params", "flops") if getattr(self, name) is not None]
         if len(ways) > 1:
             raise UsageError(f"low-rank: {' and '.join(ways)} choose ranks in different ways; give one of them")
-        for name, values in {"fit": ("auto", "weights", "outputs"), "conv": ("channel", "spatial")}.items():
+        for name, values in {"fit": ("auto", "weights", "outputs"), "conv": ("auto", "channel", "spatial")}.items():
             if getattr(self, name) not in values:
                 raise UsageError(f"low-rank: {name} is {getattr(self, name)!r}; give {' or '.join(values)}")
 
     def run(self, graph: Graph, context: Context) -> None:
-        spatial, whole = self.conv == "spatial", []
+        whole = []
         for site in context.sites(graph, self.targets, self.ignore):
-            split = split_of(site, spatial)
+            split = split_of(site, self.conv)
             if isinstance(split, str):
                 context.decline(site, split)
             else:
                 whole.append(site)
         weights = changeable(whole, context)
         outputs = self.fit == "outputs" or (self.fit == "auto" and context.calibration is not None)
-        found = candidates(graph, context, weights, spatial=spatial, outputs=outputs)
+        found = candidates(graph, context, weights, conv=self.conv, outputs=outputs)
         for one, choice in zip(found, self._choices(found, graph, context), strict=True):
             if isinstance(choice, int):
                 one.put(graph, one.weight.sites, choice)

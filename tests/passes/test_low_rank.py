@@ -186,7 +186,7 @@ def test_a_conv_splits_by_channel(dialect: str) -> None:
     text = "y = conv(x[batch,6,9,8], W[12,6,3,3], B[12], stride=[2,1], padding=[1,2,1,2], dilation=[1,2])"
     graph = build(dialect, text)
     original = graph.clone()
-    run(LowRank(rank=4), graph)
+    run(LowRank(rank=4, conv="channel"), graph)
     assert listing(graph) == [
         "%0 = conv(x[batch,6,9,8], [4,6,3,3], stride=[2,1], padding=[1,2,1,2], dilation=[1,2])",
         "%1 = conv(%0[batch,4,5,8], [12,4,1,1], [12], stride=[1,1], padding=[0,0,0,0], dilation=[1,1])",
@@ -209,14 +209,14 @@ def test_a_conv_splits_spatially(dialect: str) -> None:
     graph = build(dialect, "y = conv(x[1,2,9,8], W[3,2,3,2], B[3], stride=[2,1], padding=[1,2,1,2], dilation=[1,2])")
     with_weight(graph, torch.einsum("o,j,c,i->ocij", *(torch.arange(1.0, n + 1) for n in (3, 2, 2, 3))))
     original = graph.clone()
-    run(LowRank(energy=0.999, conv="spatial"), graph)
+    run(LowRank(energy=0.999), graph)
     assert listing(graph) == [
         "%0 = conv(x[1,2,9,8], [1,2,3,1], stride=[2,1], padding=[1,0,1,0], dilation=[1,1])",
         "%1 = conv(%0[1,1,5,8], [3,1,1,2], [3], stride=[1,1], padding=[0,2,0,2], dilation=[1,2])",
         "return %1[1,3,5,10]",
     ]
     assert_outputs_equal(graph, original, rtol=1e-5)
-    assert_unchanged(LowRank(energy=0.999, conv="spatial"), graph)
+    assert_unchanged(LowRank(energy=0.999), graph)
 
 
 @pytest.mark.parametrize("shape", ["x[2,6,9], W[12,6,3]", "x[2,6,5,4], W[12,6,1,1]", "x[2,6,5], W[12,6,1]"])
@@ -266,8 +266,8 @@ def batches(graph: Graph, count: int = 8) -> list[dict[str, Tensor]]:
 def test_calibration_makes_the_output_error_smallest(dialect: str, text: str) -> None:
     graph = build(dialect, f"y = {text}")
     plain, seen = graph.clone(), batches(graph)
-    run(LowRank(rank=3), graph, calibration=seen)
-    run(LowRank(rank=3, fit="weights"), plain, calibration=seen)
+    run(LowRank(rank=3, conv="channel"), graph, calibration=seen)
+    run(LowRank(rank=3, fit="weights", conv="channel"), plain, calibration=seen)
     original = build(dialect, f"y = {text}")
 
     def error(pair: Graph) -> float:
@@ -484,7 +484,8 @@ def test_quantize_calibrates_the_inner_value(dialect: str, text: str) -> None:
     "pass_",
     [
         LowRank(), LowRank(rank=8), LowRank(rank=0.25), LowRank(rank="break-even"), LowRank(energy=0.9),
-        LowRank(error=0.1, fit="outputs"), LowRank(params=0.6, conv="spatial"), LowRank(flops=0.5, fit="weights"),
+        LowRank(error=0.1, fit="outputs"), LowRank(params=0.6, conv="spatial"),
+        LowRank(flops=0.5, fit="weights", conv="channel"),
     ],
     ids=str,
 )  # fmt: skip
@@ -529,7 +530,7 @@ def test_refuses_shares_out_of_range(option: str, value: Any) -> None:
         ({"rank": 8, "energy": 0.9}, "rank and energy choose ranks in different ways; give one of them"),
         ({"rank": "break-even", "params": 0.5, "flops": 0.5}, "rank and params and flops choose ranks"),
         ({"fit": "output"}, "fit is 'output'; give auto or weights or outputs"),
-        ({"conv": "depth"}, "conv is 'depth'; give channel or spatial"),
+        ({"conv": "depth"}, "conv is 'depth'; give auto or channel or spatial"),
     ],
 )
 def test_refuses_what_contradicts(options: dict[str, Any], message: str) -> None:
