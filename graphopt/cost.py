@@ -78,5 +78,13 @@ def flops(node: Node, sizes: Mapping[str, int], shapes: Mapping[Value, Shape] = 
 def _numbers(shape: Shape | None, sizes: Mapping[str, int]) -> list[int] | None:
     if shape is None:
         return None
-    numbers = [size if isinstance(size, int) else sizes.get(size) for size in shape]
+    numbers = [size if isinstance(size, int) else _number(size, sizes) for size in shape]
     return None if None in numbers else [n for n in numbers if n is not None]
+
+
+def _number(size: str, sizes: Mapping[str, int]) -> int | None:
+    """The number of a named axis, or of several that were flattened into one: batch*seq."""
+    if size in sizes:
+        return sizes[size]
+    factors = [int(factor) if factor.isdigit() else sizes.get(factor) for factor in size.split("*")]
+    return None if None in factors else math.prod(factor for factor in factors if factor is not None)

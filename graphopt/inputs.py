@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
-from graphopt.numerics.moments import Covariance, Norm, Rows
+from graphopt.numerics.moments import Covariance, Mean, Norm, Rows
 from graphopt.pipeline import Context
 from graphopt.weights import Weight
 
-S = TypeVar("S", Norm, Covariance)
+S = TypeVar("S", Norm, Mean, Covariance)
 
 
 def covariances(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
@@ -34,6 +34,11 @@ def norms(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator
     """As `covariances`, the root mean square of each input: float64 (groups, features)."""
     squares = _observed(graph, context, weights, Norm, lambda norm: norm.norms().square())
     return ((weight, mean.sqrt()) for weight, mean in squares)
+
+
+def means(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """As `covariances`, the mean of each input: float64 (groups, features)."""
+    return _observed(graph, context, weights, Mean, Mean.mean)
 
 
 def _observed(

@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from graphopt.passes.fold_int8 import FoldInt8
     from graphopt.passes.low_rank import LowRank
     from graphopt.passes.merge_linear import MergeLinear
+    from graphopt.passes.prune import Prune
     from graphopt.passes.quantize import Quantize
     from graphopt.passes.simplify import Simplify
     from graphopt.passes.sparsify import Sparsify
 
-__all__ = ["REGISTRY", "FoldInt8", "LowRank", "MergeLinear", "Quantize", "Simplify", "Sparsify"]
+__all__ = ["REGISTRY", "FoldInt8", "LowRank", "MergeLinear", "Prune", "Quantize", "Simplify", "Sparsify"]
 
 _CLASSES = {
     "simplify": "Simplify",
+    "prune": "Prune",
     "sparsify": "Sparsify",
     "low-rank": "LowRank",
     "quantize": "Quantize",

@@ -1,5 +1,7 @@
 """Weights that make up for inputs which go: least squares against what calibration saw, and no training."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,17 +15,28 @@ _CONSTANT = 1e-10
 """Share of its mean square below which the variance of an input is rounding."""
 
 
+@dataclass(frozen=True)
+class Refit:
+    """Weights solved again."""
+
+    weight: Tensor
+    """Shape and dtype of the old one, zero for the inputs that go."""
+    shift: Tensor
+    """(out,): what the bias gains; zeros without a mean."""
+    singular: bool
+    """Whether the inputs that stay were linearly dependent in what calibration saw: then damping decides."""
+
+
 def refit(
     weight: Tensor, moments: Tensor, keep: Tensor, *, mean: Tensor | None = None, damping: float = DAMPING
-) -> tuple[Tensor, Tensor]:
+) -> Refit:
     """The weights on the inputs that stay, so that the outputs change least in the mean over the calibration rows x.
 
     weight: float, (out, in); moments: the mean of x xᵀ, (in, in); keep: bool (in,), True for the inputs that stay;
     mean: the mean of x, (in,), where a bias can take up what is lost on average, else None.
-    Returns W' (shape and dtype of weight, zero for the inputs that go) and what the bias gains (out,), zeros without
-    `mean`: the minimum of E‖W x + b - W' x - b'‖² + damping · Σ_j E‖(W'_:j - W_:j) x_j‖², j over the inputs that stay
-    (E x_j² less the squared mean where there is a bias), in float64. Damping draws towards the weights as they were, so
-    that few rows, and inputs that go together, do no harm; a constant input keeps its weight.
+    The result is the minimum of E‖W x + b - W' x - b'‖² + damping · Σ_j E‖(W'_:j - W_:j) x_j‖², j over the inputs that
+    stay (E x_j² less the squared mean where there is a bias), in float64. Damping draws towards the weights as they
+    were, so that few rows, and inputs that go together, do no harm; a constant input keeps its weight.
     Raises ValueError when nothing stays and on NaN or infinity; without damping, torch's LinAlgError when singular.
     Source: He, Zhang & Sun 2017, section 3.1 (reconstruction after channels were selected), with a ridge (Hoerl &
     Kennard 1970) around the old weights in place of zero.
@@ -37,10 +50,20 @@ def refit(
     varies = centred.diagonal() > _CONSTANT * moments.diagonal()
     gone, lost = ~keep, old[:, ~keep]
     system = centred[keep][:, keep] * torch.outer(varies[keep], varies[keep])
-    system.diagonal().mul_(1 + damping).add_(~varies[keep])
+    system.diagonal().add_(~varies[keep])
+    singular = not _is_definite(system)
+    system.diagonal().mul_(1 + damping * varies[keep].double())
     cross = centred[keep][:, gone] * varies[keep, None]
     change = torch.cholesky_solve(cross @ lost.T, torch.linalg.cholesky(system)).T
     new = torch.zeros_like(old)
     new[:, keep] = old[:, keep] + change
     shift = torch.zeros(len(old), dtype=torch.float64) if mean is None else lost @ mean[gone] - change @ mean[keep]
-    return new.to(weight.dtype), shift.to(weight.dtype)
+    return Refit(new.to(weight.dtype), shift.to(weight.dtype), singular)
+
+
+def _is_definite(system: Tensor) -> bool:
+    """Whether a symmetric matrix is positive definite, but for rounding."""
+    scale = system.diagonal().rsqrt()
+    scaled = system * torch.outer(scale, scale)
+    scaled.diagonal().sub_(len(system) * 1e-12)
+    return int(torch.linalg.cholesky_ex(scaled).info) == 0

@@ -76,6 +76,7 @@ class Covariance:
         self.features, self.conv = features, conv
         self.groups = 1 if conv is None else conv[4]
         self._sum: Tensor | None = None
+        self._first = torch.zeros(self.groups, features, dtype=torch.float64)
         self.count = 0
         """Rows seen."""
 
@@ -95,6 +96,7 @@ class Covariance:
         if self._sum is None:
             self._sum = torch.zeros(self.groups, self.features, self.features, dtype=torch.float64)
         self._sum += (rows.transpose(1, 2) @ rows).double()
+        self._first += rows.sum(1, dtype=torch.float64)
         self.count += rows.shape[1]
 
     def matrix(self) -> Tensor:
@@ -102,6 +104,12 @@ class Covariance:
         _require_rows(self.count)
         assert self._sum is not None
         return self._sum / self.count
+
+    def affine(self) -> Tensor:
+        """`matrix` with a last feature that is always 1, whose row holds the means: a row and a column larger."""
+        first = (self._first / self.count if self.count else self._first)[:, None]
+        one = torch.ones(self.groups, 1, 1, dtype=torch.float64)
+        return torch.cat([torch.cat([self.matrix(), first], 1), torch.cat([first, one], 2).transpose(1, 2)], 2)
 
 
 def _require_rows(count: int) -> None:

@@ -29,7 +29,8 @@ def moments(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("biased", [False, True])
 def test_undamped_is_the_least_squares_of_numpy(biased: bool) -> None:
     x, weight = rows(), drawn(5, 8, seed=3)
-    new, shift = refit(weight, moments(x), KEEP, mean=x.mean(0) if biased else None, damping=0.0)
+    found = refit(weight, moments(x), KEEP, mean=x.mean(0) if biased else None, damping=0.0)
+    new, shift = found.weight, found.shift
     inputs = x[:, KEEP].numpy()
     if biased:
         inputs = np.column_stack([inputs, np.ones(len(x))])
@@ -43,7 +44,7 @@ def test_undamped_is_the_least_squares_of_numpy(biased: bool) -> None:
 def test_damped_is_a_ridge_around_the_old_weights(damping: float) -> None:
     """As rows that are added to the least squares: each input that stays, alone, with the weight it had."""
     x, weight = rows(), drawn(5, 8, seed=3)
-    new, _ = refit(weight, moments(x), KEEP, damping=damping)
+    new = refit(weight, moments(x), KEEP, damping=damping).weight
     extra = torch.diag((damping * x.square().sum(0)).sqrt()[KEEP])
     inputs = torch.cat([x[:, KEEP], extra])
     outputs = torch.cat([x @ weight.T, extra @ weight[:, KEEP].T])
@@ -55,30 +56,32 @@ def test_an_input_that_is_a_sum_of_others_costs_nothing() -> None:
     x, weight = rows(), drawn(5, 8, seed=3)
     x[:, 1] = x[:, 0] - 2 * x[:, 2] + 3
     keep = torch.arange(8) != 1
-    new, shift = refit(weight, moments(x), keep, mean=x.mean(0), damping=0.0)
-    assert torch.allclose(x @ new.T + shift, x @ weight.T, atol=1e-9)
+    found = refit(weight, moments(x), keep, mean=x.mean(0), damping=0.0)
+    assert torch.allclose(x @ found.weight.T + found.shift, x @ weight.T, atol=1e-9) and not found.singular
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.1])
 def test_survives_dead_inputs_and_fewer_rows_than_inputs(damping: float) -> None:
     x, weight = rows(count=20), drawn(5, 8, seed=3)
     x[:, 0] = 0.0
-    new, _ = refit(weight, moments(x), KEEP, damping=damping)
+    new = refit(weight, moments(x), KEEP, damping=damping).weight
     assert torch.equal(new[:, 0], weight[:, 0]) and bool(new.isfinite().all())
     few = rows(count=3)
-    new, shift = refit(weight, moments(few), KEEP, mean=few.mean(0))
-    assert bool(new.isfinite().all()) and bool(shift.isfinite().all())
+    found = refit(weight, moments(few), KEEP, mean=few.mean(0))
+    assert found.singular and bool(found.weight.isfinite().all()) and bool(found.shift.isfinite().all())
 
 
 def test_keeping_everything_changes_nothing() -> None:
     x, weight = rows(), drawn(5, 8, seed=3).float()
-    new, shift = refit(weight, moments(x), torch.ones(8, dtype=torch.bool), mean=x.mean(0))
-    assert torch.equal(new, weight) and torch.equal(shift, torch.zeros(5)) and new.dtype == torch.float32
+    found = refit(weight, moments(x), torch.ones(8, dtype=torch.bool), mean=x.mean(0))
+    assert torch.equal(found.weight, weight) and found.weight.dtype == torch.float32
+    assert torch.equal(found.shift, torch.zeros(5)) and not found.singular
 
 
 def test_layouts_give_the_same_bits() -> None:
     x, weight = rows(), drawn(5, 8, seed=3).float()
-    assert torch.equal(refit(weight, moments(x), KEEP)[0], refit(weight.T.contiguous().T, moments(x), KEEP)[0])
+    found = [refit(one, moments(x), KEEP).weight for one in (weight, weight.T.contiguous().T)]
+    assert torch.equal(*found)
 
 
 def test_refuses_to_lose_everything() -> None:

@@ -1,0 +1,104 @@
+"""How much the units of groups matter: the criteria of `prune`, by name."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from graphopt import inputs
+from graphopt.axes import Axis, Group
+from graphopt.graph import Graph, Node, Value
+from graphopt.numerics import importance
+from graphopt.pipeline import Context
+from graphopt.weights import Weight, why_fixed
+
+Scores = dict[Group, Tensor]
+"""A number for each unit of a group, at least 0: float64 (size,). Left out are groups that a criterion cannot weigh."""
+
+
+def l1(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """The sum of the magnitudes of a unit's weights (Li et al. 2017), in producers, consumers and what is between."""
+    return {group: importance.norms(_weights(graph, group), group.size, order=1) for group in groups}
+
+
+def l2(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """The root of the sum of their squares."""
+    return {group: importance.norms(_weights(graph, group), group.size, order=2) for group in groups}
+
+
+def random(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """Any may go: drawn from the seed and the group's name, so that one group's draw is not another's affair."""
+    draws = {group: zlib.crc32(f"{seed} {group.name}".encode()) for group in groups}
+    return {
+        group: torch.rand(group.size, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64)
+        for group, drawn in draws.items()
+    }
+
+
+def activation(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """What a unit adds to the outputs of its consumers: (‖x_j‖ · ‖W_:j‖)² (WANDA, Sun et al. 2024, squared).
+
+    The sum over consumers, each as a share of what all its inputs add. Consumers are linears and convs with a stored
+    float weight; a group without any is not weighed.
+    """
+    wanted: dict[Value, list[Node]] = {}
+    for site in dict.fromkeys(site for group in groups for site in group.consumers):
+        if site.kind in ("linear", "conv") and why_fixed(site) is None:
+            wanted.setdefault(site.required("weight"), []).append(site)
+    weights = [Weight(value, _tensor(sites[0]), sites) for value, sites in wanted.items()]
+    energies: dict[Value, Tensor] = {}
+    for weight, norm in inputs.norms(graph, context, weights):
+        energy = importance.output_energy(weight.tensor, norm[0].square())
+        energies[weight.value] = energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    found = {}
+    for group in groups:
+        parts = [(energies[axis.value], 0, axis.units) for axis in group.axes
+                 if axis.axis == 1 and axis.value in energies]  # fmt: skip
+        if parts:
+            found[group] = importance.per_unit(parts, group.size)
+    return found
+
+
+def taylor(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """The change of the loss without the unit, to first order: |Σ w · dL/dw| (Molchanov et al. 2017), the batches' sum.
+
+    Holds the gradients of all weights at once.
+    """
+    axes = {group: _constants(graph, group) for group in groups}
+    values = list(dict.fromkeys(axis.value for several in axes.values() for axis, _ in several))
+    found = {group: torch.zeros(group.size, dtype=torch.float64) for group in groups}
+    for gradients in context.gradients(graph, values):
+        slopes = dict(zip(values, gradients, strict=True))
+        for group, several in axes.items():
+            parts = ((tensor, slopes[axis.value], axis.axis, axis.units) for axis, tensor in several)
+            found[group] += importance.taylor(parts, group.size)
+    return found
+
+
+IMPORTANCE: Mapping[str, Callable[[Graph, Context, Sequence[Group], int], Scores]] = MappingProxyType(
+    {one.__name__: one for one in (l1, l2, activation, taylor, random)}
+)
+"""Each weighs all units of the groups; none changes the graph."""
+
+
+def _weights(graph: Graph, group: Group) -> list[importance.Slices]:
+    return [(tensor, axis.axis, axis.units) for axis, tensor in _constants(graph, group)]
+
+
+def _constants(graph: Graph, group: Group) -> list[tuple[Axis, Tensor]]:
+    """The stored float tensors of a group, by each axis of theirs that shrinks."""
+    found = []
+    for axis in group.axes:
+        tensor = graph.constant(axis.value) if axis.value.is_constant else None
+        if tensor is not None and tensor.is_floating_point():
+            found.append((axis, tensor))
+    return found
+
+
+def _tensor(site: Node) -> Tensor:
+    assert site.weight is not None  # only stored weights are taken
+    return site.weight

@@ -1,0 +1,169 @@
+"""f(x, W1, b1), g(·, W2)  ->  f(x, W1[K], b1[K]), g(·, W2'[:, K]), without the units outside K: shapes shrink."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphopt import budget
+from graphopt.axes import Group, groups
+from graphopt.budget import Bill, Candidate, Sizes
+from graphopt.cost import sizes
+from graphopt.graph import Graph
+from graphopt.importance import IMPORTANCE
+from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
+from graphopt.refit import compensate
+from graphopt.selection import open_groups
+
+KINDS = ("neurons", "heads", "channels", "width")
+BUDGETS = ("flops", "params", "latency")
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Remove what matters least: whole neurons, heads, channels, or positions of the width (Li et al., 2017).
+
+    What shrinks together is a group (`graphopt.axes`): it is eligible under the name of its first producer, and
+    declined where something locks it. Give a share for each kind, or one budget for all.
+    """
+
+    name = "prune"
+    stage = Stage.PRUNE
+
+    neurons: float = 0.0
+    """Share of the inner neurons of feed-forward pairs that goes, at least 0 and below 1."""
+
+    heads: float = 0.0
+    """Share of the attention heads that goes."""
+
+    channels: float = 0.0
+    """Share of the channels of convolutions that goes."""
+
+    width: float = 0.0
+    """Share of the residual stream of a transformer that goes; what norms make of the rest is not compensated."""
+
+    flops: float | None = None
+    """Share of the model's FLOPs that stays, in (0, 1); in place of the shares by kind."""
+
+    params: float | None = None
+    """Share of the model's parameters that stays."""
+
+    latency: float | None = None
+    """Share of the time on the target, measured at the example shapes, that stays."""
+
+    kinds: tuple[str, ...] = KINDS[:3]
+    """Kinds that a budget cuts."""
+
+    importance: str = "auto"
+    """What ranks units: l1, l2, activation, taylor, random; auto is activation with calibration, else l2."""
+
+    scope: str = "layer"
+    """What units are ranked against: their own group, which loses the same share as others (layer), or all (global)."""
+
+    compensate: bool | None = None
+    """Solve consumers' weights again on the calibration data (He et al., 2017); none does where there is any."""
+
+    round_to: int | None = None
+    """Multiple of the sizes that stay, but for heads; none is the target's. Halved where a group is below four of it,
+    and where a budget would be missed by 2%."""
+
+    seed: int = 0
+    """Of importance=random."""
+
+    targets: Selector = Selector("linear", "conv", "embedding")
+    """Groups to consider: by their names, or by any producer or consumer (words, module paths or patterns)."""
+
+    ignore: Selector = Selector()
+    """Groups to leave as they are; the name of a group means that one only."""
+
+    def __post_init__(self) -> None:
+        shares = {kind: getattr(self, kind) for kind in KINDS}
+        budgets = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
+        for name, value in (shares | budgets).items():
+            low = "at least 0" if name in shares else "above 0"
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < 1 or (name in budgets and value == 0):
+                raise UsageError(f"prune: {name} is {value!r}; give a number {low} and below 1")
+        if len(budgets) + any(shares.values()) != 1:
+            given = [*(kind for kind in KINDS if shares[kind]), *budgets]
+            raise UsageError(
+                f"prune: give shares by kind ({', '.join(KINDS)}), or one budget ({', '.join(BUDGETS)})"
+                + (f", and not {' and '.join(given)}" if given else "")
+            )
+        for name, options in {"importance": ("auto", *IMPORTANCE), "scope": ("layer", "global")}.items():
+            if getattr(self, name) not in options:
+                raise UsageError(f"prune: {name} is {getattr(self, name)!r}; give {', '.join(options)}")
+        object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise UsageError(f"prune: kinds is {list(self.kinds)}; give some of {', '.join(KINDS)}")
+        if self.round_to is not None and (not isinstance(self.round_to, int) or self.round_to < 1):
+            raise UsageError(f"prune: round_to is {self.round_to!r}; give a whole number of at least 1")
+
+    def run(self, graph: Graph, context: Context) -> None:
+        calibrated = context.calibration is not None
+        solve = calibrated if self.compensate is None else self.compensate
+        if solve:
+            context.batches()  # without any, an error before the work
+        importance = self.importance if self.importance != "auto" else "activation" if calibrated else "l2"
+        scores = IMPORTANCE[importance](graph, context, self._groups(graph, context), self.seed)
+        candidates = [Candidate(group, score, self._multiple(group, context)) for group, score in scores.items()]
+        bill = Bill(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
+        chosen = self._sizes(graph, context, candidates, bill)
+        left = {one: size for one, size in chosen.items() if size < one.group.size}
+        for one in chosen.keys() - left.keys():
+            context.record.declined[one.group.name] = f"all of its {one.group.size} {one.group.kind} stay"
+        for kind in dict.fromkeys(one.group.kind for one in left):
+            of_kind = [(one.group, size) for one, size in left.items() if one.group.kind == kind]
+            context.note(f"{kind}: {', '.join(f'{group.name} {group.size} -> {size}' for group, size in of_kind)}")
+        if left and bill.flops:
+            context.note(f"{bill.share('flops')(left):.3f} of the FLOPs stay")
+        names = [group.name for group in groups(graph)]
+        if solve:
+            compensate(graph, context, {one.group: one.units(size) for one, size in left.items()})
+        budget.cut(graph, left, names)
+
+    def _groups(self, graph: Graph, context: Context) -> list[Group]:
+        """The groups that may be cut; of each kind that has a share there must be one."""
+        shares = [kind for kind in KINDS if getattr(self, kind)]
+        named = self.targets != Prune.targets
+        return open_groups(
+            graph, context, shares or self.kinds, self.targets, self.ignore, required=shares, named=named
+        )
+
+    def _multiple(self, group: Group, context: Context) -> int:
+        if group.kind == "heads":
+            return 1
+        if self.round_to is not None:
+            return self.round_to
+        return 1 if context.target is None else int(context.target.round_to.get(group.kind, 1))
+
+    def _sizes(self, graph: Graph, context: Context, candidates: list[Candidate], bill: Bill) -> Sizes:
+        """How many units of each stay, by the shares or the budget."""
+        together = self.scope == "global"
+        limits = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
+        if not limits:
+            found: dict[Candidate, int] = {}
+            for kind in KINDS:
+                of_kind = [one for one in candidates if one.group.kind == kind]
+                found |= budget.by_share(of_kind, getattr(self, kind), together)
+            return found
+        ((name, share),) = limits.items()
+        if name != "params" and not context.feeds:
+            raise UsageError(f"prune: {name}={share:g} needs the sizes of the inputs: pass example_inputs=<a batch>")
+        price = bill.price("flops" if bill.flops and name != "params" else "params")
+        try:
+            if name == "latency":
+                if context.target is None:
+                    raise UsageError("prune: latency is measured on a target, and there is none")
+                cost = budget.measured(graph, context.target, context.feeds, context.threads)
+                path = budget.ranked(candidates, price) if together else budget.evenly(candidates)
+                chosen = budget.bracket(path, cost, share, budget.MEASURING)[1]
+            else:
+                cost = bill.share(name)
+                chosen = budget.fit(candidates, cost, share, price, together)
+        except budget.Unreachable as error:
+            raise UsageError(
+                f"prune: {name}={share:g} cannot be reached: with every group that may be cut at its smallest, "
+                f"{error.least:.3f} stay; allow more (kinds=..., round_to=1), or see which groups are locked"
+            ) from None
+        context.note(f"{cost(chosen):.3f} of the {name} stay, of {share:g} that the budget leaves")
+        return chosen
