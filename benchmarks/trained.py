@@ -60,7 +60,7 @@ def minilm(settings: Settings, sentences_of_train: int = 512) -> Task:
     return Task(
         "MiniLM",
         models.minilm(),
-        sentences.batches(tokens, train.first[:sentences_of_train]),
+        sentences.batches(tokens, sentences.spread(train.first, sentences_of_train)),
         sentences.batches(tokens, [*dev.first, *dev.second]),
         lambda hidden, batch: sentences.pooled(hidden, batch["attention_mask"]),
         "Spearman on STS-B dev",

@@ -105,7 +105,7 @@ def calibration(settings: Settings, tokens: Any) -> list[Batch]:
     if path is None:
         return sentences.batches(tokens, sentences.BUNDLED, 8)
     pairs = sentences.read_pairs(path)
-    return sentences.batches(tokens, pairs.first[:CALIBRATION])
+    return sentences.batches(tokens, sentences.spread(pairs.first, CALIBRATION))
 
 
 def session(path: Path, threads: int) -> ort.InferenceSession:

@@ -42,6 +42,7 @@ def run(settings: Settings) -> bool:
         with tempfile.TemporaryDirectory(prefix="graphopt-streaming-") as folder:
             source = Path(folder) / "gpt2.onnx"
             parameters = write_gpt2(source, layers, WIDTH, HEADS, VOCABULARY)
+            failures: list[str] = []
             rows = table(
                 f"GPT-2 of {layers} layers, {parameters / 1e9:.2f} billion parameters, {size(source) / 1e9:.2f} GB",
                 "", "seconds", "peak memory GB", "bound", "file GB",
@@ -50,15 +51,16 @@ def run(settings: Settings) -> bool:
                 made = measured(tool.__name__, source, Path(folder) / "to" / "small.onnx", settings.threads)
                 everything[f"{layers} layers, {name}"] = asdict(made)
                 own = name.startswith("graphopt")
-                fits = made.failure is None and made.peak < PEAK if own else True
-                bound = f"{PEAK / 1e9:g}" if own else ""
-                if made.failure is not None:
-                    rows.add_row(name, checked(made.failure, not own), "", bound, "")
-                else:
-                    peak = checked(f"{made.peak / 1e9:.2f}", fits)
-                    rows.add_row(name, f"{made.seconds:.0f}", peak, bound, f"{made.bytes / 1e9:.2f}")
+                fits = not own or (made.failure is None and made.peak < PEAK)
+                peak = checked(f"{made.peak / 1e9:.2f}" if made.peak else "?", fits)
+                written = checked("failed" if made.failure else f"{made.bytes / 1e9:.2f}", fits)
+                rows.add_row(name, f"{made.seconds:.0f}", peak, f"{PEAK / 1e9:g}" if own else "", written)
+                if made.failure:
+                    failures.append(f"{name}: {made.failure}")
                 holds = holds and fits
         settings.console.print(rows)
+        for failure in failures:
+            settings.console.print(failure, soft_wrap=True)
     if settings.out is not None:
         (settings.out / "streaming.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     return holds
@@ -183,11 +185,11 @@ TOOLS: dict[str, Callable[[Path, Path], None]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What a tool took, or how it failed."""
+    """What a tool took until it was done, or failed."""
 
-    seconds: float = 0.0
+    seconds: float
     peak: float = 0.0
-    """Bytes of resident memory, at most."""
+    """Bytes of resident memory, at most; 0 where they are not known."""
     bytes: int = 0
     """Of what it wrote."""
     failure: str | None = None
@@ -204,15 +206,16 @@ def measured(tool: str, source: Path, to: Path, threads: int) -> Measured:
                 [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
-            return Measured(failure=f"not done after {SECONDS} s")
-        lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-        if done.returncode != 0:
-            return Measured(failure=lines[-1] if lines else f"killed by signal {-done.returncode}")
-        return Measured(bytes=size(to), **json.loads(lines[-1]))
+            return Measured(SECONDS, failure=f"not done after {SECONDS} s")
+        said, errors = done.stdout.strip().splitlines(), done.stderr.strip().splitlines()
+        if not said:
+            return Measured(0.0, failure=errors[-1] if errors else f"killed by signal {-done.returncode}")
+        failure = None if done.returncode == 0 else errors[-1]
+        return Measured(**json.loads(said[-1]), bytes=size(to), failure=failure)
 
 
 def child(tool: str, source: str, to: str, threads: int) -> None:
-    """Quantize, and print the figures as the last line."""
+    """Quantize, and print the figures as the last line, also where it fails."""
     import onnxruntime.quantization  # noqa: F401  # imports are not counted
     import torch
 
@@ -222,6 +225,7 @@ def child(tool: str, source: str, to: str, threads: int) -> None:
     if not tool.startswith("graphopt"):
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     start = time.perf_counter()
-    globals()[tool](Path(source), Path(to))
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak": _memory("VmHWM")}))
+    try:
+        globals()[tool](Path(source), Path(to))
+    finally:
+        print(json.dumps({"seconds": time.perf_counter() - start, "peak": _memory("VmHWM")}))
