@@ -244,6 +244,8 @@ def along(op: Op) -> None:
 
 
 def quantized(op: Op) -> None:
+    if op.attributes.get("block"):
+        raise Unclear("in blocks")
     op.aligned(op.x, op.y)
     for parameter in op.given[1:]:
         if op.rank(parameter) == 1 and op.attributes["axis"] is not None:

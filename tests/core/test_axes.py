@@ -37,8 +37,8 @@ class Mobile(nn.Module):
         x = F.hardswish(self.norm(self.stem(x)))
         y = F.relu6(self.depthwise(F.leaky_relu(self.expand(x))))
         y = y * F.hardsigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
-        y = self.head(self.pool(x + self.project(y)).flatten(1))
-        return y
+        x = self.head(self.pool(x + self.project(y)).flatten(1))
+        return x
 
 
 class Dense(nn.Module):
@@ -88,9 +88,8 @@ def vit() -> nn.Module:
     import transformers
 
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4,
-        num_labels=5,
-    )  # fmt: skip
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4
+    )
     return models.seeded(transformers.ViTForImageClassification, config)
 
 
