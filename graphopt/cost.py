@@ -18,7 +18,7 @@ LARGE = 2 * 2**30
 @dataclass(frozen=True)
 class Cost:
     """flops: 2 x multiply-adds of linear, conv, matmul and attention, or None where shapes are not known as numbers;
-    parameters: stored numbers; bytes: what they occupy."""
+    parameters: stored numbers; bytes: what they occupy, packed where they have less than 8 bits."""
 
     flops: int | None = None
     parameters: int = 0
@@ -28,13 +28,23 @@ class Cost:
     def of(cls, graph: Graph, sizes: Mapping[str, int] | None = None) -> Cost:
         """The cost of a graph; `sizes` gives numbers for named axes (without it, a dynamic graph has no FLOPs)."""
         # One at a time: each may be a mapping of its own.
-        stored = [(tensor.numel(), tensor.element_size()) for _, tensor in graph.constants()]
+        bits = _bits(graph)
+        stored = [(t.numel(), -(-t.numel() * bits.get(name, 8 * t.element_size()) // 8)) for name, t in graph.constants()]
         counted = [flops(node, sizes or {}) for node in graph.nodes]
         return cls(
             flops=None if None in counted else sum(n for n in counted if n is not None),
             parameters=sum(count for count, _ in stored),
-            bytes=sum(count * size for count, size in stored),
+            bytes=sum(size for _, size in stored),
         )
+
+
+def _bits(graph: Graph) -> dict[str, int]:
+    """By name, the constants that hold integers of less than a byte, as a dequantize says."""
+    return {
+        value.name: node.attributes["bits"]
+        for node in graph.sites("dequantize") if node.attributes["bits"] < 8
+        for value in (node.operand("x"), node.operand("zero_point")) if value is not None
+    }  # fmt: skip
 
 
 def sizes(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, int]:

@@ -316,12 +316,24 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis
 
 
 @word()
-def dequantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis: int | None = None) -> Tensor:
-    """(x - zero_point) · scale in float32; per slice of axis when scale is a vector."""
+def dequantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    block: int = 0,
+    bits: int = 8,
+) -> Tensor:
+    """(x - zero_point) · scale in float32; per slice of axis when scale is a vector.
+
+    With a block, scale and zero_point have the rank of x and one entry for so many of x along axis. bits: of x (int8 or
+    uint8) only so many are used, so that it may be stored in them; it changes no number.
+    """
     steps = x.float()
     if zero_point is not None:
-        steps = steps - _along(zero_point, x, axis).float()
-    return steps * _along(scale, x, axis)
+        steps = steps - _along(zero_point, x, axis, block).float()
+    return steps * _along(scale, x, axis, block)
 
 
 @word()
@@ -366,9 +378,11 @@ def add_int8(
     return quantize(dequantize(a, a_scale, a_zero_point) + dequantize(b, b_scale, b_zero_point), y_scale, y_zero_point)
 
 
-def _along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def _along(parameter: Tensor, x: Tensor, axis: int | None, block: int = 0) -> Tensor:
     if axis is None or parameter.dim() == 0:
         return parameter
+    if block:
+        return parameter.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])  # the last may be cut short
     return parameter.reshape([-1 if i == axis % x.dim() else 1 for i in range(x.dim())])
 
 

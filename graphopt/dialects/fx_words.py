@@ -328,9 +328,28 @@ def _read_quantize(word: str, per_channel: bool) -> Reader:
         scale, zero_point = (a["scales"], a["zero_points"]) if per_channel else (a["scale"], a["zero_point"])
         scale = scale if isinstance(scale, fx.Node) else Literal(scale, torch.float32)
         zero_point = _zero_point(word, zero_point, dtype, constant)
-        return None if zero_point is False else Read(word, (a["input"], scale, zero_point), {"axis": axis})
+        own = {"block": 0, "bits": _bits(a)} if word == "dequantize" else {}
+        return None if zero_point is False else Read(word, (a["input"], scale, zero_point), {"axis": axis} | own)
 
     return read_one
+
+
+def _read_groups(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
+    """Groups along the last axis of a matrix, whose scales torch takes in any shape, and the word as a matrix."""
+    x, scale, block = meta(a["input"]), meta(a["scales"]), a["group_size"]
+    zero_point = _zero_point("dequantize", a["zero_points"], a["dtype"], constant)
+    if a["output_dtype"] != torch.float32 or scale.shape != (x.shape[0], x.shape[1] // block) or zero_point is False:
+        return None
+    operands = (a["input"], a["scales"], zero_point)
+    return Read("dequantize", operands, {"axis": 1, "block": block, "bits": _bits(a)})
+
+
+def _bits(a: dict[str, Any]) -> int:
+    """How many bits hold the integers of a dequantize, by the range that it is told; 8 for those of no byte."""
+    if a["dtype"] not in (torch.int8, torch.uint8):
+        return 8
+    low, high = int(a["quant_min"]), int(a["quant_max"])
+    return max(high.bit_length() + (a["dtype"] is torch.int8), (-low - 1).bit_length() + 1)
 
 
 def _zero_point(word: str, raw: Any, dtype: torch.dtype, constant: Callable[[fx.Node], Tensor | None]) -> Any:
@@ -436,6 +455,7 @@ _READERS: dict[str, Reader] = {
     "quantized_decomposed.dequantize_per_tensor.default": _read_quantize("dequantize", False),
     "quantized_decomposed.dequantize_per_tensor.tensor": _read_quantize("dequantize", False),
     "quantized_decomposed.dequantize_per_channel.default": _read_quantize("dequantize", True),
+    "quantized_decomposed.dequantize_per_channel_group.default": _read_groups,
     **{f"aten.{word}.default": _reader(word, "self") for word in _UNARY},
     **{f"graphopt.{word}.default": _read_own(word) for word in fx_ops.NAMES},
 }
@@ -610,25 +630,43 @@ def _write_reshape(writer: Writer, x: Raw, shape: Raw) -> fx.Node:
 
 
 def _write_quantize(word: str) -> Callable[..., fx.Node]:
-    def spell(writer: Writer, x: Raw, scale: Raw, zero_point: Raw, *, axis: int | None) -> fx.Node:
+    def spell(
+        writer: Writer, x: Raw, scale: Raw, zero_point: Raw, *, axis: int | None, block: int = 0, bits: int = 8
+    ) -> fx.Node:
         ops = quantized_decomposed()
         x, scale, zero = writer.tensor(x), writer.tensor(scale), writer.tensor(zero_point)
         assert x is not None and scale is not None
         dtype = meta(x).dtype if word == "dequantize" else torch.int8 if zero is None else meta(zero).dtype
         if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
             raise GraphError(f"{word} knows uint8, int8, int16 and int32, not {dtype}")
-        info = torch.iinfo(dtype)
+        low, high = _range(dtype, bits)
         if axis is None or meta(scale).dim() == 0:
             zero = zero if zero is not None else writer.add(torch.zeros((), dtype=dtype))
-            return writer.call(getattr(ops, f"{word}_per_tensor").tensor, x, scale, zero, info.min, info.max, dtype)
+            return writer.call(getattr(ops, f"{word}_per_tensor").tensor, x, scale, zero, low, high, dtype)
         if zero is not None:  # aten subtracts in the type of the two, which would wrap around
             zero = writer.call(aten._to_copy.default, zero, dtype=torch.int64)
         elif word == "quantize":
             zero = writer.add(torch.zeros(meta(scale).shape, dtype=torch.int64))
+        if block:
+            _require_groups(meta(x).shape, axis, block)
+            target = ops.dequantize_per_channel_group.default
+            return writer.call(target, x, scale, zero, low, high, dtype, block, torch.float32)
         target = getattr(ops, f"{word}_per_channel").default
-        return writer.call(target, x, scale, zero, axis % meta(x).dim(), info.min, info.max, dtype)
+        return writer.call(target, x, scale, zero, axis % meta(x).dim(), low, high, dtype)
 
     return spell
+
+
+def _range(dtype: torch.dtype, bits: int) -> tuple[int, int]:
+    """The integers of a dtype, or those of so many bits where it has 8."""
+    info = torch.iinfo(dtype)
+    return (info.min >> (8 - bits), info.max >> (8 - bits)) if info.bits == 8 else (info.min, info.max)
+
+
+def _require_groups(shape: Sequence[int], axis: int, block: int) -> None:
+    if len(shape) != 2 or axis % 2 != 1 or shape[1] % block or block < 2:
+        raise GraphError(f"fx dequantizes blocks of 2 or more that divide axis 1 of a matrix, not {block} along axis "
+                         f"{axis} of {list(shape)}")  # fmt: skip
 
 
 def quantized_decomposed() -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphopt.dialects import onnx_files, onnx_functions, onnx_shapes, onnx_words
-from graphopt.dialects.onnx_tensors import TORCH_DTYPES, onnx_dtype, to_numpy, to_torch
+from graphopt.dialects.onnx_tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD
 from graphopt.graph import Graph, GraphError, Node, Shape, Value
 from graphopt.words import WORDS
@@ -65,7 +65,7 @@ class OnnxValue(Value):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return TORCH_DTYPES.get(self.native.dtype) if self.native.dtype is not None else None
+        return READABLE.get(self.native.dtype) if self.native.dtype is not None else None
 
     @property
     def producer(self) -> Node | None:
@@ -84,7 +84,7 @@ class OnnxValue(Value):
     @property
     def is_constant(self) -> bool:
         native = self.native
-        return native.const_value is not None and native.is_initializer() and native.dtype in TORCH_DTYPES
+        return native.const_value is not None and native.is_initializer() and native.dtype in READABLE
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ class OnnxNode(Node):
         if native.op_type in _RANDOM or native.domain not in _KNOWN_DOMAINS:
             return None
         if any(_holds_graph(attribute) for attribute in native.attributes.values()):
+            return None
+        if any(output.dtype in NARROW for output in native.outputs):  # the engine cannot hand out what it computes
             return None
         attributes = tuple(sorted((a.name, _frozen(a)) for a in native.attributes.values()))
         # A word may have attributes where ONNX has operands (the bounds of a slice).
@@ -278,7 +280,20 @@ class OnnxGraph(Graph):
         name = self._unique(name or "constant")
         array = to_numpy(tensor)
         native = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
-        held = ir.Tensor(array, dtype=dtype, name=name)
+        return self._store(native, ir.Tensor(array, dtype=dtype, name=name))
+
+    def narrowed(self, value: OnnxValue, bits: int) -> OnnxValue:
+        """A constant of int8 or uint8 whose integers have 2 or 4 bits, stored packed."""
+        if value.native.dtype in NARROW and not value.transposed:
+            return value
+        tensor = self.constant(value)
+        if tensor is None:
+            raise GraphError(f"{value.name!r} is to be stored in {bits} bits, and it is no constant")
+        held = packed(tensor, bits, self._unique(value.name))
+        shape, dtype = ir.Shape(tensor.shape), ir.TensorType(held.dtype)
+        return self._store(ir.Value(name=held.name, shape=shape, type=dtype), held)
+
+    def _store(self, native: ir.Value, held: ir.TensorProtocol) -> OnnxValue:
         spills = self.scratch is not None and held.nbytes > onnx_files.SMALL
         native.const_value = self.scratch.store(held) if self.scratch is not None and spills else held
         self.model.graph.register_initializer(native)

@@ -59,6 +59,10 @@ def function(op_type: str, opset: int) -> ir.Function:
             "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis=0>(weight, weight_scale) "
             f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
         )
+    elif name == "dequantize":
+        attributes, given = "<axis, block_size, bits>", "x, scale" + (", zero_point" if "shifted" in variant else "")
+        block = ", block_size = @block_size" if opset >= 21 else ""
+        signature, body = f"({given}) => (y)", f"y = DequantizeLinear<axis = @axis{block}>({given})"
     elif name == "attention":
         attributes = "<scale, causal, heads, kv_heads>"
         signature, body = _ATTENTION_OVER_QUERIES
@@ -93,6 +97,7 @@ _FIXED = {
 _REFERENCES = {
     "strides": "ints", "pads": "ints", "dilations": "ints", "group": "int", "scale": "float", "causal": "int",
     "heads": "int", "kv_heads": "int",
+    "axis": "int", "block_size": "int",
 }  # fmt: skip
 
 

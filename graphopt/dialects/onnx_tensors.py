@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.graph import GraphError
+from graphopt.numerics import quantize
 
 _ONNX_DTYPES = {
     torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
@@ -20,6 +21,20 @@ _ONNX_DTYPES = {
     torch.bool: ir.DataType.BOOL,
 }  # fmt: skip
 TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {onnx_dtype: dtype for dtype, onnx_dtype in _ONNX_DTYPES.items()}
+
+NARROW = {
+    ir.DataType.INT4: torch.int8, ir.DataType.UINT4: torch.uint8,
+    ir.DataType.INT2: torch.int8, ir.DataType.UINT2: torch.uint8,
+}  # fmt: skip
+"""Integers of less than a byte, stored packed, and what holds one each once they are read."""
+READABLE: dict[ir.DataType, torch.dtype] = TORCH_DTYPES | NARROW
+
+
+def packed(tensor: Tensor, bits: int, name: str) -> ir.PackedTensor[np.ndarray[Any, Any]]:
+    """Integers (int8 or uint8) of 2 or 4 bits as an ONNX tensor: INT2, UINT2, INT4 or UINT4."""
+    signed = "" if tensor.dtype is torch.int8 else "U"
+    held = quantize.pack(torch.bitwise_and(tensor, 2**bits - 1).to(torch.uint8).flatten(), bits)
+    return ir.PackedTensor(to_numpy(held), ir.DataType[f"{signed}INT{bits}"], shape=tensor.shape, name=name)
 
 
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
@@ -33,9 +48,12 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def to_torch(tensor: ir.TensorProtocol | None) -> Tensor | None:
-    """The tensor, sharing memory; None for element types that torch does not have."""
-    if tensor is None or tensor.dtype not in TORCH_DTYPES:
+    """The tensor, sharing memory but for packed integers; None for element types that torch does not have."""
+    if tensor is None or tensor.dtype not in READABLE:
         return None
+    if tensor.dtype in NARROW:
+        dtype = NARROW[tensor.dtype]
+        return torch.from_numpy(tensor.numpy().astype("int8" if dtype is torch.int8 else "uint8"))
     return array_to_torch(tensor.numpy(), TORCH_DTYPES[tensor.dtype])
 
 

@@ -6,6 +6,7 @@ model stays valid, and runs in any engine, all through a pipeline.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES, onnx_dtype
+from graphopt.dialects.onnx_tensors import FLOATS, NARROW, READABLE, TORCH_DTYPES, onnx_dtype
 from graphopt.graph import GraphError, Value
 from graphopt.words import WORDS
 
@@ -98,7 +99,7 @@ def _plain(attribute: Any) -> Any:
     return tuple(value) if attribute.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS) else value
 
 
-_FROM_CONV = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups"}
+_FROM_CONV = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups", "block_size": "block"}
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:
@@ -300,18 +301,33 @@ def _read_squeeze(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | N
 
 
 def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    scale = operands[1]
-    if scale is None or scale.rank not in (0, 1) or _integer(node, "block_size", 0):
+    x, scale, zero_point = (*operands, None)[:3]
+    if x is None or scale is None or scale.dtype is not torch.float32 or scale.rank not in (0, 1):
         return None
-    axis: int | None = _integer(node, "axis", 1)
-    x = operands[0]
-    if scale.rank == 0 or (scale.shape == (1,) and (x is None or x.shape is None or x.shape[axis:][:1] != (1,))):
-        axis = None  # one scale for all, which some files give as a vector of one
-    word = "quantize" if node.op_type == "QuantizeLinear" else "dequantize"
-    has_zero_point = len(operands) > 2 and operands[2] is not None
-    if word == "quantize" and not has_zero_point and _integer(node, "output_dtype", 0) != ir.DataType.INT8:
+    axis = _scale_axis(node, x, scale)
+    if zero_point is None and _integer(node, "output_dtype", 0) != ir.DataType.INT8:
         return None  # without a zero point ONNX means uint8 by default, and the word int8
-    return word, operands, {"axis": axis}
+    if _integer(node, "block_size", 0) or (zero_point is not None and zero_point.native.dtype in NARROW):
+        return None
+    return "quantize", operands, {"axis": axis}
+
+
+def _scale_axis(node: ir.Node, x: OnnxValue, scale: OnnxValue) -> int | None:
+    axis = _integer(node, "axis", 1)
+    if scale.rank == 0 or (scale.shape == (1,) and (x.shape is None or x.shape[axis:][:1] != (1,))):
+        return None  # one scale for all, which some files give as a vector of one
+    return axis if x.rank is None else axis % x.rank
+
+
+def _read_dequantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    x, scale = operands[0], operands[1]
+    if x is None or x.native.dtype not in READABLE or scale is None or scale.dtype is not torch.float32:
+        return None
+    block, bits = _integer(node, "block_size", 0), min(x.native.dtype.bitwidth, 8)
+    if scale.rank != (x.rank if block else min(scale.rank or 0, 1)):
+        return None
+    axis = _integer(node, "axis", 1) % (x.rank or 1) if block else _scale_axis(node, x, scale)
+    return "dequantize", operands, {"axis": axis, "block": block, "bits": bits}
 
 
 def _read_reshape(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
@@ -386,7 +402,7 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
     "Softmax": _read_softmax,
     "ReduceMean": _read_mean,
     "QuantizeLinear": _read_quantize,
-    "DequantizeLinear": _read_quantize,
+    "DequantizeLinear": _read_dequantize,
     "Reshape": _read_reshape,
     "Transpose": _read_transpose,
     "Cast": _read_cast,
@@ -545,15 +561,32 @@ def _write_slice(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attribu
     return Spelled("Slice", [*operands, *bounds], {})
 
 
-def _write_quantize(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
-    def write_one(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-        axis = attributes["axis"]
-        spelled = {} if axis is None else {"axis": axis}
-        if op_type == "QuantizeLinear" and (len(operands) < 3 or operands[2] is None):
-            spelled["output_dtype"] = int(ir.DataType.INT8)
-        return Spelled(op_type, operands, spelled)
+def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    axis = attributes["axis"]
+    spelled = {} if axis is None else {"axis": axis}
+    if len(operands) < 3 or operands[2] is None:
+        spelled["output_dtype"] = int(ir.DataType.INT8)
+    return Spelled("QuantizeLinear", operands, spelled)
 
-    return write_one
+
+def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    block, bits = attributes["block"], attributes["bits"]
+    if block and graph.opset < 21:
+        raise GraphError(f"dequantize of blocks has no ONNX operator at opset {graph.opset}; it needs 21")
+    spelled = {"axis": attributes["axis"]} if attributes["axis"] is not None else {}
+    spelled |= {"block_size": block} if block else {}
+    if bits == 8:
+        return Spelled("DequantizeLinear", operands, spelled)
+    x, scale, zero_point = (*operands, None)[:3]
+    if x is not None and x.is_constant and graph.opset >= _NARROW_SINCE.get(bits, sys.maxsize):
+        zero_point = None if zero_point is None else graph.narrowed(zero_point, bits)
+        return Spelled("DequantizeLinear", [graph.narrowed(x, bits), scale, zero_point], spelled)
+    op_type = "dequantize" if zero_point is None else "dequantize__shifted"
+    return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
+
+
+_NARROW_SINCE = {4: 21, 2: 25}
+"""The first opset that has integers of so many bits; others, and before, lie in a byte each."""
 
 
 _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
@@ -575,8 +608,8 @@ _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     ),
     "softmax": lambda graph, operands, attributes: Spelled("Softmax", operands, {"axis": attributes["axis"]}),
     "mean": _write_mean,
-    "quantize": _write_quantize("QuantizeLinear"),
-    "dequantize": _write_quantize("DequantizeLinear"),
+    "quantize": _write_quantize,
+    "dequantize": _write_dequantize,
     "reshape": lambda graph, operands, attributes: Spelled("Reshape", operands, {"allowzero": 1}),
     "transpose": lambda graph, operands, attributes: Spelled("Transpose", operands, {"perm": attributes["perm"]}),
     "cast": lambda graph, operands, attributes: Spelled("Cast", operands, {"to": int(onnx_dtype(attributes["dtype"]))}),
