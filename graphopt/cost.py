@@ -29,7 +29,10 @@ class Cost:
         """The cost of a graph; `sizes` gives numbers for named axes (without it, a dynamic graph has no FLOPs)."""
         # One at a time: each may be a mapping of its own.
         bits = _bits(graph)
-        stored = [(t.numel(), -(-t.numel() * bits.get(name, 8 * t.element_size()) // 8)) for name, t in graph.constants()]
+        stored = [
+            (tensor.numel(), -(-tensor.numel() * bits.get(name, 8 * tensor.element_size()) // 8))
+            for name, tensor in graph.constants()
+        ]
         counted = [flops(node, sizes or {}) for node in graph.nodes]
         return cls(
             flops=None if None in counted else sum(n for n in counted if n is not None),
