@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import io
@@ -213,6 +214,29 @@ def test_a_full_temporary_folder_is_named(large: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(onnx_files, "append", full)
     with pytest.raises(OSError, match=r"no room for the weights of a large model in .*scratch; set TMPDIR"):
         graph.add_constant(normal(100, 100))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc is told to give memory back")
+def test_memory_freed_between_weights_is_given_back(large: Path) -> None:
+    """Blocks too small for a mapping of their own stay with the C library when something above them lives."""
+    scratch = onnx_files.Scratch()
+    before = resident()
+    raised = b"x" * (31 * 2**20)  # once it is freed, glibc maps nothing smaller by itself
+    del raised
+    blocks, above = [], []
+    for _ in range(20):
+        blocks.append(b"x" * (12 * 2**20))
+        above.append(b"x" * 5000)
+    blocks.clear()
+    kept = resident() - before
+    scratch.store(ir.Tensor(np.zeros(2000, np.float32)))
+    assert kept > 150e6 and resident() - before < 30e6 and len(above) == 20
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])
 
 
 # --- running and writing -------------------------------------------------------------------------------------------
