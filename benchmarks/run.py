@@ -14,8 +14,7 @@ from benchmarks.case import DataMissing, Settings
 
 CASES = (
     "minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "groups", "curves", "pruned", "growth",
-    "quantization",
-    "streaming",
+    "combined", "quantization", "streaming",
 )  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

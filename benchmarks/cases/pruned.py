@@ -35,7 +35,7 @@ def minilm(settings: Settings) -> bool:
     tokens = sentences.tokenizer()
     shapes = {f"{batch}x{length}": sentences.filled(tokens, batch, length) for batch, length in SHAPES}
     made = variants(task.model, list(shapes.values()), task.calibration, MINILM_FLOPS, settings)
-    scores = {share: task.score(task.predict(partial(_outputs, one))) for share, one in made.items()}
+    scores = {share: task.score(task.predict(partial(outputs, one))) for share, one in made.items()}
     holds = speeds("MiniLM", made, shapes, MINILM_YIELD, settings)
     rows = table("Spearman on STS-B dev, int8", "FLOPs that stay", "Spearman", "against int8 alone")
     for share, score in scores.items():
@@ -98,5 +98,5 @@ def speeds(
     return holds
 
 
-def _outputs(small: Optimized, batch: Batch) -> list[Any]:
+def outputs(small: Optimized, batch: Batch) -> list[Any]:
     return list(small.runner(batch))

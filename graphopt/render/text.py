@@ -165,7 +165,7 @@ def groups(found: Sequence[Group]) -> str:
 
 def pass_rows(report: Report) -> Rows:
     """One row a pass; SQNR and cosine are those of the worst output."""
-    header = "pass", "sites", "changed", "declined", "nodes", "parameters", "size", "SQNR", "cosine", "seconds"
+    header = "pass", "sites", "changed", "declined", "nodes", "FLOPs", "parameters", "size", "SQNR", "cosine", "seconds"
     return [header, *(_pass_row(record) for record in report.passes)]
 
 
@@ -288,6 +288,7 @@ def _pass_row(record: PassRecord) -> tuple[str, ...]:
         str(record.changed),
         str(len(record.declined)) if has_sites or record.declined else "-",
         str(record.nodes_after),
+        "-" if record.cost_after.flops is None else count(record.cost_after.flops),
         count(record.cost_after.parameters),
         size(record.cost_after.bytes),
         decibels(min(one.sqnr for one in record.agreement)) if record.agreement else "-",

@@ -34,7 +34,7 @@ def example() -> Report:
         nodes_before=10,
         nodes_after=11,
         cost_before=Cost(None, 22_600_000, 90_400_000),
-        cost_after=Cost(None, 11_300_000, 45_200_000),
+        cost_after=Cost(600, 11_300_000, 45_200_000),
         agreement=[Agreement("logits", math.inf, 1.0, 0.0), Agreement("hidden", 31.25, 0.99912, 0.5)],
         rules={"split": RuleLog(tries=3, hits=1)},
         notes=["<b>look</b>"],
@@ -91,7 +91,7 @@ def test_text_says_everything_in_100_columns() -> None:
         "size       90.4 MB -> 45.2 MB (2.00 times smaller)",
     ]
     row = next(line.split() for line in lines if line.startswith("low-rank "))
-    assert row == ["low-rank", "6", "1", "5", "11", "11.3", "M", "45.2", "MB", "31.2", "dB", "0.99912", "0.25"]
+    assert row == ["low-rank", "6", "1", "5", "11", "600", "11.3", "M", "45.2", "MB", "31.2", "dB", "0.99912", "0.25"]
     simplify = next(line.split() for line in lines if line.startswith("simplify "))
     assert simplify[:4] == ["simplify", "-", "3", "-"]
     joined = " ".join(" ".join(lines).split())
