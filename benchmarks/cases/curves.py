@@ -27,9 +27,9 @@ CURVES: Mapping[str, Sequence[tuple[str, Sequence[float], str]]] = {
         ("2:4 by magnitude", (0.5,), "sparsify{{pattern=2:4}}"),
         ("2:4 by WANDA", (0.5,), "sparsify{{pattern=2:4 criterion=wanda}}"),
         ("2:4 by SparseGPT", (0.5,), "sparsify{{pattern=2:4 criterion=sparsegpt}}"),
-        ("unstructured, SparseGPT", (0.5, 0.7, 0.8), "sparsify{{amount={} criterion=sparsegpt}}"),
-        ("parameters that stay, plain SVD", (0.9, 0.8, 0.7), "low-rank{{params={} whiten=false}}"),
-        ("parameters that stay, whitened SVD", (0.9, 0.8, 0.7), "low-rank{{params={}}}"),
+        ("unstructured, SparseGPT", (0.5, 0.7), "sparsify{{amount={} criterion=sparsegpt}}"),
+        ("parameters that stay, plain SVD", (0.9, 0.8), "low-rank{{params={} fit=weights}}"),
+        ("parameters that stay, whitened SVD", (0.9, 0.8), "low-rank{{params={}}}"),
     ],
     "resnet20": [
         ("channels, L2 norm", (0.25, 0.5), "prune{{channels={} importance=l2 compensate=false}}"),
@@ -82,7 +82,7 @@ def run(settings: Settings) -> bool:
             continue
         task = trained.TASKS[name](settings)
         with tempfile.TemporaryDirectory() as folder:
-            baseline, points = measure(task, curves, Path(folder) / "float.onnx")
+            baseline, points = measure(task, curves, Path(folder) / "float.onnx", settings)
         title = f"{task.name}: {task.metric} (fp32: {baseline:.2f})"
         rows = table(title, "", "amount", "metric", "cosine", "FLOPs", "parameters")
         for point in points:
@@ -103,7 +103,7 @@ def run(settings: Settings) -> bool:
 
 
 def measure(
-    task: Task, curves: Sequence[tuple[str, Sequence[float], str]], file: Path
+    task: Task, curves: Sequence[tuple[str, Sequence[float], str]], file: Path, settings: Settings
 ) -> tuple[float, list[Point]]:
     """The metric in fp32, and every point of the curves; each starts from the float file."""
     whole = graphopt.optimize(task.model, example_inputs=task.calibration[:1])
@@ -128,6 +128,7 @@ def measure(
                     after.parameters / before.parameters,
                 )
             )
+            settings.console.print(f"{pipeline}: {points[-1].metric:.2f}", style="dim", markup=False, highlight=False)
     return task.score(expected), points
 
 
