@@ -51,7 +51,7 @@ def _observed(
     """The mean over all rows that a weight multiplies; `mean` gives that of one statistic."""
     readers: dict[tuple[tuple[Value, Rows | None], ...], list[Weight]] = {}
     for weight in weights:
-        readers.setdefault(tuple((site.input, rows(site)) for site in weight.sites), []).append(weight)
+        readers.setdefault(tuple((site.input, _rows(site)) for site in weight.sites), []).append(weight)
     wanted = (
         (value, statistic(reading[0].tensor[0].numel(), rows))
         for inputs, reading in readers.items() for value, rows in inputs
@@ -66,7 +66,7 @@ def _observed(
             yield weight, moments
 
 
-def rows(site: Node) -> Rows | None:
+def _rows(site: Node) -> Rows | None:
     if site.kind != "conv":
         return None
     shape, attributes = site.required("weight").shape, site.attributes

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graphopt import axes, inputs
+from graphopt import inputs
 from graphopt.axes import Group
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.compensate import DAMPING, refit
-from graphopt.numerics.moments import Drift
 from graphopt.pipeline import Context
 from graphopt.weights import Weight, why_fixed
-
-PARTS = 6
-"""In how many parts weights are solved again: each runs the batches through the original and through the graph as it is
-by then, so that the time stays linear in the number of layers."""
 
 
 @dataclass(frozen=True)
@@ -33,63 +28,33 @@ def compensate(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> 
     """Refit what reads the units that go, on the calibration batches, with zeros in the columns that are to be cut.
 
     cuts: the units that stay, by group. The graph computes nearly what it did before, and `shrink` then changes nothing
-    of that; its groups must be found anew. It is done in PARTS from the first layer to the last: each comes near to the
-    outputs of the original, on what the parts ahead of it leave. Left as they are, and noted: consumers in a group with
-    norms, whose other inputs change, and weights that something else reads too. Raises UsageError without calibration.
+    of that; its groups must be found anew. Left as they are, and noted: consumers in a group with norms, whose other
+    inputs change, and weights that something else reads too. Raises UsageError without calibration.
     """
-    places = {node: place for place, node in enumerate(graph.nodes)}
-    readers = sorted(_readers(graph, context, cuts), key=lambda reader: places[reader.weight.sites[0]])
-    size = max(1, -(-len(readers) // PARTS))
-    original = graph.clone()
-    before = dict(zip(places, original.nodes, strict=True))
-    singular: list[str] = []
-    for start in range(0, len(readers), size):
-        part = readers[start : start + size]
-        found: dict[Value, tuple[Tensor, Tensor | None]]
-        if start == 0:
-            seen = inputs.affine(graph, context, [reader.weight for reader in part])
-            found = {weight.value: (moments[0], None) for weight, moments in seen}
-        else:
-            found = _drifts(graph, original, before, context, [reader.weight for reader in part])
-        for reader in part:
-            singular += _solve(graph, reader, *found[reader.weight.value])
+    readers = {reader.weight.value: reader for reader in _readers(graph, context, cuts)}
+    solved: list[tuple[Weight, Tensor, dict[Node, Tensor | None]]] = []
+    singular = []
+    for weight, moments in inputs.affine(graph, context, [reader.weight for reader in readers.values()]):
+        kernel = weight.tensor[0, 0].numel()
+        keep = readers[weight.value].keep.repeat_interleave(kernel)
+        matrix, mean = moments[0, :-1, :-1], moments[0, -1, :-1]
+        biases = {site: None if site.bias is None else graph.constant(site.bias) for site in weight.sites}
+        affine = all(bias is not None for bias in biases.values())
+        found = refit(weight.tensor.flatten(1), matrix, keep, mean=mean if affine else None)
+        if found.singular:
+            singular.append(weight.sites[0].label)
+        shifted = {site: None if bias is None else bias + found.shift for site, bias in biases.items()}
+        solved.append((weight, found.weight.reshape(weight.tensor.shape), shifted))
+    for weight, tensor, shifted in solved:
+        stored = graph.add_constant(tensor, weight.value.name)
+        for site, bias in shifted.items():
+            added = site.bias if bias is None or site.bias is None else graph.add_constant(bias, site.bias.name)
+            graph.replace(site, graph.emit(site.kind, site.input, stored, added, at=site, **site.attributes))
     if singular:
         context.note(
             "the calibration does not tell all inputs apart (a singular covariance; more batches may): damping of "
             f"{DAMPING:g} of each variance decides the weights of {', '.join(singular)}"
         )
-
-
-def _drifts(
-    graph: Graph, original: Graph, before: Mapping[Node, Node], context: Context, weights: Sequence[Weight]
-) -> dict[Value, tuple[Tensor, Tensor | None]]:
-    """Of each weight, the moments of what it reads now, and the drift from what it read in the original."""
-    seen = {weight.value: Drift(weight.tensor[0].numel(), inputs.rows(weight.sites[0])) for weight in weights}
-    sites = [(site, seen[weight.value]) for weight in weights for site in weight.sites]
-    batches = context.batches()
-    marks = axes.masks(batches.inputs)
-    for feeds in batches:
-        now = graph.evaluate(feeds, [site.input for site, _ in sites])
-        was = original.evaluate(feeds, [before[site].input for site, _ in sites])
-        for (site, drift), x, old in zip(sites, now, was, strict=True):
-            drift.compare(x, old, axes.real_positions(site.input.shape, x, marks, feeds))
-    return {value: (drift.affine()[0], drift.drift()[0]) for value, drift in seen.items()}
-
-
-def _solve(graph: Graph, reader: _Reader, moments: Tensor, drift: Tensor | None) -> list[str]:
-    """Put the weights of one reader in place; its label where its inputs cannot be told apart."""
-    weight = reader.weight
-    biases = {site: None if site.bias is None else graph.constant(site.bias) for site in weight.sites}
-    mean = moments[-1, :-1] if all(bias is not None for bias in biases.values()) else None
-    keep = reader.keep.repeat_interleave(weight.tensor[0, 0].numel())
-    found = refit(weight.tensor.flatten(1), moments[:-1, :-1], keep, mean=mean, drift=drift)
-    stored = graph.add_constant(found.weight.reshape(weight.tensor.shape), weight.value.name)
-    for site, bias in biases.items():
-        added = site.bias
-        if added is not None and bias is not None:
-            added = graph.add_constant(bias + found.shift, added.name)
-        graph.replace(site, graph.emit(site.kind, site.input, stored, added, at=site, **site.attributes))
-    return [weight.sites[0].label] if found.singular else []
 
 
 def _readers(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> Iterator[_Reader]:

@@ -28,26 +28,18 @@ class Refit:
 
 
 def refit(
-    weight: Tensor,
-    moments: Tensor,
-    keep: Tensor,
-    *,
-    mean: Tensor | None = None,
-    drift: Tensor | None = None,
-    damping: float = DAMPING,
+    weight: Tensor, moments: Tensor, keep: Tensor, *, mean: Tensor | None = None, damping: float = DAMPING
 ) -> Refit:
     """The weights on the inputs that stay, so that the outputs change least in the mean over the calibration rows x.
 
     weight: float, (out, in); moments: the mean of x xᵀ, (in, in); keep: bool (in,), True for the inputs that stay;
     mean: the mean of x, (in,), where a bias can take up what is lost on average, else None.
-    drift: the mean of d xᵀ and, as a last column, of d, (in, in + 1), where the outputs to come near to are those of
-    inputs x + d: what the layer read before others ahead of it were changed.
-    The result is the minimum of E‖W (x + d) + b - W' x - b'‖² + damping · Σ_j E‖(W'_:j - W_:j) x_j‖², j over the inputs
-    that stay (E x_j² less the squared mean where there is a bias), in float64. Damping draws towards the weights as
-    they were, so that few rows, and inputs that go together, do no harm; a constant input keeps its weight.
+    The result is the minimum of E‖W x + b - W' x - b'‖² + damping · Σ_j E‖(W'_:j - W_:j) x_j‖², j over the inputs that
+    stay (E x_j² less the squared mean where there is a bias), in float64. Damping draws towards the weights as they
+    were, so that few rows, and inputs that go together, do no harm; a constant input keeps its weight.
     Raises ValueError when nothing stays and on NaN or infinity; without damping, torch's LinAlgError when singular.
-    Source: He, Zhang & Sun 2017, sections 3.1 and 3.2 (reconstruction of a layer, and of a whole model), with a ridge
-    (Hoerl & Kennard 1970) around the old weights in place of zero.
+    Source: He, Zhang & Sun 2017, section 3.1 (reconstruction after channels were selected), with a ridge (Hoerl &
+    Kennard 1970) around the old weights in place of zero.
     """
     require_finite(moments, "moments")
     require_finite(weight, "weight")
@@ -62,18 +54,10 @@ def refit(
     singular = not _is_definite(system)
     system.diagonal().mul_(1 + damping * varies[keep].double())
     cross = centred[keep][:, gone] * varies[keep, None]
-    missing = cross @ lost.T
-    if drift is not None:
-        means = torch.zeros(len(keep), dtype=torch.float64) if mean is None else mean
-        missing += (old @ (drift[:, :-1] - torch.outer(drift[:, -1], means))[:, keep] * varies[keep]).T
-    change = torch.cholesky_solve(missing, torch.linalg.cholesky(system)).T
+    change = torch.cholesky_solve(cross @ lost.T, torch.linalg.cholesky(system)).T
     new = torch.zeros_like(old)
     new[:, keep] = old[:, keep] + change
-    shift = torch.zeros(len(old), dtype=torch.float64)
-    if mean is not None:
-        shift = lost @ mean[gone] - change @ mean[keep]
-        if drift is not None:
-            shift = shift + old @ drift[:, -1]
+    shift = torch.zeros(len(old), dtype=torch.float64) if mean is None else lost @ mean[gone] - change @ mean[keep]
     return Refit(new.to(weight.dtype), shift.to(weight.dtype), singular)
 
 

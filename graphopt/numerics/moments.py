@@ -112,28 +112,6 @@ class Covariance:
         return torch.cat([torch.cat([self.matrix(), first], 1), torch.cat([first, one], 2).transpose(1, 2)], 2)
 
 
-class Drift(Covariance):
-    """`Covariance` of what a layer reads now, and how far that is from what it read before others were changed."""
-
-    def __init__(self, features: int, conv: Rows | None = None) -> None:
-        """features: as for `Norm`. Holds 2 * groups * features² float64 numbers."""
-        super().__init__(features, conv)
-        self._drift = torch.zeros(self.groups, features, features + 1, dtype=torch.float64)
-
-    def compare(self, now: Tensor, before: Tensor, mask: Tensor | None = None) -> None:
-        """Take in one batch, as `Covariance.update`: what is read now, and what was (same shape)."""
-        self.update(now, mask)
-        rows, was = (_rows(x, mask, self.features, self.conv) for x in (now, before))
-        gone = was - rows
-        self._drift[:, :, :-1] += (gone.transpose(1, 2) @ rows).double()
-        self._drift[:, :, -1] += gone.sum(1, dtype=torch.float64)
-
-    def drift(self) -> Tensor:
-        """The mean of (before - now) nowᵀ and, as a last column, of before - now: (groups, features, features + 1)."""
-        _require_rows(self.count)
-        return self._drift / self.count
-
-
 def _require_rows(count: int) -> None:
     if count == 0:
         raise ValueError("no row was observed")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from graphopt.numerics.compensate import refit
-from graphopt.numerics.moments import Drift
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -88,32 +87,3 @@ def test_layouts_give_the_same_bits() -> None:
 def test_refuses_to_lose_everything() -> None:
     with pytest.raises(ValueError, match="none of 8 inputs stays"):
         refit(drawn(5, 8), moments(rows()), torch.zeros(8, dtype=torch.bool))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_comes_near_to_what_the_layer_gave_before_others_changed(biased: bool) -> None:
-    """Undamped, it is numpy's least squares of the old outputs on the inputs that stay, as they are now."""
-    x, weight = rows(), drawn(5, 8, seed=3)
-    before = x + 0.3 * x.roll(1, 1) + drawn(200, 8, seed=4) + drawn(8, seed=5)
-    away = before - x
-    drift = torch.cat([away.T @ x / len(x), away.mean(0)[:, None]], 1)
-    found = refit(weight, moments(x), KEEP, mean=x.mean(0) if biased else None, drift=drift, damping=0.0)
-    read = x[:, KEEP].numpy()
-    if biased:
-        read = np.column_stack([read, np.ones(len(x))])
-    solved = np.linalg.lstsq(read, (before @ weight.T).numpy(), rcond=None)[0].T
-    assert np.allclose(found.weight[:, KEEP], solved[:, : int(KEEP.sum())], rtol=1e-8, atol=1e-10)
-    assert np.allclose(found.shift, solved[:, -1] if biased else 0.0, rtol=1e-8, atol=1e-10)
-
-
-def test_drift_is_summed_over_batches_without_padding() -> None:
-    now, before = drawn(2, 6, 4).float(), drawn(2, 6, 4, seed=1).float()
-    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    seen = Drift(4)
-    for one in range(2):
-        seen.compare(now[one : one + 1], before[one : one + 1], mask[one : one + 1])
-    x, away = now[mask].double().numpy(), (before - now)[mask].double().numpy()
-    assert np.allclose(seen.drift()[0, :, :-1], away.T @ x / 10, rtol=1e-5, atol=1e-6)
-    assert np.allclose(seen.drift()[0, :, -1], away.mean(0), rtol=1e-5, atol=1e-6)
-    assert np.allclose(seen.affine()[0], np.column_stack([x, np.ones(10)]).T @ np.column_stack([x, np.ones(10)]) / 10,
-                       rtol=1e-5, atol=1e-6)  # fmt: skip

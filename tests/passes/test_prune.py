@@ -132,20 +132,6 @@ def test_layers_in_a_row_are_all_cut_and_solved_again(dialect: str) -> None:
     assert [tuple(weight_of(site).shape) for site in graph.sites("linear")] == [(4, 4), (4, 4), (3, 4)]
 
 
-def test_later_layers_make_up_for_what_earlier_ones_lost(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Part by part the outputs come nearer to the original's than where each layer looks at itself alone."""
-    text = "h = relu(linear(x[batch,4], W[16,4]))\ni = relu(linear(h, V[16,16], A[16]))\ny = linear(i, U[3,16], C[3])"
-    batch = feeds(build(dialect, text), batch=300)
-    errors = []
-    for parts in (1, 6):
-        monkeypatch.setattr("graphopt.refit.PARTS", parts)
-        graph = build(dialect, text)
-        expected = outputs(graph, batch)[0]
-        run(Prune(neurons=0.5), graph, calibration=[batch])
-        errors.append(float((outputs(graph, batch)[0] - expected).square().mean()))
-    assert errors[1] < 0.97 * errors[0]
-
-
 def test_a_weight_that_others_read_is_not_solved_again(dialect: str) -> None:
     """It is the table of an embedding too: only its columns go."""
     text = "h = relu(linear(embedding(T[9,8], ids[2,3]:int64), W[8,8]))\ny = linear(relu(linear(h, V[8,8])), T)"

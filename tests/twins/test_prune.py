@@ -59,17 +59,7 @@ def test_weights_decide_the_same(name: str, importance: str, scope: str) -> None
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_recorded_activations_decide_the_same_and_solve_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one part: further ones run each dialect's own graph, as it is by then."""
-    monkeypatch.setattr("graphopt.refit.PARTS", 1)
+def test_recorded_activations_decide_the_same_and_solve_the_same(name: str) -> None:
     example = captured(name, "fx")
     pair = twins(name, Prune(**KINDS[name]), calibration=Recorded(example.graph, example.feeds[0]))  # type: ignore[arg-type]
     assert_twins(pair)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_parts_agree_but_for_rounding(name: str) -> None:
-    example = captured(name, "fx").feeds[0]
-    pair = twins(name, Prune(**KINDS[name], importance="l2"), calibration=[example])  # type: ignore[arg-type]
-    for ours, theirs in zip(*(outputs(graph, example) for graph in pair), strict=True):
-        assert within_tolerance(ours, theirs, rtol=1e-3)
