@@ -43,6 +43,10 @@ class Backend(ABC):
     """One line for `graphopt targets`."""
     schemes: ClassVar[Mapping[str, tuple[str, ...]]]
     """By word, the quantization schemes that have a fast kernel here, best first; no entry: the word stays float."""
+    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """By word, the bits that weights may have where they alone are integers (the scheme weight-only), best first."""
+    floats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
+    """The floats of 16 bits that it computes in."""
     round_to: ClassVar[Mapping[str, int]]
     """Sizes that kernels run fast are multiples of these: by kind of axis (neurons, channels, width, rank)."""
 
@@ -50,6 +54,12 @@ class Backend(ABC):
     """What zeros inside weights bring here, in words for the user."""
     sparse: ClassVar[tuple[str, ...]] = ()
     """The patterns of zeros that kernels skip here, as `sparsify` spells them (2:4)."""
+
+    def weight_bits(self) -> int:
+        """Bits of int8 weights whose products with uint8 never saturate on this CPU: 8, or 7 (`saturates`)."""
+        from graphopt.backends.measure import environment
+
+        return 7 if saturates(environment()["flags"]) else 8
 
     @abstractmethod
     def pipeline(self) -> str:
@@ -116,3 +126,12 @@ class Backend(ABC):
     def graphsurgeon(self, graph: Graph) -> Any:
         """The deployable model as an onnx_graphsurgeon.Graph."""
         raise GraphError(f"target {self.name} deploys no ONNX; use target=onnxruntime")
+
+
+def saturates(flags: str) -> bool:
+    """Whether a CPU sums two products of uint8 and int8 in 16 bits: x86 with AVX2 or AVX-512, and without VNNI.
+
+    flags: as Linux spells them, separated by spaces; without any, it is taken not to.
+    """
+    known = set(flags.split())
+    return bool({"avx2", "avx512f"} & known) and not {"avx_vnni", "avx512_vnni", "amx_int8"} & known

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics import quantize
-from graphopt.numerics.observe import MinMax
+from graphopt.numerics.observe import Observer
 from graphopt.pipeline import Selector
+from graphopt.rounding import Rounding
+
+JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu")
+"""Words that compute in integers what they get in integers, with a scale of their own for the result."""
+
+MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
+"""Words whose result holds what the input does, at most zeros besides: it keeps the input's scale."""
+
+_SEVERAL = ("add", "mul", "concat")
 
 
 @dataclass
@@ -18,111 +27,198 @@ class Islands:
     """What will be in integers: decided on the graph as it is, then emitted in its order.
 
     One scale and zero point a value, for all sites that read it. The result of a static conv is quantized too, behind a
-    relu that follows, and so is that of an add between such convs: a target then finds closed islands.
+    relu or clip that follows, and so is that of what joins such results: a target then finds closed islands.
     """
 
     graph: Graph
     schemes: dict[Node, str] = field(default_factory=dict)
-    """Each linear and conv that becomes integers: static or dynamic."""
-    adds: set[Node] = field(default_factory=set)
-    parameters: dict[Value, tuple[float, int]] = field(default_factory=dict)
+    """Each linear, conv and matmul that becomes integers: static, dynamic, or weight-only."""
+    members: dict[Node, None] = field(default_factory=dict)
+    """What joins results that are integers, in order."""
+    moves: dict[Node, None] = field(default_factory=dict)
+    """What moves them, in order."""
+    weights: Rounding | None = None
+    """The weights of these sites, in integers."""
+    parameters: dict[Value, tuple[Value, Value]] = field(default_factory=dict)
     """Static scale and zero point of each observed value."""
-    stored: dict[tuple[Value, str], Value] = field(default_factory=dict)
-    """What was emitted: the dequantized form of a value, by what it is ("static", "dynamic" or "weight")."""
+    pairs: dict[tuple[Value, str], Value] = field(default_factory=dict)
+    """What was emitted: the dequantized form of a value, by scheme."""
 
-    def static_convs(self) -> list[Node]:
-        return [site for site, scheme in self.schemes.items() if site.kind == "conv" and scheme == "static"]
+    def static(self, *words: str) -> Iterator[Node]:
+        return (site for site, scheme in self.schemes.items() if scheme == "static" and site.kind in words)
 
-    def join_adds(self, ignore: Selector) -> int:
-        """Take in each add of two values that are quantized anyway, one of them the result of a conv or such an add."""
-        results = {_end(conv).result for conv in self.static_convs()}
-        inputs = {conv.input for conv in self.static_convs()}
-        for add in self.graph.sites("add"):
-            operands = {add.required("a"), add.required("b")}
-            if operands <= results | inputs and operands & results and add not in ignore:
-                self.adds.add(add)
-                results.add(_end(add).result)
-        return len(self.adds)
+    def join(self, legal: Callable[[str], bool], ignore: Selector) -> dict[Node, str]:
+        """Take in what reads integers and pays; the reasons of what reads them and stays float.
+
+        legal: whether the target has a kernel for a word. A word of several operands joins where all of them are
+        quantized anyway, and one is the result of a conv or of what joined before; a word of one operand, and a move,
+        where its own result is read in integers too.
+        """
+        inputs = {conv.input for conv in self.static("conv")}
+        results = {end_of(conv).result for conv in self.static("conv")}
+        declined: dict[Node, str] = {}
+        for node in self.graph.nodes:
+            if node.kind not in (*JOINED, *MOVES) or not any(value in results for value in node.operands):
+                continue
+            reason = "it is to stay float" if node in ignore else _why_not(node, results | inputs)
+            if reason is None and node.kind in JOINED and not legal(node.kind):
+                reason = "the target has no fast static form of it"
+            if reason is None:
+                (self.members if node.kind in JOINED else self.moves)[node] = None
+                results.add(end_of(node).result if node.kind in JOINED else node.result)
+            elif node.kind in JOINED:
+                declined[node] = reason
+        self._drop_idle(declined)
+        return declined
+
+    def _drop_idle(self, declined: dict[Node, str]) -> None:
+        """Let go of words of one operand whose result nobody reads in integers, the last first."""
+        readers = {site: [site.input] for site in self.static("linear", "conv")}
+        for site in self.static("matmul"):
+            readers[site] = [site.required("a"), site.required("b")]
+        wanted = {value for values in readers.values() for value in values}
+        for node in reversed([node for node in self.graph.nodes if node in self.members or node in self.moves]):
+            result = end_of(node).result if node in self.members else node.result
+            if node.kind not in _SEVERAL and result not in wanted:
+                if node in self.members:
+                    declined[node] = "its result is read in float"
+                self.members.pop(node, None)
+                self.moves.pop(node, None)
+            else:
+                wanted.update(value for value in _data(node))
+        # what joined through one that was let go has operands in float now
+        kept = {end_of(conv).result for conv in self.static("conv")}
+        kept |= {conv.input for conv in self.static("conv")}
+        for node in self.graph.nodes:
+            if node in self.members and not kept.issuperset(_data(node)):
+                declined[node] = "one side stays float"
+                del self.members[node]
+            elif node in self.members or node in self.moves:
+                kept.add(end_of(node).result if node in self.members else node.result)
 
     def observed(self) -> list[Value]:
-        """The values that need a range: inputs of static sites, results of static convs and of adds."""
-        inputs = [site.input for site, scheme in self.schemes.items() if scheme == "static"]
-        results = [_end(node).result for node in [*self.static_convs(), *self.adds]]
-        return [value for value in dict.fromkeys(inputs + results) if not _is_dequantized(value)]
+        """The values that need a range: inputs of static sites, results of static convs and of what joins them."""
+        inputs = [site.input for site in self.static("linear", "conv")]
+        inputs += [site.required(name) for site in self.static("matmul") for name in ("a", "b")]
+        results = [end_of(node).result for node in [*self.static("conv"), *self.members]]
+        moved = {node.result for node in self.moves}
+        return [value for value in dict.fromkeys(inputs + results) if not is_dequantized(value) and value not in moved]
 
-    def measure(self, ranges: Mapping[Value, MinMax]) -> None:
+    def measure(self, ranges: Mapping[Value, Observer]) -> None:
         """Turn ranges into parameters. Raises ValueError, naming the node, where a range is empty or not finite."""
         for value, seen in ranges.items():
             try:
-                self.parameters[value] = quantize.activation_parameters(*seen.range())
+                number, integer = quantize.activation_parameters(*seen.range())
             except ValueError as error:
-                where = value.producer.label if value.producer is not None else value.name
-                raise ValueError(f"activation of {where}: {error}") from error
+                raise ValueError(f"activation of {label_of(value)}: {error}") from error
+            self.parameters[value] = (
+                self.graph.add_constant(torch.tensor(number), "scale"),
+                self.graph.add_constant(torch.tensor(integer, dtype=torch.uint8), "zero_point"),
+            )
 
     def emit(self) -> None:
-        for node in self.graph.nodes:
-            if node in self.schemes:
+        assert self.weights is not None
+        parts = self.schemes.keys() | self.members.keys() | self.moves.keys()
+        for node in [node for node in self.graph.nodes if node in parts]:
+            if node.kind == "embedding":
+                table, _ = self.weights.emit(node)
+                self._put(node, self.graph.emit(node, table, node.required("ids"), at=node))
+            elif node.kind == "matmul":
+                sides = (self._activation(node.required(name), self.schemes[node], node) for name in ("a", "b"))
+                self._put(node, self.graph.emit(node, *sides, at=node))
+            elif node in self.schemes:
                 x = self._activation(node.input, self.schemes[node], node)
-                self._finish(node, x, self._weight(node), node.bias)
-            elif node in self.adds:
-                a, b = (self._activation(node.required(name), "static", node) for name in ("a", "b"))
-                self._finish(node, a, b)
+                weight, bias = self.weights.emit(node)
+                value = self.graph.emit(node.kind, x, weight, bias, at=node, **node.attributes)
+                if node.kind == "conv" and self.schemes[node] == "static":
+                    self._close(node, value)
+                else:
+                    self._put(node, value)
+            elif node in self.members:
+                operands = (self._activation(value, "static", node) for value in _data(node))
+                self._close(node, self.graph.emit(node, *operands, at=node))
+            else:
+                self.parameters[node.result] = self.parameters[node.input]
+                value = self.graph.emit(node, *node.operands, at=node)
+                self.graph.replace(node, self._pair(value, node.result, node))
 
-    def _finish(self, node: Node, *operands: Value | None) -> None:
-        """Emit a node on dequantized operands; in place of a conv or add goes its result, quantized."""
-        value = self.graph.emit(node.kind, *operands, at=node, **node.attributes)
-        if node.kind == "linear" or self.schemes.get(node) == "dynamic":
-            if node.result in self.parameters:  # another static site reads it
-                self.parameters[value] = self.parameters[node.result]
-            self.graph.replace(node, value)
-            return
-        end = _end(node)
+    def _put(self, node: Node, value: Value) -> None:
+        """Replace a node by a float value, which another static site may read."""
+        if node.result in self.parameters:
+            self.parameters[value] = self.parameters[node.result]
+        self.graph.replace(node, value)
+
+    def _close(self, node: Node, value: Value) -> None:
+        """In place of a node, and of the relu or clip behind it, goes its result, quantized."""
+        end = end_of(node)
         if end != node:
-            value = self.graph.emit("relu", value, at=end)
+            value = self.graph.emit(end, value, at=end)
         self.graph.replace(end, self._pair(value, end.result, end))
         if end != node:
             self.graph.erase(node)
 
     def _activation(self, x: Value, scheme: str, at: Node) -> Value:
-        if _is_dequantized(x):
+        if scheme == "weight-only" or is_dequantized(x):
             return x
-        if (x, scheme) not in self.stored:
+        if (x, scheme) not in self.pairs:
             if scheme == "static":
-                self.stored[x, scheme] = self._pair(x, x, at)
+                self.pairs[x, scheme] = self._pair(x, x, at)
             else:
                 scale, zero_point = self.graph.emit_all("choose_qparams", x, at=at)
                 steps = self.graph.emit("quantize", x, scale, zero_point, at=at)
-                self.stored[x, scheme] = self.graph.emit("dequantize", steps, scale, zero_point, at=at)
-        return self.stored[x, scheme]
+                self.pairs[x, scheme] = self.graph.emit("dequantize", steps, scale, zero_point, at=at)
+        return self.pairs[x, scheme]
 
     def _pair(self, x: Value, observed: Value, at: Node) -> Value:
         """dequantize(quantize(x)) by the parameters of an observed value."""
-        number, integer = self.parameters[observed]
-        scale = self.graph.add_constant(torch.tensor(number), "scale")
-        zero_point = self.graph.add_constant(torch.tensor(integer, dtype=torch.uint8), "zero_point")
+        scale, zero_point = self.parameters[observed]
         steps = self.graph.emit("quantize", x, scale, zero_point, at=at)
-        return self.graph.emit("dequantize", steps, scale, zero_point, at=at)
-
-    def _weight(self, site: Node) -> Value:
-        value, weight = site.required("weight"), site.weight
-        assert weight is not None  # others are declined
-        if (value, "weight") not in self.stored:
-            try:
-                integers, scales = quantize.quantize_weight(weight)
-            except ValueError as error:
-                raise ValueError(f"{site.label}: {error}") from error
-            steps = self.graph.add_constant(integers, value.name)
-            scale = self.graph.add_constant(scales, f"{value.name}_scale")
-            self.stored[value, "weight"] = self.graph.emit("dequantize", steps, scale, axis=0, at=site)
-        return self.stored[value, "weight"]
+        found = self.graph.emit("dequantize", steps, scale, zero_point, at=at)
+        self.parameters[found] = scale, zero_point
+        return found
 
 
-def _is_dequantized(value: Value) -> bool:
+def _why_not(node: Node, integers: set[Value]) -> str | None:
+    """Why a node that reads integers cannot compute in them."""
+    if node.kind == "mean" and not is_global(node):
+        return "a mean over other axes than all of space has no form in integers"
+    if node.kind == "pad" and (node.attributes["value"] or min(node.attributes["padding"]) < 0):
+        return "it pads with another number than 0"
+    floats = [value for value in _data(node) if value not in integers]
+    return f"one side stays float: {label_of(floats[0])}" if floats else None
+
+
+def is_global(mean: Node) -> bool:
+    """Whether a mean is over all axes behind batch and channels, kept with size 1."""
+    rank = mean.input.rank
+    if rank is None or rank < 3 or not mean.attributes["keepdim"]:
+        return False
+    return sorted(axis % rank for axis in mean.attributes["axes"]) == list(range(2, rank))
+
+
+def _data(node: Node) -> tuple[Value, ...]:
+    """The operands that hold data: not the shape of a reshape."""
+    values = (node.input,) if node.kind == "reshape" else node.operands
+    return tuple(value for value in values if value is not None)
+
+
+def label_of(value: Value) -> str:
+    return value.producer.label if value.producer is not None else value.name
+
+
+def is_dequantized(value: Value) -> bool:
     return value.producer is not None and value.producer.kind == "dequantize"
 
 
-def _end(node: Node) -> Node:
-    """The relu that alone reads a node, else the node itself."""
+def end_of(node: Node) -> Node:
+    """The relu, or clip of a range that holds 0, that alone reads a conv or what joins; else the node itself.
+
+    Saturating integers do the same: their range lies within what calibration saw behind it.
+    """
     users = node.result.users
-    follows = len(users) == 1 and users[0].kind == "relu" and not node.result.is_output
-    return users[0] if follows else node
+    if node.kind not in ("conv", "add") or len(users) != 1 or node.result.is_output:
+        return node
+    if users[0].kind == "clip":
+        low, high = users[0].attributes["low"], users[0].attributes["high"]
+        return users[0] if (low is None or low <= 0) and (high is None or high >= 0) else node
+    return users[0] if users[0].kind == "relu" else node

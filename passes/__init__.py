@@ -9,22 +9,28 @@ from typing import TYPE_CHECKING
 from graphopt.pipeline import Pass
 
 if TYPE_CHECKING:
+    from graphopt.passes.cast import Cast
     from graphopt.passes.fold_int8 import FoldInt8
     from graphopt.passes.low_rank import LowRank
     from graphopt.passes.merge_linear import MergeLinear
     from graphopt.passes.prune import Prune
     from graphopt.passes.quantize import Quantize
     from graphopt.passes.simplify import Simplify
+    from graphopt.passes.smooth import Smooth
     from graphopt.passes.sparsify import Sparsify
 
-__all__ = ["REGISTRY", "FoldInt8", "LowRank", "MergeLinear", "Prune", "Quantize", "Simplify", "Sparsify"]
+__all__ = [
+    "REGISTRY", "Cast", "FoldInt8", "LowRank", "MergeLinear", "Prune", "Quantize", "Simplify", "Smooth", "Sparsify",
+]  # fmt: skip
 
 _CLASSES = {
     "simplify": "Simplify",
     "prune": "Prune",
     "sparsify": "Sparsify",
     "low-rank": "LowRank",
+    "smooth": "Smooth",
     "quantize": "Quantize",
+    "cast": "Cast",
     "merge-linear": "MergeLinear",
     "fold-int8": "FoldInt8",
 }

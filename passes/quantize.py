@@ -1,92 +1,154 @@
-"""f(x, W, b)  ->  f(dequantize(quantize(x, s, z), s, z), dequantize(Wq, ws), b), with integers of 8 bits."""
+"""f(x, W, b)  ->  f(dequantize(quantize(x, s, z), s, z), dequantize(Wq, ws), b), with integers of 8 bits or fewer."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-
+from graphopt import schemes
 from graphopt.graph import Graph, Node
 from graphopt.islands import Islands
-from graphopt.numerics.observe import MinMax
-from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
-from graphopt.weights import why_fixed
+from graphopt.numerics.observe import OBSERVERS
+from graphopt.numerics.quantize import BLOCKS
+from graphopt.pipeline import Context, Pass, PerSite, Selector, Stage, UsageError, value_text
+from graphopt.ranges import observe
+from graphopt.rounding import Recipe, Rounding
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Round weights and activations to 8 bits: quantize and dequantize around float words (Jacob et al., 2018).
+    """Round weights, and activations to 8 bits: quantize and dequantize around float words (Jacob et al., 2018).
 
-    Weights are int8, symmetric, one scale an output channel. Activations are uint8, one scale and zero point a value,
-    for all sites that read it. Static convs have their results quantized too (behind a relu that follows), and so have
-    the adds between them, so that a target finds closed islands. Declined: a weight that is not stored in float32, and
-    a word that the target has no fast kernel for.
+    Weights are signed, symmetric, one scale an output channel; weight-only they may have blocks and zero points.
+    Activations are uint8, one scale and zero point a value, for all sites that read it. The results of static convs are
+    quantized too, behind a relu or clip that follows, and so is what joins or moves them: a target then finds closed
+    islands. Declined: a weight that is not stored in float32, and what the target has no fast kernel for.
     """
 
     name = "quantize"
     stage = Stage.QUANTIZE
 
-    scheme: str = "auto"
-    """Where activation ranges come from: calibration (static) or each run (dynamic); auto is static if it can be."""
+    scheme: str | Mapping[str, str] = "auto"
+    """Activations: by calibrated ranges (static), ranges of each run (dynamic), or float (weight-only); by site."""
 
-    observer: str = "minmax"
-    """What calibration keeps of an activation: its smallest and largest value (minmax)."""
+    bits: int | Mapping[str, int] | None = None
+    """Of weights, by site if wanted: 8, 7 (none: where products may saturate), or weight-only 8, 4, 2."""
 
-    targets: Selector = Selector("linear", "conv")
-    """Sites to consider: words, module paths or patterns."""
+    block: int | None = None
+    """Of weight-only: weights along the input that share a scale, 16 to 256; none: 32 or 16 below 8 bits, else all."""
+
+    symmetric: bool = True
+    """Of weight-only: whether 0 is in the middle of the integers, or zero points say where it is."""
+
+    observer: str = "percentile"
+    """Range of an activation: percentile (without 1e-5 of it at either end), minmax, mse or entropy (KL divergence)."""
+
+    rounding: str = "auto"
+    """Weights to the nearest integer, or second-order: what outputs miss least (auto: that, with calibration)."""
+
+    clip: bool | None = None
+    """Whether scales are searched for the least squared error of the weight (none: below 7 bits)."""
+
+    bias_correction: bool | None = None
+    """Whether biases take over the mean error of outputs (none: with calibration)."""
+
+    targets: Selector = Selector("linear", "conv", "embedding")
+    """Sites to consider: words (matmul too), module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave in float."""
 
     def __post_init__(self) -> None:
-        if self.scheme not in ("auto", "static", "dynamic"):
-            raise UsageError(f"quantize: scheme is {self.scheme!r}; give auto, static or dynamic")
-        if self.observer != "minmax":
-            raise UsageError(f"quantize: observer is {self.observer!r}; give minmax")
+        choices = {
+            "scheme": ("auto", *schemes.SCHEMES), "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
+            "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "second-order"),
+            "clip": (None, True, False), "bias_correction": (None, True, False),
+        }  # fmt: skip
+        for option, allowed in choices.items():
+            given = getattr(self, option)
+            if isinstance(given, Mapping) and option in ("scheme", "bits"):
+                object.__setattr__(self, option, PerSite(given))
+            for value in given.values() if isinstance(getattr(self, option), PerSite) else [given]:
+                if (type(value), value) not in [(type(one), one) for one in allowed]:
+                    *first, last = map(value_text, allowed)
+                    raise UsageError(f"quantize: {option} is {value!r}; give {', '.join(first)} or {last}")
 
     def run(self, graph: Graph, context: Context) -> None:
-        islands = Islands(graph)
-        for site in context.sites(graph, self.targets, self.ignore):
-            scheme = self._scheme_of(site.kind, context)
-            reason = _why_not(site) or _why_no_kernel(site.kind, scheme, context)
+        islands, rounding = Islands(graph), Rounding(graph)
+        for site, chosen in self._chosen(graph, context).items():
+            islands.schemes[site] = chosen[0]
+            if isinstance(chosen[1], Recipe):
+                rounding.recipes[site] = chosen[1]
+        rounding.share_tables(context)
+        islands.schemes = {site: one for site, one in islands.schemes.items()
+                           if site.kind == "matmul" or site in rounding.recipes}  # fmt: skip
+        declined = islands.join(lambda word: "static" in schemes.legal(word, context), self.ignore)
+        _account(context, islands, declined)
+        rounding.look(context)
+        islands.measure(observe(graph, context, islands, OBSERVERS[self.observer]))
+        islands.weights = rounding
+        islands.emit()
+
+    def _chosen(self, graph: Graph, context: Context) -> dict[Node, tuple[str, Recipe | None]]:
+        """The scheme and the recipe of each site that can be quantized; the others are declined."""
+        by_site = {
+            option: context.per_site(graph, f"quantize: {option}", value, self.targets)
+            for option in ("scheme", "bits") if isinstance(value := getattr(self, option), PerSite)
+        }  # fmt: skip
+        chosen: dict[Node, tuple[str, Recipe | None]] = {}
+        refused: dict[str, str] = {}
+        sites = context.sites(graph, self.targets, self.ignore)
+        if not any(node in self.targets for node in graph.nodes):
+            raise UsageError(f"quantize: the model has no site in {self.targets}, and nothing else becomes integers")
+        for site in sites:
+            missing = [option for option, found in by_site.items() if site not in found]
+            asked: dict[str, Any] = {one: by_site[one].get(site) if one in by_site else getattr(self, one)
+                                     for one in ("scheme", "bits")}  # fmt: skip
+            reason = schemes.why_not(site) or (f"no term of {missing[0]} matches it" if missing else None)
+            if reason is None:
+                scheme = schemes.scheme_of(site.kind, asked["scheme"], context)
+                bits = schemes.bits_of(site.kind, scheme, asked["bits"], context)
+                reason = schemes.why_no_kernel(site.kind, scheme, context)
+                if reason is None and site.kind == "matmul":
+                    chosen[site] = scheme, None
+                    continue
+                block = None if reason else schemes.block_of(site, scheme, bits, self.block)
+                wrong = schemes.why_wrong_bits(site.kind, scheme, bits, context) or schemes.why_no_block(site, block)
+                if reason is None and wrong:
+                    refused[context.labels[site]] = reason = wrong
             if reason:
                 context.decline(site, reason)
             else:
-                islands.schemes[site] = scheme
-        adds = islands.join_adds(self.ignore) if "static" in _legal("add", context) else 0
-        if adds:
-            context.note(f"{adds} adds between quantized convs are quantized too")
-        wanted = [(value, MinMax()) for value in islands.observed()]
-        seen = context.statistics(graph, wanted) if wanted else ()
-        islands.measure({value: ends for (value, _), ends in zip(wanted, seen, strict=True)})
-        islands.emit()
+                chosen[site] = scheme, self._recipe(site, scheme, bits, block, context)
+        if refused and not chosen:
+            first = next(iter(refused.items()))
+            raise UsageError(f"quantize: nothing is left to quantize ({first[0]}: {first[1]})")
+        return chosen
 
-    def _scheme_of(self, word: str, context: Context) -> str:
-        if self.scheme != "auto":
-            return self.scheme
-        return "static" if context.calibration is not None and "static" in _legal(word, context) else "dynamic"
-
-
-def _legal(word: str, context: Context) -> tuple[str, ...]:
-    """The schemes that have a fast kernel; every one where no target is given."""
-    if context.target is None:
-        return "static", "dynamic"
-    schemes: tuple[str, ...] = context.target.schemes.get(word, ())
-    return schemes
-
-
-def _why_not(site: Node) -> str | None:
-    if site.kind not in ("linear", "conv"):
-        return f"{site.kind} has no form in 8 bits"
-    weight = site.weight
-    if weight is not None and weight.is_floating_point() and weight.dtype != torch.float32:
-        return f"weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
-    return why_fixed(site)
+    def _recipe(self, site: Node, scheme: str, bits: int, block: int | None, context: Context) -> Recipe:
+        clip, symmetric = bits < 7 if self.clip is None else self.clip, self.symmetric or scheme != "weight-only"
+        if site.kind == "embedding":
+            return Recipe(bits=bits, block=block, symmetric=symmetric, clip=clip)
+        calibrated = context.calibration is not None
+        corrects = site.bias is None or site.bias.is_constant
+        return Recipe(
+            bits=bits,
+            block=block,
+            symmetric=symmetric,
+            clip=clip,
+            second_order=calibrated if self.rounding == "auto" else self.rounding == "second-order",
+            bias_correction=corrects and (calibrated if self.bias_correction is None else self.bias_correction),
+        )
 
 
-def _why_no_kernel(word: str, scheme: str, context: Context) -> str | None:
-    legal = _legal(word, context)
-    if scheme in legal:
-        return None
-    more = "; static needs calibration" if "static" in legal and context.calibration is None else ""
-    return f"{context.target.name} has no fast {scheme} {word}{more}"
+def _account(context: Context, islands: Islands, declined: Mapping[Node, str]) -> None:
+    """Count what joins islands as sites, and say why some does not."""
+    parts = [*islands.members, *declined]
+    often = Counter([*context.record.eligible, *(node.label for node in parts)])
+    for node in parts:
+        context.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
+        context.record.eligible.append(context.labels[node])
+    for node, reason in declined.items():
+        context.decline(node, reason)

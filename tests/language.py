@@ -158,12 +158,18 @@ def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class FakeTarget:
-    """A target by what a pass asks of it: which schemes each word has a kernel for, and what zeros bring."""
+    """A target by what a pass asks of it: what each word has a kernel for, and what zeros bring."""
 
     name: str = "toy"
     schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     zeros: str = "zeros are numbers"
     sparse: tuple[str, ...] = ()
+    narrow: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    floats: tuple[str, ...] = ()
+    bits: int = 8
+
+    def weight_bits(self) -> int:
+        return self.bits
 
 
 def feeds(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Tensor]:

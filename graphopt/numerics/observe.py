@@ -173,7 +173,8 @@ class Percentile(Histogram):
         edges, counts = self.counts()
         low = float(edges[0]) + self._depth(counts)
         high = float(edges[-1]) + self.width - self._depth(counts.flip(0))
-        return max(low, self._low), min(high, self._high)
+        # within one bin the two ends may pass each other
+        return min(max(low, self._low), self._high), max(min(high, self._high), self._low)
 
     def _depth(self, counts: Tensor) -> float:
         """How far into the bins the share reaches, the elements of a bin taken as evenly spread over it."""

@@ -47,7 +47,7 @@ def test_convs_and_the_add_between_them(dialect: str) -> None:
         y = relu(s)
         """,
     )
-    run(Quantize(), graph, calibration=[feeds(graph)])
+    run(Quantize(bias_correction=False), graph, calibration=[feeds(graph)])
     original = graph.clone()
     run(FoldInt8(), graph)
     assert listing(graph)[:-2] == [
@@ -71,7 +71,7 @@ def test_convs_and_the_add_between_them(dialect: str) -> None:
         (f"c = conv({X}, {W})\nq = quantize(c, S, Z)\nreturn c, q", "result is read in float"),
         (
             f"y = quantize(relu(conv({X}, {W})), S, Z)",
-            "result goes through a relu, and its zero point is not 0",
+            "result goes through a relu that cuts off more than the integers do",
         ),
         (f"y = quantize(conv({X}, {W}), S, P[]:int8:values(1))", "result is not quantized to uint8 with one scale"),
         (

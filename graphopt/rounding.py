@@ -1,0 +1,135 @@
+"""Stored weights -> integers, scales and corrected biases: one at a time, by the inputs they meet where those count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graphopt import inputs
+from graphopt.graph import Graph, Node, Value
+from graphopt.numerics import quantize
+from graphopt.numerics.finite import require_finite
+from graphopt.numerics.reconstruct import bias_shift, reconstruct
+from graphopt.pipeline import Context
+from graphopt.weights import Weight
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a weight becomes integers."""
+
+    bits: int = 8
+    block: int | None = None
+    """Weights along the input that share a scale; None for all of an output."""
+    symmetric: bool = True
+    clip: bool = False
+    """Whether scales are searched for the least squared error of the weight, or cover all of it."""
+    second_order: bool = False
+    """Whether the error of each weight is made up for by those not yet rounded, or each goes to its nearest."""
+    bias_correction: bool = False
+    """Whether the bias takes over what rounding shifts the outputs by, on average."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.second_order or self.bias_correction
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight in integers, stored in the graph."""
+
+    steps: Value
+    scale: Value
+    zero_point: Value | None
+    attributes: Mapping[str, int]
+    """Of the dequantize that gives the weight."""
+
+
+@dataclass
+class Rounding:
+    """The weights of sites, in integers. Those that need their inputs are made first (`look`), others when emitted."""
+
+    graph: Graph
+    recipes: dict[Node, Recipe] = field(default_factory=dict)
+    stored: dict[tuple[Value, Recipe], Stored] = field(default_factory=dict)
+    shifts: dict[Node, Tensor] = field(default_factory=dict)
+    """What the bias of a site has to gain."""
+    emitted: dict[tuple[Value, Recipe], Value] = field(default_factory=dict)
+    """The dequantized form of each."""
+
+    def share_tables(self, context: Context) -> None:
+        """Let a table that a linear reads too be stored once, as for the linear; where that stays float, so it does."""
+        for site in [site for site in self.recipes if site.kind == "embedding"]:
+            tied = [user for user in site.required("table").users if user.kind == "linear"]
+            float_ = next((user for user in tied if user not in self.recipes), None)
+            if float_ is not None:
+                del self.recipes[site]
+                context.decline(site, f"table is tied with linear {float_.label}, which stays float")
+            elif tied:
+                self.recipes[site] = self.recipes[tied[0]]
+
+    def look(self, context: Context) -> None:
+        """Round the weights that need to know what they multiply. The graph must not have changed."""
+        for recipe in dict.fromkeys(recipe for recipe in self.recipes.values() if recipe.needs_inputs):
+            sites = [site for site, chosen in self.recipes.items() if chosen == recipe and site.kind != "embedding"]
+            observe = inputs.affine if recipe.second_order else inputs.means
+            for weight, moments in observe(self.graph, context, list(_weights(sites))):
+                covariance, mean = (
+                    (moments[:, :-1, :-1], moments[:, -1, :-1]) if recipe.second_order else (None, moments)
+                )
+                change = self._round(weight.value, weight.tensor, recipe, weight.sites[0], covariance)
+                if recipe.bias_correction:
+                    self.shifts |= dict.fromkeys(weight.sites, bias_shift(change, mean))
+
+    def emit(self, site: Node) -> tuple[Value, Value | None]:
+        """The weight of a site, dequantized, and its bias."""
+        value, recipe = site.required("table" if site.kind == "embedding" else "weight"), self.recipes[site]
+        if (value, recipe) not in self.stored:
+            tensor = self.graph.constant(value)
+            assert tensor is not None  # others are declined
+            self._round(value, tensor, recipe, site, None)
+        if (value, recipe) not in self.emitted:
+            stored = self.stored[value, recipe]
+            operands = stored.steps, stored.scale, stored.zero_point
+            self.emitted[value, recipe] = self.graph.emit("dequantize", *operands, at=site, **stored.attributes)
+        return self.emitted[value, recipe], self._bias(site)
+
+    def _round(self, value: Value, tensor: Tensor, recipe: Recipe, site: Node, covariance: Tensor | None) -> Tensor:
+        """Store a weight in integers; what it loses by that."""
+        try:
+            grid = quantize.fit(
+                tensor, bits=recipe.bits, block=recipe.block, symmetric=recipe.symmetric, search=recipe.clip
+            )
+        except ValueError as error:
+            raise ValueError(f"{site.label}: {error}") from error
+        steps = grid.round(tensor) if covariance is None else reconstruct(tensor, covariance, grid)
+        form = {"axis": 0} if recipe.block is None else {"axis": 1, "block": recipe.block}
+        self.stored[value, recipe] = Stored(
+            self.graph.add_constant(steps, value.name),
+            self.graph.add_constant(grid.scale, f"{value.name}_scale"),
+            None if grid.zero_point is None else self.graph.add_constant(grid.zero_point, f"{value.name}_zero_point"),
+            form | ({"bits": recipe.bits} if recipe.bits < 7 else {}),
+        )
+        return tensor - grid.values(steps)
+
+    def _bias(self, site: Node) -> Value | None:
+        bias = None if site.kind == "embedding" else site.bias
+        if site not in self.shifts:
+            return bias
+        held = torch.zeros(()) if bias is None else self.graph.constant(bias)
+        assert held is not None  # such sites are not corrected
+        return self.graph.add_constant(held + self.shifts[site], "bias" if bias is None else bias.name)
+
+
+def _weights(sites: Iterable[Node]) -> Iterable[Weight]:
+    readers: dict[Value, list[Node]] = {}
+    for site in sites:
+        readers.setdefault(site.required("weight"), []).append(site)
+    for value, same in readers.items():
+        tensor = same[0].weight
+        assert tensor is not None  # others are declined
+        require_finite(tensor, f"the weight of {same[0].label}")
+        yield Weight(value, tensor, same)

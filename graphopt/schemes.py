@@ -1,0 +1,114 @@
+"""How each site may be quantized on a target, and why one may not."""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt.graph import Node
+from graphopt.pipeline import Context
+from graphopt.weights import why_fixed
+
+SCHEMES = ("static", "dynamic", "weight-only")
+"""Where the range of an activation comes from: calibration, or each run; or it stays float."""
+
+WORDS = ("linear", "conv", "matmul", "embedding")
+"""What may be asked for; other words become integers where they stand between these."""
+
+_BLOCKS = (32, 16)
+"""Blocks that are taken, the first that divides, where none is asked for."""
+
+
+def legal(word: str, context: Context) -> tuple[str, ...]:
+    """The schemes that have a fast kernel; every one where no target is given."""
+    if context.target is None:
+        return ("weight-only",) if word == "embedding" else SCHEMES[: 2 if word in ("conv", "matmul") else 3]
+    schemes: tuple[str, ...] = context.target.schemes.get(word, ())
+    return schemes
+
+
+def scheme_of(word: str, asked: str, context: Context) -> str:
+    """The scheme of a site: auto is static where calibration is given and the target has it, else dynamic.
+
+    A table has no activations, and so weights alone.
+    """
+    if word == "embedding":
+        return "weight-only"
+    if asked != "auto":
+        return asked
+    known = legal(word, context)
+    return "static" if context.calibration is not None and "static" in known else "dynamic"
+
+
+def bits_of(word: str, scheme: str, asked: int | None, context: Context) -> int:
+    """Bits of a weight: as asked; else 8, or 7 where products of 8 saturate on the target."""
+    if word == "embedding" and asked == 7:  # which is about products
+        return 8
+    if asked is not None or scheme == "weight-only" or context.target is None:
+        return asked or 8
+    bits: int = context.target.weight_bits()
+    return bits
+
+
+def block_of(site: Node, scheme: str, bits: int, asked: int | None) -> int | None:
+    """Weights of a site that share a scale, None for all of an output (or row); see `why_no_block`."""
+    if scheme != "weight-only" or asked is not None or bits == 8:
+        return asked if scheme == "weight-only" else None
+    return next((block for block in _BLOCKS if _width(site) % block == 0), _BLOCKS[0])
+
+
+def why_not(site: Node) -> str | None:
+    """Why a site stays float on any target."""
+    if site.kind not in WORDS:
+        return f"{site.kind} has no form in integers of its own"
+    if site.kind == "matmul":
+        stored = [value for value in site.operands if value is not None and value.is_constant]
+        return "matmul has a form in integers for two activations, and one side is stored" if stored else None
+    if site.kind == "embedding":
+        return _why_not_table(site)
+    weight = site.weight
+    if weight is not None and weight.is_floating_point() and weight.dtype != torch.float32:
+        return f"weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
+    return why_fixed(site)
+
+
+def _why_not_table(site: Node) -> str | None:
+    table = site.required("table")
+    if not table.is_constant:
+        dequantized = table.producer is not None and table.producer.kind == "dequantize"
+        return "already quantized" if dequantized else "table is computed by the graph"
+    return None if table.dtype == torch.float32 else f"table is {str(table.dtype).removeprefix('torch.')}, not float32"
+
+
+def why_no_kernel(word: str, scheme: str, context: Context) -> str | None:
+    """Why the target does not run a word so."""
+    known = legal(word, context)
+    if scheme in known:
+        return None
+    name = "onnx" if context.target is None else context.target.name
+    more = "; static needs calibration" if "static" in known and context.calibration is None else ""
+    return f"{name} has no fast {scheme} {word}{more}"
+
+
+def why_wrong_bits(word: str, scheme: str, bits: int, context: Context) -> str | None:
+    """Why a weight cannot have so many bits."""
+    if scheme != "weight-only":
+        known: tuple[int, ...] = (8, 7)
+    else:
+        known = (8, 4, 2) if context.target is None else context.target.narrow.get(word, ())
+    if bits in known:
+        return None
+    numbers = " or ".join(map(str, known))
+    return f"a {scheme} {word} has weights of {numbers} bits here, not {bits}"
+
+
+def why_no_block(site: Node, block: int | None) -> str | None:
+    """Why scales cannot be shared so."""
+    if block is None or _width(site) % block == 0:
+        return None
+    return f"block {block} does not divide {_width(site)} inputs"
+
+
+def _width(site: Node) -> int:
+    shape = site.required("table" if site.kind == "embedding" else "weight").shape
+    assert shape is not None
+    return int(shape[-1])
