@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from graphopt.backend import Backend, LoweringError, Runner
+from graphopt.backends import onnxruntime_weights
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
-from graphopt.graph import Graph, Value
+from graphopt.graph import Graph, Node, Value
 from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule
 
 INT8_KERNELS = {
@@ -35,10 +36,12 @@ class OnnxRuntime(Backend):
     dialect: ClassVar[str] = "onnx"
     summary: ClassVar[str] = "ONNX Runtime on CPU; exports a standard .onnx file"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "linear": ("static", "dynamic"),
+        "linear": ("static", "dynamic", "weight-only"),
         "conv": ("static",),
         "add": ("static",),
+        "embedding": ("weight-only",),
     }
+    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4, 2), "embedding": (8, 4)}
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
     """A register of AVX-512 floats: blocked convolutions pad channels to it, and GEMM tiles are multiples of it."""
     zeros: ClassVar[str] = (
@@ -50,7 +53,8 @@ class OnnxRuntime(Backend):
         return "fold-int8"
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
-        return FLOAT_RULES, (_float_mask_once(),), LINEAR_RULES, ISLAND_RULES
+        weights = onnxruntime_weights.RULES, onnxruntime_weights.FOLDED
+        return FLOAT_RULES, (_float_mask_once(),), LINEAR_RULES, ISLAND_RULES, *weights
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
         assert isinstance(graph, OnnxGraph)
@@ -59,13 +63,9 @@ class OnnxRuntime(Backend):
     def check(self, neutral: Graph, runner: Runner) -> None:
         built = runner.census()
         for word, kernels in INT8_KERNELS.items():
-            promised = neutral.sites(word)
-            found = sum(built.get(kernel, 0) for kernel in kernels)
-            if found < len(promised):
-                raise LoweringError(
-                    f"{len(promised)} {word} were promised and onnxruntime built {found} int8 kernels "
-                    f"({', '.join(kernels)}) among {', '.join(site.label for site in promised)}"
-                )
+            _require_kernels(built, word, kernels, neutral.sites(word))
+        for word, kernel in onnxruntime_weights.KERNELS.items():
+            _require_kernels(built, f"weight-only {word}", (kernel,), onnxruntime_weights.promised(neutral, word))
 
     def export(
         self,
@@ -82,6 +82,16 @@ class OnnxRuntime(Backend):
     def graphsurgeon(self, graph: Graph) -> Any:
         assert isinstance(graph, OnnxGraph)
         return onnx_export.graphsurgeon(onnx_export.deployable(graph))
+
+
+def _require_kernels(built: Mapping[str, int], what: str, kernels: Sequence[str], promised: Sequence[Node]) -> None:
+    """Raise LoweringError where fewer kernels were built than sites were promised one."""
+    found = sum(built.get(kernel, 0) for kernel in kernels)
+    if found < len(promised):
+        raise LoweringError(
+            f"{len(promised)} {what} were promised and onnxruntime built {found} int8 kernels "
+            f"({', '.join(kernels)}) among {', '.join(site.label for site in promised)}"
+        )
 
 
 class OrtRunner(Runner):

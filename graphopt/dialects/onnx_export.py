@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
+import torch
 
 from graphopt.dialects import onnx_files
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxValue
@@ -33,6 +34,8 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     rewrite(graph, [DYNAMIC_QUANTIZE])
     for node in graph.sites("linear"):
         _spell_linear(graph, node)
+    for node in graph.sites("embedding"):
+        _gather_integers(graph, node)
     graph.sweep()
     model = graph.model
     if model.functions:
@@ -99,11 +102,63 @@ def _spell_linear(graph: OnnxGraph, node: Node) -> None:
     x, weight, bias = node.required("x"), node.required("weight"), node.operand("bias")
     assert isinstance(weight, OnnxValue)
     tensor = graph.constant(weight)
-    view = weight.transpose()
+    view = _dequantized_kn(graph, weight, node) or weight.transpose()
     if tensor is not None and not weight.transposed and len(weight.users) == 1:
         view = graph.add_constant(tensor.t().contiguous(), name=weight.name + ".T")
     product = graph.emit("matmul", x, view, at=node)
     graph.replace(node, product if bias is None else graph.emit("add", product, bias, at=node))
+
+
+def _dequantized_kn(graph: OnnxGraph, weight: OnnxValue, node: Node) -> Value | None:
+    """The transpose of a stored weight that is dequantized, by dequantizing integers that are stored (in, out)."""
+    maker = weight.producer
+    if maker is None or maker.kind != "dequantize" or not all(v is None or v.is_constant for v in maker.operands):
+        return None
+    turned = [None if value is None else _turned(graph, value) for value in maker.operands]
+    axis = maker.attributes["axis"]
+    return graph.emit(maker, *turned, at=node, axis=None if axis is None else 1 - axis)
+
+
+def _turned(graph: OnnxGraph, value: Value) -> Value:
+    """A constant matrix stored the other way round; anything else as it is."""
+    tensor = graph.constant(value) if value.rank == 2 else None
+    return value if tensor is None else graph.add_constant(tensor.t().contiguous(), f"{value.name}.T")
+
+
+def _gather_integers(graph: OnnxGraph, node: Node) -> None:
+    """Rows of a stored table of integers, dequantized once they are gathered: not all of the table at each run.
+
+    Left as they are: integers of less than a byte, which ONNX does not gather.
+    """
+    maker, ids = node.required("table").producer, node.required("ids")
+    if maker is None or maker.kind != "dequantize" or maker.attributes["bits"] < 8 or ids.rank is None:
+        return
+    if not all(value is None or value.is_constant for value in maker.operands):
+        return
+    integers, scale, zero_point = (*maker.operands, None)[:3]
+    block, axis = maker.attributes["block"], maker.attributes["axis"]
+    if integers is None or scale is None or axis not in (None, 1 if block else 0):
+        return
+    rows = graph.emit("onnx.Gather", integers, ids, at=node)
+    if axis is None:
+        found = graph.emit("dequantize", rows, scale, zero_point, at=node)
+    elif block:
+        parts = [one and graph.emit("onnx.Gather", one, ids, at=node) for one in (scale, zero_point)]
+        found = graph.emit("dequantize", rows, *parts, at=node, axis=ids.rank, block=block)
+    else:  # DequantizeLinear has no scale for each row where rows have more than one axis
+        found = graph.emit("cast", rows, at=node, dtype=torch.float32)
+        if zero_point is not None:
+            shift = graph.emit("cast", _gather_column(graph, zero_point, ids, node), at=node, dtype=torch.float32)
+            found = graph.emit("sub", found, shift, at=node)
+        found = graph.emit("mul", found, _gather_column(graph, scale, ids, node), at=node)
+    graph.replace(node, found)
+
+
+def _gather_column(graph: OnnxGraph, vector: Value, ids: Value, node: Node) -> Value:
+    """Entries of a stored vector, with an axis of 1 behind those of the ids."""
+    tensor = graph.constant(vector)
+    assert tensor is not None
+    return graph.emit("onnx.Gather", graph.add_constant(tensor.unsqueeze(1), vector.name), ids, at=node)
 
 
 def _quantized_at_run_time(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
+from graphopt.dialects import onnx_quantized
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx_files import open_weights
 from graphopt.dialects.onnx_tensors import FLOATS, TORCH_DTYPES
@@ -188,30 +189,41 @@ def raise_spellings(graph: OnnxGraph) -> None:
 
     An attention whose mask has one row for all queries is emitted anew, in a spelling that onnxruntime runs.
     """
+    onnx_quantized.raise_quantized(graph)
     for native in list(graph.model.graph):
         node = OnnxNode(graph, native)
         if native.domain in STANDARD and native.op_type in ("MatMul", "Gemm"):
             _raise_linear(graph, node)
         elif native.op_type == "Attention" and node.kind == "attention" and repeats_over_queries(*node.operands):
             graph.replace(node, graph.emit("attention", *node.operands, at=node, **node.attributes))
+        elif node.kind == "linear" and node.bias is None:  # of integers, raised before
+            weight = node.required("weight")
+            if (behind := _bias_behind(graph, node, (weight.shape or ("?",))[:1])) is not None:
+                graph.replace(behind[0], graph.emit("linear", node.input, weight, behind[1], at=node))
+                graph.erase(node)
 
 
 def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:
     """MatMul(x, W) and Gemm(x, W, b), with a bias added behind, as linear; W stays as it is stored."""
     x, stored, *rest = graph.values(node.native.inputs)
     weight = _constant_view(graph, stored.native if stored is not None else None)
-    if x is None or x.is_constant or weight is None or weight.rank != 2 or weight.dtype not in FLOATS:
+    bias, kn = rest[0] if rest else None, True
+    if x is None or x.is_constant:
         return
-    bias = rest[0] if rest else None
     if node.native.op_type == "MatMul":
         if x.rank is None or x.rank < 2:
             return
-        weight = weight.transpose()  # stored (in, out)
     else:
         attributes = _GEMM | {a.name: a.value for a in node.native.attributes.values()}
         if attributes["alpha"] != 1 or attributes["beta"] != 1 or attributes["transA"]:
             return
-        weight = weight if attributes["transB"] else weight.transpose()
+        kn = not attributes["transB"]
+    if weight is None:
+        weight = onnx_quantized.dequantized_weight(graph, stored, kn, node)
+    elif kn:
+        weight = weight.transpose()
+    if weight is None or weight.rank != 2 or weight.dtype not in FLOATS:
+        return
     width = (weight.shape or ("?",))[:1]
     if bias is not None and bias.shape != width:
         return

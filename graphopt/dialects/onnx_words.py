@@ -128,21 +128,26 @@ def _text(node: ir.Node, name: str, default: str) -> str:
 
 
 def _read_conv(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    shape = operands[1].shape if operands[1] is not None else None
+    attributes = spatial(node, operands[1]) if operands[1] is not None else None
+    return None if attributes is None else ("conv", operands, attributes)
+
+
+def spatial(node: ir.Node, weight: OnnxValue) -> dict[str, Any] | None:
+    """The attributes of a conv; None where the padding follows from the input's size, or the rank is not torch's."""
+    shape = weight.shape
     if shape is None or len(shape) not in (3, 4, 5) or _text(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
     rank = len(shape) - 2
-    attributes = {
+    return {
         "stride": _integers(node, "strides") or (1,) * rank,
         "padding": _integers(node, "pads") or (0,) * (2 * rank),
         "dilation": _integers(node, "dilations") or (1,) * rank,
         "groups": _integer(node, "group", 1),
     }
-    return "conv", operands, attributes
 
 
 def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    attributes = _window(node)
+    attributes = window(node)
     if attributes is None:
         return None
     dilation = _integers(node, "dilations") or (1,) * len(attributes["kernel"])
@@ -150,13 +155,13 @@ def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
 
 
 def _read_average_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    attributes = _window(node)
+    attributes = window(node)
     if attributes is None or set(_integers(node, "dilations")) - {1}:
         return None
     return "average_pool", operands, attributes | {"include_pad": bool(_integer(node, "count_include_pad", 0))}
 
 
-def _window(node: ir.Node) -> dict[str, Any] | None:
+def window(node: ir.Node) -> dict[str, Any] | None:
     """What both pools have; None where the padding follows from the input's size, or the kernel has no torch form."""
     kernel, ceil = _integers(node, "kernel_shape"), bool(_integer(node, "ceil_mode", 0))
     auto_pad = _text(node, "auto_pad", "NOTSET")
@@ -209,8 +214,16 @@ def _read_batch_norm(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue 
 
 def _read_gather(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
     table = operands[0]
-    is_table = table is not None and table.is_constant and table.rank == 2 and table.dtype in FLOATS
-    return ("embedding", operands, {}) if is_table and _integer(node, "axis", 0) == 0 else None
+    if table is None or table.rank != 2 or table.dtype not in FLOATS or _integer(node, "axis", 0) != 0:
+        return None
+    return ("embedding", operands, {}) if table.is_constant or _is_dequantized(graph, table) else None
+
+
+def _is_dequantized(graph: OnnxGraph, value: OnnxValue) -> bool:
+    """Whether a value is a stored tensor of integers, dequantized."""
+    producer = value.native.producer()
+    found = read(graph, producer) if producer is not None else None
+    return found is not None and found[0] == "dequantize" and all(one is None or one.is_constant for one in found[1])
 
 
 def _read_softmax(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:

@@ -1,0 +1,122 @@
+"""What is quantized already, in the form that kernels take: activations in uint8, weights in int8 without zero points.
+
+quantize(x, s, z:int8) -> quantize(x, s, z + 128:uint8), and so what reads it.
+dequantize(W, s, z) -> dequantize(W - z, s for each output). Both are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphopt.graph import Graph, Node, Value
+
+_MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity")
+"""Words that let integers through as they are, whatever their sign."""
+_HALF = 128
+
+
+def normalize(graph: Graph) -> None:
+    """Put integers into that form where it is exact.
+
+    Left as they are: activations in int8 that something else than a dequantize reads, or that the graph returns, and
+    weights whose distance from the zero point is no int8.
+    """
+    for node in graph.nodes:
+        if _is_signed(node) and (behind := _behind(node.result)) is not None:
+            _shift(graph, node, behind)
+    for node in graph.nodes:
+        if _is_weight(node) and not _is_normal(node):
+            _center(graph, node)
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
+
+
+def _is_signed(node: Node) -> bool:
+    """Whether a quantize makes int8, with one scale and a stored zero point (0 where there is none)."""
+    if node.kind != "quantize" or node.result.dtype != torch.int8 or node.required("scale").rank != 0:
+        return False
+    zero_point = node.operand("zero_point")
+    return zero_point is None or zero_point.is_constant
+
+
+def _behind(integers: Value) -> list[Node] | None:
+    """What moves integers, and the dequantizes at the ends, in order; None where something else reads them."""
+    found: list[Node] = []
+    if integers.is_output:
+        return None
+    for user in integers.users:
+        if user.kind == "dequantize":
+            zero_point = user.operand("zero_point")
+            if user.required("scale").rank != 0 or not (zero_point is None or zero_point.is_constant):
+                return None
+            found.append(user)
+        elif user.kind in _MOVES and user.input == integers and (further := _behind(user.result)) is not None:
+            found += [user, *further]
+        else:
+            return None
+    return found
+
+
+def _shift(graph: Graph, node: Node, behind: list[Node]) -> None:
+    """Emit a quantize, and all behind it, anew: 128 higher."""
+    scale = node.required("scale")
+    moved = {node.result: graph.emit("quantize", node.input, scale, _higher(graph, node), at=node)}
+    for one in behind:
+        x = moved[one.input]
+        if one.kind == "dequantize":
+            graph.replace(one, graph.emit("dequantize", x, one.required("scale"), _higher(graph, one), at=one))
+        else:
+            moved[one.result] = graph.emit(one, x, *one.operands[1:], at=one)
+    for integers in reversed(moved):
+        if integers.producer is not None:
+            graph.erase(integers.producer)
+
+
+def _higher(graph: Graph, node: Node) -> Value:
+    """The zero point of a node in uint8: of the same meaning for integers that are 128 higher."""
+    given = node.operand("zero_point")
+    tensor = graph.constant(given) if given is not None else torch.zeros((), dtype=torch.int8)
+    assert tensor is not None
+    return graph.add_constant((tensor.to(torch.int16) + _HALF).to(torch.uint8).reshape(()))
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def _is_weight(node: Node) -> bool:
+    """Whether a dequantize makes a stored 8-bit weight of linears and convs, with one scale an output or in all."""
+    if node.kind != "dequantize" or not all(value is None or value.is_constant for value in node.operands):
+        return False
+    if node.required("x").dtype not in (torch.int8, torch.uint8) or node.result.is_output:
+        return False
+    attributes, users = node.attributes, node.result.users
+    whole = attributes["bits"] == 8 and not attributes["block"] and attributes["axis"] in (None, 0)
+    return whole and bool(users) and all(
+        user.kind in ("linear", "conv") and user.operand("weight") == node.result and user.input != node.result
+        for user in users
+    )  # fmt: skip
+
+
+def _is_normal(node: Node) -> bool:
+    integers = node.required("x").dtype
+    return integers == torch.int8 and node.operand("zero_point") is None and node.required("scale").rank == 1
+
+
+def _center(graph: Graph, node: Node) -> None:
+    """Emit a weight anew without its zero point, with a scale for each output, where it fits int8."""
+    integers, scale, zero_point = (None if v is None else graph.constant(v) for v in (*node.operands, None)[:3])
+    assert integers is not None and scale is not None
+    steps = integers.to(torch.int16)
+    if zero_point is not None:
+        steps = steps - _column(zero_point.to(torch.int16), steps)
+    if int(steps.min()) < -_HALF or int(steps.max()) >= _HALF:
+        return
+    stored = graph.add_constant(steps.to(torch.int8)), graph.add_constant(scale.expand(steps.shape[0]).contiguous())
+    graph.replace(node, graph.emit("dequantize", *stored, at=node, axis=0))
+
+
+def _column(vector: Tensor, weight: Tensor) -> Tensor:
+    """One number, or one for each output, to broadcast over a weight (out, ...)."""
+    return vector.reshape([-1, *[1] * (weight.dim() - 1)])
