@@ -19,7 +19,8 @@ from graphopt.backends import onnxruntime_weights
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph, Node, Value
-from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule
+from graphopt.islands import is_global
+from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, scalar
 
 INT8_KERNELS = {
     "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"),
@@ -27,6 +28,16 @@ INT8_KERNELS = {
     "add_int8": ("QLinearAdd",),
 }
 """The kernels that count as int8, by word."""
+
+QLINEAR = {
+    "mul": "QLinearMul",
+    "concat": "QLinearConcat",
+    "average_pool": "QLinearAveragePool",
+    "mean": "QLinearGlobalAveragePool",
+    "sigmoid": "QLinearSigmoid",
+    "leaky_relu": "QLinearLeakyRelu",
+}
+"""Words that have one operator for dequantize, the word, and quantize."""
 
 
 class OnnxRuntime(Backend):
@@ -40,7 +51,10 @@ class OnnxRuntime(Backend):
         "conv": ("static",),
         "add": ("static",),
         "embedding": ("weight-only",),
+        **dict.fromkeys(QLINEAR, ("static",)),
     }
+    floats: ClassVar[tuple[str, ...]] = ("float16",)
+    """Stored so, and computed in float32 between casts: files are smaller, not faster."""
     narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4, 2), "embedding": (8, 4)}
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
     """A register of AVX-512 floats: blocked convolutions pad channels to it, and GEMM tiles are multiples of it."""
@@ -62,8 +76,11 @@ class OnnxRuntime(Backend):
 
     def check(self, neutral: Graph, runner: Runner) -> None:
         built = runner.census()
-        for word, kernels in INT8_KERNELS.items():
-            _require_kernels(built, word, kernels, neutral.sites(word))
+        islands = [site for site in map(_island, neutral.sites("quantize")) if site is not None]
+        kinds = INT8_KERNELS | {word: (kernel,) for word, kernel in QLINEAR.items()}
+        for word, kernels in kinds.items():
+            promised = neutral.sites(word) if word in INT8_KERNELS else [one for one in islands if one.kind == word]
+            _require_kernels(built, word, kernels, promised)
         for word, kernel in onnxruntime_weights.KERNELS.items():
             _require_kernels(built, f"weight-only {word}", (kernel,), onnxruntime_weights.promised(neutral, word))
 
@@ -287,6 +304,77 @@ def _qlinear_add(op: Builder, m: Match) -> Value:
               m.y_scale, m.y_zero_point)  # fmt: skip
 
 
+def _padded_pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
+                    y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
+    padded = op.pad(x, bind="pad")
+    return op.conv_int8(padded, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
+
+
+def _pads_with_zero_point(m: Match) -> bool:
+    before, attributes = m.pad.attributes["padding"], m.pad.attributes
+    rank = len(before) // 2
+    outside = (*before[:2], *before[rank : rank + 2])
+    return scalar(m.root.graph, m.zero_point) == attributes["value"] and not any(outside) and min(before) >= 0
+
+
+def _pad_inside(op: Builder, m: Match) -> Value:
+    """The kernel pads by itself, without a copy of its input."""
+    before, given = m.pad.attributes["padding"], dict(m.root.attributes)
+    rank = len(before) // 2
+    around = (*before[2:rank], *before[rank + 2 :])
+    own = given["padding"] or (0,) * len(around)
+    given["padding"] = tuple(one + other for one, other in zip(around, own, strict=True))
+    return op.conv_int8(m.x, *m.root.operands[1:], **given)
+
+
+def _quantized_pattern(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
+    return op.quantize(x, scale, zero_point)
+
+
+def _island(quantize: Node) -> Node | None:
+    """The word of QLINEAR whose result a quantize alone reads, in the form that its operator computes."""
+    word = quantize.input.producer
+    if word is None or word.kind not in QLINEAR or word.result.is_output or len(word.result.users) != 1:
+        return None
+    makers = [value.producer for value in word.operands if value is not None]
+    if word.kind == "mean" and not is_global(word):
+        return None
+    return word if all(one is not None and _is_u8(one, one.input) for one in makers) and _is_u8(quantize) else None
+
+
+def _is_u8(node: Node, steps: Value | None = None) -> bool:
+    """Whether a quantize or dequantize is to or from uint8, by a stored scale for all."""
+    if node.kind not in ("quantize", "dequantize"):
+        return False
+    zero_point = node.operand("zero_point")
+    stored = node.required("scale").is_constant and zero_point is not None and zero_point.is_constant
+    dtypes = {value.dtype for value in (zero_point, steps) if value is not None}
+    return stored and node.required("scale").rank == 0 and dtypes == {torch.uint8}
+
+
+def _qlinear(op: Builder, m: Match) -> Value:
+    """One operator computes without leaving integers."""
+    word = _island(m.root)
+    assert word is not None  # checked
+    makers = [value.producer for value in word.operands if value is not None]
+    sides = [side for one in makers if one is not None for side in one.operands]
+    result: tuple[Value, ...] = (m.scale, m.zero_point)
+    given = word.attributes
+    attributes: dict[str, Any] = {}
+    match word.kind:
+        case "concat":
+            sides, result, attributes = [*result, *sides], (), {"axis": given["axis"]}
+        case "average_pool":
+            attributes = {
+                "kernel_shape": given["kernel"], "strides": given["stride"] or (1,) * len(given["kernel"]),
+                "pads": given["padding"] or (0, 0) * len(given["kernel"]), "ceil_mode": int(given["ceil"]),
+                "count_include_pad": int(given["include_pad"]),
+            }  # fmt: skip
+        case "leaky_relu":
+            attributes = {"alpha": float(given["slope"])}
+    return op(f"com.microsoft.{QLINEAR[word.kind]}", *sides, *result, **attributes)
+
+
 def _is_dynamic(m: Match) -> bool:
     ranges = m.scale.producer
     return ranges is not None and ranges.kind == "choose_qparams"
@@ -294,8 +382,10 @@ def _is_dynamic(m: Match) -> bool:
 
 LINEAR_RULES = (Rule("dynamic-quantize-matmul", _dynamic_pattern, _dynamic_matmul, check=_is_dynamic),)
 ISLAND_RULES = (
+    Rule("pad-into-conv", _padded_pattern, _pad_inside, check=_pads_with_zero_point),
     Rule("matmul-integer-to-float", _integer_pattern, _integer_to_float),
     Rule("qlinear-conv", _conv_pattern, _qlinear_conv),
     Rule("qlinear-add", _add_pattern, _qlinear_add),
+    Rule("qlinear", _quantized_pattern, _qlinear, check=lambda m: _island(m.root) is not None),
     onnx_export.DYNAMIC_QUANTIZE,
 )

@@ -1,4 +1,4 @@
-"""linear(dequantize(x), dequantize(W), b)  ->  linear_int8(x, W, b), and so conv and add in front of a quantize."""
+"""linear(dequantize(x), dequantize(W), b)  ->  linear_int8(x, W, b); so conv, add and moves in front of a quantize."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from graphopt.graph import Graph, Node, Value
 from graphopt.integer_forms import normalize
+from graphopt.islands import MOVES
 from graphopt.pipeline import Context, Pass, Selector, Stage
 from graphopt.rewrite import scalar
 from graphopt.words import WORDS
@@ -20,10 +21,12 @@ _Quantized = tuple[Value, Value, Value]
 class FoldInt8(Pass):
     """Put one int8 word in place of an island of dequantize, float word and quantize.
 
-    Eligible is each linear, conv and add that reads a dequantize. A linear gives float, so nothing needs to follow it.
-    A conv or an add gives integers: it is declined unless only a quantize reads it, at most with a relu between, which
-    the saturation at zero point 0 stands for. Declined too: activations or weights in another form than uint8 with one
-    scale, and int8 with a scale an output channel; a conv whose bias is computed. A bias in integers becomes float.
+    Eligible is each linear, conv and add that reads a dequantize. A linear gives float, so nothing needs to follow it;
+    one whose weight alone is dequantized is none of them. A conv or an add gives integers: it is declined unless only a
+    quantize reads it, at most with a relu or clip between that saturation stands for. Declined too: activations or
+    weights in another form than uint8 with one scale, and int8 with a scale an output channel; a conv whose bias is
+    computed. A bias in integers becomes float. What only moves values between a dequantize and a quantize of the same
+    scale and zero point moves integers.
     """
 
     name = "fold-int8"
@@ -36,12 +39,32 @@ class FoldInt8(Pass):
     def run(self, graph: Graph, context: Context) -> None:
         normalize(graph)
         sites = context.sites(graph, Selector("linear", "conv", "add"), self.ignore)
-        sites = [site for site in sites if any(value is not None and _maker(value) for value in site.operands)]
-        context.record.eligible[:] = [site.label for site in sites]
+        sites = [site for site in sites if any(_maker(value) for value in _data(site))]
+        context.record.eligible[:] = [context.labels[site] for site in sites]
         for site in sites:
             folded = _fold_add(graph, site) if site.kind == "add" else _fold_weighted(graph, site)
             if isinstance(folded, str):
                 context.decline(site, folded)
+        for node in graph.sites(*MOVES):
+            if node not in self.ignore:
+                _fold_move(graph, node)
+
+
+def _data(site: Node) -> list[Value]:
+    """What flows into a site, weights of linears aside: those may be dequantized for the sake of size alone."""
+    return [value for value in site.operands[: 1 if site.kind == "linear" else None] if value is not None]
+
+
+def _fold_move(graph: Graph, node: Node) -> None:
+    """Let a node move integers, where its input and its result have the same scale and zero point."""
+    reader, x = _only_reader(node), _activation(node.input)
+    if x is None or reader is None or reader.kind != "quantize" or node.attributes.get("value", 0) != 0:
+        return
+    numbers = [scalar(graph, value) for value in (*x[1:], reader.required("scale"), reader.operand("zero_point"))]
+    if None in numbers or numbers[:2] != numbers[2:] or reader.result.dtype != torch.uint8:
+        return
+    padding = {"value": numbers[1]} if node.kind == "pad" else {}
+    graph.replace(reader, graph.emit(node, x[0], *node.operands[1:], at=node, **padding))
 
 
 def _fold_weighted(graph: Graph, site: Node) -> str | None:
@@ -82,19 +105,33 @@ def _fold_add(graph: Graph, site: Node) -> str | None:
 
 
 def _quantize_behind(graph: Graph, site: Node) -> tuple[Node, Value, Value] | str:
-    """The quantize that alone reads a site, at most through a relu, its scale and zero point; or why there is none."""
+    """The quantize that alone reads a site, its scale and zero point; or why there is none.
+
+    At most a relu or clip stands between, which saturation has to do the work of.
+    """
     reader = _only_reader(site)
-    relu = reader is not None and reader.kind == "relu"
-    if reader is not None and relu:
-        reader = _only_reader(reader)
+    bounded = reader if reader is not None and reader.kind in ("relu", "clip") else None
+    if bounded is not None:
+        reader = _only_reader(bounded)
     if reader is None or reader.kind != "quantize":
         return "result is read in float"
     zero_point = reader.operand("zero_point")
     if not _one_scale(reader) or zero_point is None or zero_point.dtype != torch.uint8:
         return "result is not quantized to uint8 with one scale"
-    if relu and scalar(graph, zero_point) != 0:
-        return "result goes through a relu, and its zero point is not 0"
-    return reader, reader.required("scale"), zero_point
+    scale = reader.required("scale")
+    if bounded is not None and not _saturates(bounded, scalar(graph, scale), scalar(graph, zero_point)):
+        return f"result goes through a {bounded.kind} that cuts off more than the integers do"
+    return reader, scale, zero_point
+
+
+def _saturates(bounded: Node, scale: float | None, zero_point: float | None) -> bool:
+    """Whether integers from 0 to 255 lie within the bounds of a relu or clip, to within half a step."""
+    if scale is None or zero_point is None:
+        return False
+    low, high = (0.0, None) if bounded.kind == "relu" else (bounded.attributes["low"], bounded.attributes["high"])
+    near = 0.5 + 1e-3  # half a step, and the rounding of float32
+    below = low is None or low / scale + zero_point <= near
+    return below and (high is None or high / scale + zero_point >= 255 - near)
 
 
 def _only_reader(node: Node) -> Node | None:
