@@ -155,6 +155,8 @@ class Context:
     calibration: Calibration | None = None
     loss: Callable[[list[Tensor], Any], Tensor] | None = None
     """(the graph's outputs in order, the batch) -> one number; for criteria that follow gradients."""
+    evaluate: Callable[[Graph], float] | None = None
+    """A graph -> how good it is, more is better; for goals that are set in the user's own measure."""
     instruments: Sequence[Instrument] = ()
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The account of the pass that runs now."""

@@ -201,14 +201,16 @@ def scan(
     """
     if steps < 1:
         raise UsageError(f"sensitivity: steps is {steps}; give at least 1")
-    units = list(_units(graph, settings, sites, context))
+    several = list(units(graph, settings, sites, context))
+    if not several:
+        raise UsageError(f"sensitivity: {', '.join(map(str, settings))} selects no site of the model")
     batches = list(islice(context.batches(), steps))
     reference = Reference(graph, batches, evaluate)
     known = None if cache is None else _Cache(cache, _key(graph, batches, context, evaluate))
     found = Sensitivity(list(dict.fromkeys(map(str, settings))), batches=len(batches), baseline=reference.baseline)
     with ExitStack() as stack:
-        watched = [stack.enter_context(one.watch("sensitivity", len(units))) for one in context.instruments]
-        for label, nodes, setting, narrowed in units:
+        watched = [stack.enter_context(one.watch("sensitivity", len(several))) for one in context.instruments]
+        for label, nodes, setting, narrowed in several:
             row = Row(label, tuple(node.name for node in nodes), str(setting))
             if known is not None and (row.setting, row.nodes) in known.rows:
                 row = dataclasses.replace(known.rows[row.setting, row.nodes], site=label)
@@ -299,7 +301,7 @@ def _least(figures: Iterable[float]) -> float:
 # --- what to measure -----------------------------------------------------------------------------------------------
 
 
-def _units(
+def units(
     graph: Graph, settings: Sequence[Pass], sites: Selector | None, context: Context
 ) -> Iterator[tuple[str, list[Node], Pass, Pass]]:
     """(label, nodes, setting, the setting for these nodes only), in the order of the graph, then of the settings."""
@@ -316,8 +318,6 @@ def _units(
     for node in graph.nodes:
         if any(node in nodes for nodes in selected.values()):
             groups.setdefault(_shared(node), []).append(node)
-    if not groups:
-        raise UsageError(f"sensitivity: {', '.join(map(str, settings))} selects no site of the model")
     labels = _labels(list(groups.values()))
     for label, nodes in zip(labels, groups.values(), strict=True):
         for setting in selected:
@@ -329,9 +329,9 @@ def _units(
 
 def _shared(node: Node) -> Value | Node:
     """What nodes that change together have in common: a stored weight, or the node itself."""
-    word = node.word
-    weight = node.operand("weight") if word is not None and "weight" in word.operands else None
-    return weight if weight is not None and weight.is_constant else node
+    operands = () if node.word is None else node.word.operands
+    stored = next((node.operand(name) for name in ("weight", "table") if name in operands), None)
+    return stored if stored is not None and stored.is_constant else node
 
 
 def _labels(groups: Sequence[Sequence[Node]]) -> list[str]:
