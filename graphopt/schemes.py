@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from graphopt.graph import Node
@@ -112,3 +114,13 @@ def _width(site: Node) -> int:
     shape = site.required("table" if site.kind == "embedding" else "weight").shape
     assert shape is not None
     return int(shape[-1])
+
+
+def safety(bits: Iterable[int]) -> str:
+    """For which CPUs int8 weights of so many bits are safe, for the user."""
+    if max(bits) < 8:
+        return "weights of 7 bits: sums of products cannot saturate, with VNNI or without"
+    return (
+        "weights of 8 bits: safe on x86 with VNNI or AMX, and on ARM; with AVX2 or AVX-512 alone sums of two products "
+        "may saturate in 16 bits, and bits=7 is safe"
+    )

@@ -42,8 +42,8 @@ class Quantize(Pass):
     symmetric: bool = True
     """Of weight-only: whether 0 is in the middle of the integers, or zero points say where it is."""
 
-    observer: str = "percentile"
-    """Range of an activation: percentile (without 1e-5 of it at either end), minmax, mse or entropy (KL divergence)."""
+    observer: str = "mse"
+    """Range of an activation: least squared error (mse), percentile (all but 1e-5 at either end), minmax or entropy."""
 
     rounding: str = "auto"
     """Weights to the nearest integer, or second-order: what outputs miss least (auto: that, with calibration)."""
@@ -86,6 +86,9 @@ class Quantize(Pass):
                            if site.kind == "matmul" or site in rounding.recipes}  # fmt: skip
         declined = islands.join(lambda word: "static" in schemes.legal(word, context), self.ignore)
         _account(context, islands, declined)
+        products = [one.bits for site, one in rounding.recipes.items() if islands.schemes[site] != "weight-only"]
+        if products and context.target is not None:
+            context.note(schemes.safety(products))
         rounding.look(context)
         islands.measure(observe(graph, context, islands, OBSERVERS[self.observer]))
         islands.weights = rounding

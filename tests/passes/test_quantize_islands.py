@@ -1,0 +1,130 @@
+"""quantize: what joins and moves integers stays in integers, and the target's kernels compute it."""
+
+import pytest
+import torch
+
+from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.passes import FoldInt8, Quantize
+from graphopt.pipeline import Selector
+from tests.language import FakeTarget, assert_outputs_equal, build, declined, feeds, listing, outputs, producer, run
+
+POOLS = """
+    c = conv(x[1,4,8,8], V[4,4,3,3], B[4], padding=[1,1,1,1])
+    m = max_pool(relu(c), kernel=[2,2], stride=[2,2])
+    d = conv(m, W[8,4,1,1])
+    a = average_pool(clip(d, low=0.0, high=6.0), kernel=[2,2], stride=[1,1])
+    e = conv(a, U[8,8,1,1])
+    f = reshape(mean(e, axes=[2,3]), S[2]:int64:values(1,8))
+    y = linear(f, T[5,8])
+    """
+JOINS = """
+    l = leaky_relu(conv(x[1,4,8,8], V[4,4,1,1], B[4]), slope=0.2)
+    d = conv(l, W[4,4,1,1])
+    m = mul(d, sigmoid(d))
+    p = pad(concat(m, l, axis=1), padding=[0,0,1,1,0,0,1,1])
+    y = conv(p, U[4,8,3,3])
+    """
+STEP = 1 / 255
+"""What outputs may differ by, of their maximum: where the last bit of a float decides, rounding goes one step on."""
+
+KERNELS = {
+    POOLS: {"QLinearConv": 3, "MaxPool": 1, "QLinearAveragePool": 1, "QLinearGlobalAveragePool": 1, "Reshape": 1,
+            "MatMulIntegerToFloat": 1, "QuantizeLinear": 1},
+    JOINS: {"QLinearConv": 3, "QLinearLeakyRelu": 1, "QLinearSigmoid": 1, "QLinearMul": 1, "QLinearConcat": 1,
+            "QuantizeLinear": 1, "DequantizeLinear": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", KERNELS, ids=["pools", "joins"])
+def test_islands_are_closed(dialect: str, text: str) -> None:
+    graph = build(dialect, text)
+    original = graph.clone()
+    context = run(Quantize(observer="minmax"), graph, calibration=[feeds(graph, seed) for seed in range(4)])
+    assert declined(context) == [] and context.record.changed == len(context.record.eligible)
+    assert_outputs_equal(graph, original, rtol=0.05)
+    neutral = graph.clone()
+    run(FoldInt8(), graph)
+    assert_outputs_equal(graph, neutral, rtol=STEP)
+    floats = [node for node in graph.nodes if node.kind in ("max_pool", "pad", "reshape")]
+    assert floats and {node.result.dtype for node in floats} == {torch.uint8}
+
+
+@pytest.mark.parametrize(("text", "kernels"), KERNELS.items(), ids=["pools", "joins"])
+def test_every_member_is_an_int8_kernel(text: str, kernels: dict[str, int]) -> None:
+    graph = build("onnx", text)
+    run(Quantize(), graph, target=None, calibration=[feeds(graph, seed) for seed in range(4)])
+    neutral = graph.clone()
+    run(FoldInt8(), graph)
+    target = OnnxRuntime()
+    runner = target.compile(target.lower(graph)[0], threads=1)
+    target.check(graph, runner)
+    assert runner.census() == kernels
+    for found, expected in zip(runner(feeds(graph)), outputs(neutral), strict=True):
+        assert (found - expected).abs().max() <= STEP * expected.abs().max()
+
+
+def test_the_range_of_what_moves_is_that_of_what_it_moves(dialect: str) -> None:
+    graph = build(dialect, "m = max_pool(conv(x[1,4,4,4], V[4,4,1,1]), kernel=[2,2])\ny = conv(m, W[4,4,1,1])")
+    run(Quantize(), graph, calibration=[feeds(graph)])
+    pool = graph.sites("max_pool")[0]
+    before, (after,) = producer(pool.input), pool.result.users
+    assert after.kind == "quantize" and after.operand("scale") == before.operand("scale")
+
+
+@pytest.mark.parametrize(
+    ("text", "reasons"),
+    [
+        ("c = conv(x[1,4,4,4], V[4,4,1,1])\ny = sigmoid(c)", ["its result is read in float"]),
+        ("c = conv(x[1,4,4,4], V[4,4,1,1])\nm = mean(c, axes=[1])\ny = conv(m, W[4,1,1,1])",
+         ["a mean over other axes than all of space has no form in integers"]),
+        ("c = conv(x[1,4,4,4], V[4,4,1,1])\nk = concat(c, z[1,4,4,4], axis=1)\ny = conv(k, W[4,8,1,1])",
+         ["one side stays float: z"]),
+        # The sigmoid joins for the sake of the mul alone, and that has a float side.
+        ("c = conv(x[1,4,4,4], V[4,4,1,1])\nm = mul(sigmoid(c), z[1,4,4,4])\ny = conv(m, W[4,4,1,1])",
+         ["one side stays float: z", "its result is read in float"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_join_says_why(dialect: str, text: str, reasons: list[str]) -> None:
+    graph = build(dialect, text)
+    assert sorted(declined(run(Quantize(), graph, calibration=[feeds(graph)]))) == sorted(reasons)
+
+
+def test_padding_with_another_number_stays_float(dialect: str) -> None:
+    graph = build(
+        dialect,
+        """
+        c = conv(x[1,4,4,4], V[4,4,1,1])
+        p = pad(c, padding=[0,0,1,1,0,0,1,1], value=1.0)
+        y = conv(p, W[4,4,3,3])
+        """,
+    )
+    run(Quantize(), graph, calibration=[feeds(graph)])
+    run(FoldInt8(), graph)
+    assert graph.sites("pad")[0].result.dtype == torch.float32
+
+
+def test_ignored_members_and_those_without_a_kernel_stay_float(dialect: str) -> None:
+    graph = build(dialect, POOLS)
+    target = FakeTarget(schemes=dict.fromkeys(("conv", "linear", "mean"), ("static",)))
+    run_ = run(Quantize(ignore=Selector("mean")), graph, target=target, calibration=[feeds(graph)])
+    assert sorted(declined(run_)) == ["it is to stay float", "the target has no fast static form of it"]
+    assert producer(graph.sites("mean")[0].input).kind == "dequantize"
+
+
+def test_a_clip_that_cuts_off_more_than_the_integers_is_not_folded(dialect: str) -> None:
+    graph = build(
+        dialect,
+        """
+        c = conv(dequantize(x[1,4,2,2]:uint8, S[]:values(0.1), Z[]:uint8:values(128)),
+                 dequantize(W[4,4,1,1]:int8:values(1,-2,3), T[4]:values(0.1), axis=0))
+        y = quantize(clip(c, low=-1.0, high=1.0), S, Z)
+        """.replace(",\n                 ", ", "),
+    )
+    assert declined(run(FoldInt8(), graph)) == ["result goes through a clip that cuts off more than the integers do"]
+
+
+def test_calibrated_sites_on_a_moved_value_share_its_integers(dialect: str) -> None:
+    graph = build(dialect, POOLS)
+    run(Quantize(), graph, calibration=[feeds(graph)])
+    run(FoldInt8(), graph)
+    assert [line.split(" = ")[1].split("(")[0] for line in listing(graph)[:-1]].count("quantize") == 3
