@@ -260,6 +260,27 @@ def diff(
 
 
 @command
+def compare(
+    before: Model,
+    after: Model,
+    inputs: Annotated[Path, typer.Option("--data", help="An .npz file: one array an input, samples along axis 0.")],
+    sites: Annotated[bool, typer.Option("--sites", help="Show where inside the two go apart, site by site.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Most batches to use.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far two models' outputs are apart on the same inputs."""
+    from graphopt.compare import compare as measure
+
+    for path in (before, after):
+        _require_file(path)
+    found = measure(before, after, _arrays(inputs), steps=steps, sites=sites)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _show(found)
+
+
+@command
 def bench(
     model: Model,
     other: Annotated[

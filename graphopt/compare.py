@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from graphopt.calibrate import Calibration
 from graphopt.graph import Graph, Value
 from graphopt.numerics import metrics
-from graphopt.pipeline import UsageError
-from graphopt.report import Agreement
+from graphopt.pipeline import Context, UsageError, parse
+from graphopt.propagation import Propagation, propagate
+from graphopt.report import Agreement, plain
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -41,22 +45,45 @@ class Comparison:
 
     outputs: list[OutputComparison]
     batches: int
+    propagation: Propagation | None = None
+    """The results of sites inside, where they were asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: infinity and NaN as text."""
+        account: dict[str, Any] = plain(self)
+        inside = self.propagation
+        if inside is not None:
+            account["propagation"] |= {"lost": plain(inside.lost), "noisiest": plain(inside.noisiest)}
+        return account
 
     def __str__(self) -> str:
         from graphopt.render import text
 
         return text.comparison(self)
 
+    def __rich__(self) -> RenderableType:
+        from graphopt.render import terminal
 
-def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None) -> Comparison:
+        return terminal.comparison(self)
+
+
+def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bool = False) -> Comparison:
     """Compare two models on batches of inputs; `a` is the reference.
 
     a, b: an Optimized, an nn.Module, a Graph, or a path to .onnx. batches: as for calibration (`Calibration`); for two
-    modules, dicts of keyword arguments, tuples of arguments, or tensors. steps: most batches to use.
+    modules, dicts of keyword arguments, tuples of arguments, or tensors. steps: most batches to use. sites: compare the
+    results of the sites inside too (`propagation.propagate`), of models that are graphs; both are simplified first, so
+    that what a pass folds does not stand apart. That runs over the batches several times.
     Outputs are paired by name where the names are the same, else in order. A module runs in the mode that it is in.
     Raises UsageError when there is no batch or the outputs do not pair.
     """
     first, second = _Runner(a), _Runner(b)
+    if sites and (first.graph is None or second.graph is None):
+        which = a if first.graph is None else b
+        raise UsageError(
+            f"sites are compared in graphs, and a {type(which).__qualname__} has none; give what optimize returned, a "
+            "Graph, or a path to an .onnx file"
+        )
     inputs = first.inputs or second.inputs
     given = Calibration(batches, inputs, steps) if inputs else _limited(batches, steps)
     found: dict[str, list[tuple[Agreement, float | None, int]]] = {}
@@ -69,7 +96,11 @@ def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None) -> Compar
             found.setdefault(name, []).append((agreement(name, x, y), top1, rows))
     if not count:
         raise UsageError("there is no batch to compare on")
-    return Comparison([_over_batches(name, seen) for name, seen in found.items()], count)
+    inside = None
+    if sites and isinstance(given, Calibration):
+        assert first.graph is not None and second.graph is not None
+        inside = propagate(_simplified(first.graph), _simplified(second.graph), given)
+    return Comparison([_over_batches(name, seen) for name, seen in found.items()], count, inside)
 
 
 def agreement(output: str, reference: Tensor, candidate: Tensor) -> Agreement:
@@ -91,6 +122,12 @@ def worst(agreements: Iterable[Agreement]) -> Agreement:
         min((one.cosine for one in seen), key=lambda figure: -math.inf if math.isnan(figure) else figure),
         max((one.max_error for one in seen), key=lambda figure: math.inf if math.isnan(figure) else figure),
     )
+
+
+def _simplified(graph: Graph) -> Graph:
+    from graphopt.passes import REGISTRY
+
+    return parse("simplify", REGISTRY).apply(graph, Context())
 
 
 def _over_batches(name: str, seen: Sequence[tuple[Agreement, float | None, int]]) -> OutputComparison:
@@ -119,18 +156,19 @@ class _Runner:
 
     def __init__(self, model: Any) -> None:
         self.inputs: tuple[Value, ...] = ()
+        self.graph: Graph | None = None
         self._names: tuple[str, ...] | None = None
         if isinstance(model, str | Path):
             from graphopt.capture import capture
 
             model = capture(model, "onnx").graph
         if isinstance(model, Graph):
-            self.inputs, self._names = model.inputs, tuple(value.name for value in model.outputs)
+            self.graph, self.inputs, self._names = model, model.inputs, tuple(value.name for value in model.outputs)
             self._call: Callable[..., Any] = lambda **feeds: model.evaluate(feeds, model.outputs)
         elif isinstance(model, nn.Module):
             self._call = model
         elif isinstance(getattr(model, "graph", None), Graph) and callable(model):
-            self.inputs, self._call = model.graph.inputs, model
+            self.graph, self.inputs, self._call = model.graph, model.graph.inputs, model
         else:
             raise UsageError(
                 f"cannot compare a {type(model).__qualname__}; give what optimize returned, an nn.Module, a Graph, "

@@ -13,6 +13,7 @@ from graphopt.render import text
 from graphopt.report import GraphDiff, Report
 
 if TYPE_CHECKING:
+    from graphopt.compare import Comparison
     from graphopt.optimize import BenchResult
     from graphopt.sensitivity import Sensitivity
 
@@ -53,6 +54,13 @@ def diff(diff: GraphDiff, context: int | None = 3) -> RenderableType:
         else:
             lines += [Text(f"{line.mark} {line.text}", style=STYLES[line.mark]) for line in section]
     return Group(*lines)
+
+
+def comparison(found: Comparison) -> RenderableType:
+    """One row an output; one row a site, where they were asked for."""
+    inside = [] if found.propagation is None else [table(text.site_rows(found.propagation), "sites", right=(2, 3))]
+    notes = Text("\n".join(text.comparison_notes(found)), style="dim")
+    return Group(table(text.comparison_rows(found)), *inside, notes)
 
 
 def bench(result: BenchResult) -> RenderableType:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphopt.backends.measure import Ratio
     from graphopt.compare import Comparison
     from graphopt.optimize import BenchResult
+    from graphopt.propagation import Propagation
     from graphopt.sensitivity import Damage, Sensitivity
 
 WIDTH = 100
@@ -56,14 +57,41 @@ def diff(diff: GraphDiff, context: int | None = 3) -> str:
 
 
 def comparison(found: Comparison) -> str:
-    """One row an output."""
+    """One row an output; one row a site, where they were asked for."""
+    inside = [] if found.propagation is None else [table(site_rows(found.propagation))]
+    return "\n\n".join([table(comparison_rows(found)), *inside, "\n".join(comparison_notes(found))])
+
+
+def comparison_rows(found: Comparison) -> Rows:
     rows: Rows = [("output", "SQNR", "cosine", "max error", "top-1")]
-    rows += [
+    return rows + [
         (one.output, decibels(one.sqnr), cosine(one.cosine), f"{one.max_error:.3g}", share(one.top1))
         for one in found.outputs
     ]
+
+
+def site_rows(found: Propagation) -> Rows:
+    """In the order of the graph."""
+    rows: Rows = [("site", "word", "SQNR", "cosine")]
+    return rows + [(one.site, one.kind, decibels(one.sqnr), cosine(one.cosine)) for one in found.sites]
+
+
+def comparison_notes(found: Comparison) -> list[str]:
+    """How many batches, and what the sites say."""
     batches = "1 batch" if found.batches == 1 else f"{found.batches} batches; SQNR and cosine are of the worst"
-    return f"{table(rows)}\n\nover {batches}"
+    notes, inside = [f"over {batches}"], found.propagation
+    if inside is None:
+        return notes
+    from graphopt.propagation import LOST
+
+    lost, worst = inside.lost, inside.noisiest
+    below = f"below {LOST:g} dB"
+    notes.append(f"no site is {below}" if lost is None else f"first {below}: {lost.site}, {decibels(lost.sqnr)}")
+    if worst is not None:
+        read = f"what it reads has {decibels(worst.before)}" if math.isfinite(worst.before) else "it reads no noise"
+        notes.append(f"most noise is added by {worst.site}: {read}, its result {decibels(worst.sqnr)}")
+    alone = declined(inside.unpaired)
+    return notes + [f"not compared, {number} x {reason}: {names}" for reason, number, names in alone]
 
 
 def bench(result: BenchResult) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from graphopt.compare import agreement, compare, worst
-from graphopt.pipeline import UsageError
+from graphopt.graph import Graph
+from graphopt.pipeline import Selector, UsageError
 from graphopt.report import Agreement
 from tests.language import build
 
@@ -145,3 +149,110 @@ def test_comparison_as_text() -> None:
     assert lines[0].split() == ["output", "SQNR", "cosine", "max", "error", "top-1"]
     assert lines[2].split() == ["logits", "equal", "1.00000", "0", "100.0", "%"]
     assert lines[-1] == "over 3 batches; SQNR and cosine are of the worst"
+
+
+# --- sites ---------------------------------------------------------------------------------------------------------
+
+THREE = """
+    a = linear(x[batch,4], V[6,4]:seed1)
+    b = relu(a)
+    c = linear(b, W[6,6]:seed2)
+    d = add(b, c)
+    y = linear(d, U[3,6]:seed3)
+"""
+
+
+def changed(dialect: str, index: int, by: float, text: str = THREE) -> Graph:
+    """The graph with one linear's weight multiplied."""
+    graph = build(dialect, text)
+    site = graph.sites("linear")[index]
+    assert site.weight is not None
+    weight = graph.add_constant(site.weight * by)
+    graph.replace(site, graph.emit(site, site.input, weight, at=site))
+    graph.sweep()
+    return graph
+
+
+def test_sites_show_where_error_comes_in(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.propagation.PART", 2)
+    found = compare(build(dialect, THREE), changed(dialect, 1, -1.0), BATCHES, sites=True).propagation
+    assert found is not None
+    assert [one.kind for one in found.sites] == ["linear", "relu", "linear", "add", "linear"]
+    v, w, u = (one.weight.double().numpy() for one in build(dialect, THREE).sites("linear") if one.weight is not None)
+    x = torch.cat(BATCHES).double().numpy()
+    b = np.maximum(x @ v.T, 0)
+    c = b @ w.T
+    for at, (expected, other) in {2: (c, -c), 3: (b + c, b - c), 4: ((b + c) @ u.T, (b - c) @ u.T)}.items():
+        noise = ((expected - other) ** 2).sum()
+        cosine = (expected * other).sum() / math.sqrt((expected**2).sum() * (other**2).sum())
+        assert found.sites[at].sqnr == pytest.approx(10 * math.log10((expected**2).sum() / noise), abs=1e-3)
+        assert found.sites[at].cosine == pytest.approx(cosine, abs=1e-5)
+    assert [one.sqnr for one in found.sites[:2]] == [math.inf, math.inf]
+    assert [one.before for one in found.sites[:4]] == [math.inf, math.inf, math.inf, found.sites[2].sqnr]
+    assert found.lost == found.sites[2] == found.noisiest
+    assert not found.unpaired
+
+
+def test_sites_of_a_quantized_graph_are_those_of_the_float_one(dialect: str) -> None:
+    from graphopt.passes import Quantize
+    from tests.language import run
+
+    small = build(dialect, THREE)
+    run(Quantize(scheme="dynamic", targets=Selector("linear")), small)
+    inside = compare(build(dialect, THREE), small, BATCHES, sites=True).propagation
+    assert inside is not None and inside.lost is None and not inside.unpaired
+    assert [one.kind for one in inside.sites] == ["linear", "relu", "linear", "add", "linear"]
+    assert all(20 < one.sqnr < 70 for one in inside.sites)
+
+
+def test_what_does_not_pair_is_named(dialect: str) -> None:
+    other = "a = linear(x[batch,4], V[5,4]:seed1)\ny = linear(relu(gelu(a)), U[3,5]:seed3)"
+    first = "a = linear(x[batch,4], V[6,4]:seed1)\ny = linear(relu(relu(a)), U[3,6]:seed3)"
+    inside = compare(build(dialect, first), build(dialect, other), BATCHES, sites=True).propagation
+    assert inside is not None
+    assert [one.kind for one in inside.sites] == ["linear"]
+    assert {reason for reason in inside.unpaired.values()} >= {"its result is [2, 6] in one, and [2, 5] in the other"}
+
+
+def test_padding_is_no_part_of_a_site(dialect: str) -> None:
+    graph, other = (
+        build(dialect, f"""
+            h = embedding(T[9,4]:{seed}, ids[batch,seq]:int64)
+            y = linear(h, W[4,4]:seed2)
+            m = add(mask[batch,seq]:int64, mask)
+            return y, m
+        """)
+        for seed in ("seed1", "seed5")
+    )
+    tables = [one.constant(one.sites("embedding")[0].required("table")) for one in (graph, other)]
+    ids, mask = torch.tensor([[1, 2, 0]]), torch.tensor([[1, 1, 0]])
+    inside = compare(graph, other, [{"ids": ids, "mask": mask}], sites=True).propagation
+    assert inside is not None
+    expected, found = (table[[1, 2]].double() for table in tables if table is not None)
+    sqnr = 10 * math.log10(float(expected.square().sum() / (expected - found).square().sum()))
+    assert inside.sites[0].sqnr == pytest.approx(sqnr, abs=1e-4)
+
+
+def test_nan_inside_is_a_lost_signal() -> None:
+    found = compare(build("onnx", THREE), changed("onnx", 1, math.nan), BATCHES, sites=True).propagation
+    assert found is not None and found.lost is not None
+    assert found.lost == found.sites[2] == found.noisiest and math.isnan(found.lost.sqnr)
+
+
+def test_sites_need_graphs() -> None:
+    with pytest.raises(UsageError, match="sites are compared in graphs, and a Shifted has none"):
+        compare(Shifted(0.0), build("onnx", TEXT), BATCHES, sites=True)
+
+
+def test_sites_as_text_and_in_a_terminal() -> None:
+    found = compare(build("onnx", THREE), changed("onnx", 1, -1.0), BATCHES, sites=True)
+    lines = str(found).splitlines()
+    assert any(line.split()[:2] == ["site", "word"] for line in lines)
+    assert found.propagation is not None and found.propagation.lost is not None
+    assert f"first below 10 dB: {found.propagation.lost.site}, -6.0 dB" in lines
+    assert f"most noise is added by {found.propagation.lost.site}: it reads no noise, its result -6.0 dB" in lines
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(found)
+    assert "first below 10 dB" in console.export_text()
+    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert plain["propagation"]["lost"]["site"] == found.propagation.lost.site
