@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -26,6 +26,7 @@ from graphopt.graph import Graph, GraphError, digest
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline import Context, Loss, Pass, Pipeline, UsageError, parse
 from graphopt.report import GraphDiff, Report, count_kinds
+from graphopt.sensitivity import as_model
 
 if TYPE_CHECKING:
     from graphopt.backends.measure import Ratio
@@ -43,6 +44,7 @@ def optimize(
     calibration: Any = None,
     calibration_steps: int | None = None,
     loss: Loss | None = None,
+    evaluate: Callable[[Any], float] | None = None,
     cache: bool = False,
     threads: int | None = None,
     agree: bool | None = None,
@@ -56,6 +58,7 @@ def optimize(
     modules. dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
     calibration: any iterable of batches, for passes that look at activations. loss: (what the model returns, the
     batch) -> one number, for passes that follow gradients; None is the cross-entropy to the labels in the batches.
+    evaluate: (a model that is called like the original) -> how good it is, more is better, for goals in that measure.
     threads: of the engine, None for its default.
     agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
     that is not run at all unless asked, and its weights are read one by one: memory holds a few copies of the largest.
@@ -74,7 +77,7 @@ def optimize(
         data = None
         if calibration is not None:
             data = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
-        return _run(captured, pipeline, backend, data, loss or cross_entropy, threads, agree, instruments)
+        return _run(captured, pipeline, backend, data, loss or cross_entropy, evaluate, threads, agree, instruments)
 
 
 def _run(
@@ -83,6 +86,7 @@ def _run(
     backend: Backend,
     calibration: Calibration | None,
     loss: Loss,
+    evaluate: Callable[[Any], float] | None,
     threads: int | None,
     agree: bool | None,
     instruments: Sequence[Instrument],
@@ -104,6 +108,7 @@ def _run(
         feeds=captured.feeds,
         calibration=calibration,
         loss=lambda outputs, batch: loss(captured.signature.rebuild(outputs), batch),
+        evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
         instruments=watchers,
         threads=threads,
     )

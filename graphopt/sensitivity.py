@@ -29,6 +29,8 @@ from graphopt.report import PassRecord, Report, plain
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from graphopt.capture import Signature
+
 STEPS = 8
 """Batches on which outputs are compared, where nothing else is asked for."""
 
@@ -157,25 +159,26 @@ def sensitivity(
         context.calibration = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
     graph = Pipeline(parse("simplify", REGISTRY).passes).apply(captured.graph, dataclasses.replace(context))
 
-    def score(changed: Graph) -> float:
-        assert evaluate is not None
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            feeds, numpy = signature.bind(args, kwargs)
-            results: list[Any] = changed.evaluate(feeds, changed.outputs)
-            return signature.rebuild([one.numpy() if numpy and isinstance(one, Tensor) else one for one in results])
-
-        return evaluate(call)
-
     return scan(
         graph,
         passes,
         context,
         sites=None if sites is None else Selector(sites),
         steps=steps,
-        evaluate=None if evaluate is None else score,
+        evaluate=None if evaluate is None else lambda changed: evaluate(as_model(changed, signature)),
         cache=None if cache is None else Path(cache),
     )
+
+
+def as_model(graph: Graph, signature: Signature) -> Callable[..., Any]:
+    """The graph, called like the model that it was captured from; numpy in gives numpy out."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        feeds, numpy = signature.bind(args, kwargs)
+        results: list[Any] = graph.evaluate(feeds, graph.outputs)
+        return signature.rebuild([one.numpy() if numpy and isinstance(one, Tensor) else one for one in results])
+
+    return call
 
 
 def scan(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from graphopt import schemes
 from graphopt.graph import Graph, Node
 from graphopt.islands import Islands
+from graphopt.mixed import Goal, keep
 from graphopt.numerics.observe import OBSERVERS
 from graphopt.numerics.quantize import BLOCKS
 from graphopt.pipeline import Context, Pass, PerSite, Selector, Stage, UsageError, value_text
@@ -54,6 +55,15 @@ class Quantize(Pass):
     bias_correction: bool | None = None
     """Whether biases take over the mean error of outputs (none: with calibration)."""
 
+    sqnr: float | None = None
+    """Least SQNR (dB) of the worst output over the calibration: the sites that hurt most stay float until it is met."""
+
+    cosine: float | None = None
+    """Least cosine of the worst output, in the same way."""
+
+    max_drop: float | None = None
+    """Most that `evaluate` (more is better) may fall, in the same way."""
+
     targets: Selector = Selector("linear", "conv", "embedding")
     """Sites to consider: words (matmul too), module paths or patterns."""
 
@@ -61,6 +71,7 @@ class Quantize(Pass):
     """Sites to leave in float."""
 
     def __post_init__(self) -> None:
+        Goal(self.sqnr, self.cosine, self.max_drop)  # which refuses what no model can be
         choices = {
             "scheme": ("auto", *schemes.SCHEMES), "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
             "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "second-order"),
@@ -76,8 +87,10 @@ class Quantize(Pass):
                     raise UsageError(f"quantize: {option} is {value!r}; give {', '.join(first)} or {last}")
 
     def run(self, graph: Graph, context: Context) -> None:
+        goal, free = Goal(self.sqnr, self.cosine, self.max_drop), replace(self, sqnr=None, cosine=None, max_drop=None)
+        kept = keep(graph, free, goal, context) if goal.asked else {}
         islands, rounding = Islands(graph), Rounding(graph)
-        for site, chosen in self._chosen(graph, context).items():
+        for site, chosen in self._chosen(graph, context, kept).items():
             islands.schemes[site] = chosen[0]
             if isinstance(chosen[1], Recipe):
                 rounding.recipes[site] = chosen[1]
@@ -94,8 +107,10 @@ class Quantize(Pass):
         islands.weights = rounding
         islands.emit()
 
-    def _chosen(self, graph: Graph, context: Context) -> dict[Node, tuple[str, Recipe | None]]:
-        """The scheme and the recipe of each site that can be quantized; the others are declined."""
+    def _chosen(
+        self, graph: Graph, context: Context, kept: Mapping[Node, str]
+    ) -> dict[Node, tuple[str, Recipe | None]]:
+        """The scheme and the recipe of each site that can be quantized; the others are declined, as what is kept is."""
         by_site = {
             option: context.per_site(graph, f"quantize: {option}", value, self.targets)
             for option in ("scheme", "bits") if isinstance(value := getattr(self, option), PerSite)
@@ -109,7 +124,8 @@ class Quantize(Pass):
             missing = [option for option, found in by_site.items() if site not in found]
             asked: dict[str, Any] = {one: by_site[one].get(site) if one in by_site else getattr(self, one)
                                      for one in ("scheme", "bits")}  # fmt: skip
-            reason = schemes.why_not(site) or (f"no term of {missing[0]} matches it" if missing else None)
+            unmatched = f"no term of {missing[0]} matches it" if missing else None
+            reason = kept.get(site) or schemes.why_not(site) or unmatched
             if reason is None:
                 scheme = schemes.scheme_of(site.kind, asked["scheme"], context)
                 bits = schemes.bits_of(site.kind, scheme, asked["bits"], context)
@@ -125,7 +141,7 @@ class Quantize(Pass):
                 context.decline(site, reason)
             else:
                 chosen[site] = scheme, self._recipe(site, scheme, bits, block, context)
-        if refused and not chosen:
+        if refused and not (chosen or kept):
             first = next(iter(refused.items()))
             raise UsageError(f"quantize: nothing is left to quantize ({first[0]}: {first[1]})")
         return chosen

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import graphopt
 from graphopt.calibrate import Calibration
 from graphopt.graph import Graph, Value
 from graphopt.mixed import Goal, Remembered, keep, rank
@@ -200,3 +202,50 @@ def test_statistics_are_remembered_for_clones() -> None:
     assert first.range() == plain.range()
     (other,) = remembered.observe(graph, [(graph.inputs[0], MinMax())])
     assert other is not first
+
+
+# --- in the pass ---------------------------------------------------------------------------------------------------
+
+
+def test_quantize_leaves_the_planted_layer_in_float_and_says_why(dialect: str) -> None:
+    graph = chain(dialect, layers=8, bad=3)
+    original, site, context = graph.clone(), graph.sites("linear")[3], context_of(graph)
+    setting = Quantize(scheme="static", sqnr=15)
+    run_pass(setting, graph, context)
+    assert str(setting) == "quantize{scheme=static sqnr=15}"
+    record = context.report.passes[0]
+    assert list(record.declined) == [site.label]
+    assert record.declined[site.label].startswith("stays in higher precision for sqnr=15: changed alone")
+    assert len(record.eligible) == 8 and record.changed == 7
+    assert Reference(original, batches_of(context)).damage(graph).sqnr >= 15
+    assert len(graph.sites("quantize")) == 7
+
+
+def test_optimize_takes_the_users_measure(tmp_path: Path) -> None:
+    graph = chain("onnx", layers=6, bad=3)
+    graph.save(tmp_path / "chain.onnx")
+    batches = [feeds["x"] for feeds in batches_of(context_of(graph))]
+    seen: list[float] = []
+
+    def evaluate(model: Any) -> float:
+        found = [model(x)["a5"] for x in batches]
+        expected = [graph.evaluate({"x": x}, graph.outputs)[0] for x in batches]
+        seen.append(1 - float(sum((a - b).norm() / a.norm() for a, b in zip(expected, found, strict=True))))
+        return seen[-1]
+
+    small = graphopt.optimize(
+        tmp_path / "chain.onnx", Quantize(scheme="static", max_drop=0.5), calibration=batches, evaluate=evaluate
+    )
+    record = next(one for one in small.report.passes if one.name == "quantize")
+    assert len(record.declined) == 1 and record.changed == 5
+    assert seen[0] == 1 and len(seen) == 4  # the unchanged model; with none kept, with 3, and with 1
+    with pytest.raises(UsageError, match="quantize: max_drop=1 needs a measure of quality: pass evaluate="):
+        graphopt.optimize(tmp_path / "chain.onnx", "quantize{max_drop=1}", calibration=batches)
+
+
+def test_where_all_must_stay_nothing_is_quantized() -> None:
+    graph = chain("onnx", layers=2, bad=None)
+    before, context = graph.text(), context_of(graph)
+    run_pass(Quantize(scheme="static", sqnr=500), graph, context)
+    assert graph.text() == before
+    assert "sqnr=500: 2 of 2 sites stay in higher precision, which is all" in context.report.passes[0].notes[0]
