@@ -31,14 +31,16 @@ def legal(word: str, context: Context) -> tuple[str, ...]:
 def scheme_of(word: str, asked: str, context: Context) -> str:
     """The scheme of a site: auto is static where calibration is given and the target has it, else dynamic.
 
-    A table has no activations, and so weights alone.
+    It is weight-only where the target has nothing else. A table has no activations, and so weights alone.
     """
     if word == "embedding":
         return "weight-only"
     if asked != "auto":
         return asked
     known = legal(word, context)
-    return "static" if context.calibration is not None and "static" in known else "dynamic"
+    if context.calibration is not None and "static" in known:
+        return "static"
+    return "weight-only" if "weight-only" in known and "dynamic" not in known else "dynamic"
 
 
 def bits_of(word: str, scheme: str, asked: int | None, context: Context) -> int:

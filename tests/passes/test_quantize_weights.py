@@ -114,6 +114,12 @@ def test_schemes_by_site(dialect: str) -> None:
     assert kinds == ["dequantize", "float", "float"]
 
 
+def test_auto_is_weight_only_where_nothing_else_is_fast(dialect: str) -> None:
+    graph = build(dialect, LINEAR)
+    run(Quantize(), graph, target=FakeTarget(schemes={"linear": ("weight-only",)}, narrow=NARROW))
+    assert [node.kind for node in graph.nodes] == ["dequantize", "linear"]
+
+
 def test_seven_bits_where_products_saturate(dialect: str) -> None:
     for bits, most in ((7, 63), (8, 127)):
         graph = build(dialect, LINEAR)
