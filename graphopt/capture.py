@@ -227,7 +227,8 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str, ru
     names = tuple(value.name for value in graph.inputs)
     outputs = tuple(value.name for value in graph.outputs)
     signature = Signature(names, outputs, lambda results: dict(zip(outputs, results, strict=True)))
-    notes: list[str] = []
+    quantized = onnx_capture.quantized_note(model, graph)
+    notes = [quantized] if quantized is not None else []
     if example_inputs is None:
         feeds = [_made_feeds(graph.inputs, notes)] if all(v.dtype is not None for v in graph.inputs) else []
     else:

@@ -39,6 +39,9 @@ QUANTIZED_MARGIN = 6.0
 that fall the other way add up to as much as the quantization noise itself.
 """
 
+QUANTIZED_SQNR = 30.0
+"""Or to this many dB where the original rounds activations already: its output without that noise is not known."""
+
 
 class Instrument:
     """Called around every pass that it wants to see; each method does nothing unless overridden."""
@@ -73,9 +76,9 @@ class Agree(Instrument):
     """The outputs on the example inputs, against the original's after every pass that changed something.
 
     The worst figure over the examples goes to the record; padding is left out where an input is a mask. A lossless pass
-    must not move an output beyond the tolerance (`numerics.metrics.tolerance`; QUANTIZED_RTOL or QUANTIZED_MARGIN in a
-    quantized graph; integers stay equal) from where the last lossy pass, or the original, left it: GraphError
-    otherwise. No pass may change an output's shape.
+    must not move an output beyond the tolerance (`numerics.metrics.tolerance`; QUANTIZED_RTOL, QUANTIZED_MARGIN or
+    QUANTIZED_SQNR in a quantized graph; integers stay equal) from where the last lossy pass, or the original, left it:
+    GraphError otherwise. No pass may change an output's shape.
     """
 
     def __init__(self, original: Graph, feeds: Sequence[Feeds], names: Sequence[str] | None = None) -> None:
@@ -84,6 +87,7 @@ class Agree(Instrument):
         self.names = list(names) if names is not None else [value.name for value in original.outputs]
         self._shapes = [value.shape for value in original.outputs]
         self._masks = axes.masks(original.inputs)
+        self._rounds = any(node.kind == "quantize" for node in original.nodes)
         self.original = self._outputs(original)
         self._accepted = self._latest = self.original
 
@@ -136,6 +140,8 @@ class Agree(Instrument):
                 if not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
                     continue
                 if rtol is not None and metrics.sqnr(first, b) > metrics.sqnr(first, a) - QUANTIZED_MARGIN:
+                    continue
+                if self._rounds and metrics.sqnr(a, b) > QUANTIZED_SQNR:
                     continue
                 allowed = f"{rtol or metrics.tolerance(a.dtype)[0]:.2g}" if a.is_floating_point() else "equal values"
                 largest = float(torch.nan_to_num(a.double()).abs().max())

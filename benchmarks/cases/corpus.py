@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 
@@ -66,7 +67,8 @@ def judged(path: Path, threads: int) -> str:
             for number, one in enumerate(feeds):
                 names = [output.name for output in original.get_outputs()]
                 for name, a, b in zip(names, original.run(names, one), simplified.run(names, one), strict=True):
-                    if not equal(a, b):
+                    # Int8 kernels round elsewhere than Q/DQ as written: those of the engine's own choice count too.
+                    if not equal(a, b) and not (is_quantized(path) and equal(engines_own(path, threads, name, one), b)):
                         return f"DIFFERENT: output {name!r} on feed {number}{_how_far(a, b)}"
         except Exception as error:
             return f"CRASH: {type(error).__name__}: {_line(error)}"
@@ -80,6 +82,18 @@ def plain_session(path: Path, threads: int) -> ort.InferenceSession:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether a file rounds activations."""
+    return any(node.op_type == "QuantizeLinear" for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def engines_own(path: Path, threads: int, name: str, feeds: Feeds) -> Any:
+    """An output of the file as the engine runs it by default, in int8 kernels where it finds them."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run([name], feeds)[0]
 
 
 def accepted_feeds(session: ort.InferenceSession) -> list[Feeds]:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt import axes
+from graphopt.dialects import onnx_quantized
 from graphopt.dialects.onnx import OPSET, OnnxGraph
 from graphopt.dialects.onnx_load import parsed
 from graphopt.graph import Graph
@@ -85,6 +86,12 @@ def opset_of(graph: Graph) -> int:
     """The version of the standard operators."""
     assert isinstance(graph, OnnxGraph)
     return graph.opset
+
+
+def quantized_note(model: ir.Model | onnx.ModelProto, graph: Graph) -> str | None:
+    """What the report says of a file that is quantized already; None of any other."""
+    assert isinstance(graph, OnnxGraph)
+    return onnx_quantized.note(model, graph)
 
 
 def liftable(graph: Graph) -> bool:

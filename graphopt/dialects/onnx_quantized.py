@@ -7,16 +7,18 @@ GatherBlockQuantized). What computes something else besides (QAttention) stays o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx_words import STANDARD, spatial, window
-from graphopt.graph import Value
+from graphopt.graph import Node, Value
 from graphopt.numerics import quantize
 from graphopt.words import WORDS
 
@@ -402,14 +404,37 @@ _READERS: dict[str, Read] = {
 }
 
 
-def families(operators: Sequence[tuple[str, str]]) -> list[str]:
-    """How a file was quantized, by its operators (domain, type): QDQ, QOperator, dynamic, weight-only."""
-    types = {op_type for domain, op_type in operators if domain in (*STANDARD, CONTRIB)}
-    dynamic = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "ConvInteger", "MatMulInteger"}
-    known = {
-        "QDQ": {"QuantizeLinear", "DequantizeLinear"},
-        "QOperator": {name for name in _READERS if name.startswith("Q")} | {"MatMulIntegerToFloat", "QAttention"},
-        "dynamic": dynamic,
-        "weight-only": {"MatMulNBits", "GatherBlockQuantized"},
-    }
-    return [name for name, members in known.items() if types & members]
+_FORMS = {
+    "QDQ": {"QuantizeLinear"},
+    "QOperator": {name for name in _READERS if name.startswith("Q")} | {"MatMulIntegerToFloat", "QAttention"},
+    "scales chosen at run time": {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "ConvInteger", "MatMulInteger"},
+    "weights alone": {"MatMulNBits", "GatherBlockQuantized"},
+}
+"""The operators that tell how a file was quantized."""
+
+
+def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
+    """What a report says of a file that is quantized already: how, and which words read integers; None of any other."""
+    native = model.graph.node if isinstance(model, onnx.ModelProto) else model.graph
+    types = {node.op_type for node in native if node.domain in (*STANDARD, CONTRIB)}
+    forms = [form for form, members in _FORMS.items() if types & members]
+    if not forms and "DequantizeLinear" in types:
+        forms = ["weights alone"]
+    if not forms:
+        return None
+    words = Counter(node.kind for node in graph.nodes if node.word is not None and _reads_integers(node))
+    opaque = Counter(node.native.op_type for node in graph.nodes if isinstance(node, OnnxNode) and _is_opaque(node))
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(words.items())) or "no word"
+    left = f"; left as they are: {', '.join(f'{n} {kind}' for kind, n in sorted(opaque.items()))}" if opaque else ""
+    return f"this file is quantized already ({', '.join(forms)}): {found}{left}"
+
+
+def _reads_integers(node: Node) -> bool:
+    made = [value.producer for value in node.operands if value is not None]
+    return node.kind not in ("quantize", "dequantize") and any(m is not None and m.kind == "dequantize" for m in made)
+
+
+def _is_opaque(node: OnnxNode) -> bool:
+    """Whether a node computes on integers and is no word."""
+    known = {*_READERS, *set().union(*_FORMS.values()), "DequantizeLinear"}
+    return node.word is None and node.native.op_type in known

@@ -333,10 +333,13 @@ def _scale_axis(node: ir.Node, x: OnnxValue, scale: OnnxValue) -> int | None:
 
 
 def _read_dequantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    x, scale = operands[0], operands[1]
-    if x is None or x.native.dtype not in READABLE or scale is None or scale.dtype is not torch.float32:
+    x, scale, zero_point = (*operands, None)[:3]
+    if x is None or scale is None or scale.dtype is not torch.float32:
         return None
-    block, bits = _integer(node, "block_size", 0), min(x.native.dtype.bitwidth, 8)
+    dtype = x.native.dtype or (zero_point.native.dtype if zero_point is not None else None)  # they are the same
+    if dtype not in READABLE:
+        return None
+    block, bits = _integer(node, "block_size", 0), min(dtype.bitwidth, 8)
     if scale.rank != (x.rank if block else min(scale.rank or 0, 1)):
         return None
     axis = _integer(node, "axis", 1) % (x.rank or 1) if block else _scale_axis(node, x, scale)
