@@ -89,7 +89,7 @@ def keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> dict[Node
         raise UsageError(
             f"{setting.name}: {goal} needs a measure of quality: pass evaluate=<function of the model, more is better>"
         )
-    context = dataclasses.replace(context, calibration=Remembered(context.calibration))
+    context = remember(context)
     evaluate = None if goal.max_drop is None else context.evaluate
     reference = Reference(graph, list(context.batches()), evaluate)
     ranked = rank(graph, setting, context, reference.batches)
@@ -114,6 +114,13 @@ def keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> dict[Node
         node: f"stays in higher precision for {goal}: changed alone, it leaves the worst output {unit.sqnr:.1f} dB"
         for unit in ranked[:fewest] for node in unit.nodes
     }  # fmt: skip
+
+
+def remember(context: Context) -> Context:
+    """The same, with what calibration says kept for the trials of `keep`, and for the pass itself behind them."""
+    if context.calibration is None or isinstance(context.calibration, Remembered):
+        return context
+    return dataclasses.replace(context, calibration=Remembered(context.calibration))
 
 
 def _account(

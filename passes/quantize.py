@@ -10,7 +10,7 @@ from typing import Any
 from graphopt import schemes
 from graphopt.graph import Graph, Node
 from graphopt.islands import Islands
-from graphopt.mixed import Goal, keep
+from graphopt.mixed import Goal, keep, remember
 from graphopt.numerics.observe import OBSERVERS
 from graphopt.numerics.quantize import BLOCKS
 from graphopt.pipeline import Context, Pass, PerSite, Selector, Stage, UsageError, value_text
@@ -88,6 +88,7 @@ class Quantize(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         goal, free = Goal(self.sqnr, self.cosine, self.max_drop), replace(self, sqnr=None, cosine=None, max_drop=None)
+        context = remember(context) if goal.asked else context
         kept = keep(graph, free, goal, context) if goal.asked else {}
         islands, rounding = Islands(graph), Rounding(graph)
         for site, chosen in self._chosen(graph, context, kept).items():

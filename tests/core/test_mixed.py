@@ -207,11 +207,12 @@ def test_statistics_are_remembered_for_clones() -> None:
 # --- in the pass ---------------------------------------------------------------------------------------------------
 
 
-def test_quantize_leaves_the_planted_layer_in_float_and_says_why(dialect: str) -> None:
+def test_quantize_leaves_the_planted_layer_in_float_and_says_why(dialect: str, counted: Counted) -> None:
     graph = chain(dialect, layers=8, bad=3)
     original, site, context = graph.clone(), graph.sites("linear")[3], context_of(graph)
     setting = Quantize(scheme="static", sqnr=15)
     run_pass(setting, graph, context)
+    assert counted.samples == (2 + 1 + 2 + 4) * 64  # calibration, unchanged, ranking; and with 0, 4, 2 and 1 kept
     assert str(setting) == "quantize{scheme=static sqnr=15}"
     record = context.report.passes[0]
     assert list(record.declined) == [site.label]
