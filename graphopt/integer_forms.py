@@ -22,12 +22,11 @@ def normalize(graph: Graph) -> None:
     Left as they are: activations in int8 that something else than a dequantize reads, or that the graph returns, and
     weights whose distance from the zero point is no int8.
     """
-    for node in graph.nodes:
-        if _is_signed(node) and (behind := _behind(node.result)) is not None:
+    for node in [node for node in graph.nodes if _is_signed(node)]:
+        if (behind := _behind(node.result)) is not None:
             _shift(graph, node, behind)
-    for node in graph.nodes:
-        if _is_weight(node) and not _is_normal(node):
-            _center(graph, node)
+    for node in [node for node in graph.nodes if _is_weight(node) and not _is_normal(node)]:
+        _center(graph, node)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,59 @@
+"""Integers in the form that kernels take, without a change of any number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.integer_forms import normalize
+from tests.language import assert_outputs_equal, build, stored
+
+SIGNED = "q = quantize(x[1,2,4,4], S[]:values(0.02), Z[]:values(-3):int8)\n"
+
+
+def test_activations_move_up_with_all_that_reads_them(dialect: str) -> None:
+    text = SIGNED + """
+        m = max_pool(q, kernel=[2,2], stride=[2,2])
+        y = dequantize(m, S, Z)
+        w = dequantize(q, S, Z)
+        return y, w"""
+    graph = build(dialect, text)
+    normalize(graph)
+    graph.sweep()
+    (quantize,) = graph.sites("quantize")
+    assert quantize.result.dtype == torch.uint8 and int(stored(quantize, "zero_point")) == 125
+    assert [int(stored(node, "zero_point")) for node in graph.sites("dequantize")] == [125, 125]
+    assert_outputs_equal(graph, build(dialect, text), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("end", ["y = cast(q, dtype=float32)", "y = identity(q)", "y = dequantize(add(q, q), S, Z)"])
+def test_activations_that_something_else_reads_stay(dialect: str, end: str) -> None:
+    graph = build(dialect, SIGNED + end)
+    before = graph.text()
+    normalize(graph)
+    assert graph.text() == before
+
+
+@pytest.mark.parametrize(
+    ("weight", "zero_point"),
+    [("W[4,8]:int8:seed1, S[]:values(0.5)", 0),
+     ("W[4,8]:values(3,130,255,128):uint8, S[]:values(0.5), Z[]:values(128):uint8", 128),
+     ("W[4,8]:values(3,60,90):uint8, S[4]:values(0.5,0.25), Z[4]:values(40,50):uint8, axis=0", None)],
+)  # fmt: skip
+def test_weights_become_int8_with_a_scale_an_output(dialect: str, weight: str, zero_point: int | None) -> None:
+    text = f"y = linear(x[2,8], dequantize({weight}))"
+    graph = build(dialect, text)
+    normalize(graph)
+    graph.sweep()
+    (node,) = graph.sites("dequantize")
+    assert node.required("x").dtype == torch.int8 and node.operand("zero_point") is None
+    assert node.attributes["axis"] == 0 and node.required("scale").shape == (4,)
+    assert_outputs_equal(graph, build(dialect, text))
+
+
+def test_weights_too_far_from_their_zero_point_stay(dialect: str) -> None:
+    weight = "dequantize(W[4,8]:values(0,255):uint8, S[]:ones, Z[]:values(100):uint8)"
+    graph = build(dialect, f"y = linear(x[2,8], {weight})")
+    before = graph.text()
+    normalize(graph)
+    assert graph.text() == before
