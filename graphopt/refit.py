@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt import inputs
 from graphopt.axes import Group
 from graphopt.graph import Graph, Node, Value
-from graphopt.numerics.compensate import DAMPING, refit
+from graphopt.numerics.compensate import refit
 from graphopt.pipeline import Context
 from graphopt.weights import Weight, why_fixed
 
@@ -42,7 +42,7 @@ def compensate(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> 
         affine = all(bias is not None for bias in biases.values())
         found = refit(weight.tensor.flatten(1), matrix, keep, mean=mean if affine else None)
         if found.singular:
-            singular.append(weight.sites[0].label)
+            singular.append(f"{weight.sites[0].label} ({found.damping:g})")
         shifted = {site: None if bias is None else bias + found.shift for site, bias in biases.items()}
         solved.append((weight, found.weight.reshape(weight.tensor.shape), shifted))
     for weight, tensor, shifted in solved:
@@ -52,8 +52,8 @@ def compensate(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> 
             graph.replace(site, graph.emit(site.kind, site.input, stored, added, at=site, **site.attributes))
     if singular:
         context.note(
-            "the calibration does not tell all inputs apart (a singular covariance; more batches may): damping of "
-            f"{DAMPING:g} of each variance decides the weights of {', '.join(singular)}"
+            "the calibration does not tell all inputs apart (a singular covariance; more batches may): damping, as a "
+            f"share of each variance, decides the weights of {', '.join(singular)}"
         )
 
 

@@ -11,8 +11,9 @@ DAMPING = 0.1
 """Share of an input's variance that is added to it: with 5,000 rows for 1,536 inputs (all-MiniLM-L6-v2), a tenth of it
 overfits."""
 
-_CONSTANT = 1e-10
-"""Share of its mean square below which the variance of an input is rounding."""
+_ROUNDING = 1e-6
+"""Share of its mean square below which the variance of an input is rounding, and of its variance below which it is a
+combination of others: products are summed in float32."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Refit:
     """(out,): what the bias gains; zeros without a mean."""
     singular: bool
     """Whether the inputs that stay were linearly dependent in what calibration saw: then damping decides."""
+    damping: float
+    """The given one, or more where that was too little for the rounding."""
 
 
 def refit(
@@ -36,8 +39,9 @@ def refit(
     mean: the mean of x, (in,), where a bias can take up what is lost on average, else None.
     The result is the minimum of E‖W x + b - W' x - b'‖² + damping · Σ_j E‖(W'_:j - W_:j) x_j‖², j over the inputs that
     stay (E x_j² less the squared mean where there is a bias), in float64. Damping draws towards the weights as they
-    were, so that few rows, and inputs that go together, do no harm; a constant input keeps its weight.
-    Raises ValueError when nothing stays and on NaN or infinity; without damping, torch's LinAlgError when singular.
+    were, so that few rows, and inputs that go together, do no harm; a constant input keeps its weight. Where the system
+    is not positive definite, the damping is raised tenfold until it is.
+    Raises ValueError when nothing stays and on NaN or infinity.
     Source: He, Zhang & Sun 2017, section 3.1 (reconstruction after channels were selected), with a ridge (Hoerl &
     Kennard 1970) around the old weights in place of zero.
     """
@@ -47,23 +51,32 @@ def refit(
         raise ValueError(f"none of {len(keep)} inputs stays")
     old = weight.detach().contiguous().double()
     centred = moments if mean is None else moments - torch.outer(mean, mean)
-    varies = centred.diagonal() > _CONSTANT * moments.diagonal()
+    varies = centred.diagonal() > _ROUNDING * moments.diagonal()
     gone, lost = ~keep, old[:, ~keep]
     system = centred[keep][:, keep] * torch.outer(varies[keep], varies[keep])
     system.diagonal().add_(~varies[keep])
     singular = not _is_definite(system)
-    system.diagonal().mul_(1 + damping * varies[keep].double())
+    lower, damping = _factor(system, varies[keep].double(), damping)
     cross = centred[keep][:, gone] * varies[keep, None]
-    change = torch.cholesky_solve(cross @ lost.T, torch.linalg.cholesky(system)).T
+    change = torch.cholesky_solve(cross @ lost.T, lower).T
     new = torch.zeros_like(old)
     new[:, keep] = old[:, keep] + change
     shift = torch.zeros(len(old), dtype=torch.float64) if mean is None else lost @ mean[gone] - change @ mean[keep]
-    return Refit(new.to(weight.dtype), shift.to(weight.dtype), singular)
+    return Refit(new.to(weight.dtype), shift.to(weight.dtype), singular, damping)
+
+
+def _factor(system: Tensor, varies: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The Cholesky factor of a system whose diagonal is damped where it varies (1, else 0), and the damping."""
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(system + torch.diag(damping * varies * system.diagonal()))
+        if not failed:
+            return lower, damping
+        damping = max(10 * damping, _ROUNDING)
 
 
 def _is_definite(system: Tensor) -> bool:
     """Whether a symmetric matrix is positive definite, but for rounding."""
     scale = system.diagonal().rsqrt()
     scaled = system * torch.outer(scale, scale)
-    scaled.diagonal().sub_(len(system) * 1e-12)
+    scaled.diagonal().sub_(_ROUNDING)
     return int(torch.linalg.cholesky_ex(scaled).info) == 0
