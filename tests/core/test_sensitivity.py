@@ -343,7 +343,7 @@ def test_a_pass_that_cannot_run_says_so_at_once() -> None:
 # --- evaluate ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("as_a_number", [float, torch.tensor, np.float32], ids=str)
+@pytest.mark.parametrize("as_a_number", [float, torch.tensor, np.float32], ids=["float", "torch", "numpy"])
 def test_the_order_is_that_of_evaluate(dialect: str, as_a_number: Callable[[float], Any]) -> None:
     graph = build(dialect, TWO)
     first, second = graph.sites("linear")
