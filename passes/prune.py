@@ -9,7 +9,7 @@ from graphopt.axes import Group, groups
 from graphopt.budget import Bill, Candidate, Sizes
 from graphopt.cost import sizes
 from graphopt.graph import Graph
-from graphopt.importance import IMPORTANCE
+from graphopt.importance import IMPORTANCE, weigh
 from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
 from graphopt.refit import compensate
 from graphopt.selection import open_groups
@@ -103,8 +103,7 @@ class Prune(Pass):
         solve = calibrated if self.compensate is None else self.compensate
         if solve:
             context.batches()  # without any, an error before the work
-        importance = self.importance if self.importance != "auto" else "activation" if calibrated else "l2"
-        scores = IMPORTANCE[importance](graph, context, self._groups(graph, context), self.seed)
+        scores = weigh(graph, context, self._groups(graph, context), self.importance, self.seed)
         candidates = [Candidate(group, score, self._multiple(group, context)) for group, score in scores.items()]
         bill = Bill(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
         chosen = self._sizes(graph, context, candidates, bill)

@@ -269,7 +269,32 @@ def test_text_form() -> None:
     assert pass_ == Prune(flops=0.6, kinds=("heads", "neurons"), scope="global") and str(pass_) == text
 
 
-def test_nan_names_the_pass(dialect: str) -> None:
+@pytest.mark.parametrize("importance", ["l2", "random"])
+def test_nan_names_the_site(dialect: str, importance: str) -> None:
     graph = build(dialect, "y = linear(relu(linear(x[2,4], W[8,4]:values(1,nan))), V[3,8])")
-    with pytest.raises(PassError, match=r"pass prune failed.*a tensor of the group has 16 of 32 values NaN"):
-        run(Prune(neurons=0.5), graph)
+    reason = rf"pass prune failed.*the weight of {graph.nodes[0].label} has 16 of 32 values NaN"
+    with pytest.raises(PassError, match=reason):
+        run(Prune(neurons=0.5, importance=importance), graph)
+
+
+TRANSPOSED = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(16, 4, 2))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "fbgemm"])
+def test_what_no_linear_or_conv_reads_is_weighed_by_its_weights(target: str) -> None:
+    batch = images()
+    small = optimize(TRANSPOSED.eval(), "prune{channels=0.5}", target=target, example_inputs=batch, calibration=[batch])
+    record = next(record for record in small.report.passes if record.name == "prune")
+    assert "channels: 0 16 -> 8" in record.notes
+    assert "weighed by l2, as no linear or conv with a stored float weight reads them: 0" in record.notes
+    with pytest.raises(UsageError, match="importance=activation cannot weigh any of them: no linear or conv with a"):
+        optimize(TRANSPOSED, "prune{channels=0.5 importance=activation}", target=target, example_inputs=batch,
+                 calibration=[batch])  # fmt: skip
+
+
+def test_what_a_batch_norm_has_seen_is_no_weight(dialect: str) -> None:
+    """Channels with large running means are not worth more."""
+    text = "h = batch_norm(conv(x[2,3,4,4], W[4,3,1,1]:values(1,1,1,9,9,9)), G[4]:ones, B[4]:zeros, M[4]:values(99,0), S[4]:ones)"  # noqa: E501
+    graph = build(dialect, text + "\ny = conv(relu(h), V[2,4,1,1]:ones)")
+    run(Prune(channels=0.5, importance="l2"), graph)
+    assert weight_of(graph.sites("conv")[0]).flatten().tolist() == [9.0] * 6
