@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 STEPS = 8
 """Batches on which outputs are compared, where nothing else is asked for."""
 
+BUDGETS = ("flops", "params", "latency")
+"""Options that are for a whole model, and mean nothing at one site."""
+
 Feeds = Mapping[str, Tensor]
 Evaluate = Callable[[Graph], float]
 """A graph -> how good it is; more is better."""
@@ -314,6 +317,11 @@ def units(
     for setting in settings:
         if not isinstance(getattr(setting, "targets", None), Selector):
             raise UsageError(f"sensitivity: {setting} has no targets, and so cannot run on one site alone")
+        if budgets := [name for name in BUDGETS if getattr(setting, name, None) is not None]:
+            raise UsageError(
+                f"sensitivity: {budgets[0]} of {setting} is a budget for the whole model, and sites run one by one; give "
+                "what each site loses: prune{neurons=0.5}, low-rank{energy=0.9} or low-rank{rank=0.25}"
+            )
         wanted: Any = setting if sites is None else _with(setting, targets=sites)
         asker = Context(current=wanted, target=context.target)
         selected[setting] = set(asker.sites(graph, wanted.targets, getattr(wanted, "ignore", Selector())))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from graphopt.graph import Node, Value
+from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.finite import require_finite
 from graphopt.pipeline import Context
 
@@ -35,6 +35,14 @@ def why_fixed(site: Node) -> str | None:
     return "weight is computed by the graph"
 
 
+def already_quantized(graph: Graph) -> str:
+    """What to add where a model has nothing to change, as its weights are integers; empty where they are not."""
+    for node in graph.nodes:
+        if any(mark in node.kind.lower() for mark in ("quantize", "int8", "qlinear", "integer")):
+            return "; it is quantized already: change the float model, and quantize it after"
+    return ""
+
+
 def changeable(sites: Iterable[Node], context: Context) -> list[Weight]:
     """The weights of `sites` that can be changed for all of their readers at once; the other sites are declined.
 
@@ -52,7 +60,9 @@ def changeable(sites: Iterable[Node], context: Context) -> list[Weight]:
     for value, readers in found.items():
         others = [user for user in value.users if user not in readers]
         for site in readers if others else ():
-            context.decline(site, f"weight is tied with {others[0].kind} {others[0].label}")
+            other = others[0]
+            called = other.kind if other.label == other.kind else f"{other.kind} {other.label}"
+            context.decline(site, f"weight is tied with {called}")
         tensor = readers[0].weight
         if tensor is not None and not others:
             require_finite(tensor, f"the weight of {readers[0].label}")

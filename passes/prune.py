@@ -70,7 +70,7 @@ class Prune(Pass):
     """Of importance=random."""
 
     targets: Selector = Selector("linear", "conv", "embedding")
-    """Groups to consider: by their names, or by any producer or consumer (words, module paths or patterns)."""
+    """Groups to consider: by their names, or by producers, else consumers (words, module paths or patterns)."""
 
     ignore: Selector = Selector()
     """Groups to leave as they are; the name of a group means that one only."""

@@ -28,7 +28,7 @@ from graphopt.capture import capture
 from graphopt.graph import Graph, digest
 from graphopt.instruments import Instrument, Progress
 from graphopt.numerics import metrics
-from graphopt.passes import LowRank, Quantize
+from graphopt.passes import LowRank, Prune, Quantize
 from graphopt.pipeline import Context, Pass, PassError, PerSite, Selector, Stage, UsageError, run_pass
 from graphopt.render import html, terminal
 from graphopt.report import Report
@@ -280,6 +280,18 @@ def test_declined_sites_have_their_reason(dialect: str, strict: bool) -> None:
     assert f"{setting} declined 1 x add cannot be damped: {found.rows[2].site}" in " ".join(str(found).split())
 
 
+def test_a_site_of_no_group_is_a_row_of_its_own(dialect: str) -> None:
+    """A conv is in no group of neurons, and the last linear's is locked: neither ends the scan."""
+    text = "h = mean(relu(conv(x[batch,3,4,4], W[8,3,1,1])), axes=[2,3], keepdim=False)"
+    graph = build(dialect, text + "\ny = linear(relu(linear(h, V[8,8])), U[3,8])")
+    context = Context(calibration=Calibration([feeds(graph, batch=4)], graph.inputs))
+    found = scan(graph, [Prune(neurons=0.5)], context)
+    assert [row.declined for row in found.rows if row.damage is None] == [
+        "in no group of neurons", "it is the model's output 'y'"
+    ]  # fmt: skip
+    assert len([row for row in found.rows if row.damage]) == 1
+
+
 def test_nothing_but_refusals(dialect: str) -> None:
     graph = build(dialect, TWO)
     found = scan(graph, [Damp(targets=Selector("add"))], context_of(graph))
@@ -296,6 +308,8 @@ def test_nothing_but_refusals(dialect: str) -> None:
         ([Damp(ignore=Selector("encoder"))], None, "'encoder' selects no site"),
         ([Damp()], Selector("lineer"), "'lineer' selects no site of the model; did you mean 'linear'"),
         ([Quantize(targets=Selector("linear"), ignore=Selector("linear"))], None, "selects no site"),
+        ([LowRank(params=0.5)], None, "params of low-rank{params=0.5} is a budget for the whole model.*rank=0.25"),
+        ([Prune(flops=0.5)], None, "flops of prune{flops=0.5} is a budget for the whole model"),
     ],
 )
 def test_what_cannot_be_asked(settings: list[Pass], sites: Selector | None, reason: str, dialect: str) -> None:

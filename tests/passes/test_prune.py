@@ -205,6 +205,30 @@ def test_locked_groups_are_declined_with_the_lock(dialect: str) -> None:
         run(Prune(neurons=0.5, targets=Selector(last)), build(dialect, MLP))
 
 
+@pytest.mark.parametrize("options", [{"neurons": 0.5}, {"flops": 0.5}])
+def test_a_model_of_locked_groups_says_what_locks_them(dialect: str, options: dict[str, float]) -> None:
+    graph = build(dialect, "y = linear(x[2,4], W[8,4])")
+    told = rf"can shrink; locked: {graph.nodes[0].label} \(neurons\) is the model's output 'y' \(graphopt inspect MODEL"
+    with pytest.raises(UsageError, match=told):
+        run(Prune(**options), graph)
+
+
+def test_ignoring_a_module_spares_what_it_produces_and_not_what_it_reads(dialect: str) -> None:
+    graph = build(dialect, CHAIN)
+    middle = graph.nodes[2]
+    run(Prune(neurons=0.5, ignore=Selector.of(middle)), graph)
+    assert [tuple(weight_of(site).shape) for site in graph.sites("linear")] == [(4, 4), (8, 4), (3, 8)]
+    last = build(dialect, CHAIN)
+    run(Prune(neurons=0.5, targets=Selector.of(last.nodes[2])), last)
+    assert [tuple(weight_of(site).shape) for site in last.sites("linear")] == [(8, 4), (4, 8), (3, 4)]
+
+
+def test_a_quantized_model_is_called_one(dialect: str) -> None:
+    graph = build(dialect, "w = dequantize(x[8,4]:int8, S[8]:ones, axis=0)\ny = relu(w)")
+    with pytest.raises(UsageError, match="has no group of neurons; its groups: none; it is quantized already: change"):
+        run(Prune(neurons=0.5), graph)
+
+
 def test_ignoring_a_group_by_its_name_puts_it_back(dialect: str) -> None:
     graph = build(dialect, CHAIN)
     second = graph.nodes[2].label
@@ -240,7 +264,7 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"heads": 0.5}, "the model has no group of heads; its groups: 2 of neurons"),
+    ({"heads": 0.5}, r"the model has no group of heads; its groups: 2 of neurons; locked: \S+ \(neurons\) is the"),
     ({"neurons": 0.5, "importance": "activation"}, "prune needs calibration data"),
     ({"neurons": 0.5, "compensate": True}, "prune needs calibration data"),
     ({"neurons": 0.5, "importance": "taylor"}, "prune follows gradients, and"),
