@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphopt.graph import Graph, Node, Shape, Value
-from graphopt.relations import Facts, Fold, Numbers, relate
+from graphopt.relations import RELATIONS, Facts, Fold, Numbers, norm, reduce, relate
 
 
 class Named(Protocol):
@@ -116,7 +116,8 @@ class Group:
     consumers: tuple[Node, ...]
     """The sites whose weight's input axis is."""
     norms: tuple[Node, ...]
-    """What takes a mean over the units (layer norms do): without some, it computes something else for the others.
+    """What sums over the units (a layer norm, a product of two that are computed): without some, it computes
+    something else.
 
     In a group without any, to remove units is exactly to zero the consumers' weights for them."""
     locked: str | None
@@ -206,7 +207,8 @@ def _described(
 
 def _kind(producers: Sequence[Node], norms: Iterable[Node], heads: bool, split: bool) -> str:
     convs = any("conv" in producer.kind.lower() for producer in producers)
-    normalized = any(node.kind in ("layer_norm", "rms_norm") or not convs for node in norms)
+    relations = [RELATIONS[node.kind] for node in norms]
+    normalized = norm in relations or (reduce in relations and not convs)
     if heads:
         return "heads"
     if normalized or any(producer.kind == "embedding" for producer in producers):

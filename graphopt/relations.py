@@ -43,6 +43,8 @@ class Facts:
     """The number of the first position of each axis, in the order of numbers."""
     count: int = 0
     """How many positions have a number."""
+    fed: set[Value] = field(default_factory=set)
+    """What is computed from the inputs, so that it is no weight."""
     links: list[tuple[Numbers, Numbers]] = field(default_factory=list)
     locks: list[tuple[Numbers, str]] = field(default_factory=list)
     """Positions that stay, with the reason; the first reason of a unit is the one that is told."""
@@ -52,7 +54,7 @@ class Facts:
     consumers: list[tuple[Node, Numbers]] = field(default_factory=list)
     """Sites with the positions of their weight's input axis."""
     reduced: list[tuple[Node, Numbers]] = field(default_factory=list)
-    """Nodes that average over an axis: without some positions, they compute something else."""
+    """Nodes that average or sum over an axis: without some positions, they compute something else."""
     heads: list[Numbers] = field(default_factory=list)
     """Positions that attention takes for heads."""
     split: list[Numbers] = field(default_factory=list)
@@ -85,7 +87,7 @@ class Facts:
 
 def relate(graph: Graph) -> Facts:
     """What the relations say of a whole graph. Linear in the number of positions that its axes have."""
-    facts = Facts()
+    facts = Facts(fed=set(graph.inputs))
     for value in graph.inputs:
         facts.lock(value, f"is the model's input '{value.name}'")
     for value in graph.outputs:
@@ -94,6 +96,8 @@ def relate(graph: Graph) -> Facts:
     known = {*graph.inputs, *(result for node in nodes for result in node.results)}
     holders = [node for node in nodes if node.signature is None]
     for node in nodes:
+        if not facts.fed.isdisjoint(node.operands):
+            facts.fed.update(node.results)
         op = Op(facts, node)
         relation = RELATIONS.get(op.kind, _not_known)
         try:
@@ -237,10 +241,20 @@ def softmax(op: Op) -> None:
 
 
 def along(op: Op) -> None:
-    """Mixes positions of one axis: cumsum, and softmax as it was before opset 13."""
+    """Softmax as it was before opset 13: over an axis and all behind it."""
     op.aligned(op.x, op.y)
     for axis in range(op.axis("axis", "dim", default=1), op.rank(op.x)):
         op.lock(op.x, axis, "is mixed by")
+
+
+def cumulative(op: Op) -> None:
+    """Sums along one axis, which is an attribute in aten and an operand in ONNX."""
+    axis = [op.attributes["dim"]] if "dim" in op.attributes else op.constant(1)
+    if axis is None:
+        raise Unclear("along an axis that is computed")
+    op.free(*op.given[1:])
+    op.aligned(op.x, op.y)
+    op.lock(op.x, axis[0], "is summed up along by")
 
 
 def quantized(op: Op) -> None:
@@ -256,7 +270,11 @@ def quantized(op: Op) -> None:
 
 
 def _site(op: Op, weight: Value, out: int, into: int | None) -> None:
-    """The node is a site with a weight whose output and input axes are these."""
+    """The node is a site with a weight whose output and input axes are these; by a computed one, a plain product."""
+    if weight in op.facts.fed:
+        if into is not None:
+            _reduces(op, weight, into)
+        return
     rows = op.at(weight, out)
     if rows is not None:
         op.facts.producers.append((op.node, rows))
@@ -339,10 +357,15 @@ def addmm(op: Op) -> None:
 
 
 def _product(op: Op, a: Value, b: Value, left: tuple[int, int], right: tuple[int, int]) -> None:
-    """(m, k) of a by (k, n) of b, their axes from the end; those before are broadcast."""
+    """(m, k) of a by (k, n) of b, their axes from the end; those before are broadcast.
+
+    Where both are computed, no weight can be zeroed for what goes of k: a sum over fewer is another sum.
+    """
     y, rank = op.y, op.rank(op.y)
     if op.rank(a) < 2 or op.rank(b) < 2:
         raise Unclear("of a vector")
+    if op.facts.fed.issuperset((a, b)):
+        _reduces(op, a, left[1])
     op.same(a, left[1], b, right[0])
     op.same(a, left[0], y, -2)
     op.same(b, right[1], y, -1)
@@ -816,7 +839,7 @@ _ONNX = (
     | _named(elementwise, "And Or Xor Mod Equal Greater Less GreaterOrEqual LessOrEqual Swish Sigmoid Relu Identity")
     | _named(reduce, "ReduceMean ReduceSum ReduceMax ReduceMin ReduceL1 ReduceL2 ReduceSumSquare ReduceProd")
     | _named(pool, "MaxPool AveragePool LpPool GlobalMaxPool GlobalAveragePool")
-    | _named(along, "Softmax LogSoftmax Hardmax CumSum")
+    | _named(along, "Softmax LogSoftmax Hardmax")
     | _named(reshape, "Reshape Flatten Squeeze Unsqueeze")
     | _named(free, "Shape Size")
     | {
@@ -824,7 +847,7 @@ _ONNX = (
         "InstanceNormalization": per_channel, "GroupNormalization": group_norm, "Resize": resize, "Upsample": resize,
         "Slice": onnx_slice, "Split": split, "SplitToSequence": to_sequence, "SequenceAt": sequence_item,
         "Concat": concat, "Gather": gather, "Pad": pad, "Expand": expand, "Tile": repeat,
-        "DepthToSpace": depth_to_space, "SpaceToDepth": space_to_depth,
+        "DepthToSpace": depth_to_space, "SpaceToDepth": space_to_depth, "CumSum": cumulative,
     }
 )  # fmt: skip
 
@@ -839,7 +862,7 @@ _ATEN = (
     | {"cat": concat, "stack": stack, "index_select": gather, "constant_pad_nd": pad, "expand": expand, "bmm": matmul,
        "repeat": repeat, "addmm": addmm, "baddbmm": addmm, "convolution": conv_transpose, "group_norm": group_norm,
        "instance_norm": per_channel, "pixel_shuffle": depth_to_space, "pixel_unshuffle": space_to_depth,
-       "prelu": per_channel, "roll": roll, "_prelu_kernel": elementwise, "split_with_sizes": split}
+       "prelu": per_channel, "_prelu_kernel": elementwise, "roll": roll, "split_with_sizes": split, "cumsum": cumulative}
 )  # fmt: skip
 
 _ATEN_OVERLOADS = (

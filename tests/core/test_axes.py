@@ -275,6 +275,45 @@ def test_key_heads_go_with_the_queries_that_read_them(dialect: str) -> None:
     assert units[key.result] == [unit for unit in range(3) for _ in range(4)]
 
 
+CUMSUM = {"fx": "aten.cumsum.default(h, dim=1)", "onnx": "onnx.CumSum(h, A[1]:values(1):int64)"}
+
+
+def test_a_cumulative_sum_mixes_the_axis_it_is_told(dialect: str) -> None:
+    """In ONNX that is an operand, which may as well be computed."""
+    text = f"h = linear(x[2,8], W[6,8])\ny = linear({CUMSUM[dialect]}, C[5,6])"
+    locked = kinds(text, dialect)[0][2]
+    assert locked is not None and locked.startswith("is summed up along by")
+    text = text.replace("dim=1", "dim=0").replace("values(1)", "values(0)")
+    assert kinds(text, dialect)[0] == ("neurons", 6, None)
+
+
+def test_a_cumulative_sum_along_a_computed_axis_is_unclear() -> None:
+    text = "y = linear(onnx.CumSum(linear(x[2,8], W[6,8]), axis[1]:int64), C[5,6])"
+    locked = kinds(text, "onnx")[0][2]
+    assert locked is not None and locked.endswith("along an axis that is computed")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y = linear(matmul(matmul(h, transpose(h, perm=[0,2,1])), h), C[5,6])",
+        "y = linear(matmul(linear(x, B[6,8]), transpose(h, perm=[0,2,1])), C[5,3])",
+    ],
+)
+def test_a_product_of_computed_values_sums_over_the_units(text: str, dialect: str) -> None:
+    """So that to zero the consumers' weights is not what to remove units is."""
+    graph = build(dialect, f"h = linear(x[2,3,8], A[6,8])\n{text}")
+    group = groups(graph)[0]
+    assert (group.kind, group.size, group.locked) == ("neurons", 6, None)
+    assert "matmul" in {node.kind for node in group.norms}
+
+
+def test_a_product_with_a_weight_sums_over_no_units_but_its_own(dialect: str) -> None:
+    weight = "dequantize(W[6,5]:int8, S[6]:ones, axis=0)"
+    graph = build(dialect, f"y = matmul(relu(linear(x[2,3,8], A[6,8])), {weight})")
+    assert [(group.size, group.locked, group.norms) for group in groups(graph)] == [(6, None, ())]
+
+
 def test_values_of_a_subgraph_are_locked() -> None:
     model = models.model(
         "g (float[2,8] x, bool c) => (float[2,6] y) { h = MatMul(x, A)"
