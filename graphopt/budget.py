@@ -216,13 +216,14 @@ class Bill:
     """What a graph costs with some units cut, counted without cutting it."""
 
     def __init__(self, graph: Graph, candidates: Sequence[Candidate], axes: Mapping[str, int]) -> None:
-        """axes: numbers for named axes. `flops` is None where that does not make all sizes known."""
+        """axes: numbers for named axes. `flops` is None where that does not make all sizes known, at `uncounted`."""
         self.axes = axes
         values = {axis.value for one in candidates for axis in one.group.axes}
         self._constants = [value for value in values if value.is_constant]
         self._touched = [node for node in graph.nodes if not values.isdisjoint((*node.operands, *node.results))]
         counted = [flops(node, axes) for node in graph.nodes]
-        self.flops = None if None in counted else sum(n for n in counted if n is not None)
+        self.uncounted = [node for node, count in zip(graph.nodes, counted, strict=True) if count is None]
+        self.flops = None if self.uncounted else sum(n for n in counted if n is not None)
         self.parameters = sum(tensor.numel() for _, tensor in graph.constants())
 
     def price(self, of: str) -> Callable[[Candidate], float]:
@@ -305,8 +306,10 @@ def cut(graph: Graph, sizes: Sizes, names: Sequence[str]) -> None:
     """Shrink the groups that these were, in a graph of the same structure: a clone, or one with other weights.
 
     names: of all groups, in order, in the graph that sizes were chosen for; a node that was emitted again and has no
-    module path may be called otherwise by now.
+    module path may be called otherwise by now. Raises ValueError where the graph has another number of groups.
     """
+    there = groups(graph)
+    if len(there) != len(names):
+        raise ValueError(f"sizes were chosen for {len(names)} groups, and the graph now has {len(there)}")
     units = {one.group.name: one.units(size) for one, size in sizes.items() if size < one.group.size}
-    now = zip(names, groups(graph), strict=True)
-    shrink(graph, {group: units[name] for name, group in now if name in units})
+    shrink(graph, {group: units[name] for name, group in zip(names, there, strict=True) if name in units})

@@ -72,7 +72,7 @@ def open_groups(
     context.record.eligible.extend(group.name for group in chosen)
     context.record.declined.update((group.name, f"it {group.locked}") for group in chosen if group.locked)
     left = [group for group in chosen if not group.locked]
-    for several in [(kind,) for kind in required] or [tuple(kinds)]:
+    for several in [[kind] for kind in required] or [list(kinds)]:
         if not any(group.kind in several for group in left):
             held = [group for group in chosen if group.kind in several]
             why = _locks(held) if held else "; targets and ignore leave none of them"

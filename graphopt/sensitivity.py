@@ -319,7 +319,7 @@ def units(
             raise UsageError(f"sensitivity: {setting} has no targets, and so cannot run on one site alone")
         if budgets := [name for name in BUDGETS if getattr(setting, name, None) is not None]:
             raise UsageError(
-                f"sensitivity: {budgets[0]} of {setting} is a budget for the whole model, and sites run one by one; give "
+                f"sensitivity: {budgets[0]} of {setting} is a budget for the whole model, and sites run alone; give "
                 "what each site loses: prune{neurons=0.5}, low-rank{energy=0.9} or low-rank{rank=0.25}"
             )
         wanted: Any = setting if sites is None else _with(setting, targets=sites)

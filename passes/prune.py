@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphopt import budget
+from graphopt import budget, sizing
 from graphopt.axes import Group, groups
 from graphopt.budget import Bill, Candidate, Sizes
 from graphopt.cost import sizes
 from graphopt.graph import Graph
 from graphopt.importance import IMPORTANCE, weigh
-from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
+from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError, value_text
 from graphopt.refit import compensate
 from graphopt.selection import open_groups
 
@@ -89,32 +89,39 @@ class Prune(Pass):
                 f"prune: give shares by kind ({', '.join(KINDS)}), or one budget ({', '.join(BUDGETS)})"
                 + (f", and not {' and '.join(given)}" if given else "")
             )
-        for name, options in {"importance": ("auto", *IMPORTANCE), "scope": ("layer", "global")}.items():
-            if getattr(self, name) not in options:
-                raise UsageError(f"prune: {name} is {getattr(self, name)!r}; give {', '.join(options)}")
+        choices = {"importance": ("auto", *IMPORTANCE), "scope": ("layer", "global"), "compensate": (None, True, False)}
+        for name, options in choices.items():
+            given = getattr(self, name)
+            if not isinstance(given, str | bool | None) or given not in options:
+                raise UsageError(f"prune: {name} is {given!r}; give {', '.join(map(value_text, options))}")
         object.__setattr__(self, "kinds", (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds))
         if not self.kinds or not set(self.kinds) <= set(KINDS):
             raise UsageError(f"prune: kinds is {list(self.kinds)}; give some of {', '.join(KINDS)}")
-        if self.round_to is not None and (not isinstance(self.round_to, int) or self.round_to < 1):
+        if self.kinds != Prune.kinds and not budgets:
+            raise UsageError("prune: kinds are those that a budget cuts; give a share for each instead")
+        if self.round_to is not None and (not _is_whole(self.round_to) or self.round_to < 1):
             raise UsageError(f"prune: round_to is {self.round_to!r}; give a whole number of at least 1")
+        if not _is_whole(self.seed):
+            raise UsageError(f"prune: seed is {self.seed!r}; give a whole number")
+        if self.seed != Prune.seed and self.importance != "random":
+            raise UsageError(f"prune: seed is for importance=random, and importance is {self.importance}")
 
     def run(self, graph: Graph, context: Context) -> None:
-        calibrated = context.calibration is not None
-        solve = calibrated if self.compensate is None else self.compensate
-        if solve:
-            context.batches()  # without any, an error before the work
+        solve = context.calibration is not None if self.compensate is None else self.compensate
+        if solve and context.batches().once and self.importance in ("auto", "activation", "taylor"):
+            raise UsageError(
+                "prune reads the calibration batches twice, to weigh units and to compensate, and a generator gives "
+                "them once; pass a list or a DataLoader, or use compensate=false or importance=l2"
+            )
         scores = weigh(graph, context, self._groups(graph, context), self.importance, self.seed)
         candidates = [Candidate(group, score, self._multiple(group, context)) for group, score in scores.items()]
-        bill = Bill(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
-        chosen = self._sizes(graph, context, candidates, bill)
+        chosen = self._sizes(graph, context, candidates)
         left = {one: size for one, size in chosen.items() if size < one.group.size}
         for one in chosen.keys() - left.keys():
             context.record.declined[one.group.name] = f"all of its {one.group.size} {one.group.kind} stay"
         for kind in dict.fromkeys(one.group.kind for one in left):
             of_kind = [(one.group, size) for one, size in left.items() if one.group.kind == kind]
             context.note(f"{kind}: {', '.join(f'{group.name} {group.size} -> {size}' for group, size in of_kind)}")
-        if left and bill.flops:
-            context.note(f"{bill.share('flops')(left):.3f} of the FLOPs stay")
         names = [group.name for group in groups(graph)]
         if solve:
             compensate(graph, context, {one.group: one.units(size) for one, size in left.items()})
@@ -135,34 +142,18 @@ class Prune(Pass):
             return self.round_to
         return 1 if context.target is None else int(context.target.round_to.get(group.kind, 1))
 
-    def _sizes(self, graph: Graph, context: Context, candidates: list[Candidate], bill: Bill) -> Sizes:
+    def _sizes(self, graph: Graph, context: Context, candidates: list[Candidate]) -> Sizes:
         """How many units of each stay, by the shares or the budget."""
         together = self.scope == "global"
-        limits = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
-        if not limits:
-            found: dict[Candidate, int] = {}
-            for kind in KINDS:
-                of_kind = [one for one in candidates if one.group.kind == kind]
-                found |= budget.by_share(of_kind, getattr(self, kind), together)
-            return found
-        ((name, share),) = limits.items()
-        if name != "params" and not context.feeds:
-            raise UsageError(f"prune: {name}={share:g} needs the sizes of the inputs: pass example_inputs=<a batch>")
-        price = bill.price("flops" if bill.flops and name != "params" else "params")
-        try:
-            if name == "latency":
-                if context.target is None:
-                    raise UsageError("prune: latency is measured on a target, and there is none")
-                cost = budget.measured(graph, context.target, context.feeds, context.threads)
-                path = budget.ranked(candidates, price) if together else budget.evenly(candidates)
-                chosen = budget.bracket(path, cost, share, budget.MEASURING)[1]
-            else:
-                cost = bill.share(name)
-                chosen = budget.fit(candidates, cost, share, price, together)
-        except budget.Unreachable as error:
-            raise UsageError(
-                f"prune: {name}={share:g} cannot be reached: with every group that may be cut at its smallest, "
-                f"{error.least:.3f} stay; allow more (kinds=..., round_to=1), or see which groups are locked"
-            ) from None
-        context.note(f"{cost(chosen):.3f} of the {name} stay, of {share:g} that the budget leaves")
+        for name in BUDGETS:
+            if getattr(self, name) is not None:
+                return sizing.within_budget(graph, context, candidates, name, getattr(self, name), together)
+        chosen = sizing.by_shares(context, candidates, {kind: getattr(self, kind) for kind in KINDS}, together)
+        bill = Bill(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
+        if bill.flops and any(size < one.group.size for one, size in chosen.items()):
+            context.note(f"{bill.share('flops')(chosen):.3f} of the FLOPs stay")
         return chosen
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

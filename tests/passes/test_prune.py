@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
 import torch
 
@@ -206,7 +209,7 @@ def test_locked_groups_are_declined_with_the_lock(dialect: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"neurons": 0.5}, {"flops": 0.5}])
-def test_a_model_of_locked_groups_says_what_locks_them(dialect: str, options: dict[str, float]) -> None:
+def test_a_model_of_locked_groups_says_what_locks_them(dialect: str, options: dict[str, Any]) -> None:
     graph = build(dialect, "y = linear(x[2,4], W[8,4])")
     told = rf"can shrink; locked: {graph.nodes[0].label} \(neurons\) is the model's output 'y' \(graphopt inspect MODEL"
     with pytest.raises(UsageError, match=told):
@@ -257,6 +260,12 @@ def test_a_share_that_rounds_to_nothing_is_declined(dialect: str) -> None:
     ({"neurons": 0.5, "scope": "local"}, "scope is 'local'; give layer, global"),
     ({"flops": 0.5, "kinds": ["rows"]}, r"kinds is \['rows'\]; give some of neurons, heads, channels, width"),
     ({"neurons": 0.5, "round_to": 0}, "round_to is 0; give a whole number of at least 1"),
+    ({"neurons": 0.5, "round_to": True}, "round_to is True; give a whole number of at least 1"),
+    ({"neurons": 0.5, "compensate": "maybe"}, "compensate is 'maybe'; give none, true, false"),
+    ({"neurons": 0.5, "compensate": 1}, "compensate is 1; give none, true, false"),
+    ({"neurons": 0.5, "importance": "random", "seed": "abc"}, "seed is 'abc'; give a whole number"),
+    ({"neurons": 0.5, "seed": 1}, "seed is for importance=random, and importance is auto"),
+    ({"neurons": 0.5, "kinds": "heads"}, "kinds are those that a budget cuts; give a share for each instead"),
 ])  # fmt: skip
 def test_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match="prune: .*" + message):
@@ -279,6 +288,65 @@ def test_says_what_is_missing(dialect: str, options: dict[str, Any], message: st
     with pytest.raises(UsageError, match=message):
         run(Prune(**options), graph)
     assert graph.text() == text
+
+
+def test_a_generator_is_refused_before_it_is_read(dialect: str) -> None:
+    graph = build(dialect, MLP)
+    read: list[int] = []
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        read.append(1)
+        yield feeds(graph)
+
+    context = Context(calibration=Calibration(batches(), graph.inputs))
+    with pytest.raises(UsageError, match=r"reads the calibration batches twice.*or use compensate=false"):
+        run_pass(Prune(neurons=0.5), graph, context)
+    assert not read
+    run_pass(Prune(neurons=0.5, importance="l2"), graph, context)
+    assert weight_of(graph.nodes[0]).shape == (8, 8)
+
+
+def test_a_share_that_is_not_met_says_why(dialect: str) -> None:
+    graph = build(dialect, MLP.replace("16", "32"))
+    notes = run(Prune(neurons=0.999, round_to=16), graph).record.notes
+    assert "0.750 of the neurons go, of 0.999 asked: sizes are multiples of 8 (round_to=1 takes any)" in notes
+    notes = run(Prune(neurons=0.99), build(dialect, MLP)).record.notes
+    assert "0.938 of the neurons go, of 0.99 asked: units go whole, and one of each group stays at least" in notes
+    assert not [note for note in run(Prune(neurons=0.5), build(dialect, MLP)).record.notes if "asked" in note]
+
+
+def test_a_budget_that_is_missed_names_the_next_size(dialect: str) -> None:
+    graph = build(dialect, "y = linear(relu(linear(x[2,4], W[4,4])), V[4,4])")
+    notes = run(Prune(params=0.95), graph).record.notes
+    assert notes == ["1.000 of the params stay, of 0.95 that the budget leaves: the next sizes leave 0.750"]
+
+
+def test_flops_are_said_once(dialect: str) -> None:
+    graph = build(dialect, MLP)
+    context = Context(feeds=[feeds(graph)])
+    run_pass(Prune(flops=0.5), graph, context)
+    assert len([note for note in context.record.notes if "flops" in note.lower()]) == 1
+
+
+def test_flops_that_cannot_be_counted_name_the_node() -> None:
+    """How many rows NonZero finds is known only when it runs."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]> g (float[2,4] x) => (float[m,3] y) {
+            h = MatMul(x, W)
+            r = Relu(h)
+            s = MatMul(r, V)
+            n = NonZero(s)
+            t = Cast<to = 1>(n)
+            u = Transpose<perm = [1, 0]>(t)
+            y = MatMul(u, U)
+        }""")
+    drawn = np.random.default_rng(0)
+    for name, shape in {"W": (4, 8), "V": (8, 5), "U": (2, 3)}.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(drawn.normal(size=shape).astype("f"), name))
+    batch = {"x": torch.ones(2, 4)}
+    with pytest.raises(UsageError, match=r"prune: flops=0.5 cannot be counted, as the sizes at .* use params="):
+        optimize(model, "prune{flops=0.5}", example_inputs=batch)
+    assert optimize(model, "prune{params=0.7}", example_inputs=batch).report.passes
 
 
 def test_latency_needs_a_target(dialect: str) -> None:
