@@ -120,8 +120,10 @@ class PerSite(Mapping[str, Any]):
 class Pass:
     """A rewrite. Subclasses are frozen dataclasses: class-level facts, and fields that are the options.
 
-    Each option has a one-line docstring under it, which is its help. `run` changes the graph through the graph's own
-    methods only, keeps no state on self, and accounts for every site: changed, or declined with a reason.
+    Each option has a one-line docstring under it, which is its help. Where the default is a selector, a string or a
+    sequence of strings becomes one; a subclass with a `__post_init__` calls this one's first. `run` changes the graph through
+    the graph's own methods only, keeps no state on self, and accounts for every site: changed, or declined with a
+    reason.
     """
 
     name: ClassVar[str]
@@ -129,6 +131,15 @@ class Pass:
     lossless: ClassVar[bool] = False
     """Whether outputs must stay equal, up to rounding."""
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            given = getattr(self, option.name)
+            if isinstance(option.default, Selector) and not isinstance(given, Selector):
+                terms = [given] if isinstance(given, str) else given
+                if not isinstance(terms, list | tuple) or not all(isinstance(term, str) for term in terms):
+                    raise UsageError(f"{self.name}: {option.name} is {given!r}; give words, module paths or patterns")
+                object.__setattr__(self, option.name, Selector(*terms))
 
     def run(self, graph: Graph, context: Context) -> None:
         raise NotImplementedError

@@ -40,6 +40,7 @@ class Cast(Pass):
     """Sites to leave in float32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype not in _TYPES:
             raise UsageError(f"cast: dtype is {self.dtype!r}; give {' or '.join(_TYPES)}")
 

@@ -56,6 +56,7 @@ class LowRank(Pass):
     """Sites to leave as they are."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rank = self.rank
         is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
         is_share = isinstance(rank, float) and 0 < rank <= 1

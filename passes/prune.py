@@ -76,6 +76,7 @@ class Prune(Pass):
     """Groups to leave as they are; the name of a group means that one only."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         shares = {kind: getattr(self, kind) for kind in KINDS}
         budgets = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
         for name, value in (shares | budgets).items():

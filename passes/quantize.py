@@ -71,6 +71,7 @@ class Quantize(Pass):
     """Sites to leave in float."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         Goal(self.sqnr, self.cosine, self.max_drop)  # which refuses what no model can be
         choices = {
             "scheme": ("auto", *schemes.SCHEMES), "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),

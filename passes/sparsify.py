@@ -20,7 +20,6 @@ _PRUNED = ("linear", "conv")
 """Words whose weight multiplies; the few numbers of a norm scale whole channels, and are no use as zeros."""
 
 
-
 @dataclass(frozen=True)
 class Sparsify(Pass):
     """Set weights to zero where they stand: the smallest (Han et al., 2015), or those that calibration finds idle.
@@ -63,6 +62,7 @@ class Sparsify(Pass):
     """Sites to leave as they are."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.amount, Mapping):
             object.__setattr__(self, "amount", PerSite(self.amount))
         choices_of = {"criterion": tuple(CRITERIA), "scope": ("local", "global"), "allocate": ("evenly", "sensitivity")}
@@ -164,7 +164,6 @@ class Sparsify(Pass):
         if reasons and not kept:
             raise UsageError(f"sparsify: pattern {self.pattern} divides no weight ({'; '.join(reasons)})")
         return Request(kept, shares, pattern, self.scope == "global", self.seed, self.damping)
-
 
 
 def _decline(context: Context, weight: Weight, reason: str) -> None:
