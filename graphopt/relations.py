@@ -418,6 +418,13 @@ def norm(op: Op) -> None:
         _reduces(op, op.x, -axis)
 
 
+def plain_norm(op: Op) -> None:
+    """aten's layer norm without a weight, over as many trailing axes as it is told sizes of."""
+    elementwise(op)
+    for axis in range(1, len(op.attributes["normalized_shape"]) + 1):
+        _reduces(op, op.x, -axis)
+
+
 def _reduces(op: Op, value: Value, axis: int) -> None:
     numbers = op.at(value, axis)
     if numbers is not None:
@@ -722,6 +729,29 @@ def repeat(op: Op) -> None:
                 op.lock(op.x, axis - offset, "is repeated by")
 
 
+def interleave(op: Op) -> None:
+    """aten's repeat_interleave: each position `repeats` times in a row. Key heads are, for queries in groups."""
+    axis, repeats = op.attributes.get("dim"), int(op.attributes["repeats"])
+    if axis is None or op.attributes.get("output_size") is not None:
+        raise Unclear("in a form that is not known")
+    numbers, found = op.at(op.x, axis), op.at(op.y, axis)
+    if numbers is not None and found is not None:
+        op.link(numbers.repeat(repeats), found)
+    else:
+        op.lock(op.x, axis, "is repeated by")
+    op.aligned(op.x, op.y, skip=[axis % op.rank(op.y)])
+
+
+def glu(op: Op) -> None:
+    """The first half of an axis, gated by the second."""
+    axis = op.axis("dim", default=-1)
+    numbers, found = op.at(op.x, axis), op.at(op.y, axis)
+    if numbers is None or found is None:
+        raise Unclear("where the size of the halves is not known")
+    op.link(*np.broadcast_arrays(numbers.reshape(2, -1), found))
+    op.aligned(op.x, op.y, skip=[axis])
+
+
 def roll(op: Op) -> None:
     op.aligned(op.x, op.y)
     for axis in op.attributes.get("dims", range(op.rank(op.x))):
@@ -862,7 +892,8 @@ _ATEN = (
     | {"cat": concat, "stack": stack, "index_select": gather, "constant_pad_nd": pad, "expand": expand, "bmm": matmul,
        "repeat": repeat, "addmm": addmm, "baddbmm": addmm, "convolution": conv_transpose, "group_norm": group_norm,
        "instance_norm": per_channel, "pixel_shuffle": depth_to_space, "pixel_unshuffle": space_to_depth,
-       "prelu": per_channel, "_prelu_kernel": elementwise, "roll": roll, "split_with_sizes": split, "cumsum": cumulative}
+       "prelu": per_channel, "_prelu_kernel": elementwise, "roll": roll, "split_with_sizes": split,
+       "cumsum": cumulative, "glu": glu, "pad": pad, "layer_norm": plain_norm, "linalg_vector_norm": reduce}
 )  # fmt: skip
 
 _ATEN_OVERLOADS = (
@@ -875,7 +906,7 @@ _ATEN_OVERLOADS = (
     | _named(split, "split.Tensor chunk.default unsafe_split.Tensor")
     | {"sym_size.int": free, "select.int": gather, "slice.Tensor": aten_slice, "unbind.int": unbind,
        "_log_softmax.default": softmax, "log_softmax.int": softmax, "conv_transpose2d.input": conv_transpose,
-       "conv_transpose1d.default": conv_transpose}
+       "conv_transpose1d.default": conv_transpose, "repeat_interleave.self_int": interleave}
 )  # fmt: skip
 
 RELATIONS: dict[str, Relation] = {

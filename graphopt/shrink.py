@@ -115,7 +115,6 @@ class _Cut:
     def emit(self, op: Op, kind: str | Node, *operands: Value | None, **attributes: Any) -> list[Value]:
         return list(self.graph.emit_all(kind, *operands, at=op.node, **attributes))
 
-
     def part(self, op: Op, x: Value, axis: int, bounds: slice) -> Value:
         """What is left of the part of x that a slice took."""
         size = op.shape(x)[axis]
@@ -170,6 +169,12 @@ def _attention(cut: _Cut, op: Op) -> list[Value]:
 
 def _group_norm(cut: _Cut, op: Op) -> list[Value]:
     return _again(cut, op, num_groups=_share(cut, op, op.x, 1, int(op.attributes["num_groups"])))
+
+
+def _plain_norm(cut: _Cut, op: Op) -> list[Value]:
+    told = list(op.attributes["normalized_shape"])
+    first, sizes = op.rank(op.x) - len(told), cut.sizes(op, op.y)
+    return _again(cut, op, normalized_shape=[sizes.get(first + i, size) for i, size in enumerate(told)])
 
 
 def _unflatten(cut: _Cut, op: Op) -> list[Value]:
@@ -256,9 +261,10 @@ _EMITTERS: dict[str, Callable[[_Cut, Op], list[Value] | None]] = {
     **dict.fromkeys(("reshape", "onnx.Reshape", "onnx.Expand", "aten.expand.default"), _sized),
     **dict.fromkeys(("aten.group_norm.default", "onnx.GroupNormalization"), _group_norm),
     **dict.fromkeys(("onnx.Gather", "aten.select.int", "aten.index_select.default"), _gather),
-    **dict.fromkeys(("pad", "onnx.Pad", "aten.constant_pad_nd.default"), _pad),
+    **dict.fromkeys(("pad", "onnx.Pad", "aten.pad.default", "aten.constant_pad_nd.default"), _pad),
     **dict.fromkeys((kind for kind, relation in RELATIONS.items() if relation is split), _split),
     "attention": _attention, "onnx.Resize": _resize, "aten.unflatten.int": _unflatten,
+    "aten.layer_norm.default": _plain_norm,
     "slice": _slice, "onnx.Slice": _onnx_slice,
     "onnx.SplitToSequence": _sequence, "onnx.SequenceAt": _sequence_item,
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,11 @@ from graphopt.capture import capture
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph
 from graphopt.numerics.metrics import within_tolerance
+from graphopt.passes import Simplify
 from graphopt.shrink import shrink
 from tests import models
 from tests.core.test_axes import ARCHITECTURES, architecture, captured
-from tests.language import build, feeds, outputs
+from tests.language import build, feeds, outputs, run
 
 
 def three_quarters(group: Group, seed: int = 0) -> Tensor:
@@ -135,6 +136,137 @@ def test_paths_stay(dialect: str) -> None:
     paths = {node.path for node in graph.nodes if node.word is not None}
     shrink(graph, {group: three_quarters(group) for group in groups(graph) if group.locked is None})
     assert {node.path for node in graph.nodes if node.word is not None} == paths
+
+
+# --- one operation between two sites, held to torch ------------------------------------------------------------------
+
+
+class Between(nn.Module):
+    """A site, an operation, and a site that reads what it makes: convs for an image, linears for a sequence."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor], image: bool) -> None:
+        super().__init__()
+        self.operation, self.first = operation, nn.Conv2d(3, 16, 1) if image else nn.Linear(8, 16)
+        with torch.no_grad():
+            made = operation(self.first(between(image)))
+        self.last = nn.Conv2d(made.shape[1], 4, 1) if image else nn.Linear(made.shape[-1], 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.operation(self.first(x)))
+        return y
+
+
+def between(image: bool) -> Tensor:
+    return torch.randn((2, 3, 8, 8) if image else (2, 5, 8), generator=torch.Generator().manual_seed(0))
+
+
+def affine(norm: nn.Module) -> nn.Module:
+    """A norm whose parameters tell its channels apart."""
+    for parameter in norm.parameters():
+        parameter.data = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    return norm
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    left, right = x.chunk(2, 1)
+    return left, right
+
+
+IMAGES: dict[str, tuple[Callable[[Tensor], Tensor], int | str]] = {
+    "shuffle": (lambda x: F.pixel_shuffle(x, 2), 4),
+    "unshuffle": (lambda x: F.pixel_unshuffle(x, 2), 16),
+    "channel shuffle": (lambda x: x.view(-1, 4, 4, 8, 8).transpose(1, 2).reshape(-1, 16, 8, 8), 4),
+    "glu": (lambda x: F.glu(x, 1), 8),
+    "instance norm": (affine(nn.InstanceNorm2d(16, affine=True)), 16),
+    "group norm": (affine(nn.GroupNorm(4, 16)), 4),
+    "prelu": (affine(nn.PReLU(16)), 16),
+    "channel pad": (lambda x: F.pad(x, (0, 0, 0, 0, 4, 4)), 16),
+    "reflected": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), 16),
+    "doubled": (lambda x: torch.cat([x, torch.relu(x)], 1), 16),
+    "reversed halves": (lambda x: torch.cat([x[:, 8:], x[:, :8]], 1), 16),
+    "gate": (lambda x: halves(x)[0] * halves(x)[1].sigmoid(), 8),
+    "maxout": (lambda x: x.view(-1, 8, 2, 8, 8).amax(2), 8),
+    "order": (lambda x: x.index_select(1, torch.tensor([3, 1, 0, 2, 5, 4, 7, 6])), 16),
+    "stack": (lambda x: torch.stack([x, 2 * x], 1).mean(1), 16),
+    "unbind": (lambda x: torch.stack([x, x.relu()], -1).unbind(-1)[1], 16),
+    "interleaved": (lambda x: x.repeat_interleave(2, 1), 16),
+    "roll in space": (lambda x: x.roll(1, 2), 16),
+    "roll": (lambda x: x.roll(1, 1), "is "),
+    "repeat": (lambda x: x.repeat(1, 2, 1, 1), "is repeated by"),
+    "cumsum": (lambda x: x.cumsum(1), "is summed up along by"),
+    "cumsum in space": (lambda x: x.cumsum(2), 16),
+    "softmax": (lambda x: x.softmax(1), "is normalized by"),
+}
+SEQUENCES: dict[str, tuple[Callable[[Tensor], Tensor], int | str]] = {
+    "cumsum in time": (lambda x: x.cumsum(1), 16),
+    "softmax in time": (lambda x: x.transpose(1, 2).softmax(-1).transpose(1, 2), 16),
+    "glu": (lambda x: F.glu(x), 8),
+    "padded in time": (lambda x: F.pad(x.mT, (1, 1), mode="reflect").mT, 16),
+}
+NO_SHAPES = {
+    "unshuffle": "is split or merged by",
+    "roll in space": "meets an axis of another size or an unknown one at",
+}
+"""What the exporter to ONNX spells out without fixed shapes, and the lock that it comes to there."""
+
+
+@pytest.mark.parametrize(
+    ("image", "name"), [*((True, name) for name in IMAGES), *((False, name) for name in SEQUENCES)]
+)
+def test_follows_channels_through_an_operation(image: bool, name: str, dialect: str) -> None:
+    """To its consumer, cutting as many units as expected, or up to the lock that is expected."""
+    operation, expected = (IMAGES if image else SEQUENCES)[name]
+    if dialect == "onnx":
+        expected = NO_SHAPES.get(name, expected)
+    module, x = models.seeded(Between, operation, image), between(image)
+    graph = capture(module, dialect, example_inputs={"x": x}).graph
+    run(Simplify(), graph)
+    group = next(one for one in groups(graph) if one.name == "first")
+    if isinstance(expected, str):
+        assert group.locked is not None and group.locked.startswith(expected)
+        return
+    keep = three_quarters(group)
+    assert (group.locked, group.size, group.norms) == (None, expected, ())
+    assert [consumer.path for consumer in group.consumers] == ["last"]
+    reference = results_of(zeroed(module, group, keep), {"x": x})
+    shrink(graph, {group: keep})
+    graph.verify()
+    assert all(map(within_tolerance, reference, outputs(graph, {"x": x})))
+
+
+class Kept(nn.Module):
+    """`Between` of what is left of its units, built smaller: a norm over fewer entries is another norm."""
+
+    def __init__(self, module: Between, keep: Tensor) -> None:
+        super().__init__()
+        self.module, self.keep = module, keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.module.operation(self.module.first(x)[..., self.keep])
+        return F.linear(y, self.module.last.weight[:, self.keep], self.module.last.bias)
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "unit length": lambda x: F.normalize(x, dim=-1),
+    "standard deviation": lambda x: x / x.std(-1, keepdim=True, correction=0),
+    "mean": lambda x: x - x.mean(-1, keepdim=True),
+    "product": lambda x: (x @ x.mT) @ x,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_names_what_sums_over_the_units_that_it_cuts(name: str, dialect: str) -> None:
+    torch.manual_seed(0)
+    module, x = Between(NORMS[name], image=False).eval(), between(False)
+    graph = capture(module, dialect, example_inputs={"x": x}).graph
+    run(Simplify(), graph)
+    group = next(one for one in groups(graph) if one.name == "first")
+    keep = three_quarters(group)
+    assert (group.locked, group.size) == (None, 16) and group.norms
+    shrink(graph, {group: keep})
+    graph.verify()
+    assert all(map(within_tolerance, results_of(Kept(module, keep), {"x": x}), outputs(graph, {"x": x})))
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
