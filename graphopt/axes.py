@@ -150,7 +150,21 @@ def groups(graph: Graph) -> list[Group]:
         units, first = np.unique(np.concatenate([units for _, units in parts]), return_index=True)
         units = units[np.argsort(first)]
         group_of[units], unit_of[units] = index, np.arange(len(units))
+    _mark_heads(facts, roots)
     return _described(facts, group_of[roots], unit_of[roots], locked[roots], list(found.values()))
+
+
+def _mark_heads(facts: Facts, roots: Numbers) -> None:
+    """Call heads what attention takes for heads behind reshapes too, where a lock keeps these from carrying units."""
+    marked = np.zeros(facts.count, bool)
+    for numbers in facts.heads:
+        marked[roots[numbers]] = True
+    for fold in reversed(facts.folds):  # from attention back to what projects its operands
+        for side, other in ((fold.left, fold.right), (fold.right, fold.left)):
+            if any(marked[roots[numbers]].any() for numbers in side):
+                outer = next((numbers for numbers in other if len(numbers) > 1), other[0])
+                marked[roots[outer]] = True
+                facts.heads.append(outer)
 
 
 def _described(
@@ -271,7 +285,8 @@ def _settle(facts: Facts, fold: Fold, locked: Numbers) -> None:
             inner = math.prod(lengths[carrier + 1 :])
             carried.append(side[carrier][np.arange(math.prod(lengths)) // inner % lengths[carrier]])
         elif held.max() >= 0:
-            reason = facts.locks[held.max()][1]
+            outer = next((lock for lock, length in zip(held, lengths, strict=True) if length > 1), held.max())
+            reason = facts.locks[outer][1]
     if len(carried) == 2:
         facts.links.append((carried[0], carried[1]))
         if len(fold.left) == 1:

@@ -314,6 +314,21 @@ def test_a_product_with_a_weight_sums_over_no_units_but_its_own(dialect: str) ->
     assert [(group.size, group.locked, group.norms) for group in groups(graph)] == [(6, None, ())]
 
 
+def test_heads_that_are_locked_are_called_heads(dialect: str) -> None:
+    """Though the reshape that splits them carries no units then."""
+    split = "transpose(reshape(linear(x, {}[24,8]), {}[4]:values(2,5,{}):int64), perm=[0,2,1,3])"
+    graph = build(
+        dialect,
+        f"q = {split.format('Q', 'S', '6,4').replace('x,', 'x[2,5,8],')}\n"
+        f"k = {split.format('K', 'T', '6,4')}\nv = {split.format('V', 'U', '6,4')}\n"
+        "h = attention(q, k, v)\ny = linear(reshape(transpose(h, perm=[0,2,1,3]), R[3]:values(2,5,24):int64), O[5,24])"
+        "\nreturn y, k",
+    )
+    heads = groups(graph)[:-1]
+    assert [(group.kind, group.locked) for group in heads] == [("heads", "is the model's output 'k'")] * len(heads)
+    assert sum(len(group.producers) for group in heads) == 3
+
+
 def test_values_of_a_subgraph_are_locked() -> None:
     model = models.model(
         "g (float[2,8] x, bool c) => (float[2,6] y) { h = MatMul(x, A)"
