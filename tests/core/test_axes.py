@@ -74,6 +74,24 @@ class Spelled(nn.Module):
         return y
 
 
+class Grouped(nn.Module):
+    """Attention whose key heads are repeated for the queries that read them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(6, 32), nn.Linear(6, 16), nn.Linear(6, 16)
+        self.out = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part(x).view(*x.shape[:2], -1, 8).transpose(1, 2) for part in (self.query, self.key, self.value)
+        )
+        key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+        heads = F.scaled_dot_product_attention(query, key, value)
+        y: Tensor = self.out(heads.transpose(1, 2).reshape(*x.shape[:2], 32))
+        return y
+
+
 def llama() -> nn.Module:
     import transformers
 
@@ -154,6 +172,12 @@ ARCHITECTURES: dict[str, tuple[Any, dict[str, Tensor], Found, dict[str, str]]] =
         lambda: models.seeded(Spelled),
         {"x": torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))},
         {"inner": ("neurons", 32), "qkv": ("heads", 4)},
+        {"out": "is the model's output 'output'"},
+    ),
+    "grouped": (
+        lambda: models.seeded(Grouped),
+        {"x": torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1))},
+        {"query": ("heads", 2)},
         {"out": "is the model's output 'output'"},
     ),
 }  # fmt: skip

@@ -336,6 +336,14 @@ FILES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
         {"A": (8, 4, 1, 1), "B": (5, 8, 1, 1)},
     ),
     "depth": ("h = Conv(x, A) p = DepthToSpace<blocksize=2>(h) y = Conv(p, B)", {"A": (8, 4, 1, 1), "B": (5, 2, 1, 1)}),
+    "depth in rows": (
+        "h = Conv(x, A) p = DepthToSpace<blocksize=2, mode=\"CRD\">(h) y = Conv(p, B)",
+        {"A": (8, 4, 1, 1), "B": (5, 2, 1, 1)},
+    ),
+    "space": (
+        "h = Conv(x, A) p = SpaceToDepth<blocksize=2>(h) y = Conv(p, B)",
+        {"A": (8, 4, 1, 1), "B": (5, 32, 1, 1)},
+    ),
     "deconv": (
         "h = ConvTranspose(x, A) p = Relu(h) y = Conv<auto_pad=\"SAME_UPPER\">(p, B)",
         {"A": (4, 8, 2, 2), "B": (5, 8, 1, 1)},
