@@ -119,6 +119,9 @@ CRITERIA: Mapping[str, Callable[[Graph, Context, Request], Iterator[Sparse]]] = 
 )
 """Each gives the weights of a request, in any order; the graph must not change before the last."""
 
+CALIBRATED = ("gradient", "wanda", "sparsegpt")
+"""Criteria that look at the calibration data."""
+
 
 def _ranked(request: Request, scores: Iterable[Tensor]) -> Iterator[Sparse]:
     """The lowest scores go, in each tensor or in all together."""

@@ -121,9 +121,9 @@ class Pass:
     """A rewrite. Subclasses are frozen dataclasses: class-level facts, and fields that are the options.
 
     Each option has a one-line docstring under it, which is its help. Where the default is a selector, a string or a
-    sequence of strings becomes one; a subclass with a `__post_init__` calls this one's first. `run` changes the graph through
-    the graph's own methods only, keeps no state on self, and accounts for every site: changed, or declined with a
-    reason.
+    sequence of strings becomes one; a subclass with a `__post_init__` calls this one's first. `run` changes the graph
+    through the graph's own methods only, keeps no state on self, and accounts for every site: changed, or declined
+    with a reason.
     """
 
     name: ClassVar[str]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.finite import require_finite
-from graphopt.pipeline import Context
+from graphopt.pipeline import Context, Selector
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ def already_quantized(graph: Graph) -> str:
         if any(mark in node.kind.lower() for mark in ("quantize", "int8", "qlinear", "integer")):
             return "; it is quantized already: change the float model, and quantize it after"
     return ""
+
+
+def selected(graph: Graph, context: Context, targets: Selector, ignore: Selector) -> list[Node]:
+    """`Context.sites`, with a note where there is none, and on whether the model is quantized already."""
+    sites = context.sites(graph, targets, ignore)
+    if not sites:
+        left = " that ignore leaves" if ignore.terms else ""
+        context.note(f"nothing to change: {targets} selects no site of the model{left}{already_quantized(graph)}")
+    return sites
 
 
 def changeable(sites: Iterable[Node], context: Context) -> list[Weight]:

@@ -8,7 +8,7 @@ from graphopt.graph import Graph
 from graphopt.pairs import Candidate, candidates, split_of
 from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
 from graphopt.ranks import Choice, break_even, within_budget
-from graphopt.weights import changeable
+from graphopt.weights import changeable, selected
 
 _ENERGY = 0.95
 """Kept where ranks are not chosen otherwise."""
@@ -79,7 +79,7 @@ class LowRank(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         whole = []
-        for site in context.sites(graph, self.targets, self.ignore):
+        for site in selected(graph, context, self.targets, self.ignore):
             split = split_of(site, self.conv)
             if isinstance(split, str):
                 context.decline(site, split)

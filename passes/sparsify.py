@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from graphopt.amounts import by_sensitivity
-from graphopt.criteria import CRITERIA, Request
+from graphopt.criteria import CALIBRATED, CRITERIA, Request
 from graphopt.graph import Graph, Value
 from graphopt.numerics.prune import Pattern
 from graphopt.pipeline import Context, Pass, PerSite, Selector, Stage, UsageError
-from graphopt.weights import Weight, changeable
+from graphopt.weights import Weight, changeable, selected
 from graphopt.zeros import Zeros
 
 _PRUNED = ("linear", "conv")
@@ -116,6 +116,8 @@ class Sparsify(Pass):
         return None
 
     def run(self, graph: Graph, context: Context) -> None:
+        if self.criterion in CALIBRATED:
+            context.batches()  # without any, an error before the work, and where there is none
         request = self._request(graph, context)
         if self.allocate == "sensitivity" and request.weights:
             request = by_sensitivity(replace(self, allocate="evenly"), graph, context, request)
@@ -130,8 +132,7 @@ class Sparsify(Pass):
                 stored.append((weight, graph.add_constant(sparse.tensor, weight.value.name)))
         for weight, value in stored:
             for site in weight.sites:
-                operands = site.input, value, site.bias
-                graph.replace(site, graph.emit(site.kind, *operands, at=site, **site.attributes))
+                graph.replace(site, graph.emit(site.kind, site.input, value, site.bias, at=site, **site.attributes))
         for note in zeros.notes(context.target, self.pattern):
             context.note(note)
 
@@ -141,7 +142,7 @@ class Sparsify(Pass):
         if isinstance(amount, PerSite):
             by_site = context.per_site(graph, "sparsify: amount", amount, self.targets)
         sites = []
-        for site in context.sites(graph, self.targets, self.ignore):
+        for site in selected(graph, context, self.targets, self.ignore):
             if site.kind not in _PRUNED:
                 context.decline(site, f"{site.kind} is neither {' nor '.join(_PRUNED)}")
             elif by_site is not None and site not in by_site:

@@ -167,13 +167,6 @@ def threshold_mask(weight: Tensor, fraction: float) -> Tensor:
     return magnitudes >= fraction * magnitudes.max() if weight.numel() else magnitudes.bool()
 
 
-def sparsity(weight: Tensor) -> float:
-    """The share of elements of `weight` (any shape and dtype) that are exactly zero, in [0, 1]; 0 when it is empty."""
-    if weight.numel() == 0:
-        return 0.0
-    return 1.0 - int(torch.count_nonzero(weight)) / weight.numel()
-
-
 def compressed_share(weight: Tensor) -> float:
     """About which share of its bytes a tensor takes once compressed (zlib, level 6), from 64 Ki elements at most.
 

@@ -98,12 +98,6 @@ def test_names_the_weight_that_is_not_finite() -> None:
         Pattern().masks([torch.ones(2), torch.tensor([0.0, 1.0, float("nan")])], 0.5)
 
 
-def test_sparsity() -> None:
-    assert prune.sparsity(torch.tensor([[0.0, -0.0], [1e-45, 2.0]])) == 0.5
-    assert prune.sparsity(torch.zeros(3, dtype=torch.int8)) == 1.0
-    assert prune.sparsity(torch.zeros(0)) == 0.0
-
-
 def test_all_may_go_by_count() -> None:
     assert not prune.without_lowest([torch.ones(3)], 3)[0].any()
     assert prune.without_lowest([torch.ones(3)], 0)[0].all()

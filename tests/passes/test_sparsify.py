@@ -10,12 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.graph import Graph, Node
-from graphopt.numerics.prune import Pattern, as_matrix, sparsity
+from graphopt.numerics.prune import Pattern, as_matrix
 from graphopt.passes import Quantize, Sparsify
 from graphopt.pipeline import Context, PassError, Pipeline, Selector, UsageError, parse, run_pass
 from tests.language import FakeTarget, assert_unchanged, build, declined, listing, run, stored, weight_of
 
 TWO = "h = linear(x[2,8], W[16,8])\ny = linear(h, V[4,16]:seed7, B[4])"
+
+
+def sparsity(weight: Tensor) -> float:
+    """The share of zeros."""
+    return float((weight == 0).double().mean())
 
 
 def test_zeros_the_smallest_of_each_weight(dialect: str) -> None:
@@ -421,6 +426,8 @@ def test_says_what_zeros_bring(dialect: str) -> None:
 def test_needs_calibration(dialect: str, criterion: str) -> None:
     with pytest.raises(UsageError, match="sparsify needs calibration data: pass calibration="):
         run(Sparsify(criterion=criterion), build(dialect, TWO))
+    with pytest.raises(UsageError, match="sparsify needs calibration data: pass calibration="):
+        run(Sparsify(criterion=criterion), build(dialect, "y = relu(x[2,4])"))
 
 
 def test_gradient_needs_a_loss_calibration_and_an_fx_graph() -> None:

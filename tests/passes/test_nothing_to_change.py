@@ -1,0 +1,27 @@
+"""What passes say of a model that holds nothing for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from graphopt.passes import LowRank, Sparsify
+from graphopt.pipeline import Pass, Selector
+from tests.language import build, run
+
+
+@pytest.mark.parametrize("pass_", [Sparsify(), LowRank()], ids=str)
+@pytest.mark.parametrize(("text", "told"), [
+    ("y = relu(x[2,4])", "nothing to change: [linear,conv] selects no site of the model"),
+    (
+        "y = relu(dequantize(quantize(x[2,4], S[1]:ones), S))",
+        "nothing to change: [linear,conv] selects no site of the model; it is quantized already: change the float "
+        "model, and quantize it after",
+    ),
+], ids=["no site", "quantized"])  # fmt: skip
+def test_says_that_there_is_nothing(dialect: str, pass_: Pass, text: str, told: str) -> None:
+    assert run(pass_, build(dialect, text)).record.notes == [told]
+
+
+def test_says_that_ignore_leaves_nothing(dialect: str) -> None:
+    notes = run(Sparsify(ignore=Selector("linear")), build(dialect, "y = linear(x[2,4], W[3,4])")).record.notes
+    assert notes == ["nothing to change: [linear,conv] selects no site of the model that ignore leaves"]
