@@ -131,6 +131,13 @@ def test_the_bill_is_that_of_the_graph_once_cut(dialect: str) -> None:
     assert after.parameters == before.parameters - parameters == share * before.parameters
 
 
+def test_sizes_are_those_of_a_graph_with_the_same_groups(dialect: str) -> None:
+    graph = build(dialect, TEXT)
+    sizes = dict.fromkeys(candidates(graph), 4)
+    with pytest.raises(ValueError, match=r"sizes were chosen for 1 groups, and the graph now has \d"):
+        budget.cut(graph, sizes, [groups(graph)[0].name])
+
+
 def test_convs_and_attention_cost_what_they_compute(dialect: str) -> None:
     graph = build(
         dialect,

@@ -6,7 +6,7 @@ import pytest
 
 from graphopt.passes import LowRank, Sparsify
 from graphopt.pipeline import Pass, Selector
-from tests.language import build, run
+from tests.language import build, declined, run
 
 
 @pytest.mark.parametrize("pass_", [Sparsify(), LowRank()], ids=str)
@@ -20,6 +20,13 @@ from tests.language import build, run
 ], ids=["no site", "quantized"])  # fmt: skip
 def test_says_that_there_is_nothing(dialect: str, pass_: Pass, text: str, told: str) -> None:
     assert run(pass_, build(dialect, text)).record.notes == [told]
+
+
+def test_a_tied_weight_names_its_other_reader_once(dialect: str) -> None:
+    graph = build(dialect, "a = linear(x[2,8], W[8,8])\nb = linear(a, W)")
+    first, second = graph.nodes
+    called = "linear" if first.label == "linear" else f"linear {first.label}"
+    assert declined(run(Sparsify(targets=Selector.of(second)), graph)) == [f"weight is tied with {called}"]
 
 
 def test_says_that_ignore_leaves_nothing(dialect: str) -> None:
