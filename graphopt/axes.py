@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.facts import Facts, Fold, Numbers
 from graphopt.graph import Graph, Node, Shape, Value
-from graphopt.relations import RELATIONS, Facts, Fold, Numbers, norm, reduce, relate
+from graphopt.relations import RELATIONS, norm, reduce, relate
 
 
 class Named(Protocol):

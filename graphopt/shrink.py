@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.axes import Group
+from graphopt.facts import Facts, Op
 from graphopt.graph import Graph, Node, Value
-from graphopt.relations import RELATIONS, Facts, Op, gather_index, padding, sequence_slice, slice_bounds, split
+from graphopt.relations import RELATIONS, gather_index, padding, sequence_slice, slice_bounds, split
 from graphopt.words import WORDS
 
 Mask = NDArray[np.bool_]
