@@ -154,3 +154,14 @@ def test_what_does_not_fit_is_refused() -> None:
         reconstruct(weight, torch.eye(8).double().unsqueeze(0), grid, damping=-1)
     with pytest.raises(ValueError, match="covariance has 64 of 64 values NaN"):
         reconstruct(weight, torch.full((1, 8, 8), torch.nan).double(), grid)
+
+
+def test_zeros_stay_zero() -> None:
+    generator = torch.Generator().manual_seed(11)
+    mixed = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    x = torch.randn(200, 16, generator=generator, dtype=torch.float64) @ mixed
+    weight = torch.randn(8, 16, generator=generator)
+    weight[torch.rand(8, 16, generator=generator) < 0.5] = 0
+    grid = fit(weight, bits=4, block=16, symmetric=False)
+    integers = reconstruct(weight, (x.T @ x / 200)[None], grid)
+    assert bool((grid.values(integers)[weight == 0] == 0).all())
