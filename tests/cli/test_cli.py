@@ -43,17 +43,6 @@ def write_model(path: Path, weights: dict[str, Any] = WEIGHTS, activation: str =
     return path
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "tiny.onnx")
-
-
-@pytest.fixture
-def calibration(tmp_path: Path) -> Path:
-    np.savez(tmp_path / "calibration.npz", x=RANDOM.normal(size=(20, 16)).astype(np.float32))
-    return tmp_path / "calibration.npz"
-
-
 def run(*arguments: object, trace: bool = False) -> Result:
     return CliRunner().invoke(cli.app, (["--trace"] if trace else []) + [str(one) for one in arguments])
 

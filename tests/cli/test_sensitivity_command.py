@@ -6,20 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from tests.cli.test_cli import RANDOM, done, refused, run, write_model
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "tiny.onnx")
-
-
-@pytest.fixture
-def calibration(tmp_path: Path) -> Path:
-    np.savez(tmp_path / "calibration.npz", x=RANDOM.normal(size=(20, 16)).astype(np.float32))
-    return tmp_path / "calibration.npz"
+from tests.cli.test_cli import done, refused, run
 
 
 def test_shows_the_most_sensitive_site_first(model: Path, calibration: Path) -> None:
