@@ -110,13 +110,14 @@ class Calibration:
         Raises NotFinite where an activation holds NaN or infinity at a real position.
         """
         part: list[tuple[Value, S]] = []
-        version = graph.version
+        held, version = 0, graph.version
         for value, statistic in wanted:
-            if part and sum(one.nbytes for _, one in part) + statistic.nbytes > MEMORY:
+            if part and held + statistic.nbytes > MEMORY:
                 yield from self._fill(graph, part)
-                part = []
+                part, held = [], 0
                 assert graph.version == version, "the graph changed between parts of its statistics"
             part.append((value, statistic))
+            held += statistic.nbytes
         if part:
             yield from self._fill(graph, part)
 
