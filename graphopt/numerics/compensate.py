@@ -8,8 +8,8 @@ from torch import Tensor
 from graphopt.numerics.finite import require_finite
 
 DAMPING = 0.1
-"""Share of an input's variance that is added to it: with 5,000 rows for 1,536 inputs (all-MiniLM-L6-v2), a tenth of it
-overfits."""
+"""Share of an input's variance that is added to it. On all-MiniLM-L6-v2, with half of 1,536 inputs gone, a tenth of it
+overfits 5,000 rows; with 70 or 80% gone and 32,000 rows it is 0.1 better in Spearman, within the noise."""
 
 _ROUNDING = 1e-6
 """Share of its mean square below which the variance of an input is rounding, and of its variance below which it is a
