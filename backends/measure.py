@@ -64,11 +64,21 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Contender:
+    """How one candidate of several calls fared."""
+
+    overall: Ratio
+    """Of the geometric means over its calls, taken within each round."""
+    shapes: tuple[Ratio, ...]
+    """Of each call."""
+
+
+@dataclass(frozen=True)
 class Block:
     """One candidate's turn in one round."""
 
-    seconds: float
-    """Per call."""
+    seconds: tuple[float, ...]
+    """Per call, of each of its calls."""
     probes: tuple[float, float]
     """Seconds of the probe just before and just after."""
 
@@ -94,12 +104,35 @@ def paired(
     Where fewer than 6 pairs of a candidate count, its 6 steadiest are taken, and its Ratio says that it is not steady.
     Raises ValueError on wrong arguments or a candidate that takes no time on this clock.
     """
+    found = contest(
+        {name: [call] for name, call in candidates.items()},
+        baseline=baseline, rounds=rounds, min_block_seconds=min_block_seconds, clock=clock, sleep=sleep, probe=probe,
+        probe_tolerance=probe_tolerance,
+    )  # fmt: skip
+    return {name: contender.shapes[0] for name, contender in found.items()}
+
+
+def contest(
+    candidates: Mapping[str, Sequence[Callable[[], object]]],
+    *,
+    baseline: str,
+    rounds: int = ROUNDS,
+    min_block_seconds: float = 0.02,
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
+    probe: Callable[[], object] | None = None,
+    probe_tolerance: float = 0.15,
+) -> dict[str, Contender]:
+    """As `paired`, where each candidate has several calls, such as one a shape: the same number of them for all.
+
+    The calls of a candidate follow each other in its block, so that it has to rest once for all of them.
+    """
     check(candidates, baseline, rounds)
     probe = probe or default_probe()
     probe()
-    calls: dict[str, int] = {}
-    for name, call in candidates.items():
-        calls[name] = calls_per_block(name, call, min_block_seconds, clock)
+    calls: dict[str, list[int]] = {}
+    for name, several in candidates.items():
+        calls[name] = [calls_per_block(name, call, min_block_seconds, clock) for call in several]
         sleep(REST)
     pairs: dict[str, list[tuple[Block, Block]]] = {name: [] for name in candidates}
     run = 0
@@ -108,18 +141,17 @@ def paired(
         blocks: dict[str, Block] = {}
         before = probe_seconds(probe, clock)
         for name in turns(list(candidates), run):
-            if calls[name] > 1:  # a short call is slow after a rest
-                candidates[name]()
-            seconds = time_calls(candidates[name], calls[name], clock) / calls[name]
+            seconds = [block_seconds(call, times, clock)
+                       for call, times in zip(candidates[name], calls[name], strict=True)]  # fmt: skip
             sleep(REST)
             after = probe_seconds(probe, clock)
-            blocks[name] = Block(seconds, (before, after))
+            blocks[name] = Block(tuple(seconds), (before, after))
             before = after
-        for name, several in pairs.items():
-            several.append((blocks[baseline], blocks[name]))
-            counted[name] += unsteadiness(several[-1]) <= probe_tolerance
+        for name, several_pairs in pairs.items():
+            several_pairs.append((blocks[baseline], blocks[name]))
+            counted[name] += unsteadiness(several_pairs[-1]) <= probe_tolerance
         run += 1
-    return {name: ratio(baseline, name, several, probe_tolerance) for name, several in pairs.items()}
+    return {name: contender(baseline, name, several_pairs, probe_tolerance) for name, several_pairs in pairs.items()}
 
 
 def slower_than(ratio: Ratio) -> bool:
@@ -164,9 +196,11 @@ def header(environment: Mapping[str, str], threads: int) -> str:
     return "\n".join([machine, f"flags: {environment['flags'] or 'unknown'}", versions])
 
 
-def check(candidates: Mapping[str, object], baseline: str, rounds: int) -> None:
+def check(candidates: Mapping[str, Sequence[object]], baseline: str, rounds: int) -> None:
     if not candidates:
         raise ValueError("there are no candidates to time")
+    if len({len(calls) for calls in candidates.values()}) > 1 or not all(candidates.values()):
+        raise ValueError("every candidate needs the same number of calls, at least one")
     if baseline not in candidates:
         raise ValueError(f"the baseline {baseline!r} is not among the candidates: {', '.join(candidates)}")
     if rounds < 1:
@@ -194,6 +228,13 @@ def calls_per_block(name: str, call: Callable[[], object], least: float, clock: 
     return calls
 
 
+def block_seconds(call: Callable[[], object], calls: int, clock: Clock) -> float:
+    """Seconds of one call, as the mean of several."""
+    if calls > 1:  # a short call is slow after a rest
+        call()
+    return time_calls(call, calls, clock) / calls
+
+
 def time_calls(call: Callable[[], object], calls: int, clock: Clock) -> float:
     start = clock()
     for _ in range(calls):
@@ -211,15 +252,23 @@ def unsteadiness(pair: tuple[Block, Block]) -> float:
     return max(probes) / min(probes) - 1
 
 
-def ratio(baseline: str, name: str, pairs: Sequence[tuple[Block, Block]], tolerance: float) -> Ratio:
+def contender(baseline: str, name: str, pairs: Sequence[tuple[Block, Block]], tolerance: float) -> Contender:
     kept = [pair for pair in pairs if unsteadiness(pair) <= tolerance]
     steady = len(kept) >= min(FEWEST, len(pairs))
     if not steady:
         kept = sorted(pairs, key=unsteadiness)[:FEWEST]
-    ratios = [first.seconds / second.seconds for first, second in kept]
-    low, high = interval(ratios)
-    seconds = {baseline: percentiles(first for first, _ in kept), name: percentiles(second for _, second in kept)}
-    return Ratio(median(ratios), low, high, len(kept), len(pairs) - len(kept), seconds, steady)
+    dropped = len(pairs) - len(kept)
+
+    def of(seconds: Callable[[Block], float]) -> Ratio:
+        first, second = ([seconds(pair[index]) for pair in kept] for index in (0, 1))
+        ratios = [one / other for one, other in zip(first, second, strict=True)]
+        low, high = interval(ratios)
+        spread = {baseline: percentiles(first), name: percentiles(second)}
+        return Ratio(median(ratios), low, high, len(kept), dropped, spread, steady)
+
+    number = len(kept[0][0].seconds)
+    each = tuple(of(lambda block, index=index: block.seconds[index]) for index in range(number))  # type: ignore[misc]
+    return Contender(of(lambda block: geometric_mean(block.seconds)), each)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -236,9 +285,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return (ordered[k - 1], ordered[count - k]) if k else (0.0, math.inf)
 
 
-def percentiles(blocks: Iterable[Block]) -> tuple[float, float]:
+def percentiles(seconds: Iterable[float]) -> tuple[float, float]:
     """p50, and p90 by nearest rank."""
-    ordered = sorted(block.seconds for block in blocks)
+    ordered = sorted(seconds)
     return median(ordered), ordered[math.ceil(0.9 * len(ordered)) - 1]
 
 

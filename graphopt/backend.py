@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from graphopt.graph import Graph, GraphError
-from graphopt.rewrite import Rule, RuleLog, rewrite
+from graphopt.rewrite import Choice, Match, Rule, RuleLog, rewrite
 
 if TYPE_CHECKING:
     from graphopt.backends.measure import Ratio
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 class LoweringError(RuntimeError):
     """The engine did not build what was promised, or the lowered graph computes something else; says where and why."""
+
+
+class Chooser(Protocol):
+    """Takes the form of each match of a choice."""
+
+    def decide(
+        self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]
+    ) -> Callable[[Match], str]: ...
 
 
 class Runner(ABC):
@@ -66,18 +74,36 @@ class Backend(ABC):
         """The lowering passes of this target, as text."""
 
     @abstractmethod
-    def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
+    def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
         """Rule sets that turn words into this engine's own operations, applied one after the other."""
 
-    def lower(self, graph: Graph) -> tuple[Graph, dict[str, RuleLog]]:
-        """A clone in this engine's own operations, checked, and the log of each rule by its name."""
+    def lower(self, graph: Graph, chooser: Chooser | None = None) -> tuple[Graph, dict[str, RuleLog]]:
+        """A clone in this engine's own operations, checked, and the log of each rule by its name.
+
+        chooser: takes the form of each choice by time; without it, each takes its static order.
+        """
         lowered = graph.clone()
-        logs: dict[str, RuleLog] = {}
-        for rules in self.rules(lowered):
-            logs |= rewrite(lowered, rules)
-            lowered.sweep()
+        logs = self._apply(lowered, self.rules(lowered), chooser)
         lowered.verify()
         return lowered, logs
+
+    def _apply(
+        self, graph: Graph, stages: Sequence[Sequence[Rule | Choice]], chooser: Chooser | None = None
+    ) -> dict[str, RuleLog]:
+        logs: dict[str, RuleLog] = {}
+        for index, stage in enumerate(stages):
+            rules = []
+            for rule in stage:
+                if isinstance(rule, Rule):
+                    rules.append(rule)
+                elif chooser is None:
+                    rules.append(rule.rule())
+                else:
+                    rest = [[one for one in later if one is not rule] for later in stages[index:]]
+                    rules.append(rule.rule(chooser.decide(graph, rule, partial(self._apply, stages=rest))))
+            logs |= rewrite(graph, rules)
+            graph.sweep()
+        return logs
 
     @abstractmethod
     def compile(self, graph: Graph, threads: int | None = None) -> Runner:

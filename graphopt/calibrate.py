@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt import axes
+from graphopt.axes.masks import mask_inputs, real_positions
 from graphopt.graph import Graph, Shape, Value
 from graphopt.pipeline import UsageError, nearest
 
@@ -104,9 +104,9 @@ class Calibration:
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
         """Fill a fresh statistic of each value over all batches, and give them in order; padding is left out.
 
-        Padding is where an input that is a mask is 0 (`graphopt.axes.real_positions`). Statistics of at most MEMORY
-        bytes (or a single larger one) are filled together, so a reader that lets go of each needs no more than that;
-        every such part runs over the batches anew. The graph must not change in between.
+        Padding is where an input that is a mask is 0 (`graphopt.axes.masks.real_positions`). Statistics of at most
+        MEMORY bytes (or a single larger one) are filled together, so a reader that lets go of each needs no more than
+        that; every such part runs over the batches anew. The graph must not change in between.
         Raises NotFinite where an activation holds NaN or infinity at a real position.
         """
         part: list[tuple[Value, S]] = []
@@ -123,12 +123,12 @@ class Calibration:
 
     def _fill(self, graph: Graph, part: Sequence[tuple[Value, S]]) -> list[S]:
         fetch = list(dict.fromkeys(value for value, _ in part))
-        masks = axes.masks(self.inputs)
+        masks = mask_inputs(self.inputs)
         for number, feeds in enumerate(self):
             tensors = dict(zip(fetch, graph.evaluate(feeds, fetch), strict=True))
             for value, statistic in part:
                 try:
-                    real = axes.real_positions(value.shape, tensors[value], masks, feeds)
+                    real = real_positions(value.shape, tensors[value], masks, feeds)
                     statistic.update(tensors[value], real)
                 except ValueError as error:
                     where = value.producer.label if value.producer is not None else value.name

@@ -194,7 +194,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a model takes, returns and consists of, as the passes see it."""
-    from graphopt.axes import groups
+    from graphopt.axes.groups import groups
     from graphopt.capture import capture
     from graphopt.cost import Cost
     from graphopt.render import text

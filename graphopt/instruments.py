@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graphopt import axes
+from graphopt.axes.masks import mask_inputs, real_positions
 from graphopt.compare import agreement, worst
 from graphopt.graph import Graph, GraphError
 from graphopt.numerics import metrics
@@ -86,7 +86,7 @@ class Agree(Instrument):
         self.feeds = list(feeds)
         self.names = list(names) if names is not None else [value.name for value in original.outputs]
         self._shapes = [value.shape for value in original.outputs]
-        self._masks = axes.masks(original.inputs)
+        self._masks = mask_inputs(original.inputs)
         self._rounds = any(node.kind == "quantize" for node in original.nodes)
         self.original = self._outputs(original)
         self._accepted = self._latest = self.original
@@ -127,7 +127,7 @@ class Agree(Instrument):
                     continue
                 if a.shape != b.shape:
                     raise GraphError(f"the shape of output {name!r} went from {list(a.shape)} to {list(b.shape)}")
-                real = axes.real_positions(shape, a, self._masks, feeds)
+                real = real_positions(shape, a, self._masks, feeds)
                 kept = (a, b) if real is None else (a[real], b[real])
                 by_output.setdefault(name, []).append(agreement(name, *kept))
         return [worst(several) for several in by_output.values()]

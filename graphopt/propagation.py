@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from graphopt import axes
+from graphopt.axes.masks import mask_inputs, real_positions
 from graphopt.graph import Graph, Node
 from graphopt.numerics import metrics
 
@@ -83,7 +83,7 @@ def propagate(a: Graph, b: Graph, batches: Iterable[Mapping[str, Tensor]]) -> Pr
                 if x.shape != y.shape:
                     unpaired[site.label] = f"its result is {list(x.shape)} in one, and {list(y.shape)} in the other"
                     continue
-                real = axes.real_positions(site.result.shape, x, axes.masks(a.inputs), feeds)
+                real = real_positions(site.result.shape, x, mask_inputs(a.inputs), feeds)
                 x, y = ((one if real is None else one[real]).double() for one in (x, y))
                 sums[row] += torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum(), (x - y).square().sum()])
     figures: dict[Node, tuple[float, float]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,11 @@ class Match:
     bound: dict[str, Any] = field(default_factory=dict)
     interior: list[Node] = field(default_factory=list)
 
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All that the pattern covers, in topological order."""
+        return *reversed(self.interior), self.root
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["bound"][name]
@@ -100,6 +105,66 @@ class RuleLog:
     hits: int = 0
     seconds: float = 0.0
     declined: dict[str, str] = field(default_factory=dict)
+
+
+Replace = Callable[[Builder, Match], Value]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A pattern that has several legal forms; which one runs is the target's to say, by measuring or by their order."""
+
+    name: str
+    pattern: Callable[..., Pattern]
+    forms: Mapping[str, Replace | None]
+    """By name, in the order that they are taken where nothing is measured. None: the words stay as they are."""
+    check: Callable[[Match], bool] | None = None
+    around: Callable[[Match], Sequence[Node]] = lambda match: match.nodes
+    """The nodes that are measured together, in topological order: all whose cost the form decides."""
+
+    def rule(self, form: Callable[[Match], str] | None = None) -> Rule:
+        """The rule that takes the form which `form` names for a match; without it, or where that declines, the first.
+
+        Every later one follows in order; the reason of the first to decline is kept where none is legal.
+        """
+        first = next(iter(self.forms))
+
+        def takes(match: Match) -> bool:
+            fits = self.check is None or self.check(match)
+            return fits and self.forms[form(match) if form else first] is not None
+
+        def replace(op: Builder, match: Match) -> Value:
+            chosen = form(match) if form else first
+            reasons: list[str] = []
+            for name in dict.fromkeys([chosen, *self.forms]):
+                made = self.forms[name]
+                if made is None:
+                    raise Declined(reasons[0])
+                try:
+                    return made(op, match)
+                except Declined as reason:
+                    reasons.append(str(reason))
+            raise Declined(reasons[0])
+
+        return Rule(self.name, self.pattern, replace, check=takes)
+
+    def only(self, form: str) -> Rule:
+        """The rule of one form, which declines where that is not legal."""
+        made = self.forms[form]
+
+        def replace(op: Builder, match: Match) -> Value:
+            assert made is not None  # where words stay, nothing is tried
+            return made(op, match)
+
+        return Rule(self.name, self.pattern, replace, check=self.check if made is not None else lambda m: False)
+
+    def matches(self, graph: Graph) -> list[Match]:
+        """Where the pattern fits, in topological order."""
+        rule = Rule(self.name, self.pattern, lambda op, match: match.root.result, check=self.check)
+        pattern, optional = rule.recorded()
+        nodes = [node for node in graph.nodes if node.kind == pattern.kind]
+        found = [match_node(pattern, node, optional) for node in nodes]
+        return [match for match in found if match is not None and (self.check is None or self.check(match))]
 
 
 def rewrite(graph: Graph, rules: Iterable[Rule]) -> dict[str, RuleLog]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from graphopt import axes
+from graphopt.axes.masks import mask_inputs, real_positions
 from graphopt.calibrate import MEMORY, Calibration
 from graphopt.graph import Graph, Node, Value, digest, raw_bytes
 from graphopt.instruments import Instrument
@@ -240,7 +240,7 @@ class Reference:
         Raises UsageError where `evaluate` gives no number for `graph`.
         """
         self.graph, self.batches, self._evaluate = graph, batches, evaluate
-        self._masks = axes.masks(graph.inputs)
+        self._masks = mask_inputs(graph.inputs)
         floats = [index for index, value in enumerate(graph.outputs) if value.dtype and value.dtype.is_floating_point]
         self._compared = floats or list(range(len(graph.outputs)))
         self._kept: dict[int, list[Tensor]] = {}
@@ -282,7 +282,7 @@ class Reference:
         """The compared outputs at real positions."""
         found = []
         for index, tensor in zip(self._compared, graph.evaluate(feeds, self._fetched(graph)), strict=True):
-            real = axes.real_positions(self.graph.outputs[index].shape, tensor, self._masks, feeds)
+            real = real_positions(self.graph.outputs[index].shape, tensor, self._masks, feeds)
             found.append(tensor if real is None else tensor[real])
         return found
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from graphopt.graph import Graph, Node, Value
-from graphopt.integer_forms import normalize
-from graphopt.islands import MOVES
 from graphopt.pipeline import Context, Pass, Selector, Stage
+from graphopt.quantizing.integer_forms import normalize
+from graphopt.quantizing.islands import MOVES
 from graphopt.rewrite import scalar
 from graphopt.words import WORDS
 

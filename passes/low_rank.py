@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphopt.factorizing.pairs import Candidate, candidates, split_of
+from graphopt.factorizing.ranks import Choice, break_even, within_budget
 from graphopt.graph import Graph
-from graphopt.pairs import Candidate, candidates, split_of
 from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
-from graphopt.ranks import Choice, break_even, within_budget
 from graphopt.weights import changeable, selected
 
 _ENERGY = 0.95

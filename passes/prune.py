@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphopt import budget, sizing
-from graphopt.axes import Group, groups
-from graphopt.budget import Bill, Candidate, Sizes
+from graphopt.axes.groups import Group, groups
 from graphopt.cost import sizes
 from graphopt.graph import Graph
-from graphopt.importance import IMPORTANCE, weigh
 from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError, value_text
-from graphopt.refit import compensate
-from graphopt.selection import open_groups
+from graphopt.pruning import budget, sizing
+from graphopt.pruning.budget import Bill, Candidate, Sizes
+from graphopt.pruning.importance import IMPORTANCE, weigh
+from graphopt.pruning.refit import compensate
+from graphopt.pruning.selection import open_groups
 
 KINDS = ("neurons", "heads", "channels", "width")
 BUDGETS = ("flops", "params", "latency")

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graphopt import schemes
 from graphopt.graph import Graph, Node
-from graphopt.islands import Islands
-from graphopt.mixed import Goal, keep, remember
 from graphopt.numerics.observe import OBSERVERS
 from graphopt.numerics.quantize import BLOCKS
 from graphopt.pipeline import Context, Pass, PerSite, Selector, Stage, UsageError, value_text
-from graphopt.ranges import observe
-from graphopt.rounding import Recipe, Rounding
+from graphopt.quantizing import schemes
+from graphopt.quantizing.islands import Islands
+from graphopt.quantizing.mixed import Goal, keep, remember
+from graphopt.quantizing.ranges import observe
+from graphopt.quantizing.rounding import Recipe, Rounding
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
 from graphopt.inputs import covariances
-from graphopt.islands import label_of
 from graphopt.numerics.observe import ChannelMinMax
 from graphopt.pipeline import Context, Pass, Selector, Stage
-from graphopt.smoothing import Scalable, error_of, rescale, scalable
+from graphopt.quantizing.islands import label_of
+from graphopt.quantizing.smoothing import Scalable, error_of, rescale, scalable
 from graphopt.weights import Weight
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from graphopt.amounts import by_sensitivity
-from graphopt.criteria import CALIBRATED, CRITERIA, Request
 from graphopt.graph import Graph, Value
 from graphopt.numerics.prune import Pattern
 from graphopt.pipeline import Context, Pass, PerSite, Selector, Stage, UsageError
+from graphopt.sparsifying.amounts import by_sensitivity
+from graphopt.sparsifying.criteria import CALIBRATED, CRITERIA, Request
+from graphopt.sparsifying.zeros import Zeros
 from graphopt.weights import Weight, changeable, selected
-from graphopt.zeros import Zeros
 
 _PRUNED = ("linear", "conv")
 """Words whose weight multiplies; the few numbers of a norm scale whole channels, and are no use as zeros."""

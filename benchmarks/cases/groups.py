@@ -12,7 +12,7 @@ import onnxruntime as ort
 import graphopt
 from benchmarks.case import Settings, checked, table
 from benchmarks.cases.corpus import accepted_feeds, plain_session
-from graphopt.axes import Group, groups
+from graphopt.axes.groups import Group, groups
 from graphopt.graph import Graph
 
 FILES = {

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from graphopt import axes
+from graphopt.axes.masks import labels
 from graphopt.dialects import fx_run, fx_words
 from graphopt.dialects.fx_load import Loader
 from graphopt.dialects.fx_native import (
@@ -242,7 +242,7 @@ class FxGraph(Graph):
             )
         fakes = [value.fake_mode for value in map(meta, loaded.graph.nodes) if hasattr(value, "fake_mode")]
         native = Native(loaded.graph, loaded.stored, fakes[0] if fakes else FakeTensorMode())
-        symbols = axes.labels(
+        symbols = labels(
             (str(meta(node).shape[axis]), label, node.meta["input_name"])
             for node in native.graph.find_nodes(op="placeholder")
             for axis, label in axis_names.get(node.meta["input_name"], {}).items()

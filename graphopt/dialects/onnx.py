@@ -509,6 +509,13 @@ class OnnxGraph(Graph):
     def clone(self) -> Self:
         return type(self)(self.model.clone(), self.scratch)
 
+    def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:
+        """A graph of what lies between some values, of the same names; it shares the weights."""
+        between = [[self._native(value) for value in values] for values in (inputs, outputs)]
+        native = ir.convenience.extract(self.model.graph, *between)
+        functions = [function.clone() for function in self.model.functions.values()]
+        return OnnxGraph(ir.Model(native, ir_version=self.model.ir_version, functions=functions))
+
     def verify(self) -> None:
         graph = self.model.graph
         known = {v for v in graph.inputs} | set(graph.initializers.values())

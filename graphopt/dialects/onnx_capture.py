@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from graphopt import axes
+from graphopt.axes.masks import labels
 from graphopt.dialects import onnx_quantized
 from graphopt.dialects.onnx import OPSET, OnnxGraph
 from graphopt.dialects.onnx_load import parsed
@@ -50,7 +50,7 @@ def from_program(
 
 def _name_axes(graph: OnnxGraph, dynamic_axes: Mapping[str, Mapping[int, str]]) -> None:
     """Give the symbols of the trace (s18) the names of the axes they stand for (batch), also inside expressions."""
-    names = axes.labels(
+    names = labels(
         (str(size.value), label, value.name)
         for value in graph.model.graph.inputs
         if value.name is not None and value.shape is not None

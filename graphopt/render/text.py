@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from graphopt.report import Agreement, GraphDiff, PassRecord, Report
 
 if TYPE_CHECKING:
-    from graphopt.axes import Group
+    from graphopt.axes.groups import Group
     from graphopt.backends.measure import Ratio
     from graphopt.compare import Comparison
     from graphopt.optimize import BenchResult

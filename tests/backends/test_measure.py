@@ -106,9 +106,9 @@ def test_interval_covers_the_median_with_95_percent_and_no_wider(count: int) -> 
 
 
 def test_percentiles_of_the_blocks() -> None:
-    blocks = [measure.Block(float(seconds), (1.0, 1.0)) for seconds in range(10, 0, -1)]
-    assert measure.percentiles(blocks) == (5.5, 9.0)
-    assert measure.percentiles(blocks[:1]) == (10.0, 10.0)
+    seconds = [float(number) for number in range(10, 0, -1)]
+    assert measure.percentiles(seconds) == (5.5, 9.0)
+    assert measure.percentiles(seconds[:1]) == (10.0, 10.0)
 
 
 def test_every_order_gets_its_turn() -> None:
@@ -151,9 +151,9 @@ def test_pairs_that_straddle_a_change_of_speed_are_dropped_and_run_again() -> No
 def test_a_change_between_the_two_blocks_of_a_pair_is_seen() -> None:
     """Neither block's own probes differ, but the two blocks ran on machines of different speed."""
     fast, slow = (1.0, 1.0), (1.3, 1.3)
-    assert measure.unsteadiness((measure.Block(1.0, fast), measure.Block(1.0, slow))) == pytest.approx(0.3)
-    assert measure.unsteadiness((measure.Block(1.0, fast), measure.Block(1.0, (1.14, 1.15)))) == pytest.approx(0.15)
-    assert measure.unsteadiness((measure.Block(1.0, (1.0, 1.2)), measure.Block(1.0, fast))) == pytest.approx(0.2)
+    for one, other, change in ((fast, slow, 0.3), (fast, (1.14, 1.15), 0.15), ((1.0, 1.2), fast, 0.2)):
+        pair = measure.Block((1.0,), one), measure.Block((1.0,), other)
+        assert measure.unsteadiness(pair) == pytest.approx(change)
 
 
 def test_only_the_pairs_of_straddling_blocks_are_dropped() -> None:

@@ -26,7 +26,6 @@ from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import GraphError
 from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
 from graphopt.optimize import Optimized
-from graphopt.rewrite import rewrite
 from tests.language import build
 from tests.models import ConvNet, Decoder, Encoder, images, padding, plain_run, seeded, tokens
 
@@ -235,9 +234,7 @@ def test_attention_within_blocks_stays_within_them() -> None:
 def test_a_residual_that_is_read_on_is_added_once() -> None:
     """Pre-norm: the next residual add reads the sum that the norm reads."""
     graph = build("onnx", "s = add(x[2,4,8], r[2,4,8])\nn = layer_norm(s, W[8], B[8])\ny = add(n, s)\nreturn y, s")
-    lowered = graph.clone()
-    for rules in OnnxRuntime().rules(lowered):
-        rewrite(lowered, rules)
+    lowered, _ = OnnxRuntime().lower(graph)
     assert [node.kind for node in lowered.nodes] == ["onnx.Sum", "layer_norm", "add"]
     feeds = {name: torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(ord(name))) for name in "xr"}
     expected, found = (one.evaluate(feeds, one.outputs) for one in (graph, lowered))
@@ -250,10 +247,7 @@ def test_a_boolean_mask_becomes_floats_once_where_several_layers_read_it(layers:
         f"y{n + 1} = attention(y{n}, k[2,4,5,8], v[2,4,5,8], mask[2,1,5,5]:bool)" for n in range(layers)
     )
     graph = build("onnx", text)
-    lowered = graph.clone()
-    for rules in OnnxRuntime().rules(lowered):
-        rewrite(lowered, rules)
-    lowered.verify()
+    lowered, _ = OnnxRuntime().lower(graph)
     assert len(lowered.sites("where")) == masks_made
     generator = torch.Generator().manual_seed(0)
     feeds = {name: torch.randn(2, 4, 5, 8, generator=generator) for name in "qkv"}
@@ -295,7 +289,7 @@ def test_fewer_kernels_than_promised_is_an_error_that_lists_the_nodes() -> None:
 def test_a_computed_bias_of_a_conv_is_refused() -> None:
     graph = build("onnx", "y = conv_int8(x[1,4,6,6]:uint8, S[]:ones, Z[]:uint8, W[4,4,1,1]:int8, V[4]:ones, "
                           "T[]:ones, Z, b[4])")  # fmt: skip
-    logs = {name: log for rules in OnnxRuntime().rules(graph) for name, log in rewrite(graph, rules).items()}
+    _, logs = OnnxRuntime().lower(graph)
     assert list(logs["qlinear-conv"].declined.values()) == ["its bias is computed by the graph"]
 
 

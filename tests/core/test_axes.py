@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphopt.axes import Group, components, groups
+from graphopt.axes.groups import Group, components, groups
+from graphopt.axes.relations import blocks, relate
 from graphopt.capture import capture
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph
 from graphopt.passes import Simplify
-from graphopt.relations import blocks, relate
 from tests import models
 from tests.language import build, run
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt import budget
-from graphopt.axes import Group, groups
+from graphopt.axes.groups import Group, groups
 from graphopt.backends.measure import Ratio
-from graphopt.budget import Bill, Candidate, Sizes, Unreachable
 from graphopt.cost import Cost
 from graphopt.graph import Graph
+from graphopt.pruning import budget
+from graphopt.pruning.budget import Bill, Candidate, Sizes, Unreachable
 from tests.language import build, feeds
 
 

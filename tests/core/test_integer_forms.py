@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.integer_forms import normalize
+from graphopt.quantizing.integer_forms import normalize
 from tests.language import assert_outputs_equal, build, stored
 
 SIGNED = "q = quantize(x[1,2,4,4], S[]:values(0.02), Z[]:values(-3):int8)\n"

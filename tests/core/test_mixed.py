@@ -15,10 +15,10 @@ from torch import Tensor
 import graphopt
 from graphopt.calibrate import Calibration
 from graphopt.graph import Graph, Value
-from graphopt.mixed import Goal, Remembered, keep, rank
 from graphopt.numerics.observe import MinMax
 from graphopt.passes import Quantize
 from graphopt.pipeline import Context, Selector, UsageError, run_pass
+from graphopt.quantizing.mixed import Goal, Remembered, keep, rank
 from graphopt.sensitivity import Damage, Reference, scan
 from tests.language import build
 

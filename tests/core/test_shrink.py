@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from graphopt.axes import Group, groups
+from graphopt.axes.groups import Group, groups
+from graphopt.axes.shrink import shrink
 from graphopt.capture import capture
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.passes import Simplify
-from graphopt.shrink import shrink
 from tests import models
 from tests.core.test_axes import ARCHITECTURES, architecture, captured
 from tests.language import build, feeds, outputs, run

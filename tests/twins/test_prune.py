@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from graphopt.axes import groups
+from graphopt.axes.groups import groups
 from graphopt.calibrate import Calibration, S
 from graphopt.graph import Graph, Value
 from graphopt.numerics.metrics import within_tolerance

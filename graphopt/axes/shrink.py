@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graphopt.axes import Group
-from graphopt.facts import Facts, Op
+from graphopt.axes.facts import Facts, Op
+from graphopt.axes.groups import Group
+from graphopt.axes.relations import RELATIONS, gather_index, padding, sequence_slice, slice_bounds, split
 from graphopt.graph import Graph, Node, Value
-from graphopt.relations import RELATIONS, gather_index, padding, sequence_slice, slice_bounds, split
 from graphopt.words import WORDS
 
 Mask = NDArray[np.bool_]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.axes import Group, groups
+from graphopt.axes.groups import Group, groups
+from graphopt.axes.shrink import shrink
 from graphopt.cost import flops
 from graphopt.graph import Graph, Shape, Value
-from graphopt.shrink import shrink
 
 FEWEST_STEPS = 4
 """Multiples that a group must hold to be cut by them: 64 channels by 16, but 32 by 8."""

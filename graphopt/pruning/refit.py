@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt import inputs
-from graphopt.axes import Group
+from graphopt.axes.groups import Group
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.compensate import refit
 from graphopt.pipeline import Context

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from graphopt.factorizing.pairs import Candidate
 from graphopt.graph import Graph, Shape
 from graphopt.numerics.allocate import spend
 from graphopt.numerics.split import Split
-from graphopt.pairs import Candidate
 from graphopt.pipeline import Context, UsageError
 
 if TYPE_CHECKING:

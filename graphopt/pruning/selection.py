@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from graphopt.axes import Group, groups
+from graphopt.axes.groups import Group, groups
 from graphopt.graph import Graph
 from graphopt.pipeline import Context, Selector, UsageError, nearest
 from graphopt.weights import already_quantized

@@ -11,7 +11,7 @@ from graphopt.graph import Graph, Node, Value
 from graphopt.numerics import quantize
 from graphopt.numerics.observe import Observer
 from graphopt.pipeline import Selector
-from graphopt.rounding import Rounding
+from graphopt.quantizing.rounding import Rounding
 
 JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu")
 """Words that compute in integers what they get in integers, with a scale of their own for the result."""

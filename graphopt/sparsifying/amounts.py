@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from graphopt.criteria import Request
 from graphopt.graph import Graph
 from graphopt.numerics.allocate import spend
 from graphopt.numerics.power import power_between
 from graphopt.pipeline import Context, Pass, Selector
 from graphopt.sensitivity import Damage, scan
+from graphopt.sparsifying.criteria import Request
 
 _STEPS = 60
 """Amounts that a weight may be given, evenly spaced from none to the largest that was tried."""

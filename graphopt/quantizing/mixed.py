@@ -12,8 +12,8 @@ from torch import Tensor
 
 from graphopt.calibrate import MEMORY, Calibration, S
 from graphopt.graph import Graph, Node, Value
-from graphopt.islands import end_of
 from graphopt.pipeline import Context, Pass, PerSite, Selector, UsageError, value_text
+from graphopt.quantizing.islands import end_of
 from graphopt.report import PassRecord, Report
 from graphopt.sensitivity import Damage, Feeds, Reference, units
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from graphopt.facts import Facts, Fold, Numbers, Op, Unclear
+from graphopt.axes.facts import Facts, Fold, Numbers, Op, Unclear
 from graphopt.graph import Graph, Node, Shape, Value
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphopt import inputs
-from graphopt.axes import Axis, Group
+from graphopt.axes.groups import Axis, Group
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics import importance
 from graphopt.numerics.finite import require_finite

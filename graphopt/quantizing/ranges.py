@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from graphopt.graph import Graph, Value
-from graphopt.islands import Islands, label_of
 from graphopt.numerics.observe import OUTLIER, ChannelMinMax, Observer, oddity
 from graphopt.pipeline import Context
+from graphopt.quantizing.islands import Islands, label_of
 
 
 def observe(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from graphopt import budget
-from graphopt.budget import Bill, Candidate, Sizes
 from graphopt.cost import sizes
 from graphopt.graph import Graph
 from graphopt.pipeline import Context, UsageError
+from graphopt.pruning import budget
+from graphopt.pruning.budget import Bill, Candidate, Sizes
 
 
 def by_shares(context: Context, candidates: Sequence[Candidate], shares: Mapping[str, float], together: bool) -> Sizes:

@@ -1,0 +1,181 @@
+"""Where a pattern has several legal forms: the one that runs fastest here, or the first where nothing is measured.
+
+The smallest graph around a pattern is cut out, and its forms take turns on the engine, on what flows there at the
+example inputs (`measure.contest`). Alike patterns are measured once, and what was measured is kept on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from graphopt.backend import LoweringError, Runner
+from graphopt.backends.measure import Contender, contest, environment
+from graphopt.backends.timings import Timings
+from graphopt.graph import Graph, GraphError, Node, Value
+from graphopt.numerics.metrics import sqnr
+from graphopt.rewrite import Choice, Match, rewrite
+
+ROUNDS = 7
+"""Interleaved rounds of a contest: the fewest whose 95% interval leaves room for one pair that did not count."""
+
+ALIKE = 25.0
+"""SQNR (dB) that the forms of one pattern must share at least: less is an engine's fault, not rounding."""
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """One pattern of a graph, with all that its forms depend on."""
+
+    match: Match
+    nodes: tuple[Node, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    @classmethod
+    def of(cls, match: Match, nodes: Sequence[Node]) -> Excerpt:
+        inside = set(nodes)
+        made = {result for node in nodes for result in node.results}
+        read = dict.fromkeys(value for node in nodes for value in node.operands if value is not None)
+        inputs = tuple(value for value in read if value not in made and not value.is_constant)
+        outputs = tuple(value for node in nodes for value in node.results
+                        if value.is_output or any(user not in inside for user in value.users))  # fmt: skip
+        return cls(match, tuple(nodes), inputs, outputs)
+
+    def signature(self) -> str:
+        """What its time depends on, with values by number: the same for all patterns that are alike."""
+        numbers: dict[Value, int] = {}
+
+        def text(value: Value | None) -> str:
+            if value is None:
+                return "-"
+            number = "" if value.is_constant else f"%{numbers.setdefault(value, len(numbers))}"
+            return f"{number}{list(value.shape or ('?',))}:{value.dtype}"
+
+        lines = [
+            f"{node.kind}({', '.join(map(text, node.operands))}) {sorted(node.attributes.items())} -> "
+            f"{', '.join(map(text, node.results))}"
+            for node in self.nodes
+        ]
+        return "\n".join([*lines, f"return {', '.join(map(text, self.outputs))}"])
+
+
+@dataclass
+class Measured:
+    """What was measured for one kind of pattern, and which form that made."""
+
+    form: str
+    ratios: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    """By form, its speed over the first one's: median, and the 95% interval; geometric mean over the example inputs."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Forms that the engine refuses, or that compute something else, and how."""
+    sure: bool = True
+    """Whether the machine was steady enough to tell."""
+
+
+@dataclass
+class Measuring:
+    """Takes the form of each pattern by time. Stateful: one for the lowering of one graph."""
+
+    engine: str
+    """Name and version of what runs, for the cache."""
+    feeds: Sequence[Mapping[str, Tensor]]
+    compile: Callable[[Graph], Runner]
+    threads: int | None = None
+    timings: Timings = field(default_factory=Timings)
+    contest: Callable[..., Mapping[str, Contender]] = contest
+    found: dict[str, list[tuple[str, Measured]]] = field(default_factory=dict)
+    """By choice, a label of one site of each kind, and what was measured for it."""
+
+    def decide(self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]) -> Callable[[Match], str]:
+        """The form of each match of a choice. finish: what else turns an excerpt into the engine's operations."""
+        kinds: dict[str, Excerpt] = {}
+        of: dict[Node, str] = {}
+        for match in choice.matches(graph):
+            excerpt = Excerpt.of(match, choice.around(match))
+            of[match.root] = excerpt.signature()
+            kinds.setdefault(of[match.root], excerpt)
+        taken = self._measure(graph, choice, kinds, finish) if kinds else {}
+        self.found[choice.name] = [(kinds[one].match.root.label, measured) for one, measured in taken.items()]
+        first = next(iter(choice.forms))
+        return lambda match: taken[of[match.root]].form if of.get(match.root) in taken else first
+
+    def _measure(
+        self, graph: Graph, choice: Choice, kinds: Mapping[str, Excerpt], finish: Callable[[Graph], object]
+    ) -> dict[str, Measured]:
+        values = list(dict.fromkeys(value for one in kinds.values() for value in one.inputs))
+        flows = [dict(zip(values, graph.evaluate(feeds, values), strict=True)) for feeds in self.feeds]
+        taken = {}
+        for signature, excerpt in kinds.items():
+            inputs = [{value.name: flow[value] for value in excerpt.inputs} for flow in flows]
+            shapes = [[list(tensor.shape) for tensor in one.values()] for one in inputs]
+            key = {"engine": self.engine, "machine": _machine(), "threads": self.threads, "choice": choice.name,
+                   "forms": list(choice.forms), "pattern": signature, "shapes": shapes}  # fmt: skip
+            kept = self.timings.get(key)
+            if kept is None:
+                measured = self._contest(graph, choice, excerpt, inputs, finish)
+                self.timings.put(key, vars(measured))
+            else:
+                measured = Measured(**kept | {"ratios": {form: tuple(one) for form, one in kept["ratios"].items()}})
+            taken[signature] = measured
+        return taken
+
+    def _contest(
+        self,
+        graph: Graph,
+        choice: Choice,
+        excerpt: Excerpt,
+        inputs: Sequence[Mapping[str, Tensor]],
+        finish: Callable[[Graph], object],
+    ) -> Measured:
+        runners: dict[str, Runner] = {}
+        expected: list[list[Tensor]] = []
+        dropped: dict[str, str] = {}
+        for form in choice.forms:
+            try:
+                made = graph.extract(excerpt.inputs, excerpt.outputs)
+                if choice.forms[form] is not None:
+                    (log,) = rewrite(made, [choice.only(form)]).values()
+                    if log.declined:
+                        raise GraphError(next(iter(log.declined.values())))
+                    made.sweep()
+                finish(made)
+                runner = self.compile(made)
+                results = [runner(one) for one in inputs]
+                expected = expected or results
+                _hold(results, expected)
+                runners[form] = runner
+            except (GraphError, LoweringError, RuntimeError) as error:  # the engine's own are RuntimeErrors
+                dropped[form] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if len(runners) < 2:
+            return Measured(next(iter(runners), next(iter(choice.forms))), dropped=dropped)
+        first = next(iter(runners))
+        found = self.contest(
+            {form: [partial(runner, one) for one in inputs] for form, runner in runners.items()},
+            baseline=first, rounds=ROUNDS,
+        )  # fmt: skip
+        ratios = {form: (one.overall.median, one.overall.low, one.overall.high) for form, one in found.items()}
+        sure = all(one.overall.steady for one in found.values())
+        best = max(ratios, key=lambda form: ratios[form][0])
+        wins = sure and ratios[best][1] > 1
+        return Measured(best if wins else first, ratios, dropped, sure)
+
+
+def _hold(results: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]]) -> None:
+    """Raise GraphError where a form computes something else than the first one."""
+    for several, others in zip(results, expected, strict=True):
+        for result, other in zip(several, others, strict=True):
+            if result.shape != other.shape:
+                raise GraphError(f"its result has the shape {list(result.shape)}, not {list(other.shape)}")
+            if result.is_floating_point() and (found := float(sqnr(other, result))) < ALIKE:
+                raise GraphError(f"its result is {found:.1f} dB from the first form's")
+            if not result.is_floating_point() and (other.int() - result.int()).abs().max() > 1:
+                raise GraphError("its integers are more than one step from the first form's")
+
+
+def _machine() -> dict[str, str]:
+    known = environment()
+    return {name: known[name] for name in ("cpu", "flags", "cores")}

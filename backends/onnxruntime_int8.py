@@ -1,0 +1,189 @@
+"""Int8 words on onnxruntime: uint8 x int8 kernels, and islands of operators that stay in integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphopt.dialects import onnx_export
+from graphopt.graph import Node, Value
+from graphopt.quantizing.islands import is_global
+from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule, scalar
+
+QLINEAR = {
+    "mul": "QLinearMul",
+    "concat": "QLinearConcat",
+    "average_pool": "QLinearAveragePool",
+    "mean": "QLinearGlobalAveragePool",
+    "sigmoid": "QLinearSigmoid",
+    "leaky_relu": "QLinearLeakyRelu",
+}
+"""Words that have one operator for dequantize, the word, and quantize."""
+
+
+def _stored_kn(op: Builder, weight: Value) -> Value:
+    """The engine's kernels read weights as (in, out); the constant is laid out so once, here."""
+    tensor = op.graph.constant(weight)
+    if tensor is None:
+        raise Declined("the int8 weight is not constant")
+    return op.constant(tensor.t().contiguous())
+
+
+def _linear(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
+            bias: str | None = None) -> Pattern:  # fmt: skip
+    return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
+
+
+def _is_dynamic(m: Match) -> bool:
+    quantize, ranges = m.x.producer, m.scale.producer
+    kinds = [None if node is None else node.kind for node in (quantize, ranges)]
+    return kinds == ["quantize", "choose_qparams"]
+
+
+def _on_one_input(m: Match) -> list[Node]:
+    """A dynamic linear with all that read the same integers, and what makes those."""
+    return [m.scale.producer, m.x.producer, *m.x.users]
+
+
+def _dynamic_matmul(op: Builder, m: Match) -> Value:
+    """One kernel quantizes and multiplies, where nobody else needs the quantized value."""
+    if len(m.scale.users) != 2 or len(m.zero_point.users) != 2:  # quantize and this linear
+        raise Declined("several linears share the quantized input")
+    x = m.x.producer.input
+    return op("com.microsoft.DynamicQuantizeMatMul", x, _stored_kn(op, m.weight), m.weight_scale, None, m.bias)
+
+
+def _integer_to_float(op: Builder, m: Match) -> Value:
+    """One quantized input serves several of these."""
+    weight = _stored_kn(op, m.weight)
+    return op(
+        "com.microsoft.MatMulIntegerToFloat", m.x, weight, m.scale, m.weight_scale, m.zero_point, None, m.bias
+    )
+
+
+def _conv_pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
+                  y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
+    return op.conv_int8(x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
+
+
+def _qlinear_conv(op: Builder, m: Match) -> Value:
+    """Bias goes in as int32 steps of scale · weight_scale (ONNX QLinearConv)."""
+    graph, weight = op.graph, op.graph.constant(m.weight)
+    scale, weight_scale = graph.constant(m.scale), graph.constant(m.weight_scale)
+    if weight is None or scale is None or weight_scale is None:
+        raise Declined("its scales are not constant")
+    bias = graph.constant(m.bias) if m.bias is not None else None
+    if m.bias is not None and bias is None:
+        raise Declined("its bias is computed by the graph")
+    steps = None
+    if bias is not None:
+        limits = torch.iinfo(torch.int32)
+        rounded = (bias.double() / (scale.double() * weight_scale.double())).round()
+        steps = op.constant(rounded.clamp(limits.min, limits.max).to(torch.int32))
+    zero = op.constant(torch.zeros(weight_scale.shape, dtype=torch.int8))
+    site = m.root.attributes
+    return op(
+        "onnx.QLinearConv", m.x, m.scale, m.zero_point, m.weight, m.weight_scale, zero, m.y_scale, m.y_zero_point,
+        steps, strides=site["stride"], pads=site["padding"], dilations=site["dilation"], group=site["groups"],
+    )  # fmt: skip
+
+
+def _add_pattern(op: Recorder, a: str, a_scale: str, a_zero_point: str, b: str, b_scale: str, b_zero_point: str,
+                 y_scale: str, y_zero_point: str) -> Pattern:  # fmt: skip
+    return op.add_int8(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point)
+
+
+def _qlinear_add(op: Builder, m: Match) -> Value:
+    """The contrib kernel adds without leaving int8."""
+    return op("com.microsoft.QLinearAdd", m.a, m.a_scale, m.a_zero_point, m.b, m.b_scale, m.b_zero_point,
+              m.y_scale, m.y_zero_point)  # fmt: skip
+
+
+def _padded_pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
+                    y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
+    padded = op.pad(x, bind="pad")
+    return op.conv_int8(padded, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
+
+
+def _pads_with_zero_point(m: Match) -> bool:
+    before, attributes = m.pad.attributes["padding"], m.pad.attributes
+    rank = len(before) // 2
+    outside = (*before[:2], *before[rank : rank + 2])
+    return scalar(m.root.graph, m.zero_point) == attributes["value"] and not any(outside) and min(before) >= 0
+
+
+def _pad_inside(op: Builder, m: Match) -> Value:
+    """The kernel pads by itself, without a copy of its input."""
+    before, given = m.pad.attributes["padding"], dict(m.root.attributes)
+    rank = len(before) // 2
+    around = (*before[2:rank], *before[rank + 2 :])
+    own = given["padding"] or (0,) * len(around)
+    given["padding"] = tuple(one + other for one, other in zip(around, own, strict=True))
+    return op.conv_int8(m.x, *m.root.operands[1:], **given)
+
+
+def _quantized_pattern(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
+    return op.quantize(x, scale, zero_point)
+
+
+def island(quantize: Node) -> Node | None:
+    """The word of QLINEAR whose result a quantize alone reads, in the form that its operator computes."""
+    word = quantize.input.producer
+    if word is None or word.kind not in QLINEAR or word.result.is_output or len(word.result.users) != 1:
+        return None
+    makers = [value.producer for value in word.operands if value is not None]
+    if word.kind == "mean" and not is_global(word):
+        return None
+    return word if all(one is not None and _is_u8(one, one.input) for one in makers) and _is_u8(quantize) else None
+
+
+def _is_u8(node: Node, steps: Value | None = None) -> bool:
+    """Whether a quantize or dequantize is to or from uint8, by a stored scale for all."""
+    if node.kind not in ("quantize", "dequantize"):
+        return False
+    zero_point = node.operand("zero_point")
+    stored = node.required("scale").is_constant and zero_point is not None and zero_point.is_constant
+    dtypes = {value.dtype for value in (zero_point, steps) if value is not None}
+    return stored and node.required("scale").rank == 0 and dtypes == {torch.uint8}
+
+
+def _qlinear(op: Builder, m: Match) -> Value:
+    """One operator computes without leaving integers."""
+    word = island(m.root)
+    assert word is not None  # checked
+    makers = [value.producer for value in word.operands if value is not None]
+    sides = [side for one in makers if one is not None for side in one.operands]
+    result: tuple[Value, ...] = (m.scale, m.zero_point)
+    given = word.attributes
+    attributes: dict[str, Any] = {}
+    match word.kind:
+        case "concat":
+            sides, result, attributes = [*result, *sides], (), {"axis": given["axis"]}
+        case "average_pool":
+            attributes = {
+                "kernel_shape": given["kernel"], "strides": given["stride"] or (1,) * len(given["kernel"]),
+                "pads": given["padding"] or (0, 0) * len(given["kernel"]), "ceil_mode": int(given["ceil"]),
+                "count_include_pad": int(given["include_pad"]),
+            }  # fmt: skip
+        case "leaky_relu":
+            attributes = {"alpha": float(given["slope"])}
+    return op(f"com.microsoft.{QLINEAR[word.kind]}", *sides, *result, **attributes)
+
+
+DYNAMIC = Choice(
+    "dynamic-linear",
+    _linear,
+    {"DynamicQuantizeMatMul": _dynamic_matmul, "MatMulIntegerToFloat": _integer_to_float},
+    check=_is_dynamic,
+    around=_on_one_input,
+)
+ISLANDS = (
+    Rule("pad-into-conv", _padded_pattern, _pad_inside, check=_pads_with_zero_point),
+    Rule("matmul-integer-to-float", _linear, _integer_to_float),
+    Rule("qlinear-conv", _conv_pattern, _qlinear_conv),
+    Rule("qlinear-add", _add_pattern, _qlinear_add),
+    Rule("qlinear", _quantized_pattern, _qlinear, check=lambda m: island(m.root) is not None),
+    onnx_export.DYNAMIC_QUANTIZE,
+)
+STAGES = (DYNAMIC,), ISLANDS

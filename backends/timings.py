@@ -1,0 +1,140 @@
+"""What was measured before, on disk: one SQLite file, which several processes may write at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+MOST = 20_000
+"""Entries that are kept, about 10 MB; what was not used for longest goes."""
+
+VERSION = 1
+"""Of the table and of what it holds; a file of another one is begun anew."""
+
+WAIT = 10.0
+"""Seconds that one process waits for another to have written."""
+
+
+class TimingsWarning(UserWarning):
+    """The cache on disk cannot be used; everything is measured as if there were none."""
+
+
+def folder() -> Path:
+    """Where the cache is: GRAPHOPT_CACHE, or graphopt in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    given = os.environ.get("GRAPHOPT_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
+
+
+class Timings:
+    """Figures by key, in a file that outlives the process. What cannot be read or written costs a warning, no more.
+
+    A key is a mapping of what a timing depends on: engine, version, CPU, threads, form, shapes. A value is JSON.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or folder() / "timings.sqlite"
+        self._usable = True
+
+    def get(self, key: Mapping[str, Any]) -> Any | None:
+        """What was kept under a key, or None."""
+        with self._open() as database:
+            if database is None:
+                return None
+            found = database.execute("SELECT value FROM timings WHERE key = ?", (_text(key),)).fetchone()
+            if found is None:
+                return None
+            with suppress(sqlite3.Error):  # a file that can only be read still tells what it holds
+                database.execute("UPDATE timings SET used = ? WHERE key = ?", (time.time(), _text(key)))
+            return json.loads(found[0])
+        return None
+
+    def put(self, key: Mapping[str, Any], value: Any) -> None:
+        """Keep a value under a key, in place of what was there."""
+        with self._open() as database:
+            if database is not None:
+                row = _text(key), json.dumps(value), time.time()
+                database.execute("INSERT OR REPLACE INTO timings VALUES (?, ?, ?)", row)
+                database.execute(
+                    "DELETE FROM timings WHERE key NOT IN (SELECT key FROM timings ORDER BY used DESC LIMIT ?)", (MOST,)
+                )
+
+    def entries(self) -> list[tuple[dict[str, Any], Any]]:
+        """Every key and its value, what was used last first."""
+        with self._open() as database:
+            if database is not None:
+                rows = database.execute("SELECT key, value FROM timings ORDER BY used DESC").fetchall()
+                return [(json.loads(key), json.loads(value)) for key, value in rows]
+        return []
+
+    def clear(self) -> int:
+        """Forget everything; how many entries there were."""
+        with self._open() as database:
+            if database is not None:
+                return int(database.execute("DELETE FROM timings").rowcount)
+        return 0
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection | None]:
+        """The database inside one transaction; None once it has failed.
+
+        A file that is no cache is begun anew, with a warning. What fails inside ends the block there.
+        """
+        if not self._usable:
+            yield None
+            return
+        try:
+            database = self._connect()
+        except (sqlite3.Error, OSError) as error:
+            self._give_up(error)
+            yield None
+            return
+        try:
+            with database:
+                yield database
+        except (sqlite3.Error, json.JSONDecodeError) as error:
+            self._give_up(error)
+        finally:
+            database.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        with suppress(OSError):  # a folder that cannot be made, or is read-only, fails below
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _prepared(self.path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, or read-only: nothing is wrong with the file
+                raise
+            warnings.warn(f"{self.path} is no cache of timings ({error}): it is begun anew", TimingsWarning, 2)
+            self.path.unlink()
+            return _prepared(self.path)
+
+    def _give_up(self, error: Exception) -> None:
+        self._usable = False
+        warnings.warn(f"{self.path} cannot be used ({error}): nothing is kept of what is measured", TimingsWarning, 2)
+
+
+def _prepared(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=WAIT)
+    try:
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version != VERSION:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("DROP TABLE IF EXISTS timings")
+            database.execute("CREATE TABLE timings (key TEXT PRIMARY KEY, value TEXT NOT NULL, used REAL NOT NULL)")
+            database.execute(f"PRAGMA user_version = {VERSION}")
+            database.commit()
+        return database
+    except BaseException:
+        database.close()
+        raise
+
+
+def _text(key: Mapping[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True)

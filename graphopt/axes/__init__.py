@@ -1,0 +1,1 @@
+"""Axes: how those of one operation relate, which shrink together, which are padded; and cutting them."""

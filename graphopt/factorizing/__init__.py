@@ -1,0 +1,1 @@
+"""What `low-rank` is made of: which sites can be pairs, and their ranks."""

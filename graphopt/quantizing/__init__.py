@@ -1,0 +1,1 @@
+"""What `quantize`, `smooth` and `fold-int8` are made of: schemes, ranges, rounding, islands, mixed precision."""

@@ -1,0 +1,1 @@
+"""What `sparsify` is made of: which weights go to zero, how many in each, and what that is worth."""
