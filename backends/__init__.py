@@ -14,10 +14,13 @@ TARGETS = {
 """Module and class of each target."""
 
 
-def target(name: str) -> Backend:
-    """The backend called `name`. Raises UsageError for an unknown one, naming the nearest."""
+def target(name: str, cpu: str | None = None) -> Backend:
+    """The backend called `name`, for this machine or for another `cpu`.
+
+    Raises UsageError for an unknown one, naming the nearest.
+    """
     if name not in TARGETS:
         raise UsageError(f"there is no target {name!r}{nearest(name, list(TARGETS))}")
     module, cls = TARGETS[name]
-    backend: Backend = getattr(import_module(module), cls)()
+    backend: Backend = getattr(import_module(module), cls)(cpu)
     return backend

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -87,8 +88,9 @@ class Measuring:
     threads: int | None = None
     timings: Timings = field(default_factory=Timings)
     contest: Callable[..., Mapping[str, Contender]] = contest
-    found: dict[str, list[tuple[str, Measured]]] = field(default_factory=dict)
-    """By choice, a label of one site of each kind, and what was measured for it."""
+    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By choice, one entry for each kind of site: the label of one, how many there are, and what was measured."""
+    notes: list[str] = field(default_factory=list)
 
     def decide(self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]) -> Callable[[Match], str]:
         """The form of each match of a choice. finish: what else turns an excerpt into the engine's operations."""
@@ -99,7 +101,14 @@ class Measuring:
             of[match.root] = excerpt.signature()
             kinds.setdefault(of[match.root], excerpt)
         taken = self._measure(graph, choice, kinds, finish) if kinds else {}
-        self.found[choice.name] = [(kinds[one].match.root.label, measured) for one, measured in taken.items()]
+        self.found[choice.name] = [
+            {"site": kinds[one].match.root.label, "sites": list(of.values()).count(one), **vars(measured)}
+            for one, measured in taken.items()
+        ]
+        unsure = [kinds[one].match.root.label for one, measured in taken.items() if not measured.sure]
+        if unsure:
+            self.notes.append(f"{choice.name}: the machine is too unsteady to measure {', '.join(unsure)}; "
+                              f"the static order stands")  # fmt: skip
         first = next(iter(choice.forms))
         return lambda match: taken[of[match.root]].form if of.get(match.root) in taken else first
 

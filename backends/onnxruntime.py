@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar
 
 import onnx
@@ -15,17 +17,26 @@ from torch import Tensor
 
 from graphopt.backend import Backend, LoweringError, Runner
 from graphopt.backends import onnxruntime_float, onnxruntime_int8, onnxruntime_weights
+from graphopt.backends.choices import Measuring
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph, Node
 from graphopt.rewrite import Choice, Rule
 
 INT8_KERNELS = {
-    "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm"),
+    "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"),
     "conv_int8": ("QLinearConv",),
     "add_int8": ("QLinearAdd",),
+    **{word: (kernel,) for word, kernel in onnxruntime_int8.QLINEAR.items()},
 }
 """The kernels that count as int8, by word."""
+
+PROFILED = 7
+"""Runs that a profile takes the median of, after one to warm up."""
+
+_KERNEL = "_kernel_time"
+"""What the profiler puts behind the name of a node."""
+
 
 class OnnxRuntime(Backend):
     """Microsoft's engine, on the CPU."""
@@ -57,17 +68,19 @@ class OnnxRuntime(Backend):
         weights = onnxruntime_weights.RULES, onnxruntime_weights.FOLDED
         return *onnxruntime_float.stages(), *onnxruntime_int8.STAGES, *weights
 
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
+        return Measuring(f"onnxruntime {ort.__version__}", feeds, partial(self.compile, threads=threads), threads)
+
     def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
         assert isinstance(graph, OnnxGraph)
         return OrtRunner(graph, threads)
 
     def check(self, neutral: Graph, runner: Runner) -> None:
         built = runner.census()
-        islands = [site for site in map(onnxruntime_int8.island, neutral.sites("quantize")) if site is not None]
-        kinds = INT8_KERNELS | {word: (kernel,) for word, kernel in onnxruntime_int8.QLINEAR.items()}
-        for word, kernels in kinds.items():
-            promised = neutral.sites(word) if word in INT8_KERNELS else [one for one in islands if one.kind == word]
-            _require_kernels(built, word, kernels, promised)
+        promised = onnxruntime_int8.promised(neutral)
+        for word, kernels in INT8_KERNELS.items():
+            kinds = " and ".join(dict.fromkeys(site.kind for site in promised[word]))
+            _require_kernels(built, kinds, kernels, promised[word])
         for word, kernel in onnxruntime_weights.KERNELS.items():
             _require_kernels(built, f"weight-only {word}", (kernel,), onnxruntime_weights.promised(neutral, word))
 
@@ -102,7 +115,7 @@ class OrtRunner(Runner):
     """A session at the default options, of the file as it would be exported."""
 
     def __init__(self, graph: OnnxGraph, threads: int | None) -> None:
-        self.model = onnx_export.deployable(graph)
+        self.model, self.threads = onnx_export.deployable(graph), threads
         self.names = [value.name for value in graph.outputs]
         try:
             self.session = onnx_run.session(self.model, level="all", threads=threads)
@@ -116,6 +129,21 @@ class OrtRunner(Runner):
     def census(self) -> dict[str, int]:
         """From the model that the session optimized, dumped at the level below hardware layouts."""
         return dict(self._census)
+
+    def profile(self, feeds: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """By the engine's own profiler, the median of PROFILED runs."""
+        options = ort.SessionOptions()
+        seconds: dict[str, list[float]] = defaultdict(list)
+        with tempfile.TemporaryDirectory() as folder:
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+            session = onnx_run.session(self.model, level="all", threads=self.threads, options=options)
+            for _ in range(PROFILED + 1):
+                onnx_run.run(session, feeds)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+                seconds[event["name"].removesuffix(_KERNEL)].append(event["dur"] / 1e6)
+        return {name: median(several[1:]) for name, several in seconds.items()}
 
     @cached_property
     def _census(self) -> Counter[str]:

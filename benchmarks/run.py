@@ -41,6 +41,7 @@ def main(
     if data is not None and not data.is_dir():
         raise typer.BadParameter(f"there is no folder {data}")
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch starts its threads
+    os.environ.setdefault("GRAPHOPT_MEASURE", "0")  # cases that are about speed ask for it
     import torch
 
     from graphopt.backends.measure import environment, header

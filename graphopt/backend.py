@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor
 
 from graphopt.graph import Graph, GraphError
+from graphopt.pipeline import UsageError
 from graphopt.rewrite import Choice, Match, Rule, RuleLog, rewrite
 
 if TYPE_CHECKING:
     from graphopt.backends.measure import Ratio
+
+
+CPUS = {"avx2": "avx2", "avx512": "avx2 avx512f", "avx512_vnni": "avx2 avx512f avx512_vnni"}
+"""CPUs to lower for without measuring, and their flags as Linux spells them."""
 
 
 class LoweringError(RuntimeError):
@@ -22,7 +27,15 @@ class LoweringError(RuntimeError):
 
 
 class Chooser(Protocol):
-    """Takes the form of each match of a choice."""
+    """Takes the form of each match of a choice, and keeps an account of it."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how that went."""
+
+    @property
+    def found(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """By choice, for each kind of site what was measured, as plain data."""
 
     def decide(
         self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]
@@ -40,9 +53,13 @@ class Runner(ABC):
     def census(self) -> dict[str, int]:
         """How many kernels of each name the engine really built."""
 
+    def profile(self, feeds: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """Seconds of a run by the name of each node; nothing where the engine doesn't tell."""
+        return {}
+
 
 class Backend(ABC):
-    """Owns what is lowered and where; a pass owns how. Stateless: everything about one graph is in its Runner."""
+    """Owns what is lowered and where; a pass owns how. Knows no graph: all about one is in its Runner."""
 
     name: ClassVar[str]
     dialect: ClassVar[str]
@@ -63,11 +80,17 @@ class Backend(ABC):
     sparse: ClassVar[tuple[str, ...]] = ()
     """The patterns of zeros that kernels skip here, as `sparsify` spells them (2:4)."""
 
+    def __init__(self, cpu: str | None = None) -> None:
+        """cpu: the CPU that graphs are lowered for, of CPUS; None is this one. Raises UsageError for an unknown one."""
+        if cpu is not None and cpu not in CPUS:
+            raise UsageError(f"there is no cpu {cpu!r}; give {', '.join(CPUS)}")
+        self.cpu = cpu
+
     def weight_bits(self) -> int:
-        """Bits of int8 weights whose products with uint8 never saturate on this CPU: 8, or 7 (`saturates`)."""
+        """Bits of int8 weights whose products with uint8 never saturate on the CPU: 8, or 7 (`saturates`)."""
         from graphopt.backends.measure import environment
 
-        return 7 if saturates(environment()["flags"]) else 8
+        return 7 if saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu]) else 8
 
     @abstractmethod
     def pipeline(self) -> str:
@@ -104,6 +127,10 @@ class Backend(ABC):
             logs |= rewrite(graph, rules)
             graph.sweep()
         return logs
+
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Chooser | None:
+        """Takes forms by measuring them here at these inputs; None where no pattern has several."""
+        return None
 
     @abstractmethod
     def compile(self, graph: Graph, threads: int | None = None) -> Runner:

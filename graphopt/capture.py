@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ class Captured:
     feeds: list[Feeds]
     source: str
     notes: list[str] = field(default_factory=list)
+    untouched: Callable[[], Graph] | None = None
+    """An ONNX model as it was handed in, for timing; None of a module, whose input is the captured graph."""
 
 
 def capture(
@@ -238,6 +241,7 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str, ru
         stays = f", and stays at opset {opset}" if onnx_capture.liftable(graph) else ""
         notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run{stays} (agree=True runs it)")
         return Captured(onnx_capture.refined(_raise_checked(graph, [], None, notes)), signature, feeds, source, notes)
+    untouched = partial(onnx_capture.untouched, model)
     expected = _reference(graph, feeds, notes)
     if expected is None and example_inputs is not None:
         raise CaptureError(f"{source} does not run on the example inputs: {notes[-1]}")
@@ -250,7 +254,7 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str, ru
         else:
             notes.append(f"stays at opset {opset}: the lifted model does not compute the same")
     graph = onnx_capture.refined(_raise_checked(graph, feeds, expected, notes))
-    return Captured(graph, signature, feeds if expected is not None else [], source, notes)
+    return Captured(graph, signature, feeds if expected is not None else [], source, notes, untouched)
 
 
 def _raise_checked(

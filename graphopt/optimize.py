@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from graphopt.calibrate import Calibration
 from graphopt.capture import Captured, Feeds, Signature, capture
 from graphopt.graph import Graph, GraphError, digest
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
+from graphopt.never_slower import RERUNS, judge, losers
 from graphopt.pipeline import Context, Loss, Pass, Pipeline, UsageError, parse
-from graphopt.report import GraphDiff, Report, count_kinds
+from graphopt.report import GraphDiff, PassRecord, Report, count_kinds
 from graphopt.sensitivity import as_model
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ def optimize(
     cache: bool = False,
     threads: int | None = None,
     agree: bool | None = None,
+    measure: bool | None = None,
+    cpu: str | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> Optimized:
     """Make a model smaller and faster on a target.
@@ -62,12 +66,17 @@ def optimize(
     threads: of the engine, None for its default.
     agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
     that is not run at all unless asked, and its weights are read one by one: memory holds a few copies of the largest.
+    measure: time the forms that a pattern may take at the example inputs, and the result against the input: what makes
+    it slower is put back. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given: the CPU that
+    the result is for, where it is another one (avx2, avx512, avx512_vnni). Unmeasured, forms have a fixed order.
     instruments: further watchers of the pipeline, such as Dump or Progress.
 
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
     LoweringError when the engine builds less than promised, or the lowered graph computes something else.
     """
-    backend = _target(target)
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"threads is {threads!r}; give a whole number, at least 1")
+    backend = _target(target, cpu)
     pipeline = _pipeline(passes, backend)
     with _few_collections():
         captured = capture(
@@ -77,63 +86,126 @@ def optimize(
         data = None
         if calibration is not None:
             data = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
-        return _run(captured, pipeline, backend, data, loss or cross_entropy, evaluate, threads, agree, instruments)
+        job = _Job(captured, pipeline, backend, data, loss or cross_entropy, evaluate, threads, agree,
+                   _measures(measure, cpu), instruments)  # fmt: skip
+        return job.never_slower()
 
 
-def _run(
-    captured: Captured,
-    pipeline: Pipeline,
-    backend: Backend,
-    calibration: Calibration | None,
-    loss: Loss,
-    evaluate: Callable[[Any], float] | None,
-    threads: int | None,
-    agree: bool | None,
-    instruments: Sequence[Instrument],
-) -> Optimized:
-    """Passes, lowering, the engine, and the account of it all."""
-    original = captured.graph
-    report = Report(target=backend.name, source=captured.source, pipeline=str(pipeline), versions=_versions())
-    report.notes += captured.notes
-    large = cost.Cost.of(original).bytes > cost.LARGE
-    watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *instruments]
-    if large:
-        report.notes.append("above 2 GB: a pass that fails leaves no reproducer (instruments=[Reproduce(folder)] does)")
-    reference = _agree(captured, large, agree, report)
-    if reference is not None:
-        watchers.append(reference)
-    context = Context(
-        target=backend,
-        report=report,
-        feeds=captured.feeds,
-        calibration=calibration,
-        loss=lambda outputs, batch: loss(captured.signature.rebuild(outputs), batch),
-        evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
-        instruments=watchers,
-        threads=threads,
-    )
-    report.cost_before, report.words_before = context.cost(original), count_kinds(original.nodes)
-    neutral = pipeline.apply(original, context)
-    lowered, logs = backend.lower(neutral)
-    report.choices += [
-        {"rule": name, "sites": log.hits, "declined": log.declined}
-        for name, log in logs.items()
-        if log.hits or log.declined
-    ]
-    if reference is not None:
-        try:
-            reference.hold(lowered, neutral)
-        except GraphError as error:
-            raise LoweringError(f"lowered for {backend.name}, the graph computes something else: {error}") from error
-    report.cost_after, report.words_after = context.cost(neutral), count_kinds(neutral.nodes)
-    made = Optimized(original, neutral, lowered, report, backend, captured.signature, captured.feeds, threads)
-    if large and not agree:
+@dataclass
+class _Job:
+    """One call of `optimize`: what it was asked for, and the pipeline with all that follows it."""
+
+    captured: Captured
+    pipeline: Pipeline
+    backend: Backend
+    calibration: Calibration | None
+    loss: Loss
+    evaluate: Callable[[Any], float] | None
+    threads: int | None
+    agree: bool | None
+    measure: bool
+    instruments: Sequence[Instrument]
+
+    def never_slower(self) -> Optimized:
+        """The result; where it is slower than the input, sites that lose are put back, and in the end all of them."""
+        made = self.run(self.pipeline, {})
+        if not (self.measure and self.captured.feeds) or self._unasked_for_its_size():
+            return made
+        from graphopt.backends.measure import contest
+
+        untouched = self.captured.untouched() if self.captured.untouched else self.captured.graph
+        baseline = self.backend.compile(untouched, self.threads)
+        feeds = self.captured.feeds
+        put_back: dict[str, str] = {}
+        for _ in range(RERUNS):
+            verdict = judge(made.runner, baseline, feeds, contest)
+            lost = losers(made.runner, baseline, feeds, self._lossy(made.report)) if verdict.loses else {}
+            if not lost:
+                break
+            put_back |= {label: f"slower so: {1e6 * after:.0f} us in place of {1e6 * before:.0f} us over the examples"
+                         for label, (before, after) in lost.items()}  # fmt: skip
+            made = self.run(self.pipeline, put_back)
+        else:
+            verdict = judge(made.runner, baseline, feeds, contest)
+        for simpler, what in (("simplify", "the simplified float model"), ("", "the input as it was")):
+            if not verdict.loses:
+                break
+            note = f"nothing that was asked for made the model faster here: this is {what}"
+            passes = _pipeline(None, self.backend) if simpler else Pipeline([])
+            made = self.run(passes, {}, lower=bool(simpler))
+            made.report.notes.append(note)
+            verdict = judge(made.runner, baseline, feeds, contest)
+        made.report.speed = [
+            {"shapes": _shapes(one), "median": ratio.median, "low": ratio.low, "high": ratio.high,
+             "rounds": ratio.rounds, "steady": ratio.steady}
+            for one, ratio in zip(feeds, verdict.ratios, strict=True)
+        ]  # fmt: skip
         return made
-    backend.check(neutral, made.runner)
-    report.census = made.runner.census()
-    if reference is not None:
-        report.agreement = reference.compare(made.runner)
-    return made
+
+    def run(self, pipeline: Pipeline, put_back: Mapping[str, str], *, lower: bool = True) -> Optimized:
+        """Passes, lowering, the engine, and the account of it all."""
+        captured, backend, original = self.captured, self.backend, self.captured.graph
+        report = Report(target=backend.name, source=captured.source, pipeline=str(pipeline), versions=_versions())
+        report.notes += captured.notes
+        report.put_back = dict(put_back)
+        large = self._is_large()
+        watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *self.instruments]
+        if large:
+            reproducer = "instruments=[Reproduce(folder)] does"
+            report.notes.append(f"above 2 GB: a pass that fails leaves no reproducer ({reproducer})")
+        reference = _agree(captured, large, self.agree, report)
+        if reference is not None:
+            watchers.append(reference)
+        evaluate = self.evaluate
+        context = Context(
+            target=backend,
+            report=report,
+            feeds=captured.feeds,
+            calibration=self.calibration,
+            loss=lambda outputs, batch: self.loss(captured.signature.rebuild(outputs), batch),
+            evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
+            instruments=watchers,
+            threads=self.threads,
+            put_back=put_back,
+        )
+        report.cost_before, report.words_before = context.cost(original), count_kinds(original.nodes)
+        neutral = pipeline.apply(original, context)
+        measures = self.measure and captured.feeds and not self._unasked_for_its_size()
+        chooser = backend.chooser(captured.feeds, self.threads) if measures else None
+        lowered, logs = backend.lower(neutral, chooser) if lower else (neutral, {})
+        found = {} if chooser is None else chooser.found
+        report.notes += [] if chooser is None else chooser.notes
+        report.choices += [
+            {"rule": name, "sites": log.hits, "declined": log.declined, "measured": found.get(name, [])}
+            for name, log in logs.items()
+            if log.hits or log.declined or found.get(name)
+        ]
+        if reference is not None:
+            try:
+                reference.hold(lowered, neutral)
+            except GraphError as error:
+                what = f"lowered for {backend.name}, the graph computes something else: {error}"
+                raise LoweringError(what) from error
+        report.cost_after, report.words_after = context.cost(neutral), count_kinds(neutral.nodes)
+        made = Optimized(original, neutral, lowered, report, backend, captured.signature, captured.feeds, self.threads)
+        if self._unasked_for_its_size():
+            return made
+        backend.check(neutral, made.runner)
+        report.census = made.runner.census()
+        if reference is not None:
+            report.agreement = reference.compare(made.runner)
+        return made
+
+    def _is_large(self) -> bool:
+        return cost.Cost.of(self.captured.graph).bytes > cost.LARGE
+
+    def _unasked_for_its_size(self) -> bool:
+        """Whether the model is too large to be run unless that is asked for."""
+        return self._is_large() and not self.agree
+
+    def _lossy(self, report: Report) -> list[PassRecord]:
+        lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
+        return [record for record in report.passes if record.name not in lossless]
 
 
 @dataclass
@@ -201,8 +273,7 @@ class Optimized:
             calls = {name: partial(run, feeds) for name, run in
                      {"original": original, "control": original, "optimized": self.runner}.items()}  # fmt: skip
             ratios = paired(calls, baseline="original", rounds=rounds)
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
-            result.rows.append((shapes, {name: ratios[name] for name in ("optimized", "control")}))
+            result.rows.append((_shapes(feeds), {name: ratios[name] for name in ("optimized", "control")}))
         return result
 
     def graphsurgeon(self) -> Any:
@@ -277,10 +348,21 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _target(name: str) -> Backend:
+def _measures(asked: bool | None, cpu: str | None) -> bool:
+    """Whether to time forms and results."""
+    if asked and cpu is not None:
+        raise UsageError(f"cpu={cpu} is another machine, which cannot be measured here: leave measure=True out")
+    return (os.environ.get("GRAPHOPT_MEASURE") != "0" and cpu is None) if asked is None else asked
+
+
+def _shapes(feeds: Feeds) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
+
+
+def _target(name: str, cpu: str | None = None) -> Backend:
     from graphopt.backends import target
 
-    return target(name)
+    return target(name, cpu)
 
 
 def _pipeline(passes: str | Pass | Iterable[Pass] | None, backend: Backend) -> Pipeline:

@@ -172,6 +172,8 @@ class Context:
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The account of the pass that runs now."""
     current: Pass | None = None
+    put_back: Mapping[str, str] = field(default_factory=dict)
+    """By label, sites that passes which lose accuracy leave as they are, and why: there they made the model slower."""
     labels: dict[Node, str] = field(default_factory=dict)
     """How the account calls the sites: their label, with the node's name where several share that (a shared module)."""
 
@@ -194,7 +196,14 @@ class Context:
         for node in chosen:
             self.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
         self.record.eligible.extend(self.labels[node] for node in chosen)
-        return chosen
+        return [node for node in chosen if not self.puts_back(self.labels[node])]
+
+    def puts_back(self, label: str) -> bool:
+        """Whether a site stays as it is because the model was slower with it changed; it is then declined."""
+        if label not in self.put_back or self.current is None or self.current.lossless:
+            return False
+        self.record.declined[label] = self.put_back[label]
+        return True
 
     def per_site(self, graph: Graph, option: str, values: PerSite, targets: Selector) -> dict[Node, Any]:
         """The value of each site that `targets` selects and a term of `values` matches.

@@ -83,6 +83,10 @@ class Report:
     """Where a pattern had several legal forms: which was taken, and why."""
     agreement: list[Agreement] = field(default_factory=list)
     """The deployed result against the original, on the example inputs."""
+    speed: list[dict[str, Any]] = field(default_factory=list)
+    """By example shape, how many times as fast as the input: "shapes", "median", "low" and "high" (95%), "rounds"."""
+    put_back: dict[str, str] = field(default_factory=dict)
+    """By label, sites that are as they were because the model was slower with them changed, and by how much."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: numbers that JSON does not have (an SQNR of infinity) as text."""

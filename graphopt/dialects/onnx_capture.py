@@ -75,6 +75,11 @@ def from_model(model: Any) -> OnnxGraph:
     return OnnxGraph.from_model(model)
 
 
+def untouched(model: ir.Model | onnx.ModelProto) -> Graph:
+    """A graph of a model as it is, to be run; nothing is raised in it or put in order."""
+    return OnnxGraph(parsed(model) if isinstance(model, onnx.ModelProto) else model.clone())
+
+
 def refined(graph: Graph) -> Graph:
     """The graph, with the shapes that raising made known."""
     assert isinstance(graph, OnnxGraph)

@@ -71,7 +71,7 @@ def open_groups(
     chosen = [group for group in found if group in wanted]
     context.record.eligible.extend(group.name for group in chosen)
     context.record.declined.update((group.name, f"it {group.locked}") for group in chosen if group.locked)
-    left = [group for group in chosen if not group.locked]
+    left = [group for group in chosen if not (group.locked or context.puts_back(group.name))]
     for several in [[kind] for kind in required] or [list(kinds)]:
         if not any(group.kind in several for group in left):
             held = [group for group in chosen if group.kind in several]
