@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -42,6 +43,16 @@ class Chooser(Protocol):
     ) -> Callable[[Match], str]: ...
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How a target wants static activations that are quantized only where int8 words read them."""
+
+    signed: bool = False
+    """Whether they are int8 about zero, or uint8 with a zero point."""
+    fuses_sum: bool = False
+    """Whether an add takes the result of an int8 conv as it is, and only its other side in integers."""
+
+
 class Runner(ABC):
     """A graph compiled for its engine."""
 
@@ -70,10 +81,15 @@ class Backend(ABC):
     """By word, the quantization schemes that have a fast kernel here, best first; no entry: the word stays float."""
     narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By word, the bits that weights may have where they alone are integers (the scheme weight-only), best first."""
+    placement: ClassVar[Placement | None] = None
+    """Where integers are wanted; None: in closed islands, whose results are integers too."""
     floats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
     """The floats of 16 bits that it computes in."""
     round_to: ClassVar[Mapping[str, int]]
     """Sizes that kernels run fast are multiples of these: by kind of axis (neurons, channels, width, rank)."""
+
+    runs: ClassVar[bool] = True
+    """Whether its engine runs here; else a reference does, and nothing is timed."""
 
     zeros: ClassVar[str] = "dense kernels multiply zeros like any number: a file is smaller once compressed, no more"
     """What zeros inside weights bring here, in words for the user."""
@@ -85,6 +101,10 @@ class Backend(ABC):
         if cpu is not None and cpu not in CPUS:
             raise UsageError(f"there is no cpu {cpu!r}; give {', '.join(CPUS)}")
         self.cpu = cpu
+
+    def notes(self) -> list[str]:
+        """What the user should know of any result on this target."""
+        return []
 
     def weight_bits(self) -> int:
         """Bits of int8 weights whose products with uint8 never saturate on the CPU: 8, or 7 (`saturates`)."""
@@ -147,8 +167,10 @@ class Backend(ABC):
     ) -> list[Ratio]:
         """How many times faster than `baseline` a graph of words runs here once lowered: one Ratio for each feeds.
 
-        Paired and interleaved (`measure.paired`). Raises LoweringError where the engine cannot build one of them.
+        Paired and interleaved (`measure.paired`). Raises LoweringError where the engine cannot build one of them, and
+        UsageError where it does not run here.
         """
+        self.require_runs()
         from graphopt.backends.measure import paired
 
         runners = {name: self.compile(self.lower(one)[0], threads)
@@ -159,6 +181,11 @@ class Backend(ABC):
             ]
             for one in feeds
         ]
+
+    def require_runs(self) -> None:
+        """Raise UsageError where the engine does not run here, so that nothing can be timed."""
+        if not self.runs:
+            raise UsageError(f"{self.name} does not run here: export the file, and time it where it does")
 
     @abstractmethod
     def check(self, neutral: Graph, runner: Runner) -> None:

@@ -87,7 +87,7 @@ def optimize(
         if calibration is not None:
             data = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
         job = _Job(captured, pipeline, backend, data, loss or cross_entropy, evaluate, threads, agree,
-                   _measures(measure, cpu), instruments)  # fmt: skip
+                   backend.runs and _measures(measure, cpu), instruments)  # fmt: skip
         return job.never_slower()
 
 
@@ -146,7 +146,7 @@ class _Job:
         """Passes, lowering, the engine, and the account of it all."""
         captured, backend, original = self.captured, self.backend, self.captured.graph
         report = Report(target=backend.name, source=captured.source, pipeline=str(pipeline), versions=_versions())
-        report.notes += captured.notes
+        report.notes += [*captured.notes, *backend.notes()]
         report.put_back = dict(put_back)
         large = self._is_large()
         watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *self.instruments]
@@ -258,10 +258,12 @@ class Optimized:
     def bench(self, inputs: Any = None, *, rounds: int = 15) -> BenchResult:
         """Time against the original graph on the same engine, paired and interleaved, at each example shape.
 
-        inputs: a batch or a list of batches; the example inputs by default. Raises UsageError without either.
+        inputs: a batch or a list of batches; the example inputs by default. Raises UsageError without either, and
+        where the engine does not run here.
         """
         from graphopt.backends.measure import environment, header, paired
 
+        self.backend.require_runs()
         several = inputs if isinstance(inputs, list) else [] if inputs is None else [inputs]
         batches = [self.signature.bind((one,) if not isinstance(one, tuple) else one, {})[0] for one in several]
         if not (batches or self.feeds):

@@ -14,6 +14,7 @@ from graphopt.pipeline import Context, Pass, PerSite, Selector, Stage, UsageErro
 from graphopt.quantizing import schemes
 from graphopt.quantizing.islands import Islands
 from graphopt.quantizing.mixed import Goal, keep, remember
+from graphopt.quantizing.placement import islands_on
 from graphopt.quantizing.ranges import observe
 from graphopt.quantizing.rounding import Recipe, Rounding
 
@@ -91,7 +92,7 @@ class Quantize(Pass):
         goal, free = Goal(self.sqnr, self.cosine, self.max_drop), replace(self, sqnr=None, cosine=None, max_drop=None)
         context = remember(context) if goal.asked else context
         kept = keep(graph, free, goal, context) if goal.asked else {}
-        islands, rounding = Islands(graph), Rounding(graph)
+        islands, rounding = islands_on(graph, context), Rounding(graph)
         for site, chosen in self._chosen(graph, context, kept).items():
             islands.schemes[site] = chosen[0]
             if isinstance(chosen[1], Recipe):

@@ -156,16 +156,34 @@ def activation_parameters(low: Tensor | float, high: Tensor | float) -> tuple[fl
     Raises ValueError when low > high, or when an end or the width is not finite in float32.
     Source: Jacob et al. 2018, section 3; the arithmetic, in float32, is that of ONNX DynamicQuantizeLinear.
     """
+    bottom, top = _widened(low, high)
+    scale = (top - bottom) / 255.0
+    if float(scale) < _SMALLEST_SCALE:
+        return 1.0, 0
+    return float(scale), int(torch.round(-bottom / scale).clamp(0, 255))
+
+
+def symmetric_scale(low: Tensor | float, high: Tensor | float) -> float:
+    """The scale that maps the range [low, high] onto the integers -127..127, with 0 for 0.
+
+    low, high: numbers or tensors of one element; the end of larger magnitude is at -127 or 127. Returns a float32
+    value, > 0, in units of activation per step; 1 where the range is only 0, or the scale would be subnormal. Error per
+    element within the range is at most scale / 2. Raises ValueError as `activation_parameters` does.
+    Source: Jacob et al. 2018, section 3, with zero point 0.
+    """
+    bottom, top = _widened(low, high)
+    return float(_normal(torch.maximum(top, -bottom) / 127.0))
+
+
+def _widened(low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
+    """A range in float32 that holds 0. Raises ValueError when low > high, or when it is not finite."""
     ends = torch.tensor([float(low), float(high)], dtype=torch.float32)
     if float(low) > float(high):
         raise ValueError(f"the range [{float(low)}, {float(high)}] has low above high")
     bottom, top = ends[0].clamp(max=0.0), ends[1].clamp(min=0.0)
     if not bool(torch.isfinite(top - bottom)):
         raise ValueError(f"the range [{float(low)}, {float(high)}] is not finite in float32")
-    scale = (top - bottom) / 255.0
-    if float(scale) < _SMALLEST_SCALE:
-        return 1.0, 0
-    return float(scale), int(torch.round(-bottom / scale).clamp(0, 255))
+    return bottom, top
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:

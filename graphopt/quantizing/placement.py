@@ -1,0 +1,86 @@
+"""Integers where a target wants them: closed islands of them, or only what int8 words read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from graphopt.backend import Placement
+from graphopt.graph import Graph, Node, Value
+from graphopt.numerics import quantize
+from graphopt.numerics.observe import Observer
+from graphopt.pipeline import Context, Selector
+from graphopt.quantizing.islands import Islands, end_of, is_dequantized, label_of
+
+
+def islands_on(graph: Graph, context: Context) -> Islands:
+    """The islands of a graph, as the target places them."""
+    placement: Placement | None = None if context.target is None else context.target.placement
+    return Islands(graph) if placement is None else OpenIslands(graph, placement=placement)
+
+
+@dataclass
+class OpenIslands(Islands):
+    """Integers only where they are read: by static sites, and by adds of what static convs give.
+
+    Nothing is quantized for its own sake, so a target can fuse what stands behind a conv.
+    """
+
+    placement: Placement = field(default_factory=Placement)
+    floats: set[Value] = field(default_factory=set)
+    """What an add takes as it is: the result of the conv that it is fused into."""
+
+    def join(self, legal: Callable[[str], bool], ignore: Selector) -> dict[Node, str]:
+        """Take in the adds that read results of convs or of adds before; the reasons of those that stay float."""
+        results = {end_of(conv).result for conv in self.static("conv")}
+        declined: dict[Node, str] = {}
+        for node in self.graph.sites("add"):
+            if not any(value in results for value in node.operands) or not legal("add"):
+                continue
+            given = next((value for value in _sides(node) if value.producer is None), None)
+            if node in ignore:
+                declined[node] = "it is to stay float"
+            elif given is not None:
+                declined[node] = f"one side is not computed: {label_of(given)}"
+            else:
+                self.members[node] = None
+                results.add(end_of(node).result)
+        if self.placement.fuses_sum:
+            convs = {conv.result for conv in self.static("conv") if len(conv.result.users) == 1}
+            for node in self.members:
+                self.floats.update([value for value in _sides(node) if value in convs][-1:])
+        return declined
+
+    def observed(self) -> list[Value]:
+        """The values that need a range: what static sites read, and adds unless they take it as it is."""
+        read = [site.input for site in self.static("linear", "conv")]
+        read += [value for node in [*self.static("matmul"), *self.members] for value in _sides(node)]
+        return [value for value in dict.fromkeys(read) if not (is_dequantized(value) or value in self.floats)]
+
+    def measure(self, ranges: Mapping[Value, Observer]) -> None:
+        if not self.placement.signed:
+            return super().measure(ranges)
+        for value, seen in ranges.items():
+            try:
+                scale = quantize.symmetric_scale(*seen.range())
+            except ValueError as error:
+                raise ValueError(f"activation of {label_of(value)}: {error}") from error
+            self.parameters[value] = (
+                self.graph.add_constant(torch.tensor(scale), "scale"),
+                self.graph.add_constant(torch.zeros((), dtype=torch.int8), "zero_point"),
+            )
+
+    def _close(self, node: Node, value: Value) -> None:
+        """A result stays open: who reads it quantizes it."""
+        if node.result in self.floats:
+            self.floats.add(value)
+        self._put(node, value)
+
+    def _activation(self, x: Value, scheme: str, at: Node) -> Value:
+        return x if x in self.floats else super()._activation(x, scheme, at)
+
+
+def _sides(node: Node) -> tuple[Value, Value]:
+    return node.required("a"), node.required("b")
