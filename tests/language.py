@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.backend import Placement
 from graphopt.calibrate import Calibration
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.metrics import within_tolerance
@@ -166,6 +167,7 @@ class FakeTarget:
     sparse: tuple[str, ...] = ()
     narrow: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     floats: tuple[str, ...] = ()
+    placement: Placement | None = None
     bits: int = 8
 
     def weight_bits(self) -> int:
