@@ -207,9 +207,13 @@ def _read_matmul(site: _Site) -> Value | None:
     weight = site.weight(3, site.input(4), site.input(5), kn=True) if site.required(3).rank == 2 else None
     if weight is not None:
         return site.quantized(site.emit("linear", site.activation(0), weight), 6)
-    if site.required(4).rank not in (0, None) and site.required(4).shape != (1,):
+    if not _is_one(site.required(4)):
         return None
     return site.quantized(site.emit("matmul", site.activation(0), site.activation(3)), 6)
+
+
+def _is_one(scale: OnnxValue) -> bool:
+    return scale.rank in (0, None) or scale.shape == (1,)
 
 
 def _read_gemm(site: _Site) -> Value | None:
@@ -227,10 +231,13 @@ def _read_gemm(site: _Site) -> Value | None:
 
 
 def _read_integer_to_float(site: _Site) -> Value | None:
-    weight = site.weight(1, site.input(3), site.input(5), kn=True)
-    if weight is None:
+    right, scale = site.required(1), site.required(3)
+    weight = site.weight(1, scale, site.input(5), kn=True) if right.rank == 2 else None
+    if weight is None and (right.is_constant or site.input(6) is not None or not _is_one(scale)):
         return None
     x = site.dequantized(site.required(0), site.required(2), site.input(4))
+    if weight is None:
+        return site.emit("matmul", x, site.dequantized(right, scale, site.input(5)))
     return site.emit("linear", x, weight, site.input(6))
 
 

@@ -13,13 +13,19 @@ from graphopt.numerics.observe import Observer
 from graphopt.pipeline import Selector
 from graphopt.quantizing.rounding import Rounding
 
-JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu")
-"""Words that compute in integers what they get in integers, with a scale of their own for the result."""
+JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu", "softmax")
+"""Words that compute in integers what they get in integers, with a scale of their own for the result.
+
+A softmax is one of them only in a graph with static matmuls: those of attention, which are asked for by name.
+"""
 
 MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
 """Words whose result holds what the input does, at most zeros besides: it keeps the input's scale."""
 
 _SEVERAL = ("add", "mul", "concat")
+
+_SHARES = 1 / 256, 0
+"""Scale and zero point of a softmax in integers: what is between 0 and 1 by nature needs no calibration."""
 
 
 @dataclass
@@ -27,7 +33,8 @@ class Islands:
     """What will be in integers: decided on the graph as it is, then emitted in its order.
 
     One scale and zero point a value, for all sites that read it. The result of a static conv is quantized too, behind a
-    relu or clip that follows, and so is that of what joins such results: a target then finds closed islands.
+    relu or clip that follows, and so is that of what joins such results: a target then finds closed islands. The result
+    of a static matmul is where it is read in integers.
     """
 
     graph: Graph
@@ -37,6 +44,8 @@ class Islands:
     """What joins results that are integers, in order."""
     moves: dict[Node, None] = field(default_factory=dict)
     """What moves them, in order."""
+    closed: dict[Node, None] = field(default_factory=dict)
+    """The static matmuls whose result is quantized."""
     weights: Rounding | None = None
     """The weights of these sites, in integers."""
     parameters: dict[Value, tuple[Value, Value]] = field(default_factory=dict)
@@ -55,10 +64,13 @@ class Islands:
         where its own result is read in integers too.
         """
         inputs = {conv.input for conv in self.static("conv")}
-        results = {end_of(conv).result for conv in self.static("conv")}
+        results = {end_of(site).result for site in self.static("conv", "matmul")}
+        words = {*JOINED, *MOVES}
+        if not any(self.static("matmul")):
+            words.remove("softmax")
         declined: dict[Node, str] = {}
         for node in self.graph.nodes:
-            if node.kind not in (*JOINED, *MOVES) or not any(value in results for value in node.operands):
+            if node.kind not in words or not any(value in results for value in node.operands):
                 continue
             reason = "it is to stay float" if node in ignore else _why_not(node, results | inputs)
             if reason is None and node.kind in JOINED and not legal(node.kind):
@@ -72,7 +84,7 @@ class Islands:
         return declined
 
     def _drop_idle(self, declined: dict[Node, str]) -> None:
-        """Let go of words of one operand whose result nobody reads in integers, the last first."""
+        """Let go of words of one operand whose result nobody reads in integers, the last first; matmuls give float."""
         readers = {site: [site.input] for site in self.static("linear", "conv")}
         for site in self.static("matmul"):
             readers[site] = [site.required("a"), site.required("b")]
@@ -86,23 +98,18 @@ class Islands:
                 self.moves.pop(node, None)
             else:
                 wanted.update(value for value in _data(node))
-        # what joined through one that was let go has operands in float now
-        kept = {end_of(conv).result for conv in self.static("conv")}
-        kept |= {conv.input for conv in self.static("conv")}
-        for node in self.graph.nodes:
-            if node in self.members and not kept.issuperset(_data(node)):
-                declined[node] = "one side stays float"
-                del self.members[node]
-            elif node in self.members or node in self.moves:
-                kept.add(end_of(node).result if node in self.members else node.result)
+        self.closed = dict.fromkeys(site for site in self.static("matmul") if site.result in wanted)
 
     def observed(self) -> list[Value]:
         """The values that need a range: inputs of static sites, results of static convs and of what joins them."""
         inputs = [site.input for site in self.static("linear", "conv")]
         inputs += [site.required(name) for site in self.static("matmul") for name in ("a", "b")]
-        results = [end_of(node).result for node in [*self.static("conv"), *self.members]]
-        moved = {node.result for node in self.moves}
-        return [value for value in dict.fromkeys(inputs + results) if not is_dequantized(value) and value not in moved]
+        results = [end_of(node).result for node in [*self.static("conv"), *self.closed, *self.members]]
+        known = {node.result for node in self.moves} | self._softmaxes()
+        return [value for value in dict.fromkeys(inputs + results) if not is_dequantized(value) and value not in known]
+
+    def _softmaxes(self) -> set[Value]:
+        return {node.result for node in self.members if node.kind == "softmax"}
 
     def measure(self, ranges: Mapping[Value, Observer]) -> None:
         """Turn ranges into parameters. Raises ValueError, naming the node, where a range is empty or not finite."""
@@ -111,10 +118,12 @@ class Islands:
                 number, integer = quantize.activation_parameters(*seen.range())
             except ValueError as error:
                 raise ValueError(f"activation of {label_of(value)}: {error}") from error
-            self.parameters[value] = (
-                self.graph.add_constant(torch.tensor(number), "scale"),
-                self.graph.add_constant(torch.tensor(integer, dtype=torch.uint8), "zero_point"),
-            )
+            self.parameters[value] = self._stored(number, integer)
+        self.parameters |= {value: self._stored(*_SHARES) for value in self._softmaxes()}
+
+    def _stored(self, scale: float, zero_point: int) -> tuple[Value, Value]:
+        stored = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8)
+        return self.graph.add_constant(stored[0], "scale"), self.graph.add_constant(stored[1], "zero_point")
 
     def emit(self) -> None:
         assert self.weights is not None
@@ -125,7 +134,8 @@ class Islands:
                 self._put(node, self.graph.emit(node, table, node.required("ids"), at=node))
             elif node.kind == "matmul":
                 sides = (self._activation(node.required(name), self.schemes[node], node) for name in ("a", "b"))
-                self._put(node, self.graph.emit(node, *sides, at=node))
+                put = self._close if node in self.closed else self._put
+                put(node, self.graph.emit(node, *sides, at=node))
             elif node in self.schemes:
                 x = self._activation(node.input, self.schemes[node], node)
                 weight, bias = self.weights.emit(node)

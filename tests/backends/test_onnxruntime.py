@@ -267,6 +267,61 @@ def test_a_decoder_is_lowered_whole() -> None:
     assert cosine(module(**inputs), result(**inputs)) > 0.999
 
 
+# --- products of activations ---------------------------------------------------------------------------------------
+
+
+class Products(nn.Module):
+    """Attention as two batched products; 3-D, so that it stays decomposed."""
+
+    masked = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = torch.bmm(self.q(x), self.k(x).transpose(1, 2))
+        scores = scores + mask if self.masked else scores
+        y: Tensor = self.out(torch.bmm(scores.softmax(-1), self.v(x + 0 * mask.sum())))
+        return y
+
+
+class MaskedProducts(Products):
+    """With a mask that is added to the scores."""
+
+    masked = True
+
+
+CLOSED = {"MatMulIntegerToFloat": 4, "QLinearMatMul": 2, "QLinearSoftmax": 1, "QuantizeLinear": 5}
+OPEN = {"MatMulIntegerToFloat": 5, "QLinearMatMul": 1, "Softmax": 1, "QuantizeLinear": 6}
+
+
+@pytest.mark.parametrize(("kind", "kernels"), [(Products, CLOSED), (MaskedProducts, OPEN)])
+def test_products_of_attention_in_integers(kind: type[Products], kernels: dict[str, int], tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    batches = [{"x": torch.randn(2, 16, 32, generator=draw), "mask": torch.randn(2, 16, 16, generator=draw)}
+               for _ in range(4)]  # fmt: skip
+    module = seeded(kind)
+    result = graphopt.optimize(module, "quantize{targets=[linear,matmul]}", example_inputs=batches[0],
+                               calibration=batches, measure=False)  # fmt: skip
+
+    def integer(census: Mapping[str, int]) -> dict[str, int]:
+        counted = {*COMPUTING, "QLinearSoftmax"} - {"Sum"}
+        return {op: count for op, count in census.items() if op in counted}
+
+    assert integer(result.report.census) == kernels
+    record = next(record for record in result.report.passes if record.name == "quantize")
+    assert record.changed == (6 if kind.masked else 7)
+    (expected,), found = unoptimized(result, batches[1]), result(**batches[1])
+    assert (found - expected).abs().max() <= expected.abs().max() / 255
+    assert sqnr(module(**batches[1]), found) > 25
+    for portable in (False, True):
+        path = result.export(tmp_path / f"{portable}.onnx", portable=portable)
+        again = graphopt.optimize(path, example_inputs=batches[0], measure=False)
+        assert integer(again.report.census) == kernels
+        assert (next(iter(again(**batches[1]).values())) - found).abs().max() <= expected.abs().max() / 255
+
+
 # --- promises ------------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +338,21 @@ def test_fewer_kernels_than_promised_is_an_error_that_lists_the_nodes() -> None:
             return super().census() | {"MatMulIntegerToFloat": 0, "QLinearMatMul": 0, "QGemm": 0}
 
     with pytest.raises(LoweringError, match=r"1 linear_int8 were promised and onnxruntime built 0 .* block\.up"):
+        OnnxRuntime().check(graph, Float(graph, None))
+
+
+def test_products_are_promised_with_the_linears() -> None:
+    text = "y = matmul(dequantize(a[2,3]:uint8, S[]:ones, Z[]:uint8:ones), dequantize(b[3,2]:uint8, S, Z))"
+    graph = build("onnx", text)
+    assert isinstance(graph, OnnxGraph)
+    lowered, _ = OnnxRuntime().lower(graph)
+    OnnxRuntime().check(graph, OnnxRuntime().compile(lowered))
+
+    class Float(OrtRunner):
+        def census(self) -> dict[str, int]:
+            return {"MatMul": 1}
+
+    with pytest.raises(LoweringError, match=r"1 matmul were promised and onnxruntime built 0 .* among MatMul"):
         OnnxRuntime().check(graph, Float(graph, None))
 
 

@@ -4,9 +4,23 @@ import pytest
 import torch
 
 from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.dialects import onnx_run
+from graphopt.dialects.onnx import OnnxGraph
+from graphopt.graph import Graph
 from graphopt.passes import FoldInt8, Quantize
 from graphopt.pipeline import Selector
-from tests.language import FakeTarget, assert_outputs_equal, build, declined, feeds, listing, outputs, producer, run
+from tests.language import (
+    FakeTarget,
+    assert_outputs_equal,
+    build,
+    declined,
+    feeds,
+    listing,
+    outputs,
+    producer,
+    run,
+    stored,
+)
 
 POOLS = """
     c = conv(x[1,4,8,8], V[4,4,3,3], B[4], padding=[1,1,1,1])
@@ -128,3 +142,100 @@ def test_calibrated_sites_on_a_moved_value_share_its_integers(dialect: str) -> N
     run(Quantize(), graph, calibration=[feeds(graph)])
     run(FoldInt8(), graph)
     assert [line.split(" = ")[1].split("(")[0] for line in listing(graph)[:-1]].count("quantize") == 3
+
+
+# --- products of activations -----------------------------------------------------------------------------------------
+
+ATTENTION = """
+    s = matmul(q[2,4,8,16], k[2,4,16,8])
+    c = matmul(softmax(s), v[2,4,8,16])
+    y = linear(reshape(transpose(c, perm=[0,2,1,3]), S[3]:int64:values(2,8,64)), W[32,64])
+    """
+MASKED = """
+    s = matmul(q[2,4,8,16], k[2,4,16,8])
+    y = matmul(softmax(add(s, m[2,1,1,8])), v[2,4,8,16])
+    """
+CHAIN = "y = matmul(a[2,3,4], matmul(b[2,4,5], c[2,5,4]))"
+ACROSS = "p = softmax(transpose(matmul(a[2,3,4], b[2,4,3]), perm=[0,2,1]), axis=1)\ny = matmul(p, a)"
+
+PRODUCTS = {
+    ATTENTION: {"QLinearMatMul": 2, "QLinearSoftmax": 1, "MatMulIntegerToFloat": 1, "Transpose": 1, "Reshape": 1,
+                "QuantizeLinear": 3},
+    MASKED: {"MatMulIntegerToFloat": 2, "Add": 1, "Softmax": 1, "QuantizeLinear": 4},
+    CHAIN: {"QLinearMatMul": 1, "MatMulIntegerToFloat": 1, "QuantizeLinear": 3},
+    ACROSS: {"QLinearMatMul": 1, "QLinearSoftmax": 1, "MatMulIntegerToFloat": 1, "Transpose": 1, "QuantizeLinear": 3},
+}  # fmt: skip
+
+
+def quantized(dialect: str, text: str, *ignore: str) -> Graph:
+    graph = build(dialect, text)
+    targets = Selector(*sorted({node.kind for node in graph.nodes} & {"linear", "matmul", "conv"}))
+    calibration = [feeds(graph, seed) for seed in range(4)]
+    run(Quantize(targets=targets, ignore=Selector(*ignore), bias_correction=False), graph, calibration=calibration)
+    return graph
+
+
+def test_products_and_the_softmax_between_them_are_closed(dialect: str) -> None:
+    graph = quantized(dialect, ATTENTION)
+    assert_outputs_equal(graph, build(dialect, ATTENTION), rtol=0.1)
+    (softmax,) = graph.sites("softmax")
+    (rounded,) = softmax.result.users
+    assert producer(softmax.input).kind == "dequantize" and rounded.kind == "quantize"
+    assert (float(stored(rounded, "scale")), int(stored(rounded, "zero_point"))) == (1 / 256, 0)
+    neutral = graph.clone()
+    run(FoldInt8(), graph)
+    assert_outputs_equal(graph, neutral, rtol=STEP)
+    moved = graph.sites("transpose", "reshape")
+    assert {node.result.dtype for node in moved} == {torch.uint8} and len(graph.sites("linear_int8")) == 1
+
+
+@pytest.mark.parametrize(("text", "kernels"), PRODUCTS.items(), ids=["attention", "masked", "chain", "across"])
+def test_every_product_is_an_int8_kernel(text: str, kernels: dict[str, int]) -> None:
+    neutral = quantized("onnx", text)
+    assert isinstance(neutral, OnnxGraph)
+    graph = neutral.clone()
+    run(FoldInt8(), graph)
+    target = OnnxRuntime()
+    runner = target.compile(target.lower(graph)[0], threads=1)
+    target.check(graph, runner)
+    assert runner.census() == kernels
+    for seed in range(3):
+        inputs = feeds(neutral, seed + 9)
+        (expected,) = onnx_run.run(onnx_run.session(neutral.model, level="disable"), inputs)
+        assert (runner(inputs)[0] - expected).abs().max() <= STEP * expected.abs().max()
+
+
+def test_the_right_side_of_a_product_is_int8_where_a_quantize_makes_it() -> None:
+    lowered, _ = OnnxRuntime().lower(quantized("onnx", CHAIN))
+    inner, outer = lowered.sites("onnx.QLinearMatMul", "com.microsoft.MatMulIntegerToFloat")
+    sides = [inner.operands[index] for index in (0, 3)], [outer.operands[index] for index in (0, 1)]
+    types = [[value.dtype for value in pair if value is not None] for pair in sides]
+    assert types == [[torch.uint8, torch.int8], [torch.uint8, torch.uint8]]
+
+
+def test_a_product_that_is_read_in_float_stays_float(dialect: str) -> None:
+    graph = quantized(dialect, MASKED)
+    scores, _ = graph.sites("matmul")
+    assert [user.kind for user in scores.result.users] == ["add"]
+    graph = quantized(dialect, ATTENTION, "softmax")
+    scores, _ = graph.sites("matmul")
+    assert [user.kind for user in scores.result.users] == ["softmax"]
+
+
+def test_a_softmax_between_convs_is_no_site(dialect: str) -> None:
+    graph = build(dialect, "y = conv(softmax(conv(x[1,4,4,4], V[4,4,1,1]), axis=1), W[4,4,1,1])")
+    context = run(Quantize(), graph, calibration=[feeds(graph)])
+    assert len(context.record.eligible) == 2 and producer(graph.sites("softmax")[0].input).kind == "dequantize"
+    assert [user.kind for user in graph.sites("softmax")[0].result.users] == ["quantize"]
+
+
+def test_attention_as_a_whole_has_no_form_in_integers(dialect: str) -> None:
+    graph = build(dialect, "y = attention(q[2,4,8,16], k[2,4,8,16], v[2,4,8,16])")
+    context = run(Quantize(targets=Selector("attention")), graph, calibration=[feeds(graph)])
+    assert declined(context) == ["attention has no form in integers of its own"]
+
+
+def test_a_word_between_a_float_and_a_quantize_is_no_island() -> None:
+    graph = build("onnx", "y = quantize(sigmoid(add(a[2,3], b[2,3])), S[]:values(0.01), Z[]:uint8:zeros)")
+    lowered, _ = OnnxRuntime().lower(graph)
+    assert [node.kind for node in lowered.nodes] == ["add", "sigmoid", "quantize"]
