@@ -266,6 +266,7 @@ def _raise_checked(
         fold_constants(raised)  # exporters compute axes and scales that the forms to be raised are told by
     except Exception as error:  # whatever the engine raises
         raise CaptureError(f"what the model computes of its constants cannot be run: {first_line(error)}") from error
+    raised.raise_own()
     hits = raise_words(raised)
     raised.sweep()
     if expected is None or _computes(raised, feeds, expected):

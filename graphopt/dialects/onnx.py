@@ -509,6 +509,13 @@ class OnnxGraph(Graph):
     def clone(self) -> Self:
         return type(self)(self.model.clone(), self.scratch)
 
+    def raise_own(self) -> int:
+        from graphopt.dialects import onnx_positions
+
+        before = self.version
+        onnx_positions.raise_positions(self)
+        return self.version - before
+
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:
         """A graph of what lies between some values, of the same names; it shares the weights."""
         between = [[self._native(value) for value in values] for values in (inputs, outputs)]

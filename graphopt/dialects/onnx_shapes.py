@@ -82,7 +82,16 @@ def _is_list(shape: ir.Shape | None) -> bool:
     return shape is not None and len(shape) <= 1
 
 
-def _held(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+def sizes_held(model: ir.Model) -> dict[ir.Value, list[Size]]:
+    """What integer tensors of rank 0 or 1 hold, where they are made of sizes, by value."""
+    found: dict[ir.Value, list[Size]] = {}
+    for node in model.graph:
+        _follow(node, found)
+    return found
+
+
+def held_in(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
+    """What a stored or computed tensor of sizes holds, or None where that is not known."""
     if value is None:
         return None
     if value in held:
@@ -102,7 +111,7 @@ def _shape_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | N
 
 
 def _slice_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
-    parts = [_held(value, held) for value in node.inputs]
+    parts = [held_in(value, held) for value in node.inputs]
     if any(part is None for part in parts):
         return None
     bounds = [part[0] for part in parts[1:] if part is not None and len(part) == 1]
@@ -113,7 +122,7 @@ def _slice_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | N
 
 
 def _gather_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
-    data, index = _held(node.inputs[0], held), _held(node.inputs[1], held)
+    data, index = held_in(node.inputs[0], held), held_in(node.inputs[1], held)
     if data is None or index is None or not all(isinstance(i, int) and -len(data) <= i < len(data) for i in index):
         return None
     return [data[i] for i in index if isinstance(i, int)]
@@ -122,7 +131,7 @@ def _gather_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | 
 def _concat_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
     result: list[Size] = []
     for value in node.inputs:
-        part = _held(value, held)
+        part = held_in(value, held)
         if part is None:
             count = value.shape[0] if value is not None and value.shape is not None and len(value.shape) == 1 else None
             if not isinstance(count, int):
@@ -133,7 +142,7 @@ def _concat_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | 
 
 
 def _same_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
-    return _held(node.inputs[0], held)
+    return held_in(node.inputs[0], held)
 
 
 def _cast_op(node: ir.Node, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
@@ -147,7 +156,7 @@ _FOLLOW: dict[str, Callable[[ir.Node, dict[ir.Value, list[Size]]], list[Size] | 
 
 
 def _shape_from_held(node: ir.Node, held: dict[ir.Value, list[Size]]) -> None:
-    sizes = _held(node.inputs[1], held)
+    sizes = held_in(node.inputs[1], held)
     x, output = node.inputs[0], node.outputs[0]
     if sizes is None or x is None:
         return
