@@ -10,6 +10,8 @@ from graphopt.pipeline import UsageError, nearest
 TARGETS = {
     "onnxruntime": ("graphopt.backends.onnxruntime", "OnnxRuntime"),
     "fbgemm": ("graphopt.backends.fbgemm", "Fbgemm"),
+    "openvino": ("graphopt.backends.openvino", "OpenVino"),
+    "tensorrt": ("graphopt.backends.tensorrt", "TensorRt"),
 }
 """Module and class of each target."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from graphopt.backend import Placement
+from graphopt.backend import LoweringError, Placement
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics import quantize
 from graphopt.numerics.observe import Observer
@@ -39,11 +39,11 @@ class OpenIslands(Islands):
         for node in self.graph.sites("add"):
             if not any(value in results for value in node.operands) or not legal("add"):
                 continue
-            given = next((value for value in _sides(node) if value.producer is None), None)
+            stored = next((value for value in _sides(node) if value.is_constant), None)
             if node in ignore:
                 declined[node] = "it is to stay float"
-            elif given is not None:
-                declined[node] = f"one side is not computed: {label_of(given)}"
+            elif stored is not None:
+                declined[node] = f"one side is stored: {label_of(stored)}"
             else:
                 self.members[node] = None
                 results.add(end_of(node).result)
@@ -84,3 +84,14 @@ class OpenIslands(Islands):
 
 def _sides(node: Node) -> tuple[Value, Value]:
     return node.required("a"), node.required("b")
+
+
+def reads_integers(site: Node) -> bool:
+    """Whether all that a linear, conv or matmul multiplies is dequantized."""
+    return all(is_dequantized(value) for value in site.operands[:2] if value is not None)
+
+
+def require_words(neutral: Graph, target: str) -> None:
+    """Raise LoweringError where a graph holds int8 words, which a target that reads Q/DQ has no use for."""
+    for site in neutral.sites("linear_int8", "conv_int8", "add_int8"):
+        raise LoweringError(f"{site.label} is {site.kind}, and {target} reads Q/DQ around floats: leave out fold-int8")

@@ -156,6 +156,29 @@ def test_a_range_upside_down() -> None:
         quantize.activation_parameters(2.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(-127.0, 3.0, 1.0), (-3.0, 127.0, 1.0), (31.75, 63.5, 0.5), (0.0, 0.0, 1.0), (-1e-40, 1e-40, 1.0)],
+)
+def test_symmetric_scale(low: float, high: float, expected: float) -> None:
+    assert quantize.symmetric_scale(low, high) == expected
+
+
+@given(st.floats(-1e4, 1e4, width=32), st.floats(-1e4, 1e4, width=32))
+def test_a_symmetric_scale_reaches_both_ends_within_half_a_step(one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    scale = quantize.symmetric_scale(low, high)
+    x = np.array([low, high, 0.0], np.float32)
+    q = np.clip(np.rint(x / np.float32(scale)), -127, 127)
+    assert bool((np.abs(q * np.float32(scale) - x) <= HALF_STEP * scale).all()) and q[2] == 0
+
+
+def test_a_symmetric_scale_wants_a_finite_range() -> None:
+    for low, high in ((1.0, 0.0), (0.0, float("inf")), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="range"):
+            quantize.symmetric_scale(low, high)
+
+
 @given(WEIGHTS.filter(lambda x: np.ptp(np.append(x, 0)) > 1e-30))
 @settings(max_examples=60, deadline=None)
 def test_activation_parameters_of_extremes_equal_onnx_dynamic_quantize_linear(x: Array) -> None:

@@ -1,0 +1,156 @@
+"""OpenVINO on CPU: reads uint8 Q/DQ around float words, and folds them into int8 kernels by itself."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from graphopt.backend import Backend, LoweringError, Placement, Runner
+from graphopt.dialects import onnx_export
+from graphopt.dialects.onnx import OnnxGraph
+from graphopt.dialects.onnx_tensors import to_numpy
+from graphopt.graph import Graph
+from graphopt.pipeline import UsageError
+from graphopt.quantizing.placement import reads_integers, require_words
+from graphopt.rewrite import Rule
+
+KERNELS = {"linear": ("FullyConnected", "MatMul"), "conv": ("Convolution",), "matmul": ("MatMul",)}
+"""The layers that compute a word, as OpenVINO names them."""
+
+_DATA = ("Input", "Const", "Output")
+
+
+class OpenVino(Backend):
+    """Intel's engine, on the CPU."""
+
+    name: ClassVar[str] = "openvino"
+    dialect: ClassVar[str] = "onnx"
+    summary: ClassVar[str] = "OpenVINO on CPU (needs the extra openvino); exports a standard .onnx file with Q/DQ"
+    schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "linear": ("static", "weight-only"),
+        "conv": ("static",),
+        "matmul": ("static",),
+        "add": ("static",),
+        "embedding": ("weight-only",),
+    }
+    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4), "embedding": (8, 4)}
+    placement: ClassVar[Placement | None] = Placement()
+    """A quantize right behind a conv would part it from the activation that is else fused into it."""
+    floats: ClassVar[tuple[str, ...]] = ("float16",)
+    """Stored so, and computed in float32: files are smaller, not faster."""
+    round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
+
+    def notes(self) -> list[str]:
+        """Raises UsageError where the package is missing: before the passes run, not after."""
+        usual = _package().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+        if usual == "f32":
+            return []
+        return [f"run with INFERENCE_PRECISION_HINT=f32; by default OpenVINO rounds floats to {usual} on this CPU"]
+
+    def pipeline(self) -> str:
+        return ""
+
+    def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
+        """None: it reads Q/DQ. Raises LoweringError where int8 words stand in their place."""
+        require_words(graph, self.name)
+        return ()
+
+    def compile(self, graph: Graph, threads: int | None = None) -> OpenVinoRunner:
+        assert isinstance(graph, OnnxGraph)
+        return OpenVinoRunner(graph, threads)
+
+    def check(self, neutral: Graph, runner: Runner) -> None:
+        assert isinstance(runner, OpenVinoRunner)
+        for word, kinds in KERNELS.items():
+            layers = [layer for layer in runner.layers if layer.kind in kinds]
+            built = [layer for layer in layers if layer.is_int8]
+            sites = [site for site in neutral.sites(word) if reads_integers(site)]
+            if len(built) < len(sites):
+                others = ", ".join(f"{layer.name} ({layer.precision})" for layer in layers if layer not in built)
+                raise LoweringError(
+                    f"{len(sites)} static {word} were promised and openvino runs {len(built)} in int8; in floats it "
+                    f"runs {others or 'none'}, of {', '.join(site.label for site in sites)}"
+                )
+
+    def export(
+        self,
+        graph: Graph,
+        path: Path,
+        *,
+        metadata: Mapping[str, str],
+        opset: int | None = None,
+        external_data: bool | None = None,
+    ) -> None:
+        assert isinstance(graph, OnnxGraph)
+        onnx_export.write(onnx_export.deployable(graph, opset), path, metadata, external_data)
+
+    def graphsurgeon(self, graph: Graph) -> Any:
+        assert isinstance(graph, OnnxGraph)
+        return onnx_export.graphsurgeon(onnx_export.deployable(graph))
+
+
+def _package() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise UsageError("target openvino needs the package openvino: pip install 'graphopt[openvino]'") from error
+    return openvino
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kernel of the compiled model."""
+
+    kind: str
+    name: str
+    precision: str
+    """Of what it reads, such as u8 and f32; of its weights where those alone are integers."""
+    is_int8: bool
+    """Whether it multiplies integers: a layer that only stores its weights so computes in floats."""
+
+
+class OpenVinoRunner(Runner):
+    """The file as it would be exported, compiled for the CPU; floats are computed in float32, as the file says."""
+
+    def __init__(self, graph: OnnxGraph, threads: int | None) -> None:
+        core = _package().Core()
+        options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        self._names = [value.name for value in graph.inputs]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            onnx_export.write(onnx_export.deployable(graph), path, {})
+            try:
+                self.compiled = core.compile_model(str(path), "CPU", options)
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise LoweringError(f"openvino cannot load the model: {reason}") from error
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        found = self.compiled({name: to_numpy(feeds[name]) for name in self._names})
+        return [torch.from_numpy(found[port]) for port in self.compiled.outputs]
+
+    def census(self) -> dict[str, int]:
+        """From the execution graph: layers and their precision, such as `Convolution u8`."""
+        return dict(Counter(sorted(f"{layer.kind} {layer.precision}" for layer in self.layers)))
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """The kernels of the execution graph, in order."""
+        found = []
+        for node in self.compiled.get_runtime_model().get_ordered_ops():
+            facts = {name: value.astype(str) for name, value in node.get_rt_info().items()}
+            kind, precision = facts["layerType"], facts["runtimePrecision"]
+            if kind not in _DATA:
+                name = facts["originalLayersNames"] or node.get_friendly_name()
+                found.append(Layer(kind, name, precision, facts["primitiveType"].endswith("I8")))
+        return found
