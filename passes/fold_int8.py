@@ -24,9 +24,9 @@ class FoldInt8(Pass):
     Eligible is each linear, conv and add that reads a dequantize. A linear gives float, so nothing needs to follow it;
     one whose weight alone is dequantized is none of them. A conv or an add gives integers: it is declined unless only a
     quantize reads it, at most with a relu or clip between that saturation stands for. Declined too: activations or
-    weights in another form than uint8 with one scale, and int8 with a scale an output channel; a conv whose bias is
-    computed. A bias in integers becomes float. What only moves values between a dequantize and a quantize of the same
-    scale and zero point moves integers.
+    weights in another form than uint8 with one scale, and int8 with a scale an output channel (zero points of weights
+    are folded in where int8 has room for that); a conv whose bias is computed. A bias in integers becomes float. What
+    only moves values between a dequantize and a quantize of the same scale and zero point moves integers.
     """
 
     name = "fold-int8"
@@ -72,8 +72,8 @@ def _fold_weighted(graph: Graph, site: Node) -> str | None:
     x, weight = _activation(site.input), _weight(site.required("weight"))
     if x is None:
         return "input is not quantized to uint8 with one scale"
-    if weight is None:
-        return "weight is not stored in int8 with a scale for each output channel"
+    if isinstance(weight, str):
+        return weight
     if site.kind == "linear":
         graph.replace(site, graph.emit("linear_int8", *x, *weight, site.bias, at=site))
         return None
@@ -116,7 +116,7 @@ def _quantize_behind(graph: Graph, site: Node) -> tuple[Node, Value, Value] | st
     if reader is None or reader.kind != "quantize":
         return "result is read in float"
     zero_point = reader.operand("zero_point")
-    if not _one_scale(reader) or zero_point is None or zero_point.dtype != torch.uint8:
+    if reader.required("scale").rank != 0 or zero_point is None or zero_point.dtype != torch.uint8:
         return "result is not quantized to uint8 with one scale"
     scale = reader.required("scale")
     if bounded is not None and not _saturates(bounded, scalar(graph, scale), scalar(graph, zero_point)):
@@ -146,7 +146,7 @@ def _maker(value: Value) -> Node | None:
 
 def _activation(value: Value) -> _Quantized | None:
     maker = _maker(value)
-    if maker is None or not _one_scale(maker):
+    if maker is None or maker.required("scale").rank != 0:
         return None
     steps, zero_point = maker.required("x"), maker.operand("zero_point")
     if steps.dtype != torch.uint8 or steps.is_constant:
@@ -168,13 +168,12 @@ def _bias(graph: Graph, site: Node) -> Value | None:
     return graph.add_constant(WORDS["dequantize"].reference(*stored, **maker.attributes))
 
 
-def _one_scale(node: Node) -> bool:
-    return node.required("scale").rank == 0
-
-
-def _weight(value: Value) -> tuple[Value, Value] | None:
+def _weight(value: Value) -> tuple[Value, Value] | str:
+    """The steps and scales of a weight, or why it has none."""
     maker = _maker(value)
-    if maker is None or maker.attributes["axis"] != 0 or maker.operand("zero_point") is not None:
-        return None
-    steps, scale = maker.required("x"), maker.required("scale")
-    return (steps, scale) if steps.is_constant and steps.dtype == torch.int8 else None
+    if maker is not None and maker.operand("zero_point") is not None:
+        return "weight has zero points, which no int8 word has: a target with a kernel for them takes it as it stands"
+    steps = maker.required("x") if maker is not None and maker.attributes["axis"] == 0 else None
+    if maker is None or steps is None or not steps.is_constant or steps.dtype != torch.int8:
+        return "weight is not stored in int8 with a scale for each output channel"
+    return steps, maker.required("scale")

@@ -63,9 +63,16 @@ def test_convs_and_the_add_between_them(dialect: str) -> None:
     assert_unchanged(FoldInt8(), graph)
 
 
+SHIFTED = "dequantize(W[4,4,1,1]:values(0,255):uint8, T[4]:values(0.1), P[4]:values(100):uint8, axis=0)"
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        (
+            f"y = quantize(conv({X}, {SHIFTED}), S, Z)",
+            "weight has zero points, which no int8 word has: a target with a kernel for them takes it as it stands",
+        ),
         (f"y = conv({X}, {W})", "result is read in float"),
         (f"y = gelu(conv({X}, {W}))", "result is read in float"),
         (f"c = conv({X}, {W})\nq = quantize(c, S, Z)\nreturn c, q", "result is read in float"),
