@@ -579,14 +579,26 @@ def _write_slice(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attribu
 
 def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     axis = attributes["axis"]
+    _require_quantized(graph, "quantize", axis)
     spelled = {} if axis is None else {"axis": axis}
     if len(operands) < 3 or operands[2] is None:
         spelled["output_dtype"] = int(ir.DataType.INT8)
     return Spelled("QuantizeLinear", operands, spelled)
 
 
+def _require_quantized(graph: OnnxGraph, word: str, axis: int | None) -> None:
+    """Raise GraphError where the opset is older than the operator: 10, or 13 with a scale for each slice of an axis."""
+    needed = 10 if axis is None else 13
+    if graph.opset < needed:
+        several = "" if axis is None else f" with scales along axis {axis}"
+        raise GraphError(
+            f"{word}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}: convert the file first"
+        )
+
+
 def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     block, bits = attributes["block"], attributes["bits"]
+    _require_quantized(graph, "dequantize", attributes["axis"])
     if block and graph.opset < 21:
         raise GraphError(f"dequantize of blocks has no ONNX operator at opset {graph.opset}; it needs 21")
     spelled = {"axis": attributes["axis"]} if attributes["axis"] is not None else {}

@@ -452,6 +452,17 @@ def test_what_an_opset_lacks_is_refused_by_name_and_nothing_is_written(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("opset", "axis", "needed"), [(9, None, 10), (12, 0, 13)])
+def test_integers_in_a_graph_of_an_opset_without_them_are_refused(opset: int, axis: int | None, needed: int) -> None:
+    graph = build("onnx", "y = conv(x[1,4,6,6], V[4,4,1,1])")
+    assert isinstance(graph, OnnxGraph)
+    graph.model.graph.opset_imports[""] = opset
+    scale = graph.add_constant(torch.ones(() if axis is None else (4,)))
+    for word, x in (("quantize", graph.inputs[0]), ("dequantize", graph.add_constant(torch.ones(4, 4).to(torch.int8)))):
+        with pytest.raises(GraphError, match=rf"{word}.* at opset {opset}; it needs {needed}: convert the file first"):
+            graph.emit(word, x, scale, axis=axis)
+
+
 def test_exports_are_identical_bytes(encoders: dict[str, Optimized], tmp_path: Path) -> None:
     first = encoders["static"].export(tmp_path / "a.onnx").read_bytes()
     assert encoders["static"].export(tmp_path / "b.onnx").read_bytes() == first
