@@ -16,7 +16,8 @@ from graphopt.quantizing.rounding import Rounding
 JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu", "softmax")
 """Words that compute in integers what they get in integers, with a scale of their own for the result.
 
-A softmax is one of them only in a graph with static matmuls: those of attention, which are asked for by name.
+A softmax is one of them only in a graph with static matmuls: those of attention, which are asked for by name; naming it
+in `ignore` leaves it float between them.
 """
 
 MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
