@@ -58,9 +58,9 @@ def judged(path: Path, threads: int) -> str:
         try:
             written = graphopt.optimize(path, "simplify", threads=threads).export(Path(folder) / "simplified.onnx")
         except REFUSALS as reason:
-            return f"refused: {_line(reason)}"
+            return f"refused: {line(reason)}"
         except Exception as error:
-            return f"CRASH: {type(error).__name__}: {_line(error)}"
+            return f"CRASH: {type(error).__name__}: {line(error)}"
         try:
             original, simplified = plain_session(path, threads), plain_session(written, threads)
             feeds = accepted_feeds(original)
@@ -71,7 +71,7 @@ def judged(path: Path, threads: int) -> str:
                     if not equal(a, b) and not (is_quantized(path) and equal(engines_own(path, threads, name, one), b)):
                         return f"DIFFERENT: output {name!r} on feed {number}{_how_far(a, b)}"
         except Exception as error:
-            return f"CRASH: {type(error).__name__}: {_line(error)}"
+            return f"CRASH: {type(error).__name__}: {line(error)}"
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds[0].items())
     return f"equal on {len(feeds)} feeds ({shapes})"
 
@@ -96,17 +96,17 @@ def engines_own(path: Path, threads: int, name: str, feeds: Feeds) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]).run([name], feeds)[0]
 
 
-def accepted_feeds(session: ort.InferenceSession) -> list[Feeds]:
+def accepted_feeds(session: ort.InferenceSession, seeds: Sequence[int] = SEEDS) -> list[Feeds]:
     """One for each seed, on which the session runs. Raises RuntimeError with the last refusal where nothing does."""
     refusal = "it takes no input"
     for size, largest in itertools.product(SIZES, _choices_of_largest(session)):
-        feeds = [made_feeds(session.get_inputs(), seed, size, largest) for seed in SEEDS]
+        feeds = [made_feeds(session.get_inputs(), seed, size, largest) for seed in seeds]
         try:
             for one in feeds:
                 session.run(None, one)
             return feeds
         except Exception as error:
-            refusal = _line(error)
+            refusal = line(error)
     raise RuntimeError(f"no feed was found that the original accepts; the last refusal: {refusal}")
 
 
@@ -154,5 +154,6 @@ def _how_far(a: Any, b: Any) -> str:
     return f": by {metrics.max_error(torch.as_tensor(a), torch.as_tensor(b)):.3g}, of at most {largest:.3g}"
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return " ".join(str(error).split())[:200]
