@@ -38,7 +38,7 @@ class OpenVino(Backend):
         "linear": ("static", "weight-only"),
         "conv": ("static",),
         "matmul": ("static",),
-        "add": ("static",),
+        **dict.fromkeys(("add", "max_pool", "average_pool", "mean"), ("static",)),
         "embedding": ("weight-only",),
     }
     narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4), "embedding": (8, 4)}

@@ -14,6 +14,9 @@ from graphopt.numerics.observe import Observer
 from graphopt.pipeline import Context, Selector
 from graphopt.quantizing.islands import Islands, end_of, is_dequantized, label_of
 
+POOLS = ("max_pool", "average_pool", "mean")
+"""What joins where its result is read in integers: its input is quantized too, and it computes in them."""
+
 
 def islands_on(graph: Graph, context: Context) -> Islands:
     """The islands of a graph, as the target places them."""
@@ -23,7 +26,7 @@ def islands_on(graph: Graph, context: Context) -> Islands:
 
 @dataclass
 class OpenIslands(Islands):
-    """Integers only where they are read: by static sites, and by adds of what static convs give.
+    """Integers only where they are read: by static sites, and by adds and pools of what static convs give.
 
     Nothing is quantized for its own sake, so a target can fuse what stands behind a conv.
     """
@@ -33,13 +36,19 @@ class OpenIslands(Islands):
     """What an add takes as it is: the result of the conv that it is fused into."""
 
     def join(self, legal: Callable[[str], bool], ignore: Selector) -> dict[Node, str]:
-        """Take in the adds that read results of convs or of adds before; the reasons of those that stay float."""
+        """Take in what reads results of convs or of what joined before; the reasons of adds that stay float.
+
+        A pool joins where a static site reads its result.
+        """
         results = {end_of(conv).result for conv in self.static("conv")}
+        read = {site.input for site in self.static("linear", "conv")}
         declined: dict[Node, str] = {}
-        for node in self.graph.sites("add"):
-            if not any(value in results for value in node.operands) or not legal("add"):
+        for node in self.graph.sites("add", *POOLS):
+            if not (legal(node.kind) and any(value in results for value in node.operands)):
                 continue
-            stored = next((value for value in _sides(node) if value.is_constant), None)
+            stored = next((value for value in node.operands if value is not None and value.is_constant), None)
+            if node.kind in POOLS and (node.result not in read or node in ignore):
+                continue
             if node in ignore:
                 declined[node] = "it is to stay float"
             elif stored is not None:
@@ -50,16 +59,28 @@ class OpenIslands(Islands):
         if self.placement.fuses_sum:
             convs = {conv.result for conv in self.static("conv") if len(conv.result.users) == 1}
             for node in self.members:
-                self.floats.update([value for value in _sides(node) if value in convs][-1:])
+                if node.kind == "add":
+                    self.floats.update([value for value in _data(node) if value in convs][-1:])
         return declined
 
     def observed(self) -> list[Value]:
-        """The values that need a range: what static sites read, and adds unless they take it as it is."""
+        """The values that need a range: what static sites and adds read, unless they take it as it is."""
         read = [site.input for site in self.static("linear", "conv")]
-        read += [value for node in [*self.static("matmul"), *self.members] for value in _sides(node)]
-        return [value for value in dict.fromkeys(read) if not (is_dequantized(value) or value in self.floats)]
+        read += [value for node in [*self.static("matmul"), *self.members] for value in _data(node)]
+        known = self.floats | {pool.result for pool in self._largest()}
+        return [value for value in dict.fromkeys(read) if not (is_dequantized(value) or value in known)]
 
     def measure(self, ranges: Mapping[Value, Observer]) -> None:
+        """Turn ranges into parameters. Raises ValueError, naming the node, where a range is empty or not finite."""
+        self._measure(ranges)
+        for pool in self._largest():
+            self.parameters[pool.result] = self.parameters[pool.input]
+
+    def _largest(self) -> list[Node]:
+        """The pools whose result holds numbers of their input: it keeps its scale."""
+        return [node for node in self.members if node.kind == "max_pool"]
+
+    def _measure(self, ranges: Mapping[Value, Observer]) -> None:
         if not self.placement.signed:
             return super().measure(ranges)
         for value, seen in ranges.items():
@@ -82,8 +103,8 @@ class OpenIslands(Islands):
         return x if x in self.floats else super()._activation(x, scheme, at)
 
 
-def _sides(node: Node) -> tuple[Value, Value]:
-    return node.required("a"), node.required("b")
+def _data(node: Node) -> tuple[Value, ...]:
+    return tuple(value for value in node.operands if value is not None)
 
 
 def reads_integers(site: Node) -> bool:

@@ -93,6 +93,28 @@ def test_adds_that_stay_float_have_their_reasons(dialect: str) -> None:
     assert kinds(graph)[kinds(graph).index("add") - 1] == "conv"
 
 
+POOLED = """
+    m = max_pool(relu(conv(x[1,4,8,8], V[4,4,3,3], B[4], padding=[1,1,1,1])), kernel=[2,2], stride=[2,2])
+    c = conv(m, W[8,4,1,1])
+    y = linear(mean(c, axes=[2,3], keepdim=False), T[5,8])
+    """
+
+
+def test_pools_compute_in_integers_where_the_target_has_that(dialect: str) -> None:
+    graph = build(dialect, POOLED)
+    original = graph.clone()
+    target = FakeTarget(schemes=STATIC | {"max_pool": ("static",), "mean": ("static",)}, placement=Placement())
+    context = run(Quantize(observer="minmax"), graph, target=target, calibration=[feeds(graph, s) for s in range(2)])
+    expected = [*PAIR, "conv", "relu", *PAIR, "max_pool", *PAIR, "conv", *PAIR, "mean", *PAIR, "linear"]
+    assert kinds(graph) == expected and declined(context) == []
+    assert_outputs_equal(graph, original, rtol=0.05)
+    before, behind = graph.sites("quantize")[1:3]
+    assert torch.equal(stored(before, "scale"), stored(behind, "scale"))  # the largest numbers stay as they are
+    graph = build(dialect, POOLED)
+    quantized(graph, Placement())
+    assert kinds(graph) == [*PAIR, "conv", "relu", "max_pool", *PAIR, "conv", "mean", *PAIR, "linear"]
+
+
 def test_two_activations_are_multiplied_in_integers(dialect: str) -> None:
     graph = build(dialect, "y = matmul(a[2,3,8], b[2,8,5])")
     quantized(graph, Placement(), Quantize(observer="minmax", targets=Selector("matmul")))
