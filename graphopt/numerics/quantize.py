@@ -80,6 +80,7 @@ def fit(
     block: int | None = None,
     symmetric: bool = True,
     search: bool = False,
+    importance: Tensor | None = None,
 ) -> Grid:
     """The grid that covers a weight, slice by slice.
 
@@ -90,13 +91,16 @@ def fit(
     scale has the opposite sign of it. Otherwise integers are 0 to 2**bits - 1, over the range from the smallest to the
     largest weight, widened to hold 0: 0 is exact in every grid.
     search: take the share of that range, down to 0.3, with the least squared error in each slice (the largest of
-    equals); what lies outside is cut off. Else the error per weight is at most |scale| / 2, or |scale| for those that
-    are nearly as large as a block's largest, with the other sign.
+    equals); what lies outside is cut off. importance: float, at least 0, broadcast over weight: what a squared error
+    counts in that search, such as the mean square of the input that the weight multiplies. Without search the error per
+    weight is at most |scale| / 2, or |scale| for those that are nearly as large as a block's largest, with the other
+    sign.
     A slice of zeros, or one whose scale would be subnormal in float32, gets scale 1 and so integers that mean 0.
     With 7 bits an unsigned 8-bit input times two weights stays within 16 bits (2 * 255 * 63 = 32130), so that x86
     without VNNI doesn't saturate. The result depends on values only, never on memory layout.
     Raises ValueError on bits or block out of range, and on NaN or infinity (in float32), naming the first index.
-    Sources: Jacob et al. 2018, section 2.1; blocks: Frantar et al. 2023, section 5; search: Banner et al. 2019.
+    Sources: Jacob et al. 2018, section 2.1; blocks: Frantar et al. 2023, section 5; search: Banner et al. 2019, and by
+    importance, the diagonal of the layer's Hessian: Choi et al. 2017 (Towards the limit of network quantization).
     """
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be from 2 to 8, got {bits}")
@@ -122,7 +126,9 @@ def fit(
     scale = _normal(scale)
     zero_point = torch.zeros_like(scale) if symmetric else torch.round(-below.clamp(max=0) / scale).clamp(0, high)
     if search:
-        scale = _normal(_searched(slices, scale, zero_point, low, high))
+        counts = torch.ones(()) if importance is None else importance.to(torch.float32)
+        counts = counts.expand_as(weight) if axis is None or block else counts.expand_as(weight).movedim(axis, 0)
+        scale = _normal(_searched(slices, counts.reshape(slices.shape), scale, zero_point, low, high))
     return Grid(scale.reshape(shape), None if symmetric else zero_point.to(torch.uint8).reshape(shape), low, high, axis)
 
 
@@ -213,19 +219,19 @@ def _normal(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < _SMALLEST_SCALE, 1.0, scale)
 
 
-def _searched(slices: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """Of each of slices (n, weights), the scale (n,) times the shrink with the least squared error."""
+def _searched(slices: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+    """Of each of slices (n, weights), the scale (n,) times the shrink with the least squared error, as counts say."""
     rows = max(1, _CHUNK // slices.shape[1])
-    parts = zip(*(torch.split(one, rows) for one in (slices, scale, zero_point)), strict=True)
-    return torch.cat([_least(part, step, zero, low, high) for part, step, zero in parts])
+    parts = zip(*(torch.split(one, rows) for one in (slices, counts, scale, zero_point)), strict=True)
+    return torch.cat([_least(part, count, step, zero, low, high) for part, count, step, zero in parts])
 
 
-def _least(slices: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
+def _least(slices: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
     zero_point, least, best = zero_point.unsqueeze(1), torch.full_like(scale, float("inf")), scale
     for shrink in _SHRINKS:
         step = scale * shrink
         steps = (slices / step.unsqueeze(1)).round_().add_(zero_point).clamp_(low, high).sub_(zero_point)
-        error = steps.mul_(step.unsqueeze(1)).sub_(slices).square_().sum(1)
+        error = steps.mul_(step.unsqueeze(1)).sub_(slices).square_().mul_(counts).sum(1)
         best = torch.where(error < least, step, best)
         least = torch.minimum(error, least)
     return best

@@ -26,7 +26,8 @@ class Recipe:
     """Weights along the input that share a scale; None for all of an output."""
     symmetric: bool = True
     clip: bool = False
-    """Whether scales are searched for the least squared error of the weight, or cover all of it."""
+    """Whether scales are searched for the least squared error of the weight (by second order, as its inputs' mean
+    squares count it), or cover all of it."""
     second_order: bool = False
     """Whether the error of each weight is made up for by those not yet rounded, or each goes to its nearest."""
     bias_correction: bool = False
@@ -99,10 +100,12 @@ class Rounding:
 
     def _round(self, value: Value, tensor: Tensor, recipe: Recipe, site: Node, covariance: Tensor | None) -> Tensor:
         """Store a weight in integers; what it loses by that."""
+        squares = None if covariance is None else covariance.diagonal(dim1=1, dim2=2)
         try:
             grid = quantize.fit(
-                tensor, bits=recipe.bits, block=recipe.block, symmetric=recipe.symmetric, search=recipe.clip
-            )
+                tensor, bits=recipe.bits, block=recipe.block, symmetric=recipe.symmetric, search=recipe.clip,
+                importance=None if squares is None else _of_each(squares, tensor),
+            )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{site.label}: {error}") from error
         steps = grid.round(tensor) if covariance is None else reconstruct(tensor, covariance, grid)
@@ -122,6 +125,11 @@ class Rounding:
         held = torch.zeros(()) if bias is None else self.graph.constant(bias)
         assert held is not None  # such sites are not corrected
         return self.graph.add_constant(held + self.shifts[site], "bias" if bias is None else bias.name)
+
+
+def _of_each(squares: Tensor, weight: Tensor) -> Tensor:
+    """Mean squares of inputs (groups, features), at each weight (out, ...) that multiplies them."""
+    return squares.repeat_interleave(len(weight) // len(squares), 0).reshape(weight.shape)
 
 
 def _weights(sites: Iterable[Node]) -> Iterable[Weight]:

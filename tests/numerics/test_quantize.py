@@ -254,6 +254,28 @@ def test_search_finds_the_best_shrink_of_each_slice(options: dict[str, Any], bit
         assert 0.29 <= float(after / before) <= 1
 
 
+@pytest.mark.parametrize("options", FITS, ids=str)
+def test_search_counts_errors_by_importance(options: dict[str, Any]) -> None:
+    weight, importance = seeded(4, 64, seed=1) ** 3, seeded(4, 64, seed=2) ** 4
+    whole, plain = (quantize.fit(weight, bits=3, search=search, **options) for search in (False, True))
+    searched = quantize.fit(weight, bits=3, search=True, importance=importance, **options)
+    zeros = torch.zeros_like(whole.scale) if whole.zero_point is None else whole.zero_point
+    scales = zip(*(grid.scale.flatten().tolist() for grid in (whole, plain, searched)), strict=True)
+    better = 0
+    for part, counts, zero, (before, unweighted, after) in zip(
+        slices(weight, **options), slices(importance, **options), zeros.flatten(), scales, strict=True
+    ):
+
+        def error(scale: float, part: Array = part, counts: Array = counts, zero: Tensor = zero) -> float:
+            missed = nearest(part, scale, int(zero), whole.low, whole.high) - part.flatten()
+            return float(counts.flatten() @ np.square(missed))
+
+        least = min(error(before * shrink) for shrink in np.arange(1, 0.29, -0.02))
+        assert error(after) <= least * (1 + 1e-5)
+        better += error(after) < error(unweighted)
+    assert better > 0
+
+
 def test_a_block_puts_its_largest_weight_at_the_lower_end() -> None:
     weight = torch.zeros(2, 16)
     weight[0, 3], weight[0, 4], weight[1, 5], weight[1, 6] = 4.0, -1.0, -4.0, 3.6
