@@ -167,6 +167,14 @@ def test_threads_are_the_engines() -> None:
     assert runner.compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
+def test_a_profile_has_each_kernel_by_its_path() -> None:
+    """Which is how what loses time is found among the sites."""
+    profile = optimized(Encoder).runner.profile(ENCODED)
+    paths = {name.rpartition("/")[0] for name in profile}
+    assert {"layers.0.attention.query", "layers.1.down", "layers.1.up"} <= paths
+    assert all(seconds >= 0 for seconds in profile.values())
+
+
 def test_what_it_cannot_load_is_an_error() -> None:
     pytest.importorskip("openvino")
     proto = model("g (float[2,3,3] x) => (float[2,3,3] y) { y = com.microsoft.Inverse(x) }", domains=["com.microsoft"])
