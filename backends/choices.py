@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.backend import LoweringError, Runner
-from graphopt.backends.measure import Contender, contest, environment
-from graphopt.backends.timings import Timings
+from graphopt import __version__
+from graphopt.backend import Runner
+from graphopt.backends import measure
+from graphopt.backends.timings import Timings, opened
 from graphopt.graph import Graph, GraphError, Node, Value
 from graphopt.numerics.metrics import sqnr
 from graphopt.rewrite import Choice, Match, rewrite
@@ -86,8 +87,7 @@ class Measuring:
     feeds: Sequence[Mapping[str, Tensor]]
     compile: Callable[[Graph], Runner]
     threads: int | None = None
-    timings: Timings = field(default_factory=Timings)
-    contest: Callable[..., Mapping[str, Contender]] = contest
+    timings: Timings = field(default_factory=opened)
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By choice, one entry for each kind of site: the label of one, how many there are, and what was measured."""
     notes: list[str] = field(default_factory=list)
@@ -117,16 +117,18 @@ class Measuring:
     ) -> dict[str, Measured]:
         values = list(dict.fromkeys(value for one in kinds.values() for value in one.inputs))
         flows = [dict(zip(values, graph.evaluate(feeds, values), strict=True)) for feeds in self.feeds]
-        taken = {}
+        machine, taken = _machine(), {}
         for signature, excerpt in kinds.items():
             inputs = [{value.name: flow[value] for value in excerpt.inputs} for flow in flows]
             shapes = [[list(tensor.shape) for tensor in one.values()] for one in inputs]
-            key = {"engine": self.engine, "machine": _machine(), "threads": self.threads, "choice": choice.name,
-                   "forms": list(choice.forms), "pattern": signature, "shapes": shapes}  # fmt: skip
+            key = {"graphopt": __version__, "engine": self.engine, "machine": machine, "threads": self.threads,
+                   "choice": choice.name, "forms": list(choice.forms), "pattern": signature,
+                   "shapes": shapes}  # fmt: skip
             kept = self.timings.get(key)
             if kept is None:
                 measured = self._contest(graph, choice, excerpt, inputs, finish)
-                self.timings.put(key, vars(measured))
+                if measured.sure:  # else the next time may tell
+                    self.timings.put(key, vars(measured))
             else:
                 measured = Measured(**kept | {"ratios": {form: tuple(one) for form, one in kept["ratios"].items()}})
             taken[signature] = measured
@@ -154,23 +156,24 @@ class Measuring:
                 finish(made)
                 runner = self.compile(made)
                 results = [runner(one) for one in inputs]
-                expected = expected or results
-                _hold(results, expected)
+                if expected:
+                    _hold(results, expected)
+                else:
+                    expected = results
                 runners[form] = runner
-            except (GraphError, LoweringError, RuntimeError) as error:  # the engine's own are RuntimeErrors
+            except Exception as error:  # the engine's own have no base of theirs
                 dropped[form] = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if len(runners) < 2:
             return Measured(next(iter(runners), next(iter(choice.forms))), dropped=dropped)
         first = next(iter(runners))
-        found = self.contest(
+        found = measure.contest(
             {form: [partial(runner, one) for one in inputs] for form, runner in runners.items()},
             baseline=first, rounds=ROUNDS,
         )  # fmt: skip
         ratios = {form: (one.overall.median, one.overall.low, one.overall.high) for form, one in found.items()}
         sure = all(one.overall.steady for one in found.values())
-        best = max(ratios, key=lambda form: ratios[form][0])
-        wins = sure and ratios[best][1] > 1
-        return Measured(best if wins else first, ratios, dropped, sure)
+        winners = [form for form, (_, low, _) in ratios.items() if sure and low > 1]
+        return Measured(max(winners, key=lambda form: ratios[form][0], default=first), ratios, dropped, sure)
 
 
 def _hold(results: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]]) -> None:
@@ -179,12 +182,12 @@ def _hold(results: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tenso
         for result, other in zip(several, others, strict=True):
             if result.shape != other.shape:
                 raise GraphError(f"its result has the shape {list(result.shape)}, not {list(other.shape)}")
-            if result.is_floating_point() and (found := float(sqnr(other, result))) < ALIKE:
+            if result.is_floating_point() and not (found := sqnr(other, result)) >= ALIKE:
                 raise GraphError(f"its result is {found:.1f} dB from the first form's")
             if not result.is_floating_point() and (other.int() - result.int()).abs().max() > 1:
                 raise GraphError("its integers are more than one step from the first form's")
 
 
 def _machine() -> dict[str, str]:
-    known = environment()
+    known = measure.environment()
     return {name: known[name] for name in ("cpu", "flags", "cores")}

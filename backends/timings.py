@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,24 @@ def folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
 
 
+def opened() -> Timings:
+    """The user's cache, the same object each time: that it cannot be used is said once in a process."""
+    return _at(folder() / "timings.sqlite")
+
+
+@cache
+def _at(path: Path) -> Timings:
+    return Timings(path)
+
+
 class Timings:
     """Figures by key, in a file that outlives the process. What cannot be read or written costs a warning, no more.
 
     A key is a mapping of what a timing depends on: engine, version, CPU, threads, form, shapes. A value is JSON.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path or folder() / "timings.sqlite"
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._usable = True
 
     def get(self, key: Mapping[str, Any]) -> Any | None:
@@ -82,9 +93,9 @@ class Timings:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection | None]:
-        """The database inside one transaction; None once it has failed.
+        """The database inside one transaction; None once it cannot be used.
 
-        A file that is no cache is begun anew, with a warning. What fails inside ends the block there.
+        A file that turns out to be no cache is begun anew, with a warning. What fails inside ends the block there.
         """
         if not self._usable:
             yield None
@@ -99,7 +110,10 @@ class Timings:
             with database:
                 yield database
         except (sqlite3.Error, json.JSONDecodeError) as error:
-            self._give_up(error)
+            if _is_damage(error):
+                self._begin_anew(error)
+            else:
+                self._give_up(error)
         finally:
             database.close()
 
@@ -108,32 +122,47 @@ class Timings:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             return _prepared(self.path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked, or read-only: nothing is wrong with the file
+        except sqlite3.Error as error:
+            if not _is_damage(error):
                 raise
-            warnings.warn(f"{self.path} is no cache of timings ({error}): it is begun anew", TimingsWarning, 2)
-            self.path.unlink()
+            self._begin_anew(error)
             return _prepared(self.path)
+
+    def _begin_anew(self, error: Exception) -> None:
+        warnings.warn(f"{self.path} is no cache of timings ({error}): it is begun anew", TimingsWarning, 2)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as failed:
+            self._give_up(failed)
 
     def _give_up(self, error: Exception) -> None:
         self._usable = False
         warnings.warn(f"{self.path} cannot be used ({error}): nothing is kept of what is measured", TimingsWarning, 2)
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether the file is to blame; an OperationalError tells that it is locked, read-only, or on a full disk."""
+    return not isinstance(error, sqlite3.OperationalError)
+
+
 def _prepared(path: Path) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=WAIT)
     try:
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version != VERSION:
+        if _version(database) != VERSION:
             database.execute("BEGIN IMMEDIATE")
-            database.execute("DROP TABLE IF EXISTS timings")
-            database.execute("CREATE TABLE timings (key TEXT PRIMARY KEY, value TEXT NOT NULL, used REAL NOT NULL)")
-            database.execute(f"PRAGMA user_version = {VERSION}")
+            if _version(database) != VERSION:  # nor did another process make the table in between
+                database.execute("DROP TABLE IF EXISTS timings")
+                database.execute("CREATE TABLE timings (key TEXT PRIMARY KEY, value TEXT NOT NULL, used REAL NOT NULL)")
+                database.execute(f"PRAGMA user_version = {VERSION}")
             database.commit()
         return database
     except BaseException:
         database.close()
         raise
+
+
+def _version(database: sqlite3.Connection) -> int:
+    return int(database.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _text(key: Mapping[str, Any]) -> str:

@@ -2,12 +2,12 @@
 
 The result loses at an example shape where the lower 95% bound of its time over the input's is above 1, in at least 15
 interleaved rounds and again in a second run (`measure.slower_than`). The pipeline then runs again without the sites
-that lose most, up to RERUNS times, and after that without any pass that loses accuracy.
+that lose most there, up to RERUNS times, and after that without any pass that loses accuracy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,42 +18,46 @@ from graphopt.backend import Runner
 from graphopt.report import PassRecord
 
 if TYPE_CHECKING:
-    from graphopt.backends.measure import Contender, Ratio
+    from graphopt.backends.measure import Ratio
 
 RERUNS = 6
 """Most runs of the pipeline without sites that lost."""
 
+SHARE = 0.5
+"""Of the time lost, what the sites that are put back at once make up: a profile tells small losses from noise badly."""
+
 Feeds = Mapping[str, Tensor]
-Contest = Callable[..., Mapping[str, "Contender"]]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The speed of a result over the input's, one Ratio for each example shape, and whether it loses at one of them."""
+    """The speed of a result over the input's."""
 
     ratios: tuple[Ratio, ...]
-    loses: bool
+    """One for each example shape."""
+    slower: tuple[int, ...] = ()
+    """The example shapes, by index, at which it loses."""
 
 
-def judge(result: Runner, baseline: Runner, feeds: Sequence[Feeds], contest: Contest) -> Verdict:
+def judge(result: Runner, baseline: Runner, feeds: Sequence[Feeds]) -> Verdict:
     """Time a result against the input, interleaved; where it seems to lose, a second run has to say so too."""
-    from graphopt.backends.measure import slower_than
+    from graphopt.backends import measure
 
     calls = {"input": [partial(baseline, one) for one in feeds], "optimized": [partial(result, one) for one in feeds]}
-    first = contest(calls, baseline="input")["optimized"].shapes
-    suspects = [index for index, ratio in enumerate(first) if slower_than(ratio)]
-    if not suspects:
-        return Verdict(first, False)
-    second = contest(calls, baseline="input")["optimized"].shapes
-    return Verdict(second, any(slower_than(second[index]) for index in suspects))
+    ratios = measure.contest(calls, baseline="input")["optimized"].shapes
+    suspects = [index for index, ratio in enumerate(ratios) if measure.slower_than(ratio)]
+    if suspects:
+        ratios = measure.contest(calls, baseline="input")["optimized"].shapes
+    return Verdict(ratios, tuple(index for index in suspects if measure.slower_than(ratios[index])))
 
 
 def losers(
     result: Runner, baseline: Runner, feeds: Sequence[Feeds], records: Iterable[PassRecord]
 ) -> dict[str, tuple[float, float]]:
-    """The sites, by label, that passes changed and that now take longer: seconds before and after, over all examples.
+    """The sites, by label, that passes changed and that lose most: seconds before and after, summed over the feeds.
 
-    From the engine's own profile, summed over the nodes under each site's module path; those that lose most first.
+    From the engine's own profile, over the nodes under each site's module path, which both runners must name theirs by.
+    Those are given that make up SHARE of all that is lost.
     """
     changed = {label for record in records for label in record.eligible if label not in record.declined}
     before, after = ({path: 0.0 for path in changed} for _ in range(2))
@@ -62,8 +66,15 @@ def losers(
             for name, seconds in runner.profile(one).items():
                 if (path := _site_of(name, changed)) is not None:
                     sums[path] += seconds
-    lost = {label: (before[label], after[label]) for label in changed if 0 < before[label] < after[label]}
-    return dict(sorted(lost.items(), key=lambda one: one[1][0] - one[1][1]))
+    lost = {label: after[label] - before[label] for label in changed if 0 < before[label] < after[label]}
+    found: dict[str, tuple[float, float]] = {}
+    missing = SHARE * sum(lost.values())
+    for label in sorted(lost, key=lambda label: (-lost[label], label)):
+        if missing <= 0:
+            break
+        found[label] = before[label], after[label]
+        missing -= lost[label]
+    return found
 
 
 def _site_of(name: str, labels: set[str]) -> str | None:

@@ -25,9 +25,9 @@ from graphopt.calibrate import Calibration
 from graphopt.capture import Captured, Feeds, Signature, capture
 from graphopt.graph import Graph, GraphError, digest
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
-from graphopt.never_slower import RERUNS, judge, losers
-from graphopt.pipeline import Context, Loss, Pass, Pipeline, UsageError, parse
-from graphopt.report import GraphDiff, PassRecord, Report, count_kinds
+from graphopt.never_slower import RERUNS, Verdict, judge, losers
+from graphopt.pipeline import Context, Loss, Pass, PassError, Pipeline, UsageError, parse
+from graphopt.report import GraphDiff, Report, count_kinds
 from graphopt.sensitivity import as_model
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def optimize(
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads is {threads!r}; give a whole number, at least 1")
     backend = _target(target, cpu)
+    measures = _measures(measure, backend)
     pipeline = _pipeline(passes, backend)
     with _few_collections():
         captured = capture(
@@ -86,8 +87,10 @@ def optimize(
         data = None
         if calibration is not None:
             data = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
+        if measure and not captured.feeds:
+            raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
         job = _Job(captured, pipeline, backend, data, loss or cross_entropy, evaluate, threads, agree,
-                   backend.runs and _measures(measure, cpu), instruments)  # fmt: skip
+                   measures, instruments)  # fmt: skip
         return job.never_slower()
 
 
@@ -108,33 +111,37 @@ class _Job:
 
     def never_slower(self) -> Optimized:
         """The result; where it is slower than the input, sites that lose are put back, and in the end all of them."""
-        made = self.run(self.pipeline, {})
-        if not (self.measure and self.captured.feeds) or self._unasked_for_its_size():
+        made = self.run(self.pipeline)
+        if not self._times():
             return made
-        from graphopt.backends.measure import contest
-
-        untouched = self.captured.untouched() if self.captured.untouched else self.captured.graph
-        baseline = self.backend.compile(untouched, self.threads)
-        feeds = self.captured.feeds
+        feeds, notes = self.captured.feeds, list[str]()
+        untouched, baseline = self._baseline(notes)
+        verdict = judge(made.runner, baseline, feeds)
         put_back: dict[str, str] = {}
         for _ in range(RERUNS):
-            verdict = judge(made.runner, baseline, feeds, contest)
-            lost = losers(made.runner, baseline, feeds, self._lossy(made.report)) if verdict.loses else {}
+            lost = self._losers(made, verdict)
             if not lost:
                 break
-            put_back |= {label: f"slower so: {1e6 * after:.0f} us in place of {1e6 * before:.0f} us over the examples"
-                         for label, (before, after) in lost.items()}  # fmt: skip
-            made = self.run(self.pipeline, put_back)
-        else:
-            verdict = judge(made.runner, baseline, feeds, contest)
-        for simpler, what in (("simplify", "the simplified float model"), ("", "the input as it was")):
-            if not verdict.loses:
+            put_back |= lost
+            try:
+                made = self.run(self.pipeline, put_back)
+            except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites
+                notes.append(f"without the sites that made the model slower: {error}")
                 break
-            note = f"nothing that was asked for made the model faster here: this is {what}"
-            passes = _pipeline(None, self.backend) if simpler else Pipeline([])
-            made = self.run(passes, {}, lower=bool(simpler))
-            made.report.notes.append(note)
-            verdict = judge(made.runner, baseline, feeds, contest)
+            verdict = judge(made.runner, baseline, feeds)
+        simpler = ("the simplified float model", _pipeline(None, self.backend), None)
+        for what, pipeline, lowered in (simpler, ("the input as it was", Pipeline([]), untouched)):
+            if not verdict.slower:
+                break
+            if str(pipeline) == made.report.pipeline:
+                continue
+            speed, shapes = min((verdict.ratios[index].median, _shapes(feeds[index])) for index in verdict.slower)
+            besides = f", even with {len(made.report.put_back)} sites as they were" if made.report.put_back else ""
+            notes.append(f"{made.report.pipeline} makes the model slower here{besides}: it runs {speed:.2f} times as "
+                         f"fast as the input at {shapes}. This is {what}")  # fmt: skip
+            made = self.run(pipeline, lowered=lowered)
+            verdict = judge(made.runner, baseline, feeds)
+        made.report.notes += notes
         made.report.speed = [
             {"shapes": _shapes(one), "median": ratio.median, "low": ratio.low, "high": ratio.high,
              "rounds": ratio.rounds, "steady": ratio.steady}
@@ -142,10 +149,46 @@ class _Job:
         ]  # fmt: skip
         return made
 
-    def run(self, pipeline: Pipeline, put_back: Mapping[str, str], *, lower: bool = True) -> Optimized:
-        """Passes, lowering, the engine, and the account of it all."""
+    def _times(self) -> bool:
+        return bool(self.measure and self.captured.feeds and not self._unasked_for_its_size())
+
+    def _baseline(self, notes: list[str]) -> tuple[Graph, Runner]:
+        """The input as it was handed in; as it was captured, with a note, where the engine does not run that."""
+        if self.captured.untouched is not None:
+            untouched = self.captured.untouched()
+            try:
+                runner = self.backend.compile(untouched, self.threads)
+                for one in self.captured.feeds:
+                    runner(one)
+                return untouched, runner
+            except Exception as error:  # the engine's own have no base of theirs
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                notes.append(f"the speed is over the captured model: the input itself does not run here ({reason})")
+        return self.captured.graph, self._captured
+
+    @cached_property
+    def _captured(self) -> Runner:
+        return self.backend.compile(self.captured.graph, self.threads)
+
+    def _losers(self, made: Optimized, verdict: Verdict) -> dict[str, str]:
+        """The sites to put back, by label, and why. Against the captured model, whose nodes have the sites' names."""
+        if not verdict.slower:
+            return {}
+        feeds = [self.captured.feeds[index] for index in verdict.slower]
+        lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
+        records = [record for record in made.report.passes if record.name not in lossless]
+        lost = losers(made.runner, self._captured, feeds, records)
+        return {label: f"slower when changed: {1e6 * after:.0f} us in place of {1e6 * before:.0f} us"
+                for label, (before, after) in lost.items()}  # fmt: skip
+
+    def run(
+        self, pipeline: Pipeline, put_back: Mapping[str, str] | None = None, *, lowered: Graph | None = None
+    ) -> Optimized:
+        """Passes, lowering, the engine, and the account of it all. lowered: what the target is to run as it is."""
         captured, backend, original = self.captured, self.backend, self.captured.graph
-        report = Report(target=backend.name, source=captured.source, pipeline=str(pipeline), versions=_versions())
+        put_back, as_it_was = put_back or {}, lowered is not None
+        target = backend.name if backend.cpu is None else f"{backend.name} ({backend.cpu})"
+        report = Report(target=target, source=captured.source, pipeline=str(pipeline), versions=_versions())
         report.notes += [*captured.notes, *backend.notes()]
         report.put_back = dict(put_back)
         large = self._is_large()
@@ -153,6 +196,8 @@ class _Job:
         if large:
             reproducer = "instruments=[Reproduce(folder)] does"
             report.notes.append(f"above 2 GB: a pass that fails leaves no reproducer ({reproducer})")
+        if self.measure and self._unasked_for_its_size():
+            report.notes.append("above 2 GB: nothing is timed, and forms have a fixed order (agree=True times them)")
         reference = _agree(captured, large, self.agree, report)
         if reference is not None:
             watchers.append(reference)
@@ -170,16 +215,8 @@ class _Job:
         )
         report.cost_before, report.words_before = context.cost(original), count_kinds(original.nodes)
         neutral = pipeline.apply(original, context)
-        measures = self.measure and captured.feeds and not self._unasked_for_its_size()
-        chooser = backend.chooser(captured.feeds, self.threads) if measures else None
-        lowered, logs = backend.lower(neutral, chooser) if lower else (neutral, {})
-        found = {} if chooser is None else chooser.found
-        report.notes += [] if chooser is None else chooser.notes
-        report.choices += [
-            {"rule": name, "sites": log.hits, "declined": log.declined, "measured": found.get(name, [])}
-            for name, log in logs.items()
-            if log.hits or log.declined or found.get(name)
-        ]
+        if lowered is None:
+            lowered = self._lower(neutral, report)
         if reference is not None:
             try:
                 reference.hold(lowered, neutral)
@@ -190,11 +227,25 @@ class _Job:
         made = Optimized(original, neutral, lowered, report, backend, captured.signature, captured.feeds, self.threads)
         if self._unasked_for_its_size():
             return made
-        backend.check(neutral, made.runner)
+        if not as_it_was:  # else nothing was promised
+            backend.check(neutral, made.runner)
         report.census = made.runner.census()
         if reference is not None:
             report.agreement = reference.compare(made.runner)
         return made
+
+    def _lower(self, neutral: Graph, report: Report) -> Graph:
+        """The target's own operations, in the forms that run fastest here where that is measured."""
+        chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._times() else None
+        lowered, logs = self.backend.lower(neutral, chooser)
+        found = {} if chooser is None else chooser.found
+        report.notes += [] if chooser is None else chooser.notes
+        report.choices += [
+            {"rule": name, "sites": log.hits, "declined": log.declined, "measured": found.get(name, [])}
+            for name, log in logs.items()
+            if log.hits or log.declined or found.get(name)
+        ]
+        return lowered
 
     def _is_large(self) -> bool:
         return cost.Cost.of(self.captured.graph).bytes > cost.LARGE
@@ -202,10 +253,6 @@ class _Job:
     def _unasked_for_its_size(self) -> bool:
         """Whether the model is too large to be run unless that is asked for."""
         return self._is_large() and not self.agree
-
-    def _lossy(self, report: Report) -> list[PassRecord]:
-        lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
-        return [record for record in report.passes if record.name not in lossless]
 
 
 @dataclass
@@ -350,11 +397,15 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _measures(asked: bool | None, cpu: str | None) -> bool:
-    """Whether to time forms and results."""
-    if asked and cpu is not None:
-        raise UsageError(f"cpu={cpu} is another machine, which cannot be measured here: leave measure=True out")
-    return (os.environ.get("GRAPHOPT_MEASURE") != "0" and cpu is None) if asked is None else asked
+def _measures(asked: bool | None, backend: Backend) -> bool:
+    """Whether to time forms and results. Raises UsageError where that is asked for and cannot be."""
+    if asked and backend.cpu is not None:
+        raise UsageError(f"cpu={backend.cpu} is another machine, which cannot be measured here: leave measure=True out")
+    if asked:
+        backend.require_runs()
+    if asked is None:
+        return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.cpu is None and backend.runs
+    return asked
 
 
 def _shapes(feeds: Feeds) -> str:
