@@ -510,10 +510,11 @@ class OnnxGraph(Graph):
         return type(self)(self.model.clone(), self.scratch)
 
     def raise_own(self) -> int:
-        from graphopt.dialects import onnx_positions
+        from graphopt.dialects import onnx_flattening, onnx_positions
 
         before = self.version
         onnx_positions.raise_positions(self)
+        onnx_flattening.raise_detours(self)
         return self.version - before
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:

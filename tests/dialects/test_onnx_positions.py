@@ -14,7 +14,8 @@ MASK = """
 <ir_version: 10, opset_import: ["": 20]>
 mask (bool[rows, seq] mask, float[batch, seq] x) => (bool[batch, 1, seq, seq] y)
 <int64 zero = {0}, int64 one = {1}, int64[1] ones = {1}, int64[1] a0 = {0}, int64[1] last = {-1},
- int64[3] behind = {1, 2, 3}, int64[3] before = {0, 1, 2}, int64[3] around = {0, 1, 3}, bool true = {1}, int64[seq] columns>
+ int64[3] behind = {1, 2, 3}, int64[3] before = {0, 1, 2}, int64[3] around = {0, 1, 3}, bool true = {1},
+ int64[seq] columns>
 {
     n0 = Shape <start: int = 0, end: int = 1> (x)
     n1 = Shape <start: int = 1, end: int = 2> (x)

@@ -1,0 +1,53 @@
+"""What torch's exporter makes of GPT-2's Conv1D and of split, against the module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import graphopt
+from tests.language import build
+
+
+class Block(nn.Module):
+    """Queries, keys and values of one product over flattened rows, heads, and a product over heads joined again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = Conv1D(24, 8), Conv1D(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.c_attn(x).split(8, dim=2)
+        )
+        y = nn.functional.scaled_dot_product_attention(query, key, value)
+        result: Tensor = self.c_proj(y.transpose(1, 2).reshape(x.shape))
+        return result
+
+
+def test_linears_read_rows_as_they_are_and_parts_come_of_one_split() -> None:
+    torch.manual_seed(0)
+    module, x = Block().eval(), torch.randn(3, 5, 8)
+    result = graphopt.optimize(module, example_inputs=x, dynamic_shapes={"x": {0: "batch", 1: "seq"}})
+    kinds = [node.kind for node in result.lowered.nodes]
+    assert kinds.count("onnx.Split") == 1 and kinds.count("linear") == 2
+    assert not {"onnx.SequenceAt", "onnx.SplitToSequence", "transpose"} & set(kinds)
+    (attention,) = result.lowered.sites("attention")
+    assert attention.attributes["heads"] == 2
+    torch.testing.assert_close(result(x), module(x), rtol=1e-5, atol=1e-6)
+    longer = torch.randn(2, 7, 8)
+    torch.testing.assert_close(result(longer), module(longer), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "result"), [((24, 8), (6, 4, 5)), ((48, 4), (4, 12, 5))], ids=["other leading axes", "halves of rows"]
+)
+def test_rows_that_are_cut_up_otherwise_stay_flattened(rows: tuple[int, ...], result: tuple[int, ...]) -> None:
+    graph = build("onnx", f"""
+        f = reshape(x[4,6,8], F[2]:values{rows}:int64)
+        h = linear(f, W[5,{rows[1]}])
+        y = reshape(h, S[3]:values{result}:int64)""".replace(", ", ",").replace("8],", "8], "))
+    graph.raise_own()
+    assert [node.kind for node in graph.nodes] == ["reshape", "linear", "reshape"]
