@@ -48,14 +48,18 @@ class Excerpt:
         return cls(match, tuple(nodes), inputs, outputs)
 
     def signature(self) -> str:
-        """What its time depends on, with values by number: the same for all patterns that are alike."""
+        """What its time depends on, values and named axes by number: the same for all patterns that are alike."""
         numbers: dict[Value, int] = {}
+        axes: dict[str, str] = {}
 
         def text(value: Value | None) -> str:
             if value is None:
                 return "-"
             number = "" if value.is_constant else f"%{numbers.setdefault(value, len(numbers))}"
-            return f"{number}{list(value.shape or ('?',))}:{value.dtype}"
+            if value.shape is None:
+                return f"{number}?:{value.dtype}"
+            sizes = [axes.setdefault(one, f"n{len(axes)}") if isinstance(one, str) else one for one in value.shape]
+            return f"{number}{sizes}:{value.dtype}"
 
         lines = [
             f"{node.kind}({', '.join(map(text, node.operands))}) {sorted(node.attributes.items())} -> "

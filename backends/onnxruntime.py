@@ -24,7 +24,7 @@ from graphopt.graph import Graph, Node
 from graphopt.rewrite import Choice, Rule
 
 INT8_KERNELS = {
-    "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm"),
+    "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits"),
     "conv_int8": ("QLinearConv",),
     "add_int8": ("QLinearAdd",),
     **{word: (kernel,) for word, kernel in onnxruntime_int8.QLINEAR.items()},

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graphopt.backends import onnxruntime_weights
 from graphopt.dialects import onnx_export
 from graphopt.graph import Graph, Node, Value
 from graphopt.quantizing.islands import is_global
@@ -246,12 +247,37 @@ def _product_to_float(op: Builder, m: Match) -> Value:
     return op("com.microsoft.MatMulIntegerToFloat", a, b, a_scale, b_scale, a_zero_point, b_zero_point)
 
 
+def _matmul_nbits(op: Builder, m: Match) -> Value:
+    """The kernel rounds its float rows itself, by block: for one row at a time, as a decoder multiplies them."""
+    weight, scale = op.graph.constant(m.weight), op.graph.constant(m.weight_scale)
+    if weight is None or scale is None:
+        raise Declined("the int8 weight is not constant")
+    blocks, (out, into) = onnxruntime_weights.in_blocks(weight, scale), weight.shape
+    return onnxruntime_weights.emit_matmul(op, m.x.producer.input, blocks, (out, into), m.bias)
+
+
+def _is_static(m: Match) -> bool:
+    quantize = m.x.producer
+    return quantize is not None and quantize.kind == "quantize" and m.scale.is_constant
+
+
 DYNAMIC = Choice(
     "dynamic-linear",
     _linear,
-    {"DynamicQuantizeMatMul": _dynamic_matmul, "MatMulIntegerToFloat": _integer_to_float},
+    {
+        "DynamicQuantizeMatMul": _dynamic_matmul,
+        "MatMulIntegerToFloat": _integer_to_float,
+        "MatMulNBits": _matmul_nbits,
+    },
     check=_is_dynamic,
     around=_on_one_input,
+)
+STATIC = Choice(
+    "static-linear",
+    _linear,
+    {"MatMulIntegerToFloat": _integer_to_float, "MatMulNBits": _matmul_nbits},
+    check=_is_static,
+    around=lambda m: [m.x.producer, *m.x.users],
 )
 ISLANDS = (
     Rule("pad-into-conv", _padded_pattern, _pad_inside, check=_pads_with_zero_point),
@@ -264,4 +290,4 @@ ISLANDS = (
 PRODUCTS = (Rule("product-to-float", _matmul_pattern, _product_to_float, check=lambda m: reads_u8(m.root)),)
 """Behind the islands: what is left has a result in float."""
 
-STAGES = (DYNAMIC,), ISLANDS, PRODUCTS
+STAGES = (DYNAMIC, STATIC), ISLANDS, PRODUCTS

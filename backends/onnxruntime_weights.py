@@ -79,15 +79,20 @@ def _blocks(graph: Graph, node: Node, narrowest: int) -> Blocks:
     block = node.attributes["block"]
     if zero_point is None and integers.dtype is torch.uint8:
         zero_point = torch.zeros_like(scale, dtype=torch.uint8)
+    bits = next(size for size in (2, 4, 8) if size >= max(node.attributes["bits"], narrowest))
+    return in_blocks(integers, scale, zero_point, bits=bits, block=block)
+
+
+def in_blocks(
+    integers: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int = 8, block: int | None = None
+) -> Blocks:
+    """A matrix of integers (rows, columns) in the kernels' form; without `block`, scales are of rows, or of all."""
     if not block:
         block = next((size for size in BLOCKS if size >= integers.shape[1]), LONGEST)
         block = min(block, LONGEST)
         count = -(-integers.shape[1] // block)
-        scale, zero_point = (
-            None if one is None else one.reshape(-1, 1).expand(integers.shape[0], count) for one in (scale, zero_point)
-        )
-        assert scale is not None
-    bits = next(size for size in (2, 4, 8) if size >= max(node.attributes["bits"], narrowest))
+        scale = scale.reshape(-1, 1).expand(integers.shape[0], count)
+        zero_point = None if zero_point is None else zero_point.reshape(-1, 1).expand(integers.shape[0], count)
     filled = torch.nn.functional.pad(integers, (0, -integers.shape[1] % block))
     packed = pack(filled.reshape(integers.shape[0], -1, block), bits)
     return Blocks(packed, scale.contiguous(), None if zero_point is None else pack(zero_point, bits), bits, block)
@@ -111,10 +116,14 @@ def _matmul_nbits(op: Builder, m: Match) -> Value:
     """Weights stay packed in memory; each is unpacked in the registers that multiply it."""
     _require_kernel(m.root)
     out, into = (int(size) for size in m.weight.result.shape)
-    found = _blocks(op.graph, m.weight, narrowest=2)
-    operands = _constants(op, found)
-    sizes = {"K": into, "N": out, "bits": found.bits, "block_size": found.block, "accuracy_level": ACCURACY_LEVEL}
-    return op("com.microsoft.MatMulNBits", m.x, *operands, None, m.bias, **sizes)
+    return emit_matmul(op, m.x, _blocks(op.graph, m.weight, narrowest=2), (out, into), m.bias)
+
+
+def emit_matmul(op: Builder, x: Value, weight: Blocks, shape: tuple[int, int], bias: Value | None) -> Value:
+    """MatMulNBits of float rows and a packed weight, whose shape is (out, in)."""
+    sizes = {"N": shape[0], "K": shape[1], "bits": weight.bits, "block_size": weight.block}
+    operands = _constants(op, weight)
+    return op("com.microsoft.MatMulNBits", x, *operands, None, bias, **sizes, accuracy_level=ACCURACY_LEVEL)
 
 
 def _gather_integers(op: Builder, m: Match) -> Value:

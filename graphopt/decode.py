@@ -79,6 +79,12 @@ class DecodeStep(nn.Module):
         by_argument = {_argument(name): tensor for name, tensor in example.items()}
         return cls(model, list(example)), by_argument, {_argument(name): named for name, named in axes.items()}
 
+    @staticmethod
+    def of_one_token(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The example with one new token, which is what a decoder runs, and what is worth timing."""
+        ids, mask = example["input_ids"], example["attention_mask"]
+        return {**example, "input_ids": ids[:, :1], "attention_mask": mask[:, : 1 - NEW_TOKENS]}
+
 
 def _argument(name: str) -> str:
     return name.replace(".", "_")

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.decode import DecodeStep
+
 Feeds = dict[str, Tensor]
 DynamicAxes = dict[str, dict[int, str]]
 """By input, the names of its dynamic axes."""
@@ -58,8 +60,6 @@ def trace(
     notes: list[str] = []
     with _inference(module):
         if cache:
-            from graphopt.decode import DecodeStep
-
             if dynamic_shapes is not None:
                 raise CaptureError("cache=True names the axes of the decode step itself: leave out dynamic_shapes")
             try:
@@ -81,6 +81,9 @@ def trace(
             program = _export(module, traced, constants, axes)
         except Exception as error:
             raise CaptureError(_trace_failure(module, error)) from error
+        if isinstance(module, DecodeStep):
+            examples = [module.of_one_token(one) for one in examples]
+            result = _run(module, examples[0])
     notes += _specialized(program, axes)
     public = getattr(module, "public_names", {})
     examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]

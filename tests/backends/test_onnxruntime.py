@@ -481,7 +481,7 @@ def test_a_file_says_how_it_was_made(encoders: dict[str, Optimized], tmp_path: P
     assert properties["graphopt.target"] == "onnxruntime"
     assert json.loads(properties["graphopt.versions"])["onnxruntime"] == ort.__version__
     assert len(properties["graphopt.input"]) == 64
-    assert json.loads(properties["graphopt.choices"])["matmul-integer-to-float"] == 12
+    assert json.loads(properties["graphopt.choices"])["static-linear"] == 12
     paths = {prop.value for node in model.graph.node for prop in node.metadata_props if prop.key == "graphopt.path"}
     assert {"layers.0.attention.query", "layers.1.down", "layers.0.norm1"} <= paths
     manifest = json.loads((tmp_path / "out.onnx.json").read_text())

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from graphopt.backend import LoweringError, Runner
+from graphopt.backends import onnxruntime_int8
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.graph import Graph
 from graphopt.numerics import metrics, quantize
+from graphopt.rewrite import rewrite
 from tests.language import build, feeds, outputs
 
 BACKEND = OnnxRuntime()
@@ -173,3 +175,20 @@ def test_portable_file_holds_packed_weights_in_standard_operators(
     found = session.run(None, {"x": feeds(graph)["x"].numpy()})[0]
     expected = feeds(graph)["x"] @ grid.values(grid.round(weight)).T
     assert metrics.sqnr(expected, torch.from_numpy(found)) > 30  # the engine may round activations, as above
+
+
+@pytest.mark.parametrize("scheme", ["dynamic", "static"])
+def test_rows_one_at_a_time_may_be_rounded_inside_the_kernel(scheme: str) -> None:
+    """MatMulNBits is a form of an int8 linear: the same weights, activations rounded by block."""
+    choice, ranges, read = {
+        "dynamic": (onnxruntime_int8.DYNAMIC, "s, z = choose_qparams(x[n,72])\nq = quantize(x, s, z)", "s, z"),
+        "static": (onnxruntime_int8.STATIC, "q = quantize(x[n,72], S[]:values(0.02), Z[]:uint8)", "S, Z"),
+    }[scheme]
+    graph = build("onnx", f"{ranges}\ny = linear_int8(q, {read}, W[16,72]:int8, V[16]:values(0.01,0.02), B[16])")
+    taken = graph.clone()
+    (log,) = rewrite(taken, [choice.only("MatMulNBits")]).values()
+    taken.sweep()
+    assert log.hits == 1 and [node.kind for node in taken.nodes] == ["com.microsoft.MatMulNBits"]
+    rows = {"x": torch.rand(3, 72, generator=torch.Generator().manual_seed(0)) * 4}
+    expected, found = (BACKEND.compile(BACKEND.lower(one)[0], threads=1)(rows)[0] for one in (graph, taken))
+    assert metrics.sqnr(expected, found) > 30
