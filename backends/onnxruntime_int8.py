@@ -247,6 +247,13 @@ def _product_to_float(op: Builder, m: Match) -> Value:
     return op("com.microsoft.MatMulIntegerToFloat", a, b, a_scale, b_scale, a_zero_point, b_zero_point)
 
 
+def _shared_integers(op: Builder, m: Match) -> Value:
+    """One quantized input serves several linears; of one alone the engine would make a DynamicQuantizeMatMul again."""
+    if len(m.x.users) == 1:
+        raise Declined("it is alone on its input")
+    return _integer_to_float(op, m)
+
+
 def _matmul_nbits(op: Builder, m: Match) -> Value:
     """The kernel rounds its float rows itself, by block: for one row at a time, as a decoder multiplies them."""
     weight, scale = op.graph.constant(m.weight), op.graph.constant(m.weight_scale)
@@ -266,7 +273,7 @@ DYNAMIC = Choice(
     _linear,
     {
         "DynamicQuantizeMatMul": _dynamic_matmul,
-        "MatMulIntegerToFloat": _integer_to_float,
+        "MatMulIntegerToFloat": _shared_integers,
         "MatMulNBits": _matmul_nbits,
     },
     check=_is_dynamic,

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.backend import LoweringError
+from graphopt.backends import onnxruntime_float, onnxruntime_int8
 from graphopt.backends.onnxruntime import OnnxRuntime, OrtRunner
-from graphopt.dialects import onnx_run
+from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import GraphError
 from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
 from graphopt.optimize import Optimized
+from graphopt.rewrite import Choice, rewrite
 from tests.language import build
 from tests.models import ConvNet, Decoder, Encoder, images, padding, plain_run, seeded, tokens
 
@@ -552,3 +554,57 @@ def test_a_portable_static_file_has_the_same_int8_kernels(encoders: dict[str, Op
     again = graphopt.optimize(path, example_inputs=ENCODED)
     assert again.report.census["MatMulIntegerToFloat"] == 12
     assert sqnr(encoders["static"](**ENCODED), next(iter(again(**ENCODED).values()))) > 40
+
+
+# --- forms ---------------------------------------------------------------------------------------------------------
+
+SHARED = """
+    s, z = choose_qparams(x[n,72])
+    q = quantize(x, s, z)
+    y = linear_int8(q, s, z, W[16,72]:int8, V[16]:values(0.01,0.02))
+    w = linear_int8(q, s, z, U[24,72]:int8, T[24]:values(0.02))
+    return y, w"""
+ALONE = "\n".join(SHARED.splitlines()[:4])
+CALIBRATED = "q = quantize(x[n,72], S[]:values(0.02), Z[]:uint8)\ny = linear_int8(q, S, Z, W[16,72]:int8, V[16]:ones)"
+RESIDUAL = "y = layer_norm(add(x[2,4,8], r[2,4,8]), W[8], B[8])"
+HEADS = "y = attention(q[b,t,16], k[b,t,16], v[b,t,16], heads=4, kv_heads=4)"
+
+
+@pytest.mark.parametrize(
+    ("text", "choice", "form", "kernels"),
+    [
+        (ALONE, onnxruntime_int8.DYNAMIC, "DynamicQuantizeMatMul", ["DynamicQuantizeMatMul"]),
+        (ALONE, onnxruntime_int8.DYNAMIC, "MatMulNBits", ["MatMulNBits"]),
+        (SHARED, onnxruntime_int8.DYNAMIC, "MatMulIntegerToFloat",
+         ["DynamicQuantizeLinear", "MatMulIntegerToFloat", "MatMulIntegerToFloat"]),
+        (SHARED, onnxruntime_int8.DYNAMIC, "MatMulNBits", ["MatMulNBits", "MatMulNBits"]),
+        (CALIBRATED, onnxruntime_int8.STATIC, "MatMulIntegerToFloat", ["MatMulIntegerToFloat", "QuantizeLinear"]),
+        (CALIBRATED, onnxruntime_int8.STATIC, "MatMulNBits", ["MatMulNBits"]),
+        (RESIDUAL, onnxruntime_float.RESIDUAL, "Sum", ["LayerNormalization", "Sum"]),
+        (RESIDUAL, onnxruntime_float.RESIDUAL, "SkipLayerNormalization", ["SkipLayerNormalization"]),
+        (HEADS, onnxruntime_float.ATTENTION, "Attention", ["Attention"]),
+        (HEADS, onnxruntime_float.ATTENTION, "MultiHeadAttention", ["MultiHeadAttention"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("level", ["extended", "all"])
+def test_the_engine_runs_the_form_that_was_chosen(
+    text: str, choice: Choice, form: str, kernels: list[str], level: str, tmp_path: Path
+) -> None:
+    """Its own fusions neither undo a form nor make another of it."""
+    target, graph = OnnxRuntime(), build("onnx", text).clone()
+    if choice.forms[form] is not None:
+        (log,) = rewrite(graph, [choice.only(form)]).values()
+        assert log.hits == len(graph.outputs) and not log.declined
+    for stage in target.rules(graph):
+        rewrite(graph, [rule.rule() if isinstance(rule, Choice) else rule for rule in stage if rule is not choice])
+        graph.sweep()
+    assert isinstance(graph, OnnxGraph)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnx_run.session(onnx_export.deployable(graph), level=level, options=options)
+    assert sorted(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node) == kernels
+
+
+def test_a_dynamic_linear_alone_is_no_shared_one() -> None:
+    (log,) = rewrite(build("onnx", ALONE), [onnxruntime_int8.DYNAMIC.only("MatMulIntegerToFloat")]).values()
+    assert list(log.declined.values()) == ["it is alone on its input"]
