@@ -63,6 +63,9 @@ def function(op_type: str, opset: int) -> ir.Function:
         attributes, given = "<axis, block_size, bits>", "x, scale" + (", zero_point" if "shifted" in variant else "")
         block = ", block_size = @block_size" if opset >= 21 else ""
         signature, body = f"({given}) => (y)", f"y = DequantizeLinear<axis = @axis{block}>({given})"
+        if "blocks" in variant:
+            body = _BLOCKS + ("zf = Cast<to=1>(z) d = Sub(xf, zf)" if "shifted" in variant else "d = Identity(xf)")
+            body = body.replace("{z}", "z = Unsqueeze(zero_point, last)" if "shifted" in variant else "") + _JOINED
     elif name == "attention":
         attributes = "<scale, causal, heads, kv_heads>"
         signature, body = _ATTENTION_OVER_QUERIES
@@ -73,6 +76,14 @@ def function(op_type: str, opset: int) -> ir.Function:
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {op_type} {attributes} {signature} {{ {body} }}'
     return ir.serde.deserialize_function(_parse(text))
 
+
+_BLOCKS = (
+    "last = Constant<value_ints = [2]>() first = Constant<value_ints = [0]>() all = Constant<value_ints = [0, -1]>() "
+    "size = Constant<value_int = @block_size>() sizes = Unsqueeze(size, first) cut = Concat<axis = 0>(all, sizes) "
+    "xb = Reshape(x, cut) xf = Cast<to=1>(xb) s = Unsqueeze(scale, last) {z} "
+)
+_JOINED = " m = Mul(d, s) shape = Shape(x) y = Reshape(m, shape)"
+"""A matrix, its rows cut into blocks and joined again."""
 
 _ATTENTION_OVER_QUERIES = (
     "(query, key, value, mask) => (y)",

@@ -599,13 +599,16 @@ def _require_quantized(graph: OnnxGraph, word: str, axis: int | None) -> None:
 def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     block, bits = attributes["block"], attributes["bits"]
     _require_quantized(graph, "dequantize", attributes["axis"])
-    if block and graph.opset < 21:
-        raise GraphError(f"dequantize of blocks has no ONNX operator at opset {graph.opset}; it needs 21")
     spelled = {"axis": attributes["axis"]} if attributes["axis"] is not None else {}
     spelled |= {"block_size": block} if block else {}
+    x, scale, zero_point = (*operands, None)[:3]
+    if block and graph.opset < 21:  # where the operator has no blocks
+        if x is None or x.rank != 2 or attributes["axis"] != 1:
+            raise GraphError("dequantize has a form for matrices only, in blocks along axis 1, before opset 21")
+        op_type = "dequantize__blocks" + ("" if zero_point is None else "_shifted")
+        return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
     if bits == 8:
         return Spelled("DequantizeLinear", operands, spelled)
-    x, scale, zero_point = (*operands, None)[:3]
     if x is not None and x.is_constant and graph.opset >= _NARROW_SINCE.get(bits, sys.maxsize):
         zero_point = None if zero_point is None else graph.narrowed(zero_point, bits)
         return Spelled("DequantizeLinear", [graph.narrowed(x, bits), scale, zero_point], spelled)

@@ -86,12 +86,19 @@ def test_cost_counts_bits(dialect: str, bits: int, block: int | None, symmetric:
     assert Cost.of(graph).bytes == 6 * 64 * bits // 8 + 4 * grid.scale.numel() + zero_points
 
 
-def test_onnx_has_no_blocks_below_opset_21() -> None:
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, True), (4, False), (2, False)])
+@pytest.mark.parametrize("opset", [17, 20])
+def test_onnx_computes_blocks_by_itself_where_the_operator_has_none(opset: int, bits: int, symmetric: bool) -> None:
     graph = build("onnx", "y = relu(x[2,64])")
-    graph.model.graph.opset_imports[""] = 20  # type: ignore[attr-defined]
-    integers, scale = graph.add_constant(torch.ones(4, 64, dtype=torch.int8)), graph.add_constant(torch.ones(4, 2))
-    with pytest.raises(GraphError, match="dequantize of blocks has no ONNX operator at opset 20; it needs 21"):
-        graph.emit("dequantize", integers, scale, axis=1, block=32)
+    graph.model.graph.opset_imports[""] = opset  # type: ignore[attr-defined]
+    grid, integers = fitted(bits, 32, symmetric)
+    zero_point = None if grid.zero_point is None else graph.add_constant(grid.zero_point)
+    operands = graph.add_constant(integers), graph.add_constant(grid.scale), zero_point
+    value = graph.emit("dequantize", *operands, axis=1, block=32, bits=bits)
+    assert dict(producer(value).attributes) == {"axis": 1, "block": 32, "bits": bits}
+    torch.testing.assert_close(graph.evaluate(feeds(graph), [value])[0], grid.values(integers))
+    with pytest.raises(GraphError, match="for matrices only, in blocks along axis 1, before opset 21"):
+        graph.emit("dequantize", *operands, axis=0, block=2, bits=bits)
 
 
 @pytest.mark.parametrize("opset", [17, 20])
