@@ -122,6 +122,31 @@ def resnet50(classes: int = 1000) -> nn.Module:
     return _bottlenecks(64, [256, 512, 1024, 2048], [3, 4, 6, 3], classes)
 
 
+def mobilenetv2() -> nn.Module:
+    """A seeded MobileNetV2, padded as PyTorch pads."""
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    config = MobileNetV2Config(tf_padding=False)
+    config.num_labels = 1000
+    return seeded(lambda: MobileNetV2ForImageClassification(config))
+
+
+def vit() -> nn.Module:
+    """A seeded ViT-B/16."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig()
+    config.num_labels = 1000
+    return seeded(lambda: ViTForImageClassification(config))
+
+
+def gpt2() -> nn.Module:
+    """A seeded GPT-2 small, which returns no cache unless asked."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return seeded(lambda: GPT2LMHeadModel(GPT2Config(use_cache=False)))
+
+
 def _bottlenecks(first: int, widths: list[int], depths: list[int], classes: int) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
