@@ -215,8 +215,10 @@ class Entropy(Histogram):
 
     Candidates cut both tails at the same magnitude, each end then drawn in to the next filled bin; 128 magnitudes from
     the one that leaves 256 bins up to all. P is the histogram with what is cut off added to the end bins; Q spreads
-    each of 256 groups of the uncut bins evenly over those of its bins that are filled. Source: Migacz 2017 (TensorRT
-    8-bit calibration, which has the positive half); asymmetric as in ONNX Runtime's entropy calibration.
+    each of 256 groups of the uncut bins evenly over those of its bins that are filled. The bin of 0 counts no more than
+    the fuller one beside it: zeros are exact in every range, and the peak that a relu makes of them would outweigh all
+    that is cut off. Source: Migacz 2017 (TensorRT 8-bit calibration, which has the positive half), the bin of 0 as in
+    NVIDIA's pytorch-quantization; asymmetric as in ONNX Runtime's entropy calibration.
     """
 
     bins = 4096
@@ -224,6 +226,7 @@ class Entropy(Histogram):
     def range(self) -> tuple[float, float]:
         """As `MinMax.range`, for the range named above."""
         edges, counts = self.counts()
+        counts = _without_peak(counts, -round(float(edges[0]) / self.width))
         filled = torch.nonzero(counts).flatten()
         magnitudes = torch.maximum(edges.abs(), (edges + self.width).abs())
         smallest = magnitudes.sort().values[min(STEPS, len(counts) - 1)]
@@ -362,6 +365,16 @@ def _squared_errors(values: Tensor, weights: Tensor, ranges: Tensor) -> Tensor:
         steps = torch.round(values / scale).add_(zero_point).clamp_(0, STEPS).sub_(zero_point)
         errors.append(steps.mul_(scale).sub_(values).square_() @ weights)
     return torch.cat(errors)
+
+
+def _without_peak(counts: Tensor, zero: int) -> Tensor:
+    """Counts (n,) whose bin `zero`, where that is filled, holds as much as the fuller of those beside it, or one."""
+    if not 0 <= zero < len(counts) or counts[zero] == 0:
+        return counts
+    beside = torch.cat([counts[max(zero - 1, 0) : zero], counts[zero + 1 : zero + 2], counts.new_ones(1)])
+    counts = counts.clone()
+    counts[zero] = torch.minimum(counts[zero], beside.max())
+    return counts
 
 
 def _divergence(counts: Tensor, first: int, last: int) -> float:

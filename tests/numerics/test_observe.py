@@ -234,6 +234,8 @@ def test_entropy_has_the_least_divergence_of_its_candidates(skew: bool) -> None:
     observer, x = Entropy(), normal(30_000) ** 3
     observer.update(torch.where(x < 0, x / 3, x) if skew else x)
     edges, counts = (part.numpy() for part in observer.counts())
+    zero = int(np.flatnonzero(edges == 0)[0])
+    counts[zero] = min(counts[zero], max(counts[zero - 1], counts[zero + 1]))
     size = np.maximum(np.abs(edges), np.abs(edges + observer.width))
     found: dict[tuple[float, float], float] = {}
     for cut in np.linspace(size.max(), np.sort(size)[255], 128):
@@ -244,6 +246,13 @@ def test_entropy_has_the_least_divergence_of_its_candidates(skew: bool) -> None:
     low, high = observer.extremes
     assert observer.range() == (max(best[0], low), min(best[1], high))
     assert len(found) > 10 and observer.range() != observer.extremes
+
+
+@pytest.mark.parametrize("zeros", [100_000, 1_000_000])
+def test_entropy_is_not_drawn_to_the_zeros_of_a_relu(zeros: int) -> None:
+    half = 6 * normal(100_000).abs()
+    alone, with_zeros = (filled(Entropy(), half, torch.zeros(count)).range() for count in (1000, zeros))
+    assert with_zeros == alone and 3 * 6 < with_zeros[1] < float(half.max())
 
 
 @pytest.mark.parametrize("values", [[2.0], [0.0], [-1.0, 1.0], [0.0, 1.0, 2.0, 3.0]])
