@@ -39,8 +39,11 @@ QUANTIZED_MARGIN = 6.0
 that fall the other way add up to as much as the quantization noise itself.
 """
 
-QUANTIZED_SQNR = 30.0
-"""Or to this many dB where the original rounds activations already: its output without that noise is not known."""
+QUANTIZED_SQNR = 24.0
+"""Or to this many dB where the original rounds activations already: its output without that noise is not known.
+
+One engine at two levels of its optimizer agrees with itself to 27 dB on a quantized transformer of 6 layers.
+"""
 
 
 class Instrument:

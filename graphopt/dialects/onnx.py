@@ -569,6 +569,11 @@ class OnnxGraph(Graph):
 
     def _infer(self, node: ir.Node) -> None:
         """Shapes and dtypes of a new node's outputs, by ONNX's own inference on that one node."""
+        first = node.inputs[0] if node.inputs else None
+        if (node.domain, node.op_type.partition("__")[0]) == (DOMAIN, "dequantize") and first is not None:
+            node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)  # inference loses shapes between two Reshapes
+            node.outputs[0].shape = None if first.shape is None else first.shape.copy()
+            return
         inputs = {}
         for value in node.inputs:
             if value is not None and value.type is not None:
