@@ -2,6 +2,7 @@
 
 quantize(x, s, z:int8) -> quantize(x, s, z + 128:uint8), and so what reads it.
 dequantize(W, s, z) -> dequantize(W - z, s for each output). Both are exact.
+A scale for each channel between a conv and a depthwise conv moves into their weights (`channel_scales`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
+from graphopt.quantizing.channel_scales import share_one_scale
 
 _MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity")
 """Words that let integers through as they are, whatever their sign."""
@@ -27,6 +29,7 @@ def normalize(graph: Graph) -> None:
             _shift(graph, node, behind)
     for node in [node for node in graph.nodes if _is_weight(node) and not _is_normal(node)]:
         _center(graph, node)
+    share_one_scale(graph)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------
