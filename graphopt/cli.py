@@ -68,6 +68,19 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 Model = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own default without it.", min=1)]
+Measure = Annotated[
+    bool | None,
+    typer.Option(
+        "--measure/--no-measure",
+        help="Time the forms that operators may take, and the result against the input. Done without this too, unless "
+        "--cpu or GRAPHOPT_MEASURE=0 say otherwise.",
+        show_default=False,
+    ),
+]
+Cpu = Annotated[
+    str | None,
+    typer.Option(help="The CPU that the result is for, where not this one: avx2, avx512, avx512_vnni."),
+]
 Target = Annotated[str, typer.Option(help="What the model will run on; see `graphopt targets`.")]
 CalibrationSteps = Annotated[int | None, typer.Option(help="Most calibration batches to use.", min=1)]
 Passes = Annotated[
@@ -95,6 +108,8 @@ def optimize(
     ] = False,
     as_json: Json = False,
     threads: Threads = None,
+    measure: Measure = None,
+    cpu: Cpu = None,
     opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
     report: Annotated[Path | None, typer.Option(help="An .html file for the report and the graph diff.")] = None,
@@ -120,6 +135,8 @@ def optimize(
         calibration=batches,
         calibration_steps=calibration_steps,
         threads=threads,
+        measure=measure,
+        cpu=cpu,
         instruments=() if quiet else [Progress()],
     )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable)]
@@ -385,6 +402,34 @@ def targets(as_json: Json = False) -> None:
             continue
         int8 = ", ".join(f"{word} {' or '.join(schemes)}" for word, schemes in facts["schemes"].items())
         typer.echo(f"{name}  ({facts['dialect']})\n    {facts['summary']}\n    int8: {int8}")
+
+
+@command
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Forget everything.")] = False,
+    latest: Annotated[int, typer.Option(help="How many contests to show, the latest first.", min=1)] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show what was measured on this machine, and where that is kept."""
+    from graphopt.backends.timings import opened
+    from graphopt.render import text
+
+    kept = opened()
+    if clear:
+        number = kept.clear()
+        typer.echo(f"{number} {'entry' if number == 1 else 'entries'} forgotten, of {kept.path}")
+        return
+    entries = kept.entries()
+    in_bytes = kept.path.stat().st_size if kept.path.is_file() else 0
+    if as_json:
+        from graphopt.report import plain
+
+        contests = [key | value for key, value in entries[:latest]]
+        _print_json(plain({"path": kept.path, "entries": len(entries), "bytes": in_bytes, "latest": contests}))
+        return
+    typer.echo(f"{kept.path}: {text.count(len(entries))} entries, {text.size(in_bytes)}")
+    if entries:
+        typer.echo("\n" + text.table(text.contest_rows(entries[:latest])))
 
 
 @command

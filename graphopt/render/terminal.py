@@ -42,6 +42,10 @@ def report(report: Report) -> RenderableType:
     if report.census:
         parts.append(table(text.census_rows(report), "what the engine runs"))
     parts += [Text(line) for line in text.choices(report)]
+    if report.speed:
+        parts.append(table(text.speed_rows(report), "speed over the input"))
+    if report.put_back:
+        parts.append(table([("site", "put back because"), *report.put_back.items()], "put back", right=()))
     return Group(*parts)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphopt.report import Agreement, GraphDiff, PassRecord, Report
 
@@ -41,6 +41,8 @@ def report(report: Report) -> str:
         _titled("outputs against the original", outputs),
         _titled("kernels that the engine built", [_wrapped(counts(report.census), "  ")] if report.census else []),
         _titled("choices", [_wrapped(line, "  ") for line in choices(report)]),
+        _titled("speed over the input", [textwrap.indent(table(speed_rows(report)), "  ")] if report.speed else []),
+        _titled("put back", [_wrapped(line, "  ") for line in put_back(report)]),
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -131,8 +133,13 @@ def bench_notes(result: BenchResult) -> list[str]:
 
 
 def _ratio_text(ratio: Ratio) -> str:
-    sure = f" [{ratio.low:.2f}, {ratio.high:.2f}]" if math.isfinite(ratio.high) else ""
-    return f"{'' if ratio.steady else '~'}{ratio.median:.2f}{sure}"
+    return interval(ratio.median, ratio.low, ratio.high, ratio.steady)
+
+
+def interval(median: float, low: float, high: float, steady: bool = True) -> str:
+    """A median and its 95% interval, which few rounds do not bound; ~ where the machine was unsteady."""
+    sure = f" [{low:.2f}, {high:.2f}]" if math.isfinite(high) else ""
+    return f"{'' if steady else '~'}{median:.2f}{sure}"
 
 
 def sensitivity(found: Sensitivity, limit: int | None = None) -> str:
@@ -242,15 +249,57 @@ def declined(reasons: Mapping[str, str]) -> list[tuple[str, int, str]]:
 
 
 def choices(report: Report) -> list[str]:
-    """One line for each choice that touched a site or declined one."""
+    """One line for each choice that touched a site or declined one, and one for each kind of site that was measured."""
     lines = []
     for choice in report.choices:
-        facts = {key: value for key, value in choice.items() if value and key not in ("rule", "declined")}
-        details = [f"{key} {f'{value:.4g}' if isinstance(value, float) else value}" for key, value in facts.items()]
-        details += [f"declined {n} x {reason}: {names}" for reason, n, names in declined(choice.get("declined", {}))]
+        details = [f"sites {choice['sites']}"] if choice["sites"] else []
+        details += [f"declined {n} x {reason}: {names}" for reason, n, names in declined(choice["declined"])]
+        details += [contest(one) for one in choice.get("measured", ())]
         if details:
-            lines.append(f"{choice.get('rule', 'choice')}: {'; '.join(details)}")
+            lines.append(f"{choice['rule']}: {'; '.join(details)}")
     return lines
+
+
+def contest(measured: Mapping[str, Any]) -> str:
+    """The form of some sites, how fast each form is over the first, and those that were dropped."""
+    number = f" and {measured['sites'] - 1} like it" if measured["sites"] > 1 else ""
+    told = f"{measured['site']}{number} as {measured['form']}"
+    ratios = list(measured["ratios"].items())
+    told += f" ({ratios_text(dict(ratios[1:]))} over {ratios[0][0]})" if ratios else ""
+    told += "" if measured["sure"] else ", by the static order as the machine was unsteady"
+    return told + "".join(f", {form} dropped: {reason}" for form, reason in measured["dropped"].items())
+
+
+def contest_rows(entries: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Rows:
+    """One row for each key and value of the cache of timings; ratios are over the first form."""
+    rows: Rows = [("choice", "taken", "times as fast as the first form", "shapes", "threads", "engine")]
+    for key, value in entries:
+        others = dict(list(value["ratios"].items())[1:])
+        dropped = [f"{form} dropped" for form in value["dropped"]]
+        shapes = " | ".join(" ".join("x".join(map(str, shape)) for shape in one) for one in key["shapes"])
+        ratios = ", ".join(filter(None, [ratios_text(others), *dropped]))
+        threads = "default" if key["threads"] is None else str(key["threads"])
+        rows.append((key["choice"], value["form"], ratios, shapes, threads, key["engine"]))
+    return rows
+
+
+def ratios_text(ratios: Mapping[str, Sequence[float]]) -> str:
+    """Form by form: median, and the 95% interval."""
+    return ", ".join(f"{form} {interval(median, low, high)}" for form, (median, low, high) in ratios.items())
+
+
+def speed_rows(report: Report) -> Rows:
+    """One row an example shape."""
+    rows: Rows = [("inputs", "times as fast", "rounds")]
+    return rows + [
+        (one["shapes"], interval(one["median"], one["low"], one["high"], one["steady"]), str(one["rounds"]))
+        for one in report.speed
+    ]
+
+
+def put_back(report: Report) -> list[str]:
+    """One line a site."""
+    return [f"{site}: {reason}" for site, reason in report.put_back.items()]
 
 
 def diff_summary(diff: GraphDiff) -> str:
