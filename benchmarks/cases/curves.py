@@ -18,6 +18,14 @@ from benchmarks.case import Settings, checked, table
 from benchmarks.trained import Task
 
 NEURONS, HEADS = (0.5, 0.7, 0.8), (0.25,)
+RESNET = [
+    ("channels, L2 norm", (0.25, 0.5), "prune{{channels={} importance=l2 compensate=false}}"),
+    ("channels, with least squares", (0.25, 0.5), "prune{{channels={}}}"),
+    ("2:4 by magnitude", (0.5,), "sparsify{{pattern=2:4}}"),
+    ("2:4 by SparseGPT", (0.5,), "sparsify{{pattern=2:4 criterion=sparsegpt}}"),
+    ("unstructured, SparseGPT", (0.5, 0.7), "sparsify{{amount={} criterion=sparsegpt}}"),
+    ("parameters that stay, low-rank", (0.8, 0.6), "low-rank{{params={}}}"),
+]
 CURVES: Mapping[str, Sequence[tuple[str, Sequence[float], str]]] = {
     "minilm": [
         ("neurons, activation importance", NEURONS, "prune{{neurons={} compensate=false}}"),
@@ -31,14 +39,8 @@ CURVES: Mapping[str, Sequence[tuple[str, Sequence[float], str]]] = {
         ("parameters that stay, plain SVD", (0.9, 0.8), "low-rank{{params={} fit=weights}}"),
         ("parameters that stay, whitened SVD", (0.9, 0.8), "low-rank{{params={}}}"),
     ],
-    "resnet20": [
-        ("channels, L2 norm", (0.25, 0.5), "prune{{channels={} importance=l2 compensate=false}}"),
-        ("channels, with least squares", (0.25, 0.5), "prune{{channels={}}}"),
-        ("2:4 by magnitude", (0.5,), "sparsify{{pattern=2:4}}"),
-        ("2:4 by SparseGPT", (0.5,), "sparsify{{pattern=2:4 criterion=sparsegpt}}"),
-        ("unstructured, SparseGPT", (0.5, 0.7), "sparsify{{amount={} criterion=sparsegpt}}"),
-        ("parameters that stay, low-rank", (0.8, 0.6), "low-rank{{params={}}}"),
-    ],
+    "resnet20": RESNET,
+    "resnet56": RESNET,
     "stories": [
         ("neurons, activation importance", (0.25, 0.5), "prune{{neurons={} compensate=false}}"),
         ("neurons, with least squares", (0.25, 0.5), "prune{{neurons={}}}"),
