@@ -66,7 +66,7 @@ class Quantize(Pass):
     """Most that `evaluate` (more is better) may fall, in the same way."""
 
     targets: Selector = Selector("linear", "conv", "embedding")
-    """Sites to consider: words (matmul too), module paths or patterns."""
+    """Sites to consider: words (matmul too, and softmax between matmuls), module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave in float."""
@@ -93,14 +93,17 @@ class Quantize(Pass):
         context = remember(context) if goal.asked else context
         kept = keep(graph, free, goal, context) if goal.asked else {}
         islands, rounding = islands_on(graph, context), Rounding(graph)
-        for site, chosen in self._chosen(graph, context, kept).items():
-            islands.schemes[site] = chosen[0]
-            if isinstance(chosen[1], Recipe):
-                rounding.recipes[site] = chosen[1]
+        chosen = self._chosen(graph, context, kept)
+        rounding.recipes = {site: recipe for site, (_, recipe) in chosen.items() if recipe is not None}
         rounding.share_tables(context)
-        islands.schemes = {site: one for site, one in islands.schemes.items()
+        islands.schemes = {site: scheme for site, (scheme, _) in chosen.items()
                            if site.kind == "matmul" or site in rounding.recipes}  # fmt: skip
-        declined = islands.join(lambda word: "static" in schemes.legal(word, context), self.ignore)
+        asked = [site for site in chosen if site.kind == "softmax"]
+
+        def stays(node: Node) -> str | None:
+            return "it is to stay float" if node in self.ignore else context.put_back.get(node.label)
+
+        declined = islands.join(lambda word: "static" in schemes.legal(word, context), stays, asked)
         _account(context, islands, declined)
         products = [one.bits for site, one in rounding.recipes.items() if islands.schemes[site] != "weight-only"]
         if products and context.target is not None:
@@ -133,7 +136,7 @@ class Quantize(Pass):
                 scheme = schemes.scheme_of(site.kind, asked["scheme"], context)
                 bits = schemes.bits_of(site.kind, scheme, asked["bits"], context)
                 reason = schemes.why_no_kernel(site.kind, scheme, context)
-                if reason is None and site.kind == "matmul":
+                if reason is None and site.kind in ("matmul", "softmax"):
                     chosen[site] = scheme, None
                     continue
                 block = None if reason else schemes.block_of(site, scheme, bits, self.block)
@@ -167,7 +170,7 @@ class Quantize(Pass):
 
 def _account(context: Context, islands: Islands, declined: Mapping[Node, str]) -> None:
     """Count what joins islands as sites, and say why some does not."""
-    parts = [*islands.members, *declined]
+    parts = [node for node in (*islands.members, *declined) if node not in context.labels]
     often = Counter([*context.record.eligible, *(node.label for node in parts)])
     for node in parts:
         context.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"

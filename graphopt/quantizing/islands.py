@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,14 +10,13 @@ import torch
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics import quantize
 from graphopt.numerics.observe import Observer
-from graphopt.pipeline import Selector
 from graphopt.quantizing.rounding import Rounding
 
 JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu", "softmax")
 """Words that compute in integers what they get in integers, with a scale of their own for the result.
 
-A softmax is one of them only in a graph with static matmuls: those of attention, which are asked for by name; naming it
-in `ignore` leaves it float between them.
+A softmax is one of them only where it is asked for by name: its kernel in integers may be several times slower than the
+one in floats.
 """
 
 MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
@@ -57,23 +56,27 @@ class Islands:
     def static(self, *words: str) -> Iterator[Node]:
         return (site for site, scheme in self.schemes.items() if scheme == "static" and site.kind in words)
 
-    def join(self, legal: Callable[[str], bool], ignore: Selector) -> dict[Node, str]:
-        """Take in what reads integers and pays; the reasons of what reads them and stays float.
+    def join(
+        self, legal: Callable[[str], bool], stays: Callable[[Node], str | None], asked: Collection[Node] = ()
+    ) -> dict[Node, str]:
+        """Take in what reads integers and pays; the reasons of what reads them, or was asked for, and stays float.
 
-        legal: whether the target has a kernel for a word. A word of several operands joins where all of them are
-        quantized anyway, and one is the result of a conv or of what joined before; a word of one operand, and a move,
-        where its own result is read in integers too.
+        legal: whether the target has a kernel for a word; stays: why a node is to stay float, None where it is not;
+        asked: softmaxes that are to join, behind a static matmul; others do not. A word of several operands joins where
+        all of them are quantized anyway, and one is the result of a conv or of what joined before; a word of one
+        operand, and a move, where its own result is read in integers too.
         """
         inputs = {conv.input for conv in self.static("conv")}
         results = {end_of(site).result for site in self.static("conv", "matmul")}
-        words = {*JOINED, *MOVES}
-        if not any(self.static("matmul")):
-            words.remove("softmax")
         declined: dict[Node, str] = {}
         for node in self.graph.nodes:
-            if node.kind not in words or not any(value in results for value in node.operands):
+            if node.kind not in (*JOINED, *MOVES) or (node.kind == "softmax" and node not in asked):
                 continue
-            reason = "it is to stay float" if node in ignore else _why_not(node, results | inputs)
+            if not any(value in results for value in node.operands):
+                if node in asked:
+                    declined[node] = f"{label_of(node.input)}, which it reads, stays float"
+                continue
+            reason = stays(node) or _why_not(node, results | inputs)
             if reason is None and node.kind in JOINED and not legal(node.kind):
                 reason = "the target has no fast static form of it"
             if reason is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from graphopt.backend import LoweringError, Placement
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics import quantize
 from graphopt.numerics.observe import Observer
-from graphopt.pipeline import Context, Selector
+from graphopt.pipeline import Context
 from graphopt.quantizing.islands import Islands, end_of, is_dequantized, label_of
 
 POOLS = ("max_pool", "average_pool", "mean")
@@ -35,10 +35,13 @@ class OpenIslands(Islands):
     floats: set[Value] = field(default_factory=set)
     """What an add takes as it is: the result of the conv that it is fused into."""
 
-    def join(self, legal: Callable[[str], bool], ignore: Selector) -> dict[Node, str]:
+    def join(
+        self, legal: Callable[[str], bool], stays: Callable[[Node], str | None], asked: Collection[Node] = ()
+    ) -> dict[Node, str]:
         """Take in what reads results of convs or of what joined before; the reasons of adds that stay float.
 
-        A pool joins where a static site reads its result.
+        Arguments as of `Islands.join`; a softmax has no form in integers here. A pool joins where a static site reads
+        its result.
         """
         results = {end_of(conv).result for conv in self.static("conv")}
         read = {site.input for site in self.static("linear", "conv")}
@@ -47,10 +50,11 @@ class OpenIslands(Islands):
             if not (legal(node.kind) and any(value in results for value in node.operands)):
                 continue
             stored = next((value for value in node.operands if value is not None and value.is_constant), None)
-            if node.kind in POOLS and (node.result not in read or node in ignore):
+            reason = stays(node)
+            if node.kind in POOLS and (node.result not in read or reason):
                 continue
-            if node in ignore:
-                declined[node] = "it is to stay float"
+            if reason:
+                declined[node] = reason
             elif stored is not None:
                 declined[node] = f"one side is stored: {label_of(stored)}"
             else:

@@ -6,15 +6,19 @@ from collections.abc import Iterable
 
 import torch
 
-from graphopt.graph import Node
+from graphopt.graph import Node, Value
 from graphopt.pipeline import Context
 from graphopt.weights import why_fixed
 
 SCHEMES = ("static", "dynamic", "weight-only")
 """Where the range of an activation comes from: calibration, or each run; or it stays float."""
 
-WORDS = ("linear", "conv", "matmul", "embedding")
-"""What may be asked for; other words become integers where they stand between these."""
+WORDS = ("linear", "conv", "matmul", "softmax", "embedding")
+"""What may be asked for; other words become integers where they stand between these. A softmax is asked for by name,
+and becomes integers behind a static matmul only."""
+
+_COUNTS = {"softmax": 1, "conv": 2, "matmul": 2}
+"""Of words that have a form for some schemes only: for how many of them."""
 
 _BLOCKS = (32, 16)
 """Blocks that are taken, the first that divides, where none is asked for."""
@@ -23,7 +27,7 @@ _BLOCKS = (32, 16)
 def legal(word: str, context: Context) -> tuple[str, ...]:
     """The schemes that have a fast kernel; every one where no target is given."""
     if context.target is None:
-        return ("weight-only",) if word == "embedding" else SCHEMES[: 2 if word in ("conv", "matmul") else 3]
+        return ("weight-only",) if word == "embedding" else SCHEMES[: _COUNTS.get(word, 3)]
     schemes: tuple[str, ...] = context.target.schemes.get(word, ())
     return schemes
 
@@ -65,14 +69,29 @@ def why_not(site: Node) -> str | None:
     if site.kind not in WORDS:
         return f"{site.kind} has no form in integers of its own"
     if site.kind == "matmul":
-        stored = [value for value in site.operands if value is not None and value.is_constant]
-        return "matmul has a form in integers for two activations, and one side is stored" if stored else None
+        return _why_not_product(site)
+    if site.kind == "softmax":
+        return _why_not_float32(site.input)
     if site.kind == "embedding":
         return _why_not_table(site)
     weight = site.weight
     if weight is not None and weight.is_floating_point() and weight.dtype != torch.float32:
         return f"weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
     return why_fixed(site)
+
+
+def _why_not_product(site: Node) -> str | None:
+    sides = site.required("a"), site.required("b")
+    if any(side.is_constant for side in sides):
+        return "matmul has a form in integers for two activations, and one side is stored"
+    return next((reason for side in sides if (reason := _why_not_float32(side))), None)
+
+
+def _why_not_float32(value: Value) -> str | None:
+    if value.dtype is torch.float32:
+        return None
+    dtype = "of unknown type" if value.dtype is None else str(value.dtype).removeprefix("torch.")
+    return f"{value.name} is {dtype}, not float32"
 
 
 def _why_not_table(site: Node) -> str | None:

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.calibrate import Calibration
 from graphopt.dialects import onnx_run
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph
 from graphopt.passes import FoldInt8, Quantize
-from graphopt.pipeline import Selector
+from graphopt.pipeline import Context, Selector, run_pass
 from tests.language import (
     FakeTarget,
     assert_outputs_equal,
@@ -167,11 +168,11 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-def quantized(dialect: str, text: str, *ignore: str) -> Graph:
+def quantized(dialect: str, text: str, *words: str) -> Graph:
     graph = build(dialect, text)
-    targets = Selector(*sorted({node.kind for node in graph.nodes} & {"linear", "matmul", "conv"}))
+    targets = Selector(*sorted({node.kind for node in graph.nodes} & set(words or ("linear", "matmul", "softmax"))))
     calibration = [feeds(graph, seed) for seed in range(4)]
-    run(Quantize(targets=targets, ignore=Selector(*ignore), bias_correction=False), graph, calibration=calibration)
+    run(Quantize(targets=targets, bias_correction=False), graph, calibration=calibration)
     return graph
 
 
@@ -217,9 +218,28 @@ def test_a_product_that_is_read_in_float_stays_float(dialect: str) -> None:
     graph = quantized(dialect, MASKED)
     scores, _ = graph.sites("matmul")
     assert [user.kind for user in scores.result.users] == ["add"]
-    graph = quantized(dialect, ATTENTION, "softmax")
+
+
+def test_a_softmax_stays_float_unless_it_is_asked_for(dialect: str) -> None:
+    graph = quantized(dialect, ATTENTION, "linear", "matmul")
     scores, _ = graph.sites("matmul")
     assert [user.kind for user in scores.result.users] == ["softmax"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("p = matmul(a[2,3,4], b[2,4,3])\ns = softmax(x[2,8])\nreturn p, s", "x, which it reads, stays float"),
+        ("y = softmax(matmul(a[2,3,4], b[2,4,3]))", "its result is read in float"),
+        ("y = matmul(softmax(gelu(matmul(a[2,3,4], b[2,4,3]))), a)", "which it reads, stays float"),
+    ],
+)
+def test_a_softmax_that_no_product_gives_integers_says_why(dialect: str, text: str, reason: str) -> None:
+    graph = build(dialect, text)
+    context = run(Quantize(targets=Selector("matmul", "softmax")), graph, calibration=[feeds(graph)])
+    (found,) = declined(context)
+    assert found.endswith(reason)
+    assert len(context.record.eligible) == len(graph.sites("matmul", "softmax"))
 
 
 def test_a_softmax_between_convs_is_no_site(dialect: str) -> None:
@@ -227,6 +247,16 @@ def test_a_softmax_between_convs_is_no_site(dialect: str) -> None:
     context = run(Quantize(), graph, calibration=[feeds(graph)])
     assert len(context.record.eligible) == 2 and producer(graph.sites("softmax")[0].input).kind == "dequantize"
     assert [user.kind for user in graph.sites("softmax")[0].result.users] == ["quantize"]
+
+
+def test_what_made_the_model_slower_stays_float(dialect: str) -> None:
+    text = "c = conv(x[1,4,4,4], V[4,4,1,1])\nd = conv(c, W[4,4,1,1])\ny = add(c, d)"
+    graph = build(dialect, text)
+    (add,) = graph.sites("add")
+    context = Context(calibration=Calibration([feeds(graph)], graph.inputs), put_back={add.label: "slower"})
+    run_pass(Quantize(), graph, context)
+    assert context.record.declined == {add.label: "slower"} and context.record.changed == 2
+    assert graph.sites("add")[0].result.is_output
 
 
 def test_attention_as_a_whole_has_no_form_in_integers(dialect: str) -> None:

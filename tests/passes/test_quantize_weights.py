@@ -182,6 +182,12 @@ def test_products_of_two_activations(dialect: str) -> None:
     assert [producer(value).kind for value in graph.sites("matmul")[0].operands] == ["dequantize", "dequantize"]
 
 
+def test_products_of_other_floats_are_declined(dialect: str) -> None:
+    graph = build(dialect, "y = matmul(x[2,3,4]:float16, z[2,4,5]:float16)")
+    context = run(Quantize(targets=Selector("matmul")), graph, calibration=[feeds(graph)])
+    assert declined(context) == ["x is float16, not float32"] and context.record.changed == 0
+
+
 def test_ranges_that_say_little_are_noted(dialect: str) -> None:
     text = "z = mul(x[2,8], Z[1]:zeros)\ny = linear(z, W[4,8])\nu = linear(add(z, O[1]:ones), V[4,8])\nreturn y, u"
     graph = build(dialect, text)
