@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from benchmarks.loading import feeds, session
 from benchmarks.models import Batch
 from benchmarks.peers import BASELINE, OPSET_23
 from graphopt.backends.measure import Contender, contest, slower_than
+from graphopt.report import plain
 
 CONTROL = "the baseline again"
 Bind = Callable[[Batch], Callable[[], object]]
@@ -29,6 +31,17 @@ Bind = Callable[[Batch], Callable[[], object]]
 def opened(path: Path, threads: int) -> Bind:
     one = session(path, threads)
     return lambda batch: partial(one.run, None, feeds(one, batch))
+
+
+def openvino_model(path: Path, threads: int) -> Bind:
+    """A file in OpenVINO: default options, but for the threads."""
+    compiled = importlib.import_module("openvino").compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads})
+
+    def bind(batch: Batch) -> Callable[[], object]:
+        given = {name: tensor.numpy() for name, tensor in batch.items()}
+        return lambda: list(compiled(given).values())
+
+    return bind
 
 
 @dataclass(frozen=True)
@@ -139,4 +152,4 @@ def footprint(path: Path, batch: Batch, threads: int) -> Footprint:
 def write(settings: Settings, case: str, figures: Mapping[str, Any]) -> None:
     """Figures of a case as JSON, where a folder is given for them."""
     if settings.out is not None:
-        (settings.out / f"{case}.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (settings.out / f"{case}.json").write_text(json.dumps(plain(figures), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,124 @@
+"""Files that other tools quantized, made fast: speed over fp32 as they came and as graphopt writes them again.
+
+onnxruntime's `quantize_static` with int8 activations (its kernels want uint8), and NNCF's Q/DQ. What a file computes is
+what it computes without any optimization of the engine: the table says how far the outputs are from that.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import numpy_helper
+from rich.table import Table
+
+import graphopt
+from benchmarks.case import Settings, table
+from benchmarks.cases.corpus import plain_session
+from benchmarks.loading import feeds, session
+from benchmarks.models import Batch
+from benchmarks.networks import NETWORKS, Network
+from benchmarks.peers import BASELINE, attempt, exports, nncf_onnx, quantize_static
+from benchmarks.speed import race, write
+from graphopt.numerics import metrics
+
+STATIC, NNCF = "onnxruntime, int8 activations", "NNCF"
+LEAST = {
+    "resnet50": {STATIC: 3.0},
+    "mobilenetv2": {STATIC: 1.9, NNCF: 1.9},
+    "minilm": {NNCF: 2.5},
+}  # fmt: skip
+"""Times as fast as the baseline that a rescued file is, by the tool that quantized it: geometric mean over shapes."""
+
+
+def run(settings: Settings) -> bool:
+    holds, everything = True, {}
+    for name in filter(settings.chosen, LEAST):
+        network = NETWORKS[name]()
+        with tempfile.TemporaryDirectory() as folder:
+            fits, everything[name] = measured(network, LEAST[name], Path(folder), settings)
+        holds = holds and fits
+    write(settings, "rescue", everything)
+    return holds
+
+
+def measured(
+    network: Network, bounds: Mapping[str, float], folder: Path, settings: Settings
+) -> tuple[bool, dict[str, Any]]:
+    """Print the tables of one network; whether what could be rescued was, to its bound, and the figures."""
+    exported = exports(network.traceable(), folder)
+    models: dict[str, Path | str] = {**exported}
+    pairs: dict[str, tuple[Path, Path]] = {}
+    for tool, given in quantized(network, exported[BASELINE], folder, bounds).items():
+        models[f"{tool}, as it came"] = given
+        if isinstance(given, Path):
+            pairs[tool] = given, rescue(given, network, settings.threads)
+            models[f"{tool}, rescued"] = pairs[tool][1]
+    found = race(models, network.shapes, settings)
+    least = {(f"{tool}, rescued", "mean"): bound for tool, bound in bounds.items()}
+    rows, holds = found.speeds(f"{network.name}: times as fast as torch.onnx.export at its default opset", least)
+    apart = {tool: distances(*pair, list(network.shapes.values()), settings.threads) for tool, pair in pairs.items()}
+    settings.console.print(rows, distance_table(apart))
+    return holds, found.figures() | {"distances": apart}
+
+
+def quantized(network: Network, source: Path, folder: Path, tools: Mapping[str, Any]) -> dict[str, Path | str]:
+    """By tool, the file that it quantized, or why there is none."""
+    batches = list(network.shapes.values())
+    make: dict[str, Callable[[], Path]] = {
+        STATIC: partial(quantize_static, source, batches, folder / "s8.onnx", activations="QInt8"),
+        NNCF: partial(nncf_onnx, source, batches, folder / "nncf.onnx", transformer=not network.convolutional),
+    }
+    return {tool: attempt(make[tool]) for tool in tools}
+
+
+def rescue(path: Path, network: Network, threads: int) -> Path:
+    """The file through graphopt, without any pass: what is quantized already is written anew in the engine's form."""
+    examples = list(network.shapes.values())
+    made = graphopt.optimize(path, example_inputs=examples, threads=threads, measure=True)
+    return made.export(path.with_name(f"rescued-{path.name}"))
+
+
+def distances(path: Path, rescued: Path, batches: Sequence[Batch], threads: int) -> dict[str, dict[str, Any]]:
+    """By output, how far the rescued file, as it runs, is from the given one without optimizations."""
+    plain, fast, steps = plain_session(path, threads), session(rescued, threads), output_steps(path)
+    found = {}
+    for index, output in enumerate(plain.get_outputs()):
+        wanted, made = (
+            torch.cat([torch.as_tensor(one.run(None, feeds(one, batch))[index]).flatten() for batch in batches])
+            for one in (plain, fast)
+        )
+        step = steps.get(output.name)
+        found[output.name] = {
+            "steps": None if step is None else metrics.max_error(wanted, made) / step,
+            "differs": float((wanted != made).double().mean()),
+            "sqnr": metrics.sqnr(wanted, made),
+        }
+    return found
+
+
+def distance_table(apart: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    rows = table("rescued against the file as it is written", "", "output", "most steps apart", "share that differs",
+                 "SQNR dB")  # fmt: skip
+    for tool, outputs in apart.items():
+        for output, one in outputs.items():
+            steps = "not in steps" if one["steps"] is None else f"{one['steps']:.1f}"
+            rows.add_row(tool, output, steps, f"{one['differs']:.4f}", f"{one['sqnr']:.1f}")
+    return rows
+
+
+def output_steps(path: Path) -> dict[str, float]:
+    """The scales of the outputs that a DequantizeLinear writes."""
+    graph = onnx.load(path).graph
+    made = {result: node for node in graph.node for result in node.output}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    return {
+        output.name: float(numpy_helper.to_array(stored[node.input[1]]))
+        for output in graph.output
+        if (node := made.get(output.name)) is not None and node.op_type == "DequantizeLinear"
+    }
