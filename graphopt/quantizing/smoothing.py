@@ -13,8 +13,9 @@ from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.smooth import ALPHAS, expected_error, smooth_factors
 from graphopt.weights import why_fixed
 
-_HOMOGENEOUS = ("relu", "leaky_relu", "max_pool", "average_pool")
-"""Words that do the same to a channel and to a positive multiple of it."""
+_HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}
+"""Words that do the same to a channel and to a positive multiple of it, by the word that reads their result: pools work
+along the last axis, where a linear's channels are."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def scalable(site: Node) -> Scalable | str:
     if other is not None:
         return f"{other.kind} {other.label} reads its input too"
     for node in readers:
-        reason = why_fixed(node) or _why_shared(node)
+        reason = why_fixed(node) or _why_not_float32(node) or _why_shared(node)
         if reason:
             return reason
     shapes = [node.required("weight").shape for node in readers]
@@ -106,19 +107,26 @@ def scalable(site: Node) -> Scalable | str:
     return Scalable(value, readers, maker, channels)
 
 
+def _why_not_float32(node: Node) -> str | None:
+    weight = node.weight
+    dtype = None if weight is None else weight.dtype
+    return None if dtype is torch.float32 else f"weight is {str(dtype).removeprefix('torch.')}, not float32"
+
+
 def _why_shared(node: Node) -> str | None:
     others = [user for user in node.required("weight").users if user != node]
     return f"weight is tied with {others[0].kind} {others[0].label}" if others else None
 
 
 def _alone(value: Value, node: Node) -> bool:
-    return value.users == (node,) and not value.is_output
+    """Whether a node alone reads a value, and once: a square would take its factors twice."""
+    return value.users == (node,) and node.operands.count(value) == 1 and not value.is_output
 
 
 def _maker(value: Value, reader: str) -> Node | str:
     """The norm, linear or conv that makes a value, at most through words that keep multiples, read by nobody else."""
     node = value.producer
-    while node is not None and node.kind in (*_HOMOGENEOUS, "mul"):
+    while node is not None and node.kind in (*_HOMOGENEOUS[reader], "mul"):
         if node.kind == "mul":
             found = [_maker(side, reader) for side in node.operands if side is not None and _alone(side, node)]
             makers = [one for one in found if not isinstance(one, str)]
@@ -129,6 +137,8 @@ def _maker(value: Value, reader: str) -> Node | str:
     kinds = ("conv",) if reader == "conv" else ("layer_norm", "rms_norm", "linear")
     if node is None or node.kind not in kinds:
         return f"{'an input' if node is None else f'{node.kind} {node.label}'} cannot absorb factors"
+    if node.kind in ("layer_norm", "rms_norm") and node.required("weight").rank != 1:
+        return f"{node.kind} {node.label} is over several axes"
     bias = node.operand("bias") if node.kind != "rms_norm" else None
     if node.weight is None or (bias is not None and not bias.is_constant) or _why_shared(node):
         return f"the weight or bias of {node.kind} {node.label} is not its own stored one"

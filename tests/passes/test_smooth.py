@@ -61,12 +61,21 @@ def test_channels_of_a_depthwise_conv_reach_equally_far(dialect: str) -> None:
          ["weight is tied with linear LINEAR1", "weight is tied with linear LINEAR0"]),
         ("c = conv(x[1,4,4,4], V[4,4,1,1])\ny = conv(c, W[4,2,1,1], groups=2)",
          ["an input cannot absorb factors", "it is a conv in groups of several channels"]),
+        # A square would take the factors twice, a pool mixes the channels of a linear, a norm over two axes has many.
+        ("h = linear(x[2,8], W[8,8])\ny = linear(mul(h, h), V[4,8])",
+         ["an input cannot absorb factors", "neither side of mul MUL can absorb factors"]),
+        ("h = linear(x[1,2,8,8], W[8,8])\n"
+         "y = linear(max_pool(h, kernel=[3,3], padding=[1,1,1,1], stride=[1,1]), V[4,8])",
+         ["an input cannot absorb factors", "max_pool MAX_POOL cannot absorb factors"]),
+        ("y = linear(layer_norm(x[2,8,8], G[8,8], C[8,8]), W[4,8])", ["layer_norm LAYER_NORM is over several axes"]),
+        ("h = linear(x[2,8]:float16, W[8,8]:float16)\ny = linear(h, V[4,8]:float16)",
+         ["weight is float16, not float32", "weight is float16, not float32"]),
     ],
 )  # fmt: skip
 def test_declines(dialect: str, text: str, reasons: list[str]) -> None:
     graph = build(dialect, text)
     names = dict[str, str]()
-    for kind in ("gelu", "add", "linear"):
+    for kind in ("gelu", "add", "linear", "mul", "max_pool", "layer_norm"):
         names |= {f"{kind.upper()}{index}": site.label for index, site in enumerate(graph.sites(kind))}
         names |= {kind.upper(): site.label for site in graph.sites(kind)[:1]}
     for mark in sorted(names, key=len, reverse=True):
