@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.models import Batch
 
@@ -120,4 +122,62 @@ def nncf_onnx(source: Path, batches: Sequence[Batch], path: Path, *, transformer
     kind = nncf.ModelType.TRANSFORMER if transformer else None
     feeds = arrays(batches)
     onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds)), path)
+    return path
+
+
+def optimized_transformer(module: nn.Module, example: Batch, folder: Path) -> Path:
+    """By onnxruntime's optimizer of transformers, then `quantize_dynamic`.
+
+    Its fusions know TorchScript's export of attention written out: of torch.export's they find none.
+    """
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    config: Any = module.config
+    eager: Any = copy.deepcopy(module)
+    eager.set_attn_implementation("eager")
+    source, fused = folder / "torchscript.onnx", folder / "fused.onnx"
+    axes = {name: {0: "batch", 1: "length"} for name in example}
+    torch.onnx.export(
+        _FirstOutput(eager, list(example)), tuple(example.values()), str(source), input_names=list(example),
+        dynamic_axes=axes, dynamo=False, opset_version=17,
+    )  # fmt: skip
+    heads, width = config.num_attention_heads, config.hidden_size
+    made = optimize_model(str(source), model_type="bert", num_heads=heads, hidden_size=width, opt_level=0)
+    made.save_model_to_file(str(fused))
+    return quantize_dynamic(fused, folder / "fused-dynamic.onnx")
+
+
+class _FirstOutput(nn.Module):
+    """A module called by position, as TorchScript's tracing does: arguments of these names."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        first: Tensor = self.module(**dict(zip(self.names, tensors, strict=True)))[0]
+        return first
+
+
+def olive_dynamic(source: Path, folder: Path) -> Path:
+    """By Olive's dynamic quantization, int8 weights per channel."""
+    os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"  # read when it is imported
+    olive = importlib.import_module("olive")  # not a dependency, and without types
+    done = olive.run({
+        "input_model": {"type": "ONNXModel", "model_path": str(source)},
+        "passes": {"int8": {"type": "OnnxDynamicQuantization", "per_channel": True, "precision": "int8"}},
+        "output_dir": str(folder), "cache_dir": str(folder / "cache"), "log_severity_level": 4,
+    })  # fmt: skip
+    return Path(done.get_best_candidate().model_path)
+
+
+def nncf_openvino(source: Path, batches: Sequence[Batch], path: Path) -> Path:
+    """A transformer by NNCF, as OpenVINO's own format (.xml)."""
+    openvino, nncf = importlib.import_module("openvino"), importlib.import_module("nncf")
+    given = arrays(batches)
+    made = nncf.quantize(
+        openvino.convert_model(source), nncf.Dataset(given), model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(given),
+    )  # fmt: skip
+    openvino.save_model(made, path, compress_to_fp16=False)
     return path

@@ -10,8 +10,8 @@ import torch
 import graphopt
 from benchmarks import sentences
 from benchmarks.case import Settings, checked, table, times
-from benchmarks.cases.minilm import SHAPES
 from benchmarks.models import Batch, minilm
+from benchmarks.networks import SHAPES
 from graphopt.backends.measure import geometric_mean, paired
 from graphopt.graph import Graph
 

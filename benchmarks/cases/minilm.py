@@ -1,34 +1,38 @@
 """all-MiniLM-L6-v2 in ONNX Runtime: int8 against the exporter's fp32 files, in speed and in what the embeddings say.
 
 The baseline is torch.onnx.export(dynamo=True) at its default opset, in a session with default options but for the
-number of threads; a second table has the same model at opset 23, which is faster by itself.
+number of threads; the last column is over the same model at opset 23, which is faster by itself.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import graphopt
 from benchmarks import sentences
-from benchmarks.case import Settings, at_least, checked, table, times
-from benchmarks.models import Batch, minilm
-from graphopt.backends.measure import Ratio, geometric_mean, paired
+from benchmarks.case import Settings, at_least, checked, table
+from benchmarks.models import Batch
+from benchmarks.networks import NETWORKS, Network
+from benchmarks.peers import (
+    BASELINE,
+    attempt,
+    exports,
+    nncf_openvino,
+    olive_dynamic,
+    optimized_transformer,
+    quantize_dynamic,
+)
+from benchmarks.speed import Bind, opened, openvino_model, race, write
 from graphopt.numerics import metrics
 
-SHAPES = ((1, 16), (1, 128), (8, 128), (32, 32))
 COSINE = 0.99
 """Least mean cosine of embeddings to fp32's."""
 SPEEDUP = 2.7
@@ -36,67 +40,49 @@ SPEEDUP = 2.7
 CALIBRATION = 512
 """Sentences of STS-B train to calibrate on."""
 
-BASELINE, OPSET_23 = "fp32, default opset", "fp32, opset 23"
-DYNAMIC, STATIC, PEER = "graphopt dynamic", "graphopt static", "onnxruntime quantize_dynamic"
+OURS = {"graphopt dynamic": "dynamic", "graphopt static": "static"}
+"""Schemes by row."""
+OPENVINO = "NNCF, in OpenVINO"
 
 
 def run(settings: Settings) -> bool:
-    model, tokens = minilm(), sentences.tokenizer()
-    shapes = {f"{batch}x{length}": sentences.filled(tokens, batch, length) for batch, length in SHAPES}
+    network, tokens = NETWORKS["minilm"](), sentences.tokenizer()
     with tempfile.TemporaryDirectory() as folder:
-        files = make_files(model, list(shapes.values()), calibration(settings, tokens), Path(folder))
-        sessions = {name: session(path, settings.threads) for name, path in files.items()}
-        holds = True
-        for baseline in (BASELINE, OPSET_23):
-            rows, means = speeds(sessions, baseline, shapes, settings.rounds)
-            settings.console.print(rows)
-            if baseline == BASELINE:
-                best = max(means[DYNAMIC], means[STATIC])
-                holds = best >= SPEEDUP
-                verdict = checked(f"graphopt's better scheme: {best:.2f}, bound {SPEEDUP}", holds)
-                settings.console.print(verdict)
-        rows, near = quality(sessions, files, tokens, settings)
+        files = make_files(network, calibration(settings, tokens), Path(folder), settings.threads)
+        models: dict[str, Bind | str] = {}
+        for name, made in files.items():
+            run_by = openvino_model if name == OPENVINO else opened
+            models[name] = run_by(made, settings.threads) if isinstance(made, Path) else made
+        found = race(models, network.shapes, settings)
+        rows, _ = found.speeds("MiniLM: times as fast as torch.onnx.export at its default opset")
+        settings.console.print(rows, found.latencies("latency and throughput"))
+        best = max(found.found[name].overall.median for name in OURS)
+        holds = best >= SPEEDUP
+        settings.console.print(checked(f"graphopt's better scheme: {best:.2f}, bound {SPEEDUP}", holds))
+        sizes = {name: size(made) for name, made in files.items() if isinstance(made, Path)}
+        rows, near = quality(models, sizes, tokens, settings)
         settings.console.print(rows)
+    write(settings, "minilm", found.figures())
     return holds and near
 
 
-def make_files(model: nn.Module, examples: list[Batch], batches: list[Batch], folder: Path) -> dict[str, Path]:
-    """Every file that is compared, by its row's name."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    files = {name: folder / f"{index}.onnx" for index, name in enumerate((BASELINE, OPSET_23, DYNAMIC, STATIC, PEER))}
-    export(model, examples[-1], files[BASELINE])
-    export(model, examples[-1], files[OPSET_23], opset=23)
-    for name, scheme in ((DYNAMIC, "dynamic"), (STATIC, "static")):
-        given = batches if name == STATIC else None
-        small = graphopt.optimize(model, f"quantize{{scheme={scheme}}}", example_inputs=examples, calibration=given)
-        small.export(files[name])
-    with quiet():
-        quantize_dynamic(files[BASELINE], files[PEER], per_channel=True, weight_type=QuantType.QInt8)
+def make_files(network: Network, batches: list[Batch], folder: Path, threads: int) -> dict[str, Path | str]:
+    """Every file that is compared, by its row's name, or why there is none."""
+    exported = exports(network.traceable(), folder)
+    files: dict[str, Path | str] = {**exported}
+    for name, scheme in OURS.items():
+        small = graphopt.optimize(
+            network.module, f"quantize{{scheme={scheme}}}", threads=threads, measure=True, **network.options,
+            calibration=batches if scheme == "static" else None,
+        )  # fmt: skip
+        files[name] = small.export(folder / f"{scheme}.onnx")
+    source = exported[BASELINE]
+    files["onnxruntime quantize_dynamic"] = attempt(partial(quantize_dynamic, source, folder / "dynamic-ort.onnx"))
+    make = partial(optimized_transformer, network.module, next(iter(network.shapes.values())), folder)
+    files["onnxruntime.transformers, quantize_dynamic"] = attempt(make)
+    files["Olive, dynamic"] = attempt(partial(olive_dynamic, source, folder / "olive"))
+    files[OPENVINO] = attempt(partial(nncf_openvino, source, batches, folder / "nncf.xml"))
     return files
-
-
-def export(model: nn.Module, example: Batch, path: Path, opset: int | None = None) -> None:
-    """torch's own exporter, at its default opset without one, with dynamic batch and length."""
-    axes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in example}
-    with quiet():
-        program = torch.onnx.export(
-            model, (), kwargs=example, dynamo=True, dynamic_shapes=axes, opset_version=opset, verbose=False
-        )
-        assert program is not None
-        program.save(str(path), external_data=False)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings and progress of exporters."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def calibration(settings: Settings, tokens: Any) -> list[Batch]:
@@ -108,55 +94,35 @@ def calibration(settings: Settings, tokens: Any) -> list[Batch]:
     return sentences.batches(tokens, sentences.spread(pairs.first, CALIBRATION))
 
 
-def session(path: Path, threads: int) -> ort.InferenceSession:
-    """Default options, but for the threads."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def speeds(
-    sessions: Mapping[str, ort.InferenceSession], baseline: str, shapes: Mapping[str, Batch], rounds: int
-) -> tuple[Table, dict[str, float]]:
-    """Times as fast as the baseline: a row a candidate, a column a shape; and the geometric means."""
-    others = ["control", *(name for name in sessions if name != baseline)]
-    cells: dict[str, list[Ratio]] = {name: [] for name in others}
-    for batch in shapes.values():
-        feeds = {name: tensor.numpy() for name, tensor in batch.items()}
-        calls = {name: functools.partial(one.run, None, feeds) for name, one in sessions.items()}
-        found = paired(calls | {"control": calls[baseline]}, baseline=baseline, rounds=rounds)
-        for name in others:
-            cells[name].append(found[name])
-    means = {name: geometric_mean(ratio.median for ratio in row) for name, row in cells.items()}
-    rows = table(f"times as fast as {baseline}, with 95% intervals", "", *shapes, "geometric mean")
-    for name, row in cells.items():
-        rows.add_row(name, *map(times, row), f"{means[name]:.2f}")
-    return rows, means
-
-
 def quality(
-    sessions: Mapping[str, ort.InferenceSession], files: Mapping[str, Path], tokens: Any, settings: Settings
+    models: Mapping[str, Bind | str], sizes: Mapping[str, int], tokens: Any, settings: Settings
 ) -> tuple[Table, bool]:
     """Embeddings against the baseline's, Spearman on STS-B dev where there is data, and the files' sizes."""
     path = settings.file("stsb", "sts-dev.csv")
     pairs = None if path is None else sentences.read_pairs(path)
     texts = sentences.BUNDLED if pairs is None else [*pairs.first, *pairs.second]
     batches = sentences.batches(tokens, texts)
-    expected, holds = embed(sessions[BASELINE], batches), True
-    rows = table(f"{len(texts)} sentences", "", "mean cosine to fp32", "Spearman on STS-B dev", "MB")
-    for name, one in sessions.items():
-        found = embed(one, batches)
-        cosine = at_least(metrics.mean_cosine(expected, found), COSINE)
-        holds = holds and (not cosine.style or name == PEER)
+    expected = embed(models[BASELINE], batches)
+    rows, holds = table(f"{len(texts)} sentences", "", "mean cosine to fp32", "Spearman on STS-B dev", "MB"), True
+    for name, model in models.items():
+        if isinstance(model, str):
+            continue
+        found = embed(model, batches)
+        cosine = metrics.mean_cosine(expected, found)
+        holds = holds and (cosine >= COSINE or name not in OURS)
         rank = "needs --data" if pairs is None else f"{sentences.spearman(pairs, *found.chunk(2)):.2f}"
-        rows.add_row(name, cosine, rank, f"{files[name].stat().st_size / 1e6:.1f}")
+        rows.add_row(name, at_least(cosine, COSINE), rank, f"{sizes[name] / 1e6:.1f}")
     return rows, holds
 
 
-def embed(one: ort.InferenceSession, batches: list[Batch]) -> Tensor:
+def size(path: Path) -> int:
+    """Bytes of a file, and of the weights that OpenVINO keeps beside it."""
+    files = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+    return sum(file.stat().st_size for file in files)
+
+
+def embed(model: Any, batches: list[Batch]) -> Tensor:
     """Embeddings of all sentences, in order."""
-    parts = []
-    for batch in batches:
-        hidden, *_ = one.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
-        parts.append(sentences.pooled(torch.as_tensor(hidden), batch["attention_mask"]))
-    return torch.cat(parts)
+    return torch.cat([
+        sentences.pooled(torch.as_tensor(model(batch)()[0]), batch["attention_mask"]) for batch in batches
+    ])  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor
 import graphopt
 from benchmarks import trained
 from benchmarks.case import Settings, checked, table
-from benchmarks.cases.minilm import quiet
+from benchmarks.peers import quiet
 from benchmarks.trained import Task
 
 MOST_LOST: Mapping[str, float] = {
