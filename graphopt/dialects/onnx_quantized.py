@@ -319,6 +319,14 @@ def _read_unary(word: str, **attributes: str) -> Read:
     return read_one
 
 
+def _read_softmax(site: _Site) -> Value | None:
+    """Before opset 13 it was over all axes from `axis` on, which is the word where that is the last."""
+    rank, axis = site.required(0).rank, site.attributes.get("axis", -1)
+    if site.attributes["opset"] < 13 and axis != -1 and (rank is None or axis != rank - 1):
+        return None
+    return _read_unary("softmax", axis="axis")(site)
+
+
 def _read_concat(site: _Site) -> Value | None:
     parts = [site.activation(index) for index in range(2, site.count, 3)]
     return site.quantized(site.emit("concat", *parts, axis=site.attributes["axis"]), 0)
@@ -402,7 +410,7 @@ _READERS: dict[str, Read] = {
     "QLinearMul": _read_binary("mul"),
     "QLinearSigmoid": _read_unary("sigmoid"),
     "QLinearLeakyRelu": _read_unary("leaky_relu", slope="alpha"),
-    "QLinearSoftmax": _read_unary("softmax", axis="axis"),
+    "QLinearSoftmax": _read_softmax,
     "QLinearConcat": _read_concat,
     "QLinearAveragePool": _read_average_pool,
     "QLinearGlobalAveragePool": _read_global_average_pool,

@@ -283,6 +283,19 @@ def test_products_of_two_activations_are_matmul() -> None:
     assert_kept(result, as_it_stands(proto, feeds), feeds, step=0.0501)
 
 
+@pytest.mark.parametrize(
+    ("opset", "axis", "kind"), [(12, 1, "com.microsoft.QLinearSoftmax"), (12, 2, "softmax"), (13, 1, "softmax")]
+)
+def test_a_softmax_over_several_axes_stays_as_it_is(opset: int, axis: int, kind: str) -> None:
+    softmax = contrib("QLinearSoftmax", ["q", "s", "z", "t", "u"], ["r"], axis=axis, opset=opset)
+    proto = model([STEPS, softmax, BACK], SCALES | {"t": np.float32(1 / 256), "u": np.uint8(0)}, {"x": (2, 3, 4)})
+    feeds = {"x": np.random.default_rng(5).standard_normal((2, 3, 4)).astype(np.float32)}
+    result = graphopt.optimize(proto, example_inputs=feeds, measure=False)
+    assert captured(result)[kind] == 1
+    found = next(iter(result(**feeds).values()))
+    assert metrics.max_error(as_it_stands(proto, feeds), torch.as_tensor(found)) <= 1.001 / 256
+
+
 def test_table_in_blocks_is_an_embedding() -> None:
     integers = torch.from_numpy(np.random.default_rng(0).integers(0, 16, (9, 32)).astype(np.uint8))
     weights = {"T": pack(integers, 4).numpy(), "s": RNG.uniform(0.1, 0.2, (9, 2)).astype(np.float32)}
