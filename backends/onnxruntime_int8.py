@@ -90,11 +90,7 @@ def _qlinear_conv(op: Builder, m: Match) -> Value:
     bias = graph.constant(m.bias) if m.bias is not None else None
     if m.bias is not None and bias is None:
         raise Declined("its bias is computed by the graph")
-    steps = None
-    if bias is not None:
-        limits = torch.iinfo(torch.int32)
-        rounded = (bias.double() / (scale.double() * weight_scale.double())).round()
-        steps = op.constant(rounded.clamp(limits.min, limits.max).to(torch.int32))
+    steps = None if bias is None else op.constant(onnxruntime_weights.bias_steps(bias, scale, weight_scale))
     zero = op.constant(torch.zeros(weight_scale.shape, dtype=torch.int8))
     site = m.root.attributes
     return op(

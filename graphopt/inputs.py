@@ -10,17 +10,22 @@ from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.moments import Covariance, Mean, Norm, Rows
-from graphopt.pipeline import Context
+from graphopt.pipeline import Context, UsageError
 from graphopt.weights import Weight
 
 S = TypeVar("S", Norm, Mean, Covariance)
+
+
+def unexercised(what: str) -> str:
+    """What to say of values that no batch has a number of: all of it padding, or empty."""
+    return f"no calibration batch has numbers for {what}; add batches that do, or name what reads it in ignore"
 
 
 def covariances(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
     """Of each weight, the mean of x xᵀ over the inputs x of all its sites: float64 (groups, features, features).
 
     Weights that read the same come together, not in the given order. The graph must not change until the last is read.
-    Raises UsageError without calibration.
+    Raises UsageError without calibration, and where no batch has a number for a weight's inputs.
     """
     return _observed(graph, context, weights, Covariance, Covariance.matrix)
 
@@ -58,7 +63,9 @@ def _observed(
     )  # fmt: skip
     seen = context.statistics(graph, wanted)
     for inputs, reading in readers.items():
-        several = [next(seen) for _ in inputs]
+        several = [one for one in [next(seen) for _ in inputs] if one.count]
+        if not several:
+            raise UsageError(unexercised(f"the input of {reading[0].sites[0].label}"))
         total = sum(one.count for one in several)
         moments = mean(several[0]) if len(several) == 1 else sum(mean(one) * (one.count / total) for one in several)
         assert isinstance(moments, torch.Tensor)

@@ -108,8 +108,9 @@ class Quantize(Pass):
         products = [one.bits for site, one in rounding.recipes.items() if islands.schemes[site] != "weight-only"]
         if products and context.target is not None:
             context.note(schemes.safety(products))
-        rounding.look(context)
         islands.measure(observe(graph, context, islands, OBSERVERS[self.observer]))
+        rounding.scales = islands.scales()
+        rounding.look(context)
         islands.weights = rounding
         islands.emit()
 

@@ -125,6 +125,19 @@ class Islands:
             self.parameters[value] = self._stored(number, integer)
         self.parameters |= {value: self._stored(*_SHARES) for value in self._softmaxes()}
 
+    def scales(self) -> dict[Node, float]:
+        """Of what each static linear and conv reads, but for what was quantized before."""
+        found = dict[Node, float]()
+        for site in self.static("linear", "conv"):
+            value = site.input
+            while value.producer in self.moves:
+                value = value.producer.input
+            if value in self.parameters:
+                scale = self.graph.constant(self.parameters[value][0])
+                assert scale is not None  # `_stored`
+                found[site] = float(scale)
+        return found
+
     def _stored(self, scale: float, zero_point: int) -> tuple[Value, Value]:
         stored = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8)
         return self.graph.add_constant(stored[0], "scale"), self.graph.add_constant(stored[1], "zero_point")

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from graphopt.graph import Graph, Value
+from graphopt.inputs import unexercised
 from graphopt.numerics.observe import OUTLIER, ChannelMinMax, Observer, oddity
-from graphopt.pipeline import Context
+from graphopt.pipeline import Context, UsageError
 from graphopt.quantizing.islands import Islands, label_of
 
 
 def observe(
     graph: Graph, context: Context, islands: Islands, observer: Callable[[], Observer]
 ) -> Mapping[Value, Observer]:
-    """The range of each value that islands observe; empty ones, and outliers among channels, are noted."""
+    """The range of each value that islands observe; those of one number, and outliers among channels, are noted.
+
+    Raises UsageError where calibration never exercised a value.
+    """
     values = islands.observed()
     if not values:
         return {}
@@ -23,6 +27,8 @@ def observe(
     wanted: list[tuple[Value, Observer]] = [*((value, observer()) for value in values), *wide.items()]
     seen = list(context.statistics(graph, wanted))
     found = dict(zip(values, seen, strict=False))
+    if silent := [label_of(value) for value, one in found.items() if not one.count]:
+        raise UsageError(f"quantize: {unexercised(', '.join(silent))}")
     strange = [f"{label_of(value)} is {what}" for value, one in found.items() if (what := oddity(one))]
     if strange:
         context.note(f"ranges that say little, as calibration saw nothing else: {', '.join(strange)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from graphopt.numerics.finite import require_finite
 from graphopt.numerics.reconstruct import bias_shift, reconstruct
 from graphopt.pipeline import Context
 from graphopt.weights import Weight
+
+_ROOM = 2.0**30
+"""Steps that a bias may take: engines add it to sums in int32, which need half of that."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Rounding:
 
     graph: Graph
     recipes: dict[Node, Recipe] = field(default_factory=dict)
+    scales: Mapping[Node, float] = field(default_factory=dict)
+    """Of what static sites read."""
     stored: dict[tuple[Value, Recipe], Stored] = field(default_factory=dict)
     shifts: dict[Node, Tensor] = field(default_factory=dict)
     """What the bias of a site has to gain."""
@@ -108,6 +113,7 @@ class Rounding:
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{site.label}: {error}") from error
+        grid = self._with_room(grid, value, recipe)
         steps = grid.round(tensor) if covariance is None else reconstruct(tensor, covariance, grid)
         form = {"axis": 0} if recipe.block is None else {"axis": 1, "block": recipe.block}
         self.stored[value, recipe] = Stored(
@@ -117,6 +123,19 @@ class Rounding:
             form | ({"bits": recipe.bits} if recipe.bits < 7 else {}),
         )
         return tensor - grid.values(steps)
+
+    def _with_room(self, grid: quantize.Grid, value: Value, recipe: Recipe) -> quantize.Grid:
+        """A grid whose scales are no smaller than the bias of each output allows, in int32 steps of scale · scale.
+
+        Weights that are nearly 0 beside a bias, as of a channel that batch norm turned off, would make it overflow.
+        """
+        for site in value.users:
+            if site in self.scales and self.recipes.get(site) == recipe and site.bias is not None:
+                bias = self.graph.constant(site.bias)
+                if bias is not None:
+                    least = (bias.double().abs() / (self.scales[site] * _ROOM)).float().flatten()
+                    grid = replace(grid, scale=torch.maximum(grid.scale, least))
+        return grid
 
     def _bias(self, site: Node) -> Value | None:
         bias = None if site.kind == "embedding" else site.bias

@@ -78,6 +78,18 @@ def test_every_member_is_an_int8_kernel(text: str, kernels: dict[str, int]) -> N
         assert (found - expected).abs().max() <= STEP * expected.abs().max()
 
 
+def test_a_bias_beside_weights_of_nearly_zero_keeps_its_value() -> None:
+    graph = build("onnx", "y = conv(x[1,2,4,4], V[2,2,1,1]:values(1e-9,2e-9,0.5,0.25), B[2]:values(3.0,1.0))")
+    (expected,) = outputs(graph)
+    run(Quantize(observer="minmax"), graph, calibration=[feeds(graph, seed) for seed in range(4)])
+    (neutral,) = outputs(graph)
+    run(FoldInt8(), graph)
+    target = OnnxRuntime()
+    (found,) = target.compile(target.lower(graph)[0], threads=1)(feeds(graph))
+    for one in (neutral, found):
+        assert (one - expected).abs().max() <= 4 * STEP * expected.abs().max()
+
+
 def test_the_range_of_what_moves_is_that_of_what_it_moves(dialect: str) -> None:
     graph = build(dialect, "m = max_pool(conv(x[1,4,4,4], V[4,4,1,1]), kernel=[2,2])\ny = conv(m, W[4,4,1,1])")
     run(Quantize(), graph, calibration=[feeds(graph)])

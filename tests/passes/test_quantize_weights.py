@@ -195,6 +195,20 @@ def test_ranges_that_say_little_are_noted(dialect: str) -> None:
     assert "is all zero" in notes[0] and "is constant (1)" in notes[0]
 
 
+PADDED = "k = mul(x[2,3,8], unsqueeze(cast(attention_mask[2,3]:int64, dtype=float32), axes=[2]))\ny = linear(k, V[4,8])"
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_values_that_calibration_never_exercises_are_named(dialect: str, scheme: str) -> None:
+    graph = build(dialect, PADDED)
+    padding = feeds(graph) | {"attention_mask": torch.zeros(2, 3, dtype=torch.int64)}
+    (linear,) = graph.sites("linear")
+    where = {"static": linear.input.producer, "dynamic": linear}[scheme]
+    assert where is not None
+    with pytest.raises(UsageError, match=rf"no calibration batch has numbers for .*{where.label}; add batches that do"):
+        run(Quantize(scheme=scheme), graph, calibration=[padding])
+
+
 def test_outlier_channels_are_noted(dialect: str) -> None:
     graph = build(dialect, "y = linear(mul(x[4,8], S[8]:values(1,1,1,200,1,1,1,1)), W[4,8])")
     (note,) = run(Quantize(scheme="static"), graph, calibration=[feeds(graph)]).record.notes
