@@ -57,13 +57,16 @@ def measured(
     for tool, given in quantized(network, exported[BASELINE], folder, bounds).items():
         models[f"{tool}, as it came"] = given
         if isinstance(given, Path):
-            pairs[tool] = given, rescue(given, network, settings.threads)
-            models[f"{tool}, rescued"] = pairs[tool][1]
+            rescued = attempt(partial(rescue, given, network, settings.threads))
+            models[f"{tool}, rescued"] = rescued
+            if isinstance(rescued, Path):
+                pairs[tool] = given, rescued
     found = race(models, network.shapes, settings)
     least = {(f"{tool}, rescued", "mean"): bound for tool, bound in bounds.items()}
     rows, holds = found.speeds(f"{network.name}: times as fast as torch.onnx.export at its default opset", least)
     apart = {tool: distances(*pair, list(network.shapes.values()), settings.threads) for tool, pair in pairs.items()}
     settings.console.print(rows, distance_table(apart))
+    holds = holds and not any(name.endswith("rescued") for name in found.failed)
     return holds, found.figures() | {"distances": apart}
 
 
