@@ -64,6 +64,18 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     return make().eval()
 
 
+def settled(module: nn.Module) -> nn.Module:
+    """With the statistics of its batch norms taken from noise: values of untrained ones vanish layer by layer."""
+    for inner in module.modules():
+        if isinstance(inner, nn.BatchNorm2d):
+            inner.reset_running_stats()
+            inner.momentum = None  # the mean over all batches, of which there is one
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        module.train()(pixel_values=torch.randn(4, 3, 224, 224, generator=generator))
+    return module.eval()
+
+
 def architectures(settings: Settings) -> dict[str, Callable[[], Architecture]]:
     """By name, how to make each model; those whose weights lie in the data folder only where it is given."""
     made: dict[str, Callable[[], Architecture]] = {
@@ -119,7 +131,7 @@ def _vit(medium: bool) -> Architecture:
 
 def resnet50(classes: int = 1000) -> nn.Module:
     """A seeded ResNet-50."""
-    return _bottlenecks(64, [256, 512, 1024, 2048], [3, 4, 6, 3], classes)
+    return settled(_bottlenecks(64, [256, 512, 1024, 2048], [3, 4, 6, 3], classes))
 
 
 def mobilenetv2() -> nn.Module:
@@ -128,7 +140,7 @@ def mobilenetv2() -> nn.Module:
 
     config = MobileNetV2Config(tf_padding=False)
     config.num_labels = 1000
-    return seeded(lambda: MobileNetV2ForImageClassification(config))
+    return settled(seeded(lambda: MobileNetV2ForImageClassification(config)))
 
 
 def vit() -> nn.Module:
