@@ -148,7 +148,7 @@ class Quantize(Pass):
                 context.decline(site, reason)
             else:
                 chosen[site] = scheme, self._recipe(site, scheme, bits, block, context)
-        if refused and not (chosen or kept):
+        if refused and not (chosen or kept or context.put_back):
             first = next(iter(refused.items()))
             raise UsageError(f"quantize: nothing is left to quantize ({first[0]}: {first[1]})")
         return chosen

@@ -10,7 +10,7 @@ from graphopt.backend import saturates
 from graphopt.graph import Graph, Node
 from graphopt.numerics.quantize import fit
 from graphopt.passes import Quantize
-from graphopt.pipeline import Selector, UsageError
+from graphopt.pipeline import Context, Selector, UsageError, run_pass
 from tests.language import (
     FakeTarget,
     assert_unchanged,
@@ -157,6 +157,14 @@ def test_what_no_weight_can_have_is_an_error(dialect: str, options: Any, reason:
 def test_a_block_that_divides_some_weights_declines_the_others(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[2,64], W[4,64])\nb = linear(z[2,48], V[4,48])\nreturn a, b")
     assert declined(run(Quantize(scheme="weight-only", block=32), graph)) == ["block 32 does not divide 48 inputs"]
+
+
+def test_where_the_others_made_the_model_slower_nothing_is_quantized(dialect: str) -> None:
+    graph = build(dialect, "h = linear(x[2,24], V[32,24])\ny = linear(h, W[4,32])")
+    narrow, wide = (site.label for site in graph.sites("linear"))
+    context = Context(put_back={wide: "slower when changed"})
+    run_pass(Quantize(scheme="weight-only", block=32), graph, context)
+    assert context.record.declined == {narrow: "block 32 does not divide 24 inputs", wide: "slower when changed"}
 
 
 def test_a_model_without_sites_is_an_error(dialect: str) -> None:
