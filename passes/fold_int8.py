@@ -173,7 +173,8 @@ def _weight(value: Value) -> tuple[Value, Value] | str:
     maker = _maker(value)
     if maker is not None and maker.operand("zero_point") is not None:
         return "weight has zero points, which no int8 word has: a target with a kernel for them takes it as it stands"
-    steps = maker.required("x") if maker is not None and maker.attributes["axis"] == 0 else None
+    rows = maker is not None and maker.attributes["axis"] == 0 and not maker.attributes["block"]
+    steps = maker.required("x") if maker is not None and rows else None
     if maker is None or steps is None or not steps.is_constant or steps.dtype != torch.int8:
         return "weight is not stored in int8 with a scale for each output channel"
     return steps, maker.required("scale")

@@ -105,6 +105,14 @@ def test_declines_a_dynamic_conv(dialect: str) -> None:
     assert declined(run(FoldInt8(), graph)) == ["conv has no int8 form with a scale chosen at run time"]
 
 
+def test_declines_blocks_along_outputs() -> None:
+    weight = "dequantize(W[32,8]:int8, T[2,8]:ones, axis=0, block=16)"
+    graph = build("onnx", f"y = linear(dequantize(x[4,8]:uint8, S[]:ones, Z[]:uint8:ones), {weight})")
+    context = run(FoldInt8(), graph)
+    assert declined(context) == ["weight is not stored in int8 with a scale for each output channel"]
+    assert context.record.changes == 0
+
+
 def test_declines_a_computed_conv_bias(dialect: str) -> None:
     graph = build(dialect, f"y = quantize(conv({X}, {W}, b[4]), S, Z)")
     original = graph.clone()
