@@ -94,6 +94,15 @@ def optimize(
         return job.never_slower()
 
 
+@dataclass(frozen=True)
+class _Input:
+    """What came in, to compare with: a graph, how it runs if it does, and what the user should know of that."""
+
+    graph: Graph
+    runner: Runner | None
+    notes: list[str]
+
+
 @dataclass
 class _Job:
     """One call of `optimize`: what it was asked for, and the pipeline with all that follows it."""
@@ -114,8 +123,11 @@ class _Job:
         made = self.run(self.pipeline)
         if not self._times():
             return made
-        feeds, notes = self.captured.feeds, list[str]()
-        untouched, baseline = self._baseline(notes)
+        feeds, notes = self.captured.feeds, list(self._input.notes)
+        untouched, baseline = self._input.graph, self._input.runner
+        if baseline is None:
+            made.report.notes += notes
+            return made
         verdict = judge(made.runner, baseline, feeds)
         put_back: dict[str, str] = {}
         for _ in range(RERUNS):
@@ -152,19 +164,24 @@ class _Job:
     def _times(self) -> bool:
         return bool(self.measure and self.captured.feeds and not self._unasked_for_its_size())
 
-    def _baseline(self, notes: list[str]) -> tuple[Graph, Runner]:
-        """The input as it was handed in; as it was captured, with a note, where the engine does not run that."""
-        if self.captured.untouched is not None:
-            untouched = self.captured.untouched()
+    @cached_property
+    def _input(self) -> _Input:
+        """The input as it was handed in; as it was captured, where the engine does not run that."""
+        captured, notes = self.captured, list[str]()
+        attempts: list[tuple[str, Callable[[], Graph]]] = [("the captured model", lambda: captured.graph)]
+        if captured.untouched is not None:
+            attempts.insert(0, ("the input itself", captured.untouched))
+        for what, make in attempts:
             try:
-                runner = self.backend.compile(untouched, self.threads)
-                for one in self.captured.feeds:
+                graph = make()
+                runner = self._captured if graph is captured.graph else self.backend.compile(graph, self.threads)
+                for one in captured.feeds:
                     runner(one)
-                return untouched, runner
+                return _Input(graph, runner, notes)
             except Exception as error:  # the engine's own have no base of theirs
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                notes.append(f"the speed is over the captured model: the input itself does not run here ({reason})")
-        return self.captured.graph, self._captured
+                notes.append(f"the speed is not over {what}, which does not run here ({reason})")
+        return _Input(captured.graph, None, notes)
 
     @cached_property
     def _captured(self) -> Runner:
@@ -198,7 +215,7 @@ class _Job:
             report.notes.append(f"above 2 GB: a pass that fails leaves no reproducer ({reproducer})")
         if self.measure and self._unasked_for_its_size():
             report.notes.append("above 2 GB: nothing is timed, and forms have a fixed order (agree=True times them)")
-        reference = _agree(captured, large, self.agree, report)
+        reference = _agree(captured, large, self.agree, report, lambda: self._input.runner)
         if reference is not None:
             watchers.append(reference)
         evaluate = self.evaluate
@@ -439,14 +456,16 @@ def _pipeline(passes: str | Pass | Iterable[Pass] | None, backend: Backend) -> P
     return Pipeline([*own, *chosen, *parse(backend.pipeline(), REGISTRY).passes])
 
 
-def _agree(captured: Captured, large: bool, agree: bool | None, report: Report) -> Agree | None:
+def _agree(
+    captured: Captured, large: bool, agree: bool | None, report: Report, engine: Callable[[], Runner | None]
+) -> Agree | None:
     if large and not agree:
         what = "outputs are not compared with the original, nor kernels counted"
         report.notes.append(f"above 2 GB: {what} (agree=True does both)")
         return None
     if agree is False or not captured.feeds:
         return None
-    return Agree(captured.graph, captured.feeds, captured.signature.outputs)
+    return Agree(captured.graph, captured.feeds, captured.signature.outputs, engine)
 
 
 def _versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
@@ -44,11 +45,43 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
         from graphopt.dialects.onnx_opset import lower_opset
 
         lower_opset(graph, opset)
+    _spell_zero_points(model)
     ir_passes.RemoveUnusedOpsetsPass()(model)
     model.producer_name = "graphopt"
     _strip(model)
     _name_by_path(model)
     return model
+
+
+def _spell_zero_points(model: ir.Model) -> None:
+    """Give int8 activations their zero point, which is 0 where it is left out.
+
+    onnxruntime rewrites such activations to uint8, and fails where `output_dtype` alone tells their type.
+    """
+    zero: ir.Value | None = None
+    for native in model.graph.all_nodes():
+        if native.op_type == "QuantizeLinear" and len(native.inputs) == 3:
+            native.attributes.pop("output_dtype", None)
+        first, scale = (*native.inputs, None, None)[:2]
+        signed = [v for v in (first, native.outputs[0]) if v is not None and v.dtype is ir.DataType.INT8]
+        moves = native.op_type in ("QuantizeLinear", "DequantizeLinear") and len(native.inputs) == 2
+        one_scale = scale is not None and scale.shape is not None and len(scale.shape) == 0
+        if not (moves and one_scale and signed and signed[0].const_value is None):
+            continue
+        if zero is None:
+            tensor = ir.tensor(np.zeros((), np.int8), name=_free_name(model, "zero_point_of_int8"))
+            zero = ir.Value(name=tensor.name, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT8))
+            zero.const_value = tensor
+            model.graph.register_initializer(zero)
+        native.resize_inputs(3)
+        native.replace_input_with(2, zero)
+        native.attributes.pop("output_dtype", None)
+
+
+def _free_name(model: ir.Model, hint: str) -> str:
+    taken = {value.name for native in model.graph.all_nodes() for value in native.outputs}
+    taken |= set(model.graph.initializers) | {value.name for value in model.graph.inputs}
+    return next(name for name in (hint, *(f"{hint}_{number}" for number in range(len(taken)))) if name not in taken)
 
 
 def _strip(model: ir.Model) -> None:

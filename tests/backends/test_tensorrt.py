@@ -127,13 +127,16 @@ def test_the_report_says_that_tensorrt_never_ran(results: dict[str, Optimized]) 
     assert report.census["Conv int8"] == 3 and report.census["MatMul int8"] == 1 and report.speed == []
 
 
-def test_nothing_is_timed(results: dict[str, Optimized]) -> None:
+def test_nothing_is_timed(results: dict[str, Optimized], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="tensorrt does not run here"):
         results["ConvNet"].bench(images())
     graph = results["ConvNet"].graph
     with pytest.raises(UsageError, match="tensorrt does not run here"):
         target("tensorrt").ratios(graph, graph, [{"x": images()}])
-    assert optimized(ConvNet, measure=True).report.speed == []
+    with pytest.raises(UsageError, match="tensorrt does not run here"):
+        optimized(ConvNet, measure=True)
+    monkeypatch.delenv("GRAPHOPT_MEASURE")
+    assert optimized(ConvNet).report.speed == []
 
 
 def test_dynamic_quantization_is_declined() -> None:

@@ -16,7 +16,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.c_attn, self.c_proj = Conv1D(24, 8), Conv1D(8, 8)
+        self.c_attn, self.c_proj = Conv1D(24, 8), Conv1D(8, 8)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (

@@ -20,7 +20,7 @@ from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import graphopt
-from graphopt.dialects import onnx_export
+from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.numerics import metrics
 from graphopt.numerics.quantize import pack
@@ -337,3 +337,15 @@ def test_what_no_word_means_stays_as_it_is(change: Callable[[onnx.NodeProto], No
     proto = model([STEPS, gemm], weights, {"x": (4, 16), "k": (8,)})
     graph = OnnxGraph.from_model(proto)
     assert "com.microsoft.QGemm" in [node.kind for node in graph.nodes]
+
+
+def test_int8_activations_are_written_with_their_zero_point() -> None:
+    """onnxruntime makes uint8 of them, and its own type inference then fails on an `output_dtype` of int8."""
+    graph = build("onnx", "q = quantize(x[2,8], S[]:values(0.1))\nd = dequantize(q, S)\ny = linear(d, W[4,8])")
+    assert isinstance(graph, OnnxGraph)
+    model = onnx_export.deployable(graph)
+    moves = [node for node in model.graph if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert [len(node.inputs) for node in moves] == [3, 3] and not any(node.attributes for node in moves)
+    feeds = {"x": torch.randn(2, 8, generator=torch.Generator().manual_seed(0))}
+    (found,) = onnx_run.run(onnx_run.session(model, level="all"), feeds)
+    torch.testing.assert_close(found, graph.evaluate(feeds, graph.outputs)[0], rtol=1e-5, atol=1e-5)
