@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import onnx
 import onnxruntime as ort
 from torch import Tensor
 
-from graphopt.backend import Backend, LoweringError, Runner
+from graphopt.backend import LoweringError, Runner
 from graphopt.backends import onnxruntime_float, onnxruntime_int8, onnxruntime_weights
 from graphopt.backends.choices import Measuring
+from graphopt.backends.onnx_target import OnnxTarget
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph, Node
@@ -38,11 +39,10 @@ _KERNEL = "_kernel_time"
 """What the profiler puts behind the name of a node."""
 
 
-class OnnxRuntime(Backend):
+class OnnxRuntime(OnnxTarget):
     """Microsoft's engine, on the CPU."""
 
     name: ClassVar[str] = "onnxruntime"
-    dialect: ClassVar[str] = "onnx"
     summary: ClassVar[str] = "ONNX Runtime on CPU; exports a standard .onnx file"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "linear": ("static", "dynamic", "weight-only"),
@@ -83,22 +83,6 @@ class OnnxRuntime(Backend):
             _require_kernels(built, kinds, kernels, promised[word])
         for word, kernel in onnxruntime_weights.KERNELS.items():
             _require_kernels(built, f"weight-only {word}", (kernel,), onnxruntime_weights.promised(neutral, word))
-
-    def export(
-        self,
-        graph: Graph,
-        path: Path,
-        *,
-        metadata: Mapping[str, str],
-        opset: int | None = None,
-        external_data: bool | None = None,
-    ) -> None:
-        assert isinstance(graph, OnnxGraph)
-        onnx_export.write(onnx_export.deployable(graph, opset), path, metadata, external_data)
-
-    def graphsurgeon(self, graph: Graph) -> Any:
-        assert isinstance(graph, OnnxGraph)
-        return onnx_export.graphsurgeon(onnx_export.deployable(graph))
 
 
 def _require_kernels(built: Mapping[str, int], what: str, kernels: Sequence[str], promised: Sequence[Node]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graphopt.backend import Backend, LoweringError, Placement, Runner
+from graphopt.backend import LoweringError, Placement, Runner
+from graphopt.backends.onnx_target import QdqTarget
 from graphopt.dialects import onnx_export
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.dialects.onnx_tensors import to_numpy
 from graphopt.graph import Graph
 from graphopt.pipeline import UsageError
-from graphopt.quantizing.placement import reads_integers, require_words
-from graphopt.rewrite import Rule
+from graphopt.quantizing.placement import reads_integers
 
 KERNELS = {"linear": ("FullyConnected", "MatMul"), "conv": ("Convolution",), "matmul": ("MatMul",)}
 """The layers that compute a word, as OpenVINO names them."""
@@ -32,11 +32,10 @@ PROFILED = 7
 _DATA = ("Input", "Const", "Output")
 
 
-class OpenVino(Backend):
+class OpenVino(QdqTarget):
     """Intel's engine, on the CPU."""
 
     name: ClassVar[str] = "openvino"
-    dialect: ClassVar[str] = "onnx"
     summary: ClassVar[str] = "OpenVINO on CPU (needs the extra openvino); exports a standard .onnx file with Q/DQ"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "linear": ("static", "weight-only"),
@@ -59,14 +58,6 @@ class OpenVino(Backend):
             return []
         return [f"run with INFERENCE_PRECISION_HINT=f32; by default OpenVINO rounds floats to {usual} on this CPU"]
 
-    def pipeline(self) -> str:
-        return ""
-
-    def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
-        """None: it reads Q/DQ. Raises LoweringError where int8 words stand in their place."""
-        require_words(graph, self.name)
-        return ()
-
     def compile(self, graph: Graph, threads: int | None = None) -> OpenVinoRunner:
         assert isinstance(graph, OnnxGraph)
         return OpenVinoRunner(graph, threads)
@@ -83,22 +74,6 @@ class OpenVino(Backend):
                     f"{len(sites)} static {word} were promised and openvino runs {len(built)} in int8; in floats it "
                     f"runs {others or 'none'}, of {', '.join(site.label for site in sites)}"
                 )
-
-    def export(
-        self,
-        graph: Graph,
-        path: Path,
-        *,
-        metadata: Mapping[str, str],
-        opset: int | None = None,
-        external_data: bool | None = None,
-    ) -> None:
-        assert isinstance(graph, OnnxGraph)
-        onnx_export.write(onnx_export.deployable(graph, opset), path, metadata, external_data)
-
-    def graphsurgeon(self, graph: Graph) -> Any:
-        assert isinstance(graph, OnnxGraph)
-        return onnx_export.graphsurgeon(onnx_export.deployable(graph))
 
 
 def _package() -> Any:

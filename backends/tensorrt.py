@@ -7,8 +7,7 @@ optimizations. Source: TensorRT's documentation, "Explicit Quantization" and its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -16,12 +15,12 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from torch import Tensor
 
-from graphopt.backend import Backend, LoweringError, Placement, Runner
+from graphopt.backend import LoweringError, Placement, Runner
+from graphopt.backends.onnx_target import QdqTarget
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.graph import Graph
-from graphopt.quantizing.placement import reads_integers, require_words
-from graphopt.rewrite import Rule
+from graphopt.quantizing.placement import reads_integers
 
 OPSET = 20
 """TensorRT 10 reads it: Gelu and LayerNormalization are whole, attention is products and a softmax, which it fuses."""
@@ -38,11 +37,10 @@ _FUSED = ("Relu", "Clip", "LeakyRelu", "BatchNormalization")
 _INTEGER_OPS = ("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearConv", "QLinearMatMul")
 
 
-class TensorRt(Backend):
+class TensorRt(QdqTarget):
     """NVIDIA's engine, on its GPUs."""
 
     name: ClassVar[str] = "tensorrt"
-    dialect: ClassVar[str] = "onnx"
     summary: ClassVar[str] = "TensorRT; writes an .onnx file with int8 Q/DQ by its rules, which is not run here"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("linear", "conv", "matmul", "add"), ("static",))
     placement: ClassVar[Placement | None] = Placement(signed=True, fuses_sum=True)
@@ -61,14 +59,6 @@ class TensorRt(Backend):
         """8: its sums have 32 bits."""
         return 8
 
-    def pipeline(self) -> str:
-        return ""
-
-    def rules(self, graph: Graph) -> Sequence[Sequence[Rule]]:
-        """None: it reads Q/DQ. Raises LoweringError where int8 words stand in their place."""
-        require_words(graph, self.name)
-        return ()
-
     def compile(self, graph: Graph, threads: int | None = None) -> TensorRtRunner:
         assert isinstance(graph, OnnxGraph)
         return TensorRtRunner(graph, threads)
@@ -83,17 +73,8 @@ class TensorRt(Backend):
                 f"{', '.join(site.label for site in promised)}"
             )
 
-    def export(
-        self,
-        graph: Graph,
-        path: Path,
-        *,
-        metadata: Mapping[str, str],
-        opset: int | None = None,
-        external_data: bool | None = None,
-    ) -> None:
-        assert isinstance(graph, OnnxGraph)
-        onnx_export.write(_model(emit(graph, opset)), path, metadata, external_data)
+    def deployable(self, graph: OnnxGraph, opset: int | None = None) -> ir.Model:
+        return _model(emit(graph, opset))
 
     def graphsurgeon(self, graph: Graph) -> gs.Graph:
         assert isinstance(graph, OnnxGraph)

@@ -78,14 +78,19 @@ def arrays(batches: Sequence[Batch]) -> list[dict[str, np.ndarray[Any, Any]]]:
     return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in batches]
 
 
-def quantize_static(source: Path, batches: Sequence[Batch], path: Path, *, activations: str = "QUInt8") -> Path:
-    """Q/DQ, int8 weights per channel, ranges from minimum to maximum, after onnxruntime's own preparation."""
+def quantize_static(
+    source: Path, batches: Sequence[Batch], path: Path, *, activations: str = "QUInt8", ranges: str = "MinMax"
+) -> Path:
+    """Q/DQ, int8 weights per channel, after onnxruntime's own preparation where that runs."""
     from onnxruntime import quantization
 
+    with contextlib.suppress(Exception):  # files that its shape inference does not get through are taken as they are
+        source = _prepared(source, path)
     quantization.quantize_static(
-        str(_prepared(source, path)), str(path), Reader(batches), quant_format=quantization.QuantFormat.QDQ,
+        str(source), str(path), Reader(batches), quant_format=quantization.QuantFormat.QDQ,
         per_channel=True, activation_type=getattr(quantization.QuantType, activations),
         weight_type=quantization.QuantType.QInt8,
+        calibrate_method=getattr(quantization.CalibrationMethod, ranges),
     )  # fmt: skip
     return path
 

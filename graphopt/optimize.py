@@ -208,7 +208,7 @@ class _Job:
         report = Report(target=target, source=captured.source, pipeline=str(pipeline), versions=_versions())
         report.notes += [*captured.notes, *backend.notes()]
         report.put_back = dict(put_back)
-        large = self._is_large()
+        large = self._is_large
         watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *self.instruments]
         if large:
             reproducer = "instruments=[Reproduce(folder)] does"
@@ -264,12 +264,13 @@ class _Job:
         ]
         return lowered
 
+    @cached_property
     def _is_large(self) -> bool:
         return cost.Cost.of(self.captured.graph).bytes > cost.LARGE
 
     def _unasked_for_its_size(self) -> bool:
         """Whether the model is too large to be run unless that is asked for."""
-        return self._is_large() and not self.agree
+        return self._is_large and not self.agree
 
 
 @dataclass

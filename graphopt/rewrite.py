@@ -160,8 +160,7 @@ class Choice:
 
     def matches(self, graph: Graph) -> list[Match]:
         """Where the pattern fits, in topological order."""
-        rule = Rule(self.name, self.pattern, lambda op, match: match.root.result, check=self.check)
-        pattern, optional = rule.recorded()
+        pattern, optional = self.rule().recorded()
         nodes = [node for node in graph.nodes if node.kind == pattern.kind]
         found = [match_node(pattern, node, optional) for node in nodes]
         return [match for match in found if match is not None and (self.check is None or self.check(match))]

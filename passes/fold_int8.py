@@ -10,8 +10,8 @@ from graphopt.graph import Graph, Node, Value
 from graphopt.pipeline import Context, Pass, Selector, Stage
 from graphopt.quantizing.integer_forms import normalize
 from graphopt.quantizing.islands import MOVES
+from graphopt.quantizing.numbers import saturates, stored
 from graphopt.rewrite import scalar
-from graphopt.words import WORDS
 
 _Quantized = tuple[Value, Value, Value]
 """An activation in integers: its steps, scale and zero point."""
@@ -119,19 +119,10 @@ def _quantize_behind(graph: Graph, site: Node) -> tuple[Node, Value, Value] | st
     if reader.required("scale").rank != 0 or zero_point is None or zero_point.dtype != torch.uint8:
         return "result is not quantized to uint8 with one scale"
     scale = reader.required("scale")
-    if bounded is not None and not _saturates(bounded, scalar(graph, scale), scalar(graph, zero_point)):
+    step, zero = scalar(graph, scale), scalar(graph, zero_point)
+    if bounded is not None and (step is None or zero is None or not saturates(bounded, step, zero)):
         return f"result goes through a {bounded.kind} that cuts off more than the integers do"
     return reader, scale, zero_point
-
-
-def _saturates(bounded: Node, scale: float | None, zero_point: float | None) -> bool:
-    """Whether integers from 0 to 255 lie within the bounds of a relu or clip, to within half a step."""
-    if scale is None or zero_point is None:
-        return False
-    low, high = (0.0, None) if bounded.kind == "relu" else (bounded.attributes["low"], bounded.attributes["high"])
-    near = 0.5 + 1e-3  # half a step, and the rounding of float32
-    below = low is None or low / scale + zero_point <= near
-    return below and (high is None or high / scale + zero_point >= 255 - near)
 
 
 def _only_reader(node: Node) -> Node | None:
@@ -159,13 +150,8 @@ def _activation(value: Value) -> _Quantized | None:
 def _bias(graph: Graph, site: Node) -> Value | None:
     """The bias, as floats where it is stored in integers behind a dequantize."""
     bias = site.bias
-    maker = _maker(bias) if bias is not None else None
-    if maker is None:
-        return bias
-    stored = [None if value is None else graph.constant(value) for value in maker.operands]
-    if any(value is not None and tensor is None for value, tensor in zip(maker.operands, stored, strict=True)):
-        return bias
-    return graph.add_constant(WORDS["dequantize"].reference(*stored, **maker.attributes))
+    floats = stored(graph, bias) if bias is not None and _maker(bias) is not None else None
+    return bias if floats is None else graph.add_constant(floats)
 
 
 def _weight(value: Value) -> tuple[Value, Value] | str:

@@ -7,24 +7,22 @@ how in its row.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 from torch import Tensor
 
 import graphopt
-from benchmarks import trained
+from benchmarks import peers, trained
 from benchmarks.case import Settings, checked, table
-from benchmarks.peers import quiet
+from benchmarks.loading import feeds, session
 from benchmarks.trained import Task
 
 MOST_LOST: Mapping[str, float] = {
@@ -75,7 +73,7 @@ def measure(task: Task, folder: Path, settings: Settings) -> dict[str, tuple[flo
         source = graphopt.optimize(task.model, example_inputs=task.calibration[:1], threads=settings.threads).export(
             folder / "float.onnx", opset=20, portable=True
         )
-    plain = session(source, settings)
+    plain = session(source, settings.threads)
     expected = task.predict(partial(outputs, plain))
     figures: dict[str, tuple[float, float] | str] = {"fp32": (task.score(expected), 1.0)}
 
@@ -94,80 +92,30 @@ def measure(task: Task, folder: Path, settings: Settings) -> dict[str, tuple[flo
             threads=settings.threads,
         )
         judge(row, lambda small=small: lambda batch: list(small.runner(batch)))  # type: ignore[misc]
+    runs = partial(_runs, threads=settings.threads)
     for method in PEERS:
-        judge(f"onnxruntime static {method}", lambda method=method: _ort_static(source, task, method, folder, settings))  # type: ignore[misc]
-    judge("onnxruntime dynamic", lambda: _ort_dynamic(source, folder, settings))
+        make = partial(peers.quantize_static, source, task.calibration, folder / f"{method}.onnx", ranges=method)
+        judge(f"onnxruntime static {method}", partial(runs, make))
+    judge("onnxruntime dynamic", partial(runs, partial(peers.quantize_dynamic, source, folder / "dynamic.onnx")))
     if importlib.util.find_spec("nncf") is None:
         figures["NNCF"] = "not installed"
     else:
-        judge("NNCF", lambda: _nncf(source, task, folder, settings))
+        judge("NNCF", partial(runs, partial(peers.nncf_onnx, source, task.calibration, folder / "nncf.onnx")))
     return figures
+
+
+def _runs(make: Callable[[], Path], threads: int) -> Callable[[Any], list[Any]]:
+    """What runs the file that a peer makes."""
+    with peers.quiet():
+        file = make()
+    return partial(outputs, session(file, threads))
 
 
 def _figures(task: Task, expected: Tensor, found: Tensor) -> tuple[float, float]:
     return task.score(found), trained.cosine(expected, found)
 
 
-class Reader:
-    """The calibration batches as onnxruntime's quantization reads them."""
-
-    def __init__(self, task: Task) -> None:
-        self.feeds: Iterator[dict[str, np.ndarray[Any, Any]]] = (
-            {name: tensor.numpy() for name, tensor in batch.items()} for batch in task.calibration
-        )
-
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        return next(self.feeds, None)
-
-
-def _ort_static(
-    source: Path, task: Task, method: str, folder: Path, settings: Settings
-) -> Callable[[Any], list[Any]]:
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    prepared, file = folder / "prepared.onnx", folder / f"{method}.onnx"
-    with quiet(), contextlib.chdir(folder):  # it leaves files in the working folder where it fails
-        try:
-            quant_pre_process(str(source), str(prepared))
-        except Exception:
-            prepared = source
-        quantize_static(
-            str(prepared), str(file), Reader(task), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            calibrate_method=getattr(CalibrationMethod, method),
-        )  # fmt: skip
-    return partial(outputs, session(file, settings))
-
-
-def _ort_dynamic(source: Path, folder: Path, settings: Settings) -> Callable[[Any], list[Any]]:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    file = folder / "dynamic.onnx"
-    with quiet():
-        quantize_dynamic(str(source), str(file), per_channel=True, weight_type=QuantType.QInt8)
-    return partial(outputs, session(file, settings))
-
-
-def _nncf(source: Path, task: Task, folder: Path, settings: Settings) -> Callable[[Any], list[Any]]:
-    import onnx
-
-    nncf = importlib.import_module("nncf")  # not a dependency, and without types
-    file = folder / "nncf.onnx"
-    feeds = [{name: tensor.numpy() for name, tensor in batch.items()} for batch in task.calibration]
-    with quiet():
-        onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(feeds), subset_size=len(feeds)), str(file))
-    return partial(outputs, session(file, settings))
-
-
-def session(file: Path, settings: Settings) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = settings.threads, 3
-    return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
 def outputs(one: ort.InferenceSession, batch: Mapping[str, Tensor]) -> list[Any]:
     """The outputs of a session on a batch, whose inputs it may have dropped some of."""
-    names = [value.name for value in one.get_inputs()]
-    results: list[Any] = one.run(None, {name: batch[name].numpy() for name in names})
+    results: list[Any] = one.run(None, feeds(one, batch))
     return results

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
-from graphopt.words import WORDS
+from graphopt.quantizing.numbers import saturates, stored
 
 
 def share_one_scale(graph: Graph) -> None:
     """Do so where stored int8 weights are on both sides, and saturation does the work of a clip between them."""
     for quantize in graph.sites("quantize"):
-        scale, zero_point = (_stored(graph, quantize.operand(name)) for name in ("scale", "zero_point"))
+        scale, zero_point = (stored(graph, quantize.operand(name)) for name in ("scale", "zero_point"))
         if scale is None or scale.dim() != 1 or quantize.attributes["axis"] != 1 or zero_point is None:
             continue
         step = zero_point.flatten()[0].clone()
@@ -36,23 +36,19 @@ def _maker(graph: Graph, quantize: Node, scale: Tensor, step: float) -> Node | N
     """The conv that alone makes what is quantized, at most behind a relu or clip that cuts off what integers do."""
     node = quantize.input.producer
     if node is not None and node.kind in ("relu", "clip") and _alone(node):
-        low, high = (0.0, None) if node.kind == "relu" else (node.attributes["low"], node.attributes["high"])
-        near = 0.5 + 1e-3  # half a step, and the rounding of float32
-        if low is not None and bool((low / scale + step > near).any()):
-            return None
-        if high is not None and bool((high / scale + step < 255 - near).any()):
+        if not saturates(node, scale, step):
             return None
         node = node.input.producer
     if node is None or node.kind != "conv" or not _alone(node) or _weight(graph, node) is None:
         return None
-    return node if node.bias is None or _stored(graph, node.bias) is not None else None
+    return node if node.bias is None or stored(graph, node.bias) is not None else None
 
 
 def _readers(graph: Graph, quantize: Node, scale: Tensor, step: Tensor) -> list[Node]:
     """The depthwise convs that alone read what is quantized, through dequantizes of its scale; none if others do."""
     convs: list[Node] = []
     for node in quantize.result.users:
-        found, zero_point = (_stored(graph, node.operand(name)) if node.kind == "dequantize" else None
+        found, zero_point = (stored(graph, node.operand(name)) if node.kind == "dequantize" else None
                              for name in ("scale", "zero_point"))  # fmt: skip
         if found is None or not found.equal(scale) or zero_point is None or bool((zero_point != step).any()):
             return []
@@ -66,7 +62,7 @@ def _readers(graph: Graph, quantize: Node, scale: Tensor, step: Tensor) -> list[
 
 def _rewrite(graph: Graph, quantize: Node, conv: Node, readers: list[Node], scale: Tensor, step: Tensor) -> None:
     one, zero_point = graph.add_constant(torch.ones(())), graph.add_constant(step)
-    bias = None if conv.bias is None else _stored(graph, conv.bias)
+    bias = None if conv.bias is None else stored(graph, conv.bias)
     scaled = graph.emit(
         conv, conv.input, _rescaled(graph, conv, 1 / scale),
         None if bias is None else graph.add_constant(bias / scale), at=conv,
@@ -92,21 +88,8 @@ def _weight(graph: Graph, conv: Node) -> tuple[Value, Tensor] | None:
     maker = conv.required("weight").producer
     if maker is None or maker.kind != "dequantize" or maker.attributes["axis"] != 0 or maker.operand("zero_point"):
         return None
-    scale, integers = _stored(graph, maker.operand("scale")), maker.required("x")
+    scale, integers = stored(graph, maker.operand("scale")), maker.required("x")
     return (integers, scale) if scale is not None and scale.dim() == 1 and integers.is_constant else None
-
-
-def _stored(graph: Graph, value: Value | None) -> Tensor | None:
-    """A constant, or the values of one that is stored in integers, as biases may be."""
-    if value is None:
-        return None
-    maker = value.producer
-    if maker is not None and maker.kind == "dequantize":
-        parts = [None if one is None else graph.constant(one) for one in maker.operands]
-        if all(part is not None or one is None for part, one in zip(parts, maker.operands, strict=True)):
-            values: Tensor = WORDS["dequantize"].reference(*parts, **maker.attributes)
-            return values
-    return graph.constant(value)
 
 
 def _alone(node: Node) -> bool:

@@ -1,0 +1,54 @@
+"""What targets that deploy an ONNX file share; and those of them that read Q/DQ, for which nothing is folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from graphopt.backend import Backend
+from graphopt.dialects import onnx_export
+from graphopt.dialects.onnx import OnnxGraph
+from graphopt.graph import Graph
+from graphopt.quantizing.placement import require_words
+from graphopt.rewrite import Choice, Rule
+
+
+class OnnxTarget(Backend):
+    """A target that deploys an ONNX file."""
+
+    dialect: ClassVar[str] = "onnx"
+
+    def deployable(self, graph: OnnxGraph, opset: int | None = None) -> ir.Model:
+        """The model as it is deployed; see `onnx_export.deployable`."""
+        return onnx_export.deployable(graph, opset)
+
+    def export(
+        self,
+        graph: Graph,
+        path: Path,
+        *,
+        metadata: Mapping[str, str],
+        opset: int | None = None,
+        external_data: bool | None = None,
+    ) -> None:
+        assert isinstance(graph, OnnxGraph)
+        onnx_export.write(self.deployable(graph, opset), path, metadata, external_data)
+
+    def graphsurgeon(self, graph: Graph) -> Any:
+        assert isinstance(graph, OnnxGraph)
+        return onnx_export.graphsurgeon(self.deployable(graph))
+
+
+class QdqTarget(OnnxTarget):
+    """One that reads Q/DQ around float words, and folds them by itself."""
+
+    def pipeline(self) -> str:
+        return ""
+
+    def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
+        """None. Raises LoweringError where int8 words stand in the place of Q/DQ."""
+        require_words(graph, self.name)
+        return ()
