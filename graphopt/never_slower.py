@@ -7,6 +7,7 @@ that lose most there, up to RERUNS times, and after that without any pass that l
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from graphopt.backend import Runner
 from graphopt.report import PassRecord
 
 if TYPE_CHECKING:
-    from graphopt.backends.measure import Ratio
+    from graphopt.backends.measure import Clock, Ratio
 
 RERUNS = 6
 """Most runs of the pipeline without sites that lost."""
@@ -39,15 +40,17 @@ class Verdict:
     """The example shapes, by index, at which it loses."""
 
 
-def judge(result: Runner, baseline: Runner, feeds: Sequence[Feeds]) -> Verdict:
+def judge(
+    result: Runner, baseline: Runner, feeds: Sequence[Feeds], clock: Clock = time.perf_counter
+) -> Verdict:
     """Time a result against the input, interleaved; where it seems to lose, a second run has to say so too."""
     from graphopt.backends import measure
 
     calls = {"input": [partial(baseline, one) for one in feeds], "optimized": [partial(result, one) for one in feeds]}
-    ratios = measure.contest(calls, baseline="input")["optimized"].shapes
+    ratios = measure.contest(calls, baseline="input", clock=clock)["optimized"].shapes
     suspects = [index for index, ratio in enumerate(ratios) if measure.slower_than(ratio)]
     if suspects:
-        ratios = measure.contest(calls, baseline="input")["optimized"].shapes
+        ratios = measure.contest(calls, baseline="input", clock=clock)["optimized"].shapes
     return Verdict(ratios, tuple(index for index in suspects if measure.slower_than(ratios[index])))
 
 

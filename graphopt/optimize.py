@@ -123,12 +123,12 @@ class _Job:
         made = self.run(self.pipeline)
         if not self._times():
             return made
-        feeds, notes = self.captured.feeds, list(self._input.notes)
+        feeds, notes = [self.backend.place(one) for one in self.captured.feeds], list(self._input.notes)
         untouched, baseline = self._input.graph, self._input.runner
         if baseline is None:
             made.report.notes += notes
             return made
-        verdict = judge(made.runner, baseline, feeds)
+        verdict = judge(made.runner, baseline, feeds, self.backend.clock)
         put_back: dict[str, str] = {}
         for _ in range(RERUNS):
             lost = self._losers(made, verdict)
@@ -140,7 +140,7 @@ class _Job:
             except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites
                 notes.append(f"without the sites that made the model slower: {error}")
                 break
-            verdict = judge(made.runner, baseline, feeds)
+            verdict = judge(made.runner, baseline, feeds, self.backend.clock)
         simpler = ("the simplified float model", _pipeline(None, self.backend), None)
         for what, pipeline, lowered in (simpler, ("the input as it was", Pipeline([]), untouched)):
             if not verdict.slower:
@@ -152,7 +152,7 @@ class _Job:
             notes.append(f"{made.report.pipeline} makes the model slower here{besides}: it runs {speed:.2f} times as "
                          f"fast as the input at {shapes}. This is {what}")  # fmt: skip
             made = self.run(pipeline, lowered=lowered)
-            verdict = judge(made.runner, baseline, feeds)
+            verdict = judge(made.runner, baseline, feeds, self.backend.clock)
         made.report.notes += notes
         made.report.speed = [
             {"shapes": _shapes(one), "median": ratio.median, "low": ratio.low, "high": ratio.high,
@@ -337,9 +337,10 @@ class Optimized:
         machine = environment()
         result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
-            calls = {name: partial(run, feeds) for name, run in
+            placed = self.backend.place(feeds)
+            calls = {name: partial(run, placed) for name, run in
                      {"original": original, "control": original, "optimized": self.runner}.items()}  # fmt: skip
-            ratios = paired(calls, baseline="original", rounds=rounds)
+            ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
             result.rows.append((_shapes(feeds), {name: ratios[name] for name in ("optimized", "control")}))
         return result
 
@@ -422,7 +423,7 @@ def _measures(asked: bool | None, backend: Backend) -> bool:
     if asked:
         backend.require_runs()
     if asked is None:
-        return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.cpu is None and backend.runs
+        return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.times()
     return asked
 
 

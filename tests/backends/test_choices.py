@@ -78,7 +78,7 @@ class Judge:
     calls: list[int] = field(default_factory=list)
 
     def __call__(
-        self, candidates: Mapping[str, Sequence[Callable[[], object]]], *, baseline: str, rounds: int
+        self, candidates: Mapping[str, Sequence[Callable[[], object]]], *, baseline: str, rounds: int, clock: object
     ) -> dict[str, Contender]:
         assert (baseline, rounds) == (next(iter(candidates)), ROUNDS)
         self.asked.append(list(candidates))
@@ -275,7 +275,7 @@ def test_a_signature_is_of_kinds_shapes_and_wiring_not_of_names() -> None:
 def always_equal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A contest in which the last form always wins, and the result is as fast as the input."""
 
-    def contest(candidates: Mapping[str, Any], *, baseline: str, rounds: int = 15) -> dict[str, Contender]:
+    def contest(candidates: Mapping[str, Any], *, baseline: str, clock: Any, rounds: int = 15) -> dict[str, Contender]:
         shapes = len(candidates[baseline])
         ratios = {name: Ratio(1.0, 1.0, 1.0, rounds, 0, {}) for name in candidates}
         if baseline != "input":
