@@ -12,7 +12,7 @@ from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder
 
 def stages() -> Sequence[Sequence[Rule | Choice]]:
     """For one graph."""
-    return (RESIDUAL, Rule("attention-3d", _attention_4d, _attention_3d)), (_float_mask_once(),), (ATTENTION,)
+    return (RESIDUAL, ATTENTION_3D), (_float_mask_once(),), (ATTENTION,)
 
 
 def _residual_add(op: Recorder, x: str, residual: str) -> Pattern:
@@ -97,7 +97,7 @@ def _attention(op: Recorder, query: str, key: str, value: str, mask: str | None 
     return op.attention(query, key, value, mask)
 
 
-def _multi_head_attention(op: Builder, m: Match) -> Value:
+def multi_head_attention(op: Builder, m: Match) -> Value:
     """The contrib kernel: key and value of as many heads as the query, and a mask that is added."""
     given = m.root.attributes
     heads = given["heads"]
@@ -120,4 +120,5 @@ RESIDUAL = Choice(
     check=_is_normalized,
     around=lambda m: (m.root, *(user for user in m.root.result.users if user.kind == "layer_norm")),
 )
-ATTENTION = Choice("attention", _attention, {"Attention": None, "MultiHeadAttention": _multi_head_attention})
+ATTENTION_3D = Rule("attention-3d", _attention_4d, _attention_3d)
+ATTENTION = Choice("attention", _attention, {"Attention": None, "MultiHeadAttention": multi_head_attention})

@@ -326,6 +326,8 @@ class OnnxGraph(Graph):
         else:
             self.model.graph.append(native)
         self._fresh[native] = None
+        if isinstance(kind, OnnxNode) and not attributes and _has_the_shapes_of(kind, operands):
+            native.outputs[0].shape = kind.native.outputs[0].shape  # a file may know more of it than inference
         return OnnxValue(self, native.outputs[0])
 
     def emit_sized(
@@ -644,6 +646,23 @@ def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
 
 
 # --- operands and attributes ---------------------------------------------------------------------------------------
+
+
+def _has_the_shapes_of(node: OnnxNode, operands: Sequence[Value | None]) -> bool:
+    """Whether a word of one result, computed on these operands, has a result of the shape that it has as it stands.
+
+    Floats may be others of the same shape; integers may be sizes, and are the same.
+    """
+    if node.word is None or len(node.native.outputs) != 1 or len(operands) != len(node.operands):
+        return False
+    pairs = zip(operands, node.operands, strict=True)
+    return all(new == old or _is_like(new, old) for new, old in pairs)
+
+
+def _is_like(new: Value | None, old: Value | None) -> bool:
+    if new is None or old is None or new.shape is None or new.dtype is None:
+        return False
+    return new.dtype.is_floating_point and new.shape == old.shape
 
 
 def _onnx_values(operands: Sequence[Value | None]) -> list[OnnxValue | None]:
