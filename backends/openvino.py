@@ -58,6 +58,9 @@ class OpenVino(QdqTarget):
             return []
         return [f"run with INFERENCE_PRECISION_HINT=f32; by default OpenVINO rounds floats to {usual} on this CPU"]
 
+    def engine(self) -> str:
+        return f"openvino {_package().__version__}"
+
     def compile(self, graph: Graph, threads: int | None = None) -> OpenVinoRunner:
         assert isinstance(graph, OnnxGraph)
         return OpenVinoRunner(graph, threads)

@@ -69,7 +69,7 @@ def flops(node: Node, sizes: Mapping[str, int], shapes: Mapping[Value, Shape] = 
         return 0
 
     def numbers(value: Value) -> list[int] | None:
-        return _numbers(shapes.get(value, value.shape), sizes)
+        return numbers_of(shapes.get(value, value.shape), sizes)
 
     out = numbers(node.result)
     if out is None:
@@ -88,7 +88,8 @@ def flops(node: Node, sizes: Mapping[str, int], shapes: Mapping[Value, Shape] = 
     return 4 * query[0] * query[-2] * key[-2] * width
 
 
-def _numbers(shape: Shape | None, sizes: Mapping[str, int]) -> list[int] | None:
+def numbers_of(shape: Shape | None, sizes: Mapping[str, int]) -> list[int] | None:
+    """A shape in numbers; None where one is not known."""
     if shape is None:
         return None
     numbers = [size if isinstance(size, int) else _number(size, sizes) for size in shape]
