@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from graphopt.axes.masks import mask_inputs, real_positions
-from graphopt.graph import Graph, Shape, Value
+from graphopt.graph import Flow, Graph, Shape, Value
 from graphopt.pipeline import UsageError, nearest
 
 SAMPLES = 8
 """Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
 
-MEMORY = 2**30
-"""Bytes of statistics that are filled in one run over the batches."""
+MEMORY = Flow.memory
+"""Bytes of what is kept of batches, at most, where these fit memory."""
 
 
 class Input(Protocol):
@@ -105,28 +105,30 @@ class Calibration:
         """Fill a fresh statistic of each value over all batches, and give them in order; padding is left out.
 
         Padding is where an input that is a mask is 0 (`graphopt.axes.masks.real_positions`). Statistics of at most
-        MEMORY bytes (or a single larger one) are filled together, so a reader that lets go of each needs no more than
-        that; every such part runs over the batches anew. The graph must not change in between.
+        `Flow.memory` bytes (or a single larger one) are filled together, so a reader that lets go of each needs no more
+        than that; every such part runs over the batches anew, or goes on where the one before has ended, in a model
+        that does not fit memory. The graph must not change in between.
         Raises NotFinite where an activation holds NaN or infinity at a real position.
         """
         part: list[tuple[Value, S]] = []
-        held, version = 0, graph.version
+        flow, held, version = graph.flow(self), 0, graph.version
         for value, statistic in wanted:
-            if part and held + statistic.nbytes > MEMORY:
-                yield from self._fill(graph, part)
+            if part and held + statistic.nbytes > flow.memory:
+                yield from self._fill(flow, part)
                 part, held = [], 0
                 assert graph.version == version, "the graph changed between parts of its statistics"
             part.append((value, statistic))
             held += statistic.nbytes
         if part:
-            yield from self._fill(graph, part)
+            yield from self._fill(flow, part)
 
-    def _fill(self, graph: Graph, part: Sequence[tuple[Value, S]]) -> list[S]:
+    def _fill(self, flow: Flow, part: Sequence[tuple[Value, S]]) -> list[S]:
         fetch = list(dict.fromkeys(value for value, _ in part))
         masks = mask_inputs(self.inputs)
-        for number, feeds in enumerate(self):
-            tensors = dict(zip(fetch, graph.evaluate(feeds, fetch), strict=True))
+        for number, feeds, tensors in flow.through(fetch):
             for value, statistic in part:
+                if value not in tensors:
+                    continue
                 try:
                     real = real_positions(value.shape, tensors[value], masks, feeds)
                     statistic.update(tensors[value], real)

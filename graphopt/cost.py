@@ -54,7 +54,7 @@ def sizes(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, int]:
     """Numbers for the named axes of a graph, from what one example feeds it."""
     return {
         size: number
-        for value in graph.inputs
+        for value in graph.inputs if value.name in feeds
         for size, number in zip(value.shape or (), feeds[value.name].shape, strict=False)
         if isinstance(size, str)
     }
@@ -86,6 +86,12 @@ def flops(node: Node, sizes: Mapping[str, int], shapes: Mapping[Value, Shape] = 
     # Two products, each batch x length x keys x width (heads included in the width).
     width = query[-1] if len(query) == 3 else query[1] * query[-1]
     return 4 * query[0] * query[-2] * key[-2] * width
+
+
+def nbytes(value: Value, sizes: Mapping[str, int]) -> int:
+    """What a value occupies; 0 where its shape or dtype is not known."""
+    shape = numbers_of(value.shape, sizes)
+    return 0 if shape is None or value.dtype is None else math.prod(shape) * value.dtype.itemsize
 
 
 def numbers_of(shape: Shape | None, sizes: Mapping[str, int]) -> list[int] | None:
