@@ -6,6 +6,7 @@ example inputs (`measure.contest`). Alike patterns are measured once, and what w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -98,6 +99,9 @@ class Measuring:
     feeds: Sequence[Mapping[str, Tensor]]
     compile: Callable[[Graph], Runner]
     threads: int | None = None
+    clock: measure.Clock = time.perf_counter
+    place: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    """Feeds where the engine reads them."""
     timings: Timings = field(default_factory=opened)
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By choice, one entry for each kind of site: the label of one, how many there are, and what was measured."""
@@ -140,7 +144,7 @@ class Measuring:
             kept = self.timings.get(key)
             if kept is None:
                 flows = flows or self._flows(graph, kinds.values())
-                inputs = [{value.name: flow[value] for value in excerpt.inputs} for flow in flows]
+                inputs = [self.place({value.name: flow[value] for value in excerpt.inputs}) for flow in flows]
                 measured = self._contest(graph, choice, excerpt, inputs, finish)
                 if measured.sure:  # else the next time may tell
                     self.timings.put(key, vars(measured))
@@ -175,7 +179,7 @@ class Measuring:
                     made.sweep()
                 finish(made)
                 runner = self.compile(made)
-                results = [runner(one) for one in inputs]
+                results = [[result.cpu() for result in runner(one)] for one in inputs]
                 if expected:
                     _hold(results, expected)
                 else:
@@ -188,7 +192,7 @@ class Measuring:
         first = next(iter(runners))
         found = measure.contest(
             {form: [partial(runner, one) for one in inputs] for form, runner in runners.items()},
-            baseline=first, rounds=ROUNDS, min_block_seconds=BLOCK, hopeless=HOPELESS,
+            baseline=first, rounds=ROUNDS, min_block_seconds=BLOCK, hopeless=HOPELESS, clock=self.clock,
         )  # fmt: skip
         ratios = {form: (one.overall.median, one.overall.low, one.overall.high) for form, one in found.items()}
         sure = all(one.overall.steady for one in found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -202,15 +203,26 @@ class Remembered(Calibration):
         self._known: dict[tuple[str, str, str], Any] = {}
 
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
-        one = self._graphs(graph)
-        several = [(value, statistic, (one, value.name, _fresh(statistic))) for value, statistic in wanted]
-        fresh = super().observe(graph, [(value, one) for value, one, key in several if key not in self._known])
-        known = dict(self._known)
-        for _, _, key in several:
-            found = known[key] if key in known else next(fresh)
-            if sum(one.nbytes for one in self._known.values()) + found.nbytes <= MEMORY:
-                self._known[key] = found
+        name, order = self._graphs(graph), deque[tuple[tuple[str, str, str], S | None]]()
+
+        def missing() -> Iterator[tuple[Value, S]]:
+            for value, statistic in wanted:
+                key = name, value.name, _fresh(statistic)
+                order.append((key, self._known.get(key)))
+                if order[-1][1] is None:
+                    yield value, statistic
+
+        for found in super().observe(graph, missing()):
+            while (known := order[0][1]) is not None:
+                order.popleft()
+                yield known
+            self._keep(order.popleft()[0], found)
             yield found
+        yield from (known for _, known in order if known is not None)
+
+    def _keep(self, key: tuple[str, str, str], statistic: Any) -> None:
+        if sum(one.nbytes for one in self._known.values()) + statistic.nbytes <= MEMORY:
+            self._known[key] = statistic
 
 
 def _fresh(statistic: Any) -> str:

@@ -7,6 +7,7 @@ that lose most there, up to RERUNS times, and after that without any pass that l
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from graphopt.backend import Runner
 from graphopt.report import PassRecord
 
 if TYPE_CHECKING:
-    from graphopt.backends.measure import Ratio
+    from graphopt.backends.measure import Clock, Ratio
     from graphopt.backends.timings import Timings
 
 RERUNS = 6
@@ -51,6 +52,7 @@ class Trial:
     setting: Mapping[str, Any]
     """What timings depend on besides the result: the engine, the machine, threads, the input."""
     timings: Timings
+    clock: Clock = time.perf_counter
 
     def verdict(self, result: Runner, digest: str) -> Verdict:
         """Whether a result loses. digest: of its graph. Kept where the machine was steady; else the next time tells."""
@@ -60,7 +62,7 @@ class Trial:
         kept = self.timings.get(key)
         if kept is not None:
             return Verdict(tuple(Ratio(**one) for one in kept["ratios"]), tuple(kept["slower"]))
-        found = judge(result, self.baseline, self.feeds)
+        found = judge(result, self.baseline, self.feeds, self.clock)
         if all(one.steady for one in found.ratios):
             self.timings.put(key, asdict(found))
         return found
@@ -81,7 +83,9 @@ class Trial:
         return {**self.setting, "choice": f"never slower: {what}", "result": digest, "shapes": shapes}
 
 
-def judge(result: Runner, baseline: Runner, feeds: Sequence[Feeds]) -> Verdict:
+def judge(
+    result: Runner, baseline: Runner, feeds: Sequence[Feeds], clock: Clock = time.perf_counter
+) -> Verdict:
     """Time a result against the input, interleaved; where it seems to lose, a second run has to say so too.
 
     Where it is faster for certain at every shape, 6 rounds tell that, and are all.
@@ -89,10 +93,10 @@ def judge(result: Runner, baseline: Runner, feeds: Sequence[Feeds]) -> Verdict:
     from graphopt.backends import measure
 
     calls = {"input": [partial(baseline, one) for one in feeds], "optimized": [partial(result, one) for one in feeds]}
-    ratios = measure.contest(calls, baseline="input", enough=1.0)["optimized"].shapes
+    ratios = measure.contest(calls, baseline="input", enough=1.0, clock=clock)["optimized"].shapes
     suspects = [index for index, ratio in enumerate(ratios) if measure.slower_than(ratio)]
     if suspects:
-        ratios = measure.contest(calls, baseline="input")["optimized"].shapes
+        ratios = measure.contest(calls, baseline="input", clock=clock)["optimized"].shapes
     return Verdict(ratios, tuple(index for index in suspects if measure.slower_than(ratios[index])))
 
 

@@ -125,7 +125,7 @@ class _Job:
         made = self.run(self.pipeline)
         if not self._times():
             return made
-        feeds, notes = self.captured.feeds, list(self._input.notes)
+        feeds, notes = [self.backend.place(one) for one in self.captured.feeds], list(self._input.notes)
         untouched, baseline = self._input.graph, self._input.runner
         if baseline is None:
             made.report.notes += notes
@@ -195,7 +195,7 @@ class _Job:
 
         setting = {"graphopt": _versions()["graphopt"], "engine": self.backend.engine(), "machine": measure.machine(),
                    "threads": self.threads, "input": digest(self._input.graph)}  # fmt: skip
-        return Trial(baseline, lambda: self._captured, self.captured.feeds, setting, timings.opened())
+        return Trial(baseline, lambda: self._captured, self.captured.feeds, setting, timings.opened(), self.backend.clock)
 
     def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, str]:
         """The sites to put back, by label, and why. Against the captured model, whose nodes have the sites' names."""
@@ -346,9 +346,10 @@ class Optimized:
         machine = environment()
         result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
-            calls = {name: partial(run, feeds) for name, run in
+            placed = self.backend.place(feeds)
+            calls = {name: partial(run, placed) for name, run in
                      {"original": original, "control": original, "optimized": self.runner}.items()}  # fmt: skip
-            ratios = paired(calls, baseline="original", rounds=rounds)
+            ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
             result.rows.append((_shapes(feeds), {name: ratios[name] for name in ("optimized", "control")}))
         return result
 
@@ -431,7 +432,7 @@ def _measures(asked: bool | None, backend: Backend) -> bool:
     if asked:
         backend.require_runs()
     if asked is None:
-        return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.cpu is None and backend.runs
+        return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.times()
     return asked
 
 
