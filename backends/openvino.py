@@ -99,6 +99,18 @@ class Layer:
     """Whether it multiplies integers: a layer that only stores its weights so computes in floats."""
 
 
+def layers(compiled: Any) -> list[Layer]:
+    """The kernels of a compiled model's execution graph, in order."""
+    found = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        facts = {name: value.astype(str) for name, value in node.get_rt_info().items()}
+        kind, precision = facts["layerType"], facts["runtimePrecision"]
+        if kind not in _DATA:
+            name = facts["originalLayersNames"] or node.get_friendly_name()
+            found.append(Layer(kind, name, precision, facts["primitiveType"].endswith("I8")))
+    return found
+
+
 class OpenVinoRunner(Runner):
     """The file as it would be exported, compiled for the CPU; floats are computed in float32, as the file says."""
 
@@ -142,11 +154,4 @@ class OpenVinoRunner(Runner):
     @cached_property
     def layers(self) -> list[Layer]:
         """The kernels of the execution graph, in order."""
-        found = []
-        for node in self.compiled.get_runtime_model().get_ordered_ops():
-            facts = {name: value.astype(str) for name, value in node.get_rt_info().items()}
-            kind, precision = facts["layerType"], facts["runtimePrecision"]
-            if kind not in _DATA:
-                name = facts["originalLayersNames"] or node.get_friendly_name()
-                found.append(Layer(kind, name, precision, facts["primitiveType"].endswith("I8")))
-        return found
+        return layers(self.compiled)
