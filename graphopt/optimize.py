@@ -195,7 +195,9 @@ class _Job:
 
         setting = {"graphopt": _versions()["graphopt"], "engine": self.backend.engine(), "machine": measure.machine(),
                    "threads": self.threads, "input": digest(self._input.graph)}  # fmt: skip
-        return Trial(baseline, lambda: self._captured, self.captured.feeds, setting, timings.opened(), self.backend.clock)
+        return Trial(
+            baseline, lambda: self._captured, self.captured.feeds, setting, timings.opened(), self.backend.clock
+        )
 
     def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, str]:
         """The sites to put back, by label, and why. Against the captured model, whose nodes have the sites' names."""

@@ -81,7 +81,7 @@ class Judge:
         self, candidates: Mapping[str, Sequence[Callable[[], object]]], *, baseline: str, rounds: int, **options: Any
     ) -> dict[str, Contender]:
         assert (baseline, rounds) == (next(iter(candidates)), ROUNDS)
-        assert {name: options[name] for name in ("min_block_seconds", "hopeless")} == {"min_block_seconds": BLOCK, "hopeless": HOPELESS}
+        assert (options["min_block_seconds"], options["hopeless"]) == (BLOCK, HOPELESS)
         self.asked.append(list(candidates))
         self.calls += [len(several) for several in candidates.values()]
         for several in candidates.values():
