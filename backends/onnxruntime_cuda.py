@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.backend import LoweringError, Runner
-from graphopt.backends import onnxruntime_float
+from graphopt.backends import onnxruntime_attention, onnxruntime_float
 from graphopt.backends.choices import Measuring
 from graphopt.backends.onnx_target import OnnxTarget
 from graphopt.backends.onnxruntime_weights import FOLDED, Blocks, in_blocks
@@ -62,7 +62,8 @@ class OnnxRuntimeCuda(OnnxTarget):
         return ""
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        return (PACKED,), (NORM_16,), (SKIP_NORM, onnxruntime_float.ATTENTION_3D), (ATTENTION,), FOLDED
+        whole = (SKIP_NORM, onnxruntime_float.ATTENTION_3D)
+        return (PACKED,), (NORM_16,), whole, (_attention_forms(),), FOLDED
 
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring | None:
         if not self.runs:
@@ -232,16 +233,18 @@ def _group_query_attention(op: Builder, m: Match) -> Value:
     return op("com.microsoft.GroupQueryAttention", *operands, **attributes)
 
 
+def _attention_forms() -> Choice:
+    """For one graph. MultiHeadAttention first: its flash kernels take 16 bits with and without a mask."""
+    forms = {
+        "GroupQueryAttention": _group_query_attention,
+        "MultiHeadAttention": onnxruntime_attention.Forms().multi_head,
+        "Attention": None,
+    }
+    return Choice("attention", _attention, forms)
+
+
 NORM_16 = Rule("norm-in-16-bits", _norm_between_casts, _norm_in_16_bits, check=_is_island)
 SKIP_NORM = Choice(
     "residual-norm", _skip_norm_pattern, {"SkipLayerNormalization": _skip_norm, "LayerNormalization": None}
 )
-ATTENTION = Choice(
-    "attention", _attention,
-    {
-        "GroupQueryAttention": _group_query_attention,
-        "MultiHeadAttention": onnxruntime_float.multi_head_attention,
-        "Attention": None,
-    },
-)  # fmt: skip
 PACKED = Rule("matmul-nbits", _linear, _matmul_nbits, check=lambda m: _why_not_packed(m.root) is None)

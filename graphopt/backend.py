@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -164,6 +165,10 @@ class Backend(ABC):
             logs |= rewrite(graph, rules)
             graph.sweep()
         return logs
+
+    def engine(self) -> str:
+        """Name and version of what runs graphs here, for what is kept of timings."""
+        return f"torch {version('torch')}"
 
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Chooser | None:
         """Takes forms by measuring them here at these inputs; None where no pattern has several."""

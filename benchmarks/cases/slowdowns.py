@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 import graphopt
 from benchmarks.case import Settings, checked, table, times
@@ -42,7 +43,7 @@ def run(settings: Settings) -> bool:
             continue
         everything[entry["file"]] = found = judged(folder / entry["file"], settings)
         for name, one in found.items():
-            rows.add_row(entry["file"], name, checked(one["times"], not one["loses"]), one["said"])
+            rows.add_row(entry["file"], name, checked(one["times"], not one["loses"]), Text(one["said"]))
             lost += [f"{entry['file']}, {name}"] * one["loses"]
     settings.console.print(rows)
     settings.console.print(f"slower than the file that went in, in two runs, or crashed: {', '.join(lost) or 'none'}")

@@ -173,4 +173,4 @@ def _weights(sites: Iterable[Node]) -> Iterable[Weight]:
         tensor = same[0].weight
         assert tensor is not None  # others are declined
         require_finite(tensor, f"the weight of {same[0].label}")
-        yield Weight(value, tensor, same)
+        yield Weight(value, same)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ class Scripted:
     verdicts: list[tuple[float, float, float]] = field(default_factory=list)
 
     def __call__(
-        self, candidates: Mapping[str, Any], *, baseline: str, rounds: int = measure.ROUNDS, clock: Any = None
+        self, candidates: Mapping[str, Any], *, baseline: str, rounds: int = measure.ROUNDS, **options: Any
     ) -> dict[str, Contender]:
         ratios = dict.fromkeys(candidates, (1.0, 1.0, 1.0))
         shapes = len(candidates[baseline])
@@ -233,7 +234,7 @@ def test_a_shape_that_loses_must_be_the_same_in_both_runs(monkeypatch: pytest.Mo
 
     runs = iter([(0.8, 1.2), (1.2, 0.8), (0.8, 0.8), (1.2, 0.8)])
 
-    def contest(candidates: Any, *, baseline: str, clock: Any) -> dict[str, Contender]:
+    def contest(candidates: Any, *, baseline: str, clock: Any, enough: float = math.inf) -> dict[str, Contender]:
         assert baseline == "input" and [len(several) for several in candidates.values()] == [2, 2]
         return {"optimized": Contender(ratio(1.0), tuple(map(ratio, next(runs))))}
 
