@@ -88,8 +88,8 @@ class Cuda(Backend):
         self.runs = self.device is not None
         self.sparse = () if self.device is not None and self.device.capability < SPARSE_24 else ("2:4",)
         self.zeros = (
-            f"kernels skip zeros in 2:4, in weights of 16 or 8 bits whose sizes are multiples of {SPARSE[torch.float16]} "
-            f"or {SPARSE[torch.int8]}: cast or quantize behind sparsify"
+            f"kernels skip zeros in 2:4, in weights of 16 or 8 bits whose sizes are multiples of "
+            f"{SPARSE[torch.float16]} or {SPARSE[torch.int8]}: cast or quantize behind sparsify"
             if self.sparse
             else f"zeros in 2:4 are skipped from compute capability 8.0 on, and this is {self.device}"
         )
@@ -114,8 +114,8 @@ class Cuda(Backend):
         if not self.runs:
             build = "was built without CUDA" if torch.version.cuda is None else "sees none"
             raise UsageError(
-                f"target cuda runs on an NVIDIA GPU, and torch {torch.__version__} {build}: give measure=False to lower "
-                f"without running, and export() to write the archive for a machine that has one"
+                f"target cuda runs on an NVIDIA GPU, and torch {torch.__version__} {build}: give measure=False to "
+                f"lower without running, and export() to write the archive for a machine that has one"
             )
 
     def clock(self) -> float:
@@ -129,7 +129,8 @@ class Cuda(Backend):
     def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
         """Raises UsageError where the GPU is too old for a type."""
         if dtype == "float8" and self.device is not None and self.device.capability < FLOAT8:
-            raise UsageError(f"float8 needs a GPU of compute capability 8.9, and this is {self.device}: give dtype=int8")
+            needs = "float8 needs a GPU of compute capability 8.9"
+            raise UsageError(f"{needs}, and this is {self.device}: give dtype=int8")
         shape = site.required("weight").shape
         if site.kind != "linear" or shape is None or scheme == "weight-only":
             return None
@@ -142,9 +143,12 @@ class Cuda(Backend):
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
         return ((PRODUCT_24, PRODUCT, FLOATS_24, WEIGHT_ONLY),)
 
+    def engine(self) -> str:
+        name = None if self.device is None else self.device.name
+        return f"torch {torch.__version__}, CUDA {torch.version.cuda}, {name}"
+
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
-        engine = f"torch {torch.__version__}, CUDA {torch.version.cuda}, {self.device}"
-        return Measuring(engine, feeds, self.compile, clock=self.clock, place=self.place)
+        return Measuring(self.engine(), feeds, self.compile, clock=self.clock, place=self.place)
 
     def compile(self, graph: Graph, threads: int | None = None) -> CudaRunner:
         """threads: of the CPU, which has nothing to do here."""
@@ -153,7 +157,8 @@ class Cuda(Backend):
 
     def check(self, neutral: Graph, runner: Runner) -> None:
         promised = [site for site in neutral.sites("linear") if why_not(site) is None]
-        built = sum(count for kind, count in runner.census().items() if kind.startswith(_OWN) and kind not in _OF_FLOATS)
+        own = {kind: count for kind, count in runner.census().items() if kind.startswith(_OWN)}
+        built = sum(count for kind, count in own.items() if kind not in _OF_FLOATS)
         if built < len(promised):
             raise LoweringError(
                 f"{len(promised)} linears in 8 bits were promised and the program has {built} operators for them, of "
@@ -205,7 +210,8 @@ def why_not(site: Node) -> str | None:
     if attributes["axis"] != 0 or attributes["block"] or weight.required("scale").rank != 1:
         return "weight has other scales than one for each output"
     if x is None:
-        return None if steps.dtype == torch.int8 else "activations are floats, and weights alone in float8 have no kernel"
+        floats = steps.dtype != torch.int8
+        return "activations are no float8, and weights alone in float8 have no kernel" if floats else None
     if x.required("x").dtype != steps.dtype or not _is_about_zero(x):
         return f"activations are {x.required('x').dtype}, and kernels take {steps.dtype} about zero on both sides"
     scale = x.required("scale")
@@ -368,8 +374,10 @@ class CudaRunner(Runner):
             return
         weights = sum(tensor.nbytes for _, tensor in graph.constants())
         if weights > device.memory:
-            raise LoweringError(f"out of memory: weights of {weights / 1e9:.3g} GB do not fit the "
-                                f"{device.memory / 1e9:.3g} GB that are free on {device}; quantize or prune more")  # fmt: skip
+            raise LoweringError(
+                f"out of memory: weights of {weights / 1e9:.3g} GB do not fit the {device.memory / 1e9:.3g} GB that "
+                f"are free on {device}; quantize or prune more, the model is as it was"
+            )
         with self._memory("while its weights were moved there"):
             self._module = on_device(graph, "cuda", pack=_pack_for(device))
 

@@ -1,4 +1,4 @@
-"""Products in 8 bits, and of weights with zeros in 2:4, as operators `graphopt_cuda::*` that keep to the kernels' rules.
+"""Products in 8 bits, and of weights with zeros in 2:4, as operators `graphopt_cuda::*` within the kernels' rules.
 
 Most are compositions of aten: torch.compile sees through them and fuses what stands around the product. They compute
 the same on the CPU, where tests hold them to a reference; rows, and columns of 8 bits, are filled up with zeros where a

@@ -1,7 +1,7 @@
 """ONNX Runtime on NVIDIA GPUs: 16 bits with islands of float32, fused attention and norms, packed weights.
 
-Its CUDA provider has no int8 products: Q/DQ there is float with Q/DQ around it. Where the provider is missing, files are
-checked by rules, and run on the CPU, which computes the same operators in float32 and rounds results to 16 bits.
+Its CUDA provider has no int8 products: Q/DQ there is float with Q/DQ around it. Where the provider is missing, files
+are checked by rules, and run on the CPU, which computes the same operators in float32 and rounds results to 16 bits.
 """
 
 from __future__ import annotations
@@ -65,11 +65,13 @@ class OnnxRuntimeCuda(OnnxTarget):
         whole = (SKIP_NORM, onnxruntime_float.ATTENTION_3D)
         return (PACKED,), (NORM_16,), whole, (_attention_forms(),), FOLDED
 
+    def engine(self) -> str:
+        return f"onnxruntime {ort.__version__}, CUDA"
+
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring | None:
         if not self.runs:
             return None
-        engine = f"onnxruntime {ort.__version__}, CUDA, {torch.cuda.get_device_name() if torch.cuda.is_available() else ''}"
-        return Measuring(engine, feeds, partial(self.compile, threads=threads), threads)
+        return Measuring(self.engine(), feeds, partial(self.compile, threads=threads), threads)
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtCudaRunner:
         assert isinstance(graph, OnnxGraph)
@@ -112,7 +114,8 @@ def faults(model: ir.Model) -> list[str]:
     for node in model.graph.all_nodes():
         types = {value.dtype for value in node.inputs if value is not None and value.dtype is not None}
         floats = types & {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-        if node.op_type == "DequantizeLinear" and all(one is None or one.const_value is not None for one in node.inputs):
+        stored = all(one is None or one.const_value is not None for one in node.inputs)
+        if node.op_type == "DequantizeLinear" and stored:
             found.append(f"{node.name} makes a stored weight float at each run")
         if node.domain == "com.microsoft" and len(floats) > 1:
             found.append(f"{node.name} ({node.op_type}) reads {', '.join(sorted(one.name for one in floats))} at once")

@@ -125,7 +125,7 @@ class _Job:
         made = self.run(self.pipeline)
         if not self._times():
             return made
-        feeds, notes = [self.backend.place(one) for one in self.captured.feeds], list(self._input.notes)
+        feeds, notes = self.captured.feeds, list(self._input.notes)
         untouched, baseline = self._input.graph, self._input.runner
         if baseline is None:
             made.report.notes += notes
@@ -195,9 +195,8 @@ class _Job:
 
         setting = {"graphopt": _versions()["graphopt"], "engine": self.backend.engine(), "machine": measure.machine(),
                    "threads": self.threads, "input": digest(self._input.graph)}  # fmt: skip
-        return Trial(
-            baseline, lambda: self._captured, self.captured.feeds, setting, timings.opened(), self.backend.clock
-        )
+        feeds = [self.backend.place(one) for one in self.captured.feeds]
+        return Trial(baseline, lambda: self._captured, feeds, setting, timings.opened(), self.backend.clock)
 
     def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, str]:
         """The sites to put back, by label, and why. Against the captured model, whose nodes have the sites' names."""

@@ -20,7 +20,6 @@ from graphopt.quantizing.placement import islands_on
 from graphopt.quantizing.ranges import observe
 from graphopt.quantizing.rounding import Recipe, Rounding
 
-
 _TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
 
@@ -83,7 +82,8 @@ class Quantize(Pass):
         super().__post_init__()
         Goal(self.sqnr, self.cosine, self.max_drop)  # which refuses what no model can be
         choices = {
-            "scheme": ("auto", *schemes.SCHEMES), "dtype": tuple(_TYPES), "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
+            "scheme": ("auto", *schemes.SCHEMES), "dtype": tuple(_TYPES),
+            "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
             "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "second-order"),
             "clip": (None, True, False), "bias_correction": (None, True, False),
         }  # fmt: skip

@@ -1,8 +1,9 @@
 """The words that aten has no spelling for (pools: no spelling for all their attributes), as custom operators
 `graphopt::<word>` whose kernel is the reference.
 
-quantize and dequantize are among them for scales of rows and for float8. They make a neutral int8 graph run, trace, export and save anywhere torch does. They are not fast: a backend replaces
-them by its own kernels. Importing this module declares them.
+quantize and dequantize are among them for scales of rows and for float8. They make a neutral int8 graph run, trace,
+export and save anywhere torch does. They are not fast: a backend replaces them by its own kernels. Importing this
+module declares them.
 """
 
 from __future__ import annotations
