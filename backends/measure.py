@@ -134,6 +134,7 @@ def contest(
     for name, several in candidates.items():
         calls[name] = [calls_per_block(name, call, min_block_seconds, clock) for call in several]
         sleep(REST)
+    warm = [max(times) > 1 for times in zip(*calls.values(), strict=True)]
     pairs: dict[str, list[tuple[Block, Block]]] = {name: [] for name in candidates}
     run = 0
     counted = dict.fromkeys(candidates, 0)
@@ -141,8 +142,7 @@ def contest(
         blocks: dict[str, Block] = {}
         before = probe_seconds(probe, clock)
         for name in turns(list(candidates), run):
-            seconds = [block_seconds(call, times, clock)
-                       for call, times in zip(candidates[name], calls[name], strict=True)]  # fmt: skip
+            seconds = [block_seconds(*one, clock) for one in zip(candidates[name], calls[name], warm, strict=True)]
             sleep(REST)
             after = probe_seconds(probe, clock)
             blocks[name] = Block(tuple(seconds), (before, after))
@@ -228,9 +228,9 @@ def calls_per_block(name: str, call: Callable[[], object], least: float, clock: 
     return calls
 
 
-def block_seconds(call: Callable[[], object], calls: int, clock: Clock) -> float:
-    """Seconds of one call, as the mean of several."""
-    if calls > 1:  # a short call is slow after a rest
+def block_seconds(call: Callable[[], object], calls: int, warm: bool, clock: Clock) -> float:
+    """Seconds of one call, as the mean of several. warm: one more before, as for all others: it is slow after a rest."""
+    if warm:
         call()
     return time_calls(call, calls, clock) / calls
 
