@@ -67,7 +67,7 @@ class Race:
                     holds = holds and ratio.median >= least
                     cell = checked(f"{cell} (bound {least:g})", ratio.median >= least)
                 cells.append(cell)
-            rows.add_row(name, *cells, f"{one.overall.median / newer.overall.median:.2f}" if newer else "")
+            rows.add_row(name, *cells, *([f"{one.overall.median / newer.overall.median:.2f}"] if newer else []))
         for name, why in self.failed.items():
             rows.add_row(name, "not installed" if why.endswith("not installed") else "failed")
         rows.caption = Text("\n".join(f"{name}: {why}" for name, why in self.failed.items()))
