@@ -134,6 +134,7 @@ def contest(
     for name, several in candidates.items():
         calls[name] = [calls_per_block(name, call, min_block_seconds, clock) for call in several]
         sleep(REST)
+    # A short call is slow after a rest: where one candidate is repeated, all are called once before they are timed.
     warm = [max(times) > 1 for times in zip(*calls.values(), strict=True)]
     pairs: dict[str, list[tuple[Block, Block]]] = {name: [] for name in candidates}
     run = 0
@@ -229,7 +230,7 @@ def calls_per_block(name: str, call: Callable[[], object], least: float, clock: 
 
 
 def block_seconds(call: Callable[[], object], calls: int, warm: bool, clock: Clock) -> float:
-    """Seconds of one call, as the mean of several. warm: one more before, as for all others: it is slow after a rest."""
+    """Seconds of one call, as the mean of several. warm: after one more that is not timed."""
     if warm:
         call()
     return time_calls(call, calls, clock) / calls

@@ -121,8 +121,8 @@ class Race:
         for index, (name, one) in enumerate(self.found.items()):
             at = [place + index * width for place in range(len(self.shapes))]
             middle = [ratio.median for ratio in one.shapes]
-            reach = [[max(ratio.median - ratio.low, 0.0) for ratio in one.shapes],
-                     [min(ratio.high - ratio.median, ratio.median) for ratio in one.shapes]]  # fmt: skip
+            reach = [[ratio.median - ratio.low for ratio in one.shapes],
+                     [min(ratio.high, 2 * ratio.median) - ratio.median for ratio in one.shapes]]  # fmt: skip
             axes.bar(at, middle, width, yerr=reach, label=name, color=f"C{index % 10}", alpha=1 if index < 10 else 0.5)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks([place + 0.425 - width / 2 for place in range(len(self.shapes))], [*self.shapes])
