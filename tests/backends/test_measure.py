@@ -139,6 +139,25 @@ def test_one_warm_up_call_is_not_timed() -> None:
     assert ratios["candidate"].seconds["candidate"][1] == pytest.approx(0.05, rel=1e-9)
 
 
+def test_all_are_warmed_up_alike() -> None:
+    """One hiccup makes a block of one call where the same task has blocks of two: both start after a rest."""
+    machine = Machine()
+    rested, hiccups = False, iter([0.0, 0.01])
+
+    def rest(seconds: float) -> None:
+        nonlocal rested
+        rested = True
+
+    def call() -> None:
+        nonlocal rested
+        machine.now += 0.015 + 0.01 * rested + next(hiccups, 0.0)
+        rested = False
+
+    ratios = paired({"base": call, "control": call}, baseline="base", clock=machine.clock, sleep=rest,
+                    probe=machine.task("probe", 0.001))  # fmt: skip
+    assert ratios["control"].median == pytest.approx(1.0, rel=1e-9)
+
+
 def test_pairs_that_straddle_a_change_of_speed_are_dropped_and_run_again() -> None:
     """From second 1 on the machine is 4 times slower; the block that straddles it and its pair don't count."""
     machine = Machine(speed=lambda now: 1.0 if now < 1.0 else 0.25)
