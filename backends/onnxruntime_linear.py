@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ class Siblings:
 
     def stages(self) -> Sequence[Sequence[Rule | Choice]]:
         """The choice at the first of several, and behind it the rules by which the others read the merged result."""
-        kinds = {"siblings": _linear, "int8-siblings": _linear_int8}
+        kinds: dict[str, Callable[..., Pattern]] = {"siblings": _linear, "int8-siblings": _linear_int8}
         choices = [
             Choice(name, pattern, {"separate": None, "merged": self.merge}, check=self._leads, around=self._around)
             for name, pattern in kinds.items()

@@ -200,10 +200,13 @@ class Remembered(Calibration):
     def __init__(self, calibration: Calibration, graphs: Callable[[Graph], str] = lambda graph: "") -> None:
         self.__dict__.update(calibration.__dict__)
         self._graphs = graphs
+        self._latest: tuple[Graph, int, str] | None = None
         self._known: dict[tuple[str, str, str], Any] = {}
 
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
-        name, order = self._graphs(graph), deque[tuple[tuple[str, str, str], S | None]]()
+        if self._latest is None or self._latest[:2] != (graph, graph.version):  # what is only added changes no value
+            self._latest = graph, graph.version, self._graphs(graph)
+        name, order = self._latest[2], deque[tuple[tuple[str, str, str], S | None]]()
 
         def missing() -> Iterator[tuple[Value, S]]:
             for value, statistic in wanted:

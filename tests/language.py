@@ -111,7 +111,8 @@ class _Reader:
         if token in ("True", "False"):
             return token == "True"
         if token[0].isalpha():
-            return getattr(torch, token, token)
+            found = getattr(torch, token, None)
+            return found if isinstance(found, torch.dtype) else token
         return float(token) if set(token) & set(".e") else int(token)
 
 

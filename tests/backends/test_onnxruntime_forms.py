@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.backends import onnxruntime_attention, onnxruntime_linear
+from graphopt.backends import onnxruntime_attention, onnxruntime_linear, onnxruntime_weights
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
@@ -234,3 +234,39 @@ def test_a_bias_is_inside_the_product_or_behind_it(
     assert len(made.sites("onnx.Shape")) == (form == "Gemm")  # of both linears
     feeds = fed(graph)
     assert within_tolerance(graph.evaluate(feeds, graph.outputs)[0], OnnxRuntime().compile(made)(feeds)[0])
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+ROWS = "y = relu(embedding(dequantize(T[9,32]:int8, S[9]:values(0.01,0.02), axis=0), ids[b,t]:int64))"
+ALIKE = "y = relu(embedding(dequantize(T[9,32]:int8, S[]:values(0.01)), ids[b,t]:int64))"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("text", "form", "expected"),
+    [
+        (ROWS, "GatherBlockQuantized", {"GatherBlockQuantized": 1}),
+        (ROWS, "Gather", {"Gather": 2, "Mul": 1}),
+        (ALIKE, "Gather", {"Gather": 1, "DequantizeLinear": 1}),
+    ],
+)
+def test_a_table_of_integers_is_gathered_as_it_was_chosen(
+    text: str, form: str, expected: dict[str, int], level: str, tmp_path: Path
+) -> None:
+    graph, target = build("onnx", text), OnnxRuntime()
+    made = graph.clone()
+    log = rewrite(made, [onnxruntime_weights.EMBEDDING.only(form)])["embedding-of-integers"]
+    assert (log.hits, log.declined) == (1, {})
+    made.sweep()
+    assert isinstance(made, OnnxGraph)
+    assert kernels(made, level, tmp_path) == expected | {"Relu": 1}
+    runner, feeds = target.compile(made), {"ids": torch.tensor([[0, 8, 3], [1, 1, 2]])}
+    target.check(graph, runner)
+    torch.testing.assert_close(runner(feeds), graph.evaluate(feeds, graph.outputs), rtol=1e-6, atol=1e-6)
+
+
+def test_a_table_of_less_than_a_byte_is_gathered_by_one_kernel_alone() -> None:
+    text = "y = embedding(dequantize(T[9,32]:int8:ones, S[9]:values(0.01), axis=0, bits=4), ids[b,t]:int64)"
+    reason = "ONNX gathers no rows of less than a byte, nor of such scales"
+    assert declined(text, onnxruntime_weights.EMBEDDING, "Gather") == [reason]
