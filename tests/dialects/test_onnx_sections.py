@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from graphopt.calibrate import Calibration
 from graphopt.dialects import onnx_run, onnx_sections
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.dialects.onnx_sections import Spool
-from graphopt.graph import Graph, Value
+from graphopt.graph import Flow, Graph, Value
 from graphopt.numerics.moments import Covariance
 from graphopt.numerics.observe import MinMax
 from tests.dialects.test_fx import normal
@@ -159,7 +160,7 @@ def test_activations_that_do_not_fit_go_by_sections_too(monkeypatch: pytest.Monk
     text = "\n".join(f"h{n + 1} = relu(linear(h{n}{'[batch,8]' if n == 0 else ''}, W{n}[8,8]))" for n in range(6))
     graph = build("onnx", text + "\nreturn h6")
     values: list[Value] = [node.result for node in graph.sites("relu")]
-    monkeypatch.setattr(onnx_sections, "MOST", 2 * 4 * 8 * 4)  # two values of a batch of 4
+    monkeypatch.setattr(Flow, "memory", 2 * 4 * 8 * 4)  # two values of a batch of 4
     made = sessions(monkeypatch)
     given = [{"h0": normal(4, 8, seed=number)} for number in range(2)]
     found = ranges(graph, values, given)
@@ -249,6 +250,6 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, large: Path) -> N
         def write(self, content: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(onnx_sections.tempfile, "SpooledTemporaryFile", lambda **options: Full())
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda **options: Full())
     with pytest.raises(OSError, match=f"no room for what flows .* in {large}; set TMPDIR to a folder on a larger disk"):
         Spool().append({"x": normal(2)})
