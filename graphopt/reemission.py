@@ -6,7 +6,7 @@ noise. So each site gets the very integers that reach it in the file, in both fo
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 _WEIGHTED = ("linear", "conv")
 _WORDS = (*_WEIGHTED, "matmul", *JOINED)
 _FOLDED = "_int8"
-
-_Key = tuple[str, str, int]
-"""Module path, word, and which of them it is: what a site keeps through passes."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,15 @@ class _Site:
     steps: tuple[Value, ...]
     """Its activations, in integers."""
     zero_points: tuple[Tensor, ...]
-    quantize: Value | None
-    """Its result in integers, where it gives some: behind it, and at most a relu or clip."""
+    result: Value
+    """In integers where a quantize is behind, at most after a relu or clip; else in float."""
     zero_point: Tensor | None
+    """Of the result; None where it is float."""
+
+    @property
+    def form(self) -> tuple[int, bool]:
+        """How many activations it reads, and whether its result is in integers."""
+        return len(self.steps), self.zero_point is not None
 
 
 def compare(original: Graph, made: Graph, target: Backend, feeds: Mapping[str, Tensor]) -> Reemission:
@@ -72,37 +75,33 @@ def compare(original: Graph, made: Graph, target: Backend, feeds: Mapping[str, T
 
     Raises LoweringError where the target cannot build a site by itself.
     """
-    found = Reemission()
     before, after = _sites(original), _sites(made)
-    pairs = []
-    for key, site in before.items():
-        if (other := after.get(key)) is None or len(other.steps) != len(site.steps):
-            found.left_out[site.node.label] = "it has no counterpart"
+    pairs: list[tuple[_Site, _Site]] = []
+    left_out: dict[str, str] = {}
+    for key in dict.fromkeys((*before, *after)):
+        sites, others = before.get(key, []), after.get(key, [])
+        if [one.form for one in sites] == [one.form for one in others]:
+            pairs += zip(sites, others, strict=True)
         else:
-            pairs.append((site, other))
-    wanted = list(dict.fromkeys(value for site, _ in pairs for value in (*site.steps, *_results(site))))
+            left_out.update({one.node.label: "it has no counterpart" for one in sites or others})
+    wanted = list(dict.fromkeys(value for site, _ in pairs for value in (*site.steps, site.result)))
     flow = dict(zip(wanted, original.evaluate(feeds, wanted), strict=True))
+    distances: dict[str, float] = {}
     different = total = 0
     for site, other in pairs:
-        whole = site.quantize is not None and other.quantize is not None
-        if not whole and other.quantize is not None and other.node.kind.endswith(_FOLDED):
-            found.left_out[site.node.label] = "its result was float"
-            continue
         given = {
             now: _moved(flow[then], zero, new, now)
             for then, now, zero, new in zip(site.steps, other.steps, site.zero_points, other.zero_points, strict=True)
         }
-        result = other.quantize if whole and other.quantize is not None else other.node.result
-        (y,) = _run(made, target, given, result)
-        if whole and site.quantize is not None:
-            expected = flow[site.quantize].int() - _number(site.zero_point)
-            away = (expected - (y.int() - _number(other.zero_point))).abs()
-            different, total = different + int((away > 0).sum()), total + away.numel()
-            distance = float(away.max()) if away.numel() else 0.0
+        (y,), expected, label = _run(made, target, given, other.result), flow[site.result], site.node.label
+        if site.zero_point is None or other.zero_point is None:
+            distance = _in_tolerances(expected, y)
         else:
-            distance = _in_tolerances(flow[site.node.result], y)
-        found.distances[site.node.label] = max(distance, found.distances.get(site.node.label, 0.0))
-    return Reemission(found.distances, different / total if total else 0.0, found.left_out)
+            away = ((expected.int() - site.zero_point) - (y.int() - other.zero_point)).abs()
+            distance = float(away.max()) if away.numel() else 0.0
+            different, total = different + int((away > 0).sum()), total + away.numel()
+        distances[label] = max(distance, distances.get(label, 0.0))
+    return Reemission(distances, different / total if total else 0.0, left_out)
 
 
 def require_steps(found: Reemission) -> None:
@@ -121,13 +120,11 @@ def rounds_activations(graph: Graph) -> bool:
     return any(True for _ in _found(graph))
 
 
-def _sites(graph: Graph) -> dict[_Key, _Site]:
-    counts = Counter[tuple[str, str]]()
-    sites: dict[_Key, _Site] = {}
+def _sites(graph: Graph) -> dict[tuple[str, str], list[_Site]]:
+    """By what a site keeps through passes: its module path and its word; in order, where several have the same."""
+    sites = defaultdict[tuple[str, str], list[_Site]](list)
     for site in _found(graph):
-        path, word = site.node.path, site.node.kind.removesuffix(_FOLDED)
-        sites[path, word, counts[path, word]] = site
-        counts[path, word] += 1
+        sites[site.node.path, site.node.kind.removesuffix(_FOLDED)].append(site)
     return sites
 
 
@@ -139,6 +136,7 @@ def _found(graph: Graph) -> Iterator[_Site]:
 
 def _site(graph: Graph, node: Node) -> _Site | None:
     """A word on integers whose scales are stored; None of any other."""
+    read: list[tuple[Value, Value | None]]
     if node.kind.endswith(_FOLDED):
         names = [("a", "a_zero_point"), ("b", "b_zero_point")] if node.kind == "add_int8" else [("x", "zero_point")]
         read = [(node.required(steps), node.required(zero)) for steps, zero in names]
@@ -155,12 +153,13 @@ def _site(graph: Graph, node: Node) -> _Site | None:
     read = [(steps, zero) for steps, zero in read if not steps.is_constant]
     zeros = [_stored(graph, zero) for _, zero in read]
     stored = [zero for zero in zeros if zero is not None]
-    if not read or len(stored) != len(zeros) or (quantized is not None and _stored(graph, zero_point) is None):
+    if not read or len(stored) != len(zeros):
         return None
-    return _Site(
-        node, tuple(steps for steps, _ in read), tuple(stored), None if quantized is None else quantized.result,
-        None if quantized is None else _stored(graph, zero_point),
-    )  # fmt: skip
+    steps = tuple(steps for steps, _ in read)
+    if quantized is None or node.kind.removesuffix(_FOLDED) == "linear":  # which is read in float
+        return _Site(node, steps, tuple(stored), node.result, None)
+    number = _stored(graph, zero_point)
+    return None if number is None else _Site(node, steps, tuple(stored), quantized.result, number)
 
 
 def _quantize_behind(node: Node) -> Node | None:
@@ -190,15 +189,6 @@ def _in_tolerances(expected: Tensor, found: Tensor) -> float:
     relative, absolute = metrics.tolerance(expected.dtype)
     unit = relative * float(expected.abs().max()) + absolute if expected.numel() else 1.0
     return metrics.max_error(expected, found) / unit
-
-
-def _number(zero_point: Tensor | None) -> int:
-    assert zero_point is not None  # of what is in integers
-    return int(zero_point)
-
-
-def _results(site: _Site) -> list[Value]:
-    return [site.node.result, *([] if site.quantize is None else [site.quantize])]
 
 
 def _moved(steps: Tensor, zero: Tensor, new: Tensor, like: Value) -> Tensor:
