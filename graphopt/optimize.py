@@ -264,7 +264,12 @@ class _Job:
         return made
 
     def _writes_anew(self, pipeline: Pipeline, large: bool) -> bool:
-        """Whether what came in quantized is to come out with the same numbers, and can be held to that here."""
+        """Whether what came in quantized is to come out with the same numbers, and can be held to that here.
+
+        Only of ONNX graphs can a site be cut out.
+        """
+        if self.backend.dialect != "onnx":
+            return False
         runs = self.captured.feeds and self.backend.runs and self.agree is not False and (self.agree or not large)
         lossless = all(one.lossless for one in pipeline.leaves())
         return bool(runs) and lossless and reemission.rounds_activations(self.captured.graph)
