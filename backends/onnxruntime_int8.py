@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from graphopt.backends import onnxruntime_weights
+from graphopt.backends import onnxruntime_conv, onnxruntime_weights
 from graphopt.dialects import onnx_export
 from graphopt.graph import Graph, Node, Value
 from graphopt.quantizing.islands import is_global
-from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule, scalar
+from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
 from graphopt.words import WORDS
 
 QLINEAR = {
@@ -76,29 +76,6 @@ def _integer_to_float(op: Builder, m: Match) -> Value:
     )
 
 
-def _conv_pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
-                  y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
-    return op.conv_int8(x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
-
-
-def _qlinear_conv(op: Builder, m: Match) -> Value:
-    """Bias goes in as int32 steps of scale · weight_scale (ONNX QLinearConv)."""
-    graph, weight = op.graph, op.graph.constant(m.weight)
-    scale, weight_scale = graph.constant(m.scale), graph.constant(m.weight_scale)
-    if weight is None or scale is None or weight_scale is None:
-        raise Declined("its scales are not constant")
-    bias = graph.constant(m.bias) if m.bias is not None else None
-    if m.bias is not None and bias is None:
-        raise Declined("its bias is computed by the graph")
-    steps = None if bias is None else op.constant(onnxruntime_weights.bias_steps(bias, scale, weight_scale))
-    zero = op.constant(torch.zeros(weight_scale.shape, dtype=torch.int8))
-    site = m.root.attributes
-    return op(
-        "onnx.QLinearConv", m.x, m.scale, m.zero_point, m.weight, m.weight_scale, zero, m.y_scale, m.y_zero_point,
-        steps, strides=site["stride"], pads=site["padding"], dilations=site["dilation"], group=site["groups"],
-    )  # fmt: skip
-
-
 def _add_pattern(op: Recorder, a: str, a_scale: str, a_zero_point: str, b: str, b_scale: str, b_zero_point: str,
                  y_scale: str, y_zero_point: str) -> Pattern:  # fmt: skip
     return op.add_int8(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point)
@@ -108,29 +85,6 @@ def _qlinear_add(op: Builder, m: Match) -> Value:
     """The contrib kernel adds without leaving int8."""
     return op("com.microsoft.QLinearAdd", m.a, m.a_scale, m.a_zero_point, m.b, m.b_scale, m.b_zero_point,
               m.y_scale, m.y_zero_point)  # fmt: skip
-
-
-def _padded_pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
-                    y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
-    padded = op.pad(x, bind="pad")
-    return op.conv_int8(padded, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
-
-
-def _pads_with_zero_point(m: Match) -> bool:
-    before, attributes = m.pad.attributes["padding"], m.pad.attributes
-    rank = len(before) // 2
-    outside = (*before[:2], *before[rank : rank + 2])
-    return scalar(m.root.graph, m.zero_point) == attributes["value"] and not any(outside) and min(before) >= 0
-
-
-def _pad_inside(op: Builder, m: Match) -> Value:
-    """The kernel pads by itself, without a copy of its input."""
-    before, given = m.pad.attributes["padding"], dict(m.root.attributes)
-    rank = len(before) // 2
-    around = (*before[2:rank], *before[rank + 2 :])
-    own = given["padding"] or (0,) * len(around)
-    given["padding"] = tuple(one + other for one, other in zip(around, own, strict=True))
-    return op.conv_int8(m.x, *m.root.operands[1:], **given)
 
 
 def _quantized_pattern(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
@@ -283,9 +237,7 @@ STATIC = Choice(
     around=lambda m: [m.x.producer, *m.x.users],
 )
 ISLANDS = (
-    Rule("pad-into-conv", _padded_pattern, _pad_inside, check=_pads_with_zero_point),
     Rule("matmul-integer-to-float", _linear, _integer_to_float),
-    Rule("qlinear-conv", _conv_pattern, _qlinear_conv),
     Rule("qlinear-add", _add_pattern, _qlinear_add),
     Rule("qlinear", _quantized_pattern, _qlinear, check=lambda m: island(m.root) is not None),
     onnx_export.DYNAMIC_QUANTIZE,
@@ -293,4 +245,4 @@ ISLANDS = (
 PRODUCTS = (Rule("product-to-float", _matmul_pattern, _product_to_float, check=lambda m: reads_u8(m.root)),)
 """Behind the islands: what is left has a result in float."""
 
-STAGES = (DYNAMIC, STATIC), ISLANDS, PRODUCTS
+STAGES = (DYNAMIC, STATIC), *onnxruntime_conv.STAGES, ISLANDS, PRODUCTS

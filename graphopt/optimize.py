@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphopt import cost
+from graphopt import cost, reemission
 from graphopt.backend import Backend, LoweringError, Runner
 from graphopt.calibrate import Calibration, Remembered
 from graphopt.capture import Captured, Feeds, Signature, capture
@@ -251,6 +251,8 @@ class _Job:
             except GraphError as error:
                 what = f"lowered for {backend.name}, the graph computes something else: {error}"
                 raise LoweringError(what) from error
+        if self._writes_anew(pipeline, large) and not as_it_was:
+            self._hold_sites(neutral, report)
         report.cost_after, report.words_after = context.cost(neutral), count_kinds(neutral.nodes)
         made = Optimized(original, neutral, lowered, report, backend, captured.signature, captured.feeds, self.threads)
         if self._unasked_for_its_size():
@@ -261,6 +263,29 @@ class _Job:
         if reference is not None:
             report.agreement = reference.compare(made.runner)
         return made
+
+    def _writes_anew(self, pipeline: Pipeline, large: bool) -> bool:
+        """Whether what came in quantized is to come out with the same numbers, and can be held to that here.
+
+        Only of ONNX graphs can a site be cut out.
+        """
+        if self.backend.dialect != "onnx":
+            return False
+        runs = self.captured.feeds and self.backend.runs and self.agree is not False and (self.agree or not large)
+        lossless = all(one.lossless for one in pipeline.leaves())
+        return bool(runs) and lossless and reemission.rounds_activations(self.captured.graph)
+
+    def _hold_sites(self, neutral: Graph, report: Report) -> None:
+        """Each site by itself, at the first example inputs."""
+        report.reemission = found = reemission.compare(
+            self.captured.graph, neutral, self.backend, self.captured.feeds[0]
+        )
+        report.notes.append(str(found))
+        try:
+            reemission.require_steps(found)
+        except GraphError as error:
+            what = f"written anew for {self.backend.name}, the file computes something else: {error}"
+            raise LoweringError(what) from error
 
     def _lower(self, neutral: Graph, report: Report) -> Graph:
         """The target's own operations, in the forms that run fastest here where that is measured."""

@@ -16,6 +16,7 @@ from graphopt.graph import Graph, Node
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from graphopt.reemission import Reemission
     from graphopt.sensitivity import Sensitivity
 
 
@@ -81,6 +82,8 @@ class Report:
     """Kernels that the engine really built, by name."""
     choices: list[dict[str, Any]] = field(default_factory=list)
     """Where a pattern had several legal forms: which was taken, and why."""
+    reemission: Reemission | None = None
+    """Of what came in quantized and is written anew: how far each site is from what it was."""
     agreement: list[Agreement] = field(default_factory=list)
     """The deployed result against the original, on the example inputs."""
     speed: list[dict[str, Any]] = field(default_factory=list)

@@ -1,13 +1,15 @@
 """Files that other tools quantized, made fast: speed over fp32 as they came and as graphopt writes them again.
 
 onnxruntime's `quantize_static` with int8 activations (its kernels want uint8), and NNCF's Q/DQ. What a file computes is
-what it computes without any optimization of the engine: the table says how far the outputs are from that.
+what it computes without any optimization of the engine: a table says how far the outputs are from that, where flipped
+roundings of all layers add up, and how far each site is by itself, given the same integers (`graphopt.reemission`).
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from benchmarks.networks import NETWORKS, Network
 from benchmarks.peers import BASELINE, attempt, exports, nncf_onnx, quantize_static
 from benchmarks.speed import File, distances, race, tables, write
 from graphopt.numerics import metrics
+from graphopt.reemission import Reemission
 
 STATIC, NNCF = "onnxruntime, int8 activations", "NNCF"
 LEAST = {
@@ -50,10 +53,11 @@ def measured(name: str, bounds: Mapping[str, float], folder: Path, settings: Set
     exported = exports(network.traceable(), folder)
     models: dict[str, File | str] = {**exported}
     pairs: dict[str, tuple[Path, Path]] = {}
+    held: dict[str, Reemission] = {}
     for tool, given in quantized(network, exported[BASELINE], folder, bounds).items():
         models[f"{tool}, as it came"] = given
         if isinstance(given, Path):
-            rescued = attempt(partial(rescue, given, network, settings.threads))
+            rescued = attempt(partial(rescue, given, network, settings.threads, held, tool))
             models[f"{tool}, rescued"] = rescued
             if isinstance(rescued, Path):
                 pairs[tool] = given, rescued
@@ -62,8 +66,9 @@ def measured(name: str, bounds: Mapping[str, float], folder: Path, settings: Set
     columns = [distances(models, found, settings.threads)]
     holds = tables(f"rescue-{name}", network.name, found, models, settings, bounds=least, columns=columns)
     rounding = {tool: roundings(*pair, list(network.shapes.values()), settings.threads) for tool, pair in pairs.items()}
-    settings.console.print(rounding_table(rounding))
+    settings.console.print(rounding_table(rounding), site_table(held))
     write(settings, f"rescue-{name}-outputs", rounding)
+    write(settings, f"rescue-{name}-sites", {tool: asdict(one) for tool, one in held.items()})
     return holds
 
 
@@ -77,10 +82,15 @@ def quantized(network: Network, source: Path, folder: Path, tools: Mapping[str, 
     return {tool: attempt(make[tool]) for tool in tools}
 
 
-def rescue(path: Path, network: Network, threads: int) -> Path:
-    """The file through graphopt, without any pass: what is quantized already is written anew in the engine's form."""
+def rescue(path: Path, network: Network, threads: int, held: dict[str, Reemission], tool: str) -> Path:
+    """The file through graphopt, without any pass: what is quantized already is written anew in the engine's form.
+
+    A site that is further than a step from what it was is an error; how far each is goes to `held`, under `tool`.
+    """
     examples = list(network.shapes.values())
     made = graphopt.optimize(path, example_inputs=examples, threads=threads, measure=True)
+    if made.report.reemission is not None:
+        held[tool] = made.report.reemission
     return made.export(path.with_name(f"rescued-{path.name}"))
 
 
@@ -109,6 +119,15 @@ def rounding_table(rounding: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> T
         for output, one in outputs.items():
             steps = "not in steps" if one["steps"] is None else f"{one['steps']:.1f}"
             rows.add_row(tool, output, steps, f"{one['differs']:.4f}", f"{one['sqnr']:.1f}")
+    return rows
+
+
+def site_table(held: Mapping[str, Reemission]) -> Table:
+    rows = table("each site of the rescued file against itself in the file, for the same integers", "", "sites",
+                 "furthest", "steps", "share that differs", "not compared")  # fmt: skip
+    for tool, one in held.items():
+        site, steps = one.furthest or ("none", 0.0)
+        rows.add_row(tool, str(len(one.distances)), site, f"{steps:.3g}", f"{one.differs:.5f}", str(len(one.left_out)))
     return rows
 
 
