@@ -222,8 +222,13 @@ def test_a_gpu_too_old_is_named() -> None:
     run(Quantize(scheme="dynamic"), graph.clone(), target=Cuda(device=A100))
     notes = run(Sparsify(pattern="2:4"), graph, target=Cuda(device=T4)).record.notes
     assert "2:4 zeros make nothing faster on cuda" in notes[1] and "this is Tesla T4" in notes[1]
-    notes = run(Sparsify(pattern="2:4"), build("fx", TEXTS["linear-2:4"]), target=Cuda()).record.notes
+    graph = build("fx", TEXTS["linear-2:4"])
+    notes = run(Sparsify(pattern="2:4"), graph, target=Cuda()).record.notes
     assert "kernels skip zeros in 2:4" in notes[1]
+    run(Quantize(scheme="dynamic"), graph, target=Cuda(device=A100))
+    for device, kernel in ((A100, "linear_int8_sparse"), (T4, "linear_int8")):
+        lowered, _ = Cuda(device=device).lower(graph)
+        assert [node.kind for node in lowered.nodes][-1] == f"graphopt_cuda.{kernel}.default"
 
 
 def test_float8_of_weights_alone_and_on_other_targets_is_refused() -> None:
