@@ -145,6 +145,8 @@ def contest(
     for name, several in candidates.items():
         calls[name] = [calls_per_block(name, call, min_block_seconds, clock) for call in several]
         sleep(REST)
+    # A short call is slow after a rest: where one candidate is repeated, all are called once before they are timed.
+    warm = [max(times) > 1 for times in zip(*calls.values(), strict=True)]
     pairs: dict[str, list[Pair]] = {name: [] for name in candidates}
     counting: dict[str, list[Pair]] = {name: [] for name in candidates}
     run, racing = 0, list(candidates)
@@ -152,8 +154,7 @@ def contest(
         blocks: dict[str, Block] = {}
         before = probe_seconds(probe, clock)
         for name in turns(racing, run):
-            seconds = [block_seconds(call, times, clock)
-                       for call, times in zip(candidates[name], calls[name], strict=True)]  # fmt: skip
+            seconds = [block_seconds(*one, clock) for one in zip(candidates[name], calls[name], warm, strict=True)]
             sleep(REST)
             after = probe_seconds(probe, clock)
             blocks[name] = Block(tuple(seconds), (before, after))
@@ -255,9 +256,9 @@ def calls_per_block(name: str, call: Callable[[], object], least: float, clock: 
     return calls
 
 
-def block_seconds(call: Callable[[], object], calls: int, clock: Clock) -> float:
-    """Seconds of one call, as the mean of several."""
-    if calls > 1:  # a short call is slow after a rest
+def block_seconds(call: Callable[[], object], calls: int, warm: bool, clock: Clock) -> float:
+    """Seconds of one call, as the mean of several. warm: after one more that is not timed."""
+    if warm:
         call()
     return time_calls(call, calls, clock) / calls
 

@@ -84,6 +84,7 @@ class OnnxRuntime(OnnxTarget):
         if isinstance(runner, OrtRunner):
             merged = runner.parts() - sum(len(site.results) - 1 for site in neutral.sites("onnx.Split"))
             built["MatMulIntegerToFloat"] += merged
+            built["GatherBlockQuantized"] += onnxruntime_weights.tables(runner.model)
         promised = onnxruntime_int8.promised(neutral)
         for word, kernels in INT8_KERNELS.items():
             kinds = " and ".join(dict.fromkeys(site.kind for site in promised[word]))

@@ -67,7 +67,7 @@ class Race:
                     holds = holds and ratio.median >= least
                     cell = checked(f"{cell} (bound {least:g})", ratio.median >= least)
                 cells.append(cell)
-            rows.add_row(name, *cells, f"{one.overall.median / newer.overall.median:.2f}" if newer else "")
+            rows.add_row(name, *cells, *([f"{one.overall.median / newer.overall.median:.2f}"] if newer else []))
         for name, why in self.failed.items():
             rows.add_row(name, "not installed" if why.endswith("not installed") else "failed")
         rows.caption = Text("\n".join(f"{name}: {why}" for name, why in self.failed.items()))
@@ -121,8 +121,8 @@ class Race:
         for index, (name, one) in enumerate(self.found.items()):
             at = [place + index * width for place in range(len(self.shapes))]
             middle = [ratio.median for ratio in one.shapes]
-            reach = [[max(ratio.median - ratio.low, 0.0) for ratio in one.shapes],
-                     [min(ratio.high - ratio.median, ratio.median) for ratio in one.shapes]]  # fmt: skip
+            reach = [[ratio.median - ratio.low for ratio in one.shapes],
+                     [min(ratio.high, 2 * ratio.median) - ratio.median for ratio in one.shapes]]  # fmt: skip
             axes.bar(at, middle, width, yerr=reach, label=name, color=f"C{index % 10}", alpha=1 if index < 10 else 0.5)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks([place + 0.425 - width / 2 for place in range(len(self.shapes))], [*self.shapes])
@@ -209,12 +209,14 @@ def footprint(file: File, batch: Batch, threads: int) -> Footprint:
         np.savez(given, **{name: tensor.numpy() for name, tensor in batch.items()})  # type: ignore[arg-type]
         command = [sys.executable, "-m", "benchmarks.loading", engine, str(path), str(given), str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    parts = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
-    return Footprint(sum(part.stat().st_size for part in parts), **json.loads(done.stdout.splitlines()[-1]))
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    size = sum(part.stat().st_size for part in (path, beside) if part.exists())
+    return Footprint(size, **json.loads(done.stdout.splitlines()[-1]))
 
 
 def distances(files: Mapping[str, File | str], found: Race, threads: int) -> Column:
-    """The SQNR of the worst output to the baseline's, over all shapes: a column for `tables`."""
+    """The SQNR of the worst output to the baseline's, over all shapes: a column for `tables`. Some files lack the last
+    outputs of the baseline, and are judged by those that they have."""
 
     def outputs(file: File) -> list[list[torch.Tensor]]:
         bind = opened(file, threads)
@@ -227,7 +229,7 @@ def distances(files: Mapping[str, File | str], found: Race, threads: int) -> Col
     for name, file in files.items():
         if isinstance(file, str) or name in (found.baseline, *found.failed):
             continue
-        pairs = [pair for several in zip(expected, outputs(file), strict=True) for pair in zip(*several, strict=True)]
+        pairs = [pair for several in zip(expected, outputs(file), strict=True) for pair in zip(*several, strict=False)]
         cells[name] = f"{min(metrics.sqnr(a.float(), b.float()) for a, b in pairs):.1f}"
     return "SQNR dB to fp32", cells
 

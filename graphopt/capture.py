@@ -141,8 +141,21 @@ def _capture_module(module: nn.Module, dialect: str, traced: Traced) -> Captured
     signature = Signature(tuple(traced.examples[0]), structure.names, structure.rebuild)
     graph = _graph_of(traced.program, dialect, signature, traced.axes, structure.places)
     notes = list(traced.notes)
+    for example in traced.examples:
+        _require_shapes(graph, example)
     graph = _raise_checked(graph, traced.examples[:1], [traced.expected], notes)
     return Captured(graph, signature, traced.examples, f"{type(module).__module__}.{type(module).__name__}", notes)
+
+
+def _require_shapes(graph: Graph, example: Feeds) -> None:
+    """Raise CaptureError where an example has other sizes than the export fixed."""
+    for value in graph.inputs:
+        shape = value.shape or ()
+        given = example[value.name].shape if value.name in example else ()
+        if any(isinstance(size, int) and size != number for size, number in zip(shape, given, strict=False)):
+            takes = ", ".join(map(str, shape))
+            raise CaptureError(f"example_inputs: {value.name} is {list(given)}, and the export takes [{takes}]: name "
+                               f"the axes that differ in dynamic_shapes")  # fmt: skip
 
 
 def _capture_program(program: torch.export.ExportedProgram, dialect: str, example_inputs: Any) -> Captured:

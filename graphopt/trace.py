@@ -76,6 +76,8 @@ def trace(
             constants = {"use_cache": False}
             result = _run(module, examples[0] | constants)
             notes.append("captured with use_cache=False; for the decode step with its cache, pass cache=True")
+        for one in examples[1:]:
+            _run(module, one | constants)
         axes = _dynamic_axes(examples[0], dynamic_shapes)
         traced = {key: _at_least_two(value, axes.get(key, {})) for key, value in examples[0].items()}
         if any(traced[key].shape != examples[0][key].shape for key in traced):

@@ -54,14 +54,13 @@ def measured(name: str, settings: Settings) -> bool:
             columns += minilm.quality(raced, settings, ours=[OURS])[0]
         int8 = {row: in_int8(file.path, settings.threads) for row, file in files.items()
                 if isinstance(file, OpenVinoFile) and row not in found.failed}  # fmt: skip
-        for layer, module in LAYERS.items():
-            of = sum(isinstance(one, module) for one in network.module.modules())
-            columns.append((f"{layer} in int8", {row: f"{counts[layer]} of {of}" for row, counts in int8.items()}))
+        wanted = {layer: sum(isinstance(one, module) for one in network.module.modules())
+                  for layer, module in LAYERS.items()}  # fmt: skip
+        columns += [(f"{layer} in int8", {row: f"{counts[layer]} of {number}" for row, counts in int8.items()})
+                    for layer, number in wanted.items()]  # fmt: skip
         tables(f"openvino-{name}", network.name, found, files, settings, columns=columns)
         near = against(name, files, network.shapes, settings)
-    folded = OURS in int8 and sum(int8[OURS].values()) == sum(
-        isinstance(one, tuple(LAYERS.values())) for one in network.module.modules()
-    )
+    folded = OURS in int8 and all(int8[OURS][layer] == number for layer, number in wanted.items())
     settings.console.print(checked(f"every linear and conv of ours runs in int8: {folded}", folded))
     return folded and near
 
