@@ -141,7 +141,8 @@ class Cuda(Backend):
         return "merge-linear"
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        return ((PRODUCT_24, PRODUCT, FLOATS_24, WEIGHT_ONLY),)
+        skipping = (PRODUCT_24, FLOATS_24) if self.sparse else ()
+        return ((*skipping, PRODUCT, WEIGHT_ONLY),)
 
     def engine(self) -> str:
         name = None if self.device is None else self.device.name

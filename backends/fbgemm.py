@@ -46,7 +46,7 @@ class Fbgemm(Backend):
     summary: ClassVar[str] = "PyTorch eager on x86 CPUs, int8 linears by fbgemm"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {"linear": ("static", "dynamic")}
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
-    zeros: ClassVar[str] = "weights are packed densely, and zeros multiplied: only compressed files gain"
+    zeros: str = "weights are packed densely, and zeros multiplied: only compressed files gain"
 
     def pipeline(self) -> str:
         return "merge-linear,fold-int8"

@@ -56,7 +56,7 @@ class OnnxRuntime(OnnxTarget):
     narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4, 2), "embedding": (8, 4)}
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
     """A register of AVX-512 floats: blocked convolutions pad channels to it, and GEMM tiles are multiples of it."""
-    zeros: ClassVar[str] = (
+    zeros: str = (
         "sparse initializers are made dense at load, and no CPU kernel skips zeros: a file is smaller once compressed, "
         "no more"
     )

@@ -46,8 +46,8 @@ class TensorRt(QdqTarget):
     placement: ClassVar[Placement | None] = Placement(signed=True, fuses_sum=True)
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 32, "channels": 32, "width": 32, "rank": 32}
     """Its int8 kernels read channels in vectors of 32."""
-    runs: ClassVar[bool] = False
-    zeros: ClassVar[str] = (
+    runs: bool = False
+    zeros: str = (
         "TensorRT skips zeros in 2:4 where its builder is told to look for them (kSPARSE_WEIGHTS); others make a file "
         "smaller once compressed, no more"
     )

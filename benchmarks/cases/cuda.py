@@ -84,9 +84,7 @@ def encoder(settings: Settings) -> bool:
     narrow = deepcopy(module).to("cuda", torch.bfloat16)
     compiled = torch.compile(narrow, dynamic=False, options=dict(OPTIONS))
     baseline = {name: partial(_call, compiled, _placed(batch)) for name, batch in batches.items()}
-    wide = deepcopy(module).to("cuda")
-    expected = {name: _outputs(wide(**_placed(batch))) for name, batch in batches.items()}
-    del wide
+    expected = _exact(deepcopy(module).to("cuda"), batches)
     options = {"example_inputs": list(batches.values()), "calibration": list(batches.values())}
     fastest = _race(settings, "BERT-large's shape", module, ENCODER, batches, baseline, expected, options)
     best = max(fastest.values(), default=0.0)
@@ -102,16 +100,17 @@ def decode(settings: Settings) -> None:
     prompt = tokens(1, 128)
     with torch.inference_mode():
         step, example, _ = DecodeStep.around(module, prompt)
-    own = {**example, "input_ids": example["input_ids"][:, -1:], "attention_mask": example["attention_mask"][:, :-1]}
-    own = {name: tensor.clone() for name, tensor in own.items()}  # of inference mode, which export does not take
-    narrow = deepcopy(step).to("cuda", torch.bfloat16)
+    # Copies, as export does not take tensors of inference mode.
+    own = {name: tensor.clone() for name, tensor in DecodeStep.of_one_token(example).items()}
+    with torch.no_grad():  # anew, as a step calls the model that it was made around
+        narrow, _, _ = DecodeStep.around(deepcopy(module).to("cuda", torch.bfloat16), _placed(prompt))
+        wide, _, _ = DecodeStep.around(deepcopy(module).to("cuda"), _placed(prompt))
     given = {name: one.to(torch.bfloat16) if one.is_floating_point() else one for name, one in _placed(own).items()}
     with torch.no_grad():
         program = torch.export.export(narrow, (), given, strict=False).module()
     compiled = torch.compile(program, dynamic=False, options=dict(OPTIONS))
-    wide = deepcopy(step).to("cuda")
     shape = "1x1 after 128"
-    expected = {shape: _outputs(wide(**_placed(own)))}
+    expected = _exact(wide, {shape: own})
     del wide
     batches = {shape: {step.public_names[name]: tensor for name, tensor in own.items()}}
     baseline = {shape: partial(_call, compiled, given)}
@@ -166,6 +165,12 @@ def _race(
 
 def _placed(batch: Batch) -> Batch:
     return {name: tensor.to("cuda") for name, tensor in batch.items()}
+
+
+def _exact(module: nn.Module, batches: dict[str, Batch]) -> dict[str, list[Tensor]]:
+    """What a module on the GPU returns in float32."""
+    with torch.no_grad():
+        return {name: _outputs(module(**_placed(batch))) for name, batch in batches.items()}
 
 
 def _call(compiled: Any, batch: Batch) -> Any:

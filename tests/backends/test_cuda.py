@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,8 +109,8 @@ def test_weights_are_the_integers_of_the_cpu_target(scheme: str) -> None:
     found = []
     for target in ("cuda", "onnxruntime"):
         small = graphopt.optimize(
-            module, f"quantize{{scheme={scheme},rounding=nearest}}", target=target, calibration=[torch.randn(9, 128)],
-            example_inputs=torch.randn(3, 128), measure=False,
+            module, f"quantize{{scheme={scheme},rounding=nearest,bits=8}}", target=target,
+            calibration=[{"input": torch.randn(9, 128)}], example_inputs=torch.randn(3, 128), measure=False,
         )  # fmt: skip
         graph: Graph = small.graph
         stored = [site.required("x") for site in graph.sites("dequantize") if site.required("x").is_constant]
@@ -156,7 +157,8 @@ def test_without_triton_its_form_is_declined(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cuda_kernels, "has_triton", lambda: False)
     graph = build("fx", TEXTS["8-bit-linear"])
     run(Quantize(scheme="dynamic"), graph, target=Cuda())
-    assert rewrite(graph, [cuda.PRODUCT.only("triton")])["8-bit-linear"].declined == {"y": "triton is not installed"}
+    log = rewrite(graph, [cuda.PRODUCT.only("triton")])["8-bit-linear"]
+    assert list(log.declined.values()) == ["triton is not installed"]
 
 
 def test_2_4_of_other_sizes_stays_dense_and_says_so(block: Block) -> None:
@@ -194,7 +196,7 @@ def test_fewer_kernels_than_promised_are_an_error() -> None:
     graph = build("fx", TEXTS["8-bit-linear"])
     run(Quantize(scheme="dynamic"), graph, target=Cuda())
     assert isinstance(graph, FxGraph)
-    with pytest.raises(LoweringError, match=r"1 linears in 8 bits were promised and the program has 0 .* of y"):
+    with pytest.raises(LoweringError, match=r"1 linears in 8 bits were promised and the program has 0 operators"):
         Cuda().check(graph, CudaRunner(graph, None))
 
 
@@ -222,8 +224,13 @@ def test_a_gpu_too_old_is_named() -> None:
     run(Quantize(scheme="dynamic"), graph.clone(), target=Cuda(device=A100))
     notes = run(Sparsify(pattern="2:4"), graph, target=Cuda(device=T4)).record.notes
     assert "2:4 zeros make nothing faster on cuda" in notes[1] and "this is Tesla T4" in notes[1]
-    notes = run(Sparsify(pattern="2:4"), build("fx", TEXTS["linear-2:4"]), target=Cuda()).record.notes
+    graph = build("fx", TEXTS["linear-2:4"])
+    notes = run(Sparsify(pattern="2:4"), graph, target=Cuda()).record.notes
     assert "kernels skip zeros in 2:4" in notes[1]
+    run(Quantize(scheme="dynamic"), graph, target=Cuda(device=A100))
+    for device, kernel in ((A100, "linear_int8_sparse"), (T4, "linear_int8")):
+        lowered, _ = Cuda(device=device).lower(graph)
+        assert [node.kind for node in lowered.nodes][-1] == f"graphopt_cuda.{kernel}.default"
 
 
 def test_float8_of_weights_alone_and_on_other_targets_is_refused() -> None:
@@ -279,7 +286,7 @@ def test_a_program_is_one_graph_to_a_compiler(block: Block, dynamic: bool) -> No
         run = torch.compile(small.lowered.module(), backend="aot_eager", fullgraph=True, dynamic=dynamic)
         x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(2))
         with torch.no_grad():
-            torch.testing.assert_close(run(x)[0], small(x), rtol=1e-5, atol=1e-5)
+            assert sqnr(small(x), run(x)[0]) > 40  # the last bit of a float may turn a rounding
 
 
 def test_inductor_knows_the_options() -> None:
