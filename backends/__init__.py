@@ -9,6 +9,8 @@ from graphopt.pipeline import UsageError, nearest
 
 TARGETS = {
     "onnxruntime": ("graphopt.backends.onnxruntime", "OnnxRuntime"),
+    "torch-cpu": ("graphopt.backends.torch_cpu", "TorchCpu"),
+    "onednn": ("graphopt.backends.onednn", "OneDnn"),
     "fbgemm": ("graphopt.backends.fbgemm", "Fbgemm"),
     "openvino": ("graphopt.backends.openvino", "OpenVino"),
     "tensorrt": ("graphopt.backends.tensorrt", "TensorRt"),

@@ -59,7 +59,9 @@ class Race:
         bounds: (model, shape) -> the least ratio there; the shape "mean" is the geometric mean over all.
         """
         bounds = bounds or {}
-        rows = table(title, "", *self.shapes, "geometric mean", f"over {OPSET_23}")
+        newer = self.found.get(OPSET_23)
+        columns = [] if newer is None else [f"over {OPSET_23}"]
+        rows = table(title, "", *self.shapes, "geometric mean", *columns)
         holds = True
         for name, one in self.found.items():
             cells = []
@@ -70,8 +72,8 @@ class Race:
                     holds = holds and ratio.median >= least
                     cell = checked(f"{cell} (bound {least:g})", ratio.median >= least)
                 cells.append(cell)
-            newer = self.found.get(OPSET_23)
-            rows.add_row(name, *cells, f"{one.overall.median / newer.overall.median:.2f}" if newer else "")
+            over = [] if newer is None else [f"{one.overall.median / newer.overall.median:.2f}"]
+            rows.add_row(name, *cells, *over)
         for name in self.failed:
             rows.add_row(name, "none")
         rows.caption = "\n".join(f"{name}: {why}" for name, why in self.failed.items())
