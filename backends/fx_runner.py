@@ -101,7 +101,7 @@ class Packing:
         self._numbers.update(choose.users)
 
     def reads_numbers(self, node: fx.Node) -> bool:
-        """Whether an operation takes scales and zero points as numbers: what is packed does, of float32 at most."""
+        """Whether an operation takes scales and zero points as numbers: what is packed does, but of 16-bit floats."""
         read = [one for one in node.all_input_nodes if one.op != "get_attr" and isinstance(meta(one), Tensor)]
         return str(node.target) in self._kernels and not any(meta(one).dtype in _NARROW for one in read)
 
@@ -195,7 +195,9 @@ def _pack_quantize(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx
     if not full or meta(x).dtype is not torch.float32:
         return node
     scale, zero_point = (packing.number(node, given[name]) for name in ("scale", "zero_point"))
-    made = packing.call(node, quantized, x, scale, zero_point, _QUANTIZED[dtype])
+    chosen = isinstance(scale, fx.Node)  # at run time, from what may not be finite
+    function = quantized if chosen else torch.quantize_per_tensor
+    made = packing.call(node, function, x, scale, zero_point, _QUANTIZED[dtype])
     return packing.steps(node, made, scale, zero_point)
 
 
@@ -242,6 +244,7 @@ class FxRunner(Runner):
         self._names, self._threads = graph.input_names, threads
         self._sizes = [_example(meta(node)) for node in graph.native.graph.find_nodes(op="placeholder")]
         self._module = Packing(graph, kernels).module(graph)
+        self._labels = {node.name: _label(FxNode(graph, node)) for node in self._module.graph.nodes}
         self._run = self._module.forward
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
@@ -265,7 +268,7 @@ class FxRunner(Runner):
         given = [feeds[name] for name in self._names]
         with _threads(self._threads), torch.inference_mode():
             for _ in range(PROFILED + 1):
-                clock = _Clock(self._module)
+                clock = _Clock(self._module, self._labels)
                 clock.run(*given)
                 for name, taken in clock.seconds.items():
                     seconds[name].append(taken)
@@ -275,9 +278,10 @@ class FxRunner(Runner):
 class _Clock(fx.Interpreter):
     """Seconds of each call of one run."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, labels: Mapping[str, str]) -> None:
         super().__init__(module)
         self.seconds: dict[str, float] = {}
+        self._labels = labels
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):
@@ -286,8 +290,7 @@ class _Clock(fx.Interpreter):
         function = n.target if n.op == "call_function" else getattr(type(args[0]), str(n.target))
         start = time.perf_counter()
         result = cast(Callable[..., Any], function)(*args, **kwargs)
-        path = FxNode(None, n).path  # type: ignore[arg-type]
-        self.seconds[f"{path}/{n.name}" if path else n.name] = time.perf_counter() - start
+        self.seconds[self._labels[n.name]] = time.perf_counter() - start
         return result
 
 
@@ -309,6 +312,11 @@ def _drop_identities(graph: FxGraph) -> None:
         if not node.result.is_output:
             graph.replace(node, node.input)
     graph.sweep()
+
+
+def _label(node: FxNode) -> str:
+    """The node's name behind its module path."""
+    return f"{node.path}/{node.name}" if node.path else node.name
 
 
 def _example(value: Tensor) -> tuple[list[int], torch.dtype]:
