@@ -11,6 +11,8 @@ TARGETS = {
     "onnxruntime": ("graphopt.backends.onnxruntime", "OnnxRuntime"),
     "onnxruntime-cuda": ("graphopt.backends.onnxruntime_cuda", "OnnxRuntimeCuda"),
     "cuda": ("graphopt.backends.cuda", "Cuda"),
+    "torch-cpu": ("graphopt.backends.torch_cpu", "TorchCpu"),
+    "onednn": ("graphopt.backends.onednn", "OneDnn"),
     "fbgemm": ("graphopt.backends.fbgemm", "Fbgemm"),
     "openvino": ("graphopt.backends.openvino", "OpenVino"),
     "tensorrt": ("graphopt.backends.tensorrt", "TensorRt"),

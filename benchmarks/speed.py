@@ -56,7 +56,8 @@ class Race:
         """
         bounds = bounds or {}
         newer = self.found.get(OPSET_23)
-        rows = table(title, "", *self.shapes, "geometric mean", *([f"over {OPSET_23}"] if newer else []))
+        columns = [] if newer is None else [f"over {OPSET_23}"]
+        rows = table(title, "", *self.shapes, "geometric mean", *columns)
         holds = not any(name in self.failed for name, _ in bounds)
         for name, one in self.found.items():
             cells = []
@@ -67,7 +68,8 @@ class Race:
                     holds = holds and ratio.median >= least
                     cell = checked(f"{cell} (bound {least:g})", ratio.median >= least)
                 cells.append(cell)
-            rows.add_row(name, *cells, *([f"{one.overall.median / newer.overall.median:.2f}"] if newer else []))
+            over = [] if newer is None else [f"{one.overall.median / newer.overall.median:.2f}"]
+            rows.add_row(name, *cells, *over)
         for name, why in self.failed.items():
             rows.add_row(name, "not installed" if why.endswith("not installed") else "failed")
         rows.caption = Text("\n".join(f"{name}: {why}" for name, why in self.failed.items()))

@@ -108,6 +108,9 @@ class Backend(ABC):
             raise UsageError(f"there is no cpu {cpu!r}; give {', '.join(CPUS)}")
         self.cpu = cpu
 
+    def accept(self, model: Any, example_inputs: Any) -> None:  # noqa: B027  (most targets take anything)
+        """Raise UsageError where what a user hands over, or what is installed here, cannot run on this target."""
+
     def notes(self) -> list[str]:
         """What the user should know of any result on this target."""
         return []

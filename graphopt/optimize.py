@@ -78,6 +78,7 @@ def optimize(
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
         raise UsageError(f"threads is {threads!r}; give a whole number, at least 1")
     backend = _target(target, cpu)
+    backend.accept(model, example_inputs)
     measures = _measures(measure, backend)
     pipeline = _pipeline(passes, backend)
     with _few_collections():

@@ -32,6 +32,7 @@ from graphopt.dialects.fx_native import (
     is_constant,
     is_result,
     meta,
+    needed,
     plain_arguments,
     results,
     source,
@@ -430,6 +431,27 @@ class FxGraph(Graph):
         clone = type(self)(native, self.output_names, self.axis_names)
         clone.version = self.version
         return clone
+
+    def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FxGraph:
+        """As in Graph. Raises GraphError where a value is a computed shape, or depends on an input left out."""
+        raws = [_raw(value) for value in (*inputs, *outputs)]
+        if not all(isinstance(raw, fx.Node) for raw in raws):
+            raise GraphError("a shape that is computed cannot be cut out of an fx graph")
+        part, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        given, ends = cast(list[fx.Node], raws[: len(inputs)]), cast(list[fx.Node], raws[len(inputs) :])
+        for value, raw in zip(inputs, given, strict=True):
+            env[raw] = part.placeholder(identifier(value.name))
+            env[raw].target, env[raw].meta = env[raw].name, {"val": meta(raw), "input_name": value.name}
+        stored: dict[str, Any] = {}
+        for node in needed(ends, set(given)):
+            if node.op == "placeholder" and node not in env:
+                raise GraphError(f"what lies between reads {node.meta['input_name']}, which is no input of the part")
+            if node.op == "get_attr":
+                stored[str(node.target)] = self.native.stored[str(node.target)]
+            if node not in env:
+                env[node] = part.node_copy(node, env.__getitem__)
+        part.output(tuple(env[end] for end in ends))
+        return type(self)(Native(part, stored, self.native.fake), [value.name for value in outputs], self.axis_names)
 
     def verify(self) -> None:
         try:

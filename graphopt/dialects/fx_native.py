@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -120,11 +120,14 @@ def frozen(argument: Any) -> Hashable:
     return cast(Hashable, argument)
 
 
-def needed(fetch: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes that these values are computed from, themselves included, in topological order."""
-    found, waiting = set(fetch), list(fetch)
+def needed(fetch: Sequence[fx.Node], given: Collection[fx.Node] = ()) -> list[fx.Node]:
+    """The nodes that these values are computed from, themselves included, in topological order.
+
+    given: values that are known, and so not computed from anything.
+    """
+    found, waiting = set(fetch), [node for node in fetch if node not in given]
     while waiting:
-        fresh = [read for read in waiting.pop().all_input_nodes if read not in found]
+        fresh = [read for read in waiting.pop().all_input_nodes if read not in found and read not in given]
         found.update(fresh)
         waiting.extend(fresh)
     return [node for node in fetch[0].graph.nodes if node in found] if fetch else []
