@@ -7,7 +7,7 @@ opset at which the vocabulary is whole, when the lifted model runs and computes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from graphopt.trace import (
     as_tensor,
     first_line,
     nearest,
+    plain_structure,
     several,
     structure,
     trace,
@@ -88,7 +89,8 @@ def capture(
     cache: bool = False,
     run: bool | None = None,
 ) -> Captured:
-    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph or a path to .onnx.
+    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx
+    or .pt2 (a torch.export archive without pickles).
 
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
     for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
@@ -99,7 +101,7 @@ def capture(
     """
     kind = type(model)
     if isinstance(model, str | Path):
-        _refuse_options("an .onnx file", dynamic_shapes, cache)
+        _refuse_options("a file", dynamic_shapes, cache)
         return _capture_file(Path(model), dialect, example_inputs, run)
     if isinstance(model, nn.Module):
         if example_inputs is None:
@@ -118,7 +120,7 @@ def capture(
         return _capture_onnx(model, dialect, example_inputs, "onnx.ModelProto", run)
     raise CaptureError(
         f"cannot capture a {kind.__module__}.{kind.__qualname__}; hand over an nn.Module, ExportedProgram, "
-        "fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to an .onnx file"
+        "fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to an .onnx or .pt2 file"
     )
 
 
@@ -144,7 +146,10 @@ def _capture_module(module: nn.Module, dialect: str, traced: Traced) -> Captured
     return Captured(graph, signature, traced.examples, f"{type(module).__module__}.{type(module).__name__}", notes)
 
 
-def _capture_program(program: torch.export.ExportedProgram, dialect: str, example_inputs: Any) -> Captured:
+def _capture_program(
+    program: torch.export.ExportedProgram, dialect: str, example_inputs: Any, *, made: bool = False
+) -> Captured:
+    """made: whether feeds are made from the input types where there are none."""
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     names = [str(n) for n in program.graph_signature.user_inputs if isinstance(placeholders.get(str(n)), Tensor)]
     feeds = [_program_feeds(names, one) for one in several(example_inputs)] if example_inputs is not None else []
@@ -163,6 +168,8 @@ def _capture_program(program: torch.export.ExportedProgram, dialect: str, exampl
     signature = Signature(tuple(names), returned.names, returned.rebuild)
     notes: list[str] = []
     graph = _graph_of(program, dialect, signature, axes, returned.places)
+    if made and not feeds:
+        feeds = [_made_feeds(graph.inputs, notes)]
     graph = _raise_checked(graph, feeds, _reference(graph, feeds, notes) if feeds else None, notes)
     return Captured(graph, signature, feeds, "torch.export.ExportedProgram", notes)
 
@@ -184,9 +191,11 @@ def _graph_of(
     if dialect == "fx":
         from graphopt.dialects.fx import FxGraph
 
-        return FxGraph.from_program(
+        graph = FxGraph.from_program(
             program, input_names=signature.inputs, output_names=signature.outputs, axis_names=axes
         )
+        graph.returns = plain_structure(signature.rebuild, len(signature.outputs))
+        return graph
     from graphopt.dialects.onnx_capture import from_program
 
     return from_program(program, signature.inputs, signature.outputs, axes, places)
@@ -199,10 +208,13 @@ def _capture_file(path: Path, dialect: str, example_inputs: Any, run: bool | Non
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise CaptureError(f"{path} may hold a pickle, which is never loaded; load the module and hand that over")
     if path.suffix == ".pt2":
-        raise CaptureError(
-            f"{path} may hold a pickle, which is never loaded; "
-            f"if you trust it, hand over torch.export.load({path.name!r})"
-        )
+        from graphopt.dialects.fx_save import read_program
+
+        try:
+            captured = _capture_program(read_program(path), dialect, example_inputs, made=True)
+        except GraphError as error:
+            raise CaptureError(str(error)) from error
+        return replace(captured, source=str(path))
     from graphopt.dialects.onnx_load import read_model
 
     try:
