@@ -24,7 +24,7 @@ from graphopt.dialects.fx_save import to_program
 from graphopt.dialects.fx_words import arguments, quantized_decomposed
 from graphopt.graph import Graph, GraphError
 from graphopt.quantizing.integer_forms import unfold
-from graphopt.trace import first_line, quiet
+from graphopt.trace import Output, first_line, quiet
 from graphopt.words import WORDS
 
 INT8_KERNELS = ("onednn.qlinear_pointwise", "onednn.qconv2d_pointwise", "onednn.qconv_pointwise")
@@ -35,7 +35,8 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     """Write a package that `torch._inductor.aoti_load_package` runs: complete and checked, or not at all.
 
     graph: an FxGraph of words. feeds: an example, for the compiler. Inputs are given by keyword; the result is what the
-    model returned, with a dict for any mapping. Returns how many kernels of each name inductor made.
+    model returned, with a dict for any mapping, without numbers and None in it. Returns how many kernels of each name
+    inductor made.
     Raises LoweringError without a C++ compiler, and, naming the sites, where a quantized linear or conv did not become
     an int8 kernel; GraphError where torch cannot compile an operation.
     """
@@ -46,6 +47,7 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     unfold(graph)
     promised = promises(graph)
     spell(graph.native)
+    graph.returns = tensors_only(graph.returns)
     program = to_program(graph, keywords=True)
     program._example_inputs = (), {name: feeds[name] for name in graph.input_names}
     census = Census()
@@ -72,6 +74,19 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     finally:
         part.unlink(missing_ok=True)
     return dict(census.counts.most_common())
+
+
+def tensors_only(returns: Any) -> Any:
+    """What a package returns: no dict holds what is no tensor. Raises GraphError where a tuple or list does."""
+    if isinstance(returns, dict):
+        kept = {key: tensors_only(item) for key, item in returns.items()}
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(returns, tuple | list):
+        items = [tensors_only(item) for item in returns]
+        if None in items:
+            raise GraphError("a package returns tensors only: the model returns something else in a tuple or list")
+        return type(returns)(items)
+    return returns if isinstance(returns, Output) else None
 
 
 def require_compiler() -> None:
