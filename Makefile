@@ -13,8 +13,8 @@ test: lint
 test-slow: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-bench: venv
-	$(BIN)/python -m benchmarks.run
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks.run --out out/bench
 
 lint: venv
 	$(BIN)/ruff check --quiet $(CODE) passes backends  # ruff doesn't follow the links in graphopt/; mypy does
@@ -28,4 +28,9 @@ venv: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	touch $@
+
+# The tools that the benchmarks compare with are large, and tests need none of them.
+.venv/.bench: .venv/.installed
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	touch $@

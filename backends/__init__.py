@@ -9,6 +9,8 @@ from graphopt.pipeline import UsageError, nearest
 
 TARGETS = {
     "onnxruntime": ("graphopt.backends.onnxruntime", "OnnxRuntime"),
+    "onnxruntime-cuda": ("graphopt.backends.onnxruntime_cuda", "OnnxRuntimeCuda"),
+    "cuda": ("graphopt.backends.cuda", "Cuda"),
     "fbgemm": ("graphopt.backends.fbgemm", "Fbgemm"),
     "openvino": ("graphopt.backends.openvino", "OpenVino"),
     "tensorrt": ("graphopt.backends.tensorrt", "TensorRt"),

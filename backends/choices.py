@@ -6,6 +6,7 @@ example inputs (`measure.contest`). Alike patterns are measured once, and what w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,12 +18,19 @@ from graphopt import __version__
 from graphopt.backend import Runner
 from graphopt.backends import measure
 from graphopt.backends.timings import Timings, opened
+from graphopt.cost import numbers_of, sizes
 from graphopt.graph import Graph, GraphError, Node, Value
 from graphopt.numerics.metrics import sqnr
 from graphopt.rewrite import Choice, Match, rewrite
 
-ROUNDS = 7
-"""Interleaved rounds of a contest: the fewest whose 95% interval leaves room for one pair that did not count."""
+ROUNDS = 6
+"""Interleaved rounds of a contest that have to count: the fewest that give a 95% interval."""
+
+BLOCK = 0.01
+"""Seconds, at least, of one form's turn at one shape."""
+
+HOPELESS = 0.8
+"""A form that is never this fast in its first rounds, over the first form, gives up."""
 
 ALIKE = 25.0
 """SQNR (dB) that the forms of one pattern must share at least: less is an engine's fault, not rounding."""
@@ -91,6 +99,9 @@ class Measuring:
     feeds: Sequence[Mapping[str, Tensor]]
     compile: Callable[[Graph], Runner]
     threads: int | None = None
+    clock: measure.Clock = time.perf_counter
+    place: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    """Feeds where the engine reads them."""
     timings: Timings = field(default_factory=opened)
     found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By choice, one entry for each kind of site: the label of one, how many there are, and what was measured."""
@@ -119,17 +130,21 @@ class Measuring:
     def _measure(
         self, graph: Graph, choice: Choice, kinds: Mapping[str, Excerpt], finish: Callable[[Graph], object]
     ) -> dict[str, Measured]:
-        values = list(dict.fromkeys(value for one in kinds.values() for value in one.inputs))
-        flows = [dict(zip(values, graph.evaluate(feeds, values), strict=True)) for feeds in self.feeds]
-        machine, taken = _machine(), {}
+        taken: dict[str, Measured] = {}
+        flows: list[dict[Value, Tensor]] = []
+        shapes = _shapes(graph, [value for one in kinds.values() for value in one.inputs], self.feeds)
+        if shapes is None:
+            flows = self._flows(graph, kinds.values())
+            shapes = [{value: list(tensor.shape) for value, tensor in flow.items()} for flow in flows]
         for signature, excerpt in kinds.items():
-            inputs = [{value.name: flow[value] for value in excerpt.inputs} for flow in flows]
-            shapes = [[list(tensor.shape) for tensor in one.values()] for one in inputs]
-            key = {"graphopt": __version__, "engine": self.engine, "machine": machine, "threads": self.threads,
-                   "choice": choice.name, "forms": list(choice.forms), "pattern": signature,
-                   "shapes": shapes}  # fmt: skip
+            at = [[one[value] for value in excerpt.inputs] for one in shapes]
+            key = {"graphopt": __version__, "engine": self.engine, "machine": measure.machine(),
+                   "threads": self.threads, "choice": choice.name, "forms": list(choice.forms), "pattern": signature,
+                   "shapes": at}  # fmt: skip
             kept = self.timings.get(key)
             if kept is None:
+                flows = flows or self._flows(graph, kinds.values())
+                inputs = [self.place({value.name: flow[value] for value in excerpt.inputs}) for flow in flows]
                 measured = self._contest(graph, choice, excerpt, inputs, finish)
                 if measured.sure:  # else the next time may tell
                     self.timings.put(key, vars(measured))
@@ -137,6 +152,11 @@ class Measuring:
                 measured = Measured(**kept | {"ratios": {form: tuple(one) for form, one in kept["ratios"].items()}})
             taken[signature] = measured
         return taken
+
+    def _flows(self, graph: Graph, excerpts: Iterable[Excerpt]) -> list[dict[Value, Tensor]]:
+        """What flows into some excerpts at each of the example inputs."""
+        values = list(dict.fromkeys(value for one in excerpts for value in one.inputs))
+        return [dict(zip(values, graph.evaluate(feeds, values), strict=True)) for feeds in self.feeds]
 
     def _contest(
         self,
@@ -159,7 +179,7 @@ class Measuring:
                     made.sweep()
                 finish(made)
                 runner = self.compile(made)
-                results = [runner(one) for one in inputs]
+                results = [[result.cpu() for result in runner(one)] for one in inputs]
                 if expected:
                     _hold(results, expected)
                 else:
@@ -172,12 +192,22 @@ class Measuring:
         first = next(iter(runners))
         found = measure.contest(
             {form: [partial(runner, one) for one in inputs] for form, runner in runners.items()},
-            baseline=first, rounds=ROUNDS,
+            baseline=first, rounds=ROUNDS, min_block_seconds=BLOCK, hopeless=HOPELESS, clock=self.clock,
         )  # fmt: skip
         ratios = {form: (one.overall.median, one.overall.low, one.overall.high) for form, one in found.items()}
         sure = all(one.overall.steady for one in found.values())
         winners = [form for form, (_, low, _) in ratios.items() if sure and low > 1]
         return Measured(max(winners, key=lambda form: ratios[form][0], default=first), ratios, dropped, sure)
+
+
+def _shapes(
+    graph: Graph, values: Iterable[Value], feeds: Sequence[Mapping[str, Tensor]]
+) -> list[dict[Value, list[int]]] | None:
+    """The shapes of values at each of the example inputs; None where they do not follow from those of the inputs."""
+    axes = [sizes(graph, one) for one in feeds]
+    found = [{value: numbers_of(value.shape, one) for value in values} for one in axes]
+    known = [{value: shape for value, shape in one.items() if shape is not None} for one in found]
+    return known if known == found else None
 
 
 def _hold(results: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]]) -> None:
@@ -191,7 +221,3 @@ def _hold(results: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tenso
             if not result.is_floating_point() and (other.int() - result.int()).abs().max() > 1:
                 raise GraphError("its integers are more than one step from the first form's")
 
-
-def _machine() -> dict[str, str]:
-    known = measure.environment()
-    return {name: known[name] for name in ("cpu", "flags", "cores")}

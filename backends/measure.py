@@ -30,6 +30,9 @@ FEWEST = 6
 MOST_CALLS = 2**14
 """Calls in one block, at most."""
 
+SCREENED = 2
+"""Pairs after which a candidate that is hopelessly slow gives up its turns."""
+
 REST = 0.15
 """Seconds between blocks. onnxruntime's workers spin for about 0.1: with none, int8 MiniLM seems 2.0 times as fast as
 float where it is 3.1 times, each by itself (2 cores)."""
@@ -83,6 +86,10 @@ class Block:
     """Seconds of the probe just before and just after."""
 
 
+Pair = tuple[Block, Block]
+"""The baseline's turn and a candidate's of one round."""
+
+
 def paired(
     candidates: Mapping[str, Callable[[], object]],
     *,
@@ -122,10 +129,14 @@ def contest(
     sleep: Callable[[float], object] = time.sleep,
     probe: Callable[[], object] | None = None,
     probe_tolerance: float = 0.15,
+    hopeless: float = 0.0,
+    enough: float = math.inf,
 ) -> dict[str, Contender]:
     """As `paired`, where each candidate has several calls, such as one a shape: the same number of them for all.
 
-    The calls of a candidate follow each other in its block, so that it has to rest once for all of them.
+    The calls of a candidate follow each other in its block, so that it has to rest once for all of them. One that in
+    each of its first SCREENED pairs was less than `hopeless` times as fast as the baseline takes no further part. After
+    FEWEST rounds all ends where every call of every candidate is more than `enough` times as fast for certain.
     """
     check(candidates, baseline, rounds)
     probe = probe or default_probe()
@@ -134,23 +145,34 @@ def contest(
     for name, several in candidates.items():
         calls[name] = [calls_per_block(name, call, min_block_seconds, clock) for call in several]
         sleep(REST)
-    pairs: dict[str, list[tuple[Block, Block]]] = {name: [] for name in candidates}
-    run = 0
-    counted = dict.fromkeys(candidates, 0)
-    while run < 2 * rounds and min(counted.values()) < rounds:
+    # A short call is slow after a rest: where one candidate is repeated, all are called once before they are timed.
+    warm = [max(times) > 1 for times in zip(*calls.values(), strict=True)]
+    pairs: dict[str, list[Pair]] = {name: [] for name in candidates}
+    counting: dict[str, list[Pair]] = {name: [] for name in candidates}
+    run, racing = 0, list(candidates)
+    while run < 2 * rounds and min(len(counting[name]) for name in racing) < rounds:
         blocks: dict[str, Block] = {}
         before = probe_seconds(probe, clock)
-        for name in turns(list(candidates), run):
-            seconds = [block_seconds(call, times, clock)
-                       for call, times in zip(candidates[name], calls[name], strict=True)]  # fmt: skip
+        for name in turns(racing, run):
+            seconds = [block_seconds(*one, clock) for one in zip(candidates[name], calls[name], warm, strict=True)]
             sleep(REST)
             after = probe_seconds(probe, clock)
             blocks[name] = Block(tuple(seconds), (before, after))
             before = after
-        for name, several_pairs in pairs.items():
-            several_pairs.append((blocks[baseline], blocks[name]))
-            counted[name] += unsteadiness(several_pairs[-1]) <= probe_tolerance
+        for name in racing:
+            pair = blocks[baseline], blocks[name]
+            pairs[name].append(pair)
+            counting[name] += [pair] if unsteadiness(pair) <= probe_tolerance else []
         run += 1
+        lost = [name for name in racing if len(counting[name]) == SCREENED and fastest(counting[name]) < hopeless]
+        racing = [name for name in racing if name not in lost]
+        if lost and racing == [baseline]:
+            break
+        if min(len(counting[name]) for name in racing) >= FEWEST and all(
+            one.low > enough for name in racing if name != baseline
+            for one in contender(baseline, name, pairs[name], probe_tolerance).shapes
+        ):  # fmt: skip
+            break
     return {name: contender(baseline, name, several_pairs, probe_tolerance) for name, several_pairs in pairs.items()}
 
 
@@ -187,6 +209,12 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def machine() -> dict[str, str]:
+    """Of the environment, what timings of one engine at so many threads depend on."""
+    known = environment()
+    return {name: known[name] for name in ("cpu", "flags", "cores")}
 
 
 def header(environment: Mapping[str, str], threads: int) -> str:
@@ -228,9 +256,9 @@ def calls_per_block(name: str, call: Callable[[], object], least: float, clock: 
     return calls
 
 
-def block_seconds(call: Callable[[], object], calls: int, clock: Clock) -> float:
-    """Seconds of one call, as the mean of several."""
-    if calls > 1:  # a short call is slow after a rest
+def block_seconds(call: Callable[[], object], calls: int, warm: bool, clock: Clock) -> float:
+    """Seconds of one call, as the mean of several. warm: after one more that is not timed."""
+    if warm:
         call()
     return time_calls(call, calls, clock) / calls
 
@@ -246,13 +274,13 @@ def probe_seconds(probe: Callable[[], object], clock: Clock) -> float:
     return min(time_calls(probe, 1, clock) for _ in range(PROBE_RUNS))
 
 
-def unsteadiness(pair: tuple[Block, Block]) -> float:
+def unsteadiness(pair: Pair) -> float:
     """By how much the machine's speed differed around two blocks: 0.15 is 15%."""
     probes = pair[0].probes + pair[1].probes
     return max(probes) / min(probes) - 1
 
 
-def contender(baseline: str, name: str, pairs: Sequence[tuple[Block, Block]], tolerance: float) -> Contender:
+def contender(baseline: str, name: str, pairs: Sequence[Pair], tolerance: float) -> Contender:
     kept = [pair for pair in pairs if unsteadiness(pair) <= tolerance]
     steady = len(kept) >= min(FEWEST, len(pairs))
     if not steady:
@@ -269,6 +297,11 @@ def contender(baseline: str, name: str, pairs: Sequence[tuple[Block, Block]], to
     number = len(kept[0][0].seconds)
     each = tuple(of(lambda block, index=index: block.seconds[index]) for index in range(number))  # type: ignore[misc]
     return Contender(of(lambda block: geometric_mean(block.seconds)), each)
+
+
+def fastest(pairs: Sequence[Pair]) -> float:
+    """The largest of the ratios of several pairs, over all calls."""
+    return max(geometric_mean(one.seconds) / geometric_mean(other.seconds) for one, other in pairs)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

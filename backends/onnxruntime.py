@@ -25,7 +25,7 @@ from graphopt.graph import Graph, Node
 from graphopt.rewrite import Choice, Rule
 
 INT8_KERNELS = {
-    "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits"),
+    "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits", "QAttention"),
     "conv_int8": ("QLinearConv",),
     "add_int8": ("QLinearAdd",),
     **{word: (kernel,) for word, kernel in onnxruntime_int8.QLINEAR.items()},
@@ -68,15 +68,23 @@ class OnnxRuntime(OnnxTarget):
         weights = onnxruntime_weights.RULES, onnxruntime_weights.FOLDED
         return *onnxruntime_float.stages(), *onnxruntime_int8.STAGES, *weights
 
+    def engine(self) -> str:
+        return f"onnxruntime {ort.__version__}"
+
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
-        return Measuring(f"onnxruntime {ort.__version__}", feeds, partial(self.compile, threads=threads), threads)
+        return Measuring(self.engine(), feeds, partial(self.compile, threads=threads), threads)
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
         assert isinstance(graph, OnnxGraph)
         return OrtRunner(graph, threads)
 
     def check(self, neutral: Graph, runner: Runner) -> None:
-        built = runner.census()
+        built = Counter(runner.census())
+        built["QAttention"] *= 3  # it holds the products of query, key and value
+        if isinstance(runner, OrtRunner):
+            merged = runner.parts() - sum(len(site.results) - 1 for site in neutral.sites("onnx.Split"))
+            built["MatMulIntegerToFloat"] += merged
+            built["GatherBlockQuantized"] += onnxruntime_weights.tables(runner.model)
         promised = onnxruntime_int8.promised(neutral)
         for word, kernels in INT8_KERNELS.items():
             kinds = " and ".join(dict.fromkeys(site.kind for site in promised[word]))
@@ -113,6 +121,10 @@ class OrtRunner(Runner):
     def census(self) -> dict[str, int]:
         """From the model that the session optimized, dumped at the level below hardware layouts."""
         return dict(self._census)
+
+    def parts(self) -> int:
+        """How many results of the model's Split nodes there are beyond one of each: those that were one node's once."""
+        return sum(len(node.outputs) - 1 for node in self.model.graph if node.op_type == "Split")
 
     def profile(self, feeds: Mapping[str, Tensor]) -> Mapping[str, float]:
         """By the engine's own profiler, the median of PROFILED runs."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from graphopt.backends import onnxruntime_attention, onnxruntime_linear
 from graphopt.graph import Value
 from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
 
 
 def stages() -> Sequence[Sequence[Rule | Choice]]:
     """For one graph."""
-    return (RESIDUAL, Rule("attention-3d", _attention_4d, _attention_3d)), (_float_mask_once(),), (ATTENTION,)
+    attention = onnxruntime_attention.Forms()
+    linears = *onnxruntime_linear.Siblings().stages(), (onnxruntime_linear.Biases().choice(), GELU)
+    return (RESIDUAL, ATTENTION_3D), (attention.choice(),), (attention.float_mask_once(),), *linears
 
 
 def _residual_add(op: Recorder, x: str, residual: str) -> Pattern:
@@ -70,47 +71,13 @@ def _known_heads(split: tuple[int | str, ...] | None, flat: tuple[int | str, ...
     return isinstance(heads, int) and isinstance(size, int) and flat[2] == heads * size
 
 
-def _masked_attention(op: Recorder, query: str, key: str, value: str, mask: str) -> Pattern:
-    return op.attention(query, key, value, mask, bind="attention")
+def _tanh_gelu(op: Recorder, x: str) -> Pattern:
+    return op.gelu(x, approximate="tanh")
 
 
-def _float_mask_once() -> Rule:
-    """A rule for one graph: it remembers the masks that it made, so that every reader after the first shares them."""
-    made: dict[Value, Value] = {}
-
-    def shares_boolean_mask(m: Match) -> bool:
-        readers = sum(user.kind == "attention" for user in m.mask.users)
-        return m.mask.dtype is torch.bool and (readers > 1 or m.mask in made)
-
-    def read_float_mask(op: Builder, m: Match) -> Value:
-        """The kernel turns a boolean mask into floats at every layer; for several layers, once is enough."""
-        if m.mask not in made:
-            dtype = m.query.dtype
-            zero, lowest = (op.constant(torch.tensor(n, dtype=dtype)) for n in (0.0, torch.finfo(dtype).min))
-            made[m.mask] = op.where(m.mask, zero, lowest)
-        return op.attention(m.query, m.key, m.value, made[m.mask], **m.attention.attributes)
-
-    return Rule("float-mask-once", _masked_attention, read_float_mask, check=shares_boolean_mask)
-
-
-def _attention(op: Recorder, query: str, key: str, value: str, mask: str | None = None) -> Pattern:
-    return op.attention(query, key, value, mask)
-
-
-def _multi_head_attention(op: Builder, m: Match) -> Value:
-    """The contrib kernel: key and value of as many heads as the query, and a mask that is added."""
-    given = m.root.attributes
-    heads = given["heads"]
-    if not heads or given["kv_heads"] not in (0, heads):
-        raise Declined("its heads are split before it, or shared in groups")
-    mask = m.mask
-    if mask is not None and (mask.dtype is not m.query.dtype or mask.rank != 4):
-        raise Declined("its mask is not (batch, heads, length, length) of floats")
-    attributes = {"num_heads": heads, "unidirectional": int(given["causal"])}
-    if given["scale"] is not None:
-        attributes["scale"] = float(given["scale"])
-    none = (None, None)
-    return op("com.microsoft.MultiHeadAttention", m.query, m.key, m.value, *none, mask, **attributes)
+def _fast_gelu(op: Builder, m: Match) -> Value:
+    """The same formula, in a kernel of the contrib domain."""
+    return op("com.microsoft.FastGelu", m.x)
 
 
 RESIDUAL = Choice(
@@ -120,4 +87,5 @@ RESIDUAL = Choice(
     check=_is_normalized,
     around=lambda m: (m.root, *(user for user in m.root.result.users if user.kind == "layer_norm")),
 )
-ATTENTION = Choice("attention", _attention, {"Attention": None, "MultiHeadAttention": _multi_head_attention})
+ATTENTION_3D = Rule("attention-3d", _attention_4d, _attention_3d)
+GELU = Choice("tanh-gelu", _tanh_gelu, {"Gelu": None, "FastGelu": _fast_gelu})

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from graphopt.dialects import onnx_export
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.quantize import BLOCKS, pack
-from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule
+from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
 from graphopt.words import WORDS
 
 LONGEST = 128
@@ -137,6 +139,22 @@ def _gather_integers(op: Builder, m: Match) -> Value:
     return op("com.microsoft.GatherBlockQuantized", packed, m.ids, scale, zero_point, **where)
 
 
+def _gather_rows(op: Builder, m: Match) -> Value:
+    """Gather, and what makes its rows float: several operators of the standard."""
+    _require_kernel(m.root)
+    rows = onnx_export.gathered(op.graph, m.root)
+    if rows is None:
+        raise Declined("ONNX gathers no rows of less than a byte, nor of such scales")
+    return rows
+
+
+def tables(model: ir.Model) -> int:
+    """How many Gathers of a model read rows of stored integers."""
+    small = (ir.DataType.INT8, ir.DataType.UINT8)
+    gathers = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
+    return sum(one is not None and one.const_value is not None and one.const_value.dtype in small for one in gathers)
+
+
 def _require_kernel(site: Node) -> None:
     if (reason := _why_not(site)) is not None:
         raise Declined(reason)
@@ -214,11 +232,18 @@ def bias_steps(bias: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
     return rounded.clamp(limits.min, limits.max).to(torch.int32)
 
 
+EMBEDDING = Choice(
+    "embedding-of-integers",
+    _table,
+    {"GatherBlockQuantized": _gather_integers, "Gather": _gather_rows},
+    check=lambda m: _is_stored(m.table),
+    shared=True,
+)
 RULES = (
     Rule("matmul-integer-with-zero-points", _shifted_linear, _integer_to_float, shared=True, check=_is_shifted),
     Rule("qlinear-conv-with-zero-points", _shifted_conv, _qlinear_conv, shared=True, check=_is_shifted),
     Rule("matmul-nbits", _linear, _matmul_nbits, shared=True, check=lambda m: _is_stored(m.weight)),
-    Rule("gather-block-quantized", _table, _gather_integers, shared=True, check=lambda m: _is_stored(m.table)),
+    EMBEDDING,
 )
 FOLDED = (Rule("float-weights", _stored, _fold, check=lambda m: _is_stored(m.root)),)
 """Last: what no rule before has found a kernel for."""

@@ -58,6 +58,9 @@ class OpenVino(QdqTarget):
             return []
         return [f"run with INFERENCE_PRECISION_HINT=f32; by default OpenVINO rounds floats to {usual} on this CPU"]
 
+    def engine(self) -> str:
+        return f"openvino {_package().__version__}"
+
     def compile(self, graph: Graph, threads: int | None = None) -> OpenVinoRunner:
         assert isinstance(graph, OnnxGraph)
         return OpenVinoRunner(graph, threads)
@@ -94,6 +97,18 @@ class Layer:
     """Of what it reads, such as u8 and f32; of its weights where those alone are integers."""
     is_int8: bool
     """Whether it multiplies integers: a layer that only stores its weights so computes in floats."""
+
+
+def layers(compiled: Any) -> list[Layer]:
+    """The kernels of a compiled model's execution graph, in order."""
+    found = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        facts = {name: value.astype(str) for name, value in node.get_rt_info().items()}
+        kind, precision = facts["layerType"], facts["runtimePrecision"]
+        if kind not in _DATA:
+            name = facts["originalLayersNames"] or node.get_friendly_name()
+            found.append(Layer(kind, name, precision, facts["primitiveType"].endswith("I8")))
+    return found
 
 
 class OpenVinoRunner(Runner):
@@ -139,11 +154,4 @@ class OpenVinoRunner(Runner):
     @cached_property
     def layers(self) -> list[Layer]:
         """The kernels of the execution graph, in order."""
-        found = []
-        for node in self.compiled.get_runtime_model().get_ordered_ops():
-            facts = {name: value.astype(str) for name, value in node.get_rt_info().items()}
-            kind, precision = facts["layerType"], facts["runtimePrecision"]
-            if kind not in _DATA:
-                name = facts["originalLayersNames"] or node.get_friendly_name()
-                found.append(Layer(kind, name, precision, facts["primitiveType"].endswith("I8")))
-        return found
+        return layers(self.compiled)

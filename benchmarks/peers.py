@@ -7,23 +7,34 @@ import copy
 import importlib
 import io
 import logging
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.loading import Arrays, OpenVinoFile
 from benchmarks.models import Batch
+from graphopt.backends.measure import version
 
 Made = TypeVar("Made")
 
 BASELINE, OPSET_23 = "fp32, default opset", "fp32, opset 23"
 """What every ratio is over, and the newest form, which is faster by itself."""
+
+PACKAGES = ("openvino", "nncf", "olive-ai", "onnxslim")
+"""Peers beside onnxruntime's own tools, by what pip calls them."""
+
+
+def versions() -> dict[str, str]:
+    """Of each peer, or that it is not installed."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def attempt(make: Callable[[], Made]) -> Made | str:
@@ -35,6 +46,20 @@ def attempt(make: Callable[[], Made]) -> Made | str:
         return f"{error.name} is not installed"
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:90]}"
+
+
+def apart(make: Callable[..., Made], *given: Any) -> Made:
+    """What a peer makes in a process of its own, for peers that change the one that imports them: loggers, hooks in
+    torch, settings of threads. Raises what it raises there, and RuntimeError where the process dies."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _silence) as pool:
+        return pool.submit(make, *given).result()
+
+
+def _silence() -> None:
+    """Progress and warnings of this process go nowhere, those of its libraries in C++ too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 @contextlib.contextmanager
@@ -70,11 +95,11 @@ class Reader:
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.feeds = iter(arrays(batches))
 
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+    def get_next(self) -> Arrays | None:
         return next(self.feeds, None)
 
 
-def arrays(batches: Sequence[Batch]) -> list[dict[str, np.ndarray[Any, Any]]]:
+def arrays(batches: Sequence[Batch]) -> list[Arrays]:
     return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in batches]
 
 
@@ -121,17 +146,58 @@ def _prepared(source: Path, path: Path) -> Path:
 
 def nncf_onnx(source: Path, batches: Sequence[Batch], path: Path, *, transformer: bool = False) -> Path:
     """Q/DQ by NNCF's ONNX backend."""
+    return apart(_nncf_onnx, source, arrays(batches), path, transformer)
+
+
+def _nncf_onnx(source: Path, feeds: list[Arrays], path: Path, transformer: bool) -> Path:
     nncf = importlib.import_module("nncf")  # not a dependency, and without types
     import onnx
 
     kind = nncf.ModelType.TRANSFORMER if transformer else None
-    feeds = arrays(batches)
     onnx.save(nncf.quantize(onnx.load(source), nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds)), path)
     return path
 
 
-def optimized_transformer(module: nn.Module, example: Batch, folder: Path) -> Path:
-    """By onnxruntime's optimizer of transformers, then `quantize_dynamic`.
+def nncf_openvino(source: Path, batches: Sequence[Batch], path: Path, *, transformer: bool = False) -> OpenVinoFile:
+    """By NNCF, in OpenVINO's own format (.xml)."""
+    return apart(_nncf_openvino, source, arrays(batches), path, transformer)
+
+
+def _nncf_openvino(source: Path, feeds: list[Arrays], path: Path, transformer: bool) -> OpenVinoFile:
+    openvino, nncf = importlib.import_module("openvino"), importlib.import_module("nncf")
+    kind = nncf.ModelType.TRANSFORMER if transformer else None
+    made = nncf.quantize(
+        openvino.convert_model(source), nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds)
+    )  # fmt: skip
+    openvino.save_model(made, path, compress_to_fp16=False)
+    return OpenVinoFile(path)
+
+
+def olive_dynamic(source: Path, folder: Path) -> Path:
+    """By Olive's dynamic quantization, int8 weights per channel."""
+    return apart(_olive_dynamic, source, folder)
+
+
+def _olive_dynamic(source: Path, folder: Path) -> Path:
+    os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"  # read when it is imported
+    olive = importlib.import_module("olive")  # not a dependency, and without types
+    done = olive.run({
+        "input_model": {"type": "ONNXModel", "model_path": str(source)},
+        "passes": {"int8": {"type": "OnnxDynamicQuantization", "per_channel": True, "precision": "int8"}},
+        "output_dir": str(folder), "cache_dir": str(folder / "cache"), "log_severity_level": 4,
+    })  # fmt: skip
+    return Path(done.get_best_candidate().model_path)
+
+
+def onnxslim(source: Path, path: Path) -> Path:
+    """Simplified by onnxslim, in floats."""
+    slim = importlib.import_module("onnxslim")  # not a dependency, and without types
+    slim.slim(str(source), str(path))
+    return path
+
+
+def fused_transformer(module: nn.Module, example: Batch, folder: Path) -> Path:
+    """By onnxruntime's optimizer of transformers, in floats.
 
     Its fusions know TorchScript's export of attention written out: of torch.export's they find none.
     """
@@ -141,15 +207,21 @@ def optimized_transformer(module: nn.Module, example: Batch, folder: Path) -> Pa
     eager: Any = copy.deepcopy(module)
     eager.set_attn_implementation("eager")
     source, fused = folder / "torchscript.onnx", folder / "fused.onnx"
-    axes = {name: {0: "batch", 1: "length"} for name in example}
+    axes = {name: {0: "batch"} if x.is_floating_point() else {0: "batch", 1: "length"} for name, x in example.items()}
     torch.onnx.export(
         _FirstOutput(eager, list(example)), tuple(example.values()), str(source), input_names=list(example),
         dynamic_axes=axes, dynamo=False, opset_version=17,
     )  # fmt: skip
+    kind = config.model_type if config.model_type in ("gpt2", "vit") else "bert"
     heads, width = config.num_attention_heads, config.hidden_size
-    made = optimize_model(str(source), model_type="bert", num_heads=heads, hidden_size=width, opt_level=0)
+    made = optimize_model(str(source), model_type=kind, num_heads=heads, hidden_size=width, opt_level=0)
     made.save_model_to_file(str(fused))
-    return quantize_dynamic(fused, folder / "fused-dynamic.onnx")
+    return fused
+
+
+def fused_dynamic(module: nn.Module, example: Batch, folder: Path) -> Path:
+    """By onnxruntime's optimizer of transformers, then `quantize_dynamic`."""
+    return quantize_dynamic(fused_transformer(module, example, folder), folder / "fused-dynamic.onnx")
 
 
 class _FirstOutput(nn.Module):
@@ -162,27 +234,3 @@ class _FirstOutput(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         first: Tensor = self.module(**dict(zip(self.names, tensors, strict=True)))[0]
         return first
-
-
-def olive_dynamic(source: Path, folder: Path) -> Path:
-    """By Olive's dynamic quantization, int8 weights per channel."""
-    os.environ["OLIVE_DISABLE_TELEMETRY"] = "1"  # read when it is imported
-    olive = importlib.import_module("olive")  # not a dependency, and without types
-    done = olive.run({
-        "input_model": {"type": "ONNXModel", "model_path": str(source)},
-        "passes": {"int8": {"type": "OnnxDynamicQuantization", "per_channel": True, "precision": "int8"}},
-        "output_dir": str(folder), "cache_dir": str(folder / "cache"), "log_severity_level": 4,
-    })  # fmt: skip
-    return Path(done.get_best_candidate().model_path)
-
-
-def nncf_openvino(source: Path, batches: Sequence[Batch], path: Path) -> Path:
-    """A transformer by NNCF, as OpenVINO's own format (.xml)."""
-    openvino, nncf = importlib.import_module("openvino"), importlib.import_module("nncf")
-    given = arrays(batches)
-    made = nncf.quantize(
-        openvino.convert_model(source), nncf.Dataset(given), model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(given),
-    )  # fmt: skip
-    openvino.save_model(made, path, compress_to_fp16=False)
-    return path

@@ -15,7 +15,7 @@ from benchmarks.case import DataMissing, Settings
 CASES = (
     "minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "groups", "curves", "pruned", "growth",
     "combined", "quantization", "sweep", "streaming", "calibration", "mixed", "int8", "float",
-    "rescue", "slowdowns", "frontier", "optimizing", "packages", "finetune",
+    "rescue", "openvino", "slowdowns", "frontier", "optimizing", "cuda", "packages", "finetune",
 )  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -45,13 +45,15 @@ def main(
     os.environ.setdefault("GRAPHOPT_MEASURE", "0")  # cases that are about speed ask for it
     import torch
 
+    from benchmarks.peers import versions
     from graphopt.backends.measure import environment, header
 
     torch.set_num_threads(threads)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     settings = Settings(data, threads, rounds, medium, Console(width=width, soft_wrap=False), out, tuple(only or ()))
-    settings.console.print(header(environment(), threads), highlight=False)
+    peers = ", ".join(f"{package} {one}" for package, one in versions().items())
+    settings.console.print(header(environment(), threads), f"peers: {peers}", sep="\n", highlight=False)
     failed = []
     for name in cases or CASES:
         settings.console.rule(f"[bold]{name}")

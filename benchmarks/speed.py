@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.case import Settings, checked, table, times
-from benchmarks.loading import feeds, session
+from benchmarks.loading import ENGINES, Bind, OpenVinoFile
 from benchmarks.models import Batch
-from benchmarks.peers import BASELINE, OPSET_23
-from graphopt.backends.measure import Contender, contest, slower_than
+from benchmarks.peers import BASELINE, OPSET_23, versions
+from graphopt.backends.measure import Contender, contest, environment, slower_than
+from graphopt.numerics import metrics
 from graphopt.report import plain
 
 CONTROL = "the baseline again"
-Bind = Callable[[Batch], Callable[[], object]]
-"""A model that is ready to run: from a batch to a call without arguments."""
+File = Path | OpenVinoFile
+Column = tuple[str, Mapping[str, str]]
+"""A column of a table: its title, and what stands in it by row."""
 
 
-def opened(path: Path, threads: int) -> Bind:
-    one = session(path, threads)
-    return lambda batch: partial(one.run, None, feeds(one, batch))
+def opened(file: File, threads: int) -> Bind:
+    engine, path = _engine(file)
+    return ENGINES[engine](path, threads)
 
 
-def openvino_model(path: Path, threads: int) -> Bind:
-    """A file in OpenVINO: default options, but for the threads."""
-    compiled = importlib.import_module("openvino").compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads})
-
-    def bind(batch: Batch) -> Callable[[], object]:
-        given = {name: tensor.numpy() for name, tensor in batch.items()}
-        return lambda: list(compiled(given).values())
-
-    return bind
+def _engine(file: File) -> tuple[str, Path]:
+    return ("openvino", file.path) if isinstance(file, OpenVinoFile) else ("onnxruntime", file)
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,7 @@ class Race:
     found: Mapping[str, Contender]
     failed: Mapping[str, str]
     """Models that there is none of, and why."""
+    baseline: str
 
     def speeds(self, title: str, bounds: Mapping[tuple[str, str], float] | None = None) -> tuple[Table, bool]:
         """Times as fast as the baseline, a row a model and a column a shape, and whether all bounds hold.
@@ -59,8 +55,9 @@ class Race:
         bounds: (model, shape) -> the least ratio there; the shape "mean" is the geometric mean over all.
         """
         bounds = bounds or {}
-        rows = table(title, "", *self.shapes, "geometric mean", f"over {OPSET_23}")
-        holds = True
+        newer = self.found.get(OPSET_23)
+        rows = table(title, "", *self.shapes, "geometric mean", *([f"over {OPSET_23}"] if newer else []))
+        holds = not any(name in self.failed for name, _ in bounds)
         for name, one in self.found.items():
             cells = []
             for shape, ratio in zip((*self.shapes, "mean"), (*one.shapes, one.overall), strict=True):
@@ -70,37 +67,73 @@ class Race:
                     holds = holds and ratio.median >= least
                     cell = checked(f"{cell} (bound {least:g})", ratio.median >= least)
                 cells.append(cell)
-            newer = self.found.get(OPSET_23)
-            rows.add_row(name, *cells, f"{one.overall.median / newer.overall.median:.2f}" if newer else "")
-        for name in self.failed:
-            rows.add_row(name, "none")
-        rows.caption = "\n".join(f"{name}: {why}" for name, why in self.failed.items())
+            rows.add_row(name, *cells, *([f"{one.overall.median / newer.overall.median:.2f}"] if newer else []))
+        for name, why in self.failed.items():
+            rows.add_row(name, "not installed" if why.endswith("not installed") else "failed")
+        rows.caption = Text("\n".join(f"{name}: {why}" for name, why in self.failed.items()))
         rows.caption_justify = "left"
         return rows, holds
 
     def latencies(self, title: str) -> Table:
         """p50 and p90 of a run in ms, and rows of a batch a second at p50."""
         rows = table(title, "", "shape", "p50 ms", "p90 ms", "rows/s")
-        for name, one in self.found.items():
-            for (shape, batch), ratio in zip(self.shapes.items(), one.shapes, strict=True):
-                p50, p90 = ratio.seconds[name]
-                rate = len(next(iter(batch.values()))) / p50
+        for name, seconds in self.seconds().items():
+            for shape, (p50, p90) in seconds.items():
+                rate = len(next(iter(self.shapes[shape].values()))) / p50
                 rows.add_row(name, shape, f"{1e3 * p50:.2f}", f"{1e3 * p90:.2f}", f"{rate:.1f}")
         return rows
+
+    def seconds(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """By model and shape, p50 and p90 of a run; the baseline's own are those beside its control."""
+        of = {name: one for name, one in self.found.items() if name != CONTROL}
+        return {
+            name: {shape: ratio.seconds[name] for shape, ratio in zip(self.shapes, one.shapes, strict=True)}
+            for name, one in ({self.baseline: self.found[CONTROL]} | of).items()
+        }
 
     def slower(self, name: str) -> list[str]:
         """The shapes at which a model is slower than the baseline."""
         return [shape for shape, ratio in zip(self.shapes, self.found[name].shapes, strict=True) if slower_than(ratio)]
 
+    def loses(self, name: str, others: Iterable[str]) -> list[str]:
+        """The others that a model is slower than at some shape, beyond both their intervals."""
+        ours = self.found[name].shapes
+        return [
+            other for other in others if other in self.found
+            and any(mine.high < theirs.low for mine, theirs in zip(ours, self.found[other].shapes, strict=True))
+        ]  # fmt: skip
+
     def figures(self) -> dict[str, Any]:
         """For JSON."""
         found = {name: {"mean": asdict(one.overall)} | dict(zip(self.shapes, map(asdict, one.shapes), strict=True))
                  for name, one in self.found.items()}  # fmt: skip
-        return {"found": found, "failed": dict(self.failed)}
+        return {"baseline": self.baseline, "found": found, "failed": dict(self.failed)}
+
+    def plot(self, title: str, path: Path) -> None:
+        """Times as fast as the baseline with intervals, a group of bars a shape."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(2 + 2.2 * len(self.shapes), 5))
+        width = 0.85 / len(self.found)
+        for index, (name, one) in enumerate(self.found.items()):
+            at = [place + index * width for place in range(len(self.shapes))]
+            middle = [ratio.median for ratio in one.shapes]
+            reach = [[ratio.median - ratio.low for ratio in one.shapes],
+                     [min(ratio.high, 2 * ratio.median) - ratio.median for ratio in one.shapes]]  # fmt: skip
+            axes.bar(at, middle, width, yerr=reach, label=name, color=f"C{index % 10}", alpha=1 if index < 10 else 0.5)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks([place + 0.425 - width / 2 for place in range(len(self.shapes))], [*self.shapes])
+        axes.set(title=title, ylabel=f"times as fast as {self.baseline}")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+        pyplot.close(figure)
 
 
 def race(
-    models: Mapping[str, Path | Bind | str], shapes: Mapping[str, Batch], settings: Settings, baseline: str = BASELINE
+    models: Mapping[str, File | Bind | str], shapes: Mapping[str, Batch], settings: Settings, baseline: str = BASELINE
 ) -> Race:
     """Time files, models that are open already, and the reasons of those that failed, against one of the files."""
     calls: dict[str, list[Callable[[], object]]] = {}
@@ -109,7 +142,7 @@ def race(
         try:
             if isinstance(model, str):
                 raise RuntimeError(model)
-            bind = opened(model, settings.threads) if isinstance(model, Path) else model
+            bind = opened(model, settings.threads) if isinstance(model, File) else model
             calls[name] = [bind(batch) for batch in shapes.values()]
             for call in calls[name]:
                 call()
@@ -119,12 +152,41 @@ def race(
     if baseline not in calls:
         raise RuntimeError(f"the baseline does not run: {failed[baseline]}")
     found = contest(calls | {CONTROL: calls[baseline]}, baseline=baseline, rounds=settings.rounds)
-    return Race(shapes, {name: one for name, one in found.items() if name != baseline}, failed)
+    return Race(shapes, {name: one for name, one in found.items() if name != baseline}, failed, baseline)
 
 
-def loses(ours: Contender, other: Contender) -> bool:
-    """Whether a model is slower than another of the same race at some shape, beyond both their intervals."""
-    return any(mine.high < theirs.low for mine, theirs in zip(ours.shapes, other.shapes, strict=True))
+def tables(
+    case: str,
+    title: str,
+    found: Race,
+    files: Mapping[str, File | str],
+    settings: Settings,
+    *,
+    bounds: Mapping[tuple[str, str], float] | None = None,
+    columns: Iterable[Column] = (),
+) -> bool:
+    """Print all that is known of models raced over torch's export, and write it with a plot; whether the bounds hold.
+
+    files: as they were raced. columns: what is known beside file, time to load and memory, such as accuracy.
+    """
+    first = next(iter(found.shapes.values()))
+    sizes = {name: footprint(file, first, settings.threads) for name, file in files.items()
+             if not isinstance(file, str) and name not in found.failed}  # fmt: skip
+    columns = list(columns)
+    rest = table("the file, and a process of its own that loads it and runs the first shape", "", "file MB", "load s",
+                 "peak memory MB", *(title for title, _ in columns))  # fmt: skip
+    for name, one in sizes.items():
+        rest.add_row(name, f"{one.file / 1e6:.1f}", f"{one.load:.2f}", f"{one.peak / 1e6:.0f}",
+                     *(cells.get(name, "") for _, cells in columns))  # fmt: skip
+    rows, holds = found.speeds(f"{title}: times as fast as torch.onnx.export at its default opset", bounds)
+    settings.console.print(rows, found.latencies("latency and throughput"), rest)
+    figures = found.figures() | {
+        "seconds": found.seconds(), "files": sizes, **{title: dict(cells) for title, cells in columns},
+    }  # fmt: skip
+    write(settings, case, figures)
+    if settings.out is not None:
+        found.plot(title, settings.out / f"{case}.png")
+    return holds
 
 
 @dataclass(frozen=True)
@@ -132,24 +194,50 @@ class Footprint:
     """What a file takes before and while it runs."""
 
     file: int
-    """Bytes."""
+    """Bytes, with those of weights that lie beside it."""
     load: float
     """Seconds until a session is made."""
     peak: int
     """Bytes of resident memory of a process that loads the file and runs it once."""
 
 
-def footprint(path: Path, batch: Batch, threads: int) -> Footprint:
-    """Load and run a file in a process of its own, with onnxruntime and no other library. Linux only."""
+def footprint(file: File, batch: Batch, threads: int) -> Footprint:
+    """Load and run a file in a process of its own, with its engine and no other library. Linux only."""
+    engine, path = _engine(file)
     with tempfile.TemporaryDirectory() as folder:
         given = Path(folder) / "batch.npz"
         np.savez(given, **{name: tensor.numpy() for name, tensor in batch.items()})  # type: ignore[arg-type]
-        command = [sys.executable, "-m", "benchmarks.loading", str(path), str(given), str(threads)]
+        command = [sys.executable, "-m", "benchmarks.loading", engine, str(path), str(given), str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return Footprint(path.stat().st_size, **json.loads(done.stdout.splitlines()[-1]))
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    size = sum(part.stat().st_size for part in (path, beside) if part.exists())
+    return Footprint(size, **json.loads(done.stdout.splitlines()[-1]))
+
+
+def distances(files: Mapping[str, File | str], found: Race, threads: int) -> Column:
+    """The SQNR of the worst output to the baseline's, over all shapes: a column for `tables`. Some files lack the last
+    outputs of the baseline, and are judged by those that they have."""
+
+    def outputs(file: File) -> list[list[torch.Tensor]]:
+        bind = opened(file, threads)
+        return [[torch.as_tensor(one) for one in bind(batch)()] for batch in found.shapes.values()]
+
+    baseline = files[found.baseline]
+    assert not isinstance(baseline, str)
+    expected = outputs(baseline)
+    cells = {}
+    for name, file in files.items():
+        if isinstance(file, str) or name in (found.baseline, *found.failed):
+            continue
+        pairs = [pair for several in zip(expected, outputs(file), strict=True) for pair in zip(*several, strict=False)]
+        cells[name] = f"{min(metrics.sqnr(a.float(), b.float()) for a, b in pairs):.1f}"
+    return "SQNR dB to fp32", cells
 
 
 def write(settings: Settings, case: str, figures: Mapping[str, Any]) -> None:
-    """Figures of a case as JSON, where a folder is given for them."""
+    """Figures of a case as JSON with what they depend on, where a folder is given for them."""
     if settings.out is not None:
-        (settings.out / f"{case}.json").write_text(json.dumps(plain(figures), indent=2) + "\n", encoding="utf-8")
+        machine = environment() | versions()
+        about = {"machine": machine, "threads": settings.threads, "rounds": settings.rounds}
+        text = json.dumps(plain(about | dict(figures)), indent=2) + "\n"
+        (settings.out / f"{case}.json").write_text(text, encoding="utf-8")

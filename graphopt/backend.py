@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from graphopt.graph import Graph, GraphError
+from graphopt.graph import Graph, GraphError, Node
 from graphopt.pipeline import UsageError
 from graphopt.rewrite import Choice, Match, Rule, RuleLog, rewrite
 
@@ -45,12 +47,14 @@ class Chooser(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """How a target wants static activations that are quantized only where int8 words read them."""
+    """How a target wants activations that are quantized only where int8 words read them."""
 
     signed: bool = False
     """Whether they are int8 about zero, or uint8 with a zero point."""
     fuses_sum: bool = False
     """Whether an add takes the result of an int8 conv as it is, and only its other side in integers."""
+    rows: bool = False
+    """Whether ranges of each run are one for each row, about zero, or one for all of a value, with a zero point."""
 
 
 class Runner(ABC):
@@ -83,17 +87,19 @@ class Backend(ABC):
     """By word, the bits that weights may have where they alone are integers (the scheme weight-only), best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed islands, whose results are integers too."""
+    types: ClassVar[tuple[str, ...]] = ("int8",)
+    """What it multiplies in 8 bits, best first."""
     floats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
     """The floats of 16 bits that it computes in."""
     round_to: ClassVar[Mapping[str, int]]
     """Sizes that kernels run fast are multiples of these: by kind of axis (neurons, channels, width, rank)."""
 
-    runs: ClassVar[bool] = True
+    runs: bool = True
     """Whether its engine runs here; else a reference does, and nothing is timed."""
 
-    zeros: ClassVar[str] = "dense kernels multiply zeros like any number: a file is smaller once compressed, no more"
+    zeros: str = "dense kernels multiply zeros like any number: a file is smaller once compressed, no more"
     """What zeros inside weights bring here, in words for the user."""
-    sparse: ClassVar[tuple[str, ...]] = ()
+    sparse: tuple[str, ...] = ()
     """The patterns of zeros that kernels skip here, as `sparsify` spells them (2:4)."""
 
     def __init__(self, cpu: str | None = None) -> None:
@@ -111,6 +117,18 @@ class Backend(ABC):
         from graphopt.backends.measure import environment
 
         return 7 if saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu]) else 8
+
+    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
+        """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
+        return None
+
+    def clock(self) -> float:
+        """Seconds from any origin, when the engine has done all that it was asked for."""
+        return time.perf_counter()
+
+    def place(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Feeds where the engine reads them, so that a timing holds no copy."""
+        return feeds
 
     @abstractmethod
     def pipeline(self) -> str:
@@ -148,6 +166,10 @@ class Backend(ABC):
             graph.sweep()
         return logs
 
+    def engine(self) -> str:
+        """Name and version of what runs graphs here, for what is kept of timings."""
+        return f"torch {version('torch')}"
+
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Chooser | None:
         """Takes forms by measuring them here at these inputs; None where no pattern has several."""
         return None
@@ -176,11 +198,16 @@ class Backend(ABC):
         runners = {name: self.compile(self.lower(one)[0], threads)
                    for name, one in {"baseline": baseline, "candidate": graph}.items()}  # fmt: skip
         return [
-            paired({name: partial(run, one) for name, run in runners.items()}, baseline="baseline", rounds=rounds)[
-                "candidate"
-            ]
-            for one in feeds
-        ]
+            paired(
+                {name: partial(run, one) for name, run in runners.items()}, baseline="baseline", rounds=rounds,
+                clock=self.clock,
+            )["candidate"]
+            for one in map(self.place, feeds)
+        ]  # fmt: skip
+
+    def times(self) -> bool:
+        """Whether to time where nobody says. Raises UsageError where it should run here, and does not."""
+        return self.cpu is None and self.runs
 
     def require_runs(self) -> None:
         """Raise UsageError where the engine does not run here, so that nothing can be timed."""

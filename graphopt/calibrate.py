@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from graphopt.axes.masks import mask_inputs, real_positions
-from graphopt.graph import Graph, Shape, Value
+from graphopt.graph import Flow, Graph, Shape, Value
 from graphopt.pipeline import UsageError, nearest
 
 SAMPLES = 8
 """Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
 
-MEMORY = 2**30
-"""Bytes of statistics that are filled in one run over the batches."""
+MEMORY = Flow.memory
+"""Bytes of what is kept of batches, at most, where these fit memory."""
 
 
 class Input(Protocol):
@@ -105,28 +106,30 @@ class Calibration:
         """Fill a fresh statistic of each value over all batches, and give them in order; padding is left out.
 
         Padding is where an input that is a mask is 0 (`graphopt.axes.masks.real_positions`). Statistics of at most
-        MEMORY bytes (or a single larger one) are filled together, so a reader that lets go of each needs no more than
-        that; every such part runs over the batches anew. The graph must not change in between.
+        `Flow.memory` bytes (or a single larger one) are filled together, so a reader that lets go of each needs no more
+        than that; every such part runs over the batches anew, or goes on where the one before has ended, in a model
+        that does not fit memory. The graph must not change in between.
         Raises NotFinite where an activation holds NaN or infinity at a real position.
         """
         part: list[tuple[Value, S]] = []
-        held, version = 0, graph.version
+        flow, held, version = graph.flow(self), 0, graph.version
         for value, statistic in wanted:
-            if part and held + statistic.nbytes > MEMORY:
-                yield from self._fill(graph, part)
+            if part and held + statistic.nbytes > flow.memory:
+                yield from self._fill(flow, part)
                 part, held = [], 0
                 assert graph.version == version, "the graph changed between parts of its statistics"
             part.append((value, statistic))
             held += statistic.nbytes
         if part:
-            yield from self._fill(graph, part)
+            yield from self._fill(flow, part)
 
-    def _fill(self, graph: Graph, part: Sequence[tuple[Value, S]]) -> list[S]:
+    def _fill(self, flow: Flow, part: Sequence[tuple[Value, S]]) -> list[S]:
         fetch = list(dict.fromkeys(value for value, _ in part))
         masks = mask_inputs(self.inputs)
-        for number, feeds in enumerate(self):
-            tensors = dict(zip(fetch, graph.evaluate(feeds, fetch), strict=True))
+        for number, feeds, tensors in flow.through(fetch):
             for value, statistic in part:
+                if value not in tensors:
+                    continue
                 try:
                     real = real_positions(value.shape, tensors[value], masks, feeds)
                     statistic.update(tensors[value], real)
@@ -186,6 +189,46 @@ class Calibration:
         for value in self.inputs:
             if value.name not in batch:
                 raise UsageError(f"{where} has no {value.name!r}{nearest(value.name, [str(name) for name in batch])}")
+
+
+class Remembered(Calibration):
+    """Batches whose statistics are kept, up to MEMORY bytes, by name and kind of value, for graphs that are equal.
+
+    graphs: what tells one graph from another; without it, all are clones of one.
+    """
+
+    def __init__(self, calibration: Calibration, graphs: Callable[[Graph], str] = lambda graph: "") -> None:
+        self.__dict__.update(calibration.__dict__)
+        self._graphs = graphs
+        self._known: dict[tuple[str, str, str], Any] = {}
+
+    def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
+        name, order = self._graphs(graph), deque[tuple[tuple[str, str, str], S | None]]()
+
+        def missing() -> Iterator[tuple[Value, S]]:
+            for value, statistic in wanted:
+                key = name, value.name, _fresh(statistic)
+                order.append((key, self._known.get(key)))
+                if order[-1][1] is None:
+                    yield value, statistic
+
+        for found in super().observe(graph, missing()):
+            while (known := order[0][1]) is not None:
+                order.popleft()
+                yield known
+            self._keep(order.popleft()[0], found)
+            yield found
+        yield from (known for _, known in order if known is not None)
+
+    def _keep(self, key: tuple[str, str, str], statistic: Any) -> None:
+        if sum(one.nbytes for one in self._known.values()) + statistic.nbytes <= MEMORY:
+            self._known[key] = statistic
+
+
+def _fresh(statistic: Any) -> str:
+    """What an empty statistic is: its class, and all that it holds."""
+    held = {name: one.tolist() if isinstance(one, Tensor) else one for name, one in vars(statistic).items()}
+    return f"{type(statistic).__qualname__} {held}"
 
 
 class _Reader:

@@ -31,6 +31,7 @@ from graphopt.trace import (
     as_tensor,
     first_line,
     nearest,
+    on_cpu,
     plain_structure,
     several,
     structure,
@@ -142,14 +143,28 @@ def _capture_module(module: nn.Module, dialect: str, traced: Traced) -> Captured
     signature = Signature(tuple(traced.examples[0]), structure.names, structure.rebuild)
     graph = _graph_of(traced.program, dialect, signature, traced.axes, structure.places)
     notes = list(traced.notes)
+    for example in traced.examples:
+        _require_shapes(graph, example)
     graph = _raise_checked(graph, traced.examples[:1], [traced.expected], notes)
     return Captured(graph, signature, traced.examples, f"{type(module).__module__}.{type(module).__name__}", notes)
+
+
+def _require_shapes(graph: Graph, example: Feeds) -> None:
+    """Raise CaptureError where an example has other sizes than the export fixed."""
+    for value in graph.inputs:
+        shape = value.shape or ()
+        given = example[value.name].shape if value.name in example else ()
+        if any(isinstance(size, int) and size != number for size, number in zip(shape, given, strict=False)):
+            takes = ", ".join(map(str, shape))
+            raise CaptureError(f"example_inputs: {value.name} is {list(given)}, and the export takes [{takes}]: name "
+                               f"the axes that differ in dynamic_shapes")  # fmt: skip
 
 
 def _capture_program(
     program: torch.export.ExportedProgram, dialect: str, example_inputs: Any, *, made: bool = False
 ) -> Captured:
     """made: whether feeds are made from the input types where there are none."""
+    program, notes = on_cpu(program)
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     names = [str(n) for n in program.graph_signature.user_inputs if isinstance(placeholders.get(str(n)), Tensor)]
     feeds = [_program_feeds(names, one) for one in several(example_inputs)] if example_inputs is not None else []
@@ -166,7 +181,6 @@ def _capture_program(
     leaves = [result.value if isinstance(result, ConstantArgument) else torch.empty(0) for result in results]
     returned = structure(pytree.tree_unflatten(leaves, tree) if tree is not None else tuple(leaves))
     signature = Signature(tuple(names), returned.names, returned.rebuild)
-    notes: list[str] = []
     graph = _graph_of(program, dialect, signature, axes, returned.places)
     if made and not feeds:
         feeds = [_made_feeds(graph.inputs, notes)]
@@ -176,9 +190,9 @@ def _capture_program(
 
 def _program_feeds(names: Sequence[str], example: Any) -> Feeds:
     if isinstance(example, Mapping):
-        return {name: as_tensor(example[name], name) for name in names}
+        return {name: as_tensor(example[name], name).cpu() for name in names}
     values = example if isinstance(example, tuple) else (example,)
-    return {name: as_tensor(value, name) for name, value in zip(names, values, strict=True)}
+    return {name: as_tensor(value, name).cpu() for name, value in zip(names, values, strict=True)}
 
 
 def _graph_of(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from graphopt.cost import nbytes
 from graphopt.graph import Graph, Node, Shape, Value
 
 _LARGE = 1_000_000
@@ -47,7 +46,7 @@ def _is_foldable(node: Node, known: set[Value]) -> bool:
         return False
     if not all(value is None or value.is_constant or value in known for value in node.operands):
         return False
-    return not _outgrows(node, sum(_bytes(result) for result in node.results))
+    return not _outgrows(node, sum(nbytes(result, {}) for result in node.results))
 
 
 def _is_weight_view(node: Node) -> bool:
@@ -57,13 +56,7 @@ def _is_weight_view(node: Node) -> bool:
 
 
 def _outgrows(node: Node, size: int) -> bool:
-    return size > _LARGE and size > sum(_bytes(value) for value in node.operands if value is not None)
-
-
-def _bytes(value: Value) -> int:
-    """What a value occupies; 0 where its shape or dtype is not known."""
-    sizes = static_sizes(value.shape)
-    return 0 if sizes is None or value.dtype is None else math.prod(sizes) * value.dtype.itemsize
+    return size > _LARGE and size > sum(nbytes(value, {}) for value in node.operands if value is not None)
 
 
 def static_sizes(shape: Shape | None) -> list[int] | None:

@@ -54,7 +54,7 @@ def sizes(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, int]:
     """Numbers for the named axes of a graph, from what one example feeds it."""
     return {
         size: number
-        for value in graph.inputs
+        for value in graph.inputs if value.name in feeds
         for size, number in zip(value.shape or (), feeds[value.name].shape, strict=False)
         if isinstance(size, str)
     }
@@ -69,7 +69,7 @@ def flops(node: Node, sizes: Mapping[str, int], shapes: Mapping[Value, Shape] = 
         return 0
 
     def numbers(value: Value) -> list[int] | None:
-        return _numbers(shapes.get(value, value.shape), sizes)
+        return numbers_of(shapes.get(value, value.shape), sizes)
 
     out = numbers(node.result)
     if out is None:
@@ -88,7 +88,14 @@ def flops(node: Node, sizes: Mapping[str, int], shapes: Mapping[Value, Shape] = 
     return 4 * query[0] * query[-2] * key[-2] * width
 
 
-def _numbers(shape: Shape | None, sizes: Mapping[str, int]) -> list[int] | None:
+def nbytes(value: Value, sizes: Mapping[str, int]) -> int:
+    """What a value occupies; 0 where its shape or dtype is not known."""
+    shape = numbers_of(value.shape, sizes)
+    return 0 if shape is None or value.dtype is None else math.prod(shape) * value.dtype.itemsize
+
+
+def numbers_of(shape: Shape | None, sizes: Mapping[str, int]) -> list[int] | None:
+    """A shape in numbers; None where one is not known."""
     if shape is None:
         return None
     numbers = [size if isinstance(size, int) else _number(size, sizes) for size in shape]

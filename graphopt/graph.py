@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,10 @@ from graphopt.words import WORDS, Word
 
 Shape = tuple[int | str, ...]
 """One entry an axis: a size, or the name of a dynamic axis ("?" when it has none)."""
+
+
+Seen = tuple[int, Mapping[str, Tensor], Mapping["Value", Tensor]]
+"""The number of a batch, what it feeds, and some values on it."""
 
 
 class GraphError(Exception):
@@ -250,6 +254,10 @@ class Graph(ABC):
         """d loss(outputs) / d values on named inputs; only where the dialect can train."""
         raise GraphError(f"the {self.dialect} dialect has no gradients: use a target whose dialect is fx")
 
+    def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
+        """Batches that values are to be computed of, where these or the graph itself may not fit memory."""
+        return Flow(self, batches)
+
     @abstractmethod
     def clone(self) -> Self:
         """An independent graph that shares the tensors."""
@@ -311,6 +319,25 @@ class Graph(ABC):
     def sites(self, *words: str) -> list[Node]:
         """The nodes of these words."""
         return [node for node in self.nodes if node.kind in words]
+
+
+class Flow:
+    """Batches on their way through a graph, which must stay as it is."""
+
+    memory = 2**30
+    """Bytes of statistics that a reader may hold at once."""
+
+    def __init__(self, graph: Graph, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        self.graph, self.batches = graph, batches
+
+    def through(self, fetch: Sequence[Value]) -> Iterator[Seen]:
+        """Each value of `fetch` on each batch, once, and for one value in the order of the batches.
+
+        How many come together is the dialect's choice. Values in the order of the graph, over several calls too, may
+        spare it to begin anew.
+        """
+        for number, feeds in enumerate(self.batches):
+            yield number, feeds, dict(zip(fetch, self.graph.evaluate(feeds, fetch), strict=True))
 
 
 def digest(graph: Graph) -> str:

@@ -7,10 +7,11 @@ that lose most there, up to RERUNS times, and after that without any pass that l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from graphopt.backend import Runner
 from graphopt.report import PassRecord
 
 if TYPE_CHECKING:
-    from graphopt.backends.measure import Ratio
+    from graphopt.backends.measure import Clock, Ratio
+    from graphopt.backends.timings import Timings
 
 RERUNS = 6
 """Most runs of the pipeline without sites that lost."""
@@ -39,15 +41,62 @@ class Verdict:
     """The example shapes, by index, at which it loses."""
 
 
-def judge(result: Runner, baseline: Runner, feeds: Sequence[Feeds]) -> Verdict:
-    """Time a result against the input, interleaved; where it seems to lose, a second run has to say so too."""
+@dataclass(frozen=True)
+class Trial:
+    """Results against one input here. What was timed before, of the same two graphs, is not timed again."""
+
+    baseline: Runner
+    named: Callable[[], Runner]
+    """The captured model, whose nodes have the names of sites; built where sites that lose are looked for."""
+    feeds: Sequence[Feeds]
+    setting: Mapping[str, Any]
+    """What timings depend on besides the result: the engine, the machine, threads, the input."""
+    timings: Timings
+    clock: Clock = time.perf_counter
+
+    def verdict(self, result: Runner, digest: str) -> Verdict:
+        """Whether a result loses. digest: of its graph. Kept where the machine was steady; else the next time tells."""
+        from graphopt.backends.measure import Ratio
+
+        key = self._key("verdict", digest)
+        kept = self.timings.get(key)
+        if kept is not None:
+            return Verdict(tuple(Ratio(**one) for one in kept["ratios"]), tuple(kept["slower"]))
+        found = judge(result, self.baseline, self.feeds, self.clock)
+        if all(one.steady for one in found.ratios):
+            self.timings.put(key, asdict(found))
+        return found
+
+    def losers(
+        self, result: Runner, digest: str, shapes: Sequence[int], records: Sequence[PassRecord]
+    ) -> dict[str, tuple[float, float]]:
+        """The sites that lose most at some of the example shapes: as `losers`."""
+        key = self._key("losers", digest) | {"at": list(shapes), "passes": [record.text for record in records]}
+        kept = self.timings.get(key)
+        if kept is None:
+            kept = {"lost": losers(result, self.named(), [self.feeds[index] for index in shapes], records)}
+            self.timings.put(key, kept)
+        return {label: (before, after) for label, (before, after) in kept["lost"].items()}
+
+    def _key(self, what: str, digest: str) -> dict[str, Any]:
+        shapes = [[list(tensor.shape) for tensor in one.values()] for one in self.feeds]
+        return {**self.setting, "choice": f"never slower: {what}", "result": digest, "shapes": shapes}
+
+
+def judge(
+    result: Runner, baseline: Runner, feeds: Sequence[Feeds], clock: Clock = time.perf_counter
+) -> Verdict:
+    """Time a result against the input, interleaved; where it seems to lose, a second run has to say so too.
+
+    Where it is faster for certain at every shape, 6 rounds tell that, and are all.
+    """
     from graphopt.backends import measure
 
     calls = {"input": [partial(baseline, one) for one in feeds], "optimized": [partial(result, one) for one in feeds]}
-    ratios = measure.contest(calls, baseline="input")["optimized"].shapes
+    ratios = measure.contest(calls, baseline="input", enough=1.0, clock=clock)["optimized"].shapes
     suspects = [index for index, ratio in enumerate(ratios) if measure.slower_than(ratio)]
     if suspects:
-        ratios = measure.contest(calls, baseline="input")["optimized"].shapes
+        ratios = measure.contest(calls, baseline="input", clock=clock)["optimized"].shapes
     return Verdict(ratios, tuple(index for index in suspects if measure.slower_than(ratios[index])))
 
 

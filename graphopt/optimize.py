@@ -21,11 +21,11 @@ from torch.utils import _pytree as pytree
 
 from graphopt import cost
 from graphopt.backend import Backend, LoweringError, Runner
-from graphopt.calibrate import Calibration
+from graphopt.calibrate import Calibration, Remembered
 from graphopt.capture import Captured, Feeds, Signature, capture
 from graphopt.graph import Graph, GraphError, digest
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
-from graphopt.never_slower import RERUNS, Verdict, judge, losers
+from graphopt.never_slower import RERUNS, Trial, Verdict
 from graphopt.pipeline import Context, Loss, Pass, PassError, Pipeline, Stage, UsageError, parse
 from graphopt.report import GraphDiff, Report, count_kinds
 from graphopt.sensitivity import as_model
@@ -89,6 +89,8 @@ def optimize(
             data = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
         if measure and not captured.feeds:
             raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
+        if data is not None and measures:  # the pipeline may run again
+            data = Remembered(data, digest)
         job = _Job(captured, pipeline, backend, data, loss or cross_entropy, evaluate, threads, agree,
                    measures, instruments)  # fmt: skip
         return job.never_slower()
@@ -128,12 +130,11 @@ class _Job:
         if baseline is None:
             made.report.notes += notes
             return made
-        if self.captured.graph.stateful:  # examples belong to the user
-            feeds = [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
-        verdict = judge(made.runner, baseline, feeds)
+        trial = self._trial(baseline)
+        verdict = trial.verdict(made.runner, digest(made.lowered))
         put_back: dict[str, str] = {}
         for _ in range(RERUNS):
-            lost = self._losers(made, verdict)
+            lost = self._losers(trial, made, verdict)
             if not lost:
                 break
             put_back |= lost
@@ -142,7 +143,7 @@ class _Job:
             except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites
                 notes.append(f"without the sites that made the model slower: {error}")
                 break
-            verdict = judge(made.runner, baseline, feeds)
+            verdict = trial.verdict(made.runner, digest(made.lowered))
         simpler = ("the simplified float model", _pipeline(None, self.backend), None)
         for what, pipeline, lowered in (simpler, ("the input as it was", Pipeline([]), untouched)):
             if not verdict.slower:
@@ -154,7 +155,7 @@ class _Job:
             notes.append(f"{made.report.pipeline} makes the model slower here{besides}: it runs {speed:.2f} times as "
                          f"fast as the input at {shapes}. This is {what}")  # fmt: skip
             made = self.run(pipeline, lowered=lowered)
-            verdict = judge(made.runner, baseline, feeds)
+            verdict = trial.verdict(made.runner, digest(made.lowered))
         made.forget_state()
         made.report.notes += notes
         made.report.speed = [
@@ -178,7 +179,7 @@ class _Job:
             try:
                 graph = make()
                 runner = self._captured if graph is captured.graph else self.backend.compile(graph, self.threads)
-                for one in captured.feeds:
+                for one in self._examples:
                     runner(one)
                 return _Input(graph, runner, notes)
             except Exception as error:  # the engine's own have no base of theirs
@@ -190,14 +191,29 @@ class _Job:
     def _captured(self) -> Runner:
         return self.backend.compile(self.captured.graph, self.threads)
 
-    def _losers(self, made: Optimized, verdict: Verdict) -> dict[str, str]:
+    def _trial(self, baseline: Runner) -> Trial:
+        from graphopt.backends import measure, timings
+
+        setting = {"graphopt": _versions()["graphopt"], "engine": self.backend.engine(), "machine": measure.machine(),
+                   "threads": self.threads, "input": digest(self._input.graph)}  # fmt: skip
+        feeds = [self.backend.place(one) for one in self._examples]
+        return Trial(baseline, lambda: self._captured, feeds, setting, timings.opened(), self.backend.clock)
+
+    @property
+    def _examples(self) -> list[Feeds]:
+        """The example inputs, to be run: copies where the model writes to its inputs, for they belong to the user."""
+        feeds = self.captured.feeds
+        if not self.captured.graph.stateful:
+            return feeds
+        return [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
+
+    def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, str]:
         """The sites to put back, by label, and why. Against the captured model, whose nodes have the sites' names."""
         if not verdict.slower:
             return {}
-        feeds = [self.captured.feeds[index] for index in verdict.slower]
         lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
         records = [record for record in made.report.passes if record.name not in lossless]
-        lost = losers(made.runner, self._captured, feeds, records)
+        lost = trial.losers(made.runner, digest(made.lowered), verdict.slower, records)
         return {label: f"slower when changed: {1e6 * after:.0f} us in place of {1e6 * before:.0f} us"
                 for label, (before, after) in lost.items()}  # fmt: skip
 
@@ -380,9 +396,10 @@ class Optimized:
         machine = environment()
         result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
-            calls = {name: partial(run, feeds) for name, run in
+            placed = self.backend.place(feeds)
+            calls = {name: partial(run, placed) for name, run in
                      {"original": original, "control": original, "optimized": self.runner}.items()}  # fmt: skip
-            ratios = paired(calls, baseline="original", rounds=rounds)
+            ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
             result.rows.append((_shapes(feeds), {name: ratios[name] for name in ("optimized", "control")}))
         return result
 
@@ -476,7 +493,7 @@ def _measures(asked: bool | None, backend: Backend) -> bool:
     if asked:
         backend.require_runs()
     if asked is None:
-        return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.cpu is None and backend.runs
+        return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.times()
     return asked
 
 

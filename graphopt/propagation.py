@@ -21,8 +21,8 @@ PART = 16
 """Sites whose results are held at a time, of one batch and both graphs."""
 
 _SILENT = frozenset(
-    ("quantize", "dequantize", "choose_qparams", "identity", "reshape", "transpose", "cast", "slice", "concat", "pad",
-     "squeeze", "unsqueeze")
+    ("quantize", "dequantize", "choose_qparams", "row_scale", "identity", "reshape", "transpose", "cast", "slice",
+     "concat", "pad", "squeeze", "unsqueeze")
 )  # fmt: skip
 """Words that compute nothing, or stand between the sites of a quantized graph only."""
 

@@ -121,6 +121,8 @@ class Choice:
     check: Callable[[Match], bool] | None = None
     around: Callable[[Match], Sequence[Node]] = lambda match: match.nodes
     """The nodes that are measured together, in topological order: all whose cost the form decides."""
+    shared: bool = False
+    """Whether values inside the pattern may have other users, as in a rule."""
 
     def rule(self, form: Callable[[Match], str] | None = None) -> Rule:
         """The rule that takes the form which `form` names for a match; without it, or where that declines, the first.
@@ -146,7 +148,7 @@ class Choice:
                     reasons.append(str(reason))
             raise Declined(reasons[0])
 
-        return Rule(self.name, self.pattern, replace, check=takes)
+        return Rule(self.name, self.pattern, replace, shared=self.shared, check=takes)
 
     def only(self, form: str) -> Rule:
         """The rule of one form, which declines where that is not legal."""
@@ -156,13 +158,14 @@ class Choice:
             assert made is not None  # where words stay, nothing is tried
             return made(op, match)
 
-        return Rule(self.name, self.pattern, replace, check=self.check if made is not None else lambda m: False)
+        check = self.check if made is not None else lambda m: False
+        return Rule(self.name, self.pattern, replace, shared=self.shared, check=check)
 
     def matches(self, graph: Graph) -> list[Match]:
         """Where the pattern fits, in topological order."""
         pattern, optional = self.rule().recorded()
         nodes = [node for node in graph.nodes if node.kind == pattern.kind]
-        found = [match_node(pattern, node, optional) for node in nodes]
+        found = [match_node(pattern, node, optional, self.shared) for node in nodes]
         return [match for match in found if match is not None and (self.check is None or self.check(match))]
 
 

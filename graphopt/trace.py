@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.export.passes
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -87,13 +88,17 @@ def trace(
                 module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
             except ValueError as error:
                 raise CaptureError(str(error)) from error
-        examples = [_arguments(module, one) for one in several(example_inputs)]
+        home = _home(module)
+        examples = [{key: value.to(home) for key, value in _arguments(module, one).items()}
+                    for one in several(example_inputs)]  # fmt: skip
         constants: dict[str, Any] = {}
         result = _run(module, examples[0])
         if _holds_cache(result) and _accepts(module, "use_cache"):
             constants = {"use_cache": False}
             result = _run(module, examples[0] | constants)
             notes.append("captured with use_cache=False; for the decode step with its cache, pass cache=True")
+        for one in examples[1:]:
+            _run(module, one | constants)
         axes = _dynamic_axes(examples[0], dynamic_shapes)
         traced = {key: _at_least_two(value, axes.get(key, {})) for key, value in examples[0].items()}
         if any(traced[key].shape != examples[0][key].shape for key in traced):
@@ -106,11 +111,29 @@ def trace(
             examples = [module.of_one_token(one) for one in examples]
             result = _run(module, examples[0])
     notes += _specialized(program, axes)
+    program, moved = on_cpu(program)
+    notes += moved
+    examples = [{key: value.cpu() for key, value in one.items()} for one in examples]
     public = getattr(module, "public_names", {})
     examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]
     axes = {public.get(name, name): named for name, named in axes.items()}
-    expected = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    expected = [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return Traced(program, examples, axes, structure(result), expected, notes)
+
+
+def _home(module: nn.Module) -> torch.device:
+    """Where a module computes: where its first weight lies."""
+    return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def on_cpu(program: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """A program with its weights on the CPU, where graphs are changed and checked, and a note where that is a copy."""
+    held = [*program.state_dict.values(), *(one for one in program.constants.values() if isinstance(one, Tensor))]
+    devices = {str(one.device) for one in held} - {"cpu"}
+    if not devices:
+        return program, []
+    moved = torch.export.passes.move_to_device_pass(program, "cpu")
+    return moved, [f"the model is on {', '.join(sorted(devices))}; what is made of it begins with a copy on the CPU"]
 
 
 @contextmanager

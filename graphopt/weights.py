@@ -17,8 +17,14 @@ class Weight:
     """A stored float weight, as its sites see it, and the sites that read it, in order."""
 
     value: Value
-    tensor: Tensor
     sites: list[Node]
+
+    @property
+    def tensor(self) -> Tensor:
+        """Read anew each time: a weight that lies in a file is in memory as long as somebody holds this."""
+        tensor = self.sites[0].graph.constant(self.value)
+        assert tensor is not None  # `why_fixed`
+        return tensor
 
 
 def why_fixed(site: Node) -> str | None:
@@ -75,5 +81,5 @@ def changeable(sites: Iterable[Node], context: Context) -> list[Weight]:
         tensor = readers[0].weight
         if tensor is not None and not others:
             require_finite(tensor, f"the weight of {readers[0].label}")
-            kept.append(Weight(value, tensor, readers))
+            kept.append(Weight(value, readers))
     return kept

@@ -305,9 +305,26 @@ def choose_qparams(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @word()
+def row_scale(x: Tensor, *, largest: float = 127.0) -> Tensor:
+    """The scale (float32, (..., 1)) at which the largest magnitude of each row of x, at run time, is `largest`.
+
+    A row lies along the last axis; one of zeros gets scale 1.
+    """
+    scale = x.float().abs().amax(-1, keepdim=True) / largest
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+@word()
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis: int | None = None) -> Tensor:
-    """round(x / scale) + zero_point, saturated to the zero point's type (int8 without one)."""
+    """round(x / scale) + zero_point, saturated to the zero point's type (int8 without one).
+
+    scale: one, a vector along axis, or one for each row (..., 1). A zero point of float8 is 0, and gives that type: the
+    nearest of its numbers, saturated too (ONNX QuantizeLinear).
+    """
     dtype = torch.int8 if zero_point is None else zero_point.dtype
+    if dtype.is_floating_point:
+        most = torch.finfo(dtype).max
+        return (x / _along(scale, x, axis)).clamp(-most, most).to(dtype)
     info = torch.iinfo(dtype)
     steps = (x / _along(scale, x, axis)).round()
     if zero_point is not None:
@@ -325,7 +342,7 @@ def dequantize(
     block: int = 0,
     bits: int = 8,
 ) -> Tensor:
-    """(x - zero_point) · scale in float32; per slice of axis when scale is a vector.
+    """(x - zero_point) · scale in float32; per slice of axis when scale is a vector, per row when it is (..., 1).
 
     With a block, scale and zero_point have the rank of x and one entry for so many of x along axis. bits: of x (int8 or
     uint8) only so many are used, so that it may be stored in them; it changes no number.

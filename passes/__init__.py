@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from graphopt.pipeline import Pass
 
 if TYPE_CHECKING:
+    from graphopt.passes.approximate import Approximate
     from graphopt.passes.cast import Cast
     from graphopt.passes.fold_int8 import FoldInt8
     from graphopt.passes.low_rank import LowRank
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from graphopt.passes.sparsify import Sparsify
 
 __all__ = [
-    "REGISTRY", "Cast", "FoldInt8", "LowRank", "MergeLinear", "Prune", "Quantize", "Simplify", "Smooth", "Sparsify",
+    "REGISTRY", "Approximate", "Cast", "FoldInt8", "LowRank", "MergeLinear", "Prune", "Quantize", "Simplify", "Smooth",
+    "Sparsify",
 ]  # fmt: skip
 
 _CLASSES = {
     "simplify": "Simplify",
+    "approximate": "Approximate",
     "prune": "Prune",
     "sparsify": "Sparsify",
     "low-rank": "LowRank",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -106,7 +107,9 @@ class _Narrow:
     def compute(self, site: Node) -> None:
         """Put a site in 16 bits in place; whoever reads its result in float32 reads a cast of it."""
         operands = [None if value is None else self._of(value, site) for value in site.operands]
-        short = self.graph.emit(site, *operands, at=site)
+        # what is told its shape keeps it: sizes that the graph computes would leave the axes unknown
+        again = partial(self.graph.emit_sized, sizes={}) if site.kind == "reshape" else self.graph.emit
+        short = again(site, *operands, at=site)
         long = self.graph.emit("cast", short, dtype=torch.float32, at=site)
         self.made[long] = short
         self.graph.replace(site, long)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from graphopt.graph import Graph, Node
 from graphopt.numerics.observe import OBSERVERS
 from graphopt.numerics.quantize import BLOCKS
@@ -17,6 +19,8 @@ from graphopt.quantizing.mixed import Goal, keep, remember
 from graphopt.quantizing.placement import islands_on
 from graphopt.quantizing.ranges import observe
 from graphopt.quantizing.rounding import Recipe, Rounding
+
+_TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Quantize(Pass):
 
     scheme: str | Mapping[str, str] = "auto"
     """Activations: by calibrated ranges (static), ranges of each run (dynamic), or float (weight-only); by site."""
+
+    dtype: str = "int8"
+    """What is multiplied: int8, or float8 (e4m3: 3 bits of fraction) where the target has kernels for it."""
 
     bits: int | Mapping[str, int] | None = None
     """Of weights, by site if wanted: 8, 7 (none: where products may saturate), or weight-only 8, 4, 2."""
@@ -75,7 +82,8 @@ class Quantize(Pass):
         super().__post_init__()
         Goal(self.sqnr, self.cosine, self.max_drop)  # which refuses what no model can be
         choices = {
-            "scheme": ("auto", *schemes.SCHEMES), "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
+            "scheme": ("auto", *schemes.SCHEMES), "dtype": tuple(_TYPES),
+            "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
             "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "second-order"),
             "clip": (None, True, False), "bias_correction": (None, True, False),
         }  # fmt: skip
@@ -89,10 +97,14 @@ class Quantize(Pass):
                     raise UsageError(f"quantize: {option} is {value!r}; give {', '.join(first)} or {last}")
 
     def run(self, graph: Graph, context: Context) -> None:
+        known = ("int8",) if context.target is None else context.target.types
+        if self.dtype not in known:
+            name = "onnx" if context.target is None else context.target.name
+            raise UsageError(f"quantize: {name} has no kernels in {self.dtype}; there is {', '.join(known)}")
         goal, free = Goal(self.sqnr, self.cosine, self.max_drop), replace(self, sqnr=None, cosine=None, max_drop=None)
         context = remember(context) if goal.asked else context
         kept = keep(graph, free, goal, context) if goal.asked else {}
-        islands, rounding = islands_on(graph, context), Rounding(graph)
+        islands, rounding = islands_on(graph, context, _TYPES[self.dtype]), Rounding(graph)
         chosen = self._chosen(graph, context, kept)
         rounding.recipes = {site: recipe for site, (_, recipe) in chosen.items() if recipe is not None}
         rounding.share_tables(context)
@@ -106,7 +118,7 @@ class Quantize(Pass):
         declined = islands.join(lambda word: "static" in schemes.legal(word, context), stays, asked)
         _account(context, islands, declined)
         products = [one.bits for site, one in rounding.recipes.items() if islands.schemes[site] != "weight-only"]
-        if products and context.target is not None:
+        if products and context.target is not None and self.dtype == "int8":
             context.note(schemes.safety(products))
         islands.measure(observe(graph, context, islands, OBSERVERS[self.observer]))
         rounding.scales = islands.scales()
@@ -136,7 +148,7 @@ class Quantize(Pass):
             if reason is None:
                 scheme = schemes.scheme_of(site.kind, asked["scheme"], context)
                 bits = schemes.bits_of(site.kind, scheme, asked["bits"], context)
-                reason = schemes.why_no_kernel(site.kind, scheme, context)
+                reason = schemes.why_no_kernel(site, scheme, self.dtype, context)
                 if reason is None and site.kind in ("matmul", "softmax"):
                     chosen[site] = scheme, None
                     continue
@@ -159,13 +171,16 @@ class Quantize(Pass):
             return Recipe(bits=bits, block=block, symmetric=symmetric, clip=clip)
         calibrated = context.calibration is not None
         corrects = site.bias is None or site.bias.is_constant
+        corrected = corrects and (calibrated if self.bias_correction is None else self.bias_correction)
+        if self.dtype != "int8":
+            return Recipe(_TYPES[self.dtype], bias_correction=corrected)
         return Recipe(
             bits=bits,
             block=block,
             symmetric=symmetric,
             clip=clip,
             second_order=calibrated if self.rounding == "auto" else self.rounding == "second-order",
-            bias_correction=corrects and (calibrated if self.bias_correction is None else self.bias_correction),
+            bias_correction=corrected,
         )
 
 

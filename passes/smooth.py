@@ -64,9 +64,7 @@ def _factors(graph: Graph, context: Context, groups: Mapping[Value, Scalable]) -
     for value in candidates:
         for site in groups[value].readers if not groups[value].depthwise else ():
             weight = site.required("weight")
-            tensor = site.weight
-            assert tensor is not None  # others are declined
-            weights.append(Weight(weight, tensor, [site]))
+            weights.append(Weight(weight, [site]))
             owners[weight] = value
     errors = {value: dict.fromkeys(found, 0.0) for value, found in candidates.items()}
     for one, covariance in covariances(graph, context, weights) if weights else ():

@@ -166,12 +166,18 @@ class FakeTarget:
     zeros: str = "zeros are numbers"
     sparse: tuple[str, ...] = ()
     narrow: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    types: tuple[str, ...] = ("int8",)
     floats: tuple[str, ...] = ()
     placement: Placement | None = None
     bits: int = 8
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """By label, why a site is to stay float."""
 
     def weight_bits(self) -> int:
         return self.bits
+
+    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
+        return self.refused.get(site.label)
 
 
 def feeds(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Tensor]:

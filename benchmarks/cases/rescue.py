@@ -24,7 +24,7 @@ from benchmarks.loading import feeds, session
 from benchmarks.models import Batch
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.peers import BASELINE, attempt, exports, nncf_onnx, quantize_static
-from benchmarks.speed import race, write
+from benchmarks.speed import File, distances, race, tables, write
 from graphopt.numerics import metrics
 
 STATIC, NNCF = "onnxruntime, int8 activations", "NNCF"
@@ -37,22 +37,18 @@ LEAST = {
 
 
 def run(settings: Settings) -> bool:
-    holds, everything = True, {}
+    holds = []
     for name in filter(settings.chosen, LEAST):
-        network = NETWORKS[name]()
         with tempfile.TemporaryDirectory() as folder:
-            fits, everything[name] = measured(network, LEAST[name], Path(folder), settings)
-        holds = holds and fits
-    write(settings, "rescue", everything)
-    return holds
+            holds.append(measured(name, LEAST[name], Path(folder), settings))
+    return all(holds)
 
 
-def measured(
-    network: Network, bounds: Mapping[str, float], folder: Path, settings: Settings
-) -> tuple[bool, dict[str, Any]]:
-    """Print the tables of one network; whether what could be rescued was, to its bound, and the figures."""
+def measured(name: str, bounds: Mapping[str, float], folder: Path, settings: Settings) -> bool:
+    """Print the tables of one network; whether what could be rescued was, to its bound."""
+    network = NETWORKS[name]()
     exported = exports(network.traceable(), folder)
-    models: dict[str, Path | str] = {**exported}
+    models: dict[str, File | str] = {**exported}
     pairs: dict[str, tuple[Path, Path]] = {}
     for tool, given in quantized(network, exported[BASELINE], folder, bounds).items():
         models[f"{tool}, as it came"] = given
@@ -63,11 +59,12 @@ def measured(
                 pairs[tool] = given, rescued
     found = race(models, network.shapes, settings)
     least = {(f"{tool}, rescued", "mean"): bound for tool, bound in bounds.items()}
-    rows, holds = found.speeds(f"{network.name}: times as fast as torch.onnx.export at its default opset", least)
-    apart = {tool: distances(*pair, list(network.shapes.values()), settings.threads) for tool, pair in pairs.items()}
-    settings.console.print(rows, distance_table(apart))
-    holds = holds and not any(name.endswith("rescued") for name in found.failed)
-    return holds, found.figures() | {"distances": apart}
+    columns = [distances(models, found, settings.threads)]
+    holds = tables(f"rescue-{name}", network.name, found, models, settings, bounds=least, columns=columns)
+    rounding = {tool: roundings(*pair, list(network.shapes.values()), settings.threads) for tool, pair in pairs.items()}
+    settings.console.print(rounding_table(rounding))
+    write(settings, f"rescue-{name}-outputs", rounding)
+    return holds
 
 
 def quantized(network: Network, source: Path, folder: Path, tools: Mapping[str, Any]) -> dict[str, Path | str]:
@@ -87,7 +84,7 @@ def rescue(path: Path, network: Network, threads: int) -> Path:
     return made.export(path.with_name(f"rescued-{path.name}"))
 
 
-def distances(path: Path, rescued: Path, batches: Sequence[Batch], threads: int) -> dict[str, dict[str, Any]]:
+def roundings(path: Path, rescued: Path, batches: Sequence[Batch], threads: int) -> dict[str, dict[str, Any]]:
     """By output, how far the rescued file, as it runs, is from the given one without optimizations."""
     plain, fast, steps = plain_session(path, threads), session(rescued, threads), output_steps(path)
     found = {}
@@ -105,10 +102,10 @@ def distances(path: Path, rescued: Path, batches: Sequence[Batch], threads: int)
     return found
 
 
-def distance_table(apart: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+def rounding_table(rounding: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
     rows = table("rescued against the file as it is written", "", "output", "most steps apart", "share that differs",
                  "SQNR dB")  # fmt: skip
-    for tool, outputs in apart.items():
+    for tool, outputs in rounding.items():
         for output, one in outputs.items():
             steps = "not in steps" if one["steps"] is None else f"{one['steps']:.1f}"
             rows.add_row(tool, output, steps, f"{one['differs']:.4f}", f"{one['sqnr']:.1f}")

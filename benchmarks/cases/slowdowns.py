@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 import graphopt
 from benchmarks.case import Settings, checked, table, times
@@ -42,11 +44,13 @@ def run(settings: Settings) -> bool:
             continue
         everything[entry["file"]] = found = judged(folder / entry["file"], settings)
         for name, one in found.items():
-            rows.add_row(entry["file"], name, checked(one["times"], not one["loses"]), one["said"])
+            rows.add_row(entry["file"], name, checked(one["times"], not one["loses"]), Text(one["said"]))
             lost += [f"{entry['file']}, {name}"] * one["loses"]
     settings.console.print(rows)
     settings.console.print(f"slower than the file that went in, in two runs, or crashed: {', '.join(lost) or 'none'}")
     write(settings, "slowdowns", everything)
+    if settings.out is not None:
+        plot(everything, settings.out / "slowdowns.png")
     return not lost
 
 
@@ -90,3 +94,27 @@ def account(report: Report) -> str:
     """What graphopt took back because it was slower."""
     sites = [f"{len(report.put_back)} sites, such as {next(iter(report.put_back))}"] if report.put_back else []
     return "; ".join(sites + [note for note in report.notes if note.startswith("nothing that was asked for")])
+
+
+def plot(everything: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Times as fast as each file with intervals, one mark a pipeline."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.4 * len(everything)))
+    names = (CONTROL, *PIPELINES)
+    for index, name in enumerate(names):
+        ratios = {at: found[name]["ratio"] for at, found in enumerate(everything.values())
+                  if "ratio" in found.get(name, {})}  # fmt: skip
+        middle = [one["median"] for one in ratios.values()]
+        reach = [[one["median"] - one["low"] for one in ratios.values()],
+                 [min(one["high"], 2 * one["median"]) - one["median"] for one in ratios.values()]]  # fmt: skip
+        axes.errorbar(middle, [at + (index - 1.5) / 6 for at in ratios], xerr=reach, fmt="o", markersize=4, label=name)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(everything)), [*everything])
+    axes.set(xscale="log", xlabel="times as fast as the file that went in")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)

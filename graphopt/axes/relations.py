@@ -693,7 +693,7 @@ _WORDS = (
     | _named(reshape, "reshape squeeze unsqueeze")
     | {
         "linear": linear, "conv": conv, "matmul": matmul, "attention": attention, "embedding": embedding,
-        "batch_norm": per_channel, "softmax": softmax, "mean": reduce, "choose_qparams": free,
+        "batch_norm": per_channel, "softmax": softmax, "mean": reduce, "choose_qparams": free, "row_scale": free,
         "transpose": transpose, "slice": take_slice, "concat": concat, "pad": pad,
     }
 )  # fmt: skip

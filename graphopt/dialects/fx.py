@@ -7,7 +7,7 @@ Nodes are calls between placeholders and one flat output, and carry a fake tenso
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -42,7 +42,7 @@ from graphopt.dialects.fx_native import (
 )
 from graphopt.dialects.fx_words import Literal, Sizes
 from graphopt.dialects.fx_write import NodeWriter
-from graphopt.graph import Graph, GraphError, Node, Shape, Value
+from graphopt.graph import Flow, Graph, GraphError, Node, Seen, Shape, Value
 from graphopt.trace import Output
 from graphopt.words import WORDS
 
@@ -407,10 +407,17 @@ class FxGraph(Graph):
                 return [torch.zeros_like(point) for point in points]
             return list(torch.autograd.grad(total.reshape(()), points, allow_unused=True, materialize_grads=True))
 
-    def _run(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value], mark: fx_run.Mark | None) -> list[Any]:
+    def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
+        return _Steps(self, batches)
+
+    def require_inputs(self, feeds: Mapping[str, Tensor]) -> None:
+        """Raise GraphError where something is fed that is no input."""
         names = self.input_names
         if unknown := [name for name in feeds if name not in names]:
             raise GraphError(f"feeds for {unknown}, which are no inputs; the graph's inputs are {names}")
+
+    def _run(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value], mark: fx_run.Mark | None) -> list[Any]:
+        self.require_inputs(feeds)
         raws = [_raw(value) for value in fetch]
         computed = fx_run.run(self.native, feeds, [raw for raw in raws if isinstance(raw, fx.Node)], mark)
         return [computed[r] if isinstance(r, fx.Node) else self.constant(v) for r, v in zip(raws, fetch, strict=True)]
@@ -468,6 +475,24 @@ class FxGraph(Graph):
         graph = cls._from_functional(program, names["inputs"], names["outputs"], {})
         graph.axis_names, graph.returns = names["axes"], fx_save.returned(program)
         return graph
+
+
+class _Steps(Flow):
+    """Values are handed out as they are computed: of a batch, those are held that are still to be read."""
+
+    graph: FxGraph
+
+    @torch.no_grad()
+    def through(self, fetch: Sequence[Value]) -> Iterator[Seen]:
+        raws = {_raw(value): value for value in fetch}
+        nodes = [raw for raw in raws if isinstance(raw, fx.Node)]
+        others = [value for raw, value in raws.items() if not isinstance(raw, fx.Node)]
+        for number, feeds in enumerate(self.batches):
+            self.graph.require_inputs(feeds)
+            if others:
+                yield number, feeds, dict(zip(others, self.graph.evaluate(feeds, others), strict=True))
+            for node, tensor in fx_run.steps(self.graph.native, feeds, nodes):
+                yield number, feeds, {raws[node]: torch.as_tensor(tensor)}
 
 
 def _raw(value: Value) -> fx.Node | Literal | Sizes:

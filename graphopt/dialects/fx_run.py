@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, fx
@@ -17,12 +17,19 @@ Mark = Callable[[fx.Node, Any], Any]
 def run(
     native: Native, feeds: Mapping[str, Tensor], fetch: Sequence[fx.Node], mark: Mark | None = None
 ) -> dict[fx.Node, Any]:
-    """The values of the nodes in `fetch`; other values are let go after their last use.
+    """As `steps`, all values together."""
+    return dict(steps(native, feeds, fetch, mark))
+
+
+def steps(
+    native: Native, feeds: Mapping[str, Tensor], fetch: Sequence[fx.Node], mark: Mark | None = None
+) -> Iterator[tuple[fx.Node, Any]]:
+    """The values of the nodes in `fetch`, each as soon as it is computed; all are let go after their last use.
 
     feeds: by input name; those that `fetch` does not depend on may be left out. Raises GraphError where one is missing,
     and, naming the node, where an operation fails.
     """
-    order, kept = needed(fetch), set(fetch)
+    order, asked = needed(fetch), set(fetch)
     inputs = [str(node.meta["input_name"]) for node in order if node.op == "placeholder"]
     if missing := [name for name in inputs if name not in feeds]:
         raise GraphError(f"no feed for the inputs {missing}")
@@ -31,10 +38,11 @@ def run(
     for node in order:
         value = _compute(native, node, values, feeds)
         values[node] = value if mark is None else mark(node, value)
-        for read in node.all_input_nodes:
-            if last[read] is node and read not in kept:
-                del values[read]
-    return values
+        if node in asked:
+            yield node, values[node]
+        for read in (*node.all_input_nodes, node):
+            if last.get(read, node) is node:
+                values.pop(read, None)
 
 
 def _compute(native: Native, node: fx.Node, values: Mapping[fx.Node, Any], feeds: Mapping[str, Tensor]) -> Any:

@@ -637,6 +637,9 @@ def _write_quantize(word: str) -> Callable[..., fx.Node]:
         x, scale, zero = writer.tensor(x), writer.tensor(scale), writer.tensor(zero_point)
         assert x is not None and scale is not None
         dtype = meta(x).dtype if word == "dequantize" else torch.int8 if zero is None else meta(zero).dtype
+        if dtype in _FLOAT8 or (axis is None and meta(scale).dim() > 0):  # torch has no operator for these
+            own = {"block": block, "bits": bits} if word == "dequantize" else {}
+            return writer.call(getattr(torch.ops.graphopt, word).default, x, scale, zero, axis=axis, **own)
         if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
             raise GraphError(f"{word} knows uint8, int8, int16 and int32, not {dtype}")
         low, high = _range(dtype, bits)
@@ -655,6 +658,9 @@ def _write_quantize(word: str) -> Callable[..., fx.Node]:
         return writer.call(target, x, scale, zero, axis % meta(x).dim(), low, high, dtype)
 
     return spell
+
+
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _range(dtype: torch.dtype, bits: int) -> tuple[int, int]:

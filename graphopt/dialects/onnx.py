@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +17,7 @@ from torch import Tensor
 from graphopt.dialects import onnx_files, onnx_functions, onnx_shapes, onnx_words
 from graphopt.dialects.onnx_tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch
 from graphopt.dialects.onnx_words import DOMAIN, STANDARD
-from graphopt.graph import Graph, GraphError, Node, Shape, Value
+from graphopt.graph import Flow, Graph, GraphError, Node, Shape, Value
 from graphopt.words import WORDS
 
 OPSET = 23
@@ -215,9 +215,9 @@ class OnnxGraph(Graph):
         """What the graph returns, by name."""
         self.model.graph.outputs.clear()
         for name, value in outputs.items():
-            native = self._native(value)
+            native = self.native(value)
             if native.is_graph_output() or native.producer() is None:
-                native = self._native(self.emit("identity", value))
+                native = self.native(self.emit("identity", value))
             self._rename(native, name)
             self.model.graph.outputs.append(native)
 
@@ -326,6 +326,8 @@ class OnnxGraph(Graph):
         else:
             self.model.graph.append(native)
         self._fresh[native] = None
+        if isinstance(kind, OnnxNode) and not attributes and _has_the_shapes_of(kind, operands):
+            native.outputs[0].shape = kind.native.outputs[0].shape  # a file may know more of it than inference
         return OnnxValue(self, native.outputs[0])
 
     def emit_sized(
@@ -376,7 +378,7 @@ class OnnxGraph(Graph):
         return onnx_words.write(self, kind, _onnx_values(operands), filled)
 
     def _make(self, spelled: onnx_words.Spelled, path: str) -> ir.Node:
-        inputs = [None if value is None else self._native(value) for value in spelled.inputs]
+        inputs = [None if value is None else self.native(value) for value in spelled.inputs]
         while inputs and inputs[-1] is None:
             inputs.pop()
         opsets = self.model.graph.opset_imports
@@ -400,7 +402,7 @@ class OnnxGraph(Graph):
         self._infer(node)
         return node
 
-    def _native(self, value: Value) -> ir.Value:
+    def native(self, value: Value) -> ir.Value:
         """The ir.Value behind a view; a transposed view outside linear becomes a Transpose node."""
         if not isinstance(value, OnnxValue):
             raise GraphError(f"{value!r} is not a value of an ONNX graph")
@@ -423,14 +425,14 @@ class OnnxGraph(Graph):
     def replace(self, node: Node, *values: Value) -> None:
         native = self._own(node)
         for old, value in zip(native.outputs, values, strict=False):
-            new = self._native(value)
+            new = self.native(value)
             if new.shape is None or new.dtype is None:  # operators that shape inference does not know
                 new.shape, new.type = new.shape or old.shape, new.type or old.type
             elif old.shape is not None and len(old.shape) == len(new.shape):
                 new.shape = _with_names(new.shape, old.shape)
             name, is_output = old.name, old.is_graph_output()
             if is_output and (new.producer() is None or new.is_graph_output()):
-                new = self._native(self.emit("identity", value, at=node))
+                new = self.native(self.emit("identity", value, at=node))
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             if is_output and name is not None:
                 self._rename(old, self._unique(name + "_replaced"))
@@ -480,7 +482,8 @@ class OnnxGraph(Graph):
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
         """Run in ONNX Runtime at the BASIC level, or without its optimizer where there are very many nodes.
 
-        Raises GraphError naming a missing input.
+        A model that lies in files and is large runs in sections (`onnx_sections`). Raises GraphError naming a missing
+        input.
         """
         found: dict[Value, Tensor] = {}
         by_name = {value.name: value for value in self.inputs}
@@ -493,16 +496,28 @@ class OnnxGraph(Graph):
                 found[value] = tensor
         wanted = [value for value in dict.fromkeys(fetch) if value not in found]
         if wanted:
-            from graphopt.dialects import onnx_run
-
-            key = (self.version, len(self.model.graph), tuple(value.name for value in wanted))
-            if self._session is None or self._session[0] != key:
-                natives = [self._native(value) for value in wanted]
-                level = "basic" if len(self.model.graph) <= MANY_NODES else "disable"
-                self._session = key, onnx_run.session(self.model, natives, level=level)
-            arrays = onnx_run.run(self._session[1], feeds)
-            found |= dict(zip(wanted, arrays, strict=True))
+            found |= self._run(feeds, wanted)
         return [found[value] for value in fetch]
+
+    def _run(self, feeds: Mapping[str, Tensor], wanted: Sequence[Value]) -> Mapping[Value, Tensor]:
+        from graphopt.dialects import onnx_run, onnx_sections
+
+        key = (self.version, len(self.model.graph), tuple(value.name for value in wanted))
+        if self._session is None or self._session[0] != key:
+            natives = [self.native(value) for value in wanted]
+            if self.scratch is not None:
+                nodes = onnx_sections.needed(self.model.graph, natives)
+                if not onnx_sections.fit_together(nodes):
+                    seen = onnx_sections.Sections(self, [feeds], nodes).through(wanted)
+                    return {value: tensor for _, _, some in seen for value, tensor in some.items()}
+            level = "basic" if len(self.model.graph) <= MANY_NODES else "disable"
+            self._session = key, onnx_run.session(self.model, natives, level=level)
+        return dict(zip(wanted, onnx_run.run(self._session[1], feeds), strict=True))
+
+    def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
+        from graphopt.dialects import onnx_sections
+
+        return onnx_sections.Sections(self, batches)
 
     # --- whole graph
 
@@ -519,7 +534,7 @@ class OnnxGraph(Graph):
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:
         """A graph of what lies between some values, of the same names; it shares the weights."""
-        between = [[self._native(value) for value in values] for values in (inputs, outputs)]
+        between = [[self.native(value) for value in values] for values in (inputs, outputs)]
         native = ir.convenience.extract(self.model.graph, *between)
         functions = [function.clone() for function in self.model.functions.values()]
         return OnnxGraph(ir.Model(native, ir_version=self.model.ir_version, functions=functions))
@@ -644,6 +659,23 @@ def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
 
 
 # --- operands and attributes ---------------------------------------------------------------------------------------
+
+
+def _has_the_shapes_of(node: OnnxNode, operands: Sequence[Value | None]) -> bool:
+    """Whether a word of one result, computed on these operands, has a result of the shape that it has as it stands.
+
+    Floats may be others of the same shape; integers may be sizes, and are the same.
+    """
+    if node.word is None or len(node.native.outputs) != 1 or len(operands) != len(node.operands):
+        return False
+    pairs = zip(operands, node.operands, strict=True)
+    return all(new == old or _is_like(new, old) for new, old in pairs)
+
+
+def _is_like(new: Value | None, old: Value | None) -> bool:
+    if new is None or old is None or new.shape is None or new.dtype is None:
+        return False
+    return new.dtype.is_floating_point and new.shape == old.shape
 
 
 def _onnx_values(operands: Sequence[Value | None]) -> list[OnnxValue | None]:

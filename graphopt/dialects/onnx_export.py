@@ -19,7 +19,7 @@ from graphopt.dialects import onnx_files
 from graphopt.dialects.onnx import PATH, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx_load import MAP_TYPE
 from graphopt.dialects.onnx_words import DOMAIN
-from graphopt.graph import GraphError, Node, Value
+from graphopt.graph import Graph, GraphError, Node, Value
 from graphopt.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
 
 _EXPORTERS = ("pkg.torch.onnx.", "pkg.torch.export.")
@@ -36,7 +36,8 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     for node in graph.sites("linear"):
         _spell_linear(graph, node)
     for node in graph.sites("embedding"):
-        _gather_integers(graph, node)
+        if (rows := gathered(graph, node)) is not None:
+            graph.replace(node, rows)
     graph.sweep()
     model = graph.model
     if model.functions:
@@ -158,20 +159,20 @@ def _turned(graph: OnnxGraph, value: Value) -> Value:
     return value if tensor is None else graph.add_constant(tensor.t().contiguous(), f"{value.name}.T")
 
 
-def _gather_integers(graph: OnnxGraph, node: Node) -> None:
+def gathered(graph: Graph, node: Node) -> Value | None:
     """Rows of a stored table of integers, dequantized once they are gathered: not all of the table at each run.
 
-    Left as they are: integers of less than a byte, which ONNX does not gather.
+    None where there are no such rows, or they hold integers of less than a byte, which ONNX does not gather.
     """
     maker, ids = node.required("table").producer, node.required("ids")
     if maker is None or maker.kind != "dequantize" or maker.attributes["bits"] < 8 or ids.rank is None:
-        return
+        return None
     if not all(value is None or value.is_constant for value in maker.operands):
-        return
+        return None
     integers, scale, zero_point = (*maker.operands, None)[:3]
     block, axis = maker.attributes["block"], maker.attributes["axis"]
     if integers is None or scale is None or axis not in (None, 1 if block else 0):
-        return
+        return None
     rows = graph.emit("onnx.Gather", integers, ids, at=node)
     if axis is None:
         found = graph.emit("dequantize", rows, scale, zero_point, at=node)
@@ -184,10 +185,10 @@ def _gather_integers(graph: OnnxGraph, node: Node) -> None:
             shift = graph.emit("cast", _gather_column(graph, zero_point, ids, node), at=node, dtype=torch.float32)
             found = graph.emit("sub", found, shift, at=node)
         found = graph.emit("mul", found, _gather_column(graph, scale, ids, node), at=node)
-    graph.replace(node, found)
+    return found
 
 
-def _gather_column(graph: OnnxGraph, vector: Value, ids: Value, node: Node) -> Value:
+def _gather_column(graph: Graph, vector: Value, ids: Value, node: Node) -> Value:
     """Entries of a stored vector, with an axis of 1 behind those of the ids."""
     tensor = graph.constant(vector)
     assert tensor is not None

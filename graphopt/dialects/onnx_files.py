@@ -11,6 +11,8 @@ import errno
 import mmap
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -72,20 +74,27 @@ class Scratch(WeightFile):
 
     def store(self, tensor: ir.TensorProtocol) -> SpilledTensor:
         """Take a tensor's bytes out of memory. Raises OSError where the disk is full, naming the folder."""
-        try:
+        with no_room("the weights of a large model"):
             offset = append(self.file, tensor)
             self.file.flush()
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            folder = tempfile.gettempdir()
-            reason = f"no room for the weights of a large model in {folder}; set TMPDIR to a folder on a larger disk"
-            raise OSError(errno.ENOSPC, reason) from error
-        _return_freed_memory()
+        return_freed_memory()
         return SpilledTensor(self, offset, tensor.dtype, ir.Shape(tensor.shape.numpy()), tensor.name)
 
 
-def _return_freed_memory() -> None:
+@contextmanager
+def no_room(what: str) -> Iterator[None]:
+    """Where a temporary file does not fit its disk, OSError says for what there is no room, and names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        folder = tempfile.gettempdir()
+        reason = f"no room for {what} in {folder}; set TMPDIR to a folder on a larger disk"
+        raise OSError(errno.ENOSPC, reason) from error
+
+
+def return_freed_memory() -> None:
     """Let the C library give back what was freed.
 
     glibc keeps freed blocks of up to 32 MB below anything that lives: over many layers that was more than a gigabyte.

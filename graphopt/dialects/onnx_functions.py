@@ -66,6 +66,9 @@ def function(op_type: str, opset: int) -> ir.Function:
         if "blocks" in variant:
             body = _BLOCKS + ("zf = Cast<to=1>(z) d = Sub(xf, zf)" if "shifted" in variant else "d = Identity(xf)")
             body = body.replace("{z}", "z = Unsqueeze(zero_point, last)" if "shifted" in variant else "") + _JOINED
+    elif name == "row_scale":
+        attributes, (signature, body) = "<largest>", _ROW_SCALE
+        body = body.replace("{most}", "ReduceMax(a, last)" if opset >= 18 else "ReduceMax<axes = [-1]>(a)")
     elif name == "attention":
         attributes = "<scale, causal, heads, kv_heads>"
         signature, body = _ATTENTION_OVER_QUERIES
@@ -84,6 +87,13 @@ _BLOCKS = (
 )
 _JOINED = " m = Mul(d, s) shape = Shape(x) y = Reshape(m, shape)"
 """A matrix, its rows cut into blocks and joined again."""
+
+_ROW_SCALE = (
+    "(x) => (scale)",
+    "a = Abs(x) last = Constant<value_ints = [-1]>() m = {most} n = Constant<value_float = @largest>() s = Div(m, n) "
+    "none = Constant<value_float = 0.0>() one = Constant<value_float = 1.0>() zero = Equal(s, none) "
+    "scale = Where(zero, one, s)",
+)
 
 _ATTENTION_OVER_QUERIES = (
     "(query, key, value, mask) => (y)",
@@ -108,7 +118,7 @@ _FIXED = {
 _REFERENCES = {
     "strides": "ints", "pads": "ints", "dilations": "ints", "group": "int", "scale": "float", "causal": "int",
     "heads": "int", "kv_heads": "int",
-    "axis": "int", "block_size": "int",
+    "axis": "int", "block_size": "int", "largest": "float",
 }  # fmt: skip
 
 

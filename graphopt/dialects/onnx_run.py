@@ -22,6 +22,7 @@ LEVELS = {
 }
 _SHAREABLE = {dtype for dtype in TORCH_DTYPES if dtype is not ir.DataType.BFLOAT16}
 _BY_NUMPY_NAME = {dtype.numpy().name: torch_dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
+CPU = "CPUExecutionProvider"
 _LARGE = 1024
 """Bytes above which a weight is handed over by address."""
 
@@ -33,14 +34,20 @@ def session(
     level: str = "basic",
     threads: int | None = None,
     options: ort.SessionOptions | None = None,
+    providers: Sequence[str] = (CPU,),
 ) -> ort.InferenceSession:
-    """A session of the model (returning `outputs` in place of its own, where given) that shares its weights' memory."""
+    """A session of the model (returning `outputs` in place of its own, where given) that shares its weights' memory.
+
+    On the CPU alone, what has no kernels there in 16 bits is computed in float32 between casts.
+    """
     options = options or ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = 4  # what fails is raised, and needs no second telling
     if threads is not None:
         options.intra_op_num_threads = threads
     weights, proto = _without_large_weights(model)
+    if tuple(providers) == (CPU,):
+        _widen(proto.graph)
     if outputs is not None:
         _keep_only(proto.graph, outputs)
     kept = [tensor.name for tensor in proto.graph.initializer if tensor.name in weights]
@@ -48,7 +55,7 @@ def session(
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
     if values:
         options.add_external_initializers(list(shared), values)
-    made = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    made = ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
     made._graphopt_weights = (shared, values)  # they must live as long as the session
     return made
 
@@ -103,6 +110,39 @@ def _keep_only(graph: onnx.GraphProto, outputs: Sequence[ir.Value]) -> None:
     cut.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
     cut.output.extend(ir.serde.serialize_value(value) for value in outputs)
     graph.CopyFrom(cut)
+
+
+def _widen(graph: onnx.GraphProto) -> None:
+    """Let nodes on bfloat16, and contrib ones on float16, compute in float32, their results rounded as they were.
+
+    ONNX Runtime does so by itself for standard operators on float16.
+    """
+    values = [*graph.input, *graph.output, *graph.value_info]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    if not {onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16} & set(types.values()):
+        return
+    nodes: list[onnx.NodeProto] = []
+    wide: dict[str, str] = {}
+    for node in graph.node:
+        narrow = {onnx.TensorProto.BFLOAT16} | ({onnx.TensorProto.FLOAT16} if node.domain == "com.microsoft" else set())
+        if node.op_type == "Cast" or not any(types.get(name) in narrow for name in (*node.input, *node.output)):
+            nodes.append(node)
+            continue
+        for index, name in enumerate(node.input):
+            if types.get(name) not in narrow:
+                continue
+            if name not in wide:
+                wide[name] = f"{name}.float32"
+                nodes.append(onnx.helper.make_node("Cast", [name], [wide[name]], to=onnx.TensorProto.FLOAT))
+            node.input[index] = wide[name]
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if types.get(name) in narrow:
+                node.output[index] = f"{name}.unrounded"
+                nodes.append(onnx.helper.make_node("Cast", [node.output[index]], [name], to=types[name]))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:

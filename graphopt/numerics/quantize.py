@@ -169,16 +169,37 @@ def activation_parameters(low: Tensor | float, high: Tensor | float) -> tuple[fl
     return float(scale), int(torch.round(-bottom / scale).clamp(0, 255))
 
 
-def symmetric_scale(low: Tensor | float, high: Tensor | float) -> float:
+def largest(dtype: torch.dtype) -> float:
+    """The magnitude that a range about zero is mapped onto: 127 of int8, the largest number of a float of 8 bits."""
+    return torch.finfo(dtype).max if dtype.is_floating_point else 127.0
+
+
+def float8_weight(weight: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
+    """A weight in floats of 8 bits, with one scale for each output.
+
+    weight: float (out, ...), finite. Returns the nearest numbers (halves to even, same shape) and scales (float32
+    (out,), > 0) at which the largest of each output is the largest of the type; 1 for an output of zeros. Error per
+    element is at most 2**-4 of it (e4m3: 3 bits of fraction), or scale * 2**-10 where that is more.
+    Raises ValueError on NaN or infinity, naming the first index. Source: Micikevicius et al. 2022, section 3.
+    """
+    weight = weight.detach().to(torch.float32).contiguous()
+    require_finite(weight, "weight")
+    scale = _normal(weight.flatten(1).abs().amax(1) / largest(dtype))
+    most = largest(dtype)
+    return (weight / _along(scale, 0, weight.dim())).clamp(-most, most).to(dtype), scale
+
+
+def symmetric_scale(low: Tensor | float, high: Tensor | float, largest: float = 127.0) -> float:
     """The scale that maps the range [low, high] onto the integers -127..127, with 0 for 0.
 
     low, high: numbers or tensors of one element; the end of larger magnitude is at -127 or 127. Returns a float32
     value, > 0, in units of activation per step; 1 where the range is only 0, or the scale would be subnormal. Error per
-    element within the range is at most scale / 2. Raises ValueError as `activation_parameters` does.
+    element within the range is at most scale / 2. largest: where that end is, in place of 127.
+    Raises ValueError as `activation_parameters` does.
     Source: Jacob et al. 2018, section 3, with zero point 0.
     """
     bottom, top = _widened(low, high)
-    return float(_normal(torch.maximum(top, -bottom) / 127.0))
+    return float(_normal(torch.maximum(top, -bottom) / largest))
 
 
 def _widened(low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def activation(graph: Graph, context: Context, groups: Sequence[Group], seed: in
     for site in dict.fromkeys(site for group in groups for site in group.consumers):
         if site.kind in ("linear", "conv") and why_fixed(site) is None:
             wanted.setdefault(site.required("weight"), []).append(site)
-    weights = [Weight(value, _tensor(sites[0]), sites) for value, sites in wanted.items()]
+    weights = [Weight(value, sites) for value, sites in wanted.items()]
     energies: dict[Value, Tensor] = {}
     for weight, norm in inputs.norms(graph, context, weights):
         energy = importance.output_energy(weight.tensor, norm[0].square())
@@ -149,8 +149,3 @@ def _operand(node: Node, value: Value) -> str:
         return "constant"
     names = node.word.names(len(node.operands))
     return next((name for name, one in zip(names, node.operands, strict=False) if one == value), "constant")
-
-
-def _tensor(site: Node) -> Tensor:
-    assert site.weight is not None  # only stored weights are taken
-    return site.weight

@@ -75,10 +75,9 @@ def _readers(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> It
                 keeps[axis.value] = stays[axis.units] & keeps.get(axis.value, torch.tensor(True))
     tied = []
     for value, readers in sites.items():
-        tensor = readers[0].weight
         if set(value.users) != set(readers):
             tied += readers
-        elif tensor is not None and value in keeps:
-            yield _Reader(Weight(value, tensor, readers), keeps[value])
+        elif value in keeps:
+            yield _Reader(Weight(value, readers), keeps[value])
     if tied:
         context.note(f"tied weights stay as they are: {', '.join(site.label for site in tied)}")

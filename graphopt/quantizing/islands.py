@@ -191,10 +191,14 @@ class Islands:
             if scheme == "static":
                 self.pairs[x, scheme] = self._pair(x, x, at)
             else:
-                scale, zero_point = self.graph.emit_all("choose_qparams", x, at=at)
-                steps = self.graph.emit("quantize", x, scale, zero_point, at=at)
-                self.pairs[x, scheme] = self.graph.emit("dequantize", steps, scale, zero_point, at=at)
+                self.pairs[x, scheme] = self._dynamic(x, at)
         return self.pairs[x, scheme]
+
+    def _dynamic(self, x: Value, at: Node) -> Value:
+        """dequantize(quantize(x)) by the range that x has at each run."""
+        scale, zero_point = self.graph.emit_all("choose_qparams", x, at=at)
+        steps = self.graph.emit("quantize", x, scale, zero_point, at=at)
+        return self.graph.emit("dequantize", steps, scale, zero_point, at=at)
 
     def _pair(self, x: Value, observed: Value, at: Node) -> Value:
         """dequantize(quantize(x)) by the parameters of an observed value."""

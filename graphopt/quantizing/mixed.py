@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from graphopt.calibrate import MEMORY, Calibration, S
-from graphopt.graph import Graph, Node, Value
+from graphopt.calibrate import Remembered
+from graphopt.graph import Graph, Node
 from graphopt.pipeline import Context, Pass, PerSite, Selector, UsageError, value_text
 from graphopt.quantizing.islands import end_of
 from graphopt.report import PassRecord, Report
@@ -230,27 +228,3 @@ def _for_twins(setting: Any, twins: Mapping[Node, Node]) -> Pass:
             )
     changed: Pass = dataclasses.replace(setting, **changes)
     return changed
-
-
-class Remembered(Calibration):
-    """Batches whose statistics are kept, up to MEMORY bytes, for clones of one graph: by name and kind."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self.__dict__.update(calibration.__dict__)
-        self._known: dict[tuple[str, str], Any] = {}
-
-    def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
-        several = [(value, statistic, (value.name, _fresh(statistic))) for value, statistic in wanted]
-        fresh = super().observe(graph, [(value, one) for value, one, key in several if key not in self._known])
-        known = dict(self._known)
-        for _, _, key in several:
-            found = known[key] if key in known else next(fresh)
-            if sum(one.nbytes for one in self._known.values()) + found.nbytes <= MEMORY:
-                self._known[key] = found
-            yield found
-
-
-def _fresh(statistic: Any) -> str:
-    """What an empty statistic is: its class, and all that it holds."""
-    held = {name: one.tolist() if isinstance(one, Tensor) else one for name, one in vars(statistic).items()}
-    return f"{type(statistic).__qualname__} {held}"

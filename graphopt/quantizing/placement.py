@@ -18,10 +18,10 @@ POOLS = ("max_pool", "average_pool", "mean")
 """What joins where its result is read in integers: its input is quantized too, and it computes in them."""
 
 
-def islands_on(graph: Graph, context: Context) -> Islands:
-    """The islands of a graph, as the target places them."""
+def islands_on(graph: Graph, context: Context, dtype: torch.dtype) -> Islands:
+    """The islands of a graph, as the target places them. dtype: of activations where they are about zero."""
     placement: Placement | None = None if context.target is None else context.target.placement
-    return Islands(graph) if placement is None else OpenIslands(graph, placement=placement)
+    return Islands(graph) if placement is None else OpenIslands(graph, placement=placement, dtype=dtype)
 
 
 @dataclass
@@ -32,6 +32,8 @@ class OpenIslands(Islands):
     """
 
     placement: Placement = field(default_factory=Placement)
+    dtype: torch.dtype = torch.int8
+    """Of activations about zero: int8, or a float of 8 bits."""
     floats: set[Value] = field(default_factory=set)
     """What an add takes as it is: the result of the conv that it is fused into."""
 
@@ -89,13 +91,14 @@ class OpenIslands(Islands):
             return super().measure(ranges)
         for value, seen in ranges.items():
             try:
-                scale = quantize.symmetric_scale(*seen.range())
+                scale = quantize.symmetric_scale(*seen.range(), largest=quantize.largest(self.dtype))
             except ValueError as error:
                 raise ValueError(f"activation of {label_of(value)}: {error}") from error
-            self.parameters[value] = (
-                self.graph.add_constant(torch.tensor(scale), "scale"),
-                self.graph.add_constant(torch.zeros((), dtype=torch.int8), "zero_point"),
-            )
+            self.parameters[value] = self.graph.add_constant(torch.tensor(scale), "scale"), self._zero()
+
+    def _zero(self) -> Value:
+        """The zero point of activations about zero, which says their type."""
+        return self.graph.add_constant(torch.zeros((), dtype=self.dtype), "zero_point")
 
     def _close(self, node: Node, value: Value) -> None:
         """A result stays open: who reads it quantizes it."""
@@ -105,6 +108,14 @@ class OpenIslands(Islands):
 
     def _activation(self, x: Value, scheme: str, at: Node) -> Value:
         return x if x in self.floats else super()._activation(x, scheme, at)
+
+    def _dynamic(self, x: Value, at: Node) -> Value:
+        if not self.placement.rows:
+            return super()._dynamic(x, at)
+        scale = self.graph.emit("row_scale", x, at=at, largest=quantize.largest(self.dtype))
+        zero_point = None if self.dtype == torch.int8 else self._zero()
+        steps = self.graph.emit("quantize", x, scale, zero_point, at=at)
+        return self.graph.emit("dequantize", steps, scale, at=at)
 
 
 def _data(node: Node) -> tuple[Value, ...]:

@@ -15,6 +15,7 @@ from graphopt.numerics.finite import require_finite
 from graphopt.numerics.reconstruct import bias_shift, reconstruct
 from graphopt.pipeline import Context
 from graphopt.weights import Weight
+from graphopt.words import WORDS
 
 _ROOM = 2.0**30
 """Steps that a bias may take: engines add it to sums in int32, which need half of that."""
@@ -24,6 +25,8 @@ _ROOM = 2.0**30
 class Recipe:
     """How a weight becomes integers."""
 
+    dtype: torch.dtype = torch.int8
+    """Integers (in bits), or a float of 8 bits, of which there are no blocks and no second order."""
     bits: int = 8
     block: int | None = None
     """Weights along the input that share a scale; None for all of an output."""
@@ -104,7 +107,9 @@ class Rounding:
         return self.emitted[value, recipe], self._bias(site)
 
     def _round(self, value: Value, tensor: Tensor, recipe: Recipe, site: Node, covariance: Tensor | None) -> Tensor:
-        """Store a weight in integers; what it loses by that."""
+        """Store a weight in 8 bits or fewer; what it loses by that."""
+        if recipe.dtype.is_floating_point:
+            return self._round_floats(value, tensor, recipe, site)
         squares = None if covariance is None else covariance.diagonal(dim1=1, dim2=2)
         try:
             grid = quantize.fit(
@@ -123,6 +128,15 @@ class Rounding:
             form | ({"bits": recipe.bits} if recipe.bits < 7 else {}),
         )
         return tensor - grid.values(steps)
+
+    def _round_floats(self, value: Value, tensor: Tensor, recipe: Recipe, site: Node) -> Tensor:
+        try:
+            steps, scale = quantize.float8_weight(tensor, recipe.dtype)
+        except ValueError as error:
+            raise ValueError(f"{site.label}: {error}") from error
+        operands = self.graph.add_constant(steps, value.name), self.graph.add_constant(scale, f"{value.name}_scale")
+        self.stored[value, recipe] = Stored(*operands, None, {"axis": 0})
+        return tensor - WORDS["dequantize"].reference(steps, scale, axis=0)
 
     def _with_room(self, grid: quantize.Grid, value: Value, recipe: Recipe) -> quantize.Grid:
         """A grid whose scales are no smaller than the bias of each output allows, in int32 steps of scale · scale.
@@ -159,4 +173,4 @@ def _weights(sites: Iterable[Node]) -> Iterable[Weight]:
         tensor = same[0].weight
         assert tensor is not None  # others are declined
         require_finite(tensor, f"the weight of {same[0].label}")
-        yield Weight(value, tensor, same)
+        yield Weight(value, same)

@@ -102,11 +102,14 @@ def _why_not_table(site: Node) -> str | None:
     return None if table.dtype == torch.float32 else f"table is {str(table.dtype).removeprefix('torch.')}, not float32"
 
 
-def why_no_kernel(word: str, scheme: str, context: Context) -> str | None:
-    """Why the target does not run a word so."""
-    known = legal(word, context)
+def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> str | None:
+    """Why the target does not run a site so."""
+    word, known = site.kind, legal(site.kind, context)
     if scheme in known:
-        return None
+        if dtype != "int8" and scheme == "weight-only":
+            return f"{dtype} is for products of two sides: give scheme=static, dynamic or auto"
+        reason: str | None = None if context.target is None else context.target.why_float(site, scheme, dtype)
+        return reason
     name = "onnx" if context.target is None else context.target.name
     more = "; static needs calibration" if "static" in known and context.calibration is None else ""
     return f"{name} has no fast {scheme} {word}{more}"

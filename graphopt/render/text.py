@@ -271,16 +271,25 @@ def contest(measured: Mapping[str, Any]) -> str:
 
 
 def contest_rows(entries: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Rows:
-    """One row for each key and value of the cache of timings; ratios are over the first form."""
+    """One row for each key and value of the cache of timings; ratios are over the first form, or over the input."""
     rows: Rows = [("choice", "taken", "times as fast as the first form", "shapes", "threads", "engine")]
     for key, value in entries:
-        others = dict(list(value["ratios"].items())[1:])
-        dropped = [f"{form} dropped" for form in value["dropped"]]
         shapes = " | ".join(" ".join("x".join(map(str, shape)) for shape in one) for one in key["shapes"])
-        ratios = ", ".join(filter(None, [ratios_text(others), *dropped]))
         threads = "default" if key["threads"] is None else str(key["threads"])
-        rows.append((key["choice"], value["form"], ratios, shapes, threads, key["engine"]))
+        rows.append((key["choice"], *_taken(value), shapes, threads, key["engine"]))
     return rows
+
+
+def _taken(value: Mapping[str, Any]) -> tuple[str, str]:
+    """What became of a contest, and its ratios: of the forms of a pattern, or of a result at each shape."""
+    if "slower" in value:
+        ratios = ", ".join(interval(one["median"], one["low"], one["high"]) for one in value["ratios"])
+        return "slower" if value["slower"] else "not slower", ratios
+    if "lost" in value:
+        return "put back", ", ".join(value["lost"]) or "none"
+    others = dict(list(value["ratios"].items())[1:])
+    dropped = [f"{form} dropped" for form in value["dropped"]]
+    return value["form"], ", ".join(filter(None, [ratios_text(others), *dropped]))
 
 
 def ratios_text(ratios: Mapping[str, Sequence[float]]) -> str:

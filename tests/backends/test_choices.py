@@ -14,7 +14,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt.backends import measure
-from graphopt.backends.choices import ROUNDS, Excerpt, Measuring
+from graphopt.backends.choices import BLOCK, HOPELESS, ROUNDS, Excerpt, Measuring
 from graphopt.backends.measure import Contender, Ratio
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.backends.timings import Timings
@@ -78,9 +78,10 @@ class Judge:
     calls: list[int] = field(default_factory=list)
 
     def __call__(
-        self, candidates: Mapping[str, Sequence[Callable[[], object]]], *, baseline: str, rounds: int
+        self, candidates: Mapping[str, Sequence[Callable[[], object]]], *, baseline: str, rounds: int, **options: Any
     ) -> dict[str, Contender]:
         assert (baseline, rounds) == (next(iter(candidates)), ROUNDS)
+        assert (options["min_block_seconds"], options["hopeless"]) == (BLOCK, HOPELESS)
         self.asked.append(list(candidates))
         self.calls += [len(several) for several in candidates.values()]
         for several in candidates.values():
@@ -275,7 +276,9 @@ def test_a_signature_is_of_kinds_shapes_and_wiring_not_of_names() -> None:
 def always_equal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A contest in which the last form always wins, and the result is as fast as the input."""
 
-    def contest(candidates: Mapping[str, Any], *, baseline: str, rounds: int = 15) -> dict[str, Contender]:
+    def contest(
+        candidates: Mapping[str, Any], *, baseline: str, rounds: int = 15, **options: Any
+    ) -> dict[str, Contender]:
         shapes = len(candidates[baseline])
         ratios = {name: Ratio(1.0, 1.0, 1.0, rounds, 0, {}) for name in candidates}
         if baseline != "input":

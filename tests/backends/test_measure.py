@@ -139,6 +139,25 @@ def test_one_warm_up_call_is_not_timed() -> None:
     assert ratios["candidate"].seconds["candidate"][1] == pytest.approx(0.05, rel=1e-9)
 
 
+def test_all_are_warmed_up_alike() -> None:
+    """One hiccup makes a block of one call where the same task has blocks of two: both start after a rest."""
+    machine = Machine()
+    rested, hiccups = False, iter([0.0, 0.01])
+
+    def rest(seconds: float) -> None:
+        nonlocal rested
+        rested = True
+
+    def call() -> None:
+        nonlocal rested
+        machine.now += 0.015 + 0.01 * rested + next(hiccups, 0.0)
+        rested = False
+
+    ratios = paired({"base": call, "control": call}, baseline="base", clock=machine.clock, sleep=rest,
+                    probe=machine.task("probe", 0.001))  # fmt: skip
+    assert ratios["control"].median == pytest.approx(1.0, rel=1e-9)
+
+
 def test_pairs_that_straddle_a_change_of_speed_are_dropped_and_run_again() -> None:
     """From second 1 on the machine is 4 times slower; the block that straddles it and its pair don't count."""
     machine = Machine(speed=lambda now: 1.0 if now < 1.0 else 0.25)
@@ -272,3 +291,44 @@ def test_a_package_that_is_not_there() -> None:
 def test_the_default_probe_runs_and_is_fixed() -> None:
     first, second = measure.default_probe()(), measure.default_probe()()
     assert bytes(first) == bytes(second)  # type: ignore[call-overload]
+
+
+# --- contests that end early ---------------------------------------------------------------------------------------
+
+
+def raced(machine: Machine, seconds: dict[str, tuple[float, ...]], **options: float) -> dict[str, measure.Contender]:
+    """A contest of tasks that take these seconds, one call each."""
+    calls = {name: [machine.task(name, *several)] for name, several in seconds.items()}
+    probe = machine.task("probe", 0.001)
+    return measure.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe, **options)  # type: ignore[arg-type]
+
+
+def test_a_hopeless_candidate_gives_up_its_turns() -> None:
+    machine = Machine()
+    found = raced(machine, {"base": (0.06,), "slow": (0.1,), "near": (0.07,)}, rounds=6, hopeless=0.8)
+    slow, near = found["slow"].overall, found["near"].overall
+    assert (slow.rounds, slow.low, slow.high) == (measure.SCREENED, 0.0, math.inf)
+    assert slow.median == pytest.approx(0.6, rel=1e-9)
+    assert (near.rounds, near.low) == (6, pytest.approx(6 / 7, rel=1e-9))
+    assert machine.log.count("slow") == 1 + measure.SCREENED  # one to count calls
+
+
+def test_a_contest_ends_where_all_others_are_hopeless() -> None:
+    found = raced(Machine(), {"base": (0.06,), "slow": (0.1,), "slower": (0.2,)}, rounds=6, hopeless=0.8)
+    assert found["base"].overall.rounds == measure.SCREENED
+
+
+def test_one_good_pair_of_the_first_is_hope() -> None:
+    """The first two durations are those that count calls."""
+    found = raced(Machine(), {"base": (0.06,), "late": (0.1, 0.1, 0.1, 0.06)}, rounds=6, hopeless=0.8)
+    assert found["late"].overall.rounds == 6
+
+
+def test_what_is_faster_for_certain_needs_no_more_rounds() -> None:
+    found = raced(Machine(), {"base": (0.06,), "fast": (0.03,)}, rounds=15, enough=1.0)
+    assert found["fast"].overall.rounds == measure.FEWEST and found["fast"].shapes[0].low > 1
+
+
+def test_a_tie_takes_all_rounds() -> None:
+    found = raced(Machine(), {"base": (0.06,), "same": (0.05, 0.06, 0.07)}, rounds=15, enough=1.0)
+    assert found["same"].overall.rounds == 15

@@ -62,7 +62,9 @@ def test_clear_empties_it(folder: Path) -> None:
 def test_optimize_measures_where_it_is_asked_to(
     folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def contest(candidates: dict[str, list[object]], *, baseline: str, rounds: int = 15) -> dict[str, Contender]:
+    def contest(
+        candidates: dict[str, list[object]], *, baseline: str, rounds: int = 15, **options: float
+    ) -> dict[str, Contender]:
         ratio = Ratio(1.25, 1.125, 1.5, rounds, 0, {})
         return {name: Contender(ratio, (ratio,) * len(calls)) for name, calls in candidates.items()}
 

@@ -113,6 +113,35 @@ def test_wrong_example_inputs(example: Any, message: str) -> None:
         graphopt.optimize(seeded(Encoder), example_inputs=example)
 
 
+class Positions(nn.Module):
+    """Rows of a table of 8 positions, added to x (batch, length, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table(torch.arange(x.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "axes", "message"),
+    [
+        ([(2, 5, 4), (2, 9, 4)], {0: "n", 1: "length"},
+         r"Positions fails on the example inputs \(x \[2, 9, 4\]\): IndexError"),
+        ([(2, 5, 4), (2, 6, 4)], {0: "n"},
+         r"x is \[2, 6, 4\], and the export takes \[n, 5, 4\]: name the axes that differ in dynamic_shapes"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("measure", [True, False])
+def test_a_second_example_that_the_model_does_not_accept(
+    shapes: list[tuple[int, ...]], axes: dict[int, str], message: str, measure: bool
+) -> None:
+    examples = [{"x": torch.zeros(shape)} for shape in shapes]
+    with pytest.raises(CaptureError, match=message):
+        graphopt.optimize(Positions(), example_inputs=examples, dynamic_shapes={"x": axes}, measure=measure)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [({"id": {0: "n"}}, "no input 'id'; did you mean 'ids'"), ({"ids": {2: "n"}}, "ids has 2 axes, and no axis 2")],

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 import graphopt
-from graphopt.calibrate import Calibration
+from graphopt.calibrate import Calibration, Remembered
 from graphopt.graph import Graph, Value
 from graphopt.numerics.observe import MinMax
 from graphopt.passes import Quantize
 from graphopt.pipeline import Context, Selector, UsageError, run_pass
-from graphopt.quantizing.mixed import Goal, Remembered, keep, rank
+from graphopt.quantizing.mixed import Goal, keep, rank
 from graphopt.sensitivity import Damage, Reference, scan
 from tests.language import build
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ class Scripted:
 
     speeds: Speeds
     verdicts: list[tuple[float, float, float]] = field(default_factory=list)
+    steady: bool = True
 
     def __call__(
-        self, candidates: Mapping[str, Any], *, baseline: str, rounds: int = measure.ROUNDS
+        self, candidates: Mapping[str, Any], *, baseline: str, rounds: int = measure.ROUNDS, **options: Any
     ) -> dict[str, Contender]:
         ratios = dict.fromkeys(candidates, (1.0, 1.0, 1.0))
         shapes = len(candidates[baseline])
@@ -47,7 +49,7 @@ class Scripted:
             runner: OrtRunner = candidates["optimized"][0].func
             ratios["optimized"] = self.speeds(runner.census())
             self.verdicts.append(ratios["optimized"])
-        found = {name: Ratio(*one, rounds, 0, {}) for name, one in ratios.items()}
+        found = {name: Ratio(*one, rounds, 0, {}, self.steady) for name, one in ratios.items()}
         return {name: Contender(one, (one,) * shapes) for name, one in found.items()}
 
 
@@ -135,6 +137,53 @@ def test_a_site_that_loses_is_put_back(encoder: onnx.ModelProto, source: str, co
     assert scripted.verdicts == [SLOWER, SLOWER] * 2 + [FASTER]  # one site, then the other
     assert made.report.speed[0]["low"] == 1.4
     assert_computes(made, 0.2)
+
+
+def test_a_second_run_takes_verdicts_and_what_was_put_back_from_the_cache(
+    encoder: onnx.ModelProto, contest: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted = contest(lambda census: SLOWER if integers(census) > 10 else FASTER)
+    profile(".up")
+    first = optimized(encoder)
+    timed = len(scripted.verdicts)
+    monkeypatch.setattr(OrtRunner, "profile", None)
+    second = optimized(encoder)
+    assert len(scripted.verdicts) == timed
+    assert second.report.put_back == first.report.put_back != {}
+    assert second.report.speed == first.report.speed and second.lowered.text() == first.lowered.text()
+
+
+def test_a_verdict_on_an_unsteady_machine_is_not_kept(encoder: onnx.ModelProto, contest: Any) -> None:
+    scripted = contest(lambda census: FASTER)
+    scripted.steady = False
+    assert optimized(encoder).report.speed[0]["steady"] is False
+    optimized(encoder)
+    assert len(scripted.verdicts) == 2
+
+
+class Batches:
+    """Calibration that counts how often it is gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        self.times += 1
+        yield from ({"ids": tokens(seed=seed), "mask": padding()} for seed in range(2))
+
+
+def test_statistics_are_kept_between_reruns(encoder: onnx.ModelProto, contest: Any, profile: Any) -> None:
+    """Two sites are put back, one after the other; the batches are gone through as often as with none."""
+    contest(lambda census: FASTER)
+    alone, again = Batches(), Batches()
+    optimized(encoder, "quantize{scheme=static}", calibration=alone)
+    contest(lambda census: SLOWER if integers(census) > 10 else FASTER)
+    profile(".up")
+    made = optimized(encoder, "quantize{scheme=static targets=linear}", calibration=again)
+    assert len(made.report.put_back) == 2
+    assert again.times == alone.times > 0
+    fresh = optimized(encoder, f"quantize{{scheme=static targets=linear ignore=[{', '.join(made.report.put_back)}]}}",
+                      calibration=Batches())  # fmt: skip
+    torch.testing.assert_close(made(**INPUTS), fresh(**INPUTS), rtol=0, atol=0)
 
 
 def test_after_six_reruns_it_is_the_simplified_float_model(
@@ -233,7 +282,7 @@ def test_a_shape_that_loses_must_be_the_same_in_both_runs(monkeypatch: pytest.Mo
 
     runs = iter([(0.8, 1.2), (1.2, 0.8), (0.8, 0.8), (1.2, 0.8)])
 
-    def contest(candidates: Any, *, baseline: str) -> dict[str, Contender]:
+    def contest(candidates: Any, *, baseline: str, clock: Any, enough: float = math.inf) -> dict[str, Contender]:
         assert baseline == "input" and [len(several) for several in candidates.values()] == [2, 2]
         return {"optimized": Contender(ratio(1.0), tuple(map(ratio, next(runs))))}
 

@@ -89,6 +89,7 @@ CASES: dict[str, list[Case]] = {
     "mul": [([normal(2, 1, 4), normal(3, 1)], {})],
     "softmax": [([normal(2, 3, 4)], {"axis": 1})],
     "choose_qparams": [([normal(3, 4)], {}), ([torch.zeros(3)], {})],
+    "row_scale": [([normal(2, 3, 4)], {}), ([torch.zeros(3, 2)], {"largest": 448.0})],
     "quantize": [
         ([normal(5, 4), SCALE, ZERO], {}),
         ([normal(5, 4) * 9, SCALE], {}),

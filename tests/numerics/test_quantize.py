@@ -368,3 +368,23 @@ def test_packed_blocks_are_what_onnxruntime_multiplies(bits: int, symmetric: boo
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"A": x.numpy()})
     np.testing.assert_allclose(found, x.numpy() @ grid.values(integers).numpy().T, rtol=1e-4, atol=1e-4)
+
+
+def test_float8_weights_reach_the_largest_number_and_miss_by_half_a_step() -> None:
+    weight = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    steps, scale = quantize.float8_weight(weight)
+    assert steps.dtype == torch.float8_e4m3fn and scale.shape == (5,) and scale[3] == 1
+    largest = steps.float().abs().amax(1)
+    assert largest.tolist() == [448, 448, 448, 0, 448]
+    missed = (weight.double() - steps.double() * scale.double()[:, None]).abs()
+    allowed = torch.maximum(weight.double().abs() * 2**-4, scale.double()[:, None] * 2**-10)
+    assert bool((missed <= allowed * (1 + 1e-6)).all())
+    with pytest.raises(ValueError, match=r"weight .*\(1, 2\)|weight.*\[1, 2\]|weight"):
+        quantize.float8_weight(torch.tensor([[0.0, 1, 2], [0, 1, torch.nan]]))
+
+
+def test_a_scale_about_zero_reaches_the_largest_number_of_a_type() -> None:
+    for dtype, largest in ((torch.int8, 127.0), (torch.float8_e4m3fn, 448.0)):
+        assert quantize.largest(dtype) == largest
+        assert quantize.symmetric_scale(-2.0, 1.0, largest) == pytest.approx(2 / largest)

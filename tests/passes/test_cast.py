@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graphopt.dialects.onnx import OnnxGraph
 from graphopt.passes import Cast
 from graphopt.pipeline import Selector, UsageError
 from tests.language import FakeTarget, assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, run
@@ -79,3 +80,19 @@ def test_tied_weights_are_stored_once(dialect: str) -> None:
     first, second = graph.sites("linear")
     assert first.operand("weight") == second.operand("weight")
     assert {tensor.dtype for _, tensor in graph.constants()} == {torch.float16}
+
+
+def test_a_reshape_keeps_the_shape_that_is_known() -> None:
+    """Its sizes are computed, so that the number of heads is known of the one in float32 alone."""
+    graph = build(
+        "onnx",
+        "n = onnx.Shape(x[batch,seq,8]:float32, start=0, end=2)\n"
+        "sizes = concat(n, HEADS[2]:values(2,4):int64, axis=0)\n"
+        "y = transpose(reshape(x, sizes), perm=[0,2,1,3])",
+    )
+    assert isinstance(graph, OnnxGraph)
+    graph.refine_shapes()
+    run(Cast(), graph)
+    (found,) = graph.sites("reshape")
+    assert (found.result.shape, found.result.dtype) == (("batch", "seq", 2, 4), torch.float16)
+    assert graph.outputs[0].shape == ("batch", 2, "seq", 4)

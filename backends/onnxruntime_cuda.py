@@ -1,0 +1,253 @@
+"""ONNX Runtime on NVIDIA GPUs: 16 bits with islands of float32, fused attention and norms, packed weights.
+
+Its CUDA provider has no int8 products: Q/DQ there is float with Q/DQ around it. Where the provider is missing, files
+are checked by rules, and run on the CPU, which computes the same operators in float32 and rounds results to 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from graphopt.backend import LoweringError, Runner
+from graphopt.backends import onnxruntime_attention, onnxruntime_float
+from graphopt.backends.choices import Measuring
+from graphopt.backends.onnx_target import OnnxTarget
+from graphopt.backends.onnxruntime_weights import FOLDED, Blocks, in_blocks
+from graphopt.dialects import onnx_export, onnx_run
+from graphopt.dialects.onnx import OnnxGraph
+from graphopt.graph import Graph, Node, Value
+from graphopt.numerics.quantize import BLOCKS
+from graphopt.pipeline import UsageError
+from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+
+CUDA = "CUDAExecutionProvider"
+
+NARROW = (torch.float16, torch.bfloat16)
+
+
+class OnnxRuntimeCuda(OnnxTarget):
+    """Microsoft's engine, on NVIDIA's GPUs."""
+
+    name: ClassVar[str] = "onnxruntime-cuda"
+    summary: ClassVar[str] = "ONNX Runtime on NVIDIA GPUs; exports an .onnx file in 16 bits, with weights of 8 or 4"
+    schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {"linear": ("weight-only",)}
+    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4)}
+    round_to: ClassVar[Mapping[str, int]] = {"neurons": 32, "channels": 32, "width": 32, "rank": 32}
+
+    def __init__(self, cpu: str | None = None, providers: Sequence[str] | None = None) -> None:
+        """providers: those of this build of onnxruntime, where not its own. Raises UsageError where cpu is given."""
+        if cpu is not None:
+            raise UsageError(f"target {self.name} runs on a GPU: leave out cpu={cpu}")
+        super().__init__()
+        self.runs = CUDA in (ort.get_available_providers() if providers is None else providers)
+
+    def notes(self) -> list[str]:
+        if self.runs:
+            return ["captured and checked on the CPU, run by onnxruntime's CUDA provider"]
+        return [f"rules checked, never run on a GPU: this onnxruntime has no {CUDA} (onnxruntime-gpu has), and outputs "
+                "are those of its CPU kernels, in float32 between roundings to 16 bits"]  # fmt: skip
+
+    def weight_bits(self) -> int:
+        return 8
+
+    def pipeline(self) -> str:
+        return ""
+
+    def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
+        whole = (SKIP_NORM, onnxruntime_float.ATTENTION_3D)
+        return (PACKED,), (NORM_16,), whole, (_attention_forms(),), FOLDED
+
+    def engine(self) -> str:
+        return f"onnxruntime {ort.__version__}, CUDA"
+
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring | None:
+        if not self.runs:
+            return None
+        return Measuring(self.engine(), feeds, partial(self.compile, threads=threads), threads)
+
+    def compile(self, graph: Graph, threads: int | None = None) -> OrtCudaRunner:
+        assert isinstance(graph, OnnxGraph)
+        return OrtCudaRunner(graph, threads, (CUDA, onnx_run.CPU) if self.runs else (onnx_run.CPU,))
+
+    def check(self, neutral: Graph, runner: Runner) -> None:
+        assert isinstance(runner, OrtCudaRunner)
+        packed = [site for site in neutral.sites("linear") if _why_not_packed(site) is None]
+        if (built := runner.census().get("MatMulNBits", 0)) < len(packed):
+            raise LoweringError(f"{len(packed)} weight-only linear were promised and the file has {built} MatMulNBits "
+                                f"among {', '.join(site.label for site in packed)}")  # fmt: skip
+        for fault in faults(runner.model):
+            raise LoweringError(f"onnxruntime's CUDA provider would not run the file as it is meant: {fault}")
+
+
+class OrtCudaRunner(Runner):
+    """A session of the file as it would be exported."""
+
+    def __init__(self, graph: OnnxGraph, threads: int | None, providers: Sequence[str]) -> None:
+        self.model = onnx_export.deployable(graph)
+        try:
+            self._session = onnx_run.session(self.model, level="all", threads=threads, providers=providers)
+        except Exception as error:  # the engine's own exceptions have no base of theirs
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise LoweringError(f"onnxruntime cannot load the model: {reason[0]}") from error
+        if CUDA in providers and CUDA not in self._session.get_providers():
+            raise LoweringError("onnxruntime's CUDA provider did not start: its log says which library it misses")
+
+    def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        return onnx_run.run(self._session, {name: tensor.cpu() for name, tensor in feeds.items()})
+
+    def census(self) -> dict[str, int]:
+        """The operators of the file."""
+        return dict(Counter(sorted(node.op_type for node in self.model.graph)))
+
+
+def faults(model: ir.Model) -> list[str]:
+    """What the CUDA provider runs slowly, or not at all: each with the name of the node."""
+    found = []
+    for node in model.graph.all_nodes():
+        types = {value.dtype for value in node.inputs if value is not None and value.dtype is not None}
+        floats = types & {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+        stored = all(one is None or one.const_value is not None for one in node.inputs)
+        if node.op_type == "DequantizeLinear" and stored:
+            found.append(f"{node.name} makes a stored weight float at each run")
+        if node.domain == "com.microsoft" and len(floats) > 1:
+            found.append(f"{node.name} ({node.op_type}) reads {', '.join(sorted(one.name for one in floats))} at once")
+        if node.op_type == "MatMulNBits" and node.attributes["block_size"].as_int() not in BLOCKS:
+            found.append(f"{node.name} has blocks of {node.attributes['block_size'].as_int()}")
+        if node.op_type in ("QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger"):
+            found.append(f"{node.name} ({node.op_type}) has no kernel there")
+    return found
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def _packed_weight(site: Node) -> Node | None:
+    """The dequantize that makes a weight, behind the cast that a site in 16 bits reads it through."""
+    maker = site.required("weight").producer
+    if maker is not None and maker.kind == "cast":
+        maker = maker.input.producer
+    return maker if maker is not None and maker.kind == "dequantize" else None
+
+
+def _why_not_packed(site: Node) -> str | None:
+    """Why a linear is not one that reads packed integers."""
+    maker = _packed_weight(site)
+    if maker is None or not all(value is None or value.is_constant for value in maker.operands):
+        return "weight is not stored in integers"
+    attributes, scale = maker.attributes, maker.required("scale")
+    if maker.required("x").rank != 2 or attributes["bits"] not in (4, 8):
+        return f"weights of {attributes['bits']} bits have no kernel"
+    if attributes["block"] and (attributes["axis"] != 1 or attributes["block"] not in BLOCKS):
+        return f"blocks of {attributes['block']} along axis {attributes['axis']} have no kernel"
+    return "a scale for each input has no kernel" if not attributes["block"] and scale.rank == 1 and (
+        attributes["axis"] == 1) else None  # fmt: skip
+
+
+def _linear(op: Recorder, x: str, weight: str, bias: str | None = None) -> Pattern:
+    return op.linear(x, weight, bias)
+
+
+def _matmul_nbits(op: Builder, m: Match) -> Value:
+    """Integers are unpacked where they are multiplied: decoding reads 2 to 4 times fewer bytes. The kernel has no bias
+    on GPUs."""
+    maker = _packed_weight(m.root)
+    assert maker is not None
+    integers, scale, zero_point = (None if v is None else op.graph.constant(v) for v in (*maker.operands, None)[:3])
+    assert integers is not None and scale is not None
+    if zero_point is None and integers.dtype is torch.uint8:
+        zero_point = torch.zeros_like(scale, dtype=torch.uint8)
+    attributes = maker.attributes
+    found: Blocks = in_blocks(integers, scale, zero_point, bits=attributes["bits"], block=attributes["block"])
+    zeros = None if found.zero_point is None else op.constant(found.zero_point)
+    sizes: dict[str, Any] = {"N": integers.shape[0], "K": integers.shape[1], "bits": found.bits}
+    y = op("com.microsoft.MatMulNBits", m.x, op.constant(found.packed), op.constant(found.scale.to(m.x.dtype)), zeros,
+           **sizes, block_size=found.block)  # fmt: skip
+    return y if m.bias is None else op.add(y, m.bias)
+
+
+# --- norms ---------------------------------------------------------------------------------------------------------
+
+
+def _norm_between_casts(op: Recorder, x: str, weight: str, bias: str | None = None) -> Pattern:
+    return op.cast(op.layer_norm(op.cast(x, bind="widened"), weight, bias, bind="norm"))
+
+
+def _is_island(m: Match) -> bool:
+    """Whether a norm in float32 stands between values of 16 bits: its kernel computes in float32 anyway."""
+    stored = all(value is None or value.is_constant for value in (m.weight, m.bias))
+    narrow = m.x.dtype in NARROW and m.root.result.dtype == m.x.dtype
+    return stored and narrow and m.norm.result.dtype is torch.float32
+
+
+def _norm_in_16_bits(op: Builder, m: Match) -> Value:
+    """The kernel reads and writes 16 bits, and sums in float32 (stash_type 1): no pass over memory for the casts."""
+    weight, bias = (None if value is None else op.graph.constant(value) for value in (m.weight, m.bias))
+    assert weight is not None
+    parts = op.constant(weight.to(m.x.dtype)), None if bias is None else op.constant(bias.to(m.x.dtype))
+    return op.layer_norm(m.x, *parts, eps=m.norm.attributes["eps"])
+
+
+def _skip_norm_pattern(op: Recorder, x: str, residual: str, weight: str, bias: str | None = None) -> Pattern:
+    return op.layer_norm(op.add(x, residual, bind="sum"), weight, bias)
+
+
+def _skip_norm(op: Builder, m: Match) -> Value:
+    """One kernel adds and normalizes. A sum that others read too is its fourth result."""
+    if m.x.shape is None or m.x.shape != m.residual.shape or m.x.rank not in (2, 3) or m.weight.rank != 1:
+        raise Declined("the kernel takes two values (batch, length, width) of one shape, normalized over the width")
+    operands = m.x, m.residual, m.weight, m.bias
+    if m.sum.result.is_output or len(m.sum.result.users) > 1:
+        raise Declined("others read the sum too")
+    return op("com.microsoft.SkipLayerNormalization", *operands, epsilon=m.root.attributes["eps"])
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def _attention(op: Recorder, query: str, key: str, value: str, mask: str | None = None) -> Pattern:
+    return op.attention(query, key, value, mask)
+
+
+def _group_query_attention(op: Builder, m: Match) -> Value:
+    """Of fewer keys than queries: the kernel masks what comes later, and is told each sequence's length less 1."""
+    given = m.root.attributes
+    if not given["heads"] or given["kv_heads"] in (0, given["heads"]):
+        raise Declined("it has as many heads of keys as of queries, or they are split before it")
+    if not given["causal"] or m.mask is not None:
+        raise Declined("it is not causal, or has a mask")
+    if m.query.shape is None or m.key.shape is None or m.query.shape[1] != m.key.shape[1]:
+        raise Declined("queries and keys are not of one length")
+    one = op.constant(torch.tensor([1]))
+    length = op("onnx.Shape", m.key, start=1, end=2)
+    last = op("onnx.Expand", op.sub(length, one), op("onnx.Shape", m.key, start=0, end=1))
+    total = op.cast(op.squeeze(length, axes=(0,)), dtype=torch.int32)
+    attributes = {"num_heads": given["heads"], "kv_num_heads": given["kv_heads"]}
+    if given["scale"] is not None:
+        attributes["scale"] = float(given["scale"])
+    operands = m.query, m.key, m.value, None, None, op.cast(last, dtype=torch.int32), total
+    return op("com.microsoft.GroupQueryAttention", *operands, **attributes)
+
+
+def _attention_forms() -> Choice:
+    """For one graph. MultiHeadAttention first: its flash kernels take 16 bits with and without a mask."""
+    forms = {
+        "GroupQueryAttention": _group_query_attention,
+        "MultiHeadAttention": onnxruntime_attention.Forms().multi_head,
+        "Attention": None,
+    }
+    return Choice("attention", _attention, forms)
+
+
+NORM_16 = Rule("norm-in-16-bits", _norm_between_casts, _norm_in_16_bits, check=_is_island)
+SKIP_NORM = Choice(
+    "residual-norm", _skip_norm_pattern, {"SkipLayerNormalization": _skip_norm, "LayerNormalization": None}
+)
+PACKED = Rule("matmul-nbits", _linear, _matmul_nbits, check=lambda m: _why_not_packed(m.root) is None)

@@ -1,0 +1,126 @@
+"""Linears on onnxruntime: one for several on the same input, and with the bias inside the product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graphopt.graph import Graph, Node, Shape, Value
+from graphopt.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Linears of one graph that read the same input; where they are merged, what each of them becomes."""
+
+    parts: dict[Node, Value] = field(default_factory=dict)
+
+    def stages(self) -> Sequence[Sequence[Rule | Choice]]:
+        """The choice at the first of several, and behind it the rules by which the others read the merged result."""
+        kinds = {"siblings": _linear, "int8-siblings": _linear_int8}
+        choices = [
+            Choice(name, pattern, {"separate": None, "merged": self.merge}, check=self._leads, around=self._around)
+            for name, pattern in kinds.items()
+        ]
+        rules = [
+            Rule(f"part-of-{name}", pattern, lambda op, m: self.parts[m.root], check=lambda m: m.root in self.parts)
+            for name, pattern in kinds.items()
+        ]
+        return choices, rules
+
+    def merge(self, op: Builder, m: Match) -> Value:
+        """One product of all, and a Split: fewer calls, and a copy of the result."""
+        linears = _siblings(m.root)
+        first, count = m.root, m.root.operands.index(m.root.required("weight"))
+        stacked = [
+            op.constant(torch.cat([_tensor(one, value) for one, value in zip(linears, column, strict=True)]))
+            for column in zip(*(_rows(one) for one in linears), strict=True)
+        ]
+        sizes = [int(_tensor(one, one.required("weight")).shape[0]) for one in linears]
+        biases = [torch.zeros(size) if one.bias is None else _tensor(one, one.bias)
+                  for one, size in zip(linears, sizes, strict=True)]  # fmt: skip
+        bias = None if all(one.bias is None for one in linears) else op.constant(torch.cat(biases))
+        merged = op.graph.emit(first.kind, *first.operands[:count], *stacked, bias, at=op.at)
+        split = op.constant(torch.tensor(sizes))
+        parts = op.graph.emit_all("onnx.Split", merged, split, at=op.at, axis=-1, _outputs=len(sizes))
+        self.parts.update(zip(linears[1:], parts[1:], strict=True))
+        return parts[0]
+
+    def _leads(self, m: Match) -> bool:
+        """Whether it is the first of several that can be merged, and was not yet."""
+        siblings = _siblings(m.root)
+        return len(siblings) > 1 and siblings[0] == m.root and m.root not in self.parts
+
+    def _around(self, m: Match) -> Sequence[Node]:
+        return _siblings(m.root)
+
+
+def _linear(op: Recorder, x: str, weight: str, bias: str | None = None) -> Pattern:
+    return op.linear(x, weight, bias)
+
+
+def _linear_int8(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
+                 bias: str | None = None) -> Pattern:  # fmt: skip
+    return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
+
+
+def _siblings(node: Node) -> list[Node]:
+    """The linears of one kind, with stored weights, that read the same as a node, itself among them, in order."""
+    before = node.operands[: node.operands.index(node.required("weight"))]
+    users = dict.fromkeys(node.input.users)
+    found = [user for user in users if user.kind == node.kind
+             and user.operands[: len(before)] == before and _is_stored(user)]  # fmt: skip
+    return found if node in found else [node]
+
+
+def _rows(linear: Node) -> list[Value]:
+    """What has a row, or an entry, for each output; a bias apart."""
+    names = ("weight", "weight_scale") if linear.kind == "linear_int8" else ("weight",)
+    return [linear.required(name) for name in names]
+
+
+def _is_stored(linear: Node) -> bool:
+    bias = [] if linear.bias is None else [linear.bias]
+    return all(value.is_constant and value.rank for value in [*_rows(linear), *bias])
+
+
+def _tensor(linear: Node, value: Value | None) -> Tensor:
+    tensor = None if value is None else linear.graph.constant(value)
+    assert tensor is not None  # as stored
+    return tensor
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Linears of one graph by Gemm, which adds the bias inside; the shapes to go back to are made once for all."""
+
+    made: dict[tuple[Graph, Shape], Value] = field(default_factory=dict)
+
+    def choice(self) -> Choice:
+        return Choice("linear-bias", _linear, {"MatMul": None, "Gemm": self.gemm}, check=_has_rows_of_rows)
+
+    def gemm(self, op: Builder, m: Match) -> Value:
+        """The kernel begins at the bias, where MatMul has an Add behind that goes over its whole result."""
+        weight = _tensor(m.root, m.weight).t().contiguous()
+        rows = op("onnx.Reshape", m.x, op.constant(torch.tensor([-1, weight.shape[0]])))
+        product = op("onnx.Gemm", rows, op.constant(weight), m.bias)
+        return op("onnx.Reshape", product, self._shape(op, m.x, weight.shape[1]))
+
+    def _shape(self, op: Builder, x: Value, width: int) -> Value:
+        """The shape of x with another last axis: a constant where at most one axis is open."""
+        axes: Shape = (*x.shape[:-1], width)  # type: ignore[index]
+        open_axes = [axis for axis in axes if not isinstance(axis, int)]
+        if len(open_axes) < 2:
+            return op.constant(torch.tensor([axis if isinstance(axis, int) else -1 for axis in axes]))
+        if "?" in open_axes or (op.graph, axes) not in self.made:
+            leading = op("onnx.Shape", x, start=0, end=len(axes) - 1)
+            self.made[op.graph, axes] = op.concat(leading, op.constant(torch.tensor([width])), axis=0)
+        return self.made[op.graph, axes]
+
+
+def _has_rows_of_rows(m: Match) -> bool:
+    """Whether a stored linear with a bias reads more than two axes: of two, the engine itself makes a Gemm."""
+    return m.bias is not None and _is_stored(m.root) and m.x.dtype is torch.float32 and (m.x.rank or 0) > 2

@@ -1,0 +1,155 @@
+"""Target onnxruntime-cuda without a GPU: what a file holds, its numbers on the CPU, and what its rules refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.backend import LoweringError
+from graphopt.backends.onnxruntime_cuda import CUDA, OnnxRuntimeCuda, OrtCudaRunner, faults
+from graphopt.dialects import onnx_export, onnx_run
+from graphopt.dialects.onnx import OnnxGraph
+from graphopt.numerics.metrics import sqnr
+from graphopt.passes import Quantize
+from graphopt.pipeline import UsageError
+from tests.language import build, declined, outputs, run
+
+X = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+AXES = {"x": {0: "batch", 1: "length"}}
+
+
+class Block(nn.Module):
+    """Causal attention, its keys shared in groups or not, and a feed-forward layer over x (batch, length, 128)."""
+
+    def __init__(self, kv_heads: int) -> None:
+        super().__init__()
+        self.query, self.out = nn.Linear(128, 128), nn.Linear(128, 128)
+        self.key, self.value = (nn.Linear(128, 32 * kv_heads) for _ in range(2))
+        self.up, self.down, self.first, self.last = (
+            nn.Linear(128, 256), nn.Linear(256, 128), nn.LayerNorm(128), nn.LayerNorm(128)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = [f(x).unflatten(-1, (-1, 32)).transpose(1, 2) for f in (self.query, self.key, self.value)]
+        grouped = split[0].shape[1] != split[1].shape[1]
+        y = F.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=grouped).transpose(1, 2).flatten(2)
+        x = self.first(x + self.out(y))
+        return self.last(x + self.down(F.gelu(self.up(x)))) + 1  # type: ignore[no-any-return]
+
+
+def optimized(kv_heads: int, passes: str) -> tuple[Block, Any]:
+    torch.manual_seed(kv_heads)
+    module = Block(kv_heads).eval()
+    target = "onnxruntime-cuda"
+    return module, graphopt.optimize(module, passes, target=target, example_inputs=X, dynamic_shapes=AXES)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(
+    ("passes", "packed", "least"),
+    [
+        ("", 0, 100),
+        ("cast{dtype=float16}", 0, 60),
+        ("cast{dtype=bfloat16}", 0, 38),
+        ("quantize{scheme=weight-only,bits=8}", 6, 45),
+        ("quantize{scheme=weight-only,bits=4,symmetric=false}", 6, 20),
+        ("quantize{scheme=weight-only,bits=4},cast{dtype=float16}", 6, 20),
+        ("quantize{scheme=weight-only,bits=8},cast{dtype=bfloat16}", 6, 36),
+    ],
+)
+def test_a_block_end_to_end(kv_heads: int, passes: str, packed: int, least: float, tmp_path: Path) -> None:
+    """Fused attention and norms, numbers as the words', at other shapes too, in a file that loads."""
+    module, small = optimized(kv_heads, passes)
+    census = small.report.census
+    attention = "MultiHeadAttention" if kv_heads == 4 else "GroupQueryAttention"
+    assert census[attention] == 1 and census["SkipLayerNormalization"] == 2 and census.get("MatMulNBits", 0) == packed
+    assert not {"Attention", "LayerNormalization", "DequantizeLinear"} & set(census)
+    x = torch.randn(1, 9, 128, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert sqnr(module(x), small(x)) > least
+    small.export(tmp_path / "small.onnx")
+    weights = [one for one in onnx.load(tmp_path / "small.onnx").graph.initializer if len(one.dims) == 2]
+    stored = {one.data_type for one in weights}
+    if "float16" in passes and not packed:
+        assert stored <= {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+
+def test_bfloat16_on_the_cpu_rounds_as_a_gpu_does() -> None:
+    """Each result is rounded, and nothing within an operator: as torch has it."""
+    graph = build("onnx", "y = relu(linear(cast(x[3,8], dtype=bfloat16), W[4,8]))")
+    site = graph.sites("linear")[0]
+    weight = site.weight
+    assert weight is not None
+    short = graph.add_constant(weight.bfloat16())
+    graph.replace(site, graph.emit("linear", site.input, short, at=site))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    (found,) = graph.evaluate({"x": x}, graph.outputs)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, F.relu(F.linear(x.bfloat16().float(), weight.bfloat16().float()).bfloat16()))
+
+
+def test_a_norm_island_goes_where_its_kernel_sums_in_float32_anyway() -> None:
+    _, small = optimized(4, "cast{dtype=float16}")
+    kinds = [node.kind for node in small.lowered.nodes]
+    assert kinds.count("com.microsoft.SkipLayerNormalization") == 2
+    casts = [node for node in small.lowered.nodes if node.kind == "cast"]
+    assert len(casts) == 2  # of the model's input, and of its output
+
+
+def test_attention_that_no_contrib_kernel_takes_stays_whole() -> None:
+    graph = build("onnx", "y = attention(q[2,3,128], k[2,3,64], v[2,3,64], heads=4, kv_heads=2)")
+    lowered, logs = OnnxRuntimeCuda().lower(graph)
+    assert [node.kind for node in lowered.nodes] == ["attention"]
+    assert list(logs["attention"].declined.values()) == ["it is not causal, or has a mask"]
+
+
+def test_a_sum_that_others_read_is_not_fused_away() -> None:
+    graph = build("onnx", "s = add(x[2,3,8], r[2,3,8])\ny = add(layer_norm(s, g[8], b[8]), s)")
+    lowered, logs = OnnxRuntimeCuda().lower(graph)
+    assert list(logs["residual-norm"].declined.values()) == ["others read the sum too"]
+    torch.testing.assert_close(outputs(lowered), outputs(graph), rtol=1e-5, atol=1e-5)
+
+
+def test_int8_activations_have_no_kernel() -> None:
+    graph = build("onnx", "y = linear(x[2,16], W[4,16])")
+    context = run(Quantize(scheme="dynamic"), graph, target=OnnxRuntimeCuda())
+    assert declined(context) == ["onnxruntime-cuda has no fast dynamic linear"]
+    with pytest.raises(UsageError, match="leave out cpu=avx2"):
+        OnnxRuntimeCuda(cpu="avx2")
+
+
+def test_rules_name_what_the_provider_would_not_run_as_meant() -> None:
+    graph = build("onnx", "y = linear(x[2,16], W[4,16])")
+    run(Quantize(scheme="weight-only"), graph)
+    assert isinstance(graph, OnnxGraph)
+    runner = OrtCudaRunner(graph, None, (onnx_run.CPU,))
+    with pytest.raises(LoweringError, match="1 weight-only linear were promised and the file has 0 MatMulNBits"):
+        OnnxRuntimeCuda().check(graph, runner)
+    assert [one.partition(" makes")[2] for one in faults(onnx_export.deployable(graph))] == [
+        " a stored weight float at each run"
+    ]
+    lowered, _ = OnnxRuntimeCuda().lower(graph)
+    OnnxRuntimeCuda().check(graph, OnnxRuntimeCuda(providers=[onnx_run.CPU]).compile(lowered))
+
+
+def test_without_the_provider_it_says_so_and_times_nothing() -> None:
+    backend = OnnxRuntimeCuda(providers=["CPUExecutionProvider"])
+    assert not backend.runs and not backend.times() and backend.chooser([]) is None
+    assert "never run on a GPU" in backend.notes()[0]
+    assert OnnxRuntimeCuda(providers=[CUDA, "CPUExecutionProvider"]).times()
+
+
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="this onnxruntime has no CUDA provider")
+def test_the_provider_loads_and_agrees() -> None:
+    module, small = optimized(4, "cast{dtype=float16}")
+    with torch.no_grad():
+        assert np.isfinite(float(sqnr(module(X), small(X)))) and sqnr(module(X), small(X)) > 50

@@ -1,0 +1,236 @@
+"""Forms of attention and of linears on onnxruntime: what runs is what was chosen, and computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+from graphopt.backends import onnxruntime_attention, onnxruntime_linear
+from graphopt.backends.onnxruntime import OnnxRuntime
+from graphopt.dialects import onnx_export, onnx_run
+from graphopt.dialects.onnx import OnnxGraph
+from graphopt.graph import Graph
+from graphopt.numerics.metrics import sqnr, within_tolerance
+from graphopt.rewrite import Choice, Rule, rewrite
+from tests.language import build
+
+LEVELS = ("basic", "extended", "all")
+BATCH, LENGTH, WIDTH = 2, 6, 16
+
+MASKS = {"none": "", "boolean": ", mask[b,1,t,t]:bool", "floats": ", mask[b,1,t,t]"}
+PROJECTED = """
+    q = linear(x[b,t,24], W[16,24], B[16])
+    k = linear(x, V[16,24])
+    v = linear(x, U[16,24], C[16])
+    y = attention(q, k, v{mask}, heads=4, kv_heads=4{options})"""
+INTEGERS = """
+    i = quantize(x[b,t,24], S[]:values(0.03), Z[]:uint8:values(128))
+    q = linear_int8(i, S, Z, W[16,24]:int8, R[16]:values(0.01), B[16])
+    k = linear_int8(i, S, Z, V[16,24]:int8, P[16]:values(0.02))
+    v = linear_int8(i, S, Z, U[16,24]:int8, O[16]:values(0.01), C[16])
+    y = attention(q, k, v{mask}, heads=4, kv_heads=4{options})"""
+
+
+def attention_text(text: str, mask: str = "none", options: str = "") -> str:
+    return text.format(mask=MASKS[mask], options=options)
+
+
+def fed(graph: Graph) -> dict[str, Tensor]:
+    """Noise of batch 2 and length 6; a boolean mask allows what is not far ahead, so that no row is empty."""
+    generator, sizes = torch.Generator().manual_seed(0), {"b": BATCH, "t": LENGTH}
+    shapes = {value.name: [sizes.get(str(size), size) for size in value.shape or ()] for value in graph.inputs}
+    feeds = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}  # type: ignore[arg-type]
+    if any(value.dtype is torch.bool for value in graph.inputs):
+        feeds["mask"] = torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool).tril(1)
+    return feeds
+
+
+def formed(text: str, choice: Choice, form: str, behind: list[Rule] | None = None) -> OnnxGraph:
+    """A graph with one form put in, lowered for the rest by the static order, and held to what the words mean."""
+    graph = build("onnx", text)
+    assert isinstance(graph, OnnxGraph)
+    feeds, made = fed(graph), graph.clone()
+    if choice.forms[form] is not None:
+        log = rewrite(made, [choice.only(form)])[choice.name]
+        assert (log.hits, log.declined) == (1, {})
+        rewrite(made, behind or [])
+        made.sweep()
+    lowered, _ = OnnxRuntime().lower(made)
+    assert isinstance(lowered, OnnxGraph)
+    expected = graph.evaluate(feeds, graph.outputs)
+    found = OnnxRuntime().compile(lowered)(feeds)
+    for one, other in zip(expected, found, strict=True):
+        assert within_tolerance(one, other) if "int8" not in text else sqnr(one, other) > 40
+    return lowered
+
+
+def kernels(graph: OnnxGraph, level: str, folder: Path) -> dict[str, int]:
+    """What a session at a level makes of a graph, but for what only moves and makes masks."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnx_run.session(onnx_export.deployable(graph), level=level, options=options)
+    found: dict[str, int] = {}
+    for node in onnx.load(folder / "optimized.onnx").graph.node:
+        if node.op_type not in ("Reshape", "Transpose", "Where", "Cast", "Squeeze", "Shape", "Concat", "Identity"):
+            found[node.op_type] = found.get(node.op_type, 0) + 1
+    return found
+
+
+def declined(text: str, choice: Choice, form: str) -> list[str]:
+    return list(rewrite(build("onnx", text), [choice.only(form)])[choice.name].declined.values())
+
+
+FLOAT_FORMS = {
+    "Attention": {"Attention": 1, "MatMul": 3, "Add": 2},
+    "MultiHeadAttention": {"MultiHeadAttention": 1, "MatMul": 3, "Add": 2},
+    "packed Attention": {"Attention": 1},
+    "two products": {"FusedMatMul": 1, "Softmax": 1, "MatMul": 4, "Add": 2},
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("form", FLOAT_FORMS)
+def test_a_form_of_attention_runs_as_it_was_chosen(form: str, mask: str, level: str, tmp_path: Path) -> None:
+    made = formed(attention_text(PROJECTED, mask), onnxruntime_attention.Forms().choice(), form)
+    expected = dict(FLOAT_FORMS[form])
+    if form == "two products" and mask != "none":
+        expected["Add"] += 1
+    assert kernels(made, level, tmp_path) == expected
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("mask", "options"), [("none", ""), ("boolean", ""), ("none", ", causal=True, scale=0.3")])
+def test_attention_of_packed_integers(mask: str, options: str, level: str, tmp_path: Path) -> None:
+    made = formed(attention_text(INTEGERS, mask, options), onnxruntime_attention.Forms().choice(), "QAttention")
+    assert kernels(made, level, tmp_path) == {"QuantizeLinear": 1, "QAttention": 1}
+
+
+@pytest.mark.parametrize("form", ["MultiHeadAttention", "packed Attention"])
+def test_a_causal_form_with_a_scale_of_its_own(form: str, tmp_path: Path) -> None:
+    text = attention_text(PROJECTED, "none", ", causal=True, scale=0.3")
+    formed(text, onnxruntime_attention.Forms().choice(), form)
+
+
+APART = "y = attention(q[b,t,16], k[b,t,16], v[b,t,16], heads=4, kv_heads=4)"
+GROUPED = "y = attention(q[b,t,16], k[b,t,8], v[b,t,8], heads=4, kv_heads=2)"
+SPLIT = "y = attention(q[b,4,t,4], k[b,4,t,4], v[b,4,t,4])"
+READ_ON = attention_text(PROJECTED) + "\n    return y, q"
+WIDE = attention_text(PROJECTED).replace("U[16,24], C[16]", "U[32,24]")
+HEADS = "its heads are split before it, or shared in groups"
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "reason"),
+    [
+        (GROUPED, "MultiHeadAttention", HEADS),
+        (GROUPED, "packed Attention", HEADS),
+        (GROUPED, "QAttention", HEADS),
+        (GROUPED, "two products", "its keys are shared in groups"),
+        (SPLIT, "MultiHeadAttention", HEADS),
+        (APART, "packed Attention", "its query, key and value are not three linears"),
+        (APART, "QAttention", "its query, key and value are not three linears"),
+        (READ_ON, "packed Attention", "its query, key or value is read elsewhere"),
+        (WIDE, "packed Attention", "its query, key and value differ in width"),
+        (attention_text(PROJECTED), "QAttention", "its projections are linear, not linear_int8"),
+        (attention_text(INTEGERS), "packed Attention", "its projections are linear_int8, not linear"),
+        (attention_text(INTEGERS, "floats"), "QAttention", "its mask is not (batch, 1, length, length) of booleans"),
+        (attention_text(PROJECTED, "none", ", causal=True"), "two products",
+         "it is causal: two products would need a mask of its length"),
+        (attention_text(PROJECTED).replace("k = linear(x,", "k = linear(z[b,t,24],"), "packed Attention",
+         "its query, key and value are not made of one input"),
+        (attention_text(PROJECTED).replace("B[16]", "c[16]"), "packed Attention",
+         "a weight or a bias of its projections is computed"),
+        (APART.replace(", heads", ", mask[b,1,1,t], heads"), "MultiHeadAttention",
+         "its mask is not (batch, heads, length, length) of booleans or floats"),
+    ],
+)  # fmt: skip
+def test_a_form_of_attention_that_is_not_legal_says_why(text: str, form: str, reason: str) -> None:
+    assert declined(text, onnxruntime_attention.Forms().choice(), form) == [reason]
+
+
+@pytest.mark.parametrize("form", ["Attention", "two products"])
+def test_heads_that_were_split_before(form: str) -> None:
+    formed(SPLIT, onnxruntime_attention.Forms().choice(), form)
+
+
+def test_layers_share_the_masks_that_their_forms_need(tmp_path: Path) -> None:
+    """Two layers: one mask of floats, and one of integers."""
+    text = attention_text(PROJECTED, "boolean").replace("y =", "a =") + "\n    y = attention(a, a, a, mask, heads=4)"
+    graph = build("onnx", text)
+    forms = onnxruntime_attention.Forms()
+    rewrite(graph, [forms.choice().only("MultiHeadAttention")])
+    assert len(graph.sites("where")) == 1 and len(graph.sites("com.microsoft.MultiHeadAttention")) == 2
+
+
+# --- linears -------------------------------------------------------------------------------------------------------
+
+THREE = "q = linear(x[b,t,24], W[16,24], B[16])\nk = linear(x, V[8,24])\nv = linear(x, U[16,24], C[16])\nreturn q, k, v"
+THREE_INTEGERS = """
+    i = quantize(x[b,t,24], S[]:values(0.03), Z[]:uint8:values(128))
+    q = linear_int8(i, S, Z, W[16,24]:int8, R[16]:values(0.01), B[16])
+    k = linear_int8(i, S, Z, V[8,24]:int8, P[8]:values(0.02))
+    return q, k"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("text", "index", "expected"),
+    [(THREE, 0, {"MatMul": 1, "Add": 1, "Split": 1}),
+     (THREE_INTEGERS, 1, {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1, "Split": 1})],
+)  # fmt: skip
+def test_linears_on_one_input_are_merged(
+    text: str, index: int, expected: dict[str, int], level: str, tmp_path: Path
+) -> None:
+    choices, rules = onnxruntime_linear.Siblings().stages()
+    (choice, behind) = choices[index], [rule for rule in rules if isinstance(rule, Rule)]
+    assert isinstance(choice, Choice)
+    made = formed(text, choice, "merged", behind)
+    assert kernels(made, level, tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["y = linear(x[b,t,24], W[16,24])",
+     "y = linear(x[b,t,24], W[16,24], b[16])\nz = linear(x, V[16,24], b)\nreturn y, z"],
+)  # fmt: skip
+def test_a_linear_alone_or_with_a_computed_bias_has_no_siblings(text: str) -> None:
+    (choice, _), _ = onnxruntime_linear.Siblings().stages()
+    assert isinstance(choice, Choice) and choice.matches(build("onnx", text)) == []
+
+
+def test_merged_linears_keep_the_promise_of_their_kernels() -> None:
+    graph = build("onnx", THREE_INTEGERS)
+    (_, choice), behind = onnxruntime_linear.Siblings().stages()
+    assert isinstance(choice, Choice)
+    made = graph.clone()
+    rewrite(made, [choice.only("merged")])
+    rewrite(made, [rule for rule in behind if isinstance(rule, Rule)])
+    made.sweep()
+    target = OnnxRuntime()
+    target.check(graph, target.compile(target.lower(made)[0]))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("form", "expected"), [("MatMul", {"MatMul": 2, "Add": 1, "BiasGelu": 1}), ("Gemm", {"Gemm": 2, "Gelu": 1})]
+)
+def test_a_bias_is_inside_the_product_or_behind_it(
+    form: str, expected: dict[str, int], level: str, tmp_path: Path
+) -> None:
+    text = "h = gelu(linear(x[b,t,24], W[24,24], B[24]))\ny = linear(h, V[24,24], C[24])"
+    graph, choice = build("onnx", text), onnxruntime_linear.Biases().choice()
+    made = graph.clone()
+    rewrite(made, [choice.rule(lambda match: form)])
+    assert isinstance(made, OnnxGraph)
+    if level == "basic" and form == "MatMul":
+        expected = {"MatMul": 2, "Add": 2, "Gelu": 1}
+    assert kernels(made, level, tmp_path) == expected
+    assert len(made.sites("onnx.Shape")) == (form == "Gemm")  # of both linears
+    feeds = fed(graph)
+    assert within_tolerance(graph.evaluate(feeds, graph.outputs)[0], OnnxRuntime().compile(made)(feeds)[0])
