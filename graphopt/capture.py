@@ -7,7 +7,7 @@ opset at which the vocabulary is whole, when the lifted model runs and computes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from graphopt.trace import (
     first_line,
     nearest,
     on_cpu,
+    plain_structure,
     several,
     structure,
     trace,
@@ -89,7 +90,8 @@ def capture(
     cache: bool = False,
     run: bool | None = None,
 ) -> Captured:
-    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph or a path to .onnx.
+    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx
+    or .pt2 (a torch.export archive without pickles).
 
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
     for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
@@ -100,7 +102,7 @@ def capture(
     """
     kind = type(model)
     if isinstance(model, str | Path):
-        _refuse_options("an .onnx file", dynamic_shapes, cache)
+        _refuse_options("a file", dynamic_shapes, cache)
         return _capture_file(Path(model), dialect, example_inputs, run)
     if isinstance(model, nn.Module):
         if example_inputs is None:
@@ -119,7 +121,7 @@ def capture(
         return _capture_onnx(model, dialect, example_inputs, "onnx.ModelProto", run)
     raise CaptureError(
         f"cannot capture a {kind.__module__}.{kind.__qualname__}; hand over an nn.Module, ExportedProgram, "
-        "fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to an .onnx file"
+        "fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to an .onnx or .pt2 file"
     )
 
 
@@ -158,7 +160,10 @@ def _require_shapes(graph: Graph, example: Feeds) -> None:
                                f"the axes that differ in dynamic_shapes")  # fmt: skip
 
 
-def _capture_program(program: torch.export.ExportedProgram, dialect: str, example_inputs: Any) -> Captured:
+def _capture_program(
+    program: torch.export.ExportedProgram, dialect: str, example_inputs: Any, *, made: bool = False
+) -> Captured:
+    """made: whether feeds are made from the input types where there are none."""
     program, notes = on_cpu(program)
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     names = [str(n) for n in program.graph_signature.user_inputs if isinstance(placeholders.get(str(n)), Tensor)]
@@ -177,6 +182,8 @@ def _capture_program(program: torch.export.ExportedProgram, dialect: str, exampl
     returned = structure(pytree.tree_unflatten(leaves, tree) if tree is not None else tuple(leaves))
     signature = Signature(tuple(names), returned.names, returned.rebuild)
     graph = _graph_of(program, dialect, signature, axes, returned.places)
+    if made and not feeds:
+        feeds = [_made_feeds(graph.inputs, notes)]
     graph = _raise_checked(graph, feeds, _reference(graph, feeds, notes) if feeds else None, notes)
     return Captured(graph, signature, feeds, "torch.export.ExportedProgram", notes)
 
@@ -198,9 +205,11 @@ def _graph_of(
     if dialect == "fx":
         from graphopt.dialects.fx import FxGraph
 
-        return FxGraph.from_program(
+        graph = FxGraph.from_program(
             program, input_names=signature.inputs, output_names=signature.outputs, axis_names=axes
         )
+        graph.returns = plain_structure(signature.rebuild, len(signature.outputs))
+        return graph
     from graphopt.dialects.onnx_capture import from_program
 
     return from_program(program, signature.inputs, signature.outputs, axes, places)
@@ -213,10 +222,13 @@ def _capture_file(path: Path, dialect: str, example_inputs: Any, run: bool | Non
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise CaptureError(f"{path} may hold a pickle, which is never loaded; load the module and hand that over")
     if path.suffix == ".pt2":
-        raise CaptureError(
-            f"{path} may hold a pickle, which is never loaded; "
-            f"if you trust it, hand over torch.export.load({path.name!r})"
-        )
+        from graphopt.dialects.fx_save import read_program
+
+        try:
+            captured = _capture_program(read_program(path), dialect, example_inputs, made=True)
+        except GraphError as error:
+            raise CaptureError(str(error)) from error
+        return replace(captured, source=str(path))
     from graphopt.dialects.onnx_load import read_model
 
     try:

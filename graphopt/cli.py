@@ -95,7 +95,12 @@ Passes = Annotated[
 
 @command
 def optimize(
-    model: Model,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="An .onnx file, or for targets of PyTorch a torch.export archive (.pt2).", show_default=False
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
     passes: Passes = None,
     target: Target = "onnxruntime",
@@ -112,6 +117,9 @@ def optimize(
     cpu: Cpu = None,
     opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="An .html file for the report and the graph diff.")] = None,
 ) -> None:
     """Make a model smaller and faster."""
@@ -139,7 +147,7 @@ def optimize(
         cpu=cpu,
         instruments=() if quiet else [Progress()],
     )
-    written = [] if output is None else [small.export(output, opset=opset, portable=portable)]
+    written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if report is not None:
         html.write(report, small.report, small.diff(), f"{model.name} by graphopt")
         written.append(report)
@@ -500,7 +508,7 @@ def _require_writable(model: Path, output: Path | None, report: Path | None) -> 
     if report is not None and report.resolve() in [path.resolve() for path in files[:-1]]:
         raise UsageError(f"{report} is what --output writes; write the report to another file")
     there = [path for path in files if path.exists()]
-    weights = {path.resolve() for path in external_files(model)} if there else set()
+    weights = {path.resolve() for path in external_files(model)} if there and model.suffix != ".pt2" else set()
     for path in there:
         if path.resolve() in weights:
             raise UsageError(f"{path} holds weights of the model; write to another file")

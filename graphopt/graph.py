@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphopt.words import WORDS, Word
 
@@ -190,6 +190,11 @@ class Graph(ABC):
     @abstractmethod
     def outputs(self) -> tuple[Value, ...]: ...
 
+    @property
+    def stateful(self) -> bool:
+        """Whether a run of what is compiled from it writes to stored tensors or to its inputs (`evaluate` does not)."""
+        return False
+
     @abstractmethod
     def constant(self, value: Value) -> Tensor | None:
         """The tensor of a constant value, shared with the graph (do not write to it), or None. Never a copy."""
@@ -264,6 +269,20 @@ class Graph(ABC):
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Graph:
         """A graph of what lies between some values, of the same names; it shares the weights."""
         raise GraphError(f"the {self.dialect} dialect cannot cut a part out of a graph")
+
+    def module(self, rebuild: Callable[[list[Any]], Any] | None = None) -> nn.Module:
+        """A module that computes the graph, on copies of its tensors, to train and to trace; where it can be one.
+
+        rebuild: from the outputs in order to what it returns.
+        """
+        raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
+
+    def package(self, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
+        """Compile a graph of words to a file that its framework runs without graphopt: how many kernels of each name.
+
+        feeds: an example, for the compiler. Only where the dialect has such a compiler.
+        """
+        raise GraphError(f"aot=True compiles for PyTorch, and a graph of the {self.dialect} dialect is not compiled")
 
     @abstractmethod
     def verify(self) -> None:

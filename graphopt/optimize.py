@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt import cost, reemission
@@ -26,7 +26,7 @@ from graphopt.capture import Captured, Feeds, Signature, capture
 from graphopt.graph import Graph, GraphError, digest
 from graphopt.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.never_slower import RERUNS, Trial, Verdict
-from graphopt.pipeline import Context, Loss, Pass, PassError, Pipeline, UsageError, parse
+from graphopt.pipeline import Context, Loss, Pass, PassError, Pipeline, Stage, UsageError, parse
 from graphopt.report import GraphDiff, Report, count_kinds
 from graphopt.sensitivity import as_model
 
@@ -56,8 +56,8 @@ def optimize(
 ) -> Optimized:
     """Make a model smaller and faster on a target.
 
-    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx;
-    it is not changed. passes: as text or objects; None only simplifies and lowers, which loses nothing.
+    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx or
+    .pt2; it is not changed. passes: as text or objects; None only simplifies and lowers, which loses nothing.
     example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; needed for
     modules. dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
     calibration: any iterable of batches, for passes that look at activations. loss: (what the model returns, the
@@ -158,6 +158,7 @@ class _Job:
                          f"fast as the input at {shapes}. This is {what}")  # fmt: skip
             made = self.run(pipeline, lowered=lowered)
             verdict = trial.verdict(made.runner, digest(made.lowered))
+        made.forget_state()
         made.report.notes += notes
         made.report.speed = [
             {"shapes": _shapes(one), "median": ratio.median, "low": ratio.low, "high": ratio.high,
@@ -180,7 +181,7 @@ class _Job:
             try:
                 graph = make()
                 runner = self._captured if graph is captured.graph else self.backend.compile(graph, self.threads)
-                for one in captured.feeds:
+                for one in self._examples:
                     runner(one)
                 return _Input(graph, runner, notes)
             except Exception as error:  # the engine's own have no base of theirs
@@ -197,8 +198,16 @@ class _Job:
 
         setting = {"graphopt": _versions()["graphopt"], "engine": self.backend.engine(), "machine": measure.machine(),
                    "threads": self.threads, "input": digest(self._input.graph)}  # fmt: skip
-        feeds = [self.backend.place(one) for one in self.captured.feeds]
+        feeds = [self.backend.place(one) for one in self._examples]
         return Trial(baseline, lambda: self._captured, feeds, setting, timings.opened(), self.backend.clock)
+
+    @property
+    def _examples(self) -> list[Feeds]:
+        """The example inputs, to be run: copies where the model writes to its inputs, for they belong to the user."""
+        feeds = self.captured.feeds
+        if not self.captured.graph.stateful:
+            return feeds
+        return [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
 
     def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, str]:
         """The sites to put back, by label, and why. Against the captured model, whose nodes have the sites' names."""
@@ -221,7 +230,9 @@ class _Job:
         report.notes += [*captured.notes, *backend.notes()]
         report.put_back = dict(put_back)
         large = self._is_large
+        unlowered = _Unlowered()
         watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *self.instruments]
+        watchers += [unlowered] if backend.dialect == "fx" else []
         if large:
             reproducer = "instruments=[Reproduce(folder)] does"
             report.notes.append(f"above 2 GB: a pass that fails leaves no reproducer ({reproducer})")
@@ -255,14 +266,18 @@ class _Job:
         if self._writes_anew(pipeline, large) and not as_it_was:
             self._hold_sites(neutral, report)
         report.cost_after, report.words_after = context.cost(neutral), count_kinds(neutral.nodes)
-        made = Optimized(original, neutral, lowered, report, backend, captured.signature, captured.feeds, self.threads)
+        made = Optimized(
+            original, neutral, lowered, report, backend, captured.signature, captured.feeds, self.threads,
+            unlowered.graph or neutral,
+        )  # fmt: skip
         if self._unasked_for_its_size():
             return made
         if not as_it_was:  # else nothing was promised
             backend.check(neutral, made.runner)
         report.census = made.runner.census()
         if reference is not None:
-            report.agreement = reference.compare(made.runner)
+            report.agreement = reference.compare(made.run_anew)
+        made.forget_state()
         return made
 
     def _writes_anew(self, pipeline: Pipeline, large: bool) -> bool:
@@ -310,6 +325,16 @@ class _Job:
         return self._is_large and not self.agree
 
 
+class _Unlowered(Instrument):
+    """Keeps the graph as it is before the first lowering pass."""
+
+    graph: Graph | None = None
+
+    def before(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        if self.graph is None and pass_.stage is Stage.LOWER:
+            self.graph = graph.clone()  # shares the weights
+
+
 @dataclass
 class BenchResult:
     """Ratios of one interleaved run: for each example shape, how many times faster than the original graph."""
@@ -339,11 +364,35 @@ class Optimized:
     signature: Signature
     feeds: list[Feeds]
     threads: int | None = None
+    neutral: Graph | None = None
+    """Of targets of PyTorch, the graph of words before lowering passes: linears by themselves, quantize and dequantize
+    around float words. What `module` and packages are made of."""
 
     @cached_property
     def runner(self) -> Runner:
         """The lowered graph, compiled; above 2 GB of weights not before it is asked for."""
         return self.backend.compile(self.lowered, self.threads)
+
+    def forget_state(self) -> None:
+        """Let the next call start from what the model came with, where calls write to stored tensors."""
+        if self.lowered.stateful:
+            self.__dict__.pop("runner", None)
+
+    def run_anew(self, feeds: Feeds) -> list[Tensor]:
+        """The outputs of a first call; feeds stay as they are."""
+        self.forget_state()
+        return self.runner({name: tensor.clone() for name, tensor in feeds.items()} if self.lowered.stateful else feeds)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The graph of words as a torch.fx.GraphModule (targets of PyTorch only), which stays the same object.
+
+        Read its `.code`, call it as the original, train it further (train() and eval() work; integers are float
+        parameters that each call rounds), trace it again with torch.export. It is not the fast form: calling this
+        result, and what `export` writes, run the target's kernels. It has tensors of its own: to deploy what was
+        trained, hand it to `optimize` again, which finds the integers in it.
+        """
+        return (self.neutral or self.graph).module(self.signature.rebuild)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the target: inputs and result as the original model has them; numpy in gives numpy out."""
@@ -392,9 +441,13 @@ class Optimized:
         opset: int | None = None,
         portable: bool = False,
         external_data: bool | None = None,
+        aot: bool = False,
     ) -> Path:
         """Write the deployable file, and beside it NAME.json with the report's figures; returns the file's path.
 
+        Targets of PyTorch write a torch.export archive (.pt2), which runs where graphopt is installed. aot: compile an
+        AOTInductor package in its place, which `torch._inductor.aoti_load_package` runs without graphopt, with inputs
+        by keyword; it needs a C++ compiler, and an example input.
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
         target). external_data: keep weights in NAME.data; None decides by size. The same input, pipeline and versions
         give the same bytes. Raises GraphError where there is no folder, or one in a file's place, and naming the node
@@ -408,11 +461,18 @@ class Optimized:
         for file in (path, manifest):
             if file.is_dir():
                 raise GraphError(f"{file} is a folder; name another file")
+        if aot and (opset is not None or portable or external_data is not None):
+            raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
+        if aot and not self.feeds:
+            raise UsageError("aot=True needs example_inputs, for the compiler")
         graph, metadata = self.graph if portable else self.lowered, self._metadata(portable)
         unfinished = manifest.with_name(f".{manifest.name}.part")
         try:  # the manifest first, so that a full disk leaves an older pair of files as it was
             unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
-            self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=metadata)
+            if aot:
+                (self.neutral or self.graph).package(path, self.feeds[0], metadata)
+            else:
+                self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=metadata)
             unfinished.replace(manifest)
         finally:
             unfinished.unlink(missing_ok=True)

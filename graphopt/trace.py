@@ -41,6 +41,27 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Output:
+    """Stands for an output of a graph in the structure of what a model returns."""
+
+    index: int
+
+
+def plain_structure(rebuild: Callable[[list[Any]], Any], count: int) -> Any:
+    """What a model returns, as tuples, lists and dicts (for any mapping, such as a ModelOutput) of `Output`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            items = [plain(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        return value
+
+    return plain(rebuild([Output(index) for index in range(count)]))
+
+
+@dataclass(frozen=True)
 class Traced:
     """A program, and what was learned on the way to it."""
 
@@ -193,9 +214,18 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 
 def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """What the module returns. Buffers and arguments that it writes to stay as they were."""
+    copies = {key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     try:
-        args, kwargs = _call(module, arguments)
-        return module(*args, **kwargs)
+        args, kwargs = _call(module, copies)
+        result = module(*args, **kwargs)
+        written = [(buffer, before) for buffer, version, before in buffers if buffer._version != version]
+        if written:  # what is returned may be the buffer itself
+            result = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
+        for buffer, before in written:
+            buffer.copy_(before)
+        return result
     except Exception as error:
         tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
         shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())

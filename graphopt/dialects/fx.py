@@ -7,7 +7,6 @@ Nodes are calls between placeholders and one flat output, and carry a fake tenso
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.export import ExportedProgram
 
 from graphopt.axes.masks import labels
 from graphopt.dialects import fx_run, fx_words
-from graphopt.dialects.fx_load import Loader
+from graphopt.dialects.fx_load import Loader, functional
 from graphopt.dialects.fx_native import (
     Native,
     computes,
@@ -31,7 +30,10 @@ from graphopt.dialects.fx_native import (
     identifier,
     is_constant,
     is_result,
+    is_state,
+    keep_dropout,
     meta,
+    module_path,
     needed,
     plain_arguments,
     results,
@@ -42,6 +44,7 @@ from graphopt.dialects.fx_native import (
 from graphopt.dialects.fx_words import Literal, Sizes
 from graphopt.dialects.fx_write import NodeWriter
 from graphopt.graph import Flow, Graph, GraphError, Node, Seen, Shape, Value
+from graphopt.trace import Output
 from graphopt.words import WORDS
 
 
@@ -150,13 +153,7 @@ class FxNode(Node):
 
     @property
     def path(self) -> str:
-        stack = self.native.meta.get("nn_module_stack")
-        if not stack:
-            return ""
-        path, _ = next(reversed(stack.values()))
-        if path.startswith("_empty_nn_module_stack"):  # torch's mark for nodes that no module made
-            return ""
-        return re.sub(r"@\d+", "", re.sub(r"^L\['self'\]\.?", "", path))
+        return module_path(self.native)
 
     @property
     def kind(self) -> str:
@@ -206,6 +203,8 @@ class FxGraph(Graph):
         self.native, self.output_names = native, list(output_names)
         self.axis_names: dict[str, str] = dict(axis_names or {})
         """Names of dynamic axes by their symbol."""
+        self.returns: Any = tuple(map(Output, range(len(self.output_names))))
+        """What the model returns: tuples, lists and dicts, with an `Output` for each of `outputs`."""
 
     @classmethod
     def from_program(
@@ -220,12 +219,10 @@ class FxGraph(Graph):
 
         input_names and output_names default to the program's own; axis_names gives dynamic axes of inputs their names.
         The program is made functional first; linear, conv, norms, attention and activations stay whole.
-        Raises GraphError where the module writes to its own state, or a name is missing or too many.
+        Raises GraphError where the module writes to something else than its buffers and inputs, or a name is missing
+        or too many.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.export copies a deprecated class of its own
-            functional = program.run_decompositions({})
-        return cls._from_functional(functional, input_names, output_names, axis_names or {})
+        return cls._from_functional(functional(program), input_names, output_names, axis_names or {})
 
     @classmethod
     def _from_functional(
@@ -283,6 +280,7 @@ class FxGraph(Graph):
         writer = NodeWriter(self.native)
         self.native.output.args = (tuple(writer.tensor(_raw(value)) for value in outputs.values()),)
         self.output_names = list(outputs)
+        self.returns = tuple(map(Output, range(len(outputs))))
 
     # --- reading
 
@@ -301,6 +299,10 @@ class FxGraph(Graph):
     @property
     def input_names(self) -> list[str]:
         return [value.name for value in self.inputs]
+
+    @property
+    def stateful(self) -> bool:
+        return any(has_effect(node) for node in self.native.graph.nodes)
 
     def constant(self, value: Value) -> Tensor | None:
         return NodeWriter(self.native).constant(_raw(value))
@@ -355,7 +357,9 @@ class FxGraph(Graph):
             raise GraphError(f"{node.name} has {len(old)} results, and {len(values)} values replace them")
         writer = NodeWriter(self.native)
         for result, value in zip(old, values, strict=True):
-            result.replace_all_uses_with(cast(fx.Node, writer.tensor(_raw(value))))
+            new = cast(fx.Node, writer.tensor(_raw(value)))
+            keep_dropout(result, new)
+            result.replace_all_uses_with(new)
         self.erase(node)
 
     def erase(self, node: Node) -> None:
@@ -419,17 +423,19 @@ class FxGraph(Graph):
         computed = fx_run.run(self.native, feeds, [raw for raw in raws if isinstance(raw, fx.Node)], mark)
         return [computed[r] if isinstance(r, fx.Node) else self.constant(v) for r, v in zip(raws, fetch, strict=True)]
 
-    def module(self) -> fx.GraphModule:
-        """The graph as a module: inputs in order, a tuple of outputs. It shares the tensors, not the nodes."""
-        native = copied(self.native.graph)
-        return fx.GraphModule(dict(self.native.stored), native)
+    def module(self, rebuild: Callable[[list[Any]], Any] | None = None) -> fx.GraphModule:
+        from graphopt.dialects import fx_module
+
+        return fx_module.as_module(self, rebuild)
 
     # --- the whole graph
 
     def clone(self) -> Self:
         native = Native(copied(self.native.graph), dict(self.native.stored), self.native.fake)
+        for node in filter(is_state, native.graph.nodes):  # what is written to is each graph's own
+            native.stored[str(node.target)] = native.stored[str(node.target)].detach().clone()
         clone = type(self)(native, self.output_names, self.axis_names)
-        clone.version = self.version
+        clone.version, clone.returns = self.version, self.returns
         return clone
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FxGraph:
@@ -468,6 +474,11 @@ class FxGraph(Graph):
         if len(self.outputs) != len(self.output_names):
             raise GraphError(f"{len(self.outputs)} outputs have {len(self.output_names)} names")
 
+    def package(self, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
+        from graphopt.dialects import fx_package
+
+        return fx_package.compile_package(self, path, feeds, metadata)
+
     def save(self, path: str | Path) -> None:
         """Write a torch.export archive (.pt2) of the graph as it is, with its names."""
         from graphopt.dialects import fx_save
@@ -484,7 +495,7 @@ class FxGraph(Graph):
 
         program, names = fx_save.load(path)
         graph = cls._from_functional(program, names["inputs"], names["outputs"], {})
-        graph.axis_names = names["axes"]
+        graph.axis_names, graph.returns = names["axes"], fx_save.returned(program)
         return graph
 
 

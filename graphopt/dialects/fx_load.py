@@ -1,6 +1,7 @@
 """An ExportedProgram -> the flat, functional graph that `FxGraph` works on, with one spelling for each word.
 
-One pass over the program's nodes: parameters become constants of the graph, guards and assertions go, and spellings
+One pass over the program's nodes: parameters become constants of the graph, guards and assertions go, what the module
+writes to its buffers and inputs becomes a copy_ at the end (`evaluate` runs none: only a runner keeps state), spellings
 that aten has several of are made one (`linear` above all: addmm, mm and matmul with a constant matrix, as GPT-2's
 Conv1D has them). No weight is copied: a matrix that aten sees transposed is a view, `permute` of the constant.
 """
@@ -8,6 +9,7 @@ Conv1D has them). No weight is copied: a matrix that aten sees transposed is a v
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
-from graphopt.dialects.fx_native import ORIGIN, identifier, is_constant, meta, source, with_nodes
+from graphopt.dialects.fx_native import ORIGIN, identifier, is_constant, meta, module_path, source, with_nodes
 from graphopt.dialects.fx_words import arguments
 from graphopt.graph import GraphError
 
@@ -31,7 +33,30 @@ _NOISE = {
 }
 """Checks on shapes and dtypes that the export made sure of; they compute nothing."""
 
+_DROPOUT = "graphopt.dropout"
+_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 _STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """The program without writes to tensors; linear, conv, norms, attention and activations stay whole.
+
+    A dropout at inference becomes a clone, and that node's meta keeps its rate, for `Loader`.
+    """
+    dropouts = [node for node in program.graph.find_nodes(op="call_function", target=aten.dropout.default)]
+    kept = [node.meta.get("custom") for node in dropouts]
+    try:  # what torch carries over to what it puts in a node's place
+        for node, custom in zip(dropouts, kept, strict=True):
+            if node.args[1] and not node.args[2]:
+                node.meta["custom"] = {**(custom or {}), _DROPOUT: node.args[1]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export copies a deprecated class of its own
+            return program.run_decompositions({})
+    finally:
+        for node, custom in zip(dropouts, kept, strict=True):
+            node.meta.pop("custom", None)
+            if custom is not None:
+                node.meta["custom"] = custom
 
 
 class Loader:
@@ -47,16 +72,19 @@ class Loader:
         self._views: dict[fx.Node, fx.Node] = {}
         self._specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if hasattr(spec.arg, "name")}
         self._input_names = list(input_names) if input_names is not None else None
-        self._check_outputs()
+        self._state = self._written(OutputKind.BUFFER_MUTATION)
         for node in program.graph.nodes:
             self._copy(node)
         if self._input_names:
             raise GraphError(f"the program has no inputs for the names {self._input_names}")
 
-    def _check_outputs(self) -> None:
-        for spec in self.program.graph_signature.output_specs:
-            if spec.kind is not OutputKind.USER_OUTPUT:
-                raise GraphError(f"the module writes to its state or its inputs: {spec.kind.name} of {spec.target}")
+    def _written(self, kind: OutputKind) -> set[str | None]:
+        """The buffers, or inputs, that the module writes to. Raises GraphError where it writes to something else."""
+        specs = self.program.graph_signature.output_specs
+        for spec in specs:
+            if spec.kind not in (OutputKind.USER_OUTPUT, *_WRITES):
+                raise GraphError(f"the module writes to what a graph holds constant: {spec.kind.name} of {spec.target}")
+        return {spec.target for spec in specs if spec.kind is kind}
 
     def _copy(self, node: fx.Node) -> None:
         match node.op:
@@ -74,6 +102,8 @@ class Loader:
         if spec.kind in _STORED:
             state = self.program.constants if spec.target in self.program.constants else self.program.state_dict
             self.env[node] = self._store(node, state[spec.target])
+            if spec.target in self._state:
+                self.env[node].meta["state"] = True
         elif spec.kind is not InputKind.USER_INPUT:
             raise GraphError(f"input {node.name} is a {spec.kind.name}, which graphopt cannot hold")
         elif isinstance(spec.arg, ConstantArgument):
@@ -95,9 +125,23 @@ class Loader:
 
     def _copy_output(self, node: fx.Node) -> None:
         """The tensors (and sizes) that the module returns; what it returns as a constant is the caller's to know."""
-        named = [(n.name, self.env[n]) for n in node.args[0] if isinstance(n, fx.Node)]  # type: ignore[union-attr]
+        specs = self.program.graph_signature.output_specs
+        results = list(zip(specs, node.args[0], strict=True))  # type: ignore[arg-type]
+        self._copy_writes([(spec, result) for spec, result in results if spec.kind in _WRITES])
+        named = [(n.name, self.env[n]) for spec, n in results if spec.kind not in _WRITES and isinstance(n, fx.Node)]
         self.output_names = [name for name, result in named if isinstance(result, fx.Node)]
         self.graph.output(tuple(result for _, result in named if isinstance(result, fx.Node)))
+
+    def _copy_writes(self, writes: Sequence[tuple[Any, Any]]) -> None:
+        placeholders = {
+            spec.target if spec.kind in _STORED else spec.arg.name: self.env[node]
+            for node in self.program.graph.find_nodes(op="placeholder")
+            for spec in [self._specs[node.name]]
+        }
+        for spec, result in writes:
+            written = placeholders[spec.target]
+            copy = self._new("call_function", aten.copy_.default, (written, self.env[result]), {}, result)
+            copy.meta["val"] = meta(written)
 
     def _store(self, node: fx.Node, thing: Any) -> fx.Node:
         """A get_attr node for a tensor, one for every use of it under any name (tied weights), or a subgraph."""
@@ -117,6 +161,8 @@ class Loader:
         """A node with the value and the path of `like`."""
         new = self.graph.create_node(op, target, args, kwargs)
         new.meta = {key: like.meta[key] for key in ("val", *ORIGIN) if key in like.meta}
+        if _DROPOUT in like.meta.get("custom", ()):
+            new.meta["dropout"] = like.meta["custom"][_DROPOUT], module_path(like)
         return new
 
     # --- one spelling

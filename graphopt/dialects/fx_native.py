@@ -38,10 +38,15 @@ def with_nodes(arguments: Any, change: Callable[[fx.Node], Any]) -> Any:
 
 
 def is_constant(node: fx.Node) -> bool:
-    """Whether a node is a stored tensor, or a view of one with its axes in another order."""
+    """Whether a node is a stored tensor, or a view of one with its axes in another order; state is none."""
     if node.op == "get_attr":
-        return isinstance(meta(node), Tensor)
+        return isinstance(meta(node), Tensor) and not is_state(node)
     return node.target is torch.ops.aten.permute.default and is_constant(source(node))
+
+
+def is_state(node: fx.Node) -> bool:
+    """Whether a node is a stored tensor that each run of the module writes to."""
+    return node.op == "get_attr" and "state" in node.meta
 
 
 def identifier(name: str) -> str:
@@ -138,6 +143,27 @@ def copied(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     return copy
+
+
+def keep_dropout(old: fx.Node, new: fx.Node) -> None:
+    """Let what takes the place of a value keep the dropout of it (a rate and a module path), for a module that trains.
+
+    It is lost where others read the value too.
+    """
+    mark = old.meta.get("dropout")
+    if mark is not None and new.op == "call_function" and all(user is old for user in new.users):
+        new.meta.setdefault("dropout", mark)
+
+
+def module_path(node: fx.Node) -> str:
+    """The module path that a node came from; "" where it is unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _ = next(reversed(stack.values()))
+    if path.startswith("_empty_nn_module_stack"):  # torch's mark for nodes that no module made
+        return ""
+    return re.sub(r"@\d+", "", re.sub(r"^L\['self'\]\.?", "", path))
 
 
 class Native:

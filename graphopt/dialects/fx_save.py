@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
+    ConstantArgument,
     ExportGraphSignature,
     InputKind,
     InputSpec,
@@ -27,6 +32,7 @@ from graphopt.dialects import fx_ops  # noqa: F401  (an archive may hold its ope
 from graphopt.dialects.fx_native import meta
 from graphopt.dialects.fx_words import quantized_decomposed
 from graphopt.graph import GraphError
+from graphopt.trace import Output
 
 if TYPE_CHECKING:
     from graphopt.dialects.fx import FxGraph
@@ -47,23 +53,73 @@ def save(graph: FxGraph, path: str | Path, metadata: Mapping[str, str] | None = 
 
 
 def load(path: str | Path) -> tuple[ExportedProgram, dict[str, Any]]:
-    """Read an archive of `save`: the program, and the names in it. Raises GraphError for any other file.
+    """Read an archive of `save`: the program, and the names in it. Raises GraphError for any other file."""
+    extra = {_NAMES: ""}
+    program = read_program(path, extra)
+    if not extra[_NAMES]:
+        raise GraphError(f"{path} is no archive of an fx graph: it holds no {_NAMES}")
+    return program, json.loads(extra[_NAMES])
 
-    torch.export reads parts of its archives as pickles, which can run code: only for files that one trusts.
+
+def read_program(path: str | Path, extra: dict[str, str] | None = None) -> ExportedProgram:
+    """Read an archive of torch.export.save, and the texts in it whose names are keys of `extra`.
+
+    torch unpickles what an archive says is a pickle, which can run code: one that holds any is refused. What is left is
+    still a program: torch reads sizes as Python expressions, so this is no reason to load what one does not trust.
+    Raises GraphError for any other file.
     """
     quantized_decomposed()
-    extra = {_NAMES: ""}
+    content = Path(path).read_bytes()
     try:
-        program = torch.export.load(io.BytesIO(Path(path).read_bytes()), extra_files=extra)
-        return program, json.loads(extra[_NAMES])
-    except OSError:
-        raise
+        pickles = _pickles(content)
+        if not pickles:
+            return torch.export.load(io.BytesIO(content), extra_files=extra)
     except Exception as error:
-        raise GraphError(f"{path} is no archive of an fx graph: {error}") from error
+        raise GraphError(f"{path} is no archive of torch.export: {error}") from error
+    raise GraphError(
+        f"{path} holds pickles ({', '.join(pickles[:3])}), which can run code and are never loaded; if you trust it, "
+        f"hand over torch.export.load({Path(path).name!r})"
+    )
 
 
-def to_program(graph: FxGraph) -> ExportedProgram:
-    """The graph as an ExportedProgram: constants become lifted inputs, everything else stays as it is."""
+def _pickles(archive: bytes) -> list[str]:
+    """What torch.export.load would unpickle: all but raw tensors, and example inputs that are tensors only."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as files:
+        names = [name.partition("/")[2] for name in files.namelist()]
+        root = files.namelist()[0].partition("/")[0]
+        found = [name for name in names if re.match(r"data/(weights|constants)/.*(\.pt$|custom_obj|opaque)", name)]
+        if "models/model.json" not in names:  # a format of before, of pickles all over
+            return names
+        for name in names:
+            content = files.read(f"{root}/{name}")
+            if re.fullmatch(r"data/(weights|constants)/\w+_config\.json", name):
+                entries = json.loads(content)["config"]
+                found += [key for key, entry in entries.items() if entry["use_pickle"]]
+            elif name.startswith("data/sample_inputs/") and content:
+                try:
+                    torch.load(io.BytesIO(content), weights_only=True)
+                except pickle.UnpicklingError:
+                    found.append(name)
+    return found
+
+
+def returned(program: ExportedProgram) -> Any:
+    """What the program returns, with an `Output` for each of its tensors and sizes, in order."""
+    places = itertools.count()
+    leaves = [
+        spec.arg.value if isinstance(spec.arg, ConstantArgument) else Output(next(places))
+        for spec in program.graph_signature.output_specs
+        if spec.kind is OutputKind.USER_OUTPUT
+    ]
+    return pytree.tree_unflatten(leaves, cast(pytree.TreeSpec, program.call_spec.out_spec))
+
+
+def to_program(graph: FxGraph, *, keywords: bool = False) -> ExportedProgram:
+    """The graph as an ExportedProgram: constants become lifted inputs, everything else stays as it is.
+
+    It returns what the model does, with a dict in place of any other mapping. keywords: whether inputs are given by
+    keyword, or in order.
+    """
     program, env = fx.Graph(), dict[fx.Node, fx.Node]()
     state: dict[str, Tensor] = {}
     subgraphs: dict[str, Any] = {}
@@ -83,13 +139,21 @@ def to_program(graph: FxGraph) -> ExportedProgram:
     for node in placeholders:
         env[node] = program.node_copy(node)
         inputs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(env[node].name), None))
+    writes: list[tuple[OutputSpec, fx.Node]] = []
     for node in graph.native.graph.nodes:
-        if node not in env:
+        if node.target is torch.ops.aten.copy_.default:
+            writes.append(_write(env, *node.args))
+        elif node not in env:
             env[node] = program.node_copy(node, env.__getitem__)
-    results = [result for result in env[graph.native.output].args[0]]  # type: ignore[union-attr]
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, _argument(result), None) for result in results]  # type: ignore[arg-type]
-    trees = pytree.tree_structure((tuple(placeholders), {})), pytree.tree_structure(tuple(results))
-    call = ModuleCallSignature([], [], *trees, [node.name for node in placeholders])
+    results = cast(tuple[fx.Node, ...], env[graph.native.output].args[0])
+    leaves, returned = pytree.tree_flatten(graph.returns)
+    leaves = [results[leaf.index] if isinstance(leaf, Output) else leaf for leaf in leaves]
+    env[graph.native.output].args = ((*(value for _, value in writes), *leaves),)
+    outputs = [spec for spec, _ in writes]
+    outputs += [OutputSpec(OutputKind.USER_OUTPUT, _argument(leaf), None) for leaf in leaves]
+    named = {str(node.target): node for node in placeholders}
+    given = pytree.tree_structure(((), named) if keywords else (tuple(placeholders), {}))
+    call = ModuleCallSignature([], [], given, returned, list(named))
     return ExportedProgram(
         subgraphs,
         program,
@@ -100,8 +164,18 @@ def to_program(graph: FxGraph) -> ExportedProgram:
     )
 
 
-def _argument(node: fx.Node) -> TensorArgument | SymIntArgument:
-    return TensorArgument(node.name) if isinstance(meta(node), Tensor) else SymIntArgument(node.name)
+def _write(env: Mapping[fx.Node, fx.Node], written: Any, value: Any) -> tuple[OutputSpec, fx.Node]:
+    """What a graph copies to a stored tensor or an input, as a program says it."""
+    of_input = written.op == "placeholder"
+    kind = OutputKind.USER_INPUT_MUTATION if of_input else OutputKind.BUFFER_MUTATION
+    target = env[written].name if of_input else str(written.target)
+    return OutputSpec(kind, TensorArgument(env[value].name), target), env[value]
+
+
+def _argument(leaf: Any) -> TensorArgument | SymIntArgument | ConstantArgument:
+    if not isinstance(leaf, fx.Node):
+        return ConstantArgument("", leaf)
+    return TensorArgument(leaf.name) if isinstance(meta(leaf), Tensor) else SymIntArgument(leaf.name)
 
 
 def _ranges(graph: fx.Graph) -> dict[Any, Any]:

@@ -3,6 +3,8 @@
 quantize(x, s, z:int8) -> quantize(x, s, z + 128:uint8), and so what reads it.
 dequantize(W, s, z) -> dequantize(W - z, s for each output). Both are exact.
 A scale for each channel between a conv and a depthwise conv moves into their weights (`channel_scales`).
+
+int8 words, which are made of such, are opened again by `unfold`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,33 @@ def normalize(graph: Graph) -> None:
     for node in [node for node in graph.nodes if _is_weight(node) and not _is_normal(node)]:
         _center(graph, node)
     share_one_scale(graph)
+
+
+def unfold(graph: Graph) -> None:
+    """Put quantize and dequantize around float words in place of int8 words: what they mean. [changes]"""
+    floats: dict[tuple[Value, ...], Value] = {}
+
+    def activation(site: Node, side: str) -> Value:
+        names = (side, *(f"{side}_{name}" if site.kind == "add_int8" else name for name in ("scale", "zero_point")))
+        key = tuple(site.required(name) for name in names)
+        if key not in floats:  # linears that read the same integers read the same floats
+            floats[key] = graph.emit("dequantize", *key, at=site)
+        return floats[key]
+
+    for site in graph.sites("linear_int8", "conv_int8", "add_int8"):
+        if site.kind == "add_int8":
+            y = graph.emit("add", activation(site, "a"), activation(site, "b"), at=site)
+        else:
+            weight = graph.emit(
+                "dequantize", site.required("weight"), site.required("weight_scale"), axis=0, at=site
+            )
+            y = graph.emit(
+                site.kind.removesuffix("_int8"), activation(site, "x"), weight, site.bias, at=site, **site.attributes
+            )
+        if site.kind != "linear_int8":
+            y = graph.emit("quantize", y, site.required("y_scale"), site.required("y_zero_point"), at=site)
+        graph.replace(site, y)
+    graph.sweep()
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.quantizing.integer_forms import normalize
-from tests.language import assert_outputs_equal, build, stored
+from graphopt.passes import FoldInt8, Quantize
+from graphopt.quantizing.integer_forms import normalize, unfold
+from tests.language import assert_outputs_equal, build, feeds, run, stored
 
 SIGNED = "q = quantize(x[1,2,4,4], S[]:values(0.02), Z[]:values(-3):int8)\n"
 
@@ -57,3 +58,28 @@ def test_weights_too_far_from_their_zero_point_stay(dialect: str) -> None:
     before = graph.text()
     normalize(graph)
     assert graph.text() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y = linear(x[2,8], W[4,8], B[4])",
+        "a = linear(x[2,8], W[4,8])\nb = linear(x, V[4,8])\nreturn a, b",
+        """
+        c = conv(x[1,4,6,6], V[4,4,3,3], B[4], padding=[1,1,1,1])
+        d = conv(c, W[4,2,3,3], padding=[1,1,1,1], groups=2)
+        y = add(d, c)
+        """,
+    ],
+)
+def test_int8_words_are_opened_again(dialect: str, text: str) -> None:
+    graph = build(dialect, text)
+    run(Quantize(bias_correction=False), graph, calibration=[feeds(graph)])
+    run(FoldInt8(), graph)
+    folded = graph.clone()
+    unfold(graph)
+    graph.verify()
+    assert not graph.sites("linear_int8", "conv_int8", "add_int8")
+    assert_outputs_equal(graph, folded, rtol=1 / 255)  # the last bit of a float decides on a step
+    run(FoldInt8(), graph)
+    assert graph.text() == folded.text()

@@ -397,15 +397,6 @@ def test_writing_into_a_slice_is_functional() -> None:
     assert_same(graph, module, normal(7, 4))
 
 
-def test_a_module_that_writes_to_its_state_is_refused() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        m.b.add_(1)
-        return x.add(m.b)
-
-    with pytest.raises(GraphError, match="BUFFER_MUTATION of b"):
-        load(Lambda(forward, None, normal(4)), X)
-
-
 def test_names_are_checked_and_kept() -> None:
     module = Lambda(lambda m, x, y: (x + y, None, 3))
     graph = load(module, X, X, input_names=["past.0.key", "past_0_key"], output_names=["sum"])
@@ -579,7 +570,7 @@ def test_a_saved_graph_is_the_same_graph(tmp_path: Path) -> None:
 
 def test_another_file_is_no_graph(tmp_path: Path) -> None:
     (tmp_path / "broken.pt2").write_bytes(b"PK nothing")
-    with pytest.raises(GraphError, match="no archive of an fx graph"):
+    with pytest.raises(GraphError, match=r"no archive of torch\.export"):
         FxGraph.load(tmp_path / "broken.pt2")
     with pytest.raises(FileNotFoundError):
         FxGraph.load(tmp_path / "missing.pt2")
