@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
-from graphopt.numerics.moments import Covariance, Mean, Norm, Rows
+from graphopt.numerics.moments import Covariance, Mean, Met, Norm, Rows
+from graphopt.numerics.quantize import Grid
 from graphopt.pipeline import Context, UsageError
 from graphopt.weights import Weight
 
-S = TypeVar("S", Norm, Mean, Covariance)
+S = TypeVar("S", Norm, Mean, Covariance, Met)
 
 
 def unexercised(what: str) -> str:
@@ -27,30 +28,49 @@ def covariances(graph: Graph, context: Context, weights: Sequence[Weight]) -> It
     Weights that read the same come together, not in the given order. The graph must not change until the last is read.
     Raises UsageError without calibration, and where no batch has a number for a weight's inputs.
     """
-    return _observed(graph, context, weights, Covariance, Covariance.matrix)
+    return _observed(graph, context, weights, _anywhere(Covariance), Covariance.matrix)
 
 
 def affine(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
     """As `covariances`, with one more input that is always 1, whose row holds the means of the others."""
-    return _observed(graph, context, weights, Covariance, Covariance.affine)
+    return _observed(graph, context, weights, _anywhere(Covariance), Covariance.affine)
+
+
+def met(
+    graph: Graph, context: Context, weights: Sequence[Weight], grids: Mapping[Value, Grid]
+) -> Iterator[tuple[Weight, Tensor]]:
+    """As `affine`, of inputs as they are in integers, and of these with the inputs themselves: `Met.affine`.
+
+    grids: the integers of the input of every site.
+    """
+
+    def statistic(value: Value, features: int, rows: Rows | None) -> Met:
+        return Met(features, rows, grids[value])
+
+    return _observed(graph, context, weights, statistic, Met.affine)
 
 
 def norms(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
     """As `covariances`, the root mean square of each input: float64 (groups, features)."""
-    squares = _observed(graph, context, weights, Norm, lambda norm: norm.norms().square())
+    squares = _observed(graph, context, weights, _anywhere(Norm), lambda norm: norm.norms().square())
     return ((weight, mean.sqrt()) for weight, mean in squares)
 
 
 def means(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
     """As `covariances`, the mean of each input: float64 (groups, features)."""
-    return _observed(graph, context, weights, Mean, Mean.mean)
+    return _observed(graph, context, weights, _anywhere(Mean), Mean.mean)
+
+
+def _anywhere(statistic: Callable[[int, Rows | None], S]) -> Callable[[Value, int, Rows | None], S]:
+    """A statistic that is the same for all values."""
+    return lambda value, features, rows: statistic(features, rows)
 
 
 def _observed(
     graph: Graph,
     context: Context,
     weights: Sequence[Weight],
-    statistic: Callable[[int, Rows | None], S],
+    statistic: Callable[[Value, int, Rows | None], S],
     mean: Callable[[S], Tensor],
 ) -> Iterator[tuple[Weight, Tensor]]:
     """The mean over all rows that a weight multiplies; `mean` gives that of one statistic."""
@@ -58,7 +78,7 @@ def _observed(
     for weight in weights:
         readers.setdefault(tuple((site.input, _rows(site)) for site in weight.sites), []).append(weight)
     wanted = (
-        (value, statistic(reading[0].tensor[0].numel(), rows))
+        (value, statistic(value, reading[0].tensor[0].numel(), rows))
         for inputs, reading in readers.items() for value, rows in inputs
     )  # fmt: skip
     seen = context.statistics(graph, wanted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +13,12 @@ from graphopt.numerics.observe import OBSERVERS
 from graphopt.numerics.quantize import BLOCKS
 from graphopt.pipeline import Context, Pass, PerSite, Selector, Stage, UsageError, value_text
 from graphopt.quantizing import schemes
-from graphopt.quantizing.islands import Islands
+from graphopt.quantizing.islands import account
 from graphopt.quantizing.mixed import Goal, keep, remember
 from graphopt.quantizing.placement import islands_on
 from graphopt.quantizing.ranges import observe
 from graphopt.quantizing.rounding import Recipe, Rounding
+from graphopt.quantizing.smoothing import even_out
 
 _TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
@@ -30,7 +30,9 @@ class Quantize(Pass):
     Weights are signed, symmetric, one scale an output channel; weight-only they may have blocks and zero points.
     Activations are uint8, one scale and zero point a value, for all sites that read it. The results of static convs are
     quantized too, behind a relu or clip that follows, and so is what joins or moves them: a target then finds closed
-    islands. Declined: a weight that is not stored in float32, and what the target has no fast kernel for.
+    islands. With calibration the default is all that is known to help without labels: channels evened out, weights
+    fitted to inputs as they are in integers and rounded by second order, and biases that answer for mean errors.
+    Declined: a weight that is not stored in float32, and what the target has no fast kernel for.
     """
 
     name = "quantize"
@@ -63,6 +65,9 @@ class Quantize(Pass):
     bias_correction: bool | None = None
     """Whether biases take over the mean error of outputs (none: with calibration)."""
 
+    smooth: bool | None = None
+    """Whether channels that static sites read are evened out first, as `smooth` does (none: yes, but for node:...)."""
+
     sqnr: float | None = None
     """Least SQNR (dB) of the worst output over the calibration: the sites that hurt most stay float until it is met."""
 
@@ -86,6 +91,7 @@ class Quantize(Pass):
             "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
             "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "second-order"),
             "clip": (None, True, False), "bias_correction": (None, True, False),
+            "smooth": (None, True, False),
         }  # fmt: skip
         for option, allowed in choices.items():
             given = getattr(self, option)
@@ -101,7 +107,12 @@ class Quantize(Pass):
         if self.dtype not in known:
             name = "onnx" if context.target is None else context.target.name
             raise UsageError(f"quantize: {name} has no kernels in {self.dtype}; there is {', '.join(known)}")
-        goal, free = Goal(self.sqnr, self.cosine, self.max_drop), replace(self, sqnr=None, cosine=None, max_drop=None)
+        named = schemes.names_nodes(self.targets.terms, self.ignore.terms, self.scheme, self.bits)
+        if self.smooth is not False and self.dtype == "int8" and context.calibration is not None and not named:
+            sites = [site for site in graph.sites("linear", "conv") if site in self.targets and site not in self.ignore]
+            even_out(graph, context, schemes.static(sites, self.scheme, context))
+        goal = Goal(self.sqnr, self.cosine, self.max_drop)
+        free = replace(self, sqnr=None, cosine=None, max_drop=None, smooth=False)
         context = remember(context) if goal.asked else context
         kept = keep(graph, free, goal, context) if goal.asked else {}
         islands, rounding = islands_on(graph, context, _TYPES[self.dtype]), Rounding(graph)
@@ -115,15 +126,13 @@ class Quantize(Pass):
         def stays(node: Node) -> str | None:
             return "it is to stay float" if node in self.ignore else context.put_back.get(node.label)
 
-        declined = islands.join(lambda word: "static" in schemes.legal(word, context), stays, asked)
-        _account(context, islands, declined)
+        account(context, islands, islands.join(lambda word: "static" in schemes.legal(word, context), stays, asked))
         products = [one.bits for site, one in rounding.recipes.items() if islands.schemes[site] != "weight-only"]
         if products and context.target is not None and self.dtype == "int8":
             context.note(schemes.safety(products))
         islands.measure(observe(graph, context, islands, OBSERVERS[self.observer]))
-        rounding.scales = islands.scales()
+        islands.weights, rounding.grids = rounding, islands.grids()
         rounding.look(context)
-        islands.weights = rounding
         islands.emit()
 
     def _chosen(
@@ -182,14 +191,3 @@ class Quantize(Pass):
             second_order=calibrated if self.rounding == "auto" else self.rounding == "second-order",
             bias_correction=corrected,
         )
-
-
-def _account(context: Context, islands: Islands, declined: Mapping[Node, str]) -> None:
-    """Count what joins islands as sites, and say why some does not."""
-    parts = [node for node in (*islands.members, *declined) if node not in context.labels]
-    often = Counter([*context.record.eligible, *(node.label for node in parts)])
-    for node in parts:
-        context.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
-        context.record.eligible.append(context.labels[node])
-    for node, reason in declined.items():
-        context.decline(node, reason)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.numerics.finite import require_finite
+from graphopt.numerics.quantize import Grid
 
 Rows = tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], int]
 """How a convolution reads its input: kernel, stride, padding (begins, then ends), dilation, groups."""
@@ -114,6 +115,53 @@ class Covariance:
         moments[:, -1, :-1] = moments[:, :-1, -1] = self._first / self.count
         moments[:, -1, -1] = 1
         return moments
+
+
+class Met:
+    """Second moments of rows as a layer in integers meets them, r, and of these with the rows themselves, x.
+
+    r is x on the steps of an activation, halves to even and the ends saturated (Jacob et al. 2018, section 2.1).
+    """
+
+    def __init__(self, features: int, conv: Rows | None, grid: Grid) -> None:
+        """features, conv: as for `Norm`; grid: the integers, of one scale in all."""
+        self.features, self.conv, self.grid, self.scale = features, conv, grid, grid.scale
+        self.groups = 1 if conv is None else conv[4]
+        self._met: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._means = torch.zeros(2, self.groups, features, dtype=torch.float64)
+        self.count = 0
+        """Rows seen."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it will hold: nothing is allocated before the first batch."""
+        return 2 * self.groups * self.features**2 * 8
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Take in one batch: as `Covariance.update`."""
+        rows = _rows(x, mask, self.features, self.conv)
+        met = self.grid.values(self.grid.round(rows))
+        if self._met is None or self._cross is None:
+            shape = self.groups, self.features, self.features
+            self._met, self._cross = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        self._met += (met.transpose(1, 2) @ met).double()
+        self._cross += (rows.transpose(1, 2) @ met).double()
+        self._means += torch.stack([rows.sum(1, dtype=torch.float64), met.sum(1, dtype=torch.float64)])
+        self.count += rows.shape[1]
+
+    def affine(self) -> Tensor:
+        """The means of r rᵀ and of x rᵀ, each with a last feature that is always 1: float64 (2, groups, features + 1,
+        features + 1). ValueError when no row was seen."""
+        _require_rows(self.count)
+        assert self._met is not None and self._cross is not None
+        mean, met = self._means / self.count
+        one = torch.ones(self.groups, 1, dtype=torch.float64)
+        found = []
+        for matrix, first in ((self._met, met), (self._cross, mean)):
+            right = torch.cat([first, one], 1).unsqueeze(2)
+            found.append(torch.cat([torch.cat([matrix / self.count, met.unsqueeze(1)], 1), right], 2))
+        return torch.stack(found)
 
 
 def _require_rows(count: int) -> None:

@@ -84,17 +84,21 @@ def inverse_factor(covariance: Tensor, damping: float) -> tuple[Tensor, float]:
 
     Where that is not positive definite, the damping is raised tenfold until it is.
     """
-    diagonal = covariance.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1)
-    mean = torch.where(mean > 0, mean, 1)  # nothing came in: all inputs count alike
     while True:
-        damped = covariance + torch.diag_embed((damping * mean).unsqueeze(1).expand_as(diagonal))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped(covariance, damping))
         if not failed.any():
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed.any() and bool(torch.isfinite(upper).all()):
                 return upper, damping
         damping = max(10 * damping, _ROUNDING)
+
+
+def damped(covariance: Tensor, damping: float) -> Tensor:
+    """covariance + damping · mean(diagonal) · 1, in each group."""
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1)
+    mean = torch.where(mean > 0, mean, 1)  # nothing came in: all inputs count alike
+    return covariance + torch.diag_embed((damping * mean).unsqueeze(1).expand_as(diagonal))
 
 
 def _examined(covariance: Tensor) -> tuple[int, bool]:

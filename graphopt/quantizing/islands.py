@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import torch
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics import quantize
 from graphopt.numerics.observe import Observer
+from graphopt.pipeline import Context
 from graphopt.quantizing.rounding import Rounding
 
 JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu", "softmax")
@@ -125,17 +127,19 @@ class Islands:
             self.parameters[value] = self._stored(number, integer)
         self.parameters |= {value: self._stored(*_SHARES) for value in self._softmaxes()}
 
-    def scales(self) -> dict[Node, float]:
-        """Of what each static linear and conv reads, but for what was quantized before."""
-        found = dict[Node, float]()
+    def grids(self) -> dict[Node, quantize.Grid]:
+        """The integers of what each static linear and conv reads, but for what was quantized before."""
+        found = dict[Node, quantize.Grid]()
         for site in self.static("linear", "conv"):
             value = site.input
             while value.producer in self.moves:
                 value = value.producer.input
             if value in self.parameters:
-                scale = self.graph.constant(self.parameters[value][0])
-                assert scale is not None  # `_stored`
-                found[site] = float(scale)
+                scale, zero_point = map(self.graph.constant, self.parameters[value])
+                assert scale is not None and zero_point is not None  # `_stored`
+                signed = zero_point.dtype == torch.int8  # and about 0
+                ends = (-128, 127) if signed else (0, 255)
+                found[site] = quantize.Grid(scale, None if signed else zero_point, *ends, axis=None)
         return found
 
     def _stored(self, scale: float, zero_point: int) -> tuple[Value, Value]:
@@ -253,3 +257,14 @@ def end_of(node: Node) -> Node:
         low, high = users[0].attributes["low"], users[0].attributes["high"]
         return users[0] if (low is None or low <= 0) and (high is None or high >= 0) else node
     return users[0] if users[0].kind == "relu" else node
+
+
+def account(context: Context, islands: Islands, declined: Mapping[Node, str]) -> None:
+    """Count what joins islands as sites, and say why some does not."""
+    parts = [node for node in (*islands.members, *declined) if node not in context.labels]
+    often = Counter([*context.record.eligible, *(node.label for node in parts)])
+    for node in parts:
+        context.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
+        context.record.eligible.append(context.labels[node])
+    for node, reason in declined.items():
+        context.decline(node, reason)

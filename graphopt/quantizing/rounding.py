@@ -12,13 +12,16 @@ from graphopt import inputs
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics import quantize
 from graphopt.numerics.finite import require_finite
-from graphopt.numerics.reconstruct import bias_shift, reconstruct
+from graphopt.numerics.reconstruct import bias_shift, fitted, reconstruct, refine
 from graphopt.pipeline import Context
 from graphopt.weights import Weight
 from graphopt.words import WORDS
 
 _ROOM = 2.0**30
 """Steps that a bias may take: engines add it to sums in int32, which need half of that."""
+
+_ROUNDING = 1e-6
+"""Share of its mean square below which the variance of an input is rounding: products are summed in float32."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Rounding:
 
     graph: Graph
     recipes: dict[Node, Recipe] = field(default_factory=dict)
-    scales: Mapping[Node, float] = field(default_factory=dict)
-    """Of what static sites read."""
+    grids: Mapping[Node, quantize.Grid] = field(default_factory=dict)
+    """The integers of what static sites read."""
     stored: dict[tuple[Value, Recipe], Stored] = field(default_factory=dict)
     shifts: dict[Node, Tensor] = field(default_factory=dict)
     """What the bias of a site has to gain."""
@@ -84,14 +87,35 @@ class Rounding:
         """Round the weights that need to know what they multiply. The graph must not have changed."""
         for recipe in dict.fromkeys(recipe for recipe in self.recipes.values() if recipe.needs_inputs):
             sites = [site for site, chosen in self.recipes.items() if chosen == recipe and site.kind != "embedding"]
-            observe = inputs.affine if recipe.second_order else inputs.means
-            for weight, moments in observe(self.graph, context, list(_weights(sites))):
-                covariance, mean = (
-                    (moments[:, :-1, :-1], moments[:, -1, :-1]) if recipe.second_order else (None, moments)
-                )
-                change = self._round(weight.value, weight.tensor, recipe, weight.sites[0], covariance)
-                if recipe.bias_correction:
-                    self.shifts |= dict.fromkeys(weight.sites, bias_shift(change, mean))
+            static, others = list[Weight](), list[Weight]()
+            for weight in _weights(sites):
+                known = recipe.second_order and all(site in self.grids for site in weight.sites)
+                (static if known else others).append(weight)
+            grids = {site.input: self.grids[site] for weight in static for site in weight.sites}
+            if static:
+                for weight, moments in inputs.met(self.graph, context, static, grids):
+                    self._fit(weight, recipe, *moments.unbind())
+            if others and recipe.second_order:
+                for weight, moments in inputs.affine(self.graph, context, others):
+                    self._fit(weight, recipe, moments, moments)
+            elif others:
+                for weight, mean in inputs.means(self.graph, context, others):
+                    values = self._round(weight.value, weight.tensor, recipe, weight.sites[0], None)
+                    self.shifts |= dict.fromkeys(weight.sites, bias_shift(weight.tensor - values, mean))
+
+    def _fit(self, weight: Weight, recipe: Recipe, met: Tensor, cross: Tensor) -> None:
+        """Round a weight for the inputs r that it meets in place of x; met, cross: as of `moments.Met.affine`."""
+        exact, mean, mean_met = cross is met, cross[:, :-1, -1], met[:, :-1, -1]
+        met, cross = met[:, :-1, :-1], cross[:, :-1, :-1]
+        if recipe.bias_correction:  # which answers for the means, and leaves to the weight what varies about them
+            floor = torch.diag_embed(_ROUNDING * met.diagonal(dim1=1, dim2=2))
+            met = met + floor - mean_met.unsqueeze(2) * mean_met.unsqueeze(1)
+            cross = cross + floor - mean.unsqueeze(2) * mean_met.unsqueeze(1)
+        wanted = weight.tensor if exact else fitted(weight.tensor, met, cross)
+        values = self._round(weight.value, wanted, recipe, weight.sites[0], met)
+        if recipe.bias_correction:
+            shift = bias_shift(weight.tensor - values, mean) + bias_shift(values, mean - mean_met)
+            self.shifts |= dict.fromkeys(weight.sites, shift)
 
     def emit(self, site: Node) -> tuple[Value, Value | None]:
         """The weight of a site, dequantized, and its bias."""
@@ -107,7 +131,7 @@ class Rounding:
         return self.emitted[value, recipe], self._bias(site)
 
     def _round(self, value: Value, tensor: Tensor, recipe: Recipe, site: Node, covariance: Tensor | None) -> Tensor:
-        """Store a weight in 8 bits or fewer; what it loses by that."""
+        """Store a weight in 8 bits or fewer; the floats that these stand for."""
         if recipe.dtype.is_floating_point:
             return self._round_floats(value, tensor, recipe, site)
         squares = None if covariance is None else covariance.diagonal(dim1=1, dim2=2)
@@ -120,6 +144,8 @@ class Rounding:
             raise ValueError(f"{site.label}: {error}") from error
         grid = self._with_room(grid, value, recipe)
         steps = grid.round(tensor) if covariance is None else reconstruct(tensor, covariance, grid)
+        if covariance is not None and recipe.clip:
+            grid, steps = refine(tensor, covariance, grid, steps)
         form = {"axis": 0} if recipe.block is None else {"axis": 1, "block": recipe.block}
         self.stored[value, recipe] = Stored(
             self.graph.add_constant(steps, value.name),
@@ -127,7 +153,7 @@ class Rounding:
             None if grid.zero_point is None else self.graph.add_constant(grid.zero_point, f"{value.name}_zero_point"),
             form | ({"bits": recipe.bits} if recipe.bits < 7 else {}),
         )
-        return tensor - grid.values(steps)
+        return grid.values(steps)
 
     def _round_floats(self, value: Value, tensor: Tensor, recipe: Recipe, site: Node) -> Tensor:
         try:
@@ -136,7 +162,8 @@ class Rounding:
             raise ValueError(f"{site.label}: {error}") from error
         operands = self.graph.add_constant(steps, value.name), self.graph.add_constant(scale, f"{value.name}_scale")
         self.stored[value, recipe] = Stored(*operands, None, {"axis": 0})
-        return tensor - WORDS["dequantize"].reference(steps, scale, axis=0)
+        floats: Tensor = WORDS["dequantize"].reference(steps, scale, axis=0)
+        return floats
 
     def _with_room(self, grid: quantize.Grid, value: Value, recipe: Recipe) -> quantize.Grid:
         """A grid whose scales are no smaller than the bias of each output allows, in int32 steps of scale · scale.
@@ -144,10 +171,10 @@ class Rounding:
         Weights that are nearly 0 beside a bias, as of a channel that batch norm turned off, would make it overflow.
         """
         for site in value.users:
-            if site in self.scales and self.recipes.get(site) == recipe and site.bias is not None:
+            if site in self.grids and self.recipes.get(site) == recipe and site.bias is not None:
                 bias = self.graph.constant(site.bias)
                 if bias is not None:
-                    least = (bias.double().abs() / (self.scales[site] * _ROOM)).float().flatten()
+                    least = (bias.double().abs() / (float(self.grids[site].scale) * _ROOM)).float().flatten()
                     grid = replace(grid, scale=torch.maximum(grid.scale, least))
         return grid
 

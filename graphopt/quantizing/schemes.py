@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from graphopt.graph import Node, Value
-from graphopt.pipeline import Context
+from graphopt.pipeline import Context, PerSite
 from graphopt.weights import why_fixed
 
 SCHEMES = ("static", "dynamic", "weight-only")
@@ -45,6 +45,23 @@ def scheme_of(word: str, asked: str, context: Context) -> str:
     if context.calibration is not None and "static" in known:
         return "static"
     return "weight-only" if "weight-only" in known and "dynamic" not in known else "dynamic"
+
+
+def names_nodes(*terms: object) -> bool:
+    """Whether options name single nodes (node:...), as measures of sensitivity do; terms: of selectors, or by site."""
+    several = [one for one in terms if isinstance(one, tuple | PerSite)]
+    return any(term.startswith("node:") for one in several for term in one)
+
+
+def static(sites: Iterable[Node], asked: str | Mapping[str, str], context: Context) -> list[Node]:
+    """Of linears and convs, those that are to be static, but for what was put back."""
+    found = []
+    for site in sites:
+        term = asked.term_of(site) if isinstance(asked, PerSite) else None
+        scheme = asked if isinstance(asked, str) else asked[term] if term else ""
+        if scheme_of(site.kind, scheme, context) == "static" and site.label not in context.put_back:
+            found.append(site)
+    return found
 
 
 def bits_of(word: str, scheme: str, asked: int | None, context: Context) -> int:

@@ -3,15 +3,19 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
+from graphopt.inputs import covariances
+from graphopt.numerics.observe import ChannelMinMax
 from graphopt.numerics.smooth import ALPHAS, expected_error, smooth_factors
-from graphopt.weights import why_fixed
+from graphopt.pipeline import Context
+from graphopt.quantizing.islands import label_of
+from graphopt.weights import Weight, why_fixed
 
 _HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}
 """Words that do the same to a channel and to a positive multiple of it, by the word that reads their result: pools work
@@ -50,6 +54,56 @@ class Scalable:
         largest = torch.stack([one.abs().transpose(0, 1).flatten(1).amax(1) for one in weights if one is not None])
         found: dict[float | None, Tensor] = {None: torch.ones(self.channels)}
         return found | {alpha: smooth_factors(activations, largest.amax(0), alpha) for alpha in ALPHAS}
+
+
+def even_out(graph: Graph, context: Context, sites: Iterable[Node]) -> dict[Node, str]:
+    """Divide channels of what linears and convs read by the factors that help, and multiply their weights.
+
+    Returns why each of the other sites is left as it is; the share alpha of each value is noted. A site that changes is
+    another node afterwards. Raises UsageError without calibration.
+    """
+    groups: dict[Value, tuple[Scalable, list[Node]]] = {}
+    declined: dict[Node, str] = {}
+    for site in sites:
+        one = scalable(site) if site.kind in ("linear", "conv") else f"{site.kind} has no weight to take factors"
+        if isinstance(one, str):
+            declined[site] = one
+        else:
+            groups.setdefault(one.value, (one, []))[1].append(site)
+    chosen = []
+    for value, factors in _factors(graph, context, {value: one for value, (one, _) in groups.items()}).items():
+        one, readers = groups[value]
+        if factors is None:
+            declined |= dict.fromkeys(readers, "no factors lower the error that 8 bits are expected to make")
+        else:
+            chosen.append((one, factors))
+    rescale(graph, chosen)
+    return declined
+
+
+def _factors(graph: Graph, context: Context, groups: Mapping[Value, Scalable]) -> dict[Value, Tensor | None]:
+    """The factors of each value that are expected to make the least error, None where it is best left alone."""
+    wanted = [(value, ChannelMinMax(one.channels, one.axis)) for value, one in groups.items()]
+    ranges = dict(zip(groups, context.statistics(graph, wanted), strict=True)) if groups else {}
+    candidates = {value: one.candidates(ranges[value].low, ranges[value].high) for value, one in groups.items()
+                  if ranges[value].count}  # fmt: skip
+    weights, owners = [], dict[Value, Value]()
+    for value in candidates:
+        for site in groups[value].readers if not groups[value].depthwise else ():
+            weight = site.required("weight")
+            weights.append(Weight(weight, [site]))
+            owners[weight] = value
+    errors = {value: dict.fromkeys(found, 0.0) for value, found in candidates.items()}
+    for one, covariance in covariances(graph, context, weights) if weights else ():
+        value = owners[one.value]
+        for alpha, factors in candidates[value].items():
+            ends = ranges[value].low, ranges[value].high
+            errors[value][alpha] += error_of(one.tensor, covariance[0], *ends, factors)
+    best = {value: min(found, key=lambda alpha: found[alpha]) for value, found in errors.items()}
+    notes = [f"{label_of(value)} {alpha}" for value, alpha in best.items() if alpha is not None]
+    if notes:
+        context.note(f"share of the difficulty that weights take over: {', '.join(notes)}")
+    return {value: candidates[value][best[value]] if best.get(value) is not None else None for value in groups}
 
 
 def error_of(weight: Tensor, covariance: Tensor, low: Tensor, high: Tensor, factors: Tensor) -> float:
@@ -123,10 +177,20 @@ def _alone(value: Value, node: Node) -> bool:
     return value.users == (node,) and node.operands.count(value) == 1 and not value.is_output
 
 
+def _keeps_rows(node: Node, reader: str) -> bool:
+    """Whether a node reshapes the axes before the last one, along which a linear's channels are, and only those."""
+    if node.kind != "reshape" or reader != "linear":
+        return False
+    before, after = node.input.shape, node.result.shape
+    if not before or not after:
+        return False
+    return isinstance(before[-1], int) and before[-1] == after[-1]
+
+
 def _maker(value: Value, reader: str) -> Node | str:
     """The norm, linear or conv that makes a value, at most through words that keep multiples, read by nobody else."""
     node = value.producer
-    while node is not None and node.kind in (*_HOMOGENEOUS[reader], "mul"):
+    while node is not None and (node.kind in (*_HOMOGENEOUS[reader], "mul") or _keeps_rows(node, reader)):
         if node.kind == "mul":
             found = [_maker(side, reader) for side in node.operands if side is not None and _alone(side, node)]
             makers = [one for one in found if not isinstance(one, str)]

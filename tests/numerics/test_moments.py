@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphopt.numerics.moments import Covariance, Mean, Norm
+from graphopt.numerics.moments import Covariance, Mean, Met, Norm
+from graphopt.numerics.quantize import Grid
 
 
 def test_batches_add_up_to_the_whole() -> None:
@@ -22,6 +23,28 @@ def test_batches_add_up_to_the_whole() -> None:
     np.testing.assert_allclose(norm.norms()[0], np.sqrt((whole**2).mean(0)), rtol=1e-6)
     np.testing.assert_allclose(mean.mean()[0], whole.mean(0), rtol=1e-12)
     assert covariance.nbytes == 7 * 7 * 8 == covariance.matrix().nbytes
+
+
+def test_rows_as_integers_are_met_beside_the_rows() -> None:
+    """ONNX's QuantizeLinear and DequantizeLinear, in numpy; padding of a convolution is 0 in integers too."""
+    x = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(1)) + 0.3
+    conv = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 3)
+    grid = Grid(torch.tensor(0.02), torch.tensor(100, dtype=torch.uint8), 0, 255, None)
+    met, covariance = Met(9, conv, grid), Covariance(9, conv)
+    integers = np.clip(np.rint(x.numpy() / np.float32(0.02)) + 100, 0, 255)
+    quantized = torch.from_numpy((integers - 100) * np.float32(0.02)).float()
+    for start in range(0, 40, 9):
+        met.update(x[start : start + 9])
+    covariance.update(quantized)
+    found, cross = met.affine()
+    torch.testing.assert_close(found, covariance.affine(), rtol=1e-4, atol=1e-5)
+    patches = [F.unfold(part, 3, padding=1).reshape(40, 3, 9, 36).double() for part in (x, quantized)]
+    torch.testing.assert_close(
+        cross[:, :-1, :-1], torch.einsum("ngip,ngjp->gij", *patches) / (40 * 36), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(cross[:, :-1, -1], patches[0].mean((0, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cross[:, -1, :-1], patches[1].mean((0, 3)), rtol=1e-5, atol=1e-6)
+    assert met.nbytes == 2 * 3 * 81 * 8 and met.count == 40 * 36
 
 
 def test_padding_is_left_out() -> None:

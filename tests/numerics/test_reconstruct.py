@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphopt.numerics.moments import Covariance, Mean
 from graphopt.numerics.quantize import fit
-from graphopt.numerics.reconstruct import bias_shift, output_error, reconstruct
+from graphopt.numerics.reconstruct import bias_shift, fitted, output_error, reconstruct, refine
 
 Array = np.ndarray[Any, Any]
 GRIDS: list[dict[str, Any]] = [
@@ -165,3 +165,79 @@ def test_zeros_stay_zero() -> None:
     grid = fit(weight, bits=4, block=16, symmetric=False)
     integers = reconstruct(weight, (x.T @ x / 200)[None], grid)
     assert bool((grid.values(integers)[weight == 0] == 0).all())
+
+
+def squares(weight: Tensor, values: Tensor, second: Tensor) -> Tensor:
+    """The squared error of each output under a damped covariance of one group."""
+    damped = second[0] + 0.01 * second[0].diagonal().mean() * torch.eye(len(second[0]))
+    wrong = (weight - values).double()
+    return ((wrong @ damped) * wrong).sum(1)
+
+
+@pytest.mark.parametrize("options", GRIDS, ids=str)
+def test_refining_leaves_no_single_step_that_is_better(options: dict[str, Any]) -> None:
+    weight, second = seeded(5, 160), covariance(inputs(400, 160))
+    weight[:, 7] = 0
+    grid = fit(weight, **options)
+    first = reconstruct(weight, second, grid)
+    refined, integers = refine(weight, second, grid, first, rounds=40)
+    assert integers.dtype == first.dtype and refined.scale.dtype == grid.scale.dtype
+    before, after = squares(weight, grid.values(first), second), squares(weight, refined.values(integers), second)
+    assert bool((after <= before * (1 + 1e-6)).all()) and float(after.sum()) < 0.995 * float(before.sum())
+    assert torch.equal(refined.values(integers)[:, 7], torch.zeros(5))
+    for column in set(range(160)) - {7}:
+        for step in (-1, 1):
+            moved = integers.int()
+            moved[:, column] += step
+            other = squares(weight, refined.values(moved), second)
+            allowed = (moved[:, column] >= grid.low) & (moved[:, column] <= grid.high)
+            assert bool((other >= after * (1 - 1e-6))[allowed].all())
+
+
+@pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 4, "block": 16}], ids=str)
+def test_refined_scales_are_those_of_least_squares(options: dict[str, Any]) -> None:
+    weight, second = seeded(5, 32), covariance(inputs(400, 32))
+    grid = fit(weight, **options)
+    refined, integers = refine(weight, second, grid, reconstruct(weight, second, grid), rounds=40)
+    root = np.linalg.cholesky((second[0] + 0.01 * second[0].diagonal().mean() * torch.eye(32)).numpy()).T
+    for row in range(5):
+        parts = np.stack(np.split(np.eye(32) * integers[row].double().numpy(), max(grid.scale.numel() // 5, 1), 1))
+        wanted = np.linalg.lstsq((root @ parts).sum(2).T, root @ weight[row].double().numpy(), rcond=None)[0]
+        np.testing.assert_allclose(refined.scale[row].numpy().reshape(-1), wanted, rtol=1e-5)
+
+
+def test_refining_outputs_of_groups_and_in_parts_is_the_same() -> None:
+    weight = seeded(9000, 128)
+    second = torch.cat([covariance(inputs(300, 128)), covariance(inputs(300, 128).flip(1))])
+    grid = fit(weight, bits=4, block=32)
+    both, integers = refine(weight, second, grid, reconstruct(weight, second, grid), rounds=1)
+    for group in range(2):
+        part = slice(4500 * group, 4500 * group + 4500)
+        alone = fit(weight[part], bits=4, block=32)
+        first = reconstruct(weight[part], second[group : group + 1], alone)
+        refined, found = refine(weight[part], second[group : group + 1], alone, first, rounds=1)
+        assert float((found != integers[part]).double().mean()) < 1e-4  # products of other shapes are rounded otherwise
+        torch.testing.assert_close(refined.scale, both.scale[part], rtol=1e-5, atol=0)
+
+
+def test_refining_needs_damping() -> None:
+    weight, second = seeded(4, 32), covariance(inputs(100, 32))
+    grid = fit(weight, bits=4)
+    with pytest.raises(ValueError, match="damping must be above 0"):
+        refine(weight, second, grid, grid.round(weight), damping=0.0)
+
+
+def test_the_fitted_weight_is_that_of_ridge_regression() -> None:
+    """Rows for the ridge stand below the inputs: numpy's least squares then solves the same."""
+    weight, x = seeded(6, 5), inputs(200, 5).double()
+    met = torch.round(x)
+    second, cross = covariance(met), (x.T @ met / len(x)).unsqueeze(0)
+    ridge = torch.diag((0.01 * second[0].diagonal() * len(x)).sqrt())
+    wanted = torch.cat([x @ weight.double().T, ridge @ weight.double().T])
+    expected = np.linalg.lstsq(torch.cat([met, ridge]).numpy(), wanted.numpy(), rcond=None)[0].T
+    found = fitted(weight, second, cross)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fitted(weight, second, second), weight, rtol=1e-6, atol=0)
+    weight[:, 2] = 0
+    assert torch.equal(fitted(weight, second, cross)[:, 2], torch.zeros(6))

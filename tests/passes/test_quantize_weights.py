@@ -89,6 +89,30 @@ def test_the_bias_takes_over_the_mean_error(dialect: str) -> None:
         assert (found - expected).mean(0).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_the_bias_takes_over_what_rounding_inputs_shifts(dialect: str) -> None:
+    """The range cuts off the tail of what comes in, so that integers are too small on average."""
+    graph = build(dialect, LINEAR)
+    batches = [{name: x.square() * x.abs() for name, x in correlated(graph, seed).items()} for seed in range(4)]
+    expected = torch.cat([outputs(graph, batch)[0] for batch in batches])
+    run(Quantize(scheme="static"), graph, calibration=batches)
+    found = torch.cat([outputs(graph, batch)[0] for batch in batches])
+    assert (found - expected).mean(0).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_weights_are_fitted_to_inputs_in_integers(dialect: str) -> None:
+    """Four features of 32 set the scale, and of the others little is left in integers."""
+    errors = {}
+    for rounding in ("nearest", "second-order"):
+        graph = build(dialect, LINEAR)
+        large = torch.ones(32).index_fill(0, torch.arange(4), 100.0)
+        batches = [{name: x * large for name, x in feeds(graph, seed).items()} for seed in range(8)]
+        expected = torch.cat([outputs(graph, batch)[0] for batch in batches])
+        run(Quantize(scheme="static", observer="minmax", rounding=rounding, smooth=False), graph, calibration=batches)
+        wrong = torch.cat([outputs(graph, batch)[0] for batch in batches]) - expected
+        errors[rounding] = float((wrong - wrong.mean(0)).square().sum())
+    assert errors["second-order"] < 0.9 * errors["nearest"]
+
+
 def test_a_computed_bias_is_not_corrected(dialect: str) -> None:
     graph = build(dialect, "y = linear(x[2,32], W[16,32], b[16])")
     run(Quantize(), graph, calibration=[feeds(graph)])

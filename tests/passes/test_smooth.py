@@ -1,10 +1,13 @@
 """smooth: channels of activations of like size, at no cost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Quantize, Smooth
+from graphopt.pipeline import Selector
 from tests.language import assert_outputs_equal, build, declined, feeds, outputs, run, weight_of
 
 GATED = """
@@ -36,9 +39,30 @@ def test_outliers_cost_less_behind_it(dialect: str) -> None:
         expected = outputs(graph)[0]
         if smoothed:
             run(Smooth(), graph, calibration=batches)
-        run(Quantize(scheme="static", rounding="nearest"), graph, calibration=batches)
+        run(Quantize(scheme="static", rounding="nearest", smooth=False), graph, calibration=batches)
         found[smoothed] = sqnr(expected, outputs(graph)[0])
     assert found[True] > found[False] + 1.5
+
+
+def test_static_quantization_begins_with_it(dialect: str) -> None:
+    by_itself, behind = build(dialect, GATED), build(dialect, GATED)
+    batches = [feeds(behind, seed) for seed in range(4)]
+    context = run(Quantize(scheme="static"), by_itself, calibration=batches)
+    assert "share of the difficulty" in context.record.notes[0]
+    run(Smooth(), behind, calibration=batches)
+    run(Quantize(scheme="static", smooth=False), behind, calibration=batches)
+    assert by_itself.text() == behind.text()
+    assert torch.equal(outputs(by_itself)[0], outputs(behind)[0])
+
+
+def test_dynamic_sites_and_single_nodes_stay_as_they_are(dialect: str) -> None:
+    for options in (Quantize(scheme="dynamic"), Quantize(scheme="static")):
+        graph = build(dialect, GATED)
+        node = graph.sites("linear")[0]
+        targets = Selector.of(node) if options.scheme == "static" else options.targets
+        before = weight_of(graph.sites("layer_norm")[0])
+        context = run(replace(options, targets=targets), graph, calibration=[feeds(graph)])
+        assert torch.equal(weight_of(graph.sites("layer_norm")[0]), before) and context.record.changed
 
 
 def test_channels_of_a_depthwise_conv_reach_equally_far(dialect: str) -> None:
@@ -48,6 +72,19 @@ def test_channels_of_a_depthwise_conv_reach_equally_far(dialect: str) -> None:
     value = graph.sites("conv")[1].input
     reached = torch.cat([graph.evaluate(batch, [value])[0] for batch in batches]).amax((0, 2, 3))
     assert torch.allclose(reached, reached[0].expand(4), rtol=1e-4)
+
+
+def test_rows_of_a_linear_may_be_counted_anew_in_front_of_it(dialect: str) -> None:
+    text = (
+        "n = layer_norm(x[4,2,8], G[8]:values(1,1,30,1,1,1,1,1), C[8])\n"
+        "y = linear(reshape(n, S[2]:int64:values(%s)), W[4,%d])"
+    )
+    for shape, width, changed in (("8,8", 8, 1), ("4,16", 16, 0)):
+        graph = build(dialect, text % (shape, width))
+        original = graph.clone()
+        context = run(Smooth(), graph, calibration=[feeds(graph, seed) for seed in range(3)])
+        assert context.record.changed == changed
+        assert_outputs_equal(graph, original, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
