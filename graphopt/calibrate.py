@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from graphopt.axes.masks import mask_inputs, real_positions
 from graphopt.graph import Flow, Graph, Shape, Value
 from graphopt.pipeline import UsageError, nearest
+
+if TYPE_CHECKING:
+    from graphopt.instruments import Instrument
 
 SAMPLES = 8
 """Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
@@ -60,17 +64,24 @@ class NotFinite(ValueError):
 class Calibration:
     """Batches, each checked against the inputs of a graph when its turn comes."""
 
-    def __init__(self, batches: Any, inputs: Sequence[Input], calibration_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        batches: Any,
+        inputs: Sequence[Input],
+        calibration_steps: int | None = None,
+        watchers: Sequence[Instrument] = (),
+    ) -> None:
         """batches: an iterable of batches (a DataLoader, a list, a Hugging Face dataset), an ONNX Runtime
         CalibrationDataReader, or stacked arrays by input name (an .npz file), with samples along axis 0.
 
         A batch is a dict by input name, a tuple in the order of the inputs, or a tensor; torch, numpy or lists. One
-        without a batch axis (the row of a dataset) gets it. calibration_steps: most batches to use.
+        without a batch axis (the row of a dataset) gets it. calibration_steps: most batches to use. watchers: are told
+        of each batch that was looked at.
         Raises UsageError, here or when a batch's turn comes, naming the batch and the input.
         """
         if calibration_steps is not None and calibration_steps < 1:
             raise UsageError(f"calibration_steps is {calibration_steps}; give at least 1")
-        self.inputs, self.steps = tuple(inputs), calibration_steps
+        self.inputs, self.steps, self.watchers = tuple(inputs), calibration_steps, watchers
         if isinstance(batches, Tensor | np.ndarray):
             batches = {self._only_input().name: batches}
         if isinstance(batches, Mapping):
@@ -123,20 +134,32 @@ class Calibration:
         if part:
             yield from self._fill(flow, part)
 
-    def _fill(self, flow: Flow, part: Sequence[tuple[Value, S]]) -> list[S]:
+    def _fill(self, flow: Flow, part: list[tuple[Value, S]]) -> Iterator[S]:
+        """Fill the statistics of a part, and let go of each with its turn."""
         fetch = list(dict.fromkeys(value for value, _ in part))
         masks = mask_inputs(self.inputs)
-        for number, feeds, tensors in flow.through(fetch):
-            for value, statistic in part:
-                if value not in tensors:
-                    continue
-                try:
-                    real = real_positions(value.shape, tensors[value], masks, feeds)
-                    statistic.update(tensors[value], real)
-                except ValueError as error:
-                    where = value.producer.label if value.producer is not None else value.name
-                    raise NotFinite(f"on calibration batch {number}, {value.name!r}: {error}", where) from error
-        return [statistic for _, statistic in part]
+        with ExitStack() as stack:
+            told = [stack.enter_context(one.watch("calibration", self._count())) for one in self.watchers]
+            last = -1
+            for number, feeds, tensors in flow.through(fetch):
+                for tell in told if number != last else ():
+                    tell(f"batch {number}")
+                last = number
+                for place in [place for place, (value, _) in enumerate(part) if value in tensors]:
+                    value = part[place][0]
+                    try:
+                        real = real_positions(value.shape, tensors[value], masks, feeds)
+                        part[place][1].update(tensors[value], real)
+                    except ValueError as error:
+                        where = value.producer.label if value.producer is not None else value.name
+                        raise NotFinite(f"on calibration batch {number}, {value.name!r}: {error}", where) from error
+        while part:
+            yield part.pop(0)[1]
+
+    def _count(self) -> int | None:
+        """How many batches there are, where that is known."""
+        known = len(self._batches) if isinstance(self._batches, Sized) else None
+        return known if self.steps is None or known is None else min(known, self.steps)
 
     def _only_input(self) -> Input:
         if len(self.inputs) != 1:

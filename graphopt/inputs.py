@@ -69,6 +69,7 @@ def _observed(
         total = sum(one.count for one in several)
         moments = mean(several[0]) if len(several) == 1 else sum(mean(one) * (one.count / total) for one in several)
         assert isinstance(moments, torch.Tensor)
+        several.clear()  # each may be as large as the moments
         for weight in reading:
             yield weight, moments
 

@@ -66,8 +66,11 @@ class Instrument:
         return None
 
     @contextmanager
-    def watch(self, what: str, steps: int) -> Iterator[Callable[[str], None]]:
-        """Around a long search inside a pass, which calls what this yields once a step, with what it has just done."""
+    def watch(self, what: str, steps: int | None) -> Iterator[Callable[[str], None]]:
+        """Around long work inside a pass, which calls what this yields once a step, with what it has just done.
+
+        steps: how many there will be, None where that is not known.
+        """
         yield lambda step: None
 
 
@@ -242,7 +245,7 @@ class Dump(Instrument):
 
 
 class Progress(Instrument):
-    """One line on the terminal for each pass: its sites and its seconds; a bar while one searches."""
+    """One line on the terminal for each pass: its sites and its seconds; a bar while one searches, or calibrates."""
 
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console as RichConsole
@@ -260,7 +263,7 @@ class Progress(Instrument):
         return None
 
     @contextmanager
-    def watch(self, what: str, steps: int) -> Iterator[Callable[[str], None]]:
+    def watch(self, what: str, steps: int | None) -> Iterator[Callable[[str], None]]:
         """A bar, which goes away at the end."""
         from rich.markup import escape
         from rich.progress import Progress as Bar

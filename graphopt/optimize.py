@@ -86,7 +86,7 @@ def optimize(
         )  # fmt: skip
         data = None
         if calibration is not None:
-            data = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
+            data = Calibration(calibration, captured.graph.inputs, calibration_steps, instruments)
         if measure and not captured.feeds:
             raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
         if data is not None and measures:  # the pipeline may run again

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,9 +23,9 @@ from benchmarks.models import Batch
 from graphopt.backends import target
 from graphopt.calibrate import Calibration
 from graphopt.capture import capture
-from graphopt.dialects.fx import FxGraph
+from graphopt.dialects import fx_run
 from graphopt.dialects.onnx import OnnxGraph
-from graphopt.graph import Graph, Value
+from graphopt.graph import Graph
 from graphopt.passes import REGISTRY
 from graphopt.pipeline import Context, parse
 
@@ -104,20 +105,18 @@ def counted() -> Iterator[list[int]]:
     """The samples of each run of a graph."""
     samples: list[int] = []
     with (
-        mock.patch.object(OnnxGraph, "evaluate", _counting(OnnxGraph, samples)),
-        mock.patch.object(FxGraph, "evaluate", _counting(FxGraph, samples)),
+        mock.patch.object(OnnxGraph, "evaluate", _counting(OnnxGraph.evaluate, samples)),
+        mock.patch.object(fx_run, "steps", _counting(fx_run.steps, samples)),
     ):
         yield samples
 
 
-def _counting(kind: type[Graph], samples: list[int]) -> object:
-    evaluate = kind.evaluate
-
-    def run(self: Graph, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
+def _counting(run: Callable[..., Any], samples: list[int]) -> Callable[..., Any]:
+    def counted(graph: Any, feeds: Batch, *others: Any) -> Any:
         samples.append(len(next(iter(feeds.values()))))
-        return evaluate(self, feeds, fetch)
+        return run(graph, feeds, *others)
 
-    return run
+    return counted
 
 
 def _sqnr(graph: Graph, other: Graph, batches: Sequence[Batch]) -> float:

@@ -107,9 +107,13 @@ class Covariance:
 
     def affine(self) -> Tensor:
         """`matrix` with a last feature that is always 1, whose row holds the means: a row and a column larger."""
-        first = (self._first / self.count if self.count else self._first)[:, None]
-        one = torch.ones(self.groups, 1, 1, dtype=torch.float64)
-        return torch.cat([torch.cat([self.matrix(), first], 1), torch.cat([first, one], 2).transpose(1, 2)], 2)
+        _require_rows(self.count)
+        assert self._sum is not None
+        moments = torch.empty(self.groups, self.features + 1, self.features + 1, dtype=torch.float64)
+        torch.div(self._sum, self.count, out=moments[:, :-1, :-1])  # no further copy of what may be the largest tensor
+        moments[:, -1, :-1] = moments[:, :-1, -1] = self._first / self.count
+        moments[:, -1, -1] = 1
+        return moments
 
 
 def _require_rows(count: int) -> None:

@@ -13,11 +13,17 @@ BLOCKS = (16, 32, 64, 128, 256)
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 """Below this a scale is subnormal: it has few bits left, and engines flush it to zero."""
 
-_SHRINKS = tuple(1 - step / 50 for step in range(36))
-"""Shares of the full range that the search tries, the largest first: 2 bits want about 0.4, 4 bits 0.7, 8 bits 1."""
+_LEAST_SHARE = 0.3
+"""Of the full range, in a search: 2 bits want about 0.4, 4 bits 0.7, 8 bits 1."""
+
+_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Those that a search begins with, besides 1."""
+
+_FINER = (0.05, 0.025)
+"""How far to either side of the best it then looks."""
 
 _CHUNK = 2**18
-"""Weights that are searched at once: few enough to stay in the cache through all shrinks."""
+"""Weights that are searched at once: few enough to stay in the cache through all shares."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,12 @@ def fit(
     blocks all of -2**(bits-1) .. 2**(bits-1) - 1 is used: the weight of largest magnitude is at the lower end, and the
     scale has the opposite sign of it. Otherwise integers are 0 to 2**bits - 1, over the range from the smallest to the
     largest weight, widened to hold 0: 0 is exact in every grid.
-    search: take the share of that range, down to 0.3, with the least squared error in each slice (the largest of
-    equals); what lies outside is cut off. importance: float, at least 0, broadcast over weight: what a squared error
-    counts in that search, such as the mean square of the input that the weight multiplies. Without search the error per
-    weight is at most |scale| / 2, or |scale| for those that are nearly as large as a block's largest, with the other
-    sign.
+    search: take a share of that range, down to 0.3, with little squared error in each slice; what lies outside is cut
+    off. Twelve scales make integers, each scale is then fitted to these by least squares, and the best stays: together,
+    slices miss about what they do by the best of 36 scales as they are, or less.
+    importance: float, at least 0, broadcast over weight: what a squared error counts in that search, such as the mean
+    square of the input that the weight multiplies. Without search the error per weight is at most |scale| / 2, or
+    |scale| for those that are nearly as large as a block's largest, with the other sign.
     A slice of zeros, or one whose scale would be subnormal in float32, gets scale 1 and so integers that mean 0.
     With 7 bits an unsigned 8-bit input times two weights stays within 16 bits (2 * 255 * 63 = 32130), so that x86
     without VNNI doesn't saturate. The result depends on values only, never on memory layout.
@@ -126,9 +133,10 @@ def fit(
     scale = _normal(scale)
     zero_point = torch.zeros_like(scale) if symmetric else torch.round(-below.clamp(max=0) / scale).clamp(0, high)
     if search:
-        counts = torch.ones(()) if importance is None else importance.to(torch.float32)
-        counts = counts.expand_as(weight) if axis is None or block else counts.expand_as(weight).movedim(axis, 0)
-        scale = _normal(_searched(slices, counts.reshape(slices.shape), scale, zero_point, low, high))
+        counts = None if importance is None else importance.to(torch.float32).expand_as(weight)
+        if counts is not None:
+            counts = (counts if axis is None or block else counts.movedim(axis, 0)).reshape(slices.shape)
+        scale = _normal(_searched(slices, counts, scale, low - zero_point, high - zero_point))
     return Grid(scale.reshape(shape), None if symmetric else zero_point.to(torch.uint8).reshape(shape), low, high, axis)
 
 
@@ -240,22 +248,46 @@ def _normal(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < _SMALLEST_SCALE, 1.0, scale)
 
 
-def _searched(slices: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    """Of each of slices (n, weights), the scale (n,) times the shrink with the least squared error, as counts say."""
+def _searched(slices: Tensor, counts: Tensor | None, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Of each of slices (n, weights), whose integers go from low to high (n,), a scale (n,) with little squared error.
+
+    counts: float32, the shape of slices, what each error counts, or None for 1.
+    """
     rows = max(1, _CHUNK // slices.shape[1])
-    parts = zip(*(torch.split(one, rows) for one in (slices, counts, scale, zero_point)), strict=True)
-    return torch.cat([_least(part, count, step, zero, low, high) for part, count, step, zero in parts])
+    parts = [[None] * -(-len(slices) // rows) if one is None else torch.split(one, rows)
+             for one in (slices, counts, scale, low, high)]  # fmt: skip
+    return torch.cat([_best(*part) for part in zip(*parts, strict=True)])  # type: ignore[arg-type]
 
 
-def _least(slices: Tensor, counts: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
-    zero_point, least, best = zero_point.unsqueeze(1), torch.full_like(scale, float("inf")), scale
-    for shrink in _SHRINKS:
-        step = scale * shrink
-        steps = (slices / step.unsqueeze(1)).round_().add_(zero_point).clamp_(low, high).sub_(zero_point)
-        error = steps.mul_(step.unsqueeze(1)).sub_(slices).square_().mul_(counts).sum(1)
-        best = torch.where(error < least, step, best)
-        least = torch.minimum(error, least)
-    return best
+def _best(slices: Tensor, counts: Tensor | None, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    low, high = low.unsqueeze(1), high.unsqueeze(1)
+    counted = slices if counts is None else slices * counts
+    total = torch.linalg.vecdot(slices, counted)
+
+    def fitted(share: Tensor) -> tuple[Tensor, Tensor]:
+        """The share with the least squared error for the integers that a share makes, and that error."""
+        step = scale * share
+        integers = slices.mul(step.reciprocal().unsqueeze(1)).round_().clamp_(low, high)
+        along = torch.linalg.vecdot(integers, counted)
+        squares = torch.linalg.vecdot(integers, integers if counts is None else integers * counts)
+        share = torch.where(squares > 0, along / (squares * scale), share).clamp_(_LEAST_SHARE, 1)
+        step = scale * share
+        return share, total - step * (2 * along - step * squares)
+
+    best = fitted(torch.ones_like(scale))
+    for share in _SHARES:
+        best = _better(best, fitted(torch.full_like(scale, share)))
+    for distance in _FINER:
+        around, _ = best
+        for shares in (around - distance, around + distance):
+            best = _better(best, fitted(shares.clamp_(_LEAST_SHARE, 1)))
+    return scale * best[0]
+
+
+def _better(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Of two shares with their errors, slice by slice that with the smaller one, the first of equals."""
+    takes = other[1] < one[1]
+    return torch.where(takes, other[0], one[0]), torch.where(takes, other[1], one[1])
 
 
 def _require_divides(block: int, weight: Tensor) -> None:

@@ -21,9 +21,9 @@ def observe(
     values = islands.observed()
     if not values:
         return {}
-    rows = dict.fromkeys(site.input for site in islands.static("linear"))
-    channels = {value: value.shape[-1] for value in rows if value in values and value.shape is not None}
-    wide = {value: ChannelMinMax(size) for value, size in channels.items() if isinstance(size, int)}
+    axes = {site.input: 1 if site.kind == "conv" else -1 for site in islands.static("linear", "conv")}
+    channels = {value: value.shape[axis] for value, axis in axes.items() if value in values and value.shape is not None}
+    wide = {value: ChannelMinMax(size, axes[value]) for value, size in channels.items() if isinstance(size, int)}
     wanted: list[tuple[Value, Observer]] = [*((value, observer()) for value in values), *wide.items()]
     seen = list(context.statistics(graph, wanted))
     found = dict(zip(values, seen, strict=False))

@@ -233,6 +233,17 @@ def test_calibration_that_is_missing_or_empty(encoder: onnx.ModelProto) -> None:
         graphopt.optimize(encoder, "quantize{scheme=static}", example_inputs=BATCH, calibration=3)
 
 
+@pytest.mark.parametrize("passes", ["quantize{scheme=static}", "smooth,quantize{scheme=static}"])
+def test_a_generator_that_is_used_up_says_what_to_pass(encoder: onnx.ModelProto, passes: str) -> None:
+    message = "needed again, and a generator gives them once; pass a list or a DataLoader"
+    with pytest.raises(UsageError, match=message):
+        graphopt.optimize(encoder, passes, example_inputs=BATCH, calibration=(batch for batch in [BATCH]))
+    empty = iter([BATCH])
+    next(empty)
+    with pytest.raises(UsageError, match=r"used up before\? pass a list or a DataLoader"):
+        graphopt.optimize(encoder, passes, example_inputs=BATCH, calibration=empty)
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 

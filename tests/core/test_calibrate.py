@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from graphopt.calibrate import SAMPLES, Calibration, NotFinite
 from graphopt.graph import Shape
+from graphopt.instruments import Instrument
 from graphopt.numerics.observe import MinMax
 from graphopt.pipeline import PassError, UsageError, run_pass
 from graphopt.report import PassRecord
@@ -182,6 +184,22 @@ def test_a_generator_serves_once() -> None:
 def test_refuses_no_steps() -> None:
     with pytest.raises(UsageError, match="calibration_steps is 0"):
         Calibration([BATCH], X, calibration_steps=0)
+
+
+def test_watchers_are_told_of_each_batch(dialect: str) -> None:
+    told: list[Any] = []
+
+    class Watcher(Instrument):
+        @contextmanager
+        def watch(self, what: str, steps: int | None) -> Iterator[Callable[[str], None]]:
+            told.append((what, steps))
+            yield told.append
+
+    graph = build(dialect, "y = relu(x[batch,3])")
+    for batches, steps in (([BATCH] * 3, 2), ((BATCH for _ in range(2)), None)):
+        wanted = [(value, MinMax()) for value in (graph.inputs[0], graph.outputs[0])]
+        list(Calibration(batches, graph.inputs, steps, [Watcher()]).observe(graph, wanted))
+    assert told == [("calibration", 2), "batch 0", "batch 1", ("calibration", None), "batch 0", "batch 1"]
 
 
 # --- ranges --------------------------------------------------------------------------------------------------------

@@ -533,11 +533,11 @@ class Steps(Instrument):
     """What a long search says of itself."""
 
     def __init__(self) -> None:
-        self.announced: list[tuple[str, int]] = []
+        self.announced: list[tuple[str, int | None]] = []
         self.steps: list[str] = []
 
     @contextmanager
-    def watch(self, what: str, steps: int) -> Iterator[Callable[[str], None]]:
+    def watch(self, what: str, steps: int | None) -> Iterator[Callable[[str], None]]:
         self.announced.append((what, steps))
         yield self.steps.append
 

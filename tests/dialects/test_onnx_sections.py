@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,6 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, large: Path) -> N
         def write(self, content: Any) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(onnx_sections.tempfile, "SpooledTemporaryFile", lambda **options: Full())
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda **options: Full())
     with pytest.raises(OSError, match=f"no room for what flows .* in {large}; set TMPDIR to a folder on a larger disk"):
         Spool().append({"x": normal(2)})

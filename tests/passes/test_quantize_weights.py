@@ -217,7 +217,15 @@ def test_values_that_calibration_never_exercises_are_named(dialect: str, scheme:
         run(Quantize(scheme=scheme), graph, calibration=[padding])
 
 
-def test_outlier_channels_are_noted(dialect: str) -> None:
-    graph = build(dialect, "y = linear(mul(x[4,8], S[8]:values(1,1,1,200,1,1,1,1)), W[4,8])")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "y = linear(mul(x[4,8], S[8]:values(1,1,1,200,1,1,1,1)), W[4,8])",
+        "s = reshape(S[8]:values(1,1,1,200,1,1,1,1), SHAPE[3]:values(8,1,1):int64)\n"
+        "y = conv(mul(x[4,8,5,5], s), W[4,8,1,1])",
+    ],
+)
+def test_outlier_channels_are_noted(text: str, dialect: str) -> None:
+    graph = build(dialect, text)
     (note,) = run(Quantize(scheme="static"), graph, calibration=[feeds(graph)]).record.notes
     assert "(1 of 8: 3; up to " in note

@@ -135,6 +135,20 @@ def test_calibrated_passes_are_equal_to_the_bit(name: str, folded: bool) -> None
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_second_order_rounding_and_corrected_biases_are_equal_to_the_bit(name: str) -> None:
+    """Fed one recorded set of statistics; and both have changed something."""
+    recorded = Recorded(captured(name, "fx").graph, captured(name, "fx").feeds[0])
+    options = ({"rounding": "second-order", "bias_correction": True}, {"rounding": "nearest", "bias_correction": False})
+    calibrated, nearest = (twins(name, Quantize(scheme="static", **one), calibration=recorded) for one in options)
+    assert_twins(calibrated)
+    held = [[one for _, _, tensors in constants(graph) for one in tensors] for graph in (calibrated[1], nearest[1])]
+    integers, floats = ([[one for one in tensors if one.is_floating_point() is floating and one.dim() > 0]
+                         for tensors in held] for floating in (False, True))  # fmt: skip
+    for ours, theirs in (integers, floats):  # biases came in, or moved; weights' scales did not
+        assert not all(any(torch.equal(a, b) for b in theirs) for a in ours)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_statistics_of_each_dialect_agree(name: str) -> None:
     nearest = Quantize(scheme="static", rounding="nearest", bias_correction=False)
     pair = twins(name, nearest, calibration=[captured(name, "fx").feeds[0]])
