@@ -20,7 +20,8 @@ LEVELS = {
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
-_SHAREABLE = {dtype for dtype in TORCH_DTYPES if dtype is not ir.DataType.BFLOAT16}
+SHAREABLE = {dtype for dtype in TORCH_DTYPES if dtype is not ir.DataType.BFLOAT16}
+"""What goes in and out of a session as arrays of numpy."""
 _BY_NUMPY_NAME = {dtype.numpy().name: torch_dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 CPU = "CPUExecutionProvider"
 _LARGE = 1024
@@ -84,7 +85,7 @@ def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol
     weights = {}
     try:
         for value, tensor in held.items():
-            if tensor.nbytes <= _LARGE or tensor.dtype not in _SHAREABLE:
+            if tensor.nbytes <= _LARGE or tensor.dtype not in SHAREABLE:
                 continue
             weights[value.name or ""] = tensor
             value.const_value = ir.ExternalTensor(

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from graphopt import cost
 from graphopt.dialects import onnx_files, onnx_run
-from graphopt.dialects.onnx_tensors import READABLE
 from graphopt.graph import Flow, Seen, Value, raw_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 Feeds = Mapping[str, Tensor]
 
 MOST = 2**28
-"""Bytes of weights in files, and of values that are asked for, up to which nodes go in one section."""
+"""Bytes of weights, and of values asked for, up to which nodes go in one section where weights are in files."""
 
 STATISTICS = 2**28
 """Bytes of statistics that are filled in one run, where weights are in files."""
@@ -78,6 +77,7 @@ class Sections(Flow):
         self._sizes: Mapping[str, int] = {}
         self._at = 0
         self._feeds, self._flowing = Spool(), Spool()
+        self._most = Flow.memory if graph.scratch is None else MOST
         if graph.scratch is not None:
             self.memory = STATISTICS
 
@@ -142,7 +142,7 @@ class Sections(Flow):
         return [value for value, at in made.items() if at is not None and at < place]
 
     def _end(self, start: int, stop: int, wanted: Mapping[ir.Value, Value]) -> int:
-        """Where the section that begins at `start` ends: where it holds MOST, between values that can be kept."""
+        """Where the section that begins at `start` ends: where it is full, between values that can be kept."""
         weights: set[ir.Value] = set()
         held = 0
         for place in range(start, stop):
@@ -151,9 +151,13 @@ class Sections(Flow):
             held += _bytes(new)
             held += sum(cost.nbytes(wanted[output], self._sizes) for output in self._nodes[place].outputs
                         if output in wanted)  # fmt: skip
-            if held > MOST and place > start and all(value.dtype in READABLE for value in self._live(place)):
+            if held > self._most and place > start and self._can_stand(place):
                 return place
         return stop
+
+    def _can_stand(self, place: int) -> bool:
+        """Whether all that flows through a place can be kept there."""
+        return all(value.dtype in onnx_run.SHAREABLE for value in self._live(place))
 
 
 def fit_together(nodes: Iterable[ir.Node]) -> bool:

@@ -20,7 +20,7 @@ from graphopt.calibrate import Calibration
 from graphopt.dialects import onnx_run, onnx_sections
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.dialects.onnx_sections import Spool
-from graphopt.graph import Graph, Value
+from graphopt.graph import Flow, Graph, Value
 from graphopt.numerics.moments import Covariance
 from graphopt.numerics.observe import MinMax
 from tests.dialects.test_fx import normal
@@ -160,7 +160,7 @@ def test_activations_that_do_not_fit_go_by_sections_too(monkeypatch: pytest.Monk
     text = "\n".join(f"h{n + 1} = relu(linear(h{n}{'[batch,8]' if n == 0 else ''}, W{n}[8,8]))" for n in range(6))
     graph = build("onnx", text + "\nreturn h6")
     values: list[Value] = [node.result for node in graph.sites("relu")]
-    monkeypatch.setattr(onnx_sections, "MOST", 2 * 4 * 8 * 4)  # two values of a batch of 4
+    monkeypatch.setattr(Flow, "memory", 2 * 4 * 8 * 4)  # two values of a batch of 4
     made = sessions(monkeypatch)
     given = [{"h0": normal(4, 8, seed=number)} for number in range(2)]
     found = ranges(graph, values, given)

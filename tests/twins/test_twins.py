@@ -138,8 +138,9 @@ def test_calibrated_passes_are_equal_to_the_bit(name: str, folded: bool) -> None
 def test_second_order_rounding_and_corrected_biases_are_equal_to_the_bit(name: str) -> None:
     """Fed one recorded set of statistics; and both have changed something."""
     recorded = Recorded(captured(name, "fx").graph, captured(name, "fx").feeds[0])
-    options = ({"rounding": "second-order", "bias_correction": True}, {"rounding": "nearest", "bias_correction": False})
-    calibrated, nearest = (twins(name, Quantize(scheme="static", **one), calibration=recorded) for one in options)
+    passes = (Quantize(scheme="static", rounding="second-order", bias_correction=True),
+              Quantize(scheme="static", rounding="nearest", bias_correction=False))  # fmt: skip
+    calibrated, nearest = (twins(name, one, calibration=recorded) for one in passes)
     assert_twins(calibrated)
     held = [[one for _, _, tensors in constants(graph) for one in tensors] for graph in (calibrated[1], nearest[1])]
     integers, floats = ([[one for one in tensors if one.is_floating_point() is floating and one.dim() > 0]
