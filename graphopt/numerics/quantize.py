@@ -265,6 +265,7 @@ def _best(
     slices: Tensor, counts: Tensor | None, scale: Tensor, zero_point: Tensor | None, low: int, high: int
 ) -> Tensor:
     roots = None if counts is None else counts.sqrt()
+    slices = slices / scale.unsqueeze(1)  # squares of these neither overflow nor vanish
     total, steps, integers = _squares(slices, roots), torch.empty_like(slices), torch.empty_like(slices)
 
     def fitted(share: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,19 +274,18 @@ def _best(
         In steps, for integers q of v: |v - (1 + m) q|² = |v - q|² - 2m q(v - q) + m² qq, and q(v - q) is
         (vv - qq - |v - q|²) / 2, as sums of squares are three times as fast as those of products.
         """
-        step = scale * share
-        torch.mul(slices, step.reciprocal().unsqueeze(1), out=steps)
+        torch.mul(slices, share.reciprocal().unsqueeze(1), out=steps)
         torch.round(steps, out=integers)
         if zero_point is None:  # scalar bounds are six times as fast as those of each slice
             integers.clamp_(low, high)
         else:
             integers.add_(zero_point.unsqueeze(1)).clamp_(low, high).sub_(zero_point.unsqueeze(1))
         held, missed = _squares(integers, roots), _squares(steps.sub_(integers), roots)
-        twice = total / step.square() - held - missed
+        twice = total / share.square() - held - missed
         more = torch.where(held > 0, twice / (2 * held), 0.0)
         best = ((1 + more) * share).clamp_(_LEAST_SHARE, 1)
         more = best / share - 1
-        return best, step.square() * (missed - more * (twice - more * held))
+        return best, share.square() * (missed - more * (twice - more * held))
 
     best = fitted(torch.ones_like(scale))
     for share in _SHARES:

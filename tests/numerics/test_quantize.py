@@ -256,6 +256,14 @@ def test_search_misses_what_the_best_of_36_shares_does(options: dict[str, Any], 
     assert missed <= (1.01 if bits == 8 else 1.002) * best
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("options", FITS, ids=str)
+def test_search_is_the_same_for_weights_of_any_size(options: dict[str, Any], size: float) -> None:
+    weight = seeded(4, 64, seed=1) ** 3
+    plain, sized = (quantize.fit(weight * one, bits=4, search=True, **options) for one in (1.0, size))
+    torch.testing.assert_close(sized.scale / size, plain.scale, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("options", FITS, ids=str)
 def test_search_counts_errors_by_importance(options: dict[str, Any]) -> None:
     weight, importance = seeded(64, 64, seed=1) ** 3, seeded(64, 64, seed=2) ** 4
