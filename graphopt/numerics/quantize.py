@@ -231,10 +231,13 @@ def pack(integers: Tensor, bits: int) -> Tensor:
     """
     _require_packable(bits)
     each = 8 // bits
-    unsigned = (integers.to(torch.int16) + 2 ** (bits - 1)) if integers.dtype == torch.int8 else integers
-    filled = torch.nn.functional.pad(unsigned.to(torch.uint8), (0, -integers.shape[-1] % each))
-    parts = filled.reshape(*filled.shape[:-1], -1, each)
-    return torch.bitwise_left_shift(parts, torch.arange(0, 8, bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    unsigned = integers.view(torch.uint8) + 2 ** (bits - 1) if integers.dtype == torch.int8 else integers
+    filled = torch.nn.functional.pad(unsigned, (0, -integers.shape[-1] % each))
+    parts = filled.reshape(*filled.shape[:-1], -1, each).unbind(-1)
+    packed = parts[0].clone()
+    for place, part in enumerate(parts[1:], 1):
+        packed |= part << (place * bits)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
