@@ -259,9 +259,12 @@ def _searched(
     counts: float32, the shape of slices, what each error counts, or None for 1.
     """
     rows = max(1, _CHUNK // slices.shape[1])
-    parts = [[None] * -(-len(slices) // rows) if one is None else torch.split(one, rows)
-             for one in (slices, counts, scale, zero_point)]  # fmt: skip
-    return torch.cat([_best(*part, low, high) for part in zip(*parts, strict=True)])
+    parts = [slice(start, start + rows) for start in range(0, max(1, len(slices)), rows)]
+    return torch.cat([
+        _best(slices[part], None if counts is None else counts[part], scale[part],
+              None if zero_point is None else zero_point[part], low, high)
+        for part in parts
+    ])  # fmt: skip
 
 
 def _best(
