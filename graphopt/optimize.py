@@ -91,8 +91,6 @@ def optimize(
             data = Calibration(calibration, captured.graph.inputs, calibration_steps, instruments)
         if measure and not captured.feeds:
             raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
-        if data is not None and measures:  # the pipeline may run again
-            data = Remembered(data, digest)
         job = _Job(captured, pipeline, backend, data, loss or cross_entropy, evaluate, threads, agree,
                    measures, instruments)  # fmt: skip
         return job.never_slower()
@@ -124,9 +122,11 @@ class _Job:
 
     def never_slower(self) -> Optimized:
         """The result; where it is slower than the input, sites that lose are put back, and in the end all of them."""
-        made = self.run(self.pipeline)
         if not self._times():
-            return made
+            return self.run(self.pipeline)
+        if self.calibration is not None:  # the pipeline may run again
+            self.calibration = Remembered(self.calibration, digest)
+        made = self.run(self.pipeline)
         feeds, notes = self.captured.feeds, list(self._input.notes)
         untouched, baseline = self._input.graph, self._input.runner
         if baseline is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt import cost
-from graphopt.calibrate import Calibration
+from graphopt.calibrate import Calibration, Remembered
 from graphopt.dialects import onnx_run, onnx_sections
 from graphopt.dialects.onnx import OnnxGraph
 from graphopt.dialects.onnx_sections import Spool
@@ -222,6 +222,19 @@ def test_static_maps_a_section_at_a_time(sections: Path, tmp_path: Path, mapping
     assert record.changed == COUNT and mappings.most <= 3
     result.export(tmp_path / "out.onnx")
     assert mappings.most <= 3 and mappings.alive == 0
+
+
+def test_statistics_of_what_is_not_timed_are_not_kept(
+    sections: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are for reruns, which there are none of above the limit: to keep them would hold gigabytes."""
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("statistics are kept")
+
+    monkeypatch.setattr(Remembered, "_keep", refuse)
+    path = layers(tmp_path / "m", COUNT)
+    graphopt.optimize(path, STATIC, example_inputs=batches()[0], calibration=batches(), measure=True)
 
 
 # --- what is kept --------------------------------------------------------------------------------------------------
