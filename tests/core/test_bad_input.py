@@ -121,7 +121,8 @@ class Positions(nn.Module):
         self.table = nn.Embedding(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.table(torch.arange(x.shape[1]))
+        y: Tensor = x + self.table(torch.arange(x.shape[1]))
+        return y
 
 
 @pytest.mark.parametrize(
