@@ -442,7 +442,7 @@ def on_device(graph: FxGraph, device: str, pack: Callable[[torch.dtype], Pack | 
     for node in program.nodes:
         if node.op == "get_attr":
             thing = graph.native.stored[str(node.target)]
-            stored[str(node.target)] = thing.detach().to(device) if isinstance(thing, Tensor) else thing
+            stored[str(node.target)] = _placed(thing, device) if isinstance(thing, Tensor) else thing
         elif node.op == "call_function":
             node.args = fx.node.map_aggregate(node.args, lambda one: _moved(one, device))
             node.kwargs = fx.node.map_aggregate(node.kwargs, lambda one: _moved(one, device))
@@ -455,6 +455,12 @@ def on_device(graph: FxGraph, device: str, pack: Callable[[torch.dtype], Pack | 
                 node.args = tuple(None if one is given["meta"] else one for one in node.args)
     program.eliminate_dead_code()
     return fx.GraphModule({name: thing for name, thing in stored.items() if _is_read(program, name)}, program)
+
+
+def _placed(tensor: Tensor, device: str) -> Tensor:
+    """`.to(device)`, which would ask for a device that fake tensors only name."""
+    copied: Tensor = torch.ops.aten._to_copy.default(tensor.detach(), device=torch.device(device))
+    return copied
 
 
 def _moved(argument: Any, device: str) -> Any:

@@ -1,5 +1,7 @@
 """Products in 8 bits, and of weights with zeros in 2:4, as operators `graphopt_cuda::*` within the kernels' rules.
 
+Python's indexing and `.contiguous()` are left out: they ask for a device that fake tensors only name.
+
 Most are compositions of aten: torch.compile sees through them and fuses what stands around the product. They compute
 the same on the CPU, where tests hold them to a reference; rows, and columns of 8 bits, are filled up with zeros where a
 kernel wants a multiple. Two are opaque: the product with a weight in 2:4, and an int8 linear that is one Triton kernel.
@@ -50,7 +52,7 @@ def linear_int8(
     """
     rows = _wide(x.reshape(-1, x.shape[-1]), weight.shape[1])
     sums = torch._int_mm(_tall(rows, torch.sym_max(0, ROWS - rows.shape[0])), weight.t())
-    return _scaled(sums[: rows.shape[0]], x, scale, weight_scale, bias, dtype)
+    return _scaled(sums.narrow(0, 0, rows.shape[0]), x, scale, weight_scale, bias, dtype)
 
 
 def linear_float8(
@@ -92,7 +94,7 @@ def _product_sparse(x: Tensor, packed: Tensor, meta: Tensor | None, outputs: int
     rows = x.reshape(-1, x.shape[-1])
     filled = _tall(rows, -rows.shape[0] % SPARSE_ROWS)
     y: Tensor = torch.ops.graphopt_cuda.product_sparse(packed, meta, filled, outputs=outputs)
-    return y.t()[: rows.shape[0]]
+    return y.t().narrow(0, 0, rows.shape[0])
 
 
 def _wide(rows: Tensor, inputs: int) -> Tensor:
@@ -115,14 +117,14 @@ def _scaled(
 ) -> Tensor:
     by_row = scale if scale.dim() == 0 else scale.reshape(-1, 1)
     outputs = weight_scale.shape[0]
-    return _finished(sums[:, :outputs].float() * by_row * weight_scale, x, outputs, bias, dtype)
+    return _finished(sums.narrow(1, 0, outputs).float() * by_row * weight_scale, x, outputs, bias, dtype)
 
 
 def _finished(y: Tensor, x: Tensor, outputs: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The bias added, in a dtype, with the leading axes of x and without the outputs that fill up a multiple."""
-    y = y[:, :outputs]
+    y = y.narrow(1, 0, outputs)
     y = (y if bias is None else y + bias).to(dtype)
-    return y.contiguous().reshape(*x.shape[:-1], outputs)
+    return torch.ops.aten.contiguous.default(y).reshape(*x.shape[:-1], outputs)
 
 
 # --- the product with a weight in 2:4 ------------------------------------------------------------------------------

@@ -124,9 +124,9 @@ def test_weights_are_the_integers_of_the_cpu_target(scheme: str) -> None:
 
 
 TEXTS = {
-    "8-bit-linear": "y = linear(x[3,5,128], W[64,128], b[64])",
-    "8-bit-linear-2:4": "y = linear(x[3,5,128], W[64,128], b[64])",
-    "linear-2:4": "y = linear(x[3,5,128], W[64,128], b[64])",
+    "8-bit-linear": "y = linear(x[3,5,128], W[64,128], B[64])",
+    "8-bit-linear-2:4": "y = linear(x[3,5,128], W[64,128], B[64])",
+    "linear-2:4": "y = linear(x[3,5,128], W[64,128], B[64])",
 }
 
 
@@ -297,7 +297,7 @@ def test_a_module_elsewhere_is_copied_to_the_cpu() -> None:
     from graphopt.trace import on_cpu
 
     with FakeTensorMode():
-        module = nn.Linear(4, 3, device="cuda")
+        module = nn.utils.skip_init(nn.Linear, 4, 3, device="cuda")
         program = torch.export.export(module, (torch.empty(2, 4, device="cuda"),))
         moved, notes = on_cpu(program)
         assert notes == ["the model is on cuda:0; what is made of it begins with a copy on the CPU"]

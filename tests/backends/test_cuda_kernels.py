@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.backends.cuda_kernels import SPARSE, compress, decompress, is_sparse
@@ -161,7 +161,8 @@ class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def gpu() -> Iterator[Any]:
     """Makes fake tensors on a GPU of real ones."""
     with FakeTensorMode() as mode:
-        yield lambda tensor: mode.from_tensor(tensor).to("cuda")
+        cuda = torch.device("cuda")
+        yield lambda tensor: torch.ops.aten._to_copy.default(mode.from_tensor(tensor), device=cuda)
 
 
 @pytest.mark.parametrize("lead", [(1,), (2, 16), (4, 8, 5)])
@@ -196,7 +197,9 @@ def test_what_reaches_the_kernels_keeps_their_rules(gpu: Any, lead: tuple[int, .
 def test_torch_itself_takes_a_compressed_weight_so(gpu: Any) -> None:
     """What CUTLASS is called with on compute capability 8.x."""
     for dtype, wide in ((torch.bfloat16, None), (torch.int8, torch.int32)):
-        packed, meta = map(gpu, compress(sparse(torch.ones(64, 128).to(dtype))))
+        with unset_fake_temporarily():
+            both = compress(sparse(torch.ones(64, 128).to(dtype)))
+        packed, meta = map(gpu, both)
         x = torch.empty(32, 128, dtype=dtype, device="cuda")
         y = torch._sparse_semi_structured_mm(packed, meta, x.t(), out_dtype=wide)
         assert (y.shape, y.dtype) == ((64, 32), wide or dtype)
