@@ -48,7 +48,9 @@ def _emit(
     op: Builder, m: Match, kind: str, x: Value, weight: Value, weight_scale: Value, bias: Tensor | None,
     site: Mapping[str, Any], **attributes: Any,
 ) -> Value:  # fmt: skip
-    zero = op.constant(torch.zeros(weight_scale.shape, dtype=torch.int8))
+    scales = op.graph.constant(weight_scale)
+    assert scales is not None  # as stored
+    zero = op.constant(torch.zeros_like(scales, dtype=torch.int8))
     return op(
         kind, x, m.scale, m.zero_point, weight, weight_scale, zero, m.y_scale, m.y_zero_point,
         None if bias is None else op.constant(bias),
@@ -71,7 +73,7 @@ def _is_shallow(m: Match) -> bool:
     outputs = weight[0] * together // stride
     if not isinstance(width, int) or width % together or y[-1] != width // stride:
         return False
-    return outputs >= FEWEST and outputs % CHANNELS == 0
+    return bool(outputs >= FEWEST and outputs % CHANNELS == 0)
 
 
 def _together(channels: int, stride: int) -> int:
@@ -94,7 +96,8 @@ def _columns_as_channels(op: Builder, m: Match) -> Value:
     site |= {"stride": (*site["stride"][:-1], 1), "padding": padding}
     times = together // stride
 
-    rows, width = m.x.shape[2:-1], m.x.shape[-1]
+    shape = m.x.shape or ()
+    rows, width = shape[2:-1], shape[-1]
     x = op.transpose(m.x, perm=(0, *range(2, rank), 1))
     x = _reshape(op, x, rows, width // together, together * weight.shape[1])
     bias = bias if bias is None else bias.repeat(times)
@@ -124,7 +127,7 @@ def columns_as_channels(weight: Tensor, stride: int, before: int, together: int)
     for index in range(each):
         start = first * together + index * stride - before
         spread[index, ..., start : start + columns] = weight
-    split = spread.unflatten(-1, (-1, together)).movedim(-1, 2)
+    split = spread.reshape(*spread.shape[:-1], -1, together).movedim(-1, 2)
     return split.flatten(2, 3).flatten(0, 1).contiguous(), first, last
 
 

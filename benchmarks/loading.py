@@ -23,8 +23,8 @@ LOADS = 3
 """Sessions of which the median time to load counts."""
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-Bind = Callable[[Mapping[str, Any]], Callable[[], list[Any]]]
-"""A loaded file: from a batch to a call without arguments that returns its outputs, in order."""
+Bind = Callable[[Mapping[str, Any]], Callable[[], Any]]
+"""A loaded file: from a batch to a call without arguments; a file's returns its outputs, in order."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from benchmarks import sentences
 from benchmarks.case import Settings, checked, table
 from benchmarks.cases.fbgemm import integer_rows
 from benchmarks.cases.minilm import calibration
+from benchmarks.loading import Bind
 from benchmarks.models import Batch, minilm
 from benchmarks.networks import SHAPES
-from benchmarks.speed import Race, contest
+from benchmarks.speed import File, race, write
 from graphopt.graph import Graph
 from graphopt.optimize import Optimized
 from graphopt.rewrite import scalar
@@ -30,6 +31,7 @@ SCALES = 1e-4
 SPEARMAN = 0.1
 """Most that Spearman differs by between the targets."""
 SCHEMES = ("static", "dynamic")
+EAGER = "eager fp32"
 
 
 def run(settings: Settings) -> bool:
@@ -61,14 +63,13 @@ def run(settings: Settings) -> bool:
 
 
 def speeds(model: Any, packages: dict[str, Any], shapes: dict[str, Batch], settings: Settings) -> bool:
-    calls: dict[str, Callable[[Batch], object]] = {"eager": partial(eager, model), "control": partial(eager, model)}
-    calls |= {name: partial(packaged, package) for name, package in packages.items()}
-    bound = {name: [partial(call, batch) for batch in shapes.values()] for name, call in calls.items()}
-    found = contest(bound, baseline="eager", rounds=settings.rounds)
-    race = Race(shapes, {name: one for name, one in found.items() if name != "eager"}, {})
-    rows, _ = race.speeds("MiniLM: times as fast as PyTorch eager in fp32")
-    settings.console.print(rows, race.latencies("latency and throughput"))
-    best = max((race.found[f"package, int8 {scheme}"] for scheme in SCHEMES), key=lambda one: one.overall.median)
+    models: dict[str, File | Bind | str] = {EAGER: lambda batch: partial(eager, model, batch)}
+    models |= {name: partial(partial, packaged, package) for name, package in packages.items()}
+    found = race(models, shapes, settings, EAGER)
+    rows, _ = found.speeds(f"MiniLM: times as fast as PyTorch {EAGER}")
+    settings.console.print(rows, found.latencies("latency and throughput"))
+    write(settings, "packages", found.figures())
+    best = max((found.found[f"package, int8 {scheme}"] for scheme in SCHEMES), key=lambda one: one.overall.median)
     mean, short = best.overall.median, best.shapes[0].median
     settings.console.print(
         checked(f"geometric mean {mean:.2f}, bound {MEAN}", mean >= MEAN),
@@ -77,7 +78,7 @@ def speeds(model: Any, packages: dict[str, Any], shapes: dict[str, Batch], setti
     return mean >= MEAN and short >= SHORT
 
 
-def eager(model: Any, batch: Batch) -> Tensor:
+def eager(model: Any, batch: Mapping[str, Any]) -> Tensor:
     with torch.inference_mode():
         hidden: Tensor = model(**batch).last_hidden_state
     return hidden

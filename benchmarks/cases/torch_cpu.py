@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,9 @@ from torch import nn
 
 import graphopt
 from benchmarks.case import Settings, checked
-from benchmarks.models import Batch
+from benchmarks.loading import Bind
 from benchmarks.networks import NETWORKS, Network
-from benchmarks.speed import Bind, Race, loses, race, write
+from benchmarks.speed import File, Race, race, write
 from graphopt.decode import DecodeStep
 from graphopt.optimize import Optimized
 
@@ -33,9 +33,8 @@ def run(settings: Settings) -> bool:
         settings.console.print(rows)
         settings.console.print(found.latencies(f"{network.name}: seconds of a run"))
         settings.console.print(f"census: {small.report.census}", highlight=False)
-        ours, theirs = found.found[OURS], found.found.get(FBGEMM)
-        if theirs is not None:
-            slower = loses(ours, theirs)
+        if FBGEMM in found.found:
+            slower = bool(found.loses(OURS, [FBGEMM]))
             verdict = "slower than quantize_dynamic at some shape" if slower else "never slower than quantize_dynamic"
             settings.console.print(checked(verdict, not slower))
             holds = holds and not slower
@@ -53,7 +52,7 @@ def _measure(network: Network, settings: Settings) -> tuple[Race, Optimized]:
         network.module, f"quantize{{scheme={scheme}}}", target="torch-cpu", calibration=calibration,
         threads=settings.threads, measure=True, **network.options,
     )  # fmt: skip
-    models: dict[str, Bind | str] = {EAGER: _eager(module), OURS: lambda batch: partial(_run, small, batch)}
+    models: dict[str, File | Bind | str] = {EAGER: _eager(module), OURS: lambda batch: partial(_run, small, batch)}
     models[COMPILED] = _tried(lambda: _eager(torch.compile(module, dynamic=True)))
     models[BF16] = _tried(lambda: _eager(copy.deepcopy(module).bfloat16(), torch.bfloat16))
     models[FBGEMM] = _tried(lambda: _eager(_quantize_dynamic(module)))
@@ -67,14 +66,14 @@ def _tried(make: Callable[[], Bind]) -> Bind | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _run(small: Optimized, batch: Batch) -> object:
+def _run(small: Optimized, batch: Mapping[str, Any]) -> object:
     return small.runner(batch)
 
 
 def _eager(module: Any, dtype: torch.dtype | None = None) -> Bind:
     """Arguments by name; floats in the module's own dtype."""
 
-    def bind(batch: Batch) -> Callable[[], object]:
+    def bind(batch: Mapping[str, Any]) -> Callable[[], object]:
         given = {_argument(name): x.to(dtype) if dtype is not None and x.is_floating_point() else x
                  for name, x in batch.items()}  # fmt: skip
 
