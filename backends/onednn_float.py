@@ -1,6 +1,7 @@
 """Float linears on oneDNN: weights reordered once, and an activation behind them computed inside the kernel.
 
-aten's own linear calls another library in float32, and which is faster depends on the shape. The operator `graphopt_onednn::linear_float` takes the weight as it is stored.
+aten's own linear calls another library in float32, and which is faster depends on the
+shape. The operator `graphopt_onednn::linear_float` takes the weight as it is stored.
 """
 
 from __future__ import annotations
