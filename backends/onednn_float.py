@@ -1,7 +1,7 @@
 """Float linears on oneDNN: weights reordered once, and an activation behind them computed inside the kernel.
 
-aten's own linear reorders a bfloat16 weight at every call; in float32 it calls another library, and which is faster
-depends on the shape. The operator `graphopt_onednn::linear_float` takes the weight as it is stored.
+aten's own linear calls another library in float32, and which is faster depends on the
+shape. The operator `graphopt_onednn::linear_float` takes the weight as it is stored.
 """
 
 from __future__ import annotations
@@ -53,26 +53,19 @@ def _is_of(dtype: torch.dtype, m: Match) -> bool:
 def _packed(op: Builder, m: Match) -> Value:
     if m.bias is not None and not m.bias.is_constant:
         raise Declined("the bias is computed")
-    if m.x.dtype is torch.bfloat16 and not _mkldnn._is_mkldnn_bf16_supported():
-        raise Declined("this CPU has no instructions for bfloat16")
     post, algorithm = post_op(m.bound.get("post"))
     return op("graphopt_onednn.linear_float.default", m.x, m.weight, m.bias, post=post, algorithm=algorithm)
 
 
 def stages() -> Sequence[Sequence[Rule | Choice]]:
-    """What takes float linears, with an activation first: in bfloat16 oneDNN by itself, in float32 aten."""
-    behind = [choice for post in POSTS for choice in _choices(post)]
-    return behind, _choices()
+    """What takes float32 linears, with an activation first. bfloat16 ones stay aten's: the kernel rounds elsewhere."""
+    return [_choice(post) for post in POSTS], [_choice()]
 
 
-def _choices(*words: str) -> list[Rule | Choice]:
-    packed: dict[str, Replace | None] = {"onednn": _packed, "aten": None}
-    forms = {torch.bfloat16: packed, torch.float32: dict(reversed(packed.items()))}
-    return [
-        Choice("-".join(["linear", str(dtype).removeprefix("torch."), *words]), _pattern(*words), several,
-               check=partial(_is_of, dtype))
-        for dtype, several in forms.items()
-    ]  # fmt: skip
+def _choice(*words: str) -> Choice:
+    forms: dict[str, Replace | None] = {"aten": None, "onednn": _packed}
+    name = "-".join(["linear", "float32", *words])
+    return Choice(name, _pattern(*words), forms, check=partial(_is_of, torch.float32))
 
 
 # --- the operator --------------------------------------------------------------------------------------------------
