@@ -51,7 +51,8 @@ def functional(program: ExportedProgram) -> ExportedProgram:
                 node.meta["custom"] = {**(custom or {}), _DROPOUT: node.args[1]}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.export copies a deprecated class of its own
-            return program.run_decompositions({})
+            made: ExportedProgram = program.run_decompositions({})
+            return made
     finally:
         for node, custom in zip(dropouts, kept, strict=True):
             node.meta.pop("custom", None)
