@@ -130,6 +130,9 @@ def _widen(graph: onnx.GraphProto) -> None:
         if node.op_type == "Cast" or not any(types.get(name) in narrow for name in (*node.input, *node.output)):
             nodes.append(node)
             continue
+        given = [types[name] for name in node.input if types.get(name) in narrow]
+        if node.domain == "com.microsoft" and given:  # whose results nobody infers
+            types.setdefault(node.output[0], given[0])
         for index, name in enumerate(node.input):
             if types.get(name) not in narrow:
                 continue

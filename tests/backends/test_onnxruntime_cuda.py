@@ -114,7 +114,7 @@ def test_attention_that_no_contrib_kernel_takes_stays_whole() -> None:
 def test_a_sum_that_others_read_is_not_fused_away() -> None:
     graph = build("onnx", "s = add(x[2,3,8], r[2,3,8])\ny = add(layer_norm(s, g[8], b[8]), s)")
     lowered, logs = OnnxRuntimeCuda().lower(graph)
-    assert list(logs["residual-norm"].declined.values()) == ["others read the sum too"]
+    assert logs["residual-norm"].hits == 0 and lowered.text() == graph.text()
     torch.testing.assert_close(outputs(lowered), outputs(graph), rtol=1e-5, atol=1e-5)
 
 
