@@ -135,7 +135,7 @@ class Cuda(Backend):
         if site.kind != "linear" or shape is None or scheme == "weight-only":
             return None
         multiple = MULTIPLE[torch.float8_e4m3fn if dtype == "float8" else torch.int8]
-        return _why_wasteful(*map(int, shape), multiple)
+        return _why_wasteful(int(shape[0]), int(shape[1]), multiple)
 
     def pipeline(self) -> str:
         return "merge-linear"
@@ -391,7 +391,7 @@ class CudaRunner(Runner):
         home = given[0].device if given else torch.device("cuda")
         with self._memory(f"at inputs of {[list(one.shape) for one in given]}"), torch.no_grad():
             placed = [one.to("cuda", non_blocking=True) for one in given]
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             results = self._program(placed)(*placed)
             return [one.clone() if home.type == "cuda" else one.to(home) for one in results]  # graphs reuse theirs
 

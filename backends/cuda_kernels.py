@@ -51,7 +51,8 @@ def linear_int8(
     scale: float32, one or one for each row (..., 1); weight_scale: float32 (out,); bias: float (out,).
     """
     rows = _wide(x.reshape(-1, x.shape[-1]), weight.shape[1])
-    sums = torch._int_mm(_tall(rows, torch.sym_max(0, ROWS - rows.shape[0])), weight.t())
+    missing = torch.sym_max(0, ROWS - rows.shape[0])  # type: ignore[no-untyped-call]
+    sums = torch._int_mm(_tall(rows, missing), weight.t())
     return _scaled(sums.narrow(0, 0, rows.shape[0]), x, scale, weight_scale, bias, dtype)
 
 
@@ -109,7 +110,7 @@ def _tall(rows: Tensor, missing: int | torch.SymInt) -> Tensor:
 
 def _padded(rows: Tensor, sides: Sequence[int | torch.SymInt]) -> Tensor:
     raw = rows.view(torch.int8) if rows.dtype.itemsize == 1 else rows  # float8 cannot be padded on every device
-    return F.pad(raw, sides).view(rows.dtype)
+    return F.pad(raw, list(sides)).view(rows.dtype)  # type: ignore[arg-type]
 
 
 def _scaled(
@@ -124,7 +125,8 @@ def _finished(y: Tensor, x: Tensor, outputs: int, bias: Tensor | None, dtype: to
     """The bias added, in a dtype, with the leading axes of x and without the outputs that fill up a multiple."""
     y = y.narrow(1, 0, outputs)
     y = (y if bias is None else y + bias).to(dtype)
-    return torch.ops.aten.contiguous.default(y).reshape(*x.shape[:-1], outputs)
+    dense: Tensor = torch.ops.aten.contiguous.default(y)
+    return dense.reshape(*x.shape[:-1], outputs)
 
 
 # --- the product with a weight in 2:4 ------------------------------------------------------------------------------
@@ -143,14 +145,15 @@ def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
     Its sizes are multiples of those in SPARSE. Bits are kept, but for the sign of zeros.
     """
     raw = torch.where(weight.float() == 0, 0, weight.view(torch.int8)) if weight.dtype.itemsize == 1 else weight
-    packed, meta = sparse_semi_structured_from_dense_cutlass(raw.contiguous())
+    packed, meta = sparse_semi_structured_from_dense_cutlass(raw.contiguous())  # type: ignore[no-untyped-call]
     return packed.view(weight.dtype), meta
 
 
 def decompress(packed: Tensor, meta: Tensor) -> Tensor:
     """The weight (out, in) that `compress` was given."""
     raw = packed.view(torch.int8) if packed.dtype.itemsize == 1 else packed
-    return sparse_semi_structured_to_dense_cutlass(raw, meta).view(packed.dtype)
+    dense: Tensor = sparse_semi_structured_to_dense_cutlass(raw, meta)  # type: ignore[no-untyped-call]
+    return dense.view(packed.dtype)
 
 
 def pack_cusparselt(packed: Tensor, meta: Tensor) -> Tensor:

@@ -23,18 +23,18 @@ _TILES = (
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-@triton.autotune(
+@triton.autotune(  # type: ignore[untyped-decorator]
     [
         triton.Config({"ROWS": rows, "OUTPUTS": outputs, "INPUTS": inputs}, num_warps=warps, num_stages=stages)
         for rows, outputs, inputs, warps, stages in _TILES
     ],
     key=["rows", "outputs", "inputs"],
 )
-@triton.jit
-def _linear(
+@triton.jit  # type: ignore[untyped-decorator]
+def _linear(  # type: ignore[no-untyped-def]
     x, scale, weight, weight_scale, bias, y, rows, outputs, inputs,
     HAS_BIAS: tl.constexpr, TYPE: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     # Tiles of 8 rows of tiles follow each other down a column, so that they share weights in the cache.
     across, down = tl.cdiv(outputs, OUTPUTS), tl.cdiv(rows, ROWS)
     group = tl.program_id(0) // (8 * across)

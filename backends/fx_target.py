@@ -34,7 +34,7 @@ class FxTarget(Backend):
     }
     floats: ClassVar[tuple[str, ...]] = ("bfloat16",)
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
-    zeros: ClassVar[str] = "weights are packed densely, and zeros multiplied: only compressed files gain"
+    zeros: str = "weights are packed densely, and zeros multiplied: only compressed files gain"
 
     engines: ClassVar[Sequence[str]]
     """The engines that it calls, as torch.backends.quantized names them."""

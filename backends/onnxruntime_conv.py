@@ -96,14 +96,15 @@ def _columns_as_channels(op: Builder, m: Match) -> Value:
     site |= {"stride": (*site["stride"][:-1], 1), "padding": padding}
     times = together // stride
 
-    shape = m.x.shape or ()
+    shape, result = m.x.shape, m.root.result.shape
+    assert shape is not None and result is not None  # as checked
     rows, width = shape[2:-1], shape[-1]
     x = op.transpose(m.x, perm=(0, *range(2, rank), 1))
     x = _reshape(op, x, rows, width // together, together * weight.shape[1])
     bias = bias if bias is None else bias.repeat(times)
     stored = op.constant(several), op.constant(weight_scale.repeat(times))
     y = _emit(op, m, "com.microsoft.QLinearConv", x, *stored, bias, site, channels_last=1)
-    y = _reshape(op, y, m.root.result.shape[2:-1], width // stride, weight.shape[0])
+    y = _reshape(op, y, result[2:-1], width // stride, weight.shape[0])
     return op.transpose(y, perm=(0, rank - 1, *range(1, rank - 1)))
 
 

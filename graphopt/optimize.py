@@ -378,7 +378,7 @@ class Optimized:
         if self.lowered.stateful:
             self.__dict__.pop("runner", None)
 
-    def run_anew(self, feeds: Feeds) -> list[Tensor]:
+    def run_anew(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs of a first call; feeds stay as they are."""
         self.forget_state()
         return self.runner({name: tensor.clone() for name, tensor in feeds.items()} if self.lowered.stateful else feeds)

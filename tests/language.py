@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.backend import Placement
+from graphopt.backend import Backend, Placement
 from graphopt.calibrate import Calibration
 from graphopt.graph import Graph, Node, Value
 from graphopt.numerics.metrics import within_tolerance
@@ -195,7 +195,7 @@ def feeds(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
     return made
 
 
-def run(pass_: Pass, graph: Graph, *, target: FakeTarget | None = None, calibration: Any = None) -> Context:
+def run(pass_: Pass, graph: Graph, *, target: Backend | FakeTarget | None = None, calibration: Any = None) -> Context:
     """Run one pass as a pipeline does, and verify the graph; calibration: batches of feeds."""
     if isinstance(calibration, list):
         calibration = Calibration(calibration, graph.inputs)

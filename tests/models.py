@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,7 @@ class ConvNet(nn.Module):
         return x
 
 
-def seeded(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+def seeded(kind: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """An instance in eval mode whose parameters and batch-norm statistics are the same in every run."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

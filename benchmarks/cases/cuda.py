@@ -6,7 +6,7 @@ figures are of speed, and of how far rounding moves outputs; what 2:4 does to a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -130,7 +130,7 @@ def _race(
     module: nn.Module,
     forms: dict[str, str],
     batches: dict[str, Batch],
-    baseline: dict[str, Call],
+    baseline: Mapping[str, Call],
     expected: dict[str, list[Tensor]],
     options: dict[str, Any],
 ) -> dict[str, float]:
@@ -176,7 +176,7 @@ def _exact(module: nn.Module, batches: dict[str, Batch]) -> dict[str, list[Tenso
 def _call(compiled: Any, batch: Batch) -> Any:
     """As the runner of the target does it: outputs are copied out of what CUDA graphs use again."""
     with torch.no_grad():
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         result = compiled(**batch)
         return {name: one.clone() for name, one in result.items() if isinstance(one, Tensor)}
 

@@ -273,7 +273,7 @@ class _Builder:
         """What a dequantize makes of stored integers."""
         args, kwargs = fx.node.map_aggregate(
             (node.args, node.kwargs), lambda one: self._constant(one) if isinstance(one, fx.Node) else one
-        )  # type: ignore[misc]
+        )
         tensor: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         return tensor.contiguous()
 
@@ -300,7 +300,7 @@ class _Builder:
     def _return(self, rebuild: Callable[[list[Any]], Any] | None) -> None:
         """What the model returned: mappings other than a dict are made by calling their type."""
         output = next(iter(reversed(self.program.nodes)))
-        results = list(output.args[0])  # type: ignore[arg-type]
+        results = list(output.args[0])
         if rebuild is None:
             made = pytree.tree_map(
                 lambda leaf: results[leaf.index] if isinstance(leaf, Output) else leaf, self.graph.returns
@@ -315,6 +315,6 @@ class _Builder:
             items = {str(key): self._written(item) for key, item in value.items()}
             return items if type(value) is dict else self.program.call_function(type(value), (), items)
         if isinstance(value, list | tuple):
-            items = [self._written(item) for item in value]
-            return items if isinstance(value, list) else tuple(items)
+            several = [self._written(item) for item in value]
+            return several if isinstance(value, list) else tuple(several)
         return value

@@ -57,7 +57,7 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
         with torch.no_grad(), quiet("torch._inductor", "torch._export", "torch.export"):
             own = {getattr(torch.ops.graphopt, name).default: WORDS[name].reference for name in fx_ops.NAMES}
             torch._inductor.aoti_compile_and_package(
-                program.run_decompositions(own),  # type: ignore[arg-type]
+                program.run_decompositions(own),
                 package_path=str(part),
                 inductor_configs={
                     "freezing": True,

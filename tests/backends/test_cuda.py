@@ -286,7 +286,7 @@ def test_a_program_is_one_graph_to_a_compiler(block: Block, dynamic: bool) -> No
         run = torch.compile(small.lowered.module(), backend="aot_eager", fullgraph=True, dynamic=dynamic)
         x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(2))
         with torch.no_grad():
-            assert sqnr(small(x), run(x)[0]) > 40  # the last bit of a float may turn a rounding
+            assert sqnr(small(x), run(x)[0]) > 40  # the last bit of a float may turn a rounding  # type: ignore[no-untyped-call]
 
 
 def test_inductor_knows_the_options() -> None:
@@ -297,7 +297,7 @@ def test_a_module_elsewhere_is_copied_to_the_cpu() -> None:
     from graphopt.trace import on_cpu
 
     with FakeTensorMode():
-        module = nn.utils.skip_init(nn.Linear, 4, 3, device="cuda")
+        module = nn.utils.skip_init(nn.Linear, 4, 3, device="cuda")  # type: ignore[no-untyped-call]
         program = torch.export.export(module, (torch.empty(2, 4, device="cuda"),))
         moved, notes = on_cpu(program)
         assert notes == ["the model is on cuda:0; what is made of it begins with a copy on the CPU"]

@@ -40,8 +40,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         split = [f(x).unflatten(-1, (-1, 32)).transpose(1, 2) for f in (self.query, self.key, self.value)]
-        grouped = split[0].shape[1] != split[1].shape[1]
-        y = F.scaled_dot_product_attention(*split, is_causal=True, enable_gqa=grouped).transpose(1, 2).flatten(2)
+        query, key, value = split
+        grouped = query.shape[1] != key.shape[1]
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        y = y.transpose(1, 2).flatten(2)
         x = self.first(x + self.out(y))
         return self.last(x + self.down(F.gelu(self.up(x)))) + 1  # type: ignore[no-any-return]
 
