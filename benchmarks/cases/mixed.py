@@ -39,7 +39,7 @@ MOST = 12
 def run(settings: Settings) -> bool:
     batches = _batches()
     rows = table(
-        f"{LAYERS} layers, layer {BAD} planted, quantize{{sqnr={GOAL:g}}}",
+        f"{LAYERS} layers, layer {BAD} planted, quantize{{smooth=false sqnr={GOAL:g}}}",
         "target", "SQNR, all int8", "SQNR", "stay float", "evaluations", "seconds",
     )  # fmt: skip
     holds, everything = True, {}
@@ -50,10 +50,10 @@ def run(settings: Settings) -> bool:
         captured = capture(planted(), backend.dialect, example_inputs=batches[0])
         context = Context(target=backend, feeds=captured.feeds, calibration=Calibration(batches, captured.graph.inputs))
         graph = parse("simplify", REGISTRY).apply(captured.graph, context)
-        everywhere = parse(f"quantize{{scheme={scheme}}}", REGISTRY).apply(graph, context)
+        everywhere = parse(f"quantize{{scheme={scheme} smooth=false}}", REGISTRY).apply(graph, context)
         with counted() as samples:
             start = time.perf_counter()
-            mixed = parse(f"quantize{{scheme={scheme} sqnr={GOAL}}}", REGISTRY).apply(graph, context)
+            mixed = parse(f"quantize{{scheme={scheme} smooth=false sqnr={GOAL}}}", REGISTRY).apply(graph, context)
             seconds = time.perf_counter() - start
         record = context.report.passes[-1]
         evaluations = sum(samples) / (BATCHES * SIZE)

@@ -74,7 +74,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, dialect: str) -> Counted:
 def test_exactly_the_planted_layer_stays_within_twelve_evaluations(dialect: str, counted: Counted) -> None:
     graph = chain(dialect)
     before, context = graph.text(), context_of(graph)
-    setting = Quantize(scheme="static", targets=Selector("linear"))
+    setting = Quantize(scheme="static", smooth=False, targets=Selector("linear"))
     kept = keep(graph, setting, Goal(sqnr=15.0), context)
     assert [node.name for node in kept] == [graph.sites("linear")[BAD].name]
     assert graph.text() == before
@@ -87,7 +87,7 @@ def test_exactly_the_planted_layer_stays_within_twelve_evaluations(dialect: str,
 
 def test_the_ranking_is_that_of_each_site_alone(dialect: str) -> None:
     graph = chain(dialect, layers=6, bad=3)
-    context, setting = context_of(graph, batches=3, size=48), Quantize(scheme="static", rounding="nearest")
+    context, setting = context_of(graph, batches=3, size=48), Quantize(scheme="static", smooth=False, rounding="nearest")
     ranked = rank(graph, setting, context, batches_of(context))
     alone = scan(graph, [setting], context_of(graph, batches=3, size=48))
     truth = {row.nodes: row.damage.sqnr for row in alone.rows if row.damage is not None}
@@ -102,7 +102,7 @@ def test_where_the_batch_axis_is_fixed_sites_take_whole_batches(dialect: str) ->
     generator = torch.Generator().manual_seed(2)
     batches = [torch.randn(4, 8, 16, generator=generator) for _ in range(2)]
     context = Context(calibration=Calibration(batches, graph.inputs))
-    setting = Quantize(scheme="static", rounding="nearest", bias_correction=False)
+    setting = Quantize(scheme="static", smooth=False, rounding="nearest", bias_correction=False)
     ranked = rank(graph, setting, context, batches_of(context))
     for number, node in enumerate(graph.sites("linear")):
         changed = graph.clone()
@@ -121,17 +121,17 @@ def batches_of(context: Context) -> list[dict[str, Tensor]]:
 
 def test_sites_of_one_weight_stay_together(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[batch,16], V[16,16])\nb = linear(relu(a), W[16,16])\ny = linear(b, V)")
-    kept = keep(graph, Quantize(scheme="static"), Goal(sqnr=200.0), context_of(graph))
+    kept = keep(graph, Quantize(scheme="static", smooth=False), Goal(sqnr=200.0), context_of(graph))
     assert set(kept) == set(graph.sites("linear"))
     context = context_of(graph)
-    ranked = rank(graph, Quantize(scheme="static"), context, batches_of(context))
+    ranked = rank(graph, Quantize(scheme="static", smooth=False), context, batches_of(context))
     assert sorted(len(unit.nodes) for unit in ranked) == [1, 2]
 
 
 def test_nothing_stays_where_the_goal_is_met_and_declined_sites_are_no_candidates(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[batch,16], V[16,16])\ny = linear(a, relu(W[16,16]))")
     context = context_of(graph)
-    assert keep(graph, Quantize(scheme="static"), Goal(cosine=0.9), context) == {}
+    assert keep(graph, Quantize(scheme="static", smooth=False), Goal(cosine=0.9), context) == {}
     assert "cosine=0.9: 0 of 1 sites" in context.record.notes[0]
 
 
@@ -155,7 +155,7 @@ def test_the_users_measure_decides(dialect: str) -> None:
         return 1 - float(sum(((a - b).norm() / a.norm()) for a, b in zip(expected, found, strict=True)))
 
     context.evaluate = evaluate
-    kept = keep(graph, Quantize(scheme="static"), Goal(max_drop=0.5), context)
+    kept = keep(graph, Quantize(scheme="static", smooth=False), Goal(max_drop=0.5), context)
     assert list(kept) == [graph.sites("linear")[3]]
     assert "(metric of the unchanged model 1)" in context.record.notes[0]
 
@@ -213,10 +213,10 @@ def test_statistics_are_remembered_for_clones() -> None:
 def test_quantize_leaves_the_planted_layer_in_float_and_says_why(dialect: str, counted: Counted) -> None:
     graph = chain(dialect, layers=8, bad=3)
     original, site, context = graph.clone(), graph.sites("linear")[3], context_of(graph)
-    setting = Quantize(scheme="static", sqnr=15)
+    setting = Quantize(scheme="static", smooth=False, sqnr=15)
     run_pass(setting, graph, context)
     assert counted.samples == (2 + 1 + 2 + 4) * 64  # calibration, unchanged, ranking; and with 0, 4, 2 and 1 kept
-    assert str(setting) == "quantize{scheme=static sqnr=15}"
+    assert str(setting) == "quantize{scheme=static smooth=false sqnr=15}"
     record = context.report.passes[0]
     assert list(record.declined) == [site.label]
     assert record.declined[site.label].startswith("stays in higher precision for sqnr=15: changed alone")
@@ -238,7 +238,7 @@ def test_optimize_takes_the_users_measure(tmp_path: Path) -> None:
         return seen[-1]
 
     small = graphopt.optimize(
-        tmp_path / "chain.onnx", Quantize(scheme="static", max_drop=0.5), calibration=batches, evaluate=evaluate
+        tmp_path / "chain.onnx", Quantize(scheme="static", smooth=False, max_drop=0.5), calibration=batches, evaluate=evaluate
     )
     record = next(one for one in small.report.passes if one.name == "quantize")
     assert len(record.declined) == 1 and record.changed == 5
@@ -250,6 +250,6 @@ def test_optimize_takes_the_users_measure(tmp_path: Path) -> None:
 def test_where_all_must_stay_nothing_is_quantized() -> None:
     graph = chain("onnx", layers=2, bad=None)
     before, context = graph.text(), context_of(graph)
-    run_pass(Quantize(scheme="static", sqnr=500), graph, context)
+    run_pass(Quantize(scheme="static", smooth=False, sqnr=500), graph, context)
     assert graph.text() == before
     assert "sqnr=500: 2 of 2 sites stay in higher precision, which is all" in context.report.passes[0].notes[0]
