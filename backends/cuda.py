@@ -371,7 +371,7 @@ class CudaRunner(Runner):
         self._graph, self._names, self._device = graph, graph.input_names, device
         self._programs: dict[Any, Callable[..., Any]] = {}
         if device is None:
-            self._module = graph.module()
+            self._module = on_device(graph, "cpu", pack=lambda dtype: None)
             return
         weights = sum(tensor.nbytes for _, tensor in graph.constants())
         if weights > device.memory:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from graphopt.graph import Graph, Node
 from graphopt.numerics.observe import OBSERVERS
 from graphopt.numerics.quantize import BLOCKS
@@ -19,8 +17,6 @@ from graphopt.quantizing.placement import islands_on
 from graphopt.quantizing.ranges import observe
 from graphopt.quantizing.rounding import Recipe, Rounding
 from graphopt.quantizing.smoothing import even_out
-
-_TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class Quantize(Pass):
         super().__post_init__()
         Goal(self.sqnr, self.cosine, self.max_drop)  # which refuses what no model can be
         choices = {
-            "scheme": ("auto", *schemes.SCHEMES), "dtype": tuple(_TYPES),
+            "scheme": ("auto", *schemes.SCHEMES), "dtype": tuple(schemes.TYPES),
             "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
             "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "second-order"),
             "clip": (None, True, False), "bias_correction": (None, True, False),
@@ -103,30 +99,27 @@ class Quantize(Pass):
                     raise UsageError(f"quantize: {option} is {value!r}; give {', '.join(first)} or {last}")
 
     def run(self, graph: Graph, context: Context) -> None:
-        known = ("int8",) if context.target is None else context.target.types
-        if self.dtype not in known:
-            name = "onnx" if context.target is None else context.target.name
-            raise UsageError(f"quantize: {name} has no kernels in {self.dtype}; there is {', '.join(known)}")
+        schemes.require_type(self.dtype, context)
         named = schemes.names_nodes(self.targets.terms, self.ignore.terms, self.scheme, self.bits)
         if self.smooth is not False and self.dtype == "int8" and context.calibration is not None and not named:
-            sites = [site for site in graph.sites("linear", "conv") if site in self.targets and site not in self.ignore]
+            sites = (site for site in graph.sites("linear", "conv") if site in self.targets and site not in self.ignore)
             even_out(graph, context, schemes.static(sites, self.scheme, context))
         goal = Goal(self.sqnr, self.cosine, self.max_drop)
         free = replace(self, sqnr=None, cosine=None, max_drop=None, smooth=False)
         context = remember(context) if goal.asked else context
         kept = keep(graph, free, goal, context) if goal.asked else {}
-        islands, rounding = islands_on(graph, context, _TYPES[self.dtype]), Rounding(graph)
+        islands, rounding = islands_on(graph, context, schemes.TYPES[self.dtype]), Rounding(graph)
         chosen = self._chosen(graph, context, kept)
         rounding.recipes = {site: recipe for site, (_, recipe) in chosen.items() if recipe is not None}
         rounding.share_tables(context)
         islands.schemes = {site: scheme for site, (scheme, _) in chosen.items()
                            if site.kind == "matmul" or site in rounding.recipes}  # fmt: skip
-        asked = [site for site in chosen if site.kind == "softmax"]
 
         def stays(node: Node) -> str | None:
             return "it is to stay float" if node in self.ignore else context.put_back.get(node.label)
 
-        account(context, islands, islands.join(lambda word: "static" in schemes.legal(word, context), stays, asked))
+        softmaxes = [site for site in chosen if site.kind == "softmax"]
+        account(context, islands, islands.join(lambda word: "static" in schemes.legal(word, context), stays, softmaxes))
         products = [one.bits for site, one in rounding.recipes.items() if islands.schemes[site] != "weight-only"]
         if products and context.target is not None and self.dtype == "int8":
             context.note(schemes.safety(products))
@@ -170,8 +163,7 @@ class Quantize(Pass):
             else:
                 chosen[site] = scheme, self._recipe(site, scheme, bits, block, context)
         if refused and not (chosen or kept or context.put_back):
-            first = next(iter(refused.items()))
-            raise UsageError(f"quantize: nothing is left to quantize ({first[0]}: {first[1]})")
+            raise UsageError("quantize: nothing is left to quantize ({}: {})".format(*next(iter(refused.items()))))
         return chosen
 
     def _recipe(self, site: Node, scheme: str, bits: int, block: int | None, context: Context) -> Recipe:
@@ -182,12 +174,7 @@ class Quantize(Pass):
         corrects = site.bias is None or site.bias.is_constant
         corrected = corrects and (calibrated if self.bias_correction is None else self.bias_correction)
         if self.dtype != "int8":
-            return Recipe(_TYPES[self.dtype], bias_correction=corrected)
-        return Recipe(
-            bits=bits,
-            block=block,
-            symmetric=symmetric,
-            clip=clip,
-            second_order=calibrated if self.rounding == "auto" else self.rounding == "second-order",
-            bias_correction=corrected,
-        )
+            return Recipe(schemes.TYPES[self.dtype], bias_correction=corrected)
+        second_order = calibrated if self.rounding == "auto" else self.rounding == "second-order"
+        return Recipe(bits=bits, block=block, symmetric=symmetric, clip=clip, second_order=second_order,
+                      bias_correction=corrected)  # fmt: skip

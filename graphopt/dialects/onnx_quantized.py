@@ -200,7 +200,12 @@ def _read_conv(site: _Site) -> Value | None:
         bias = site.bias(8, site.required(1), site.required(4))
     except _Computed:
         return None
-    return site.quantized(site.emit("conv", site.activation(0), weight, bias, **found), 6)
+    if not site.attributes.get("channels_last", 0):
+        return site.quantized(site.emit("conv", site.activation(0), weight, bias, **found), 6)
+    rank = len(found["stride"]) + 2
+    x = site.emit("transpose", site.activation(0), perm=(0, rank - 1, *range(1, rank - 1)))
+    y = site.quantized(site.emit("conv", x, weight, bias, **found), 6)
+    return y and site.emit("transpose", y, perm=(0, *range(2, rank), 1))
 
 
 def _read_matmul(site: _Site) -> Value | None:

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from graphopt.graph import Node, Value
-from graphopt.pipeline import Context, PerSite
+from graphopt.pipeline import Context, PerSite, UsageError
 from graphopt.weights import why_fixed
 
 SCHEMES = ("static", "dynamic", "weight-only")
 """Where the range of an activation comes from: calibration, or each run; or it stays float."""
+
+TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+"""What weights and activations are stored in, by name."""
 
 WORDS = ("linear", "conv", "matmul", "softmax", "embedding")
 """What may be asked for; other words become integers where they stand between these. A softmax is asked for by name,
@@ -45,6 +48,14 @@ def scheme_of(word: str, asked: str, context: Context) -> str:
     if context.calibration is not None and "static" in known:
         return "static"
     return "weight-only" if "weight-only" in known and "dynamic" not in known else "dynamic"
+
+
+def require_type(dtype: str, context: Context) -> None:
+    """Raise UsageError where the target has no kernels in one of TYPES."""
+    known = ("int8",) if context.target is None else context.target.types
+    if dtype not in known:
+        name = "onnx" if context.target is None else context.target.name
+        raise UsageError(f"quantize: {name} has no kernels in {dtype}; there is {', '.join(known)}")
 
 
 def names_nodes(*terms: object) -> bool:

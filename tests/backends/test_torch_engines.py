@@ -270,7 +270,7 @@ def test_the_census_of_a_convolutional_network(name: str, tmp_path: Path) -> Non
     (feeds,) = small.feeds
     torch.testing.assert_close(again(feeds), runner(feeds), rtol=0, atol=0)
     loaded = torch.export.load(path).module()
-    torch.testing.assert_close(loaded(*feeds.values())[0], runner(feeds)[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loaded(*feeds.values()), runner(feeds)[0], rtol=1e-6, atol=1e-6)
 
 
 def test_a_site_without_a_kernel_is_reported_and_stays_float() -> None:
@@ -335,7 +335,9 @@ def test_measurement_takes_the_engine_of_a_site(
     graph = words.done(y=words.graph.emit("gelu", y) if apart else y)
     asked: list[list[str]] = []
 
-    def contest(candidates: Mapping[str, Any], *, baseline: str, rounds: int) -> dict[str, Contender]:
+    def contest(
+        candidates: Mapping[str, Any], *, baseline: str, rounds: int, **options: Any
+    ) -> dict[str, Contender]:
         asked.append(list(candidates))
         for calls in candidates.values():
             for call in calls:

@@ -87,7 +87,8 @@ def test_exactly_the_planted_layer_stays_within_twelve_evaluations(dialect: str,
 
 def test_the_ranking_is_that_of_each_site_alone(dialect: str) -> None:
     graph = chain(dialect, layers=6, bad=3)
-    context, setting = context_of(graph, batches=3, size=48), Quantize(scheme="static", smooth=False, rounding="nearest")
+    context = context_of(graph, batches=3, size=48)
+    setting = Quantize(scheme="static", smooth=False, rounding="nearest")
     ranked = rank(graph, setting, context, batches_of(context))
     alone = scan(graph, [setting], context_of(graph, batches=3, size=48))
     truth = {row.nodes: row.damage.sqnr for row in alone.rows if row.damage is not None}
@@ -237,9 +238,8 @@ def test_optimize_takes_the_users_measure(tmp_path: Path) -> None:
         seen.append(1 - float(sum((a - b).norm() / a.norm() for a, b in zip(expected, found, strict=True))))
         return seen[-1]
 
-    small = graphopt.optimize(
-        tmp_path / "chain.onnx", Quantize(scheme="static", smooth=False, max_drop=0.5), calibration=batches, evaluate=evaluate
-    )
+    setting = Quantize(scheme="static", smooth=False, max_drop=0.5)
+    small = graphopt.optimize(tmp_path / "chain.onnx", setting, calibration=batches, evaluate=evaluate)
     record = next(one for one in small.report.passes if one.name == "quantize")
     assert len(record.declined) == 1 and record.changed == 5
     assert seen[0] == 1 and len(seen) == 4  # the unchanged model; with none kept, with 3, and with 1

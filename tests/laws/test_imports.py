@@ -145,8 +145,8 @@ def names_one(found: Import) -> bool:
 
 @cache
 def individuals(package: str) -> frozenset[str]:
-    """The modules of `passes` or `backends`, and the classes in them. Timing (measure) is neither."""
-    files = [file for file in (ROOT / package).glob("*.py") if file.stem not in ("__init__", "measure")]
+    """The modules of `passes` or `backends`, and the classes in them. Timing (measure, timings) is neither."""
+    files = [file for file in (ROOT / package).glob("*.py") if file.stem not in ("__init__", "measure", "timings")]
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     classes = {node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
     return frozenset(classes | {file.stem for file in files})
