@@ -220,4 +220,3 @@ def _hold(results: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tenso
                 raise GraphError(f"its result is {found:.1f} dB from the first form's")
             if not result.is_floating_point() and (other.int() - result.int()).abs().max() > 1:
                 raise GraphError("its integers are more than one step from the first form's")
-

@@ -72,8 +72,11 @@ def linear_float8(
 
 def linear_weight_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., in) in floats and weight (out, in) in int8 -> (..., out): scaled behind the product, so that a compiler
-    reads the integers inside it."""
-    y = F.linear(x, weight.to(x.dtype)) * weight_scale.to(x.dtype)
+    reads the integers inside it; float16 has no room for such sums, and scales the weight."""
+    scale = weight_scale.to(x.dtype)
+    if x.dtype is torch.float16:
+        return F.linear(x, weight.to(x.dtype) * scale.unsqueeze(1), bias)
+    y = F.linear(x, weight.to(x.dtype)) * scale
     return y if bias is None else y + bias
 
 

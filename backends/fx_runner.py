@@ -46,6 +46,7 @@ class Packing:
         self.stored: dict[str, Any] = {}
         self._kernels = dict(_KERNELS) | dict(kernels)
         self._numbers: set[fx.Node] = set()
+        self._kept: set[fx.Node] = set()
         self._quantized: dict[fx.Node, tuple[fx.Node, Any, Any]] = {}
         for node in list(self.program.nodes):
             pack = self._kernels.get(str(node.target)) if node.op == "call_function" else None
@@ -76,7 +77,9 @@ class Packing:
         name = f"packed_{len(self.stored)}"
         self.stored[name] = thing
         with self.program.inserting_before(at):
-            return self.program.create_node("get_attr", name)
+            node = self.program.create_node("get_attr", name)
+        self._kept.add(node)
+        return node
 
     def tensor(self, node: Any) -> Tensor | None:
         """The tensor of a constant; None of what is left out, or computed."""
@@ -120,9 +123,11 @@ class Packing:
     def module(self, graph: FxGraph) -> fx.GraphModule:
         """The program as a module whose tensors are plain attributes: those are found ten times faster."""
         for node in self.program.find_nodes(op="get_attr"):
-            if str(node.target) not in self.stored:
-                self.stored[node.name] = graph.native.stored[str(node.target)]
-                node.target = node.name
+            if node not in self._kept:
+                thing, name = graph.native.stored[str(node.target)], node.name
+                while name in self.stored:
+                    name += "_"
+                self.stored[name], node.target = thing, name
         fx_bindings.bind(self.program)
         module = fx.GraphModule(self.stored, self.program)
         for name, thing in self.stored.items():
@@ -307,9 +312,9 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _drop_identities(graph: FxGraph) -> None:
-    """Copies and views that mean nothing cost a call each."""
+    """Copies and views that mean nothing cost a call each; those of what is written to later do mean something."""
     for node in graph.sites("identity"):
-        if not node.result.is_output:
+        if not node.result.is_output and all(user.signature is not None for user in node.input.users):
             graph.replace(node, node.input)
     graph.sweep()
 

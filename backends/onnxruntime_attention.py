@@ -172,6 +172,8 @@ def _require_whole(m: Match) -> None:
     if m.mask is None:
         return
     lengths = m.query.shape[1], m.key.shape[1]
+    if "?" in lengths:
+        raise Declined("its lengths have no names, and the mask may have others")
     if m.mask.dtype not in (torch.bool, m.query.dtype) or m.mask.rank != 4 or m.mask.shape[2:] != lengths:
         raise Declined("its mask is not (batch, heads, length, length) of booleans or floats")
 

@@ -201,7 +201,8 @@ def _skip_norm_pattern(op: Recorder, x: str, residual: str, weight: str, bias: s
 
 def _skip_norm(op: Builder, m: Match) -> Value:
     """One kernel adds and normalizes; a sum that others read too does not match."""
-    if m.x.shape is None or m.x.shape != m.residual.shape or m.x.rank not in (2, 3) or m.weight.rank != 1:
+    same = m.x.shape is not None and "?" not in m.x.shape and m.x.shape == m.residual.shape
+    if not same or m.x.rank not in (2, 3) or m.weight.rank != 1:
         raise Declined("the kernel takes two values (batch, length, width) of one shape, normalized over the width")
     operands = m.x, m.residual, m.weight, m.bias
     return op("com.microsoft.SkipLayerNormalization", *operands, epsilon=m.root.attributes["eps"])
@@ -221,7 +222,7 @@ def _group_query_attention(op: Builder, m: Match) -> Value:
         raise Declined("it has as many heads of keys as of queries, or they are split before it")
     if not given["causal"] or m.mask is not None:
         raise Declined("it is not causal, or has a mask")
-    if m.query.shape is None or m.key.shape is None or m.query.shape[1] != m.key.shape[1]:
+    if m.query.shape is None or m.key.shape is None or m.query.shape[1] != m.key.shape[1] or "?" in m.key.shape[1:2]:
         raise Declined("queries and keys are not of one length")
     one = op.constant(torch.tensor([1]))
     length = op("onnx.Shape", m.key, start=1, end=2)

@@ -28,7 +28,8 @@ def _shorter(graph: Graph, node: Node) -> Value | None:
     """The value that a node only passes on, or one operation in place of a chain of two."""
     match node.kind:
         case "identity":
-            return node.input
+            written = graph.stateful and any(user.signature is None for user in node.input.users)
+            return None if written else node.input  # a copy of what is written to later
         case "add" | "mul":
             a, b = node.required("a"), node.required("b")
             neutral = 0 if node.kind == "add" else 1

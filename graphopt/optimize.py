@@ -283,7 +283,7 @@ class _Job:
     def _writes_anew(self, pipeline: Pipeline, large: bool) -> bool:
         """Whether what came in quantized is to come out with the same numbers, and can be held to that here.
 
-        Only of ONNX graphs can a site be cut out.
+        Files that others quantized are ONNX; a program of torch.export is held as a whole.
         """
         if self.backend.dialect != "onnx":
             return False

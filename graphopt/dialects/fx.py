@@ -489,7 +489,7 @@ class FxGraph(Graph):
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises GraphError for any other file.
 
-        torch.export reads parts of its archives as pickles, which can run code: load only files that you trust.
+        One that holds pickles is refused; what is left is still a program: load only files that you trust.
         """
         from graphopt.dialects import fx_save
 

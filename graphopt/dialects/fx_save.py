@@ -88,11 +88,13 @@ def _pickles(archive: bytes) -> list[str]:
         names = [name.partition("/")[2] for name in files.namelist()]
         root = files.namelist()[0].partition("/")[0]
         found = [name for name in names if re.match(r"data/(weights|constants)/.*(\.pt$|custom_obj|opaque)", name)]
+        # torch reads every model in an archive with its own configs, and the files of formats before this one
+        found += [name for name in names if re.match(r"models/(?!model\.json$).|serialized_", name)]
         if "models/model.json" not in names:  # a format of before, of pickles all over
             return names
         for name in names:
             content = files.read(f"{root}/{name}")
-            if re.fullmatch(r"data/(weights|constants)/\w+_config\.json", name):
+            if re.fullmatch(r"data/(weights|constants)/.*_config\.json", name):
                 entries = json.loads(content)["config"]
                 found += [key for key, entry in entries.items() if entry["use_pickle"]]
             elif name.startswith("data/sample_inputs/") and content:

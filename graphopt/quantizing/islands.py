@@ -137,6 +137,8 @@ class Islands:
             if value in self.parameters:
                 scale, zero_point = map(self.graph.constant, self.parameters[value])
                 assert scale is not None and zero_point is not None  # `_stored`
+                if zero_point.dtype.is_floating_point:  # float8, whose steps are no grid
+                    continue
                 signed = zero_point.dtype == torch.int8  # and about 0
                 ends = (-128, 127) if signed else (0, 255)
                 found[site] = quantize.Grid(scale, None if signed else zero_point, *ends, axis=None)

@@ -238,3 +238,10 @@ def test_the_triton_kernel_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -
     assert (y - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
+
+
+def test_sums_of_integers_stay_in_the_range_of_float16() -> None:
+    weight, x = torch.full((2, 4096), 127, dtype=torch.int8), torch.ones(1, 4096, dtype=torch.float16)
+    y = OPS.linear_weight_int8(x, weight, torch.full((2,), 0.02 / 127), None)
+    assert y.dtype is torch.float16
+    torch.testing.assert_close(y.double(), torch.full((1, 2), 81.92, dtype=torch.float64), rtol=2e-3, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,13 @@ def test_pickles_are_refused(archive: Path, tmp_path: Path) -> None:
     line = refused(1, "optimize", tmp_path / "text.pt2", "-o", tmp_path / "small.pt2", "--target", "fbgemm")
     assert "is no archive of torch.export" in line
     assert not (tmp_path / "small.pt2").exists()
+
+
+def test_a_second_model_in_an_archive_is_refused(archive: Path, tmp_path: Path) -> None:
+    """torch reads each of them, with weights that its own config may call pickles."""
+    with zipfile.ZipFile(archive) as given, zipfile.ZipFile(tmp_path / "two.pt2", "w") as made:
+        for name in given.namelist():
+            made.writestr(name, given.read(name))
+        made.writestr(given.namelist()[0].partition("/")[0] + "/models/a-b.json", b"{}")
+    line = refused(1, "optimize", tmp_path / "two.pt2", "-o", tmp_path / "small.pt2", "--target", "fbgemm")
+    assert "holds pickles (models/a-b.json)" in line

@@ -70,7 +70,7 @@ def test_a_site_without_a_counterpart_is_told() -> None:
     assert found.left_out == {conv: "it has no counterpart"} and len(found.distances) == 2
     found = reemission.compare(build("onnx", text), build("onnx", "y = relu(x[n,4,6,6])"), OnnxRuntime(), X)
     assert not found.distances and list(found.left_out.values()) == ["it has no counterpart"] * 3
-    assert str(found) == "no site was compared"
+    assert str(found) == "written anew, and no site was compared with what it was; not compared: Conv, Add, linear"
 
 
 def test_a_file_that_is_written_anew_is_held_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,3 +91,12 @@ def test_a_file_that_is_written_anew_is_held_to_itself(monkeypatch: pytest.Monke
     monkeypatch.setattr(reemission, "compare", lambda *given: Reemission({"somewhere": 3.0}))
     with pytest.raises(LoweringError, match="given the same integers, somewhere is 3 steps from"):
         graphopt.optimize(file, example_inputs=X)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_no_result(wrong: float) -> None:
+    expected = torch.tensor([1.0, 2.0, -torch.inf])
+    assert reemission._in_tolerances(expected, expected.clone()) == 0
+    distance = reemission._in_tolerances(expected, torch.tensor([1.0, wrong, -torch.inf]))
+    with pytest.raises(GraphError, match="given the same integers, fc is inf steps from what the file computes there"):
+        reemission.require_steps(Reemission({"fc": distance}))

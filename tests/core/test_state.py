@@ -79,6 +79,27 @@ def test_inputs_are_written_to(tmp_path: Path) -> None:
         torch.testing.assert_close(ours["cache"], theirs["cache"], rtol=1e-5, atol=1e-5)
 
 
+class Last(nn.Module):
+    """The first row of the call before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        old: Tensor = self.kept.clone()  # type: ignore[operator]
+        self.kept.copy_(x)  # type: ignore[operator]
+        return old[0]
+
+
+@pytest.mark.parametrize("target", ["fbgemm", "onednn"])
+def test_a_copy_of_state_is_what_it_was(target: str) -> None:
+    axes = {"x": dict[int, str]()}
+    small = graphopt.optimize(Last(), target=target, example_inputs=x(), dynamic_shapes=axes)
+    assert torch.equal(small(x(1)), torch.zeros(4))
+    assert torch.equal(small(x(2)), x(1)[0])
+
+
 def test_state_is_no_constant() -> None:
     program = torch.export.export(models.seeded(Counter), (x(),))
     graph = FxGraph.from_program(program, output_names=["y"])
