@@ -6,7 +6,6 @@ the GPU when it is compiled. Without a GPU it is lowered all the same, in the st
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,12 +180,7 @@ class Cuda(Backend):
         assert isinstance(graph, FxGraph)
         if opset is not None or external_data is not None:
             raise UsageError("cuda writes a torch.export archive; opset and external_data are for ONNX targets")
-        part = path.with_name(path.name + ".part")
-        try:
-            fx_save.save(graph, part, metadata)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        fx_save.save(graph, path, metadata)
 
 
 # --- which linears have kernels ------------------------------------------------------------------------------------

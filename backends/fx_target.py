@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -96,12 +95,7 @@ class FxTarget(Backend):
         assert isinstance(graph, FxGraph)
         if opset is not None or external_data is not None:
             raise UsageError(f"{self.name} writes a torch.export archive; opset and external_data are for ONNX targets")
-        part = path.with_name(path.name + ".part")
-        try:
-            fx_save.save(graph, part, metadata)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        fx_save.save(graph, path, metadata)
 
 
 def require_engines(target: str, engines: Sequence[str]) -> None:

@@ -41,7 +41,10 @@ _NAMES = "graphopt.json"
 
 
 def save(graph: FxGraph, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the graph, its names, and texts about it. Raises GraphError where torch cannot write an operation."""
+    """Write the graph, its names, and texts about it, whole or not at all.
+
+    Raises GraphError where torch cannot write an operation.
+    """
     extra = {f"graphopt.{key}": text for key, text in (metadata or {}).items()}
     names = {"inputs": graph.input_names, "outputs": graph.output_names, "axes": graph.axis_names}
     program, buffer = to_program(graph), io.BytesIO()
@@ -49,7 +52,13 @@ def save(graph: FxGraph, path: str | Path, metadata: Mapping[str, str] | None = 
         torch.export.save(program, buffer, extra_files=extra | {_NAMES: json.dumps(names)})
     except Exception as error:
         raise GraphError(f"torch.export cannot write this graph: {error}") from error
-    Path(path).write_bytes(buffer.getvalue())
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(buffer.getvalue())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> tuple[ExportedProgram, dict[str, Any]]:
