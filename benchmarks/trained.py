@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import graphopt
 from benchmarks import models, sentences
 from benchmarks.case import Settings
 from benchmarks.models import Batch
@@ -40,6 +41,13 @@ class Task:
     def predict(self, run: Run) -> Tensor:
         """The rows of all samples, in order."""
         return torch.cat([self.read(torch.as_tensor(run(batch)[0]), batch) for batch in self.batches])
+
+    def optimized(self, pipeline: str, threads: int) -> Run:
+        """The network after a pipeline, calibrated on the task's own batches."""
+        small = graphopt.optimize(
+            self.model, pipeline, example_inputs=self.calibration[:1], calibration=self.calibration, threads=threads
+        )
+        return lambda batch: list(small.runner(batch))
 
     def run_module(self, batch: Batch) -> list[Tensor]:
         """The network itself, in PyTorch."""

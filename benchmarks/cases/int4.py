@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 
-import graphopt
 from benchmarks import trained
 from benchmarks.case import Settings, checked, table
 
@@ -29,14 +28,7 @@ def run(settings: Settings) -> bool:
         task = trained.TASKS[name](settings)
         predicted = {}
         for row, pipeline in PIPELINES.items():
-            small = graphopt.optimize(
-                task.model,
-                pipeline,
-                example_inputs=task.calibration[:1],
-                calibration=task.calibration,
-                threads=settings.threads,
-            )
-            predicted[row] = task.predict(lambda batch, small=small: list(small.runner(batch)))  # type: ignore[misc]
+            predicted[row] = task.predict(task.optimized(pipeline, settings.threads))
         metrics = {row: task.score(rows) for row, rows in predicted.items()}
         lost = {row: metrics["fp32"] - metric for row, metric in metrics.items()}
         cosines = {row: trained.cosine(predicted["fp32"], rows) for row, rows in predicted.items()}

@@ -23,7 +23,7 @@ import graphopt
 from benchmarks import peers, trained
 from benchmarks.case import Settings, checked, table
 from benchmarks.loading import feeds, session
-from benchmarks.trained import Task
+from benchmarks.trained import Run, Task
 
 MOST_LOST: Mapping[str, float] = {
     "minilm": 0.3, "resnet20": 0.3, "resnet56": 0.3, "resnet8": 0.3, "dscnn": 0.3, "magika": 0.3, "stories": 0.005,
@@ -77,21 +77,15 @@ def measure(task: Task, folder: Path, settings: Settings) -> dict[str, tuple[flo
     expected = task.predict(partial(outputs, plain))
     figures: dict[str, tuple[float, float] | str] = {"fp32": (task.score(expected), 1.0)}
 
-    def judge(row: str, make: Callable[[], Callable[[Any], list[Any]]]) -> None:
+    def judge(row: str, make: Callable[[], Run]) -> None:
         try:
             figures[row] = _figures(task, expected, task.predict(make()))
         except Exception as error:  # a row of the table
             figures[row] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"
 
     for row, pipeline in OURS.items():
-        small = graphopt.optimize(
-            task.model,
-            pipeline,
-            example_inputs=task.calibration[:1],
-            calibration=task.calibration,
-            threads=settings.threads,
-        )
-        judge(row, lambda small=small: lambda batch: list(small.runner(batch)))  # type: ignore[misc]
+        small = task.optimized(pipeline, settings.threads)  # its failure is no row: it ends the case
+        judge(row, lambda small=small: small)  # type: ignore[misc]
     runs = partial(_runs, threads=settings.threads)
     for method in PEERS:
         make = partial(peers.quantize_static, source, task.calibration, folder / f"{method}.onnx", ranges=method)
