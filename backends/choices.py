@@ -6,6 +6,7 @@ example inputs (`measure.contest`). Alike patterns are measured once, and what w
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor
 from graphopt import __version__
 from graphopt.backend import Runner
 from graphopt.backends import measure
-from graphopt.backends.timings import Timings, opened
+from graphopt.backends.timings import UNSURE, Timings, opened
 from graphopt.cost import numbers_of, sizes
 from graphopt.graph import Graph, GraphError, Node, Value
 from graphopt.numerics.metrics import sqnr
@@ -87,7 +88,7 @@ class Measured:
     dropped: dict[str, str] = field(default_factory=dict)
     """Forms that the engine refuses, or that compute something else, and how."""
     sure: bool = True
-    """Whether the machine was steady enough to tell."""
+    """Whether each form's interval is to be trusted: the machine was steady, or the form won or lost all the same."""
 
 
 @dataclass
@@ -146,8 +147,7 @@ class Measuring:
                 flows = flows or self._flows(graph, kinds.values())
                 inputs = [self.place({value.name: flow[value] for value in excerpt.inputs}) for flow in flows]
                 measured = self._contest(graph, choice, excerpt, inputs, finish)
-                if measured.sure:  # else the next time may tell
-                    self.timings.put(key, vars(measured))
+                self.timings.put(key, vars(measured), math.inf if measured.sure else UNSURE)
             else:
                 measured = Measured(**kept | {"ratios": {form: tuple(one) for form, one in kept["ratios"].items()}})
             taken[signature] = measured
@@ -193,11 +193,17 @@ class Measuring:
         found = measure.contest(
             {form: [partial(runner, one) for one in inputs] for form, runner in runners.items()},
             baseline=first, rounds=ROUNDS, min_block_seconds=BLOCK, hopeless=HOPELESS, clock=self.clock,
+            until=lambda one: one.overall.certain,
         )  # fmt: skip
         ratios = {form: (one.overall.median, one.overall.low, one.overall.high) for form, one in found.items()}
-        sure = all(one.overall.steady for one in found.values())
-        winners = [form for form, (_, low, _) in ratios.items() if sure and low > 1]
+        winners = [form for form, (_, low, _) in ratios.items() if low > 1]
+        sure = all(_told(one.overall) for form, one in found.items() if form != first)
         return Measured(max(winners, key=lambda form: ratios[form][0], default=first), ratios, dropped, sure)
+
+
+def _told(ratio: measure.Ratio) -> bool:
+    """Whether a ratio stands: on a steady machine, or in spite of an unsteady one, or of a form that gave up."""
+    return ratio.steady or ratio.certain or ratio.rounds < measure.FEWEST
 
 
 def _shapes(

@@ -65,6 +65,11 @@ class Ratio:
     steady: bool = True
     """False where the machine kept changing speed, and the steadiest few pairs had to do."""
 
+    @property
+    def certain(self) -> bool:
+        """Whether the interval tells which of the two is faster. An unsteady machine widens it, so this holds there."""
+        return self.low > 1 or self.high < 1
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -130,13 +135,13 @@ def contest(
     probe: Callable[[], object] | None = None,
     probe_tolerance: float = 0.15,
     hopeless: float = 0.0,
-    enough: float = math.inf,
+    until: Callable[[Contender], bool] | None = None,
 ) -> dict[str, Contender]:
     """As `paired`, where each candidate has several calls, such as one a shape: the same number of them for all.
 
     The calls of a candidate follow each other in its block, so that it has to rest once for all of them. One that in
     each of its first SCREENED pairs was less than `hopeless` times as fast as the baseline takes no further part. After
-    FEWEST rounds all ends where every call of every candidate is more than `enough` times as fast for certain.
+    FEWEST rounds all ends where `until` holds for every candidate that is left, as it has fared so far.
     """
     check(candidates, baseline, rounds)
     probe = probe or default_probe()
@@ -168,9 +173,8 @@ def contest(
         racing = [name for name in racing if name not in lost]
         if lost and racing == [baseline]:
             break
-        if min(len(counting[name]) for name in racing) >= FEWEST and all(
-            one.low > enough for name in racing if name != baseline
-            for one in contender(baseline, name, pairs[name], probe_tolerance).shapes
+        if until is not None and run >= FEWEST and all(
+            until(contender(baseline, name, pairs[name], probe_tolerance)) for name in racing if name != baseline
         ):  # fmt: skip
             break
     return {name: contender(baseline, name, several_pairs, probe_tolerance) for name, several_pairs in pairs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import time
@@ -16,7 +17,10 @@ from typing import Any
 MOST = 20_000
 """Entries that are kept, about 10 MB; what was not used for longest goes."""
 
-VERSION = 1
+UNSURE = 3600.0
+"""Seconds to keep what a machine was too unsteady to tell: a later run may meet a quieter one."""
+
+VERSION = 2
 """Of the table and of what it holds; a file of another one is begun anew."""
 
 WAIT = 10.0
@@ -58,7 +62,9 @@ class Timings:
         with self._open() as database:
             if database is None:
                 return None
-            found = database.execute("SELECT value FROM timings WHERE key = ?", (_text(key),)).fetchone()
+            found = database.execute(
+                "SELECT value FROM timings WHERE key = ? AND expires > ?", (_text(key), time.time())
+            ).fetchone()
             if found is None:
                 return None
             with suppress(sqlite3.Error):  # a file that can only be read still tells what it holds
@@ -66,12 +72,13 @@ class Timings:
             return json.loads(found[0])
         return None
 
-    def put(self, key: Mapping[str, Any], value: Any) -> None:
-        """Keep a value under a key, in place of what was there."""
+    def put(self, key: Mapping[str, Any], value: Any, lasts: float = math.inf) -> None:
+        """Keep a value under a key for so many seconds, in place of what was there."""
         with self._open() as database:
             if database is not None:
-                row = _text(key), json.dumps(value), time.time()
-                database.execute("INSERT OR REPLACE INTO timings VALUES (?, ?, ?)", row)
+                now = time.time()
+                row = _text(key), json.dumps(value), now, now + lasts
+                database.execute("INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?)", row)
                 database.execute(
                     "DELETE FROM timings WHERE key NOT IN (SELECT key FROM timings ORDER BY used DESC LIMIT ?)", (MOST,)
                 )
@@ -152,7 +159,8 @@ def _prepared(path: Path) -> sqlite3.Connection:
             database.execute("BEGIN IMMEDIATE")
             if _version(database) != VERSION:  # nor did another process make the table in between
                 database.execute("DROP TABLE IF EXISTS timings")
-                database.execute("CREATE TABLE timings (key TEXT PRIMARY KEY, value TEXT NOT NULL, used REAL NOT NULL)")
+                database.execute("CREATE TABLE timings (key TEXT PRIMARY KEY, value TEXT NOT NULL, used REAL NOT NULL, "
+                                 "expires REAL NOT NULL)")  # fmt: skip
                 database.execute(f"PRAGMA user_version = {VERSION}")
             database.commit()
         return database

@@ -7,6 +7,7 @@ that lose most there, up to RERUNS times, and after that without any pass that l
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from graphopt.backend import Runner
 from graphopt.report import PassRecord
 
 if TYPE_CHECKING:
-    from graphopt.backends.measure import Clock, Ratio
+    from graphopt.backends.measure import Clock, Contender, Ratio
     from graphopt.backends.timings import Timings
 
 RERUNS = 6
@@ -55,16 +56,17 @@ class Trial:
     clock: Clock = time.perf_counter
 
     def verdict(self, result: Runner, digest: str) -> Verdict:
-        """Whether a result loses. digest: of its graph. Kept where the machine was steady; else the next time tells."""
+        """Whether a result loses. digest: of its graph. Kept, and only for UNSURE seconds where that is not certain."""
         from graphopt.backends.measure import Ratio
+        from graphopt.backends.timings import UNSURE
 
         key = self._key("verdict", digest)
         kept = self.timings.get(key)
         if kept is not None:
             return Verdict(tuple(Ratio(**one) for one in kept["ratios"]), tuple(kept["slower"]))
         found = judge(result, self.baseline, self.feeds, self.clock)
-        if all(one.steady for one in found.ratios):
-            self.timings.put(key, asdict(found))
+        told = all(one.steady or one.certain for one in found.ratios)
+        self.timings.put(key, asdict(found), math.inf if told else UNSURE)
         return found
 
     def losers(
@@ -93,11 +95,15 @@ def judge(
     from graphopt.backends import measure
 
     calls = {"input": [partial(baseline, one) for one in feeds], "optimized": [partial(result, one) for one in feeds]}
-    ratios = measure.contest(calls, baseline="input", enough=1.0, clock=clock)["optimized"].shapes
+    ratios = measure.contest(calls, baseline="input", until=_faster, clock=clock)["optimized"].shapes
     suspects = [index for index, ratio in enumerate(ratios) if measure.slower_than(ratio)]
     if suspects:
         ratios = measure.contest(calls, baseline="input", clock=clock)["optimized"].shapes
     return Verdict(ratios, tuple(index for index in suspects if measure.slower_than(ratios[index])))
+
+
+def _faster(result: Contender) -> bool:
+    return all(one.low > 1 for one in result.shapes)
 
 
 def losers(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from graphopt.backends import measure
 from graphopt.backends.choices import BLOCK, HOPELESS, ROUNDS, Excerpt, Measuring
 from graphopt.backends.measure import Contender, Ratio
 from graphopt.backends.onnxruntime import OnnxRuntime
-from graphopt.backends.timings import Timings
+from graphopt.backends.timings import UNSURE, Timings
 from graphopt.graph import Graph, Value
 from graphopt.report import Report
 from graphopt.rewrite import Builder, Choice, Declined, Match, Replace
@@ -74,7 +76,10 @@ class Judge:
 
     speeds: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     steady: bool = True
+    rounds: Mapping[str, int] = field(default_factory=dict)
     asked: list[list[str]] = field(default_factory=list)
+    told: dict[str, Contender] = field(default_factory=dict)
+    until: Callable[[Contender], bool] | None = None
     calls: list[int] = field(default_factory=list)
 
     def __call__(
@@ -88,13 +93,22 @@ class Judge:
             for call in several:
                 call()
         found = {name: self.speeds.get(name, (1.0, 1.0, 1.0)) for name in candidates}
-        return {name: Contender(Ratio(*one, rounds, 0, {}, self.steady), ()) for name, one in found.items()}
+        self.until = options["until"]
+        self.told = {
+            name: Contender(Ratio(*one, self.rounds.get(name, rounds), 0, {}, self.steady), ())
+            for name, one in found.items()
+        }
+        return self.told
 
 
 @pytest.fixture
 def contest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Judge]:
-    def install(speeds: Mapping[str, tuple[float, float, float]] | None = None, steady: bool = True) -> Judge:
-        judge = Judge(speeds or {}, steady)
+    def install(
+        speeds: Mapping[str, tuple[float, float, float]] | None = None,
+        steady: bool = True,
+        rounds: Mapping[str, int] | None = None,
+    ) -> Judge:
+        judge = Judge(speeds or {}, steady, rounds or {})
         monkeypatch.setattr(measure, "contest", judge)
         return judge
 
@@ -158,14 +172,30 @@ def test_a_wide_interval_does_not_hide_a_form_that_wins(tmp_path: Path, contest:
     assert kinds(lowered(tmp_path, rectifier())[0]) == ["relu"] * 3
 
 
-def test_an_unsteady_machine_takes_the_static_order_says_so_and_keeps_nothing(tmp_path: Path, contest: Any) -> None:
-    judge = contest({"Clip": (2.0, 1.9, 2.1)}, steady=False)
+def test_an_unsteady_machine_takes_the_static_order_says_so_and_keeps_it_for_an_hour(
+    tmp_path: Path, contest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = contest({"Clip": (1.4, 0.9, 2.1)}, steady=False)
     made, chooser = lowered(tmp_path, rectifier())
     assert kinds(made) == ["onnx.Max"] * 3
     (note,) = chooser.notes
     assert note.startswith("rectifier: the machine is too unsteady to measure ") and "static order" in note
+    again, chooser = lowered(tmp_path, rectifier())
+    assert again.text() == made.text() and chooser.notes == [note] and len(judge.asked) == 2
+    later = time.time() + UNSURE + 1
+    monkeypatch.setattr(time, "time", lambda: later)
     lowered(tmp_path, rectifier())
     assert len(judge.asked) == 4
+
+
+@pytest.mark.parametrize("others", [(0.8, 0.7, 0.9), (0.5, 0.0, math.inf)], ids=["lost", "gave up"])
+def test_what_wins_or_loses_for_certain_does_so_on_an_unsteady_machine(
+    tmp_path: Path, contest: Any, others: tuple[float, float, float]
+) -> None:
+    judge = contest({"Relu": others, "Clip": (2.0, 1.9, 2.1)}, steady=False, rounds={"Relu": 2})
+    made, chooser = lowered(tmp_path, rectifier())
+    assert kinds(made) == ["clip"] * 3 and chooser.notes == []
+    assert judge.until is not None and judge.until(judge.told["Clip"])
 
 
 @pytest.mark.parametrize(

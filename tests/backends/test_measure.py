@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -296,11 +297,11 @@ def test_the_default_probe_runs_and_is_fixed() -> None:
 # --- contests that end early ---------------------------------------------------------------------------------------
 
 
-def raced(machine: Machine, seconds: dict[str, tuple[float, ...]], **options: float) -> dict[str, measure.Contender]:
+def raced(machine: Machine, seconds: dict[str, tuple[float, ...]], **options: Any) -> dict[str, measure.Contender]:
     """A contest of tasks that take these seconds, one call each."""
     calls = {name: [machine.task(name, *several)] for name, several in seconds.items()}
     probe = machine.task("probe", 0.001)
-    return measure.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe, **options)  # type: ignore[arg-type]
+    return measure.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe, **options)
 
 
 def test_a_hopeless_candidate_gives_up_its_turns() -> None:
@@ -324,11 +325,26 @@ def test_one_good_pair_of_the_first_is_hope() -> None:
     assert found["late"].overall.rounds == 6
 
 
+def faster(contender: measure.Contender) -> bool:
+    return contender.overall.low > 1
+
+
 def test_what_is_faster_for_certain_needs_no_more_rounds() -> None:
-    found = raced(Machine(), {"base": (0.06,), "fast": (0.03,)}, rounds=15, enough=1.0)
+    found = raced(Machine(), {"base": (0.06,), "fast": (0.03,)}, rounds=15, until=faster)
     assert found["fast"].overall.rounds == measure.FEWEST and found["fast"].shapes[0].low > 1
 
 
 def test_a_tie_takes_all_rounds() -> None:
-    found = raced(Machine(), {"base": (0.06,), "same": (0.05, 0.06, 0.07)}, rounds=15, enough=1.0)
+    found = raced(Machine(), {"base": (0.06,), "same": (0.05, 0.06, 0.07)}, rounds=15, until=faster)
     assert found["same"].overall.rounds == 15
+
+
+def test_an_unsteady_machine_tells_what_is_certain_in_as_few_rounds() -> None:
+    """Every probe takes another time, so that no pair counts; all the same, each has the same winner."""
+    machine = Machine()
+    calls = {"base": [machine.task("base", 0.06)], "fast": [machine.task("fast", 0.02, 0.03)]}
+    probe = machine.task("probe", *(0.001 * 1.2**n for n in range(9)))
+    found = measure.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe,
+                            until=lambda one: one.overall.certain)["fast"].overall  # fmt: skip
+    assert (found.rounds, found.steady, found.certain) == (measure.FEWEST, False, True)
+    assert found.low > 1

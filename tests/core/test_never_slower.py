@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from graphopt.backend import Runner
 from graphopt.backends import measure
 from graphopt.backends.measure import Contender, Ratio
 from graphopt.backends.onnxruntime import OnnxRuntime, OrtRunner
+from graphopt.backends.timings import UNSURE
 from graphopt.never_slower import RERUNS, judge, losers
 from graphopt.optimize import Optimized
 from graphopt.report import PassRecord
@@ -153,12 +154,20 @@ def test_a_second_run_takes_verdicts_and_what_was_put_back_from_the_cache(
     assert second.report.speed == first.report.speed and second.lowered.text() == first.lowered.text()
 
 
-def test_a_verdict_on_an_unsteady_machine_is_not_kept(encoder: onnx.ModelProto, contest: Any) -> None:
-    scripted = contest(lambda census: FASTER)
+@pytest.mark.parametrize(("speeds", "verdicts"), [(FASTER, 1), ((1.0, 0.9, 1.1), 2)], ids=["faster", "tie"])
+def test_a_verdict_on_an_unsteady_machine_is_kept_for_an_hour_where_it_is_not_certain(
+    encoder: onnx.ModelProto, contest: Any, monkeypatch: pytest.MonkeyPatch,
+    speeds: tuple[float, float, float], verdicts: int,
+) -> None:  # fmt: skip
+    scripted = contest(lambda census: speeds)
     scripted.steady = False
     assert optimized(encoder).report.speed[0]["steady"] is False
     optimized(encoder)
-    assert len(scripted.verdicts) == 2
+    assert len(scripted.verdicts) == 1
+    later = time.time() + UNSURE + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    optimized(encoder)
+    assert len(scripted.verdicts) == verdicts
 
 
 class Batches:
@@ -282,7 +291,7 @@ def test_a_shape_that_loses_must_be_the_same_in_both_runs(monkeypatch: pytest.Mo
 
     runs = iter([(0.8, 1.2), (1.2, 0.8), (0.8, 0.8), (1.2, 0.8)])
 
-    def contest(candidates: Any, *, baseline: str, clock: Any, enough: float = math.inf) -> dict[str, Contender]:
+    def contest(candidates: Any, *, baseline: str, clock: Any, until: object = None) -> dict[str, Contender]:
         assert baseline == "input" and [len(several) for several in candidates.values()] == [2, 2]
         return {"optimized": Contender(ratio(1.0), tuple(map(ratio, next(runs))))}
 
