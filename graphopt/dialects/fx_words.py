@@ -141,9 +141,9 @@ def _read_conv(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
     return Read("conv", (a["input"], a["weight"], a["bias"]), attributes)
 
 
-def _read_pool(word: str) -> Reader:
+def _read_pool(word: str, given: str = "self") -> Reader:
     def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-        x, rank = meta(a["self"]), int(str(node.target).partition("pool")[2][0])  # of max_pool2d: 2
+        x, rank = meta(a[given]), int(str(node.target).partition("pool")[2][0])  # of max_pool2d: 2
         if x.dim() != rank + 2 or a.get("divisor_override") is not None:  # without a batch, or no mean
             return None
         if word == "average_pool" and not x.is_floating_point():
@@ -155,7 +155,7 @@ def _read_pool(word: str) -> Reader:
         attributes = {"kernel": per_axis("kernel_size"), "padding": per_axis("padding") * 2, "ceil": a["ceil_mode"]}
         attributes["stride"] = per_axis("stride") if a["stride"] else attributes["kernel"]
         own = {"dilation": per_axis("dilation")} if word == "max_pool" else {"include_pad": a["count_include_pad"]}
-        return Read(word, (a["self"],), attributes | own)
+        return Read(word, (a[given],), attributes | own)
 
     return read_one
 
@@ -387,6 +387,7 @@ _READERS: dict[str, Reader] = {
     "aten.conv3d.padding": _read_conv,
     "aten.convolution.default": _read_conv,
     **{f"aten.max_pool{rank}d.default": _read_pool("max_pool") for rank in (1, 2, 3)},
+    "quantized.max_pool2d.default": _read_pool("max_pool", "qx"),
     **{f"aten.avg_pool{rank}d.default": _read_pool("average_pool") for rank in (1, 2, 3)},
     **{f"aten.adaptive_avg_pool{rank}d.default": _read_adaptive for rank in (1, 2, 3)},
     "aten.matmul.default": _reader("matmul", "self", "other"),
@@ -496,7 +497,11 @@ def _write_conv(
 
 
 def _write_pool(word: str) -> Callable[..., fx.Node]:
-    """aten pads both ends alike and by half the kernel at most; other pads take an operator of ours."""
+    """aten pads both ends alike and by half the kernel at most; other pads take an operator of ours.
+
+    On the CPU its max_pool2d counts positions in the type of what is pooled, channels last: past 127 of them it refuses
+    uint8, which the kernel for quantized tensors takes as well.
+    """
     max_pools = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d)
     average_pools = (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
 
@@ -516,7 +521,10 @@ def _write_pool(word: str) -> Callable[..., fx.Node]:
             return writer.call(target, writer.tensor(x), **spelled, **own)
         window = [writer.tensor(x), list(kernel), list(stride) or ones, begin]
         if word == "max_pool":
-            return writer.call(max_pools[rank - 1].default, *window, own["dilation"], ceil)
+            value = meta(window[0])
+            plain = rank != 2 or value.dtype != torch.uint8 or value.device.type != "cpu"
+            target = max_pools[rank - 1].default if plain else torch.ops.quantized.max_pool2d.default
+            return writer.call(target, *window, own["dilation"], ceil)
         return writer.call(average_pools[rank - 1].default, *window, ceil, include_pad)
 
     return spell

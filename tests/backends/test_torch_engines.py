@@ -256,6 +256,22 @@ def test_the_census_of_real_transformers(name: str, scheme: str, model: str) -> 
 
 
 @pytest.mark.parametrize("name", TARGETS)
+def test_integers_are_pooled_over_more_positions_than_they_count(name: str, tmp_path: Path) -> None:
+    """aten's max_pool2d refuses uint8 channels last from 128 positions on; here are 256."""
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 1))
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    small = optimized(seeded(lambda: module), name, "static", x)
+    assert small.runner.census()["quantized.max_pool2d.default"] == 1
+    assert [node.kind for node in small.graph.nodes].count("max_pool") == 1
+    path = small.export(tmp_path / "small.pt2")
+    (feeds,) = small.feeds
+    found = small.runner(feeds)
+    torch.testing.assert_close(backend(name).compile(FxGraph.load(path))(feeds), found, rtol=0, atol=0)
+    with torch.inference_mode():
+        assert sqnr(module(x), found[0]) > 25
+
+
+@pytest.mark.parametrize("name", TARGETS)
 def test_the_census_of_a_convolutional_network(name: str, tmp_path: Path) -> None:
     small = optimized(seeded(ConvNet), name, "static", images())
     runner = small.runner
