@@ -519,9 +519,11 @@ def _write_pool(word: str) -> Callable[..., fx.Node]:
             target = getattr(torch.ops.graphopt, word).default
             spelled = {"kernel": list(kernel), "stride": list(stride) or ones, "padding": [*begin, *end], "ceil": ceil}
             return writer.call(target, writer.tensor(x), **spelled, **own)
-        window = [writer.tensor(x), list(kernel), list(stride) or ones, begin]
+        node = writer.tensor(x)
+        assert node is not None
+        window = [node, list(kernel), list(stride) or ones, begin]
         if word == "max_pool":
-            value = meta(window[0])
+            value = meta(node)
             plain = rank != 2 or value.dtype != torch.uint8 or value.device.type != "cpu"
             target = max_pools[rank - 1].default if plain else torch.ops.quantized.max_pool2d.default
             return writer.call(target, *window, own["dilation"], ceil)
