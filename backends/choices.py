@@ -87,8 +87,10 @@ class Measured:
     """By form, its speed over the first one's: median, and the 95% interval; geometric mean over the example inputs."""
     dropped: dict[str, str] = field(default_factory=dict)
     """Forms that the engine refuses, or that compute something else, and how."""
+    steady: bool = True
+    """Whether the machine was: else figures are kept for UNSURE seconds."""
     sure: bool = True
-    """Whether each form's interval is to be trusted: the machine was steady, or the form won or lost all the same."""
+    """Whether that tells: the machine was steady, or all the same a form won, or all others lost or gave up."""
 
 
 @dataclass
@@ -147,7 +149,7 @@ class Measuring:
                 flows = flows or self._flows(graph, kinds.values())
                 inputs = [self.place({value.name: flow[value] for value in excerpt.inputs}) for flow in flows]
                 measured = self._contest(graph, choice, excerpt, inputs, finish)
-                self.timings.put(key, vars(measured), math.inf if measured.sure else UNSURE)
+                self.timings.put(key, vars(measured), math.inf if measured.steady else UNSURE)
             else:
                 measured = Measured(**kept | {"ratios": {form: tuple(one) for form, one in kept["ratios"].items()}})
             taken[signature] = measured
@@ -197,13 +199,10 @@ class Measuring:
         )  # fmt: skip
         ratios = {form: (one.overall.median, one.overall.low, one.overall.high) for form, one in found.items()}
         winners = [form for form, (_, low, _) in ratios.items() if low > 1]
-        sure = all(_told(one.overall) for form, one in found.items() if form != first)
-        return Measured(max(winners, key=lambda form: ratios[form][0], default=first), ratios, dropped, sure)
-
-
-def _told(ratio: measure.Ratio) -> bool:
-    """Whether a ratio stands: on a steady machine, or in spite of an unsteady one, or of a form that gave up."""
-    return ratio.steady or ratio.certain or ratio.rounds < measure.FEWEST
+        others = [one.overall for form, one in found.items() if form != first and one.overall.rounds >= measure.FEWEST]
+        steady = all(one.steady for one in others)
+        sure = bool(winners) or all(one.steady or one.certain for one in others)
+        return Measured(max(winners, key=lambda form: ratios[form][0], default=first), ratios, dropped, steady, sure)
 
 
 def _shapes(

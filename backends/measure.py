@@ -67,7 +67,7 @@ class Ratio:
 
     @property
     def certain(self) -> bool:
-        """Whether the interval tells which of the two is faster. An unsteady machine widens it, so this holds there."""
+        """Whether the interval tells which of the two is faster; an unsteady machine makes it wide."""
         return self.low > 1 or self.high < 1
 
 
@@ -141,7 +141,8 @@ def contest(
 
     The calls of a candidate follow each other in its block, so that it has to rest once for all of them. One that in
     each of its first SCREENED pairs was less than `hopeless` times as fast as the baseline takes no further part. After
-    FEWEST rounds all ends where `until` holds for every candidate that is left, as it has fared so far.
+    FEWEST rounds, and only then, all ends where `until` holds for every candidate that is left, as it has fared so far:
+    who looks after each round stops at the first chance.
     """
     check(candidates, baseline, rounds)
     probe = probe or default_probe()
@@ -173,7 +174,7 @@ def contest(
         racing = [name for name in racing if name not in lost]
         if lost and racing == [baseline]:
             break
-        if until is not None and run >= FEWEST and all(
+        if until is not None and run == FEWEST and all(
             until(contender(baseline, name, pairs[name], probe_tolerance)) for name in racing if name != baseline
         ):  # fmt: skip
             break

@@ -84,10 +84,12 @@ class Timings:
                 )
 
     def entries(self) -> list[tuple[dict[str, Any], Any]]:
-        """Every key and its value, what was used last first."""
+        """Every key and its value that still holds, what was used last first."""
         with self._open() as database:
             if database is not None:
-                rows = database.execute("SELECT key, value FROM timings ORDER BY used DESC").fetchall()
+                rows = database.execute(
+                    "SELECT key, value FROM timings WHERE expires > ? ORDER BY used DESC", (time.time(),)
+                ).fetchall()
                 return [(json.loads(key), json.loads(value)) for key, value in rows]
         return []
 

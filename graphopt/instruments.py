@@ -49,8 +49,11 @@ flip in the next. A quantized transformer of 6 layers agrees to 27 dB with what 
 untrained MobileNetV2 to 20 dB with itself, for an input that is NUDGE away.
 """
 
-NUDGE = 2.0**-20
-"""Share by which an input is moved to see what last bits do: eight of them, of a float32."""
+QUANTIZED_FLOOR = 10.0
+"""Least SQNR (dB) all the same: noise of a third of the signal is no rounding."""
+
+NUDGE = 8
+"""Steps of its type's last bit at 1 by which an input is moved, in proportion, to see what such bits do."""
 
 
 class Instrument:
@@ -165,7 +168,7 @@ class Agree(Instrument):
                     continue
                 if rtol is not None and metrics.sqnr(first, b) > metrics.sqnr(first, a) - QUANTIZED_MARGIN:
                     continue
-                if self._rounds and metrics.sqnr(a, b) > min(QUANTIZED_SQNR, self._unrest - QUANTIZED_MARGIN):
+                if self._rounds and a.is_floating_point() and metrics.sqnr(a, b) > self._least:
                     continue
                 allowed = f"{rtol or metrics.tolerance(a.dtype)[0]:.2g}" if a.is_floating_point() else "equal values"
                 largest = float(torch.nan_to_num(a.double()).abs().max())
@@ -176,21 +179,28 @@ class Agree(Instrument):
         return None
 
     @cached_property
+    def _least(self) -> float:
+        """Least SQNR (dB) of an output in floats, where the original rounds activations."""
+        return max(QUANTIZED_FLOOR, min(QUANTIZED_SQNR, self._unrest() - QUANTIZED_MARGIN))
+
     def _unrest(self) -> float:
         """Least SQNR (dB) between the original and its engine's optimized run, and for inputs nudged either way."""
-        given, run = self._given, self._engine() if self._engine is not None else None
+        run = self._engine() if self._engine is not None else None
         runs = [] if run is None else [[list(run(feeds)) for feeds in self.feeds]]
-        if given is not None:
-            runs += [[given.evaluate(_nudged(feeds, share), given.outputs) for feeds in self.feeds]
-                     for share in (NUDGE, -NUDGE)]  # fmt: skip
+        if self._given is not None and any(one.is_floating_point() for feeds in self.feeds for one in feeds.values()):
+            for steps in (NUDGE, -NUDGE):
+                given = self._given.clone()  # what a run writes to is its own
+                runs.append([given.evaluate(_nudged(feeds, steps), given.outputs) for feeds in self.feeds])
         found = [metrics.sqnr(a, b) for one in runs for before, after in zip(self.original, one, strict=True)
-                 for a, b in zip(before, after, strict=True) if isinstance(a, Tensor)]  # fmt: skip
+                 for a, b in zip(before, after, strict=True)
+                 if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape]  # fmt: skip
         return min(found, default=math.inf)
 
 
-def _nudged(feeds: Feeds, share: float) -> Feeds:
-    """Inputs in floats moved by a share of each number; the others as they are."""
-    return {name: tensor * (1 + share) if tensor.is_floating_point() else tensor for name, tensor in feeds.items()}
+def _nudged(feeds: Feeds, steps: int) -> Feeds:
+    """Inputs in floats moved by so many last bits of 1 in proportion; the others as they are."""
+    return {name: tensor * (1 + steps * torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
+            for name, tensor in feeds.items()}  # fmt: skip
 
 
 def _is_quantized(graph: Graph) -> bool:

@@ -56,7 +56,7 @@ class Trial:
     clock: Clock = time.perf_counter
 
     def verdict(self, result: Runner, digest: str) -> Verdict:
-        """Whether a result loses. digest: of its graph. Kept, and only for UNSURE seconds where that is not certain."""
+        """Whether a result loses. digest: of its graph. Kept; for UNSURE seconds where the machine was unsteady."""
         from graphopt.backends.measure import Ratio
         from graphopt.backends.timings import UNSURE
 
@@ -65,8 +65,7 @@ class Trial:
         if kept is not None:
             return Verdict(tuple(Ratio(**one) for one in kept["ratios"]), tuple(kept["slower"]))
         found = judge(result, self.baseline, self.feeds, self.clock)
-        told = all(one.steady or one.certain for one in found.ratios)
-        self.timings.put(key, asdict(found), math.inf if told else UNSURE)
+        self.timings.put(key, asdict(found), math.inf if all(one.steady for one in found.ratios) else UNSURE)
         return found
 
     def losers(

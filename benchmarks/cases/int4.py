@@ -1,4 +1,4 @@
-"""Weights of 4 bits in blocks of 32, activations in float: what second-order rounding loses of what nearest loses.
+"""Weights of 4 bits in blocks of 32, activations in float: what second order loses of what round-to-nearest loses.
 
 "Round to nearest" is what the papers mean by it: scales that cover each block, and nothing else. "Nearest, searched"
 has the scales and biases of "second order", and differs from it in `rounding` alone.

@@ -188,14 +188,31 @@ def test_an_unsteady_machine_takes_the_static_order_says_so_and_keeps_it_for_an_
     assert len(judge.asked) == 4
 
 
-@pytest.mark.parametrize("others", [(0.8, 0.7, 0.9), (0.5, 0.0, math.inf)], ids=["lost", "gave up"])
+@pytest.mark.parametrize(
+    ("relu", "rounds", "clip", "taken"),
+    [
+        ((0.8, 0.7, 0.9), 6, (2.0, 1.9, 2.1), "clip"),
+        ((0.5, 0.0, math.inf), 2, (2.0, 1.9, 2.1), "clip"),
+        ((1.1, 0.9, 1.2), 6, (2.0, 1.9, 2.1), "clip"),
+        ((0.8, 0.7, 0.9), 6, (0.8, 0.7, 0.9), "onnx.Max"),
+        ((0.5, 0.0, math.inf), 2, (0.8, 0.7, 0.9), "onnx.Max"),
+    ],
+    ids=["lost", "gave up", "unsure", "both lost", "gave up and lost"],
+)
 def test_what_wins_or_loses_for_certain_does_so_on_an_unsteady_machine(
-    tmp_path: Path, contest: Any, others: tuple[float, float, float]
-) -> None:
-    judge = contest({"Relu": others, "Clip": (2.0, 1.9, 2.1)}, steady=False, rounds={"Relu": 2})
+    tmp_path: Path, contest: Any, relu: tuple[float, float, float], rounds: int, clip: tuple[float, float, float],
+    taken: str,
+) -> None:  # fmt: skip
+    contest({"Relu": relu, "Clip": clip}, steady=False, rounds={"Relu": rounds})
     made, chooser = lowered(tmp_path, rectifier())
-    assert kinds(made) == ["clip"] * 3 and chooser.notes == []
-    assert judge.until is not None and judge.until(judge.told["Clip"])
+    assert kinds(made) == [taken] * 3 and chooser.notes == []
+
+
+def test_a_contest_may_end_where_winners_and_losers_are_certain(tmp_path: Path, contest: Any) -> None:
+    judge = contest({"Relu": (0.8, 0.7, 0.9), "Clip": (2.0, 1.9, 2.1)})
+    lowered(tmp_path, rectifier())
+    assert judge.until is not None
+    assert [judge.until(judge.told[form]) for form in ("Max", "Relu", "Clip")] == [False, True, True]
 
 
 @pytest.mark.parametrize(

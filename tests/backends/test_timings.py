@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sqlite3
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -36,6 +37,17 @@ def test_a_later_value_takes_the_place_of_an_earlier(tmp_path: Path) -> None:
     cache.put(key(1), "first")
     cache.put(key(1), "second")
     assert cache.entries() == [(key(1), "second")]
+
+
+def test_a_value_that_lasts_for_so_long_is_gone_after_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = Timings(tmp_path / "timings.sqlite")
+    timings.put({"a": 1}, "short", 60)
+    timings.put({"a": 2}, "long")
+    assert timings.get({"a": 1}) == "short" and len(timings.entries()) == 2
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert timings.get({"a": 1}) is None
+    assert timings.entries() == [({"a": 2}, "long")]
 
 
 def test_clear_says_how_many_there_were(tmp_path: Path) -> None:
