@@ -19,7 +19,7 @@ PIPELINES = {
     "second order": QUANTIZE % " rounding=second-order",
 }
 MOST = 0.5
-"""Share of the loss of round-to-nearest that second order may have."""
+"""Share of the loss of "nearest, searched" that second order may have: the stricter of the two."""
 
 
 def run(settings: Settings) -> bool:
@@ -34,7 +34,7 @@ def run(settings: Settings) -> bool:
         metrics = {row: task.score(rows) for row, rows in predicted.items()}
         lost = {row: metrics["fp32"] - metric for row, metric in metrics.items()}
         cosines = {row: trained.cosine(predicted["fp32"], rows) for row, rows in predicted.items()}
-        fits = lost["second order"] < MOST * lost["round to nearest"]
+        fits = lost["second order"] < MOST * lost["nearest, searched"]
         title = f"{task.name}, int4 in blocks of 32: {task.metric}"
         rows = table(title, "", "metric", "against fp32", "of nearest's loss", "cosine to fp32")
         for row, metric in metrics.items():
