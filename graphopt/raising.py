@@ -205,26 +205,39 @@ def _peel_scale(graph: Graph, value: Value) -> tuple[Value, float]:
 def _untranspose(op: Builder, value: Value) -> Value:
     """k of kᵀ = the value, its last two axes swapped: by undoing a transpose, or else by one more."""
     node = value.producer
-    if node is not None and node.kind == "transpose" and value.rank == 4:
-        perm = node.attributes["perm"]
-        swapped = (perm[0], perm[1], perm[3], perm[2])
-        return node.input if swapped == (0, 1, 2, 3) else op.transpose(node.input, perm=swapped)
-    inner = _batched_transpose(node)
-    return inner if inner is not None else op.transpose(value, perm=(0, 1, 3, 2))
+    if node is None or node.kind != "transpose" or value.rank != 4:
+        return op.transpose(value, perm=(0, 1, 3, 2))
+    perm = node.attributes["perm"]
+    swapped = (perm[0], perm[1], perm[3], perm[2])
+    return node.input if swapped == (0, 1, 2, 3) else op.transpose(node.input, perm=swapped)
 
 
-def _batched_transpose(node: Node | None) -> Value | None:
-    """x of reshape(transpose(reshape(x to 3-D), (0, 2, 1)) to 4-D): a transpose of x's last two axes."""
-    if node is None or node.kind != "reshape" or (middle := node.input.producer) is None:
-        return None
-    if middle.kind != "transpose" or middle.attributes["perm"] != (0, 2, 1) or (first := middle.input.producer) is None:
-        return None
-    if first.kind != "reshape" or first.input.shape is None or node.result.shape is None:
-        return None
-    before, after = first.input.shape, node.result.shape
-    same = len(before) == 4 and after == (before[0], before[1], before[3], before[2]) and "?" not in before
-    flat = first.result.shape
-    return first.input if same and flat is not None and flat[1:] == before[2:] else None
+def softmax_guarded(op: Recorder, scores: Any, allowed: Any, low: Any) -> Pattern:
+    masked = op.add(scores, op.where(allowed, 0.0, low))
+    return op.where(op.isnan(op.softmax(masked, bind="softmax")), 0.0, "softmax")
+
+
+def without_guard(op: Builder, m: Match) -> Value:
+    """Softmax where the mask is finite: a row that is masked as a whole has equal weights then, and none is NaN."""
+    low = scalar(op.graph, m.low)
+    if low is None or math.isinf(low):
+        raise Declined("a row that is masked as a whole may be NaN")
+    result: Value = m.softmax.result
+    return result
+
+
+def transpose_in_batches(op: Recorder, x: Any, flat: Any, shape: Any) -> Pattern:
+    return op.reshape(op.transpose(op.reshape(x, flat, bind="flat_x"), perm=(0, 2, 1)), shape)
+
+
+def to_transpose(op: Builder, m: Match) -> Value:
+    """Exporters swap the last two axes of 4-D values in 3-D."""
+    before, flat, after = m.x.shape, m.flat_x.result.shape, m.root.result.shape
+    if None in (before, flat, after) or len(before) != 4 or "?" in before:
+        raise Declined("the shapes are not known as 4-D")
+    if flat[1:] != before[2:] or after != (before[0], before[1], before[3], before[2]):
+        raise Declined("the reshapes do more than merge the batch axes and split them again")
+    return op.transpose(m.x, perm=(0, 1, 3, 2))
 
 
 def _rule(pattern: Callable[..., Pattern], replace: Callable[[Builder, Match], Value], shared: bool = False) -> Rule:
@@ -249,12 +262,16 @@ OTHERS = (
     _rule(rms_norm_rsqrt, to_rms_norm),
     _rule(rms_norm_reciprocal, to_rms_norm),
     _rule(rms_norm_divided, to_rms_norm),
+    _rule(transpose_in_batches, to_transpose),
     _rule(attention_guarded, to_attention, shared=True),
     _rule(attention_plain, to_attention),
 )
 
+LEFT = (_rule(softmax_guarded, without_guard, shared=True),)
+"""Last: what is no attention, as that between quantized products."""
+
 
 def raise_words(graph: Graph) -> dict[str, int]:
     """Apply the rules; returns how often each one did something."""
-    logs = rewrite(graph, LAYER_NORM) | rewrite(graph, OTHERS)
+    logs = rewrite(graph, LAYER_NORM) | rewrite(graph, OTHERS) | rewrite(graph, LEFT)
     return {name: log.hits for name, log in logs.items() if log.hits}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.graph import Graph
-from graphopt.raising import LAYER_NORM, OTHERS, raise_words
+from graphopt.raising import LAYER_NORM, LEFT, OTHERS, raise_words
 from tests.language import assert_outputs_equal, build, listing
 from tests.models import Decoder, Encoder, exported, gpt2, padding, plain_run, seeded, tokens
 
@@ -64,8 +64,18 @@ FORMS = {
     "attention-guarded": SCORES + """
         p = softmax(add(s, mask[2,1,3,5]))
         y = matmul(where(isnan(p), ZERO[]:zeros, p), value[2,4,5,8])""",
+    "softmax-guarded": """
+        m = where(allowed[2,1,3,5]:bool, ZERO[]:zeros, LOW[]:values(-3.4e38))
+        p = softmax(add(x[2,4,3,5], m))
+        y = where(isnan(p), ZERO, p)""",
+    "transpose-in-batches": """
+        t = transpose(reshape(x[2,4,3,5], F[3]:values(8,3,5):int64), perm=[0,2,1])
+        y = reshape(t, S[4]:values(2,4,5,3):int64)""",
 }  # fmt: skip
-WORD_OF = {"gelu": "gelu", "silu": "silu", "layer": "layer_norm", "rms": "rms_norm", "attention": "attention"}
+WORDS_OF = {
+    "gelu": ["gelu"], "silu": ["silu"], "layer": ["layer_norm"], "rms": ["rms_norm"], "attention": ["attention"],
+    "softmax": ["where", "add", "softmax"], "transpose": [],
+}  # fmt: skip
 
 
 def raised(graph: Graph) -> dict[str, int]:
@@ -79,15 +89,14 @@ def raised(graph: Graph) -> dict[str, int]:
 
 
 def test_there_is_a_form_for_every_rule() -> None:
-    assert {rule.name for rule in (*LAYER_NORM, *OTHERS)} == set(FORMS)
+    assert {rule.name for rule in (*LAYER_NORM, *OTHERS, *LEFT)} == set(FORMS)
 
 
 @pytest.mark.parametrize("rule", FORMS)
 def test_a_form_is_raised(dialect: str, rule: str) -> None:
     graph = build(dialect, FORMS[rule])
     assert raised(graph) == {rule: 1}
-    word = WORD_OF[rule.split("-")[0]]
-    assert [node.kind for node in graph.nodes if node.kind != "transpose"] == [word]
+    assert [node.kind for node in graph.nodes if node.kind != "transpose"] == WORDS_OF[rule.split("-")[0]]
     assert raise_words(graph) == {}
 
 
@@ -191,6 +200,13 @@ NEAR_MISSES = {
         y = matmul(softmax(add(s, mask[2,1,3,5])), value[1,4,5,8])""",
     "attention of a mask of one axis": SCORES + "y = matmul(softmax(add(s, mask[5])), value[2,4,5,8])",
     "attention with a guard of ones": FORMS["attention-guarded"].replace("ZERO[]:zeros", "ZERO[]:ones"),
+    "softmax under a mask of infinities": FORMS["softmax-guarded"].replace("-3.4e38", "-1e39"),
+    "softmax under a mask that comes in": """
+        p = softmax(add(x[2,4,3,5], m[2,1,3,5]))
+        y = where(isnan(p), ZERO[]:zeros, p)""",
+    "transpose of batches in another order": FORMS["transpose-in-batches"].replace("(2,4,5,3)", "(4,2,5,3)"),
+    "transpose of rows taken apart": FORMS["transpose-in-batches"].replace("(8,3,5)", "(4,6,5)"),
+    "transpose of the batches": FORMS["transpose-in-batches"].replace("[0,2,1]", "[1,0,2]"),
 }  # fmt: skip
 
 
@@ -200,6 +216,15 @@ def test_a_near_miss_stays_as_it_is(dialect: str, name: str) -> None:
     before, version = graph.text(), graph.version
     assert raised(graph) == {}
     assert graph.text() == before and graph.version == version
+
+
+def test_a_row_that_is_masked_as_a_whole_keeps_its_weights_without_a_guard(dialect: str) -> None:
+    graph = build(dialect, FORMS["softmax-guarded"])
+    feeds = {"allowed": torch.zeros(2, 1, 3, 5, dtype=torch.bool), "x": torch.randn(2, 4, 3, 5)}
+    [before] = graph.evaluate(feeds, graph.outputs)
+    raise_words(graph)
+    [after] = graph.evaluate(feeds, graph.outputs)
+    assert torch.equal(before, after) and torch.allclose(after, torch.tensor(0.2))
 
 
 def test_a_layer_norm_with_a_bias_of_more_axes_is_an_rms_norm_of_centred_values(dialect: str) -> None:
