@@ -220,26 +220,6 @@ def test_a_compiler_sees_through_all_but_two() -> None:
     assert own == ["graphopt_cuda.product_sparse.default"]
 
 
-def test_the_triton_kernel_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where triton is installed: it comes with torch's builds for CUDA."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    triton = pytest.importorskip("triton")
-    from graphopt.backends import cuda_triton
-
-    rows, outputs, inputs = 17, 24, 72
-    x, weight = steps(rows, inputs, dtype=torch.int8), steps(outputs, inputs, dtype=torch.int8, seed=2)
-    scale, weight_scale, bias, y = scales(rows), scales(outputs), torch.ones(outputs), torch.empty(rows, outputs)
-    grid = (triton.cdiv(rows, 16) * triton.cdiv(outputs, 32),)
-    cuda_triton._linear.fn[grid](
-        x, scale, weight, weight_scale, bias, y, rows, outputs, inputs, HAS_BIAS=True,
-        TYPE=cuda_triton._TYPES[torch.float32], ROWS=16, OUTPUTS=32, INPUTS=64,
-    )  # fmt: skip
-    wanted = exact(x, scale[:, None], weight, weight_scale, bias)
-    assert (y - wanted).abs().max() <= 1e-6 * wanted.abs().max()
-
-
-
-
 def test_sums_of_integers_stay_in_the_range_of_float16() -> None:
     weight, x = torch.full((2, 4096), 127, dtype=torch.int8), torch.ones(1, 4096, dtype=torch.float16)
     y = OPS.linear_weight_int8(x, weight, torch.full((2,), 0.02 / 127), None)
