@@ -1,4 +1,4 @@
-"""The Triton kernel of target cuda, where triton is installed, as it is with builds of torch for CUDA; no GPU is needed."""
+"""The Triton kernel of target cuda; triton comes with builds of torch for CUDA, and no GPU is needed here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def test_the_kernel_compiles_to_products_of_int8(capability: int, dtype: str, bi
     """As it is specialized where pointers and sizes are multiples of 16: loads run ahead of the products."""
     pytest.importorskip("triton.backends.nvidia")
     assembly = compiled(capability, dtype, bias)
-    assert re.search(r"(mma\.sync|wgmma\.mma_async).*\.s8\.s8|tcgen05\.mma.*kind::i8", assembly["ptx"]), "no product of int8"
+    product = r"(mma\.sync|wgmma\.mma_async).*\.s8\.s8|tcgen05\.mma.*kind::i8"
+    assert re.search(product, assembly["ptx"]), "no product of int8"
     assert "cp.async" in assembly["ptx"], "loads wait for products"
     assert assembly["cubin"]
 
