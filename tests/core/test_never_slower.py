@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import graphopt
-from graphopt import UsageError
+from graphopt import UsageError, never_slower
 from graphopt.backend import Runner
 from graphopt.backends import measure
 from graphopt.backends.measure import Contender, Ratio
@@ -152,6 +152,21 @@ def test_a_second_run_takes_verdicts_and_what_was_put_back_from_the_cache(
     assert len(scripted.verdicts) == timed
     assert second.report.put_back == first.report.put_back != {}
     assert second.report.speed == first.report.speed and second.lowered.text() == first.lowered.text()
+
+
+def test_what_loses_on_an_unsteady_machine_is_put_back(encoder: onnx.ModelProto, contest: Any, profile: Any) -> None:
+    profile("nothing")
+    contest(lambda census: SLOWER if integers(census) else FASTER).steady = False
+    made = optimized(encoder)
+    assert not integers(made.report.census)
+
+
+@pytest.mark.parametrize(
+    ("low", "steady", "enough"), [(1.01, True, True), (0.99, True, False), (1.09, False, False), (1.3, False, True)]
+)
+def test_few_rounds_are_enough_for_what_is_clearly_faster(low: float, steady: bool, enough: bool) -> None:
+    shape = Ratio(low + 0.1, low, low + 0.2, 6, 0, {}, steady)
+    assert never_slower._faster(Contender(shape, (shape,))) is enough
 
 
 @pytest.mark.parametrize(("steady", "verdicts"), [(True, 1), (False, 2)], ids=["steady", "unsteady"])
