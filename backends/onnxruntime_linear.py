@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.graph import Graph, Node, Shape, Value
-from graphopt.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
+from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,9 @@ class Biases:
 
     def gemm(self, op: Builder, m: Match) -> Value:
         """The kernel begins at the bias, where MatMul has an Add behind that goes over its whole result."""
+        readers = {user.kind for user in m.root.result.users}
+        if _open_axes(m.x) > 1 and any(kind == "onnx.Split" or "attention" in kind.lower() for kind in readers):
+            raise Declined("two axes are open, and the engine would lose the width that a split or attention needs")
         weight = _tensor(m.root, m.weight).t().contiguous()
         rows = op("onnx.Reshape", m.x, op.constant(torch.tensor([-1, weight.shape[0]])))
         product = op("onnx.Gemm", rows, op.constant(weight), m.bias)
@@ -112,13 +115,16 @@ class Biases:
     def _shape(self, op: Builder, x: Value, width: int) -> Value:
         """The shape of x with another last axis: a constant where at most one axis is open."""
         axes: Shape = (*x.shape[:-1], width)  # type: ignore[index]
-        open_axes = [axis for axis in axes if not isinstance(axis, int)]
-        if len(open_axes) < 2:
+        if _open_axes(x) < 2:
             return op.constant(torch.tensor([axis if isinstance(axis, int) else -1 for axis in axes]))
-        if "?" in open_axes or (op.graph, axes) not in self.made:
+        if "?" in axes or (op.graph, axes) not in self.made:
             leading = op("onnx.Shape", x, start=0, end=len(axes) - 1)
             self.made[op.graph, axes] = op.concat(leading, op.constant(torch.tensor([width])), axis=0)
         return self.made[op.graph, axes]
+
+
+def _open_axes(x: Value) -> int:
+    return sum(not isinstance(axis, int) for axis in (x.shape or ())[:-1])
 
 
 def _has_rows_of_rows(m: Match) -> bool:

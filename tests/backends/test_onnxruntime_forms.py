@@ -236,6 +236,21 @@ def test_a_bias_is_inside_the_product_or_behind_it(
     assert within_tolerance(graph.evaluate(feeds, graph.outputs)[0], OnnxRuntime().compile(made)(feeds)[0])
 
 
+def test_no_width_is_lost_to_a_split_or_attention_behind_a_bias() -> None:
+    """The engine infers nothing through a reshape to a computed shape, and then refuses what follows attention."""
+    text = """
+        q = linear(x[b,t,24], Q[24,24], A[24])
+        k = linear(x, K[24,24], A)
+        v = linear(x, V[24,24], A)
+        y = linear(attention(q, k, v, heads=4, kv_heads=4), W[24,24], A)"""
+    graph = build("onnx", text)
+    made = graph.clone()
+    logs = rewrite(made, [onnxruntime_linear.Biases().choice().rule(lambda match: "Gemm")])
+    assert sum(node.kind == "onnx.Gemm" for node in made.nodes) == 1, logs
+    feeds = fed(graph)
+    assert within_tolerance(graph.evaluate(feeds, graph.outputs)[0], OnnxRuntime().compile(made)(feeds)[0])
+
+
 # --- tables --------------------------------------------------------------------------------------------------------
 
 ROWS = "y = relu(embedding(dequantize(T[9,32]:int8, S[9]:values(0.01,0.02), axis=0), ids[b,t]:int64))"
