@@ -1,8 +1,8 @@
 """What comes out is never slower than what went in: both are timed at the end, and what loses is found.
 
 The result loses at an example shape where the lower 95% bound of its time over the input's is above 1, in 15
-interleaved rounds and again in a second run (`measure.slower_than`). The pipeline then runs again without the sites
-that lose most there, up to RERUNS times, and after that without any pass that loses accuracy.
+interleaved rounds, of which 6 have to count, and again in a second run (`measure.slower_than`). The pipeline then runs
+again without the sites that lose most there, up to RERUNS times, and after that without any pass that loses accuracy.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def judge(
 ) -> Verdict:
     """Time a result against the input, interleaved; where it seems to lose, a second run has to say so too.
 
-    Where it is faster for certain at every shape, 6 rounds tell that, and are all.
+    Where it is faster for certain at every shape, on an unsteady machine CLEARLY so, 6 rounds tell that, and are all.
     """
     from graphopt.backends import measure
 
