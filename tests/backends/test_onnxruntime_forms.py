@@ -236,17 +236,24 @@ def test_a_bias_is_inside_the_product_or_behind_it(
     assert within_tolerance(graph.evaluate(feeds, graph.outputs)[0], OnnxRuntime().compile(made)(feeds)[0])
 
 
-def test_no_width_is_lost_to_a_split_or_attention_behind_a_bias() -> None:
-    """The engine infers nothing through a reshape to a computed shape, and then refuses what follows attention."""
-    text = """
-        q = linear(x[b,t,24], Q[24,24], A[24])
-        k = linear(x, K[24,24], A)
-        v = linear(x, V[24,24], A)
-        y = linear(attention(q, k, v, heads=4, kv_heads=4), W[24,24], A)"""
+SIDES = """
+    q = linear(x[b,t,24], Q[24,24], A[24])
+    k = linear(x, K[24,24], A)
+    v = linear(x, V[24,24], A)"""
+SPLIT_SIDES = "q, k, v = onnx.Split(linear(x[b,t,24], Q[72,24], A[72]), S[3]:values(24):int64, axis=2, _outputs=3)"
+
+
+@pytest.mark.parametrize("projections", [SIDES, SPLIT_SIDES], ids=["apart", "together"])
+@pytest.mark.parametrize(("behind", "gemms"), [("Gemm", 1), ("MatMul", 0)])
+def test_no_width_is_lost_to_a_split_or_attention_behind_a_bias(projections: str, behind: str, gemms: int) -> None:
+    """The engine infers no width through a reshape to a computed shape, and refuses a MatMul behind such attention."""
+    text = f"{projections}\ny = linear(attention(q, k, v, heads=4, kv_heads=4), W[24,24], B[24])"
     graph = build("onnx", text)
     made = graph.clone()
-    logs = rewrite(made, [onnxruntime_linear.Biases().choice().rule(lambda match: "Gemm")])
-    assert sum(node.kind == "onnx.Gemm" for node in made.nodes) == 1, logs
+    first = made.inputs[0]
+    choice = onnxruntime_linear.Biases().choice()
+    logs = rewrite(made, [choice.rule(lambda match: "Gemm" if match.x == first else behind)])
+    assert sum(node.kind == "onnx.Gemm" for node in made.nodes) == gemms, logs
     feeds = fed(graph)
     assert within_tolerance(graph.evaluate(feeds, graph.outputs)[0], OnnxRuntime().compile(made)(feeds)[0])
 
