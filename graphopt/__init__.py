@@ -6,6 +6,7 @@ targets. Names here are imported when first used, so that `import graphopt` cost
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from graphopt.optimize import Optimized, optimize
     from graphopt.pipeline import PassError, UsageError
     from graphopt.sensitivity import sensitivity
+
+# From 1.29 on onnxruntime reports its sessions to its maker, models and all; it looks here once, when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from graphopt.dialects.onnx_tensors import TORCH_DTYPES, array_to_torch, to_numpy
 from graphopt.graph import GraphError
+
+if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
+    ort.disable_telemetry_events()  # where it was imported before graphopt, whose setting then came too late
 
 LEVELS = {
     "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -47,6 +47,22 @@ def test_trace_by_the_environment(model: Path) -> None:
     assert "Traceback" in found.stderr and "UsageError: say where to write" in found.stderr
 
 
+@pytest.mark.parametrize("first", ["graphopt", "onnxruntime"])
+def test_nothing_is_reported_to_the_maker_of_an_engine(first: str, model: Path, tmp_path: Path) -> None:
+    unset = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI")  # what keeps onnxruntime from it
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | home
+    probe = (
+        f"import {first}, graphopt; graphopt.optimize({str(model)!r}, measure=False)\n"
+        "try: import onnxruntime; onnxruntime.InferenceSession('missing.onnx')\n"
+        "except Exception: pass"
+    )
+    subprocess.run([sys.executable, "-c", probe], check=True, env=environment, capture_output=True)
+    reports = [path.read_bytes() for path in tmp_path.rglob("onnxruntime.db*")]
+    assert not any(b"RuntimeError" in report for report in reports)
+    assert first == "onnxruntime" or not reports
+
+
 def test_help_imports_nothing_heavy() -> None:
     probe = (
         "import sys; from typer.testing import CliRunner; from graphopt import cli; "
