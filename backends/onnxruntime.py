@@ -66,7 +66,7 @@ class OnnxRuntime(OnnxTarget):
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
         weights = onnxruntime_weights.RULES, onnxruntime_weights.FOLDED
-        return *onnxruntime_float.stages(), *onnxruntime_int8.STAGES, *weights
+        return *onnxruntime_float.stages(), *onnxruntime_int8.stages(), *weights
 
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}"

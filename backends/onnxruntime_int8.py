@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from graphopt.backends import onnxruntime_conv, onnxruntime_weights
+from graphopt.backends import onnxruntime_conv, onnxruntime_linear_int8
+from graphopt.backends.onnxruntime_linear import Rows
 from graphopt.dialects import onnx_export
 from graphopt.graph import Graph, Node, Value
 from graphopt.quantizing.islands import is_global
-from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+from graphopt.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 from graphopt.words import WORDS
 
 QLINEAR = {
@@ -34,46 +35,6 @@ with uint8), but QLinearSoftmax nine times Softmax's: a softmax stays float unle
 _HALF = 128
 _MOVES = ("reshape", "transpose", "squeeze", "unsqueeze")
 """Words that the engine itself moves behind a quantize."""
-
-
-def _stored_kn(op: Builder, weight: Value) -> Value:
-    """The engine's kernels read weights as (in, out); the constant is laid out so once, here."""
-    tensor = op.graph.constant(weight)
-    if tensor is None:
-        raise Declined("the int8 weight is not constant")
-    return op.constant(tensor.t().contiguous())
-
-
-def _linear(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
-            bias: str | None = None) -> Pattern:  # fmt: skip
-    return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
-
-
-def _is_dynamic(m: Match) -> bool:
-    quantize, ranges = m.x.producer, m.scale.producer
-    kinds = [None if node is None else node.kind for node in (quantize, ranges)]
-    return kinds == ["quantize", "choose_qparams"]
-
-
-def _on_one_input(m: Match) -> list[Node]:
-    """A dynamic linear with all that read the same integers, and what makes those."""
-    return [m.scale.producer, m.x.producer, *m.x.users]
-
-
-def _dynamic_matmul(op: Builder, m: Match) -> Value:
-    """One kernel quantizes and multiplies, where nobody else needs the quantized value."""
-    if len(m.scale.users) != 2 or len(m.zero_point.users) != 2:  # quantize and this linear
-        raise Declined("several linears share the quantized input")
-    x = m.x.producer.input
-    return op("com.microsoft.DynamicQuantizeMatMul", x, _stored_kn(op, m.weight), m.weight_scale, None, m.bias)
-
-
-def _integer_to_float(op: Builder, m: Match) -> Value:
-    """One quantized input serves several of these."""
-    weight = _stored_kn(op, m.weight)
-    return op(
-        "com.microsoft.MatMulIntegerToFloat", m.x, weight, m.scale, m.weight_scale, m.zero_point, None, m.bias
-    )
 
 
 def _add_pattern(op: Recorder, a: str, a_scale: str, a_zero_point: str, b: str, b_scale: str, b_zero_point: str,
@@ -197,47 +158,8 @@ def _product_to_float(op: Builder, m: Match) -> Value:
     return op("com.microsoft.MatMulIntegerToFloat", a, b, a_scale, b_scale, a_zero_point, b_zero_point)
 
 
-def _shared_integers(op: Builder, m: Match) -> Value:
-    """One quantized input serves several linears; of one alone the engine would make a DynamicQuantizeMatMul again."""
-    if len(m.x.users) == 1:
-        raise Declined("it is alone on its input")
-    return _integer_to_float(op, m)
-
-
-def _matmul_nbits(op: Builder, m: Match) -> Value:
-    """The kernel rounds its float rows itself, by block: for one row at a time, as a decoder multiplies them."""
-    weight, scale = op.graph.constant(m.weight), op.graph.constant(m.weight_scale)
-    if weight is None or scale is None:
-        raise Declined("the int8 weight is not constant")
-    blocks, (out, into) = onnxruntime_weights.in_blocks(weight, scale), weight.shape
-    return onnxruntime_weights.emit_matmul(op, m.x.producer.input, blocks, (out, into), m.bias)
-
-
-def _is_static(m: Match) -> bool:
-    quantize = m.x.producer
-    return quantize is not None and quantize.kind == "quantize" and m.scale.is_constant
-
-
-DYNAMIC = Choice(
-    "dynamic-linear",
-    _linear,
-    {
-        "DynamicQuantizeMatMul": _dynamic_matmul,
-        "MatMulIntegerToFloat": _shared_integers,
-        "MatMulNBits": _matmul_nbits,
-    },
-    check=_is_dynamic,
-    around=_on_one_input,
-)
-STATIC = Choice(
-    "static-linear",
-    _linear,
-    {"MatMulIntegerToFloat": _integer_to_float, "MatMulNBits": _matmul_nbits},
-    check=_is_static,
-    around=lambda m: [m.x.producer, *m.x.users],
-)
 ISLANDS = (
-    Rule("matmul-integer-to-float", _linear, _integer_to_float),
+    onnxruntime_linear_int8.TO_FLOAT,
     Rule("qlinear-add", _add_pattern, _qlinear_add),
     Rule("qlinear", _quantized_pattern, _qlinear, check=lambda m: island(m.root) is not None),
     onnx_export.DYNAMIC_QUANTIZE,
@@ -245,4 +167,9 @@ ISLANDS = (
 PRODUCTS = (Rule("product-to-float", _matmul_pattern, _product_to_float, check=lambda m: reads_u8(m.root)),)
 """Behind the islands: what is left has a result in float."""
 
-STAGES = (DYNAMIC, STATIC), *onnxruntime_conv.STAGES, ISLANDS, PRODUCTS
+
+def stages() -> Sequence[Sequence[Rule | Choice]]:
+    """For one graph."""
+    to_integers = (onnxruntime_linear_int8.to_integers(Rows()),)
+    to_float = onnxruntime_linear_int8.DYNAMIC, onnxruntime_linear_int8.STATIC
+    return to_integers, to_float, *onnxruntime_conv.STAGES, ISLANDS, PRODUCTS

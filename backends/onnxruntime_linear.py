@@ -36,11 +36,11 @@ class Siblings:
         linears = _siblings(m.root)
         first, count = m.root, m.root.operands.index(m.root.required("weight"))
         stacked = [
-            op.constant(torch.cat([_tensor(one, value) for one, value in zip(linears, column, strict=True)]))
+            op.constant(torch.cat([stored_tensor(one, value) for one, value in zip(linears, column, strict=True)]))
             for column in zip(*(_rows(one) for one in linears), strict=True)
         ]
-        sizes = [int(_tensor(one, one.required("weight")).shape[0]) for one in linears]
-        biases = [torch.zeros(size) if one.bias is None else _tensor(one, one.bias)
+        sizes = [int(stored_tensor(one, one.required("weight")).shape[0]) for one in linears]
+        biases = [torch.zeros(size) if one.bias is None else stored_tensor(one, one.bias)
                   for one, size in zip(linears, sizes, strict=True)]  # fmt: skip
         bias = None if all(one.bias is None for one in linears) else op.constant(torch.cat(biases))
         merged = op.graph.emit(first.kind, *first.operands[:count], *stacked, bias, at=op.at)
@@ -87,30 +87,28 @@ def _is_stored(linear: Node) -> bool:
     return all(value.is_constant and value.rank for value in [*_rows(linear), *bias])
 
 
-def _tensor(linear: Node, value: Value | None) -> Tensor:
+def stored_tensor(linear: Node, value: Value | None) -> Tensor:
+    """A weight, a bias or scales, of a linear that is known to have them stored."""
     tensor = None if value is None else linear.graph.constant(value)
     assert tensor is not None  # as stored
     return tensor
 
 
 @dataclass(frozen=True)
-class Biases:
-    """Linears of one graph by Gemm, which adds the bias inside; the shapes to go back to are made once for all."""
+class Rows:
+    """What kernels for matrices read and write, where a graph has more axes; shapes to go back to are made once."""
 
     made: dict[tuple[Graph, Shape], Value] = field(default_factory=dict)
 
-    def choice(self) -> Choice:
-        return Choice("linear-bias", _linear, {"MatMul": None, "Gemm": self.gemm}, check=_has_rows_of_rows)
+    def flat(self, op: Builder, x: Value) -> Value:
+        """The last axis of x, and all others in one."""
+        assert x.shape is not None  # as checked
+        return x if len(x.shape) == 2 else op("onnx.Reshape", x, op.constant(torch.tensor([-1, x.shape[-1]])))
 
-    def gemm(self, op: Builder, m: Match) -> Value:
-        """The kernel begins at the bias, where MatMul has an Add behind that goes over its whole result."""
-        readers = {user.kind for user in m.root.result.users}
-        if _open_axes(m.x) > 1 and any(kind == "onnx.Split" or "attention" in kind.lower() for kind in readers):
-            raise Declined("two axes are open, and the engine would lose the width that a split or attention needs")
-        weight = _tensor(m.root, m.weight).t().contiguous()
-        rows = op("onnx.Reshape", m.x, op.constant(torch.tensor([-1, weight.shape[0]])))
-        product = op("onnx.Gemm", rows, op.constant(weight), m.bias)
-        return op("onnx.Reshape", product, self._shape(op, m.x, weight.shape[1]))
+    def back(self, op: Builder, product: Value, x: Value, width: int) -> Value:
+        """A product of x made flat, with the axes of x but the last, which is `width` long."""
+        assert x.shape is not None  # as checked
+        return product if len(x.shape) == 2 else op("onnx.Reshape", product, self._shape(op, x, width))
 
     def _shape(self, op: Builder, x: Value, width: int) -> Value:
         """The shape of x with another last axis: a constant where at most one axis is open."""
@@ -121,6 +119,25 @@ class Biases:
             leading = op("onnx.Shape", x, start=0, end=len(axes) - 1)
             self.made[op.graph, axes] = op.concat(leading, op.constant(torch.tensor([width])), axis=0)
         return self.made[op.graph, axes]
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Linears of one graph by Gemm, which adds the bias inside."""
+
+    rows: Rows = field(default_factory=Rows)
+
+    def choice(self) -> Choice:
+        return Choice("linear-bias", _linear, {"MatMul": None, "Gemm": self.gemm}, check=_has_rows_of_rows)
+
+    def gemm(self, op: Builder, m: Match) -> Value:
+        """The kernel begins at the bias, where MatMul has an Add behind that goes over its whole result."""
+        readers = {user.kind for user in m.root.result.users}
+        if _open_axes(m.x) > 1 and any(kind == "onnx.Split" or "attention" in kind.lower() for kind in readers):
+            raise Declined("two axes are open, and the engine would lose the width that a split or attention needs")
+        weight = stored_tensor(m.root, m.weight).t().contiguous()
+        product = op("onnx.Gemm", self.rows.flat(op, m.x), op.constant(weight), m.bias)
+        return self.rows.back(op, product, m.x, weight.shape[1])
 
 
 def _open_axes(x: Value) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.backend import LoweringError
-from graphopt.backends import onnxruntime_float, onnxruntime_int8
+from graphopt.backends import onnxruntime_float, onnxruntime_linear_int8
 from graphopt.backends.onnxruntime import OnnxRuntime, OrtRunner
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
@@ -583,13 +583,14 @@ TANH = "y = gelu(x[2,4,8], approximate=tanh)"
 @pytest.mark.parametrize(
     ("text", "choice", "form", "kernels"),
     [
-        (ALONE, onnxruntime_int8.DYNAMIC, "DynamicQuantizeMatMul", ["DynamicQuantizeMatMul"]),
-        (ALONE, onnxruntime_int8.DYNAMIC, "MatMulNBits", ["MatMulNBits"]),
-        (SHARED, onnxruntime_int8.DYNAMIC, "MatMulIntegerToFloat",
+        (ALONE, onnxruntime_linear_int8.DYNAMIC, "DynamicQuantizeMatMul", ["DynamicQuantizeMatMul"]),
+        (ALONE, onnxruntime_linear_int8.DYNAMIC, "MatMulNBits", ["MatMulNBits"]),
+        (SHARED, onnxruntime_linear_int8.DYNAMIC, "MatMulIntegerToFloat",
          ["DynamicQuantizeLinear", "MatMulIntegerToFloat", "MatMulIntegerToFloat"]),
-        (SHARED, onnxruntime_int8.DYNAMIC, "MatMulNBits", ["MatMulNBits", "MatMulNBits"]),
-        (CALIBRATED, onnxruntime_int8.STATIC, "MatMulIntegerToFloat", ["MatMulIntegerToFloat", "QuantizeLinear"]),
-        (CALIBRATED, onnxruntime_int8.STATIC, "MatMulNBits", ["MatMulNBits"]),
+        (SHARED, onnxruntime_linear_int8.DYNAMIC, "MatMulNBits", ["MatMulNBits", "MatMulNBits"]),
+        (CALIBRATED, onnxruntime_linear_int8.STATIC, "MatMulIntegerToFloat",
+         ["MatMulIntegerToFloat", "QuantizeLinear"]),
+        (CALIBRATED, onnxruntime_linear_int8.STATIC, "MatMulNBits", ["MatMulNBits"]),
         (RESIDUAL, onnxruntime_float.RESIDUAL, "Sum", ["LayerNormalization", "Sum"]),
         (RESIDUAL, onnxruntime_float.RESIDUAL, "SkipLayerNormalization", ["SkipLayerNormalization"]),
         (TANH, onnxruntime_float.GELU, "Gelu", ["Gelu"]),
@@ -616,5 +617,5 @@ def test_the_engine_runs_the_form_that_was_chosen(
 
 
 def test_a_dynamic_linear_alone_is_no_shared_one() -> None:
-    (log,) = rewrite(build("onnx", ALONE), [onnxruntime_int8.DYNAMIC.only("MatMulIntegerToFloat")]).values()
+    (log,) = rewrite(build("onnx", ALONE), [onnxruntime_linear_int8.DYNAMIC.only("MatMulIntegerToFloat")]).values()
     assert list(log.declined.values()) == ["it is alone on its input"]

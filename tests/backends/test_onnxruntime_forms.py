@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.backends import onnxruntime_attention, onnxruntime_linear, onnxruntime_weights
+from graphopt.backends import (
+    onnxruntime_attention,
+    onnxruntime_linear,
+    onnxruntime_linear_int8,
+    onnxruntime_weights,
+)
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
@@ -292,3 +297,54 @@ def test_a_table_of_less_than_a_byte_is_gathered_by_one_kernel_alone() -> None:
     text = "y = embedding(dequantize(T[9,32]:int8:ones, S[9]:values(0.01), axis=0, bits=4), ids[b,t]:int64)"
     reason = "ONNX gathers no rows of less than a byte, nor of such scales"
     assert declined(text, onnxruntime_weights.EMBEDDING, "Gather") == [reason]
+
+
+def closed(rows: str, between: str, zero: int, bias: str = "") -> str:
+    """Two linears, with a quantize in front of the second."""
+    product = f"linear_int8(i, S, Z, W[16,24]:int8, R[16]:values(0.1,0.05){bias})"
+    return f"""
+        i = quantize(x[{rows}24], S[]:values(0.03), Z[]:uint8:values(128))
+        h = {between.format(product)}
+        j = quantize(h, T[]:values(0.02), Y[]:uint8:values({zero}))
+        y = linear_int8(j, T, Y, V[8,16]:int8, P[8]:values(0.01))
+        return j, y"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bias", ["", ", B[16]"])
+@pytest.mark.parametrize(("between", "zero"), [("relu({})", 0), ("{}", 100)])
+@pytest.mark.parametrize("rows", ["b,", "b,t,", "2,t,", "2,6,"])
+def test_a_linear_in_front_of_a_quantize_gives_floats_or_integers(
+    rows: str, between: str, zero: int, bias: str, level: str, tmp_path: Path
+) -> None:
+    graph = build("onnx", closed(rows, between, zero, bias))
+    choice, feeds = onnxruntime_linear_int8.to_integers(onnxruntime_linear.Rows()), fed(graph)
+    expected = graph.evaluate(feeds, graph.outputs)
+    assert len(set(expected[0].flatten().tolist())) > 8
+    relu = {"Relu": 1} if "relu" in between and level == "basic" else {}  # the engine drops what saturation does
+    for form, products in {
+        "MatMulIntegerToFloat": {"MatMulIntegerToFloat": 2, "QuantizeLinear": 2, **relu},
+        "QGemm": {"QGemm": 1, "MatMulIntegerToFloat": 1, "QuantizeLinear": 1},
+    }.items():
+        made = graph.clone()
+        rewrite(made, [choice.rule(lambda match, form=form: form)])  # type: ignore[misc]
+        made.sweep()
+        lowered, _ = OnnxRuntime().lower(made)
+        assert isinstance(lowered, OnnxGraph)
+        assert kernels(lowered, level, tmp_path) == products
+        runner = OnnxRuntime().compile(lowered)
+        OnnxRuntime().check(graph, runner)
+        integers, floats = runner(feeds)
+        assert (integers.int() - expected[0].int()).abs().max() <= 1
+        assert sqnr(expected[1], floats) > 30
+
+
+@pytest.mark.parametrize(
+    ("between", "zero"),
+    [("relu({})", 100), ("tanh({})", 0), ("{}\n    z = tanh(h)", 0)],
+    ids=["cut by more than integers", "another word between", "read in floats"],
+)
+def test_a_linear_whose_floats_are_needed_gives_no_integers(between: str, zero: int) -> None:
+    text = closed("b,", between, zero)
+    graph = build("onnx", text.replace("j, y", "j, y, z") if "z =" in text else text)
+    assert not onnxruntime_linear_int8.to_integers(onnxruntime_linear.Rows()).matches(graph)

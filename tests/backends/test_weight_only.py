@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graphopt.backend import LoweringError, Runner
-from graphopt.backends import onnxruntime_int8
+from graphopt.backends import onnxruntime_linear_int8
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.graph import Graph
 from graphopt.numerics import metrics, quantize
@@ -181,8 +181,8 @@ def test_portable_file_holds_packed_weights_in_standard_operators(
 def test_rows_one_at_a_time_may_be_rounded_inside_the_kernel(scheme: str) -> None:
     """MatMulNBits is a form of an int8 linear: the same weights, activations rounded by block."""
     choice, ranges, read = {
-        "dynamic": (onnxruntime_int8.DYNAMIC, "s, z = choose_qparams(x[n,72])\nq = quantize(x, s, z)", "s, z"),
-        "static": (onnxruntime_int8.STATIC, "q = quantize(x[n,72], S[]:values(0.02), Z[]:uint8)", "S, Z"),
+        "dynamic": (onnxruntime_linear_int8.DYNAMIC, "s, z = choose_qparams(x[n,72])\nq = quantize(x, s, z)", "s, z"),
+        "static": (onnxruntime_linear_int8.STATIC, "q = quantize(x[n,72], S[]:values(0.02), Z[]:uint8)", "S, Z"),
     }[scheme]
     graph = build("onnx", f"{ranges}\ny = linear_int8(q, {read}, W[16,72]:int8, V[16]:values(0.01,0.02), B[16])")
     taken = graph.clone()
