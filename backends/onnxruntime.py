@@ -86,6 +86,9 @@ class OnnxRuntime(OnnxTarget):
             built["MatMulIntegerToFloat"] += merged
             built["GatherBlockQuantized"] += onnxruntime_weights.tables(runner.model)
         promised = onnxruntime_int8.promised(neutral)
+        # A pointwise convolution may have become a product too: what there are more of than linears.
+        products = sum(built[kernel] for kernel in INT8_KERNELS["linear_int8"])
+        built["QLinearConv"] += min(built["QGemm"], max(0, products - len(promised["linear_int8"])))
         for word, kernels in INT8_KERNELS.items():
             kinds = " and ".join(dict.fromkeys(site.kind for site in promised[word]))
             _require_kernels(built, kinds, kernels, promised[word])

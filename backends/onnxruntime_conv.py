@@ -1,7 +1,7 @@
-"""Int8 convolutions on onnxruntime: forms that its fastest kernel takes.
+"""Int8 convolutions on onnxruntime: one image after the other, several as one, or as a product of matrices.
 
-That kernel reads windows in place and rounds as it goes, but takes channels in multiples of 4 only. An image network's
-first convolution, with 3, falls to one that gathers its windows a pixel at a time, at a fifth of the speed.
+Its kernel reads all of the weights for every few pixels: with 2 threads, for each tenth of an image, of a small one for
+each 4 or 6 pixels. Where multiplying is fast, reading takes longer.
 """
 
 from __future__ import annotations
@@ -14,26 +14,20 @@ import torch
 from torch import Tensor
 
 from graphopt.backends import onnxruntime_weights
+from graphopt.backends.onnxruntime_linear_int8 import quantized_gemm
 from graphopt.graph import Value
 from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule, scalar
 
-CHANNELS = 4
-"""The kernel takes input and output channels in multiples of this, and FEWEST outputs at least."""
-
-FEWEST = 16
+MOST = 256
+"""Pixels of a result up to which other forms than the plain one are tried: of larger ones it takes enough at once."""
 
 
-def _conv(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
-          y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
+def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
+            y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
     return op.conv_int8(x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
 
 
-def _qlinear_conv(op: Builder, m: Match) -> Value:
-    _, _, bias = _stored(op, m)
-    return _emit(op, m, "onnx.QLinearConv", m.x, m.weight, m.weight_scale, bias, m.root.attributes)
-
-
-def _stored(op: Builder, m: Match) -> tuple[Tensor, Tensor, Tensor | None]:
+def stored(op: Builder, m: Match) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight, its scales, and the bias in int32 steps of scale · weight_scale (ONNX QLinearConv)."""
     weight, scale, weight_scale = (op.graph.constant(one) for one in (m.weight, m.scale, m.weight_scale))
     if weight is None or scale is None or weight_scale is None:
@@ -44,7 +38,7 @@ def _stored(op: Builder, m: Match) -> tuple[Tensor, Tensor, Tensor | None]:
     return weight, weight_scale, None if bias is None else onnxruntime_weights.bias_steps(bias, scale, weight_scale)
 
 
-def _emit(
+def emit(
     op: Builder, m: Match, kind: str, x: Value, weight: Value, weight_scale: Value, bias: Tensor | None,
     site: Mapping[str, Any], **attributes: Any,
 ) -> Value:  # fmt: skip
@@ -58,78 +52,88 @@ def _emit(
     )  # fmt: skip
 
 
-# --- few channels --------------------------------------------------------------------------------------------------
+def qlinear_conv(op: Builder, m: Match) -> Value:
+    _, _, bias = stored(op, m)
+    return emit(op, m, "onnx.QLinearConv", m.x, m.weight, m.weight_scale, bias, m.root.attributes)
 
 
-def _is_shallow(m: Match) -> bool:
-    """Whether a convolution has too few channels for the kernel, and its columns can make up for that."""
-    weight, x, y = m.weight.shape, m.x.shape, m.root.result.shape
-    site = m.root.attributes
-    if weight is None or x is None or y is None or len(weight) < 3 or site["groups"] != 1 or m.weight_scale.rank != 1:
-        return False
-    if weight[1] % CHANNELS == 0 or set(site["dilation"]) != {1}:
-        return False
-    width, stride, together = x[-1], site["stride"][-1], _together(weight[1], site["stride"][-1])
-    outputs = weight[0] * together // stride
-    if not isinstance(width, int) or width % together or y[-1] != width // stride:
-        return False
-    return bool(outputs >= FEWEST and outputs % CHANNELS == 0)
+def channels_last(op: Builder, x: Value, rank: int) -> Value:
+    return op.transpose(x, perm=(0, *range(2, rank), 1))
 
 
-def _together(channels: int, stride: int) -> int:
-    """Columns to take as channels: enough for the kernel, and whole steps of the stride."""
-    return math.lcm(stride, CHANNELS // math.gcd(CHANNELS, channels))
-
-
-def _columns_as_channels(op: Builder, m: Match) -> Value:
-    """Channels last, neighbouring columns lie side by side: each few are read as one of many channels, and written so.
-
-    The same sums: zeros fill the windows up. For 3 channels and a 7x7 window at stride 2, 1.7 times the multiplications
-    take half the time.
-    """
-    weight, weight_scale, bias = _stored(op, m)
-    site, rank = dict(m.root.attributes), weight.dim()
-    together, stride = _together(weight.shape[1], site["stride"][-1]), site["stride"][-1]
-    several, before, after = columns_as_channels(weight, stride, site["padding"][rank - 3], together)
-    padding = list(site["padding"])
-    padding[rank - 3], padding[-1] = before, after
-    site |= {"stride": (*site["stride"][:-1], 1), "padding": padding}
-    times = together // stride
-
-    shape, result = m.x.shape, m.root.result.shape
-    assert shape is not None and result is not None  # as checked
-    rows, width = shape[2:-1], shape[-1]
-    x = op.transpose(m.x, perm=(0, *range(2, rank), 1))
-    x = _reshape(op, x, rows, width // together, together * weight.shape[1])
-    bias = bias if bias is None else bias.repeat(times)
-    stored = op.constant(several), op.constant(weight_scale.repeat(times))
-    y = _emit(op, m, "com.microsoft.QLinearConv", x, *stored, bias, site, channels_last=1)
-    y = _reshape(op, y, result[2:-1], width // stride, weight.shape[0])
+def channels_first(op: Builder, y: Value, rank: int) -> Value:
     return op.transpose(y, perm=(0, rank - 1, *range(1, rank - 1)))
 
 
-def _reshape(op: Builder, x: Value, rows: tuple[int | str, ...], *last: int) -> Value:
-    """To (batch, *rows, *last): batch and rows stay, whatever they are, which 0 says in ONNX."""
-    sizes = [0] * (1 + len(rows)) + list(last)
-    return op("onnx.Reshape", x, op.constant(torch.tensor(sizes)))
+# --- small images --------------------------------------------------------------------------------------------------
 
 
-def columns_as_channels(weight: Tensor, stride: int, before: int, together: int) -> tuple[Tensor, int, int]:
-    """The weight of the same convolution, where `together` columns are read as channels, and together / stride written.
+def _is_small(m: Match) -> bool:
+    """Whether an image is so small, and its size so far known, that several or a product may be faster."""
+    x, y = m.x.shape, m.root.result.shape
+    if x is None or y is None or len(x) < 3 or not isinstance(x[2], int) or m.root.attributes["groups"] != 1:
+        return False  # in groups there are few weights
+    sizes = [size for size in y[2:] if isinstance(size, int)]
+    return len(sizes) == len(y) - 2 and math.prod(sizes) <= MOST and (x[0] != 1 or _is_pointwise(m))
 
-    weight: (out, in, *rows, columns), whose first column lies `before` columns in front of the first output's place.
-    Returns (together / stride · out, together · in, *rows, columns of the new kind), and how many of those lie before
-    and behind the output's place; channels and outputs of one column stay side by side.
+
+def _is_pointwise(m: Match) -> bool:
+    """Whether each pixel of the result is of the one pixel of the input that is at its place."""
+    site, kernel = m.root.attributes, m.weight.shape[2:]
+    return {*kernel, *site["stride"]} == {1} and not any(site["padding"])
+
+
+def _shape(m: Match) -> tuple[int, ...]:
+    """Of the result, as checked: its batch may have a name."""
+    return tuple(m.root.result.shape or ())  # type: ignore[arg-type]
+
+
+def _one_tall_image(op: Builder, m: Match) -> Value:
+    """Several images below each other, as one. Rows of the zero point in between are the padding of both neighbours.
+
+    The first axis of space is that of rows. A gap is as wide as the padding, and makes an image with its gap a whole
+    number of strides high; what is computed from gaps is cut off.
     """
-    columns, each = weight.shape[-1], together // stride
-    first = -(-before // together)
-    last = max(0, ((each - 1) * stride + columns - 1 - before) // together)
-    spread = weight.new_zeros(each, *weight.shape[:-1], (first + last + 1) * together)
-    for index in range(each):
-        start = first * together + index * stride - before
-        spread[index, ..., start : start + columns] = weight
-    split = spread.reshape(*spread.shape[:-1], -1, together).movedim(-1, 2)
-    return split.flatten(2, 3).flatten(0, 1).contiguous(), first, last
+    if m.x.shape[0] == 1:
+        raise Declined("there is one image")
+    weight, _, bias = stored(op, m)
+    site, rank, rows, (_, _, written, *_) = m.root.attributes, weight.dim(), m.x.shape[2], _shape(m)
+    stride, reach = site["stride"][0], (weight.shape[2] - 1) * site["dilation"][0]
+    padding = list(site["padding"])
+    top, bottom = padding[0], padding[rank - 2]
+    gap = max(top, bottom)
+    gap += -(rows + gap) % stride
+    padding[rank - 2] = max(0, reach + 1 - stride - top)
+    each = (rows + gap) // stride
+    if each < written:
+        raise Declined("it is padded with more than its windows reach")
+
+    x = channels_last(op, m.x, rank)
+    if gap:
+        around = [0] * 2 * rank
+        around[rank + 1] = gap
+        x = op.pad(x, padding=tuple(around), value=scalar(op.graph, m.zero_point))
+    rest = [0] * (rank - 2)  # of a reshape: as they are
+    x = op("onnx.Reshape", x, op.constant(torch.tensor([1, -1, *rest])))
+    y = emit(op, m, "com.microsoft.QLinearConv", x, m.weight, m.weight_scale, bias,
+             {**site, "padding": tuple(padding)}, channels_last=1)  # fmt: skip
+    y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, each, *rest])))
+    if each > written:
+        y = op.slice(y, axis=1, start=0, end=written)
+    return channels_first(op, y, rank)
+
+
+def _product(op: Builder, m: Match) -> Value:
+    """Each pixel is a row: the kernel of products shares the outputs among threads, and reads each weight once."""
+    if not _is_pointwise(m):
+        raise Declined("its windows are more than a pixel")
+    weight, weight_scale, bias = stored(op, m)
+    rank, (outputs, channels) = weight.dim(), weight.shape[:2]
+    x = op("onnx.Reshape", channels_last(op, m.x, rank), op.constant(torch.tensor([-1, channels])))
+    weight, result = weight.reshape(outputs, channels), (m.y_scale, m.y_zero_point)
+    y = quantized_gemm(op, (x, m.scale, m.zero_point), weight, weight_scale, bias, result)
+    y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, *_shape(m)[2:], outputs])))
+    return channels_first(op, y, rank)
 
 
 # --- padding -------------------------------------------------------------------------------------------------------
@@ -158,14 +162,11 @@ def _pad_inside(op: Builder, m: Match) -> Value:
     return op.conv_int8(m.x, *m.root.operands[1:], **given)
 
 
-SHALLOW = Choice(
-    "shallow-conv",
-    _conv,
-    {"columns as channels": _columns_as_channels, "QLinearConv": _qlinear_conv},
-    check=_is_shallow,
+PADDING = Rule("pad-into-conv", _padded, _pad_inside, check=_pads_with_zero_point)
+SMALL = Choice(
+    "small-conv",
+    pattern,
+    {"QLinearConv": qlinear_conv, "one tall image": _one_tall_image, "QGemm": _product},
+    check=_is_small,
 )
-STAGES = (
-    (Rule("pad-into-conv", _padded, _pad_inside, check=_pads_with_zero_point),),
-    (SHALLOW,),
-    (Rule("qlinear-conv", _conv, _qlinear_conv),),
-)
+PLAIN = Rule("qlinear-conv", pattern, qlinear_conv)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphopt.backends import onnxruntime_conv, onnxruntime_linear_int8
+from graphopt.backends import onnxruntime_conv, onnxruntime_conv_shallow, onnxruntime_linear_int8
 from graphopt.backends.onnxruntime_linear import Rows
 from graphopt.dialects import onnx_export
 from graphopt.graph import Graph, Node, Value
@@ -159,6 +159,7 @@ def _product_to_float(op: Builder, m: Match) -> Value:
 
 
 ISLANDS = (
+    onnxruntime_conv.PLAIN,
     onnxruntime_linear_int8.TO_FLOAT,
     Rule("qlinear-add", _add_pattern, _qlinear_add),
     Rule("qlinear", _quantized_pattern, _qlinear, check=lambda m: island(m.root) is not None),
@@ -172,4 +173,5 @@ def stages() -> Sequence[Sequence[Rule | Choice]]:
     """For one graph."""
     to_integers = (onnxruntime_linear_int8.to_integers(Rows()),)
     to_float = onnxruntime_linear_int8.DYNAMIC, onnxruntime_linear_int8.STATIC
-    return to_integers, to_float, *onnxruntime_conv.STAGES, ISLANDS, PRODUCTS
+    convs = (onnxruntime_conv.PADDING,), (onnxruntime_conv_shallow.SHALLOW,), (onnxruntime_conv.SMALL,)
+    return to_integers, to_float, *convs, ISLANDS, PRODUCTS

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from graphopt.backends import onnxruntime_weights
 from graphopt.backends.onnxruntime_linear import Rows, stored_tensor
@@ -99,6 +102,19 @@ def _made_by(quantize: Node) -> tuple[Node, ...]:
     return (node, *between) if fits else ()
 
 
+def quantized_gemm(
+    op: Builder, x: Sequence[Value | None], weight: Tensor, scales: Tensor, bias: Tensor | None, y: Sequence[Value]
+) -> Value:
+    """A product whose result is rounded inside.
+
+    x: (rows, in) of uint8, its scale and zero point; y: those of the result. weight: (out, in) of int8, with a scale
+    for each output; bias: of as many, in int32 steps.
+    """
+    stored = weight.t().contiguous(), scales, torch.zeros_like(scales, dtype=torch.int8)  # as many, or it is refused
+    steps = None if bias is None else op.constant(bias)
+    return op("com.microsoft.QGemm", *x, *map(op.constant, stored), steps, *y)
+
+
 def to_integers(rows: Rows) -> Choice:
     """A linear in front of a quantize: its result in floats, or rounded inside the product.
 
@@ -109,16 +125,15 @@ def to_integers(rows: Rows) -> Choice:
     def gemm(op: Builder, m: Match) -> Value:
         linear = _made_by(m.root)[0]
         x, (scale, zero_point) = linear.input, linear.operands[1:3]
-        weight, weight_scale = linear.required("weight"), linear.required("weight_scale")
-        bias = linear.bias and op.constant(onnxruntime_weights.bias_steps(
-            *(stored_tensor(linear, value) for value in (linear.bias, scale, weight_scale))
-        ))
-        zeros = torch.zeros_like(stored_tensor(linear, weight_scale), dtype=torch.int8)  # as many, or it is refused
-        product = op(
-            "com.microsoft.QGemm", rows.flat(op, x), scale, zero_point,
-            _stored_kn(op, weight), weight_scale, op.constant(zeros), bias, m.scale, m.zero_point,
-        )  # fmt: skip
-        return rows.back(op, product, x, stored_tensor(linear, weight).shape[0])
+        weight, scales = (stored_tensor(linear, linear.required(name)) for name in ("weight", "weight_scale"))
+        bias = None
+        if linear.bias is not None:
+            bias = onnxruntime_weights.bias_steps(
+                stored_tensor(linear, linear.bias), stored_tensor(linear, scale), scales
+            )
+        flat, result = (rows.flat(op, x), scale, zero_point), (m.scale, m.zero_point)
+        product = quantized_gemm(op, flat, weight, scales, bias, result)
+        return rows.back(op, product, x, weight.shape[0])
 
     return Choice(
         "linear-to-integers",
