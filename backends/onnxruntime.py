@@ -16,7 +16,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from graphopt.backend import LoweringError, Runner
-from graphopt.backends import onnxruntime_float, onnxruntime_int8, onnxruntime_weights
+from graphopt.backends import onnxruntime_conv, onnxruntime_float, onnxruntime_int8, onnxruntime_weights
 from graphopt.backends.choices import Measuring
 from graphopt.backends.onnx_target import OnnxTarget
 from graphopt.dialects import onnx_export, onnx_run
@@ -84,11 +84,10 @@ class OnnxRuntime(OnnxTarget):
         if isinstance(runner, OrtRunner):
             merged = runner.parts() - sum(len(site.results) - 1 for site in neutral.sites("onnx.Split"))
             built["MatMulIntegerToFloat"] += merged
+            of_pixels = onnxruntime_conv.products(runner.model)
+            built["QGemm"], built["QLinearConv"] = built["QGemm"] - of_pixels, built["QLinearConv"] + of_pixels
             built["GatherBlockQuantized"] += onnxruntime_weights.tables(runner.model)
         promised = onnxruntime_int8.promised(neutral)
-        # A pointwise convolution may have become a product too: what there are more of than linears.
-        products = sum(built[kernel] for kernel in INT8_KERNELS["linear_int8"])
-        built["QLinearConv"] += min(built["QGemm"], max(0, products - len(promised["linear_int8"])))
         for word, kernels in INT8_KERNELS.items():
             kinds = " and ".join(dict.fromkeys(site.kind for site in promised[word]))
             _require_kernels(built, kinds, kernels, promised[word])

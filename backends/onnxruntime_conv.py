@@ -1,7 +1,7 @@
 """Int8 convolutions on onnxruntime: one image after the other, several as one, or as a product of matrices.
 
-Its kernel reads all of the weights for every few pixels: with 2 threads, for each tenth of an image, of a small one for
-each 4 or 6 pixels. Where multiplying is fast, reading takes longer.
+Its kernel takes a few pixels at a time, and reads all of the weights for them: 4 or 6 of a small image, more only where
+an image has more than 5 times that for each thread. Where multiplying is fast, reading takes longer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weig
     return op.conv_int8(x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
 
 
-def stored(op: Builder, m: Match) -> tuple[Tensor, Tensor, Tensor | None]:
+def stored_parameters(op: Builder, m: Match) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight, its scales, and the bias in int32 steps of scale · weight_scale (ONNX QLinearConv)."""
     weight, scale, weight_scale = (op.graph.constant(one) for one in (m.weight, m.scale, m.weight_scale))
     if weight is None or scale is None or weight_scale is None:
@@ -53,7 +54,7 @@ def emit(
 
 
 def qlinear_conv(op: Builder, m: Match) -> Value:
-    _, _, bias = stored(op, m)
+    _, _, bias = stored_parameters(op, m)
     return emit(op, m, "onnx.QLinearConv", m.x, m.weight, m.weight_scale, bias, m.root.attributes)
 
 
@@ -96,17 +97,17 @@ def _one_tall_image(op: Builder, m: Match) -> Value:
     """
     if m.x.shape[0] == 1:
         raise Declined("there is one image")
-    weight, _, bias = stored(op, m)
+    weight, _, bias = stored_parameters(op, m)
     site, rank, rows, (_, _, written, *_) = m.root.attributes, weight.dim(), m.x.shape[2], _shape(m)
     stride, reach = site["stride"][0], (weight.shape[2] - 1) * site["dilation"][0]
     padding = list(site["padding"])
     top, bottom = padding[0], padding[rank - 2]
     gap = max(top, bottom)
     gap += -(rows + gap) % stride
+    if top > reach:
+        raise Declined("it is padded with more than its windows reach")
     padding[rank - 2] = max(0, reach + 1 - stride - top)
     each = (rows + gap) // stride
-    if each < written:
-        raise Declined("it is padded with more than its windows reach")
 
     x = channels_last(op, m.x, rank)
     if gap:
@@ -127,13 +128,28 @@ def _product(op: Builder, m: Match) -> Value:
     """Each pixel is a row: the kernel of products shares the outputs among threads, and reads each weight once."""
     if not _is_pointwise(m):
         raise Declined("its windows are more than a pixel")
-    weight, weight_scale, bias = stored(op, m)
+    weight, weight_scale, bias = stored_parameters(op, m)
     rank, (outputs, channels) = weight.dim(), weight.shape[:2]
     x = op("onnx.Reshape", channels_last(op, m.x, rank), op.constant(torch.tensor([-1, channels])))
-    weight, result = weight.reshape(outputs, channels), (m.y_scale, m.y_zero_point)
-    y = quantized_gemm(op, (x, m.scale, m.zero_point), weight, weight_scale, bias, result)
+    matrix = weight.reshape(outputs, channels)
+    y = quantized_gemm(op, (x, m.scale, m.zero_point), matrix, weight_scale, bias, (m.y_scale, m.y_zero_point))
     y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, *_shape(m)[2:], outputs])))
     return channels_first(op, y, rank)
+
+
+def products(model: ir.Model) -> int:
+    """How many pointwise convolutions of a lowered model are products: their rows were channels that came first."""
+    return sum(node.op_type == "QGemm" and _reads_pixels(node) for node in model.graph)
+
+
+def _reads_pixels(node: ir.Node) -> bool:
+    reshape = node.inputs[0].producer() if node.inputs[0] is not None else None
+    source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    transpose = source.producer() if source is not None else None
+    if transpose is None or transpose.op_type != "Transpose":
+        return False
+    order = transpose.attributes["perm"].as_ints()
+    return list(order) == [0, *range(2, len(order)), 1]
 
 
 # --- padding -------------------------------------------------------------------------------------------------------

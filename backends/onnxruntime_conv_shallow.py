@@ -47,7 +47,7 @@ def _columns_as_channels(op: Builder, m: Match) -> Value:
     The same sums: zeros fill the windows up. For 3 channels and a 7x7 window at stride 2, 1.7 times the multiplications
     take half the time.
     """
-    weight, weight_scale, bias = onnxruntime_conv.stored(op, m)
+    weight, weight_scale, bias = onnxruntime_conv.stored_parameters(op, m)
     site, rank = dict(m.root.attributes), weight.dim()
     together, stride = _together(weight.shape[1], site["stride"][-1]), site["stride"][-1]
     several, before, after = columns_as_channels(weight, stride, site["padding"][rank - 3], together)

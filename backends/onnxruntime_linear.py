@@ -20,7 +20,7 @@ class Siblings:
 
     def stages(self) -> Sequence[Sequence[Rule | Choice]]:
         """The choice at the first of several, and behind it the rules by which the others read the merged result."""
-        kinds: dict[str, Callable[..., Pattern]] = {"siblings": _linear, "int8-siblings": _linear_int8}
+        kinds: dict[str, Callable[..., Pattern]] = {"siblings": _linear, "int8-siblings": linear_int8}
         choices = [
             Choice(name, pattern, {"separate": None, "merged": self.merge}, check=self._leads, around=self._around)
             for name, pattern in kinds.items()
@@ -62,8 +62,8 @@ def _linear(op: Recorder, x: str, weight: str, bias: str | None = None) -> Patte
     return op.linear(x, weight, bias)
 
 
-def _linear_int8(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
-                 bias: str | None = None) -> Pattern:  # fmt: skip
+def linear_int8(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
+                bias: str | None = None) -> Pattern:  # fmt: skip
     return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
 
 
@@ -96,19 +96,20 @@ def stored_tensor(linear: Node, value: Value | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """What kernels for matrices read and write, where a graph has more axes; shapes to go back to are made once."""
+    """What kernels for matrices read and write, where a graph has more axes.
+
+    For one pass of a rule over a graph: shapes to go back to are made once, and later sites read them.
+    """
 
     made: dict[tuple[Graph, Shape], Value] = field(default_factory=dict)
 
-    def flat(self, op: Builder, x: Value) -> Value:
-        """The last axis of x, and all others in one."""
-        assert x.shape is not None  # as checked
-        return x if len(x.shape) == 2 else op("onnx.Reshape", x, op.constant(torch.tensor([-1, x.shape[-1]])))
+    def flat(self, op: Builder, x: Value, width: int) -> Value:
+        """The last axis of x, which is `width` long, and all others in one."""
+        return x if x.rank == 2 else op("onnx.Reshape", x, op.constant(torch.tensor([-1, width])))
 
     def back(self, op: Builder, product: Value, x: Value, width: int) -> Value:
         """A product of x made flat, with the axes of x but the last, which is `width` long."""
-        assert x.shape is not None  # as checked
-        return product if len(x.shape) == 2 else op("onnx.Reshape", product, self._shape(op, x, width))
+        return product if x.rank == 2 else op("onnx.Reshape", product, self._shape(op, x, width))
 
     def _shape(self, op: Builder, x: Value, width: int) -> Value:
         """The shape of x with another last axis: a constant where at most one axis is open."""
@@ -136,8 +137,9 @@ class Biases:
         if _open_axes(m.x) > 1 and any(kind == "onnx.Split" or "attention" in kind.lower() for kind in readers):
             raise Declined("two axes are open, and the engine would lose the width that a split or attention needs")
         weight = stored_tensor(m.root, m.weight).t().contiguous()
-        product = op("onnx.Gemm", self.rows.flat(op, m.x), op.constant(weight), m.bias)
-        return self.rows.back(op, product, m.x, weight.shape[1])
+        into, out = weight.shape
+        product = op("onnx.Gemm", self.rows.flat(op, m.x, into), op.constant(weight), m.bias)
+        return self.rows.back(op, product, m.x, out)
 
 
 def _open_axes(x: Value) -> int:

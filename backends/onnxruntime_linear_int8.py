@@ -8,15 +8,10 @@ import torch
 from torch import Tensor
 
 from graphopt.backends import onnxruntime_weights
-from graphopt.backends.onnxruntime_linear import Rows, stored_tensor
+from graphopt.backends.onnxruntime_linear import Rows, linear_int8, stored_tensor
 from graphopt.graph import Node, Value
 from graphopt.quantizing.numbers import saturates
 from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule, scalar
-
-
-def _linear(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
-            bias: str | None = None) -> Pattern:  # fmt: skip
-    return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
 
 
 def _stored_kn(op: Builder, weight: Value) -> Value:
@@ -86,7 +81,8 @@ def _quantized(op: Recorder, y: str, scale: str, zero_point: str) -> Pattern:
 def _made_by(quantize: Node) -> tuple[Node, ...]:
     """The linear whose result a quantize alone reads, with all but its rows stored, and a relu or clip behind it.
 
-    Empty where there is none, or saturation does not do the work of what is between. In topological order.
+    Empty where there is none, where saturation does not do the work of what is between, or where another word reads the
+    integers: a product of two activations wants those on its right 128 lower. In topological order.
     """
     scale, zero_point = (scalar(quantize.graph, quantize.operand(name)) for name in ("scale", "zero_point"))
     node, between = quantize.input.producer, list[Node]()
@@ -98,8 +94,13 @@ def _made_by(quantize: Node) -> tuple[Node, ...]:
     stored = all(value.is_constant for value in parameters if value is not None)
     alone = all(len(one.result.users) == 1 and not one.result.is_output for one in (node, *between))
     rows = x is not None and (x.rank or 0) > 1 and quantize.result.dtype is torch.uint8
-    fits = stored and alone and rows and all(saturates(one, scale, zero_point) for one in between)
+    read = all(user.kind in ("linear_int8", "conv_int8", "add_int8") for user in quantize.result.users)
+    fits = stored and alone and rows and read and all(saturates(one, scale, zero_point) for one in between)
     return (node, *between) if fits else ()
+
+
+_ROOM = 2**30
+"""Steps that a bias may have where the sums of products, in int32, begin at it."""
 
 
 def quantized_gemm(
@@ -126,14 +127,13 @@ def to_integers(rows: Rows) -> Choice:
         linear = _made_by(m.root)[0]
         x, (scale, zero_point) = linear.input, linear.operands[1:3]
         weight, scales = (stored_tensor(linear, linear.required(name)) for name in ("weight", "weight_scale"))
-        bias = None
-        if linear.bias is not None:
-            bias = onnxruntime_weights.bias_steps(
-                stored_tensor(linear, linear.bias), stored_tensor(linear, scale), scales
-            )
-        flat, result = (rows.flat(op, x), scale, zero_point), (m.scale, m.zero_point)
-        product = quantized_gemm(op, flat, weight, scales, bias, result)
-        return rows.back(op, product, x, weight.shape[0])
+        bias, step = linear.bias, stored_tensor(linear, scale)
+        steps = None if bias is None else onnxruntime_weights.bias_steps(stored_tensor(linear, bias), step, scales)
+        if steps is not None and steps.long().abs().max() > _ROOM:
+            raise Declined("its bias, in steps of its products, leaves them no room in 32 bits")
+        out, into = weight.shape
+        flat, result = (rows.flat(op, x, into), scale, zero_point), (m.scale, m.zero_point)
+        return rows.back(op, quantized_gemm(op, flat, weight, scales, steps, result), x, out)
 
     return Choice(
         "linear-to-integers",
@@ -146,7 +146,7 @@ def to_integers(rows: Rows) -> Choice:
 
 DYNAMIC = Choice(
     "dynamic-linear",
-    _linear,
+    linear_int8,
     {
         "DynamicQuantizeMatMul": _dynamic_matmul,
         "MatMulIntegerToFloat": _shared_integers,
@@ -157,9 +157,9 @@ DYNAMIC = Choice(
 )
 STATIC = Choice(
     "static-linear",
-    _linear,
+    linear_int8,
     {"MatMulIntegerToFloat": _integer_to_float, "MatMulNBits": _matmul_nbits},
     check=_is_static,
     around=lambda m: [m.x.producer, *m.x.users],
 )
-TO_FLOAT = Rule("matmul-integer-to-float", _linear, _integer_to_float)
+TO_FLOAT = Rule("matmul-integer-to-float", linear_int8, _integer_to_float)

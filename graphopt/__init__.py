@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from graphopt.pipeline import PassError, UsageError
     from graphopt.sensitivity import sensitivity
 
-# From 1.29 on onnxruntime reports its sessions to its maker, models and all; it looks here once, when it is imported.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# From 1.29 on onnxruntime reports its sessions to its maker, with names and hashes of models; it looks here once, when
+# it is imported.
+os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
 
 __version__ = "0.1.0"
 __all__ = [

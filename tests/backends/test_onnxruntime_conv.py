@@ -1,4 +1,4 @@
-"""Int8 convolutions on onnxruntime: forms in which its fastest kernel takes them."""
+"""Int8 convolutions on onnxruntime: forms in which its fastest kernel takes them, and those of small images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphopt.backends import onnxruntime_conv, onnxruntime_conv_shallow
+from graphopt.backend import LoweringError
+from graphopt.backends import (
+    onnxruntime_conv,
+    onnxruntime_conv_shallow,
+    onnxruntime_linear,
+    onnxruntime_linear_int8,
+)
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.dialects import onnx_export, onnx_run
 from graphopt.dialects.onnx import OnnxGraph
@@ -151,8 +157,54 @@ def test_several_images_as_one_give_the_same_integers(geometry: str) -> None:
     x = images(text)
     expected = ran(lowered(text, "QLinearConv", onnxruntime_conv.SMALL), x, "disable")
     assert expected.float().std() > 10 and expected.shape[0] == 3
+    tall = lowered(text, "one tall image", onnxruntime_conv.SMALL)
     for level in ("disable", "all"):
-        assert torch.equal(ran(lowered(text, "one tall image", onnxruntime_conv.SMALL), x, level), expected)
+        assert torch.equal(ran(tall, x, level), expected)
+    if geometry != "no batch axis that is open":
+        assert torch.equal(ran(tall, x[:1]), expected[:1])
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "space"),
+    [
+        ("n,8,9", "16,8,1", "stride=[1], padding=[0,0], dilation=[1]"),
+        ("n,8,9", "16,8,3", "stride=[2], padding=[0,3], dilation=[2]"),
+        ("n,8,3,4,5", "16,8,1,1,1", "stride=[1,1,1], padding=[0,0,0,0,0,0], dilation=[1,1,1]"),
+        ("n,8,4,5,5", "16,8,3,2,3", "stride=[2,1,1], padding=[1,0,1,2,1,1], dilation=[1,1,1]"),
+    ],
+)
+def test_small_images_of_one_and_three_axes(x: str, weight: str, space: str) -> None:
+    text = (
+        f"y = conv_int8(x[{x}]:uint8, S[]:values(0.02), Z[]:values(114):uint8, W[{weight}]:values(-63,33,57,60):int8, "
+        f"V[16]:values(0.01,0.02), T[]:values(0.2), U[]:values(100):uint8, {space}, groups=1)"
+    )
+    steps = images(text)
+    expected = ran(lowered(text, "QLinearConv", onnxruntime_conv.SMALL), steps, "disable")
+    assert expected.float().std() > 10
+    assert torch.equal(ran(lowered(text, "one tall image", onnxruntime_conv.SMALL), steps), expected)
+    if "padding=[0,0]" in space or "padding=[0,0,0,0,0,0]" in space:
+        product = ran(lowered(text, "QGemm", onnxruntime_conv.SMALL), steps)
+        assert product.shape == expected.shape and (product.int() - expected.int()).abs().max() <= 1
+
+
+def test_products_of_linears_do_not_count_as_convolutions() -> None:
+    linears = """
+        i = quantize(f[b,24], S[]:values(0.02), Z[]:values(114):uint8)
+        j = quantize(linear_int8(i, S, Z, L[16,24]:int8, M[16]:values(0.1)), S, Z)
+        z = linear_int8(j, S, Z, N[8,16]:int8, O[8]:values(0.01))"""
+    conv = SMALL.format(**{**POINTWISE, **GEOMETRIES["3x3"]}).replace("S[]:values(0.02), Z[]:values(114):uint8", "S, Z")
+    pointwise = SMALL.format(**POINTWISE).replace("S[]:values(0.02), Z[]:values(114):uint8", "S, Z")
+    target, closing = OnnxRuntime(), onnxruntime_linear_int8.to_integers(onnxruntime_linear.Rows())
+    alone, three, one = (build("onnx", f"{linears}{more}") for more in
+                         ("", f"\n{conv}\nreturn y, z", f"\n{pointwise}\nreturn y, z"))  # fmt: skip
+    made, both = alone.clone(), one.clone()
+    rewrite(made, [closing.only("QGemm")])
+    rewrite(both, [closing.only("QGemm"), onnxruntime_conv.SMALL.only("QGemm")])
+    target.check(alone, target.compile(target.lower(made)[0]))
+    target.check(one, target.compile(target.lower(both)[0]))
+    for without in (three, one):
+        with pytest.raises(LoweringError, match="1 conv_int8 were promised and onnxruntime built 0"):
+            target.check(without, target.compile(target.lower(made)[0]))
 
 
 @pytest.mark.parametrize("n", ["n", 1, 3])
@@ -196,8 +248,17 @@ def test_other_images_are_convolved_one_by_one(geometry: dict[str, int | str]) -
     assert not onnxruntime_conv.SMALL.matches(build("onnx", SMALL.format(**{**POINTWISE, **geometry})))
 
 
-def test_padding_beyond_the_reach_of_windows_fits_no_gap() -> None:
-    graph = build("onnx", SMALL.format(**{**POINTWISE, "kh": 2, "kw": 2, "p": "2,2,2,2"}))
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        dict(kh=2, kw=2, p="2,2,2,2"),
+        dict(kh=2, kw=2, p="2,0,0,0"),
+        dict(s=2, r=2, p="1,1,1,1", h=8, w=8),
+        dict(s=8, p="1,0,0,0"),
+    ],
+)
+def test_padding_beyond_the_reach_of_windows_fits_no_gap(geometry: dict[str, int | str]) -> None:
+    graph = build("onnx", SMALL.format(**{**POINTWISE, **geometry}))
     (log,) = rewrite(graph, [onnxruntime_conv.SMALL.only("one tall image")]).values()
     assert list(log.declined.values()) == ["it is padded with more than its windows reach"]
 

@@ -312,7 +312,7 @@ def closed(rows: str, between: str, zero: int, bias: str = "") -> str:
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("bias", ["", ", B[16]"])
-@pytest.mark.parametrize(("between", "zero"), [("relu({})", 0), ("{}", 100)])
+@pytest.mark.parametrize(("between", "zero"), [("relu({})", 0), ("{}", 100)], ids=["relu", "alone"])
 @pytest.mark.parametrize("rows", ["b,", "b,t,", "2,t,", "2,6,"])
 def test_a_linear_in_front_of_a_quantize_gives_floats_or_integers(
     rows: str, between: str, zero: int, bias: str, level: str, tmp_path: Path
@@ -341,10 +341,34 @@ def test_a_linear_in_front_of_a_quantize_gives_floats_or_integers(
 
 @pytest.mark.parametrize(
     ("between", "zero"),
-    [("relu({})", 100), ("tanh({})", 0), ("{}\n    z = tanh(h)", 0)],
-    ids=["cut by more than integers", "another word between", "read in floats"],
+    [("relu({})", 100), ("clip({}, low=0.0, high=1.0)", 0), ("tanh({})", 0), ("{}\n    z = tanh(h)", 0)],
+    ids=["cut by more than integers", "cut above too", "another word between", "read in floats"],
 )
 def test_a_linear_whose_floats_are_needed_gives_no_integers(between: str, zero: int) -> None:
     text = closed("b,", between, zero)
     graph = build("onnx", text.replace("j, y", "j, y, z") if "z =" in text else text)
     assert not onnxruntime_linear_int8.to_integers(onnxruntime_linear.Rows()).matches(graph)
+
+
+def test_integers_that_a_product_of_activations_reads_are_made_of_floats() -> None:
+    """It wants them 128 lower on its right, which a quantize gives and a linear does not."""
+    linear, product = "linear_int8(j, T, Y, V", "matmul(dequantize(p[b,t,t]:uint8, T, Y), dequantize(j, T, Y)) #"
+    text = closed("b,t,", "{}", 100).replace(linear, product)
+    assert not onnxruntime_linear_int8.to_integers(onnxruntime_linear.Rows()).matches(build("onnx", text))
+
+
+def test_a_bias_without_room_in_integers_is_added_in_floats() -> None:
+    text = closed("b,", "{}", 100, ", B[16]").replace("R[16]:values(0.1,0.05)", "R[16]:values(0.000000000001)")
+    choice = onnxruntime_linear_int8.to_integers(onnxruntime_linear.Rows())
+    assert declined(text, choice, "QGemm") == ["its bias, in steps of its products, leaves them no room in 32 bits"]
+
+
+def test_rows_whose_width_has_a_name_are_made_flat() -> None:
+    """As behind an operator whose result the engine's inference does not size."""
+    graph = build("onnx", "y = linear(x[a,b,c], W[16,8], B[16])")
+    made = graph.clone()
+    (log,) = rewrite(made, [onnxruntime_linear.Biases().choice().only("Gemm")]).values()
+    assert (log.hits, log.declined) == (1, {})
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    (expected,) = graph.evaluate({"x": x}, graph.outputs)
+    assert within_tolerance(expected, OnnxRuntime().compile(made)({"x": x})[0])

@@ -50,7 +50,7 @@ def test_trace_by_the_environment(model: Path) -> None:
 @pytest.mark.parametrize("first", ["graphopt", "onnxruntime"])
 def test_nothing_is_reported_to_the_maker_of_an_engine(first: str, model: Path, tmp_path: Path) -> None:
     unset = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI")  # what keeps onnxruntime from it
-    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9"}  # nobody there
     environment = {name: value for name, value in os.environ.items() if name not in unset} | home
     probe = (
         f"import {first}, graphopt; graphopt.optimize({str(model)!r}, measure=False)\n"
