@@ -16,7 +16,13 @@ import onnxruntime as ort
 from torch import Tensor
 
 from graphopt.backend import LoweringError, Runner
-from graphopt.backends import onnxruntime_conv, onnxruntime_float, onnxruntime_int8, onnxruntime_weights
+from graphopt.backends import (
+    onnxruntime_conv,
+    onnxruntime_float,
+    onnxruntime_int8,
+    onnxruntime_unsigned,
+    onnxruntime_weights,
+)
 from graphopt.backends.choices import Measuring
 from graphopt.backends.onnx_target import OnnxTarget
 from graphopt.dialects import onnx_export, onnx_run
@@ -65,8 +71,10 @@ class OnnxRuntime(OnnxTarget):
         return "fold-int8"
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
+        saturating = self.weight_bits() < 8
+        integers = onnxruntime_int8.stages(signed=not saturating)
         weights = onnxruntime_weights.RULES, onnxruntime_weights.FOLDED
-        return *onnxruntime_float.stages(), *onnxruntime_int8.stages(), *weights
+        return *onnxruntime_float.stages(), *integers, *weights, onnxruntime_unsigned.RULES * saturating
 
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}"

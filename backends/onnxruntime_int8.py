@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def _qlinear_add(op: Builder, m: Match) -> Value:
               m.y_scale, m.y_zero_point)  # fmt: skip
 
 
-def _quantized_pattern(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
+def _quantized(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
     return op.quantize(x, scale, zero_point)
 
 
@@ -86,7 +87,7 @@ def _is_u8(node: Node) -> bool:
     return stored and scale.rank == 0 and zero_point is not None and zero_point.dtype is torch.uint8
 
 
-def _qlinear(op: Builder, m: Match) -> Value:
+def _qlinear(op: Builder, m: Match, signed: bool) -> Value:
     """One operator computes without leaving integers."""
     word = island(m.root)
     assert word is not None  # checked
@@ -97,7 +98,7 @@ def _qlinear(op: Builder, m: Match) -> Value:
     attributes: dict[str, Any] = {}
     match word.kind:
         case "matmul":
-            sides, domain = [*sides[:3], *_signed(op, *sides[3:])], "onnx"
+            sides, domain = [*sides[:3], *(_signed(op, *sides[3:]) if signed else sides[3:])], "onnx"
         case "softmax":
             attributes = {"axis": given["axis"], "opset": 13}  # since when it is along one axis
         case "concat":
@@ -151,27 +152,26 @@ def _matmul_pattern(op: Recorder, a: str, b: str) -> Pattern:
     return op.matmul(a, b)
 
 
-def _product_to_float(op: Builder, m: Match) -> Value:
+def _product_to_float(op: Builder, m: Match, signed: bool) -> Value:
     """Two activations, and a result that is read in float."""
     a, a_scale, a_zero_point, *right = _sides(m.root)
-    b, b_scale, b_zero_point = _signed(op, *right)
+    b, b_scale, b_zero_point = _signed(op, *right) if signed else right
     return op("com.microsoft.MatMulIntegerToFloat", a, b, a_scale, b_scale, a_zero_point, b_zero_point)
 
 
-ISLANDS = (
-    onnxruntime_conv.PLAIN,
-    onnxruntime_linear_int8.TO_FLOAT,
-    Rule("qlinear-add", _add_pattern, _qlinear_add),
-    Rule("qlinear", _quantized_pattern, _qlinear, check=lambda m: island(m.root) is not None),
-    onnx_export.DYNAMIC_QUANTIZE,
-)
-PRODUCTS = (Rule("product-to-float", _matmul_pattern, _product_to_float, check=lambda m: reads_u8(m.root)),)
-"""Behind the islands: what is left has a result in float."""
-
-
-def stages() -> Sequence[Sequence[Rule | Choice]]:
-    """For one graph."""
+def stages(signed: bool = True) -> Sequence[Sequence[Rule | Choice]]:
+    """For one graph. signed: the right side of a product of activations in int8, where that is faster and fits."""
     to_integers = (onnxruntime_linear_int8.to_integers(Rows()),)
     to_float = onnxruntime_linear_int8.DYNAMIC, onnxruntime_linear_int8.STATIC
     convs = (onnxruntime_conv.PADDING,), (onnxruntime_conv_shallow.SHALLOW,), (onnxruntime_conv.SMALL,)
-    return to_integers, to_float, *convs, ISLANDS, PRODUCTS
+    islands = (
+        onnxruntime_conv.PLAIN,
+        onnxruntime_linear_int8.TO_FLOAT,
+        Rule("qlinear-add", _add_pattern, _qlinear_add),
+        Rule("qlinear", _quantized, partial(_qlinear, signed=signed), check=lambda m: island(m.root) is not None),
+        onnx_export.DYNAMIC_QUANTIZE,
+    )
+    product = partial(_product_to_float, signed=signed)
+    # Behind the islands: what is left has a result in float.
+    products = (Rule("product-to-float", _matmul_pattern, product, check=lambda m: reads_u8(m.root)),)
+    return to_integers, to_float, *convs, islands, products

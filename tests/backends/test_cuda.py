@@ -108,9 +108,10 @@ def test_weights_are_the_integers_of_the_cpu_target(scheme: str) -> None:
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
     found, calibration = [], [{"input": torch.randn(9, 128)}]
+    bits = 8 if scheme == "weight-only" else 7  # what does not saturate on any CPU
     for target in ("cuda", "onnxruntime"):
         small = graphopt.optimize(
-            module, f"quantize{{scheme={scheme},rounding=nearest,bits=8}}", target=target,
+            module, f"quantize{{scheme={scheme},rounding=nearest,bits={bits}}}", target=target,
             calibration=calibration, example_inputs=torch.randn(3, 128), measure=False,
         )  # fmt: skip
         graph: Graph = small.graph

@@ -25,8 +25,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.uint8, seed: int = 0) -> Tensor:
-    info = torch.iinfo(dtype)
-    return torch.randint(info.min, info.max, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    """uint8 in all of its range; int8, of which weights are, so that products of the two saturate on no CPU."""
+    low, high = (-64, 64) if dtype is torch.int8 else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 SCALE, ZERO = torch.tensor(2.0**-5), torch.tensor(117, dtype=torch.uint8)  # a power of two: no rounding of 1 / scale

@@ -116,6 +116,7 @@ def test_static_files(
         str(source), str(path := tmp_path / "int8.onnx"), Batches(), per_channel=per_channel,
         quant_format=quantization.QuantFormat[form], activation_type=quantization.QuantType[activations],
         weight_type=quantization.QuantType[weights],
+        reduce_range=form == "QOperator",  # as what the file itself computes saturates on a CPU without VNNI
     )  # fmt: skip
     feeds = {"x": batch(9)}
     result = graphopt.optimize(path, example_inputs=feeds)

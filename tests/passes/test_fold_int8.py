@@ -29,7 +29,7 @@ def test_static_linear(dialect: str) -> None:
 
 def test_dynamic_linears_share_their_parameters(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[2,8], W[4,8])\nb = linear(x, V[4,8])\nreturn a, b")
-    run(Quantize(scheme="dynamic"), graph)
+    run(Quantize(scheme="dynamic", bits=7), graph)  # what the engine multiplies saturates on no CPU
     original = graph.clone()
     run(FoldInt8(), graph)
     assert [node.kind for node in graph.nodes] == ["choose_qparams", "quantize", "linear_int8", "linear_int8"]

@@ -89,7 +89,7 @@ def assert_twins(pair: tuple[Graph, Graph], *, scales: float = 0.0) -> None:
         [LowRank(rank=0.25)],
         [LowRank(energy=0.5)],
         [Quantize(scheme="dynamic", targets=Selector("linear"))],
-        [Quantize(scheme="dynamic", targets=Selector("linear")), MergeLinear(), FoldInt8()],
+        [Quantize(scheme="dynamic", bits=7, targets=Selector("linear")), MergeLinear(), FoldInt8()],
     ],
     ids=lambda passes: ",".join(map(str, passes)) or "simplify",
 )
