@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from graphopt.backend import SAFE, saturates
+from graphopt.backends import measure
 from graphopt.dialects.fx import FxNode
 from graphopt.dialects.fx_native import ORIGIN
 from graphopt.graph import Graph, Node, Value
@@ -50,6 +52,7 @@ class Linear:
             raise Declined("the bias is computed")
         if self.x.dtype != torch.uint8:
             raise Declined(f"the input is {self.x.dtype}, and the kernels read uint8")
+        _require_room(self.node.graph, self.weight)
         return self
 
     @property
@@ -75,6 +78,16 @@ class Linear:
         written = quantize.required("scale"), quantize.operand("zero_point")
         pairs = zip(written, (self.scale, self.zero_point), strict=True)
         return all(one is not None and _same(graph, one, other) for one, other in pairs)
+
+
+def _require_room(graph: Graph, weight: Value) -> None:
+    """Raise Declined where sums of products with a stored weight may saturate on this CPU."""
+    tensor = graph.constant(weight)
+    assert tensor is not None  # as checked
+    most = int(tensor.short().abs().max())
+    if most > SAFE and saturates(measure.environment()["flags"]):
+        raise Declined(f"this CPU sums products of uint8 and int8 in 16 bits, which saturate: weights reach {most}, "
+                       f"and {SAFE} is safe (bits=7)")  # fmt: skip
 
 
 def _same(graph: Graph, a: Value, b: Value) -> bool:
@@ -128,7 +141,8 @@ def _floats(op: Builder, weight: Value, scale: Value) -> Value:
 
 
 def _float_linear(op: Builder, linear: Linear, tail: Tail) -> Value:
-    return op.linear(linear.float_input(op), _floats(op, linear.weight, linear.weight_scale), linear.bias)
+    x = op.dequantize(linear.x, linear.scale, linear.zero_point)  # its rounding and its range are part of the numbers
+    return op.linear(x, _floats(op, linear.weight, linear.weight_scale), linear.bias)
 
 
 def _float_conv(op: Builder, m: Match) -> Value:
@@ -199,6 +213,7 @@ def convolution(op: Builder, m: Match) -> tuple[Value, dict[str, list[int]], int
         for one in (m.scale, m.zero_point, m.weight, m.weight_scale, m.y_scale, m.y_zero_point, m.bias)
     ):
         raise Declined("a scale, the weight or the bias is computed, or the input is not uint8")
+    _require_room(op.graph, m.weight)
     shape = m.weight.shape
     rank = len(shape) - 2
     ones, zeros = (1,) * rank, (0,) * rank

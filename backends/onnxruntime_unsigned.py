@@ -11,11 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from graphopt.backend import SAFE
 from graphopt.graph import Value
 from graphopt.rewrite import Builder, Match, Pattern, Recorder, Rule
-
-MOST = 64
-"""Weights up to which two products with uint8 fit in 16 bits: 2 * 255 * 64 is 32640."""
 
 _OFFSET = 128
 
@@ -50,7 +48,7 @@ def _attention(op: Recorder, x: str, weight: str, bias: str, scale: str, weight_
 def _may_saturate(m: Match) -> bool:
     """Whether it has int8 weights too large, and a stored scale: of scales made at each run the words saturate too."""
     weight = m.root.graph.constant(m.weight) if m.weight.is_constant else None
-    large = weight is not None and weight.dtype is torch.int8 and int(weight.short().abs().max()) > MOST
+    large = weight is not None and weight.dtype is torch.int8 and int(weight.short().abs().max()) > SAFE
     return bool(large and m.scale.is_constant)
 
 

@@ -238,6 +238,10 @@ class Backend(ABC):
         raise GraphError(f"target {self.name} deploys no ONNX; use target=onnxruntime")
 
 
+SAFE = 64
+"""What int8 weights may reach that two products with uint8 fit in 16 bits: 2 * 255 * 64 is 32640."""
+
+
 def saturates(flags: str) -> bool:
     """Whether a CPU sums two products of uint8 and int8 in 16 bits: x86 with AVX2 or AVX-512, and without VNNI.
 

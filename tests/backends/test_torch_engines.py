@@ -203,8 +203,33 @@ def test_uneven_padding_is_of_zero_points(name: str) -> None:
     assert_runs_as_the_words_mean(graph, low, runner, {"x": normal(2, 4, 7, 6)})
 
 
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("flags", "kernels"), [("avx2", 0), ("avx2 avx512f avx512_vnni", 1)])
+def test_weights_whose_products_saturate_on_this_cpu_are_multiplied_in_floats(
+    name: str, flags: str, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "environment", lambda: {"flags": flags})
+    words = Words(static=True)
+    steps = words.quantized(words.x)
+    wide = torch.tensor([[100, -7, 3, 90, 65, -2, 1, 127]], dtype=torch.int8).repeat(8, 1)
+    parameters = map(words.graph.add_constant, (wide, torch.full((8,), 0.01)))
+    linear = words.done(y=words.graph.emit("linear_int8", *steps, *parameters))
+    for graph, x in ((linear, normal(2, 3, 8)), (conv_graph(2, most=127), normal(2, 4, 7, 6))):
+        low, logs, runner = compiled(name, graph)
+        assert len(runner.promised) == kernels
+        reasons = [reason for log in logs.values() for reason in log.declined.values()]
+        assert all("which saturate: weights reach 127, and 64 is safe (bits=7)" in one for one in reasons)
+        assert bool(reasons) == (not kernels and name != "torch-cpu")  # which has floats among its forms
+        if not kernels:  # what the integer kernels give is up to this machine
+            assert_runs_as_the_words_mean(graph, low, runner, {"x": x})
+
+
 @pytest.mark.parametrize(("most", "kernels"), [(127, 0), (63, 1)])
-def test_fbgemm_leaves_a_depthwise_conv_whose_sums_saturate_in_floats(most: int, kernels: int) -> None:
+def test_fbgemm_leaves_a_depthwise_conv_whose_sums_saturate_in_floats(
+    most: int, kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs too where no other products do."""
+    monkeypatch.setattr(measure, "environment", lambda: {"flags": "avx2 avx512f avx512_vnni"})
     graph = conv_graph(2, groups=4, most=most)
     low, logs, runner = compiled("fbgemm", graph)
     assert len(runner.promised) == kernels
