@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graphopt import __version__
-from graphopt.backend import Runner
+from graphopt.backend import SAFE, Runner
 from graphopt.backends import measure
 from graphopt.backends.timings import UNSURE, Timings, opened
 from graphopt.cost import numbers_of, sizes
@@ -64,7 +65,7 @@ class Excerpt:
         def text(value: Value | None) -> str:
             if value is None:
                 return "-"
-            number = "" if value.is_constant else f"%{numbers.setdefault(value, len(numbers))}"
+            number = self._wide(value) if value.is_constant else f"%{numbers.setdefault(value, len(numbers))}"
             if value.shape is None:
                 return f"{number}?:{value.dtype}"
             sizes = [axes.setdefault(one, f"n{len(axes)}") if isinstance(one, str) else one for one in value.shape]
@@ -76,6 +77,12 @@ class Excerpt:
             for node in self.nodes
         ]
         return "\n".join([*lines, f"return {', '.join(map(text, self.outputs))}"])
+
+
+    def _wide(self, constant: Value) -> str:
+        """A mark on int8 weights that may saturate: on some CPUs other kernels multiply them."""
+        tensor = self.match.root.graph.constant(constant) if constant.dtype is torch.int8 and constant.rank else None
+        return "wide" if tensor is not None and int(tensor.short().abs().max()) > SAFE else ""
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 A lowered graph holds operators `graphopt_fbgemm::*`, which take integers and scales as they are stored: they trace,
 export and save, and pack the weight at each call. `compile` packs each weight once and calls fbgemm directly. Weights
-use all 8 bits where the CPU has VNNI: before Cascade Lake fbgemm's sums of products may saturate.
+use all 8 bits where the CPU has VNNI: before Cascade Lake fbgemm's sums of products may saturate, and such weights are
+multiplied in floats.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from graphopt.backend import SAFE, saturates
-from graphopt.backends import measure
 from graphopt.dialects.fx import FxNode
 from graphopt.dialects.fx_native import ORIGIN
 from graphopt.graph import Graph, Node, Value
@@ -52,7 +50,6 @@ class Linear:
             raise Declined("the bias is computed")
         if self.x.dtype != torch.uint8:
             raise Declined(f"the input is {self.x.dtype}, and the kernels read uint8")
-        _require_room(self.node.graph, self.weight)
         return self
 
     @property
@@ -78,16 +75,6 @@ class Linear:
         written = quantize.required("scale"), quantize.operand("zero_point")
         pairs = zip(written, (self.scale, self.zero_point), strict=True)
         return all(one is not None and _same(graph, one, other) for one, other in pairs)
-
-
-def _require_room(graph: Graph, weight: Value) -> None:
-    """Raise Declined where sums of products with a stored weight may saturate on this CPU."""
-    tensor = graph.constant(weight)
-    assert tensor is not None  # as checked
-    most = int(tensor.short().abs().max())
-    if most > SAFE and saturates(measure.environment()["flags"]):
-        raise Declined(f"this CPU sums products of uint8 and int8 in 16 bits, which saturate: weights reach {most}, "
-                       f"and {SAFE} is safe (bits=7)")  # fmt: skip
 
 
 def _same(graph: Graph, a: Value, b: Value) -> bool:
@@ -123,6 +110,15 @@ class Engine:
     add: Callable[[Builder, Match], Value]
     fuses: Callable[[str], bool]
     """Whether it takes in what is called so: a word of POSTS, "residual", "quantize"."""
+    most: int = 128
+    """What weights may reach: sums of products with larger ones saturate on the CPU that the graph is lowered for."""
+
+    def require_room(self, weight: Value, graph: Graph) -> None:
+        """Raise Declined where a stored weight reaches beyond that."""
+        tensor = graph.constant(weight) if self.name != FLOAT else None
+        if tensor is not None and (reached := int(tensor.short().abs().max())) > self.most:
+            raise Declined(f"the CPU sums products of uint8 and int8 in 16 bits, which saturate: weights reach "
+                           f"{reached}, and {self.most} is safe (bits=7)")  # fmt: skip
 
 
 FLOAT = "float"
@@ -141,8 +137,9 @@ def _floats(op: Builder, weight: Value, scale: Value) -> Value:
 
 
 def _float_linear(op: Builder, linear: Linear, tail: Tail) -> Value:
-    x = op.dequantize(linear.x, linear.scale, linear.zero_point)  # its rounding and its range are part of the numbers
-    return op.linear(x, _floats(op, linear.weight, linear.weight_scale), linear.bias)
+    # What a fixed range cuts off is missing from the numbers; one that is chosen at run time holds all.
+    fixed = op.dequantize(linear.x, linear.scale, linear.zero_point) if linear.is_static else None
+    return op.linear(fixed or linear.float_input(op), _floats(op, linear.weight, linear.weight_scale), linear.bias)
 
 
 def _float_conv(op: Builder, m: Match) -> Value:
@@ -213,7 +210,6 @@ def convolution(op: Builder, m: Match) -> tuple[Value, dict[str, list[int]], int
         for one in (m.scale, m.zero_point, m.weight, m.weight_scale, m.y_scale, m.y_zero_point, m.bias)
     ):
         raise Declined("a scale, the weight or the bias is computed, or the input is not uint8")
-    _require_room(op.graph, m.weight)
     shape = m.weight.shape
     rank = len(shape) - 2
     ones, zeros = (1,) * rank, (0,) * rank
@@ -237,7 +233,7 @@ def stages(engines: Sequence[Engine]) -> Sequence[Sequence[Rule | Choice]]:
         _behind_linears(engines, *((post,) for post in POSTS), ("add",)),
         (
             _one_of("linear", _linear, alone, _around),
-            _one_of("conv", _conv, {engine.name: engine.conv for engine in engines}),
+            _one_of("conv", _conv, {engine.name: partial(_conv_by, engine) for engine in engines}),
             _one_of("add", _add, {engine.name: engine.add for engine in engines}),
         ),
         () if any(engine.name == FLOAT for engine in engines) else _left_over(),
@@ -287,7 +283,13 @@ def _forms(engines: Sequence[Engine], names: Sequence[str]) -> dict[str, Replace
 
 def _linear_by(engine: Engine, op: Builder, m: Match, tail: Tail) -> Value:
     linear = Linear.of(m.linear)
+    engine.require_room(linear.weight, op.graph)
     return engine.linear(op, linear if engine.name == FLOAT else linear.require_stored(), tail)
+
+
+def _conv_by(engine: Engine, op: Builder, m: Match) -> Value:
+    engine.require_room(m.weight, op.graph)
+    return engine.conv(op, m)
 
 
 def _alone(engine: Engine, op: Builder, m: Match) -> Value:

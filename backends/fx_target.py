@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.backend import Backend, LoweringError, Runner
+from graphopt.backend import SAFE, Backend, LoweringError, Runner
 from graphopt.backends import fx_int8
 from graphopt.backends.choices import Measuring
 from graphopt.backends.fx_runner import FxRunner, Pack
@@ -52,7 +53,8 @@ class FxTarget(Backend):
         return "fold-int8"
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        return fx_int8.stages(self.forms)
+        most = SAFE if self.weight_bits() < 8 else 128
+        return fx_int8.stages([replace(engine, most=most) for engine in self.forms])
 
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
         return Measuring(f"torch {torch.__version__}", feeds, partial(self.compile, threads=threads), threads)

@@ -74,7 +74,7 @@ class OnnxRuntime(OnnxTarget):
         saturating = self.weight_bits() < 8
         integers = onnxruntime_int8.stages(signed=not saturating)
         weights = onnxruntime_weights.RULES, onnxruntime_weights.FOLDED
-        return *onnxruntime_float.stages(), *integers, *weights, onnxruntime_unsigned.RULES * saturating
+        return *onnxruntime_float.stages(), *integers, *weights, onnxruntime_unsigned.RULES if saturating else ()
 
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}"

@@ -46,19 +46,27 @@ def _attention(op: Recorder, x: str, weight: str, bias: str, scale: str, weight_
 
 
 def _may_saturate(m: Match) -> bool:
-    """Whether it has int8 weights too large, and a stored scale: of scales made at each run the words saturate too."""
-    weight = m.root.graph.constant(m.weight) if m.weight.is_constant else None
+    """Whether it has int8 weights too large, and a stored scale.
+
+    Of scales made at each run the words' own products saturate too, and what they are compared with: quantize uses 7
+    bits there.
+    """
+    if not all(value is None or value.is_constant for value in (m.weight, m.weight_zero)):
+        return False
+    weight = m.root.graph.constant(m.weight)
     large = weight is not None and weight.dtype is torch.int8 and int(weight.short().abs().max()) > SAFE
     return bool(large and m.scale.is_constant)
 
 
 def _unsigned(op: Builder, m: Match) -> Value:
     """The same products: weight and zero point are both 128 higher."""
-    weight, sizes = (op.graph.constant(value) for value in (m.weight, m.weight_zero or m.weight_scale))
-    assert weight is not None and sizes is not None  # stored, as in all forms
+    weight, scales = op.graph.constant(m.weight), op.graph.constant(m.weight_scale)
+    zero = op.graph.constant(m.weight_zero) if m.weight_zero is not None else None
+    assert weight is not None and scales is not None  # stored, as in all forms
+    zero = torch.zeros_like(scales, dtype=torch.int8) if zero is None else zero
     operands = list(m.root.operands) + [None] * (_PLACES[m.root.kind] + 1 - len(m.root.operands))
-    operands[operands.index(m.weight)] = op.constant((weight.short() + _OFFSET).to(torch.uint8))
-    operands[_PLACES[m.root.kind]] = op.constant(torch.full(sizes.shape, _OFFSET, dtype=torch.uint8))
+    for place, tensor in ((operands.index(m.weight), weight), (_PLACES[m.root.kind], zero)):
+        operands[place] = op.constant((tensor.short() + _OFFSET).to(torch.uint8))
     return op.graph.emit(m.root, *operands, at=op.at)
 
 

@@ -20,7 +20,7 @@ MOST = 20_000
 UNSURE = 3600.0
 """Seconds to keep what a machine was too unsteady to tell: a later run may meet a quieter one."""
 
-VERSION = 2
+VERSION = 3
 """Of the table and of what it holds; a file of another one is begun anew."""
 
 WAIT = 10.0

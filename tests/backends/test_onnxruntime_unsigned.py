@@ -10,6 +10,7 @@ from graphopt.backends import (
     onnxruntime_conv,
     onnxruntime_linear,
     onnxruntime_linear_int8,
+    onnxruntime_unsigned,
 )
 from graphopt.backends.onnxruntime import OnnxRuntime
 from graphopt.graph import Graph, Node
@@ -90,6 +91,23 @@ def test_weights_stay_signed_where_nothing_saturates(case: str, cpu: str, most: 
     text, choice, form, kind = CASES[case]
     text = text.replace("127", str(most)).replace("120", "60").replace("-99", "-9")
     assert set(weights(lowered(build("onnx", text), choice, form, cpu).sites(kind)[0])) == {torch.int8}
+
+
+def test_a_zero_point_of_weights_moves_with_them() -> None:
+    """As in files that others wrote: of 137 now, where it was 9."""
+    operands = f"i, W[32,16]{WEIGHT}, S, V[16]:values(0.01,0.02), Z, N[16]:values(9):int8"
+    graph = build("onnx", f"i = quantize(x[5,32], {X})\ny = com.microsoft.MatMulIntegerToFloat({operands})")
+    feeds, low = extreme(graph), graph.clone()
+    rewrite(low, onnxruntime_unsigned.RULES)
+    (node,) = low.sites("com.microsoft.MatMulIntegerToFloat")
+    stored = [low.constant(node.operands[place]) for place in (1, 5)]  # type: ignore[arg-type]
+    assert all(one is not None and one.dtype is torch.uint8 for one in stored)
+    before = graph.sites("com.microsoft.MatMulIntegerToFloat")[0].operands
+    weight, scales = (graph.constant(before[place]) for place in (1, 3))  # type: ignore[arg-type]
+    assert weight is not None and scales is not None
+    steps = (feeds["x"] / 0.02).round().clamp(-128, 127)
+    expected = (steps.double() @ (weight.double() - 9) * 0.02 * scales).float()
+    assert within_tolerance(expected, OnnxRuntime().compile(low)(feeds)[0])
 
 
 @pytest.mark.parametrize("cpu", ["avx2", "avx512_vnni"])

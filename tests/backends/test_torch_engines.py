@@ -68,8 +68,8 @@ class Words:
         return self.graph
 
 
-def compiled(name: str, graph: Graph) -> tuple[Graph, dict[str, RuleLog], FxRunner]:
-    on = backend(name)
+def compiled(name: str, graph: Graph, cpu: str | None = None) -> tuple[Graph, dict[str, RuleLog], FxRunner]:
+    on = type(backend(name))(cpu=cpu)
     low, logs = on.lower(graph)
     runner = on.compile(low)
     on.check(graph, runner)
@@ -204,18 +204,15 @@ def test_uneven_padding_is_of_zero_points(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize(("flags", "kernels"), [("avx2", 0), ("avx2 avx512f avx512_vnni", 1)])
-def test_weights_whose_products_saturate_on_this_cpu_are_multiplied_in_floats(
-    name: str, flags: str, kernels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "environment", lambda: {"flags": flags})
+@pytest.mark.parametrize(("cpu", "kernels"), [("avx2", 0), ("avx512_vnni", 1)])
+def test_weights_whose_products_saturate_are_multiplied_in_floats(name: str, cpu: str, kernels: int) -> None:
     words = Words(static=True)
     steps = words.quantized(words.x)
     wide = torch.tensor([[100, -7, 3, 90, 65, -2, 1, 127]], dtype=torch.int8).repeat(8, 1)
     parameters = map(words.graph.add_constant, (wide, torch.full((8,), 0.01)))
     linear = words.done(y=words.graph.emit("linear_int8", *steps, *parameters))
     for graph, x in ((linear, normal(2, 3, 8)), (conv_graph(2, most=127), normal(2, 4, 7, 6))):
-        low, logs, runner = compiled(name, graph)
+        low, logs, runner = compiled(name, graph, cpu)
         assert len(runner.promised) == kernels
         reasons = [reason for log in logs.values() for reason in log.declined.values()]
         assert all("which saturate: weights reach 127, and 64 is safe (bits=7)" in one for one in reasons)
@@ -225,13 +222,10 @@ def test_weights_whose_products_saturate_on_this_cpu_are_multiplied_in_floats(
 
 
 @pytest.mark.parametrize(("most", "kernels"), [(127, 0), (63, 1)])
-def test_fbgemm_leaves_a_depthwise_conv_whose_sums_saturate_in_floats(
-    most: int, kernels: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fbgemm_leaves_a_depthwise_conv_whose_sums_saturate_in_floats(most: int, kernels: int) -> None:
     """On CPUs too where no other products do."""
-    monkeypatch.setattr(measure, "environment", lambda: {"flags": "avx2 avx512f avx512_vnni"})
     graph = conv_graph(2, groups=4, most=most)
-    low, logs, runner = compiled("fbgemm", graph)
+    low, logs, runner = compiled("fbgemm", graph, "avx512_vnni")
     assert len(runner.promised) == kernels
     reason = (
         "fbgemm sums products of depthwise convs in 16 bits, which saturate: weights reach 127, and 63 is safe (bits=7)"
