@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt import __version__
-from graphopt.backend import SAFE, Runner
+from graphopt.backend import SAFE, Runner, reach
 from graphopt.backends import measure
 from graphopt.backends.timings import UNSURE, Timings, opened
 from graphopt.cost import numbers_of, sizes
@@ -78,11 +78,10 @@ class Excerpt:
         ]
         return "\n".join([*lines, f"return {', '.join(map(text, self.outputs))}"])
 
-
     def _wide(self, constant: Value) -> str:
         """A mark on int8 weights that may saturate: on some CPUs other kernels multiply them."""
         tensor = self.match.root.graph.constant(constant) if constant.dtype is torch.int8 and constant.rank else None
-        return "wide" if tensor is not None and int(tensor.short().abs().max()) > SAFE else ""
+        return "wide" if tensor is not None and reach(tensor) > SAFE else ""
 
 
 @dataclass

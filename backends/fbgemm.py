@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphopt.backend import reach
 from graphopt.backends import fx_add, fx_int8
 from graphopt.backends.fx_int8 import Engine, Linear, Tail
 from graphopt.backends.fx_operators import SETTINGS, WEIGHT, X, Y, like_conv, like_linear
@@ -66,7 +67,7 @@ def _conv(op: Builder, m: Match) -> Value:
     x, settings, groups = fx_int8.convolution(op, m)
     weight = op.graph.constant(m.weight)
     assert weight is not None  # as checked
-    if groups > 1 and weight.shape[1] == 1 and (most := int(weight.short().abs().max())) > _DEPTHWISE:
+    if groups > 1 and weight.shape[1] == 1 and (most := reach(weight)) > _DEPTHWISE:
         raise Declined(f"fbgemm sums products of depthwise convs in 16 bits, which saturate: weights reach {most}, and "
                        f"{_DEPTHWISE} is safe (bits=7)")  # fmt: skip
     operands = (x, m.scale, m.zero_point, m.weight, m.weight_scale, m.y_scale, m.y_zero_point, m.bias)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from graphopt.backend import reach
 from graphopt.dialects.fx import FxNode
 from graphopt.dialects.fx_native import ORIGIN
 from graphopt.graph import Graph, Node, Value
@@ -116,7 +117,7 @@ class Engine:
     def require_room(self, weight: Value, graph: Graph) -> None:
         """Raise Declined where a stored weight reaches beyond that."""
         tensor = graph.constant(weight) if self.name != FLOAT else None
-        if tensor is not None and (reached := int(tensor.short().abs().max())) > self.most:
+        if tensor is not None and (reached := reach(tensor)) > self.most:
             raise Declined(f"the CPU sums products of uint8 and int8 in 16 bits, which saturate: weights reach "
                            f"{reached}, and {self.most} is safe (bits=7)")  # fmt: skip
 

@@ -53,7 +53,7 @@ class FxTarget(Backend):
         return "fold-int8"
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        most = SAFE if self.weight_bits() < 8 else 128
+        most = SAFE if self.saturates() else 128
         return fx_int8.stages([replace(engine, most=most) for engine in self.forms])
 
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:

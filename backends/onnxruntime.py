@@ -71,7 +71,7 @@ class OnnxRuntime(OnnxTarget):
         return "fold-int8"
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        saturating = self.weight_bits() < 8
+        saturating = self.saturates()
         integers = onnxruntime_int8.stages(signed=not saturating)
         weights = onnxruntime_weights.RULES, onnxruntime_weights.FOLDED
         return *onnxruntime_float.stages(), *integers, *weights, onnxruntime_unsigned.RULES if saturating else ()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from graphopt.backend import SAFE
+from graphopt.backend import SAFE, reach
 from graphopt.graph import Value
 from graphopt.rewrite import Builder, Match, Pattern, Recorder, Rule
 
@@ -54,7 +54,7 @@ def _may_saturate(m: Match) -> bool:
     if not all(value is None or value.is_constant for value in (m.weight, m.weight_zero)):
         return False
     weight = m.root.graph.constant(m.weight)
-    large = weight is not None and weight.dtype is torch.int8 and int(weight.short().abs().max()) > SAFE
+    large = weight is not None and weight.dtype is torch.int8 and reach(weight) > SAFE
     return bool(large and m.scale.is_constant)
 
 

@@ -115,11 +115,15 @@ class Backend(ABC):
         """What the user should know of any result on this target."""
         return []
 
-    def weight_bits(self) -> int:
-        """Bits of int8 weights whose products with uint8 never saturate on the CPU: 8, or 7 (`saturates`)."""
+    def saturates(self) -> bool:
+        """Whether products of uint8 and int8 may saturate on the CPU that graphs are lowered for."""
         from graphopt.backends.measure import environment
 
-        return 7 if saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu]) else 8
+        return saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu])
+
+    def weight_bits(self) -> int:
+        """Bits of int8 weights whose products with uint8 never saturate on the CPU: 8, or 7."""
+        return 7 if self.saturates() else 8
 
     def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
         """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
@@ -240,6 +244,11 @@ class Backend(ABC):
 
 SAFE = 64
 """What int8 weights may reach that two products with uint8 fit in 16 bits: 2 * 255 * 64 is 32640."""
+
+
+def reach(weight: Tensor) -> int:
+    """The largest magnitude in an int8 weight; of -128 too, which int8 has no 128 for."""
+    return int(weight.short().abs().max())
 
 
 def saturates(flags: str) -> bool:

@@ -24,7 +24,7 @@ from graphopt.passes import Quantize, Sparsify
 from graphopt.pipeline import PassError, UsageError
 from graphopt.rewrite import rewrite
 from graphopt.trace import on_cpu
-from tests.language import build, declined, outputs, run
+from tests.language import BITS, build, declined, outputs, run
 
 A100, T4 = Device("NVIDIA A100", (8, 0), 40 * 10**9), Device("Tesla T4", (7, 5), 16 * 10**9)
 BATCHES = [{"x": torch.randn(2, 7, 128, generator=torch.Generator().manual_seed(seed))} for seed in range(2)]
@@ -108,7 +108,7 @@ def test_weights_are_the_integers_of_the_cpu_target(scheme: str) -> None:
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
     found, calibration = [], [{"input": torch.randn(9, 128)}]
-    bits = 8 if scheme == "weight-only" else 7  # what does not saturate on any CPU
+    bits = 8 if scheme == "weight-only" else BITS
     for target in ("cuda", "onnxruntime"):
         small = graphopt.optimize(
             module, f"quantize{{scheme={scheme},rounding=nearest,bits={bits}}}", target=target,

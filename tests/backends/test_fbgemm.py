@@ -21,6 +21,7 @@ from graphopt.passes import REGISTRY
 from graphopt.passes.quantize import Quantize
 from graphopt.pipeline import Context, Pipeline, UsageError, parse
 from graphopt.rewrite import RuleLog
+from tests.language import BITS
 
 DYNAMIC, STATIC = str(DYNAMICS[0]), str(STATICS[0])
 
@@ -47,7 +48,7 @@ def linear_graph(*, static: bool, bias: bool = True, sites: int = 1) -> FxGraph:
     steps = graph.emit("quantize", x, *parameters)
     outputs: dict[str, Value] = {}
     for site in range(sites):
-        weight, weight_scale = map(graph.add_constant, quantize_weight(normal(5, 8, seed=site), bits=7))
+        weight, weight_scale = map(graph.add_constant, quantize_weight(normal(5, 8, seed=site), bits=BITS))
         b = graph.add_constant(normal(5, seed=site)) if bias else None
         outputs[f"y{site}"] = graph.emit("linear_int8", steps, *parameters, weight, weight_scale, b)
     graph.set_outputs(outputs)

@@ -26,7 +26,7 @@ from tests.language import build
 # Weights of 7 bits: sums of two products with more saturate on a CPU without VNNI, each kernel's at another place.
 SHALLOW = (
     "y = conv_int8(x[n,3,{h},{w}]:uint8, S[]:values(0.02), Z[]:values(114):uint8, "
-    "W[16,3,{k},{k}]:values(-63,33,57,60,-8,40,-41):int8, V[16]:values(0.01,0.02), T[]:values(0.3), "
+    "W[16,3,{k},{k}]:values(-63,33,57,60,-8,40,-41):int8, V[16]:values(0.01,0.02), T[]:values(0.2), "
     "U[]:values(100):uint8, B[16], stride=[{s},{s}], padding=[{p},{p},{p},{p}])"
 )
 
@@ -63,16 +63,28 @@ def lowered(text: str, form: str, choice: Choice = onnxruntime_conv_shallow.SHAL
     return graph
 
 
+def ran(graph: OnnxGraph, x: torch.Tensor, level: str = "all") -> torch.Tensor:
+    return onnx_run.run(onnx_run.session(onnx_export.deployable(graph), level=level), {"x": x})[0]
+
+
+def dumped(graph: OnnxGraph, level: str, folder: Path) -> list[onnx.NodeProto]:
+    """The nodes that a session at a level runs."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnx_run.session(onnx_export.deployable(graph), level=level, options=options)
+    return list(onnx.load(folder / "optimized.onnx").graph.node)
+
+
 @pytest.mark.parametrize(("size", "kernel", "stride", "padding"), [(16, 7, 2, 3), (12, 3, 2, 1), (8, 3, 1, 1)])
 def test_both_forms_give_the_same_integers(size: int, kernel: int, stride: int, padding: int) -> None:
     text = SHALLOW.format(h=size, w=size, k=kernel, s=stride, p=padding)
     x = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     found = [
-        onnx_run.run(onnx_run.session(onnx_export.deployable(lowered(text, form)), level=level), {"x": x})[0]
+        ran(lowered(text, form), x, level)
         for form in onnxruntime_conv_shallow.SHALLOW.forms
         for level in ("disable", "all")
     ]
-    assert found[0].float().std() > 10  # not all saturated
+    assert found[0].float().std() > 20  # not all saturated
     for other in found[1:]:
         assert torch.equal(found[0], other)
 
@@ -81,10 +93,7 @@ def test_both_forms_give_the_same_integers(size: int, kernel: int, stride: int, 
 def test_the_engine_keeps_columns_as_channels(level: str, tmp_path: Path) -> None:
     """It neither undoes the form nor transposes more than into it and out of it."""
     graph = lowered(SHALLOW.format(h=16, w=16, k=7, s=2, p=3), "columns as channels")
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnx_run.session(onnx_export.deployable(graph), level=level, options=options)
-    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    nodes = dumped(graph, level, tmp_path)
     assert [node.op_type for node in nodes] == ["Transpose", "Reshape", "QLinearConv", "Reshape", "Transpose"]
     assert nodes[2].domain == "com.microsoft"
 
@@ -145,10 +154,6 @@ def images(text: str) -> torch.Tensor:
     assert value.shape is not None
     sizes = [size if isinstance(size, int) else 3 for size in value.shape]
     return torch.randint(0, 256, sizes, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-
-
-def ran(graph: OnnxGraph, x: torch.Tensor, level: str = "all") -> torch.Tensor:
-    return onnx_run.run(onnx_run.session(onnx_export.deployable(graph), level=level), {"x": x})[0]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
@@ -229,10 +234,7 @@ def test_a_pointwise_convolution_as_a_product(n: int | str) -> None:
 def test_the_engine_keeps_the_form_of_small_images(form: str, kernels: list[str], level: str, tmp_path: Path) -> None:
     geometry = GEOMETRIES["3x3"] if form == "one tall image" else {}
     graph = lowered(SMALL.format(**{**POINTWISE, **geometry}), form, onnxruntime_conv.SMALL)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnx_run.session(onnx_export.deployable(graph), level=level, options=options)
-    assert [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node] == kernels
+    assert [node.op_type for node in dumped(graph, level, tmp_path)] == kernels
 
 
 @pytest.mark.parametrize(
@@ -283,9 +285,6 @@ def test_transposes_between_small_convolutions_cancel_out(tmp_path: Path) -> Non
     rewrite(graph, [onnxruntime_conv.SMALL.rule(form)])
     made, _ = OnnxRuntime().lower(graph)
     assert isinstance(made, OnnxGraph)
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    onnx_run.session(onnx_export.deployable(made), level="all", options=options)
-    kernels = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    kernels = [node.op_type for node in dumped(made, "all", tmp_path)]
     assert sorted(kernels) == sorted(["Transpose", "Reshape", "QLinearConv", "Reshape", "QLinearConv", "QLinearAdd",
                                       "Reshape", "QGemm", "Reshape", "Transpose"])  # fmt: skip

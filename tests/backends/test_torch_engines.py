@@ -25,6 +25,7 @@ from graphopt.optimize import Optimized
 from graphopt.pipeline import UsageError
 from graphopt.rewrite import RuleLog
 from graphopt.words import WORDS
+from tests.language import BITS
 from tests.models import ConvNet, bert, gpt2, images, padding, seeded, tokens
 
 TARGETS = ("onednn", "fbgemm", "torch-cpu")
@@ -42,7 +43,7 @@ def backend(name: str) -> FxTarget:
 
 
 class Words:
-    """A graph in the making: int8 words on x[batch,3,8], with weights of 7 bits, whose products saturate on no CPU."""
+    """A graph in the making: int8 words on x[batch,3,8], with weights whose products saturate nowhere here."""
 
     def __init__(self, *, static: bool, shape: tuple[int | str, ...] = ("batch", 3, 8)) -> None:
         self.graph = FxGraph.empty({"x": (shape, torch.float32)})
@@ -59,7 +60,7 @@ class Words:
     def linear(self, steps: tuple[Value, ...], out: int, bias: bool = True, seed: int = 0) -> Value:
         shape = steps[0].shape
         assert shape is not None
-        weight, scale = map(self.graph.add_constant, quantize_weight(normal(out, int(shape[-1]), seed=seed), bits=7))
+        weight, scale = map(self.graph.add_constant, quantize_weight(normal(out, int(shape[-1]), seed=seed), bits=BITS))
         b = self.graph.add_constant(normal(out, seed=seed)) if bias else None
         return self.graph.emit("linear_int8", *steps, weight, scale, b)
 
@@ -173,7 +174,10 @@ def test_a_linear_with_a_computed_weight_runs_in_floats_and_says_so() -> None:
 # --- convs and adds ------------------------------------------------------------------------------------------------
 
 
-def conv_graph(rank: int, *, groups: int = 1, padding: tuple[int, ...] = (), most: int = 63) -> FxGraph:
+MOST = 2 ** (BITS - 1) - 1
+
+
+def conv_graph(rank: int, *, groups: int = 1, padding: tuple[int, ...] = (), most: int = MOST) -> FxGraph:
     sizes = (7, 6, 5)[:rank]
     words = Words(static=True, shape=("batch", 4, *sizes))
     steps = words.quantized(words.x)

@@ -17,7 +17,7 @@ from graphopt.dialects.fx_words import quantized_decomposed
 from graphopt.graph import Graph, GraphError, Value
 from graphopt.rewrite import scalar
 from graphopt.words import WORDS
-from tests.language import producer
+from tests.language import BITS, producer
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -25,8 +25,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.uint8, seed: int = 0) -> Tensor:
-    """uint8 in all of its range; int8, of which weights are, so that products of the two saturate on no CPU."""
-    low, high = (-64, 64) if dtype is torch.int8 else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    """uint8 in all of its range; int8, of which weights are, as far as no product of the two saturates here."""
+    info, half = torch.iinfo(dtype), 2 ** (BITS - 1)
+    low, high = (-half, half - 1) if dtype is torch.int8 else (info.min, info.max)
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 

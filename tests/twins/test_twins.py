@@ -17,7 +17,7 @@ from graphopt.numerics.metrics import within_tolerance
 from graphopt.passes import FoldInt8, LowRank, MergeLinear, Quantize, Simplify, Smooth, Sparsify
 from graphopt.pipeline import Pass, Selector
 from tests import models
-from tests.language import outputs, run
+from tests.language import BITS, outputs, run
 
 MODELS: Mapping[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
     "bert": (models.bert, {"input_ids": models.tokens(), "attention_mask": models.padding()}),
@@ -89,7 +89,7 @@ def assert_twins(pair: tuple[Graph, Graph], *, scales: float = 0.0) -> None:
         [LowRank(rank=0.25)],
         [LowRank(energy=0.5)],
         [Quantize(scheme="dynamic", targets=Selector("linear"))],
-        [Quantize(scheme="dynamic", bits=7, targets=Selector("linear")), MergeLinear(), FoldInt8()],
+        [Quantize(scheme="dynamic", bits=BITS, targets=Selector("linear")), MergeLinear(), FoldInt8()],
     ],
     ids=lambda passes: ",".join(map(str, passes)) or "simplify",
 )
