@@ -2,6 +2,7 @@
 
 quantize(x, s, z:int8) -> quantize(x, s, z + 128:uint8), and so what reads it.
 dequantize(W, s, z) -> dequantize(W - z, s for each output). Both are exact.
+quantize(x * c, s, z) -> quantize(x, s / c, z), the same but for the last bit of a float. Attention scales its sides so.
 A scale for each channel between a conv and a depthwise conv moves into their weights (`channel_scales`).
 
 int8 words, which are made of such, are opened again by `unfold`.
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from graphopt.graph import Graph, Node, Value
 from graphopt.quantizing.channel_scales import share_one_scale
+from graphopt.rewrite import scalar
 
 _MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity")
 """Words that let integers through as they are, whatever their sign."""
@@ -21,7 +23,7 @@ _HALF = 128
 
 
 def normalize(graph: Graph) -> None:
-    """Put integers into that form where it is exact.
+    """Put integers into that form where it is exact, up to the last bit of floats that are rounded to integers.
 
     Left as they are: activations in int8 that something else than a dequantize reads, or that the graph returns, and
     weights whose distance from the zero point is no int8.
@@ -31,6 +33,8 @@ def normalize(graph: Graph) -> None:
             _shift(graph, node, behind)
     for node in [node for node in graph.nodes if _is_weight(node) and not _is_normal(node)]:
         _center(graph, node)
+    for node in graph.sites("quantize"):
+        _take_factor(graph, node)
     share_one_scale(graph)
 
 
@@ -111,6 +115,35 @@ def _higher(graph: Graph, node: Node) -> Value:
     tensor = graph.constant(given) if given is not None else torch.zeros((), dtype=torch.int8)
     assert tensor is not None
     return graph.add_constant((tensor.to(torch.int16) + _HALF).to(torch.uint8).reshape(()))
+
+
+def _take_factor(graph: Graph, node: Node) -> None:
+    """Scale by one number above 0 in the quantize, in place of a word before it, or before what only moves values."""
+    factor = node.input.producer
+    while factor is not None and factor.kind in _MOVES and _alone(factor):
+        factor = factor.input.producer
+    scale, taken = graph.constant(node.required("scale")), None if factor is None else _factor(graph, factor)
+    if factor is None or scale is None or taken is None or not _alone(factor):
+        return
+    x, number = taken
+    if x.dtype != scale.dtype or not bool((scale / number).isfinite().all() and (scale / number > 0).all()):
+        return
+    graph.replace(factor, x)
+    taken_in = graph.emit(node, node.input, graph.add_constant(scale / number), *node.operands[2:], at=node)
+    graph.replace(node, taken_in)
+
+
+def _factor(graph: Graph, node: Node) -> tuple[Value, float] | None:
+    """What a mul or div changes by one number above 0, and that number; None of any other word, or another shape."""
+    sides = {"mul": [(0, 1), (1, 0)], "div": [(0, 1)]}.get(node.kind, [])
+    for x, number in ((node.operands[one], scalar(graph, node.operands[other])) for one, other in sides):
+        if x is not None and number is not None and number > 0 and x.shape == node.result.shape:
+            return x, number if node.kind == "mul" else 1 / number
+    return None
+
+
+def _alone(node: Node) -> bool:
+    return len(node.result.users) == 1 and not node.result.is_output
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

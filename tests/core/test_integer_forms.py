@@ -36,6 +36,45 @@ def test_activations_that_something_else_reads_stay(dialect: str, end: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("factor", "scale"),
+    [("mul(x[2,3,8], C[]:values(0.5))", 0.04), ("mul(C[]:values(0.25), x[2,3,8])", 0.08),
+     ("div(x[2,3,8], C[1]:values(4))", 0.08), ("transpose(mul(x[2,3,8], C[]:values(0.5)), perm=[0,2,1])", 0.04)],
+)  # fmt: skip
+def test_one_factor_goes_into_the_scale_of_a_quantize(dialect: str, factor: str, scale: float) -> None:
+    text = f"q = quantize({factor}, S[]:values(0.02), Z[]:values(120):uint8)\ny = dequantize(q, S, Z)"
+    graph = build(dialect, text)
+    normalize(graph)
+    graph.sweep()
+    graph.verify()
+    (quantize,) = graph.sites("quantize")
+    assert not graph.sites("mul", "div") and float(stored(quantize, "scale")) == pytest.approx(scale)
+    assert float(stored(graph.sites("dequantize")[0], "scale")) == pytest.approx(0.02)
+    assert_outputs_equal(graph, build(dialect, text), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    ["mul(x[2,4], C[4]:values(0.5,1,2,4))", "mul(x[2,4], C[]:values(-0.5))", "mul(x[2,4], C[]:values(0))",
+     "div(C[]:values(2), x[2,4])", "mul(x[2,4], w[])", "mul(x[4], C[1,1]:values(0.5))"],
+)  # fmt: skip
+def test_other_factors_stay(dialect: str, factor: str) -> None:
+    graph = build(dialect, f"y = dequantize(quantize({factor}, S[]:values(0.02), Z[]:values(120):uint8), S, Z)")
+    before = graph.text()
+    normalize(graph)
+    assert graph.text() == before
+
+
+def test_a_factor_that_others_read_stays(dialect: str) -> None:
+    graph = build(dialect, """
+        m = mul(x[2,4], C[]:values(0.5))
+        y = dequantize(quantize(m, S[]:values(0.02), Z[]:values(120):uint8), S, Z)
+        return y, m""")  # fmt: skip
+    before = graph.text()
+    normalize(graph)
+    assert graph.text() == before
+
+
+@pytest.mark.parametrize(
     ("weight", "zero_point"),
     [("W[4,8]:int8:seed1, S[]:values(0.5)", 0),
      ("W[4,8]:values(3,130,255,128):uint8, S[]:values(0.5), Z[]:values(128):uint8", 128),
