@@ -62,7 +62,7 @@ class OnnxRuntimeCuda(OnnxTarget):
         return ""
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        whole = (SKIP_NORM, onnxruntime_float.ATTENTION_3D)
+        whole = (SKIP_NORM, *onnxruntime_float.ATTENTION_3D)
         return (PACKED,), (NORM_16,), whole, (_attention_forms(),), FOLDED
 
     def engine(self) -> str:

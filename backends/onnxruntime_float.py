@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from graphopt.backends import onnxruntime_attention, onnxruntime_linear
 from graphopt.graph import Value
@@ -13,7 +13,7 @@ def stages() -> Sequence[Sequence[Rule | Choice]]:
     """For one graph."""
     attention = onnxruntime_attention.Forms()
     linears = *onnxruntime_linear.Siblings().stages(), (onnxruntime_linear.Biases().choice(), GELU)
-    return (RESIDUAL, ATTENTION_3D), (attention.choice(),), (attention.float_mask_once(),), *linears
+    return (RESIDUAL, *ATTENTION_3D), (attention.choice(),), (attention.float_mask_once(),), *linears
 
 
 def _residual_add(op: Recorder, x: str, residual: str) -> Pattern:
@@ -35,16 +35,20 @@ def _sum_then_norm(op: Builder, m: Match) -> Value:
     return op("onnx.Sum", m.x, m.residual)
 
 
-def _split_heads(op: Recorder, name: str) -> Pattern:
-    return op.transpose(op.reshape(name, f"{name}_shape"), perm=(0, 2, 1, 3))
+def _attention_4d(reshape: str) -> Callable[..., Pattern]:
+    """Heads split before, and joined behind. reshape: the word, or the operator where its shape copies sizes by 0."""
 
+    def split(op: Recorder, name: str) -> Pattern:
+        return op.transpose(getattr(op, reshape)(name, f"{name}_shape"), perm=(0, 2, 1, 3))
 
-def _attention_4d(op: Recorder, query: str, key: str, value: str, query_shape: str, key_shape: str, value_shape: str,
-                  shape: str, mask: str | None = None) -> Pattern:  # fmt: skip
-    attention = op.attention(
-        _split_heads(op, query), _split_heads(op, key), _split_heads(op, value), mask, heads=0, bind="attention"
-    )
-    return op.reshape(op.transpose(attention, perm=(0, 2, 1, 3)), shape)
+    def pattern(op: Recorder, query: str, key: str, value: str, query_shape: str, key_shape: str, value_shape: str,
+                shape: str, mask: str | None = None) -> Pattern:  # fmt: skip
+        sides = (split(op, name) for name in (query, key, value))
+        joined = op.transpose(op.attention(*sides, mask, heads=0, bind="attention"), perm=(0, 2, 1, 3))
+        made: Pattern = getattr(op, reshape)(joined, shape)
+        return made
+
+    return pattern
 
 
 def _attention_3d(op: Builder, m: Match) -> Value:
@@ -87,5 +91,8 @@ RESIDUAL = Choice(
     check=_is_normalized,
     around=lambda m: (m.root, *(user for user in m.root.result.users if user.kind == "layer_norm")),
 )
-ATTENTION_3D = Rule("attention-3d", _attention_4d, _attention_3d)
+ATTENTION_3D = (
+    Rule("attention-3d", _attention_4d("reshape"), _attention_3d),
+    Rule("attention-3d-of-copied-sizes", _attention_4d("onnx.Reshape"), _attention_3d),
+)
 GELU = Choice("tanh-gelu", _tanh_gelu, {"Gelu": None, "FastGelu": _fast_gelu})

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graphopt.backends import (
     onnxruntime_attention,
+    onnxruntime_float,
     onnxruntime_linear,
     onnxruntime_linear_int8,
     onnxruntime_weights,
@@ -120,6 +121,27 @@ def test_attention_of_packed_integers(mask: str, options: str, level: str, tmp_p
 def test_a_causal_form_with_a_scale_of_its_own(form: str, tmp_path: Path) -> None:
     text = attention_text(PROJECTED, "none", ", causal=True, scale=0.3")
     formed(text, onnxruntime_attention.Forms().choice(), form)
+
+
+@pytest.mark.parametrize(
+    ("reshape", "split", "joined"), [("reshape", "2,6,4,4", "2,6,16"), ("onnx.Reshape", "0,0,4,4", "0,0,16")]
+)
+def test_attention_splits_heads_itself(reshape: str, split: str, joined: str) -> None:
+    """By sizes, or by zeros that copy them, as exporters of transformers write."""
+    heads = "\n".join(
+        f"{name} = transpose({reshape}({name}_in[2,6,16], {name.upper()}[4]:int64:values({split})), perm=[0,2,1,3])"
+        for name in "qkv"
+    )
+    end = f"y = {reshape}(transpose(attention(q, k, v), perm=[0,2,1,3]), J[3]:int64:values({joined}))"
+    graph = build("onnx", f"{heads}\n{end}")
+    made = graph.clone()
+    rewrite(made, onnxruntime_float.ATTENTION_3D)
+    made.sweep()
+    (attention,) = made.sites("attention")
+    assert attention.attributes["heads"] == 4 and not made.sites("transpose", reshape)
+    feeds = fed(graph)
+    for one, other in zip(graph.evaluate(feeds, graph.outputs), made.evaluate(feeds, made.outputs), strict=True):
+        assert within_tolerance(one, other)
 
 
 APART = "y = attention(q[b,t,16], k[b,t,16], v[b,t,16], heads=4, kv_heads=4)"
