@@ -143,7 +143,7 @@ def _projections(m: Match) -> list[Node] | str:
     before = {one.operands[: one.operands.index(one.required("weight"))] for one in found}
     if len(before) != 1:
         return "its query, key and value are not made of one input"
-    if any(len(one.result.users) != 1 or one.result.is_output for one in found):
+    if any(one.result.only_user is None for one in found):
         return "its query, key or value is read elsewhere"
     if any(not value.is_constant for one in found for value in (one.required("weight"), one.bias) if value is not None):
         return "a weight or a bias of its projections is computed"

@@ -56,7 +56,7 @@ def _quantized(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
 def island(quantize: Node) -> Node | None:
     """The word of QLINEAR whose result a quantize alone reads, in the form that its operator computes."""
     word = quantize.input.producer
-    if word is None or word.kind not in QLINEAR or word.result.is_output or len(word.result.users) != 1:
+    if word is None or word.kind not in QLINEAR or word.result.only_user is None:
         return None
     if word.kind == "mean" and not is_global(word):
         return None

@@ -92,7 +92,7 @@ def _made_by(quantize: Node) -> tuple[Node, ...]:
         return ()
     x, *parameters = node.operands
     stored = all(value.is_constant for value in parameters if value is not None)
-    alone = all(len(one.result.users) == 1 and not one.result.is_output for one in (node, *between))
+    alone = all(one.result.only_user is not None for one in (node, *between))
     rows = x is not None and (x.rank or 0) > 1 and quantize.result.dtype is torch.uint8
     read = all(user.kind in ("linear_int8", "conv_int8", "add_int8") for user in quantize.result.users)
     fits = stored and alone and rows and read and all(saturates(one, scale, zero_point) for one in between)

@@ -69,6 +69,12 @@ class Value(ABC):
         """Whether `Graph.constant` has a tensor for it."""
 
     @property
+    def only_user(self) -> Node | None:
+        """The node that alone reads it; None where several do or none does, or the graph returns it."""
+        users = () if self.is_output else self.users
+        return users[0] if len(users) == 1 else None
+
+    @property
     def rank(self) -> int | None:
         return None if self.shape is None else len(self.shape)
 

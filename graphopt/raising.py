@@ -166,7 +166,7 @@ def _as_allowed(graph: Graph, mask: Value | None) -> Value | None:
 
 
 def _is_shared(value: Value, scores: Value) -> bool:
-    return value.is_output or scores.is_output or len(value.users) != 1
+    return value.only_user is None or scores.is_output
 
 
 def _peel_mask(scores: Value) -> tuple[Value, Value | None]:

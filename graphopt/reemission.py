@@ -169,10 +169,8 @@ def _site(graph: Graph, node: Node) -> _Site | None:
 def _quantize_behind(node: Node) -> Node | None:
     """The quantize that alone reads a word's result, at most behind a relu or clip."""
     for bounds in (("relu", "clip"), ()):
-        if len(node.result.users) != 1 or node.result.is_output:
-            return None
-        (reader,) = node.result.users
-        if reader.kind == "quantize":
+        reader = node.result.only_user
+        if reader is None or reader.kind == "quantize":
             return reader
         if reader.kind not in bounds:
             return None

@@ -270,7 +270,7 @@ def _binds(pattern: Any, value: Value | None, match: Match, optional: frozenset[
     if isinstance(pattern, int | float):
         return is_scalar(match.root.graph, value, pattern)
     producer = value.producer
-    if producer is None or (not shared and (value.is_output or len(value.users) != 1)):
+    if producer is None or (not shared and value.only_user is None):
         return False
     match.interior.append(producer)
     return _fits(pattern, producer, match, optional, shared)

@@ -57,7 +57,7 @@ def _data(site: Node) -> list[Value]:
 
 def _fold_move(graph: Graph, node: Node) -> None:
     """Let a node move integers, where its input and its result have the same scale and zero point."""
-    reader, x = _only_reader(node), _activation(node.input)
+    reader, x = node.result.only_user, _activation(node.input)
     if x is None or reader is None or reader.kind != "quantize" or node.attributes.get("value", 0) != 0:
         return
     numbers = [scalar(graph, value) for value in (*x[1:], reader.required("scale"), reader.operand("zero_point"))]
@@ -109,10 +109,10 @@ def _quantize_behind(graph: Graph, site: Node) -> tuple[Node, Value, Value] | st
 
     At most a relu or clip stands between, which saturation has to do the work of.
     """
-    reader = _only_reader(site)
+    reader = site.result.only_user
     bounded = reader if reader is not None and reader.kind in ("relu", "clip") else None
     if bounded is not None:
-        reader = _only_reader(bounded)
+        reader = bounded.result.only_user
     if reader is None or reader.kind != "quantize":
         return "result is read in float"
     zero_point = reader.operand("zero_point")
@@ -123,11 +123,6 @@ def _quantize_behind(graph: Graph, site: Node) -> tuple[Node, Value, Value] | st
     if bounded is not None and (step is None or zero is None or not saturates(bounded, step, zero)):
         return f"result goes through a {bounded.kind} that cuts off more than the integers do"
     return reader, scale, zero_point
-
-
-def _only_reader(node: Node) -> Node | None:
-    users = node.result.users
-    return users[0] if len(users) == 1 and not node.result.is_output else None
 
 
 def _maker(value: Value) -> Node | None:

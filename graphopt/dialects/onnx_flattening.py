@@ -24,7 +24,7 @@ def _flattened(op: Recorder, x: Any, flat: Any, weight: Any, shape: Any, bias: A
 
 
 def _only_reader(m: Match) -> bool:
-    return len(m.linear.result.users) == 1 and not m.linear.result.is_output
+    return m.linear.result.only_user is not None
 
 
 def _linear(op: Builder, m: Match) -> Value:

@@ -256,14 +256,13 @@ def _constant_view(graph: OnnxGraph, native: ir.Value | None) -> OnnxValue | Non
 
 def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: Shape) -> tuple[OnnxNode, OnnxValue] | None:
     """The Add of a constant (width,) that is the only user, and that constant."""
-    result = node.result
-    users = result.users
-    if result.is_output or len(users) != 1 or not isinstance(users[0], OnnxNode):
+    user = node.result.only_user
+    if not isinstance(user, OnnxNode):
         return None
-    native = users[0].native
+    native = user.native
     if native.graph is not graph.model.graph or native.op_type != "Add" or native.domain not in STANDARD:
         return None
     for value in graph.values(native.inputs):
         if value is not None and value.is_constant and value.shape == width:
-            return users[0], value
+            return user, value
     return None

@@ -290,10 +290,10 @@ def _factors(graph: OnnxGraph, factor: OnnxValue | None) -> tuple[OnnxValue, Onn
 
 
 def _only_reader(node: OnnxNode, op_type: str) -> OnnxNode | None:
-    users = node.result.users
-    if node.result.is_output or len(users) != 1 or not isinstance(users[0], OnnxNode):
+    user = node.result.only_user
+    if not isinstance(user, OnnxNode) or user.native.op_type != op_type or user.native.domain not in STANDARD:
         return None
-    return users[0] if users[0].native.op_type == op_type and users[0].native.domain in STANDARD else None
+    return user
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

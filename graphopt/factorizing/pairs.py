@@ -88,11 +88,10 @@ def in_pair(site: Node) -> bool:
 
 def _is_pair(inner: Node, outer: Node) -> bool:
     kinds = inner.kind == outer.kind and inner.kind in ("linear", "conv")
-    if not kinds or outer.input != inner.result or inner.bias is not None:
+    if not kinds or outer.input != inner.result or inner.result.only_user is None or inner.bias is not None:
         return False
     u, v = outer.weight, inner.weight
-    alone = len(inner.result.users) == 1 and not inner.result.is_output
-    return alone and u is not None and v is not None and u.shape[1] ** 2 < min(u.numel(), v.numel())
+    return u is not None and v is not None and u.shape[1] ** 2 < min(u.numel(), v.numel())
 
 
 def candidates(

@@ -35,11 +35,11 @@ def share_one_scale(graph: Graph) -> None:
 def _maker(graph: Graph, quantize: Node, scale: Tensor, step: float) -> Node | None:
     """The conv that alone makes what is quantized, at most behind a relu or clip that cuts off what integers do."""
     node = quantize.input.producer
-    if node is not None and node.kind in ("relu", "clip") and _alone(node):
+    if node is not None and node.kind in ("relu", "clip") and node.result.only_user is not None:
         if not saturates(node, scale, step):
             return None
         node = node.input.producer
-    if node is None or node.kind != "conv" or not _alone(node) or _weight(graph, node) is None:
+    if node is None or node.kind != "conv" or node.result.only_user is None or _weight(graph, node) is None:
         return None
     return node if node.bias is None or stored(graph, node.bias) is not None else None
 
@@ -90,7 +90,3 @@ def _weight(graph: Graph, conv: Node) -> tuple[Value, Tensor] | None:
         return None
     scale, integers = stored(graph, maker.operand("scale")), maker.required("x")
     return (integers, scale) if scale is not None and scale.dim() == 1 and integers.is_constant else None
-
-
-def _alone(node: Node) -> bool:
-    return len(node.result.users) == 1 and not node.result.is_output

@@ -120,10 +120,10 @@ def _higher(graph: Graph, node: Node) -> Value:
 def _take_factor(graph: Graph, node: Node) -> None:
     """Scale by one number above 0 in the quantize, in place of a word before it, or before what only moves values."""
     factor = node.input.producer
-    while factor is not None and factor.kind in _MOVES and _alone(factor):
+    while factor is not None and factor.kind in _MOVES and factor.result.only_user is not None:
         factor = factor.input.producer
     scale, taken = graph.constant(node.required("scale")), None if factor is None else _factor(graph, factor)
-    if factor is None or scale is None or taken is None or not _alone(factor):
+    if factor is None or scale is None or taken is None or factor.result.only_user is None:
         return
     x, number = taken
     if x.dtype != scale.dtype or not bool((scale / number).isfinite().all() and (scale / number > 0).all()):
@@ -140,10 +140,6 @@ def _factor(graph: Graph, node: Node) -> tuple[Value, float] | None:
         if x is not None and number is not None and number > 0 and x.shape == node.result.shape:
             return x, number if node.kind == "mul" else 1 / number
     return None
-
-
-def _alone(node: Node) -> bool:
-    return len(node.result.users) == 1 and not node.result.is_output
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

@@ -252,13 +252,13 @@ def end_of(node: Node) -> Node:
 
     Saturating integers do the same: their range lies within what calibration saw behind it.
     """
-    users = node.result.users
-    if node.kind not in ("conv", "add") or len(users) != 1 or node.result.is_output:
+    user = node.result.only_user
+    if node.kind not in ("conv", "add") or user is None:
         return node
-    if users[0].kind == "clip":
-        low, high = users[0].attributes["low"], users[0].attributes["high"]
-        return users[0] if (low is None or low <= 0) and (high is None or high >= 0) else node
-    return users[0] if users[0].kind == "relu" else node
+    if user.kind == "clip":
+        low, high = user.attributes["low"], user.attributes["high"]
+        return user if (low is None or low <= 0) and (high is None or high >= 0) else node
+    return user if user.kind == "relu" else node
 
 
 def account(context: Context, islands: Islands, declined: Mapping[Node, str]) -> None:
