@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from graphopt.backend import Backend
-from graphopt.pipeline import UsageError, nearest
+from graphopt.lowering.backend import Backend
+from graphopt.pipeline.passes import UsageError, nearest
 
 TARGETS = {
-    "onnxruntime": ("graphopt.backends.onnxruntime", "OnnxRuntime"),
+    "onnxruntime": ("graphopt.backends.onnxruntime.target", "OnnxRuntime"),
     "onnxruntime-cuda": ("graphopt.backends.onnxruntime_cuda", "OnnxRuntimeCuda"),
-    "cuda": ("graphopt.backends.cuda", "Cuda"),
-    "torch-cpu": ("graphopt.backends.torch_cpu", "TorchCpu"),
-    "onednn": ("graphopt.backends.onednn", "OneDnn"),
-    "fbgemm": ("graphopt.backends.fbgemm", "Fbgemm"),
+    "cuda": ("graphopt.backends.cuda.target", "Cuda"),
+    "torch-cpu": ("graphopt.backends.torch_cpu.target", "TorchCpu"),
+    "onednn": ("graphopt.backends.torch_cpu.onednn", "OneDnn"),
+    "fbgemm": ("graphopt.backends.torch_cpu.fbgemm", "Fbgemm"),
     "openvino": ("graphopt.backends.openvino", "OpenVino"),
     "tensorrt": ("graphopt.backends.tensorrt", "TensorRt"),
 }

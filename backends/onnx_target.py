@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from graphopt.backend import Backend
-from graphopt.dialects import onnx_export
-from graphopt.dialects.onnx import OnnxGraph
-from graphopt.graph import Graph
-from graphopt.quantizing.placement import require_words
-from graphopt.rewrite import Choice, Rule
+from graphopt.dialects.onnx import export as onnx_export
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.ir.graph import Graph
+from graphopt.ir.rewrite import Choice, Rule
+from graphopt.lowering.backend import Backend
+from graphopt.passes.quantize.placement import require_words
 
 
 class OnnxTarget(Backend):

@@ -16,17 +16,19 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from graphopt.backend import LoweringError, Runner
-from graphopt.backends import onnxruntime_attention, onnxruntime_float
-from graphopt.backends.choices import Measuring
 from graphopt.backends.onnx_target import OnnxTarget
-from graphopt.backends.onnxruntime_weights import FOLDED, Blocks, in_blocks
-from graphopt.dialects import onnx_export, onnx_run
-from graphopt.dialects.onnx import OnnxGraph
-from graphopt.graph import Graph, Node, Value
+from graphopt.backends.onnxruntime import attention as onnxruntime_attention
+from graphopt.backends.onnxruntime import floats as onnxruntime_float
+from graphopt.backends.onnxruntime.weights import FOLDED, Blocks, in_blocks
+from graphopt.dialects.onnx import export as onnx_export
+from graphopt.dialects.onnx import run as onnx_run
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+from graphopt.lowering.backend import LoweringError, Runner
+from graphopt.lowering.choices import Measuring
 from graphopt.numerics.quantize import BLOCKS
-from graphopt.pipeline import UsageError
-from graphopt.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+from graphopt.pipeline.passes import UsageError
 
 CUDA = "CUDAExecutionProvider"
 

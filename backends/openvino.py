@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graphopt.backend import LoweringError, Placement, Runner
 from graphopt.backends.onnx_target import QdqTarget
-from graphopt.dialects import onnx_export
-from graphopt.dialects.onnx import OnnxGraph
-from graphopt.dialects.onnx_tensors import to_numpy
-from graphopt.graph import Graph
-from graphopt.pipeline import UsageError
-from graphopt.quantizing.placement import reads_integers
+from graphopt.dialects.onnx import export as onnx_export
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.dialects.onnx.tensors import to_numpy
+from graphopt.ir.graph import Graph
+from graphopt.lowering.backend import LoweringError, Placement, Runner
+from graphopt.passes.quantize.placement import reads_integers
+from graphopt.pipeline.passes import UsageError
 
 KERNELS = {"linear": ("FullyConnected", "MatMul"), "conv": ("Convolution",), "matmul": ("MatMul",)}
 """The layers that compute a word, as OpenVINO names them."""

@@ -15,12 +15,13 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from torch import Tensor
 
-from graphopt.backend import LoweringError, Placement, Runner
 from graphopt.backends.onnx_target import QdqTarget
-from graphopt.dialects import onnx_export, onnx_run
-from graphopt.dialects.onnx import OnnxGraph
-from graphopt.graph import Graph
-from graphopt.quantizing.placement import reads_integers
+from graphopt.dialects.onnx import export as onnx_export
+from graphopt.dialects.onnx import run as onnx_run
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.ir.graph import Graph
+from graphopt.lowering.backend import LoweringError, Placement, Runner
+from graphopt.passes.quantize.placement import reads_integers
 
 OPSET = 20
 """TensorRT 10 reads it: Gelu and LayerNormalization are whole, attention is products and a softmax, which it fuses."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.backends.measure import Ratio
+from graphopt.measure.timing import Ratio
 
 
 class DataMissing(Exception):

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks import sentences
 from benchmarks.models import SEED, Batch, gpt2, minilm, mobilenetv2, resnet50, vit
-from graphopt.decode import DecodeStep
+from graphopt.capture.decode import DecodeStep
 
 SHAPES = ((1, 16), (1, 128), (8, 128), (32, 32))
 """Batch and length at which MiniLM is timed."""

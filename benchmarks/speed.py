@@ -20,9 +20,9 @@ from benchmarks.case import Settings, checked, table, times
 from benchmarks.loading import ENGINES, Bind, OpenVinoFile
 from benchmarks.models import Batch
 from benchmarks.peers import BASELINE, OPSET_23, versions
-from graphopt.backends.measure import Contender, contest, environment, slower_than
+from graphopt.measure.timing import Contender, contest, environment, slower_than
 from graphopt.numerics import metrics
-from graphopt.report import plain
+from graphopt.report.records import plain
 
 CONTROL = "the baseline again"
 File = Path | OpenVinoFile

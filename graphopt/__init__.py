@@ -7,18 +7,16 @@ targets. Names here are imported when first used, so that `import graphopt` cost
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.capture import CaptureError
-    from graphopt.compare import compare
-    from graphopt.graph import GraphError
-    from graphopt.optimize import Optimized, optimize
-    from graphopt.pipeline import PassError, UsageError
-    from graphopt.sensitivity import sensitivity
+    from graphopt.api import Optimized, optimize
+    from graphopt.capture.sources import CaptureError
+    from graphopt.comparing import compare
+    from graphopt.ir.graph import GraphError
+    from graphopt.pipeline.passes import PassError, UsageError
+    from graphopt.sensitivities import sensitivity
 
 # From 1.29 on onnxruntime reports its sessions to its maker, with names and hashes of models; it looks here once, when
 # it is imported.
@@ -31,14 +29,14 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "CaptureError": "capture",
-    "GraphError": "graph",
-    "Optimized": "optimize",
-    "PassError": "pipeline",
-    "UsageError": "pipeline",
-    "compare": "compare",
-    "optimize": "optimize",
-    "sensitivity": "sensitivity",
+    "CaptureError": "capture.trace",
+    "GraphError": "ir.graph",
+    "Optimized": "api",
+    "PassError": "pipeline.passes",
+    "UsageError": "pipeline.passes",
+    "compare": "comparing",
+    "optimize": "api",
+    "sensitivity": "sensitivities",
 }
 
 
@@ -48,14 +46,3 @@ def __getattr__(name: str) -> Any:
     found = getattr(import_module(f"graphopt.{_HOMES[name]}"), name)
     globals()[name] = found
     return found
-
-
-class _Package(ModuleType):
-    """Keeps `graphopt.optimize` the function: the import of a submodule would put the module in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphopt.graph import Graph
-from graphopt.pipeline import Context, Pass, Selector, Stage
+from graphopt.ir.graph import Graph
+from graphopt.pipeline.passes import Context, Pass, Selector, Stage
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graphopt.graph import Graph, Node, Value
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.observe import MinMax
-from graphopt.pipeline import Context, Pass, Selector, Stage, UsageError
+from graphopt.pipeline.passes import Context, Pass, Selector, Stage, UsageError
 
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

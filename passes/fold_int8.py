@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.graph import Graph, Node, Value
-from graphopt.pipeline import Context, Pass, Selector, Stage
-from graphopt.quantizing.integer_forms import normalize
-from graphopt.quantizing.islands import MOVES
-from graphopt.quantizing.numbers import saturates, stored
-from graphopt.rewrite import scalar
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.qdq.integer_forms import normalize
+from graphopt.ir.qdq.numbers import saturates, stored
+from graphopt.ir.rewrite import scalar
+from graphopt.passes.quantize.islands import MOVES
+from graphopt.pipeline.passes import Context, Pass, Selector, Stage
 
 _Quantized = tuple[Value, Value, Value]
 """An activation in integers: its steps, scale and zero point."""

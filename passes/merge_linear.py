@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.graph import Graph, Node, Value
-from graphopt.pipeline import Context, Pass, Selector, Stage
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.pipeline.passes import Context, Pass, Selector, Stage
 
 
 @dataclass(frozen=True)

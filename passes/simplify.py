@@ -7,12 +7,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from graphopt.bypass import bypass
-from graphopt.constants import fold_constants, static_sizes
-from graphopt.graph import Graph, Node, Value
+from graphopt.ir.bypass import bypass
+from graphopt.ir.constants import fold_constants, static_sizes
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite
 from graphopt.numerics.fold import fold_batch_norm
-from graphopt.pipeline import Context, Pass, Stage
-from graphopt.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite
+from graphopt.pipeline.passes import Context, Pass, Stage
 
 _SMALL = 64
 """Most elements of constants that are compared by value when looking for common subexpressions."""
@@ -26,7 +26,7 @@ class Simplify(Pass):
     """Fold constants and batch norms, drop dead code and what changes nothing, and compute equal things once.
 
     Random and stateful nodes and those with subgraphs are left as they are, and so are constants that would make the
-    model larger (see `graphopt.constants`).
+    model larger (see `graphopt.ir.constants`).
     """
 
     name = "simplify"

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.backend import Backend, Placement, saturates
-from graphopt.backends.measure import environment
-from graphopt.calibrate import Calibration
-from graphopt.graph import Graph, Node, Value
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.lowering.backend import Backend, Placement, saturates
+from graphopt.measure.timing import environment
 from graphopt.numerics.metrics import within_tolerance
-from graphopt.pipeline import Context, Pass, run_pass
+from graphopt.pipeline.calibration import Calibration
+from graphopt.pipeline.passes import Context, Pass, run_pass
 
 BITS = 7 if saturates(environment()["flags"]) else 8
 """Of weights whose products with uint8 this machine cuts nothing off of: 8, or 7 on x86 without VNNI."""
@@ -122,10 +122,10 @@ class _Reader:
 
 def _empty(dialect: str, inputs: Mapping[str, Any]) -> Any:
     if dialect == "fx":
-        from graphopt.dialects.fx import FxGraph
+        from graphopt.dialects.fx.graph import FxGraph
 
         return FxGraph.empty(inputs)
-    from graphopt.dialects.onnx import OnnxGraph
+    from graphopt.dialects.onnx.graph import OnnxGraph
 
     return OnnxGraph.empty(inputs)
 

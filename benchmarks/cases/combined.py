@@ -13,8 +13,8 @@ import graphopt
 from benchmarks import sentences, trained
 from benchmarks.case import Settings, table
 from benchmarks.cases.pruned import outputs
-from graphopt.backends.measure import paired
-from graphopt.render import terminal
+from graphopt.measure.timing import paired
+from graphopt.report import terminal
 
 PIPELINE = "prune{flops=0.7},sparsify{pattern=2:4 criterion=sparsegpt},low-rank{params=0.9},quantize"
 SHAPES = ((1, 128), (8, 128))

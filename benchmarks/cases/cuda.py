@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import graphopt
 from benchmarks.case import Settings, checked, table, times
 from benchmarks.models import SEED, Batch, seeded
-from graphopt.backends.cuda import OPTIONS, Cuda, Device
-from graphopt.backends.measure import contest
-from graphopt.decode import DecodeStep
+from graphopt.backends.cuda.target import OPTIONS, Cuda, Device
+from graphopt.capture.decode import DecodeStep
+from graphopt.measure.timing import contest
 from graphopt.numerics.metrics import sqnr
 
 BASELINE, CONTROL = "bfloat16, torch.compile", "the baseline again"

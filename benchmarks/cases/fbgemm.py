@@ -12,8 +12,8 @@ from benchmarks import sentences
 from benchmarks.case import Settings, checked, table, times
 from benchmarks.models import Batch, minilm
 from benchmarks.networks import SHAPES
-from graphopt.backends.measure import geometric_mean, paired
-from graphopt.graph import Graph
+from graphopt.ir.graph import Graph
+from graphopt.measure.timing import geometric_mean, paired
 
 PASSES = "quantize{scheme=dynamic}"
 

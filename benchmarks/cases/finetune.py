@@ -17,8 +17,8 @@ from benchmarks.case import Settings, checked, table
 from benchmarks.cases.minilm import calibration
 from benchmarks.models import Batch, minilm
 from benchmarks.networks import SHAPES
-from graphopt.backends.measure import geometric_mean, paired
-from graphopt.render import terminal
+from graphopt.measure.timing import geometric_mean, paired
+from graphopt.report import terminal
 
 PASSES = "prune{flops=0.7},low-rank{params=0.9},quantize{scheme=static}"
 STEPS, PAIRS, RATE = 20, 32, 2e-5

@@ -18,7 +18,7 @@ from benchmarks.networks import NETWORKS
 from benchmarks.peers import BASELINE, exports
 from benchmarks.speed import CONTROL, race, tables, write
 from benchmarks.trained import Task
-from graphopt.backends.measure import Ratio
+from graphopt.measure.timing import Ratio
 
 NEURONS, HEADS = (0.0, 0.5, 0.7, 0.8), (0.0, 0.25)
 SPEED, LOSS = 4.5, 0.5

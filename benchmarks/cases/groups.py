@@ -12,8 +12,8 @@ import onnxruntime as ort
 import graphopt
 from benchmarks.case import Settings, checked, table
 from benchmarks.cases.corpus import accepted_feeds, plain_session
-from graphopt.axes.groups import Group, groups
-from graphopt.graph import Graph
+from graphopt.analysis.groups import Group, groups
+from graphopt.ir.graph import Graph
 
 FILES = {
     "ultraface": "ultraface__version-RFB-320.onnx",

@@ -62,10 +62,10 @@ def run(settings: Settings) -> bool:
 def measure(text: str, layers: int, threads: int) -> dict[str, float]:
     """Seconds of one pass, and bytes of resident memory before it and at its peak."""
     from graphopt.backends import target
-    from graphopt.calibrate import Calibration
-    from graphopt.capture import capture
+    from graphopt.capture.sources import capture
     from graphopt.passes import REGISTRY
-    from graphopt.pipeline import Context, parse
+    from graphopt.pipeline.calibration import Calibration
+    from graphopt.pipeline.passes import Context, parse
 
     torch.set_num_threads(threads)
     batches = _batches()

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from benchmarks.case import Settings, checked, table
 from benchmarks.models import Batch
 from graphopt.backends import target
-from graphopt.calibrate import Calibration
-from graphopt.capture import capture
-from graphopt.dialects import fx_run
-from graphopt.dialects.onnx import OnnxGraph
-from graphopt.graph import Graph
+from graphopt.capture.sources import capture
+from graphopt.dialects.fx import run as fx_run
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.ir.graph import Graph
 from graphopt.passes import REGISTRY
-from graphopt.pipeline import Context, parse
+from graphopt.pipeline.calibration import Calibration
+from graphopt.pipeline.passes import Context, parse
 
 LAYERS, WIDTH, BAD = 50, 64, 17
 BATCHES, SIZE = 4, 64
@@ -120,7 +120,7 @@ def _counting(run: Callable[..., Any], samples: list[int]) -> Callable[..., Any]
 
 
 def _sqnr(graph: Graph, other: Graph, batches: Sequence[Batch]) -> float:
-    from graphopt.sensitivity import Reference
+    from graphopt.sensitivities import Reference
 
     return Reference(graph, batches).damage(other).sqnr
 

@@ -2,7 +2,8 @@
 
 onnxruntime's `quantize_static` with int8 activations (its kernels want uint8), and NNCF's Q/DQ. What a file computes is
 what it computes without any optimization of the engine: a table says how far the outputs are from that, where flipped
-roundings of all layers add up, and how far each site is by itself, given the same integers (`graphopt.reemission`).
+roundings of all layers add up, and how far each site is by itself, given the same integers
+(`graphopt.lowering.relower`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from benchmarks.models import Batch
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.peers import BASELINE, attempt, exports, nncf_onnx, quantize_static
 from benchmarks.speed import File, distances, race, tables, write
+from graphopt.lowering.relower import Reemission
 from graphopt.numerics import metrics
-from graphopt.reemission import Reemission
 
 STATIC, NNCF = "onnxruntime, int8 activations", "NNCF"
 LEAST = {

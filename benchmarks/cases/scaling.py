@@ -15,10 +15,10 @@ from benchmarks import sentences
 from benchmarks.case import Settings, checked, table
 from benchmarks.models import bert, minilm
 from graphopt.backends import target
-from graphopt.capture import Captured, capture
+from graphopt.capture.sources import Captured, capture
 from graphopt.passes import REGISTRY
-from graphopt.pipeline import Context, parse
-from graphopt.report import PassRecord
+from graphopt.pipeline.passes import Context, parse
+from graphopt.report.records import PassRecord
 
 MINILM_SECONDS = 15.0
 LARGE_NODES, LARGE_SECONDS = 20_000, 20.0

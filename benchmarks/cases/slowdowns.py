@@ -21,8 +21,8 @@ from benchmarks.case import Settings, checked, table, times
 from benchmarks.cases.corpus import REFUSALS, accepted_feeds, line, plain_session
 from benchmarks.models import Batch
 from benchmarks.speed import CONTROL, race, write
-from graphopt.pipeline import PassError
-from graphopt.report import Report
+from graphopt.pipeline.passes import PassError
+from graphopt.report.records import Report
 
 PIPELINES = {
     "lowering alone": None,

@@ -232,7 +232,7 @@ def child(tool: str, source: str, to: str, threads: int) -> None:
     import onnxruntime.quantization  # noqa: F401  # imports are not counted
     import torch
 
-    import graphopt.optimize  # noqa: F401
+    import graphopt.api  # noqa: F401
 
     torch.set_num_threads(threads)
     if not tool.startswith("graphopt"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphopt.numerics.finite import require_finite
-from graphopt.numerics.prune import Pattern, require_amount, without_lowest
+from graphopt.numerics.sparsity import Pattern, require_amount, without_lowest
 
 _BLOCK = 128
 """Columns that choose their zeros together, and after which the columns to their right are updated."""

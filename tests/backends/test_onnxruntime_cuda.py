@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.backend import LoweringError
 from graphopt.backends.onnxruntime_cuda import CUDA, OnnxRuntimeCuda, OrtCudaRunner, faults
-from graphopt.dialects import onnx_export, onnx_run
-from graphopt.dialects.onnx import OnnxGraph
+from graphopt.dialects.onnx import export as onnx_export
+from graphopt.dialects.onnx import run as onnx_run
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.lowering.backend import LoweringError
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Cast, Quantize
-from graphopt.pipeline import UsageError
+from graphopt.pipeline.passes import UsageError
 from tests.language import build, declined, outputs, run
 
 X = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))

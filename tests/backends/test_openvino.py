@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.backend import LoweringError
+from graphopt.api import Optimized
 from graphopt.backends import target
 from graphopt.backends.openvino import Layer, OpenVino, OpenVinoRunner
-from graphopt.calibrate import Calibration
-from graphopt.dialects.onnx import OnnxGraph
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.lowering.backend import LoweringError
 from graphopt.numerics.metrics import cosine, sqnr
-from graphopt.optimize import Optimized
 from graphopt.passes import Quantize
-from graphopt.pipeline import Context, UsageError, run_pass
+from graphopt.pipeline.calibration import Calibration
+from graphopt.pipeline.passes import Context, UsageError, run_pass
 from tests.language import build, feeds
 from tests.models import ConvNet, Decoder, Encoder, images, model, padding, plain_run, seeded, tokens
 

@@ -15,12 +15,12 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.backend import LoweringError
+from graphopt.api import Optimized
 from graphopt.backends import target
 from graphopt.backends.tensorrt import faults
+from graphopt.lowering.backend import LoweringError
 from graphopt.numerics.metrics import cosine, sqnr
-from graphopt.optimize import Optimized
-from graphopt.pipeline import UsageError
+from graphopt.pipeline.passes import UsageError
 from tests.language import build
 from tests.models import ConvNet, Encoder, images, model, padding, plain_run, seeded, tokens
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from graphopt.backends import measure
-from graphopt.backends.measure import Contender, Ratio
-from graphopt.backends.timings import Timings
+from graphopt.measure import timing as measure
+from graphopt.measure.cache import Timings
+from graphopt.measure.timing import Contender, Ratio
 from tests.cli.test_cli import done, refused, run
 
 

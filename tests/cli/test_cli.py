@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
-from graphopt import cli
+from graphopt.cli import app as cli
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -200,7 +200,7 @@ def test_a_corrupt_file_is_one_line(model: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_error_is_one_short_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt import capture
+    from graphopt.capture import sources as capture
 
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("the engine says:\n" + "a very long story " * 100)
@@ -259,7 +259,7 @@ def test_diff(model: Path, tmp_path: Path) -> None:
 
 def fake_ratios(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Timing that runs each candidate once, takes no time, and gives 1, 2, 3 for the candidates in order."""
-    from graphopt.backends import measure
+    from graphopt.measure import timing as measure
 
     seen: dict[str, int] = {}
 

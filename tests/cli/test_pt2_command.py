@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.dialects.fx import FxGraph
+from graphopt.dialects.fx.graph import FxGraph
 from tests.cli.test_cli import done, refused
 
 

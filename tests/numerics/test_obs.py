@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graphopt.numerics.obs import Solved, sparse_gpt
-from graphopt.numerics.prune import Pattern
+from graphopt.numerics.sparsity import Pattern
 
 UNSTRUCTURED = Pattern()
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphopt.ir.ops import conv
 from graphopt.numerics.factor import decompose
 from graphopt.numerics.moments import Covariance
 from graphopt.numerics.split import Split
-from graphopt.words import conv
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from graphopt.dialects.onnx import OnnxGraph
+from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.passes import Cast
-from graphopt.pipeline import Selector, UsageError
+from graphopt.pipeline.passes import Selector, UsageError
 from tests.language import FakeTarget, assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, run
 
 TEXT = """

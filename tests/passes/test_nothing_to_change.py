@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from graphopt.passes import LowRank, Sparsify
-from graphopt.pipeline import Pass, Selector
+from graphopt.pipeline.passes import Pass, Selector
 from tests.language import build, declined, run
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from graphopt.axes.groups import groups
-from graphopt.calibrate import Calibration, S
-from graphopt.graph import Graph, Value
+from graphopt.analysis.groups import groups
+from graphopt.ir.graph import Graph, Value
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.passes import Prune
+from graphopt.pipeline.calibration import Calibration, S
 from tests.language import outputs
 from tests.twins.test_twins import assert_twins, captured, key, twins
 

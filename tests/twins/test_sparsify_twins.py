@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from graphopt.calibrate import Calibration, S
-from graphopt.graph import Graph, Value
+from graphopt.ir.graph import Graph, Value
 from graphopt.passes import Sparsify
+from graphopt.pipeline.calibration import Calibration, S
 from tests.twins.test_twins import MODELS, assert_twins, captured, key, twins
 
 

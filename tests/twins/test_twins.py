@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphopt.calibrate import Calibration, S
-from graphopt.capture import Captured, capture
-from graphopt.graph import Graph, Node, Value
+from graphopt.capture.sources import Captured, capture
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.passes import FoldInt8, LowRank, MergeLinear, Quantize, Simplify, Smooth, Sparsify
-from graphopt.pipeline import Pass, Selector
+from graphopt.pipeline.calibration import Calibration, S
+from graphopt.pipeline.passes import Pass, Selector
 from tests import models
 from tests.language import BITS, outputs, run
 

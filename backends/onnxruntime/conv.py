@@ -1,0 +1,188 @@
+"""Int8 convolutions on onnxruntime: one image after the other, several as one, or as a product of matrices.
+
+Its kernel takes a few pixels at a time, and reads all of the weights for them: 4 or 6 of a small image, more only where
+an image has more than 5 times that for each thread. Where multiplying is fast, reading takes longer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.backends.onnxruntime import weights as onnxruntime_weights
+from graphopt.backends.onnxruntime.linear_int8 import quantized_gemm
+from graphopt.ir.graph import Value
+from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule, scalar
+
+MOST = 256
+"""Pixels of a result up to which other forms than the plain one are tried: of larger ones it takes enough at once."""
+
+
+def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
+            y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
+    return op.conv_int8(x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
+
+
+def stored_parameters(op: Builder, m: Match) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weight, its scales, and the bias in int32 steps of scale · weight_scale (ONNX QLinearConv)."""
+    weight, scale, weight_scale = (op.graph.constant(one) for one in (m.weight, m.scale, m.weight_scale))
+    if weight is None or scale is None or weight_scale is None:
+        raise Declined("its scales are not constant")
+    bias = op.graph.constant(m.bias) if m.bias is not None else None
+    if m.bias is not None and bias is None:
+        raise Declined("its bias is computed by the graph")
+    return weight, weight_scale, None if bias is None else onnxruntime_weights.bias_steps(bias, scale, weight_scale)
+
+
+def emit(
+    op: Builder, m: Match, kind: str, x: Value, weight: Value, weight_scale: Value, bias: Tensor | None,
+    site: Mapping[str, Any], **attributes: Any,
+) -> Value:  # fmt: skip
+    scales = op.graph.constant(weight_scale)
+    assert scales is not None  # as stored
+    zero = op.constant(torch.zeros_like(scales, dtype=torch.int8))
+    return op(
+        kind, x, m.scale, m.zero_point, weight, weight_scale, zero, m.y_scale, m.y_zero_point,
+        None if bias is None else op.constant(bias),
+        strides=site["stride"], pads=site["padding"], dilations=site["dilation"], group=site["groups"], **attributes,
+    )  # fmt: skip
+
+
+def qlinear_conv(op: Builder, m: Match) -> Value:
+    _, _, bias = stored_parameters(op, m)
+    return emit(op, m, "onnx.QLinearConv", m.x, m.weight, m.weight_scale, bias, m.root.attributes)
+
+
+def channels_last(op: Builder, x: Value, rank: int) -> Value:
+    return op.transpose(x, perm=(0, *range(2, rank), 1))
+
+
+def channels_first(op: Builder, y: Value, rank: int) -> Value:
+    return op.transpose(y, perm=(0, rank - 1, *range(1, rank - 1)))
+
+
+# --- small images --------------------------------------------------------------------------------------------------
+
+
+def _is_small(m: Match) -> bool:
+    """Whether an image is so small, and its size so far known, that several or a product may be faster."""
+    x, y = m.x.shape, m.root.result.shape
+    if x is None or y is None or len(x) < 3 or not isinstance(x[2], int) or m.root.attributes["groups"] != 1:
+        return False  # in groups there are few weights
+    sizes = [size for size in y[2:] if isinstance(size, int)]
+    return len(sizes) == len(y) - 2 and math.prod(sizes) <= MOST and (x[0] != 1 or _is_pointwise(m))
+
+
+def _is_pointwise(m: Match) -> bool:
+    """Whether each pixel of the result is of the one pixel of the input that is at its place."""
+    site, kernel = m.root.attributes, m.weight.shape[2:]
+    return {*kernel, *site["stride"]} == {1} and not any(site["padding"])
+
+
+def _shape(m: Match) -> tuple[int, ...]:
+    """Of the result, as checked: its batch may have a name."""
+    return tuple(m.root.result.shape or ())  # type: ignore[arg-type]
+
+
+def _one_tall_image(op: Builder, m: Match) -> Value:
+    """Several images below each other, as one. Rows of the zero point in between are the padding of both neighbours.
+
+    The first axis of space is that of rows. A gap is as wide as the padding, and makes an image with its gap a whole
+    number of strides high; what is computed from gaps is cut off.
+    """
+    if m.x.shape[0] == 1:
+        raise Declined("there is one image")
+    weight, _, bias = stored_parameters(op, m)
+    site, rank, rows, (_, _, written, *_) = m.root.attributes, weight.dim(), m.x.shape[2], _shape(m)
+    stride, reach = site["stride"][0], (weight.shape[2] - 1) * site["dilation"][0]
+    padding = list(site["padding"])
+    top, bottom = padding[0], padding[rank - 2]
+    gap = max(top, bottom)
+    gap += -(rows + gap) % stride
+    if top > reach:
+        raise Declined("it is padded with more than its windows reach")
+    padding[rank - 2] = max(0, reach + 1 - stride - top)
+    each = (rows + gap) // stride
+
+    x = channels_last(op, m.x, rank)
+    if gap:
+        around = [0] * 2 * rank
+        around[rank + 1] = gap
+        x = op.pad(x, padding=tuple(around), value=scalar(op.graph, m.zero_point))
+    rest = [0] * (rank - 2)  # of a reshape: as they are
+    x = op("onnx.Reshape", x, op.constant(torch.tensor([1, -1, *rest])))
+    y = emit(op, m, "com.microsoft.QLinearConv", x, m.weight, m.weight_scale, bias,
+             {**site, "padding": tuple(padding)}, channels_last=1)  # fmt: skip
+    y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, each, *rest])))
+    if each > written:
+        y = op.slice(y, axis=1, start=0, end=written)
+    return channels_first(op, y, rank)
+
+
+def _product(op: Builder, m: Match) -> Value:
+    """Each pixel is a row: the kernel of products shares the outputs among threads, and reads each weight once."""
+    if not _is_pointwise(m):
+        raise Declined("its windows are more than a pixel")
+    weight, weight_scale, bias = stored_parameters(op, m)
+    rank, (outputs, channels) = weight.dim(), weight.shape[:2]
+    x = op("onnx.Reshape", channels_last(op, m.x, rank), op.constant(torch.tensor([-1, channels])))
+    matrix = weight.reshape(outputs, channels)
+    y = quantized_gemm(op, (x, m.scale, m.zero_point), matrix, weight_scale, bias, (m.y_scale, m.y_zero_point))
+    y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, *_shape(m)[2:], outputs])))
+    return channels_first(op, y, rank)
+
+
+def products(model: ir.Model) -> int:
+    """How many pointwise convolutions of a lowered model are products: their rows were channels that came first."""
+    return sum(node.op_type == "QGemm" and _reads_pixels(node) for node in model.graph)
+
+
+def _reads_pixels(node: ir.Node) -> bool:
+    reshape = node.inputs[0].producer() if node.inputs[0] is not None else None
+    source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    transpose = source.producer() if source is not None else None
+    if transpose is None or transpose.op_type != "Transpose":
+        return False
+    order = transpose.attributes["perm"].as_ints()
+    return list(order) == [0, *range(2, len(order)), 1]
+
+
+# --- padding -------------------------------------------------------------------------------------------------------
+
+
+def _padded(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
+            y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
+    padded = op.pad(x, bind="pad")
+    return op.conv_int8(padded, scale, zero_point, weight, weight_scale, y_scale, y_zero_point, bias)
+
+
+def _pads_with_zero_point(m: Match) -> bool:
+    before, attributes = m.pad.attributes["padding"], m.pad.attributes
+    rank = len(before) // 2
+    outside = (*before[:2], *before[rank : rank + 2])
+    return scalar(m.root.graph, m.zero_point) == attributes["value"] and not any(outside) and min(before) >= 0
+
+
+def _pad_inside(op: Builder, m: Match) -> Value:
+    """The kernel pads by itself, without a copy of its input."""
+    before, given = m.pad.attributes["padding"], dict(m.root.attributes)
+    rank = len(before) // 2
+    around = (*before[2:rank], *before[rank + 2 :])
+    own = given["padding"] or (0,) * len(around)
+    given["padding"] = tuple(one + other for one, other in zip(around, own, strict=True))
+    return op.conv_int8(m.x, *m.root.operands[1:], **given)
+
+
+PADDING = Rule("pad-into-conv", _padded, _pad_inside, check=_pads_with_zero_point)
+SMALL = Choice(
+    "small-conv",
+    pattern,
+    {"QLinearConv": qlinear_conv, "one tall image": _one_tall_image, "QGemm": _product},
+    check=_is_small,
+)
+PLAIN = Rule("qlinear-conv", pattern, qlinear_conv)

@@ -1,0 +1,87 @@
+"""Int8 weights as uint8 on onnxruntime, for CPUs that add two products of uint8 and int8 in 16 bits.
+
+Those are x86 with AVX2 or AVX-512 and without VNNI. Of 8 bits, two products are up to 255 * 127 * 2, and what does not
+fit in 16 bits is cut off. uint8 x uint8 is added there in 32 bits, and takes as long (1024x384x1536 on AVX2: 16.4 ms,
+with int8 16.8). With VNNI nothing saturates, and int8 is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from graphopt.ir.graph import Value
+from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule
+from graphopt.lowering.backend import SAFE, reach
+
+_OFFSET = 128
+
+
+def _linear(op: Recorder, x: str, weight: str, scale: str, weight_scale: str, zero_point: str,
+            weight_zero: str | None = None, bias: str | None = None) -> Pattern:  # fmt: skip
+    operands = x, weight, scale, weight_scale, zero_point, weight_zero, bias
+    return Pattern("com.microsoft.MatMulIntegerToFloat", operands, {})
+
+
+def _gemm(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, weight_zero: str,
+          bias: str | None = None, y_scale: str | None = None, y_zero_point: str | None = None) -> Pattern:  # fmt: skip
+    operands = x, scale, zero_point, weight, weight_scale, weight_zero, bias, y_scale, y_zero_point
+    return Pattern("com.microsoft.QGemm", operands, {})
+
+
+def _conv(kind: str) -> Callable[..., Pattern]:
+    def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, weight_zero: str,
+                y_scale: str, y_zero_point: str, bias: str | None = None) -> Pattern:  # fmt: skip
+        operands = x, scale, zero_point, weight, weight_scale, weight_zero, y_scale, y_zero_point, bias
+        return Pattern(kind, operands, {})
+
+    return pattern
+
+
+def _attention(op: Recorder, x: str, weight: str, bias: str, scale: str, weight_scale: str, mask: str | None = None,
+               zero_point: str | None = None, weight_zero: str | None = None) -> Pattern:  # fmt: skip
+    operands = x, weight, bias, scale, weight_scale, mask, zero_point, weight_zero
+    return Pattern("com.microsoft.QAttention", operands, {})
+
+
+def _may_saturate(m: Match) -> bool:
+    """Whether it has int8 weights too large, and a stored scale.
+
+    Of scales made at each run the words' own products saturate too, and what they are compared with: quantize uses 7
+    bits there.
+    """
+    if not all(value is None or value.is_constant for value in (m.weight, m.weight_zero)):
+        return False
+    weight = m.root.graph.constant(m.weight)
+    large = weight is not None and weight.dtype is torch.int8 and reach(weight) > SAFE
+    return bool(large and m.scale.is_constant)
+
+
+def _unsigned(op: Builder, m: Match) -> Value:
+    """The same products: weight and zero point are both 128 higher."""
+    weight, scales = op.graph.constant(m.weight), op.graph.constant(m.weight_scale)
+    zero = op.graph.constant(m.weight_zero) if m.weight_zero is not None else None
+    assert weight is not None and scales is not None  # stored, as in all forms
+    zero = torch.zeros_like(scales, dtype=torch.int8) if zero is None else zero
+    operands = list(m.root.operands) + [None] * (_PLACES[m.root.kind] + 1 - len(m.root.operands))
+    for place, tensor in ((operands.index(m.weight), weight), (_PLACES[m.root.kind], zero)):
+        operands[place] = op.constant((tensor.short() + _OFFSET).to(torch.uint8))
+    return op.graph.emit(m.root, *operands, at=op.at)
+
+
+_PLACES = {
+    "com.microsoft.MatMulIntegerToFloat": 5, "com.microsoft.QGemm": 5, "onnx.QLinearConv": 5,
+    "com.microsoft.QLinearConv": 5, "com.microsoft.QAttention": 7,
+}  # fmt: skip
+"""Where the zero point of the weight stands among the operands."""
+
+_PATTERNS: dict[str, Callable[..., Pattern]] = {
+    "unsigned-linear": _linear,
+    "unsigned-gemm": _gemm,
+    "unsigned-conv": _conv("onnx.QLinearConv"),
+    "unsigned-channels-last-conv": _conv("com.microsoft.QLinearConv"),
+    "unsigned-attention": _attention,
+}
+RULES = tuple(Rule(name, pattern, _unsigned, check=_may_saturate) for name, pattern in _PATTERNS.items())
+"""Last: they read what every other rule has emitted."""

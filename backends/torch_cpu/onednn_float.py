@@ -1,0 +1,95 @@
+"""Float linears on oneDNN: weights reordered once, and an activation behind them computed inside the kernel.
+
+aten's own linear calls another library in float32, and which is faster depends on the
+shape. The operator `graphopt_onednn::linear_float` takes the weight as it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.backends.torch_cpu.operators import like_linear
+from graphopt.backends.torch_cpu.runner import Pack, Packing
+from graphopt.ir.graph import Node, Value
+from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Replace, Rule
+
+_mkldnn = torch.ops.mkldnn
+KERNEL = _mkldnn._linear_pointwise.default
+
+POSTS = {"relu": "relu", "gelu": "gelu", "silu": "swish", "tanh": "tanh"}
+"""What oneDNN calls the words that it computes on a result."""
+
+
+def post_op(node: Node | None) -> tuple[str, str]:
+    """oneDNN's name of an activation, and its variant."""
+    if node is None:
+        return "none", ""
+    return POSTS[node.kind], node.attributes["approximate"] if node.kind == "gelu" else ""
+
+
+# --- forms ---------------------------------------------------------------------------------------------------------
+
+
+def _pattern(*words: str) -> Callable[..., Pattern]:
+    def pattern(op: Recorder, x: str, weight: str, bias: str | None = None) -> Pattern:
+        made = op.linear(x, weight, bias, bind="linear")
+        for word in words:
+            made = getattr(op, word)(made, bind="post")
+        return made
+
+    return pattern
+
+
+def _is_of(dtype: torch.dtype, m: Match) -> bool:
+    operands = (m.x, m.weight, m.bias)
+    return bool(m.weight.is_constant) and all(one is None or one.dtype is dtype for one in operands)
+
+
+def _packed(op: Builder, m: Match) -> Value:
+    if m.bias is not None and not m.bias.is_constant:
+        raise Declined("the bias is computed")
+    post, algorithm = post_op(m.bound.get("post"))
+    return op("graphopt_onednn.linear_float.default", m.x, m.weight, m.bias, post=post, algorithm=algorithm)
+
+
+def stages() -> Sequence[Sequence[Rule | Choice]]:
+    """What takes float32 linears, with an activation first. bfloat16 ones stay aten's: the kernel rounds elsewhere."""
+    return [_choice(post) for post in POSTS], [_choice()]
+
+
+def _choice(*words: str) -> Choice:
+    forms: dict[str, Replace | None] = {"aten": None, "onednn": _packed}
+    name = "-".join(["linear", "float32", *words])
+    return Choice(name, _pattern(*words), forms, check=partial(_is_of, torch.float32))
+
+
+# --- the operator --------------------------------------------------------------------------------------------------
+
+
+def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, *, post: str, algorithm: str) -> Tensor:
+    y: Tensor = KERNEL(x, _mkldnn._reorder_linear_weight(weight.contiguous(), None), bias, post, [], algorithm)
+    return y
+
+
+torch.library.define(
+    "graphopt_onednn::linear_float", "(Tensor x, Tensor weight, Tensor? bias, *, str post, str algorithm) -> Tensor"
+)
+torch.library.impl("graphopt_onednn::linear_float", "CPU", _at_once)
+torch.library.register_fake(
+    "graphopt_onednn::linear_float", lambda x, weight, bias, *, post, algorithm: like_linear(x, weight, x.dtype)
+)
+
+
+def _pack(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.Node:
+    weight, bias = packing.constant(given["weight"]), packing.tensor(given["bias"])
+    packed = packing.keep(node, _mkldnn._reorder_linear_weight(weight.contiguous(), None))
+    kept = None if bias is None else packing.keep(node, bias.contiguous())
+    return packing.call(node, KERNEL, given["x"], packed, kept, given["post"], [], given["algorithm"])
+
+
+KERNELS: dict[str, Pack] = {"graphopt_onednn.linear_float.default": _pack}

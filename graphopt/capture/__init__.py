@@ -1,0 +1,5 @@
+"""A source of any kind (module, program, ONNX model, file) -> a Graph, and how it is called."""
+
+from graphopt.capture.sources import Captured, Signature, capture
+
+__all__ = ["Captured", "Signature", "capture"]

@@ -1,0 +1,375 @@
+"""A module, once through torch.export: its arguments, dynamic axes and results, and what to say when it fails."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.export.passes
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.capture.decode import DecodeStep
+
+Feeds = dict[str, Tensor]
+DynamicAxes = dict[str, dict[int, str]]
+"""By input, the names of its dynamic axes."""
+
+
+class CaptureError(ValueError):
+    """What was handed in cannot become a graph; says what, where, and the way out."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a model returns: its tensors' names, how to build it again from them, and their places among its leaves."""
+
+    names: tuple[str, ...]
+    rebuild: Callable[[list[Any]], Any]
+    places: list[int]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Stands for an output of a graph in the structure of what a model returns."""
+
+    index: int
+
+
+def plain_structure(rebuild: Callable[[list[Any]], Any], count: int) -> Any:
+    """What a model returns, as tuples, lists and dicts (for any mapping, such as a ModelOutput) of `Output`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            items = [plain(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        return value
+
+    return plain(rebuild([Output(index) for index in range(count)]))
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A program, and what was learned on the way to it."""
+
+    program: torch.export.ExportedProgram
+    examples: list[Feeds]
+    """The example inputs by argument name, one for each shape."""
+    axes: DynamicAxes
+    structure: Structure
+    expected: list[Tensor]
+    """What the module itself returns for the first example."""
+    notes: list[str]
+
+
+def trace(
+    module: nn.Module, example_inputs: Any, dynamic_shapes: Mapping[str, Mapping[int, str]] | None, cache: bool
+) -> Traced:
+    """Run the module on its examples and export it, in eval mode. Raises CaptureError; the module stays as it was."""
+    notes: list[str] = []
+    with _inference(module):
+        if cache:
+            if dynamic_shapes is not None:
+                raise CaptureError("cache=True names the axes of the decode step itself: leave out dynamic_shapes")
+            try:
+                module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
+            except ValueError as error:
+                raise CaptureError(str(error)) from error
+        home = _home(module)
+        examples = [{key: value.to(home) for key, value in _arguments(module, one).items()}
+                    for one in several(example_inputs)]  # fmt: skip
+        constants: dict[str, Any] = {}
+        result = _run(module, examples[0])
+        if _holds_cache(result) and _accepts(module, "use_cache"):
+            constants = {"use_cache": False}
+            result = _run(module, examples[0] | constants)
+            notes.append("captured with use_cache=False; for the decode step with its cache, pass cache=True")
+        for one in examples[1:]:
+            _run(module, one | constants)
+        axes = _dynamic_axes(examples[0], dynamic_shapes)
+        traced = {key: _at_least_two(value, axes.get(key, {})) for key, value in examples[0].items()}
+        if any(traced[key].shape != examples[0][key].shape for key in traced):
+            notes.append("dynamic axes of size 1 in the example inputs were repeated to 2 for tracing")
+        try:
+            program = _export(module, traced, constants, axes)
+        except Exception as error:
+            raise CaptureError(_trace_failure(module, error)) from error
+        if isinstance(module, DecodeStep):
+            examples = [module.of_one_token(one) for one in examples]
+            result = _run(module, examples[0])
+    notes += _specialized(program, axes)
+    program, moved = on_cpu(program)
+    notes += moved
+    examples = [{key: value.cpu() for key, value in one.items()} for one in examples]
+    public = getattr(module, "public_names", {})
+    examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]
+    axes = {public.get(name, name): named for name, named in axes.items()}
+    expected = [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    return Traced(program, examples, axes, structure(result), expected, notes)
+
+
+def _home(module: nn.Module) -> torch.device:
+    """Where a module computes: where its first weight lies."""
+    return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def on_cpu(program: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """A program with its weights on the CPU, where graphs are changed and checked, and a note where that is a copy."""
+    held = [*program.state_dict.values(), *(one for one in program.constants.values() if isinstance(one, Tensor))]
+    devices = {str(one.device) for one in held} - {"cpu"}
+    if not devices:
+        return program, []
+    moved = torch.export.passes.move_to_device_pass(program, "cpu")
+    return moved, [f"the model is on {', '.join(sorted(devices))}; what is made of it begins with a copy on the CPU"]
+
+
+@contextmanager
+def _inference(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode, and each submodule's own mode put back afterwards."""
+    modes = [(inner, inner.training) for inner in module.modules() if inner.training]
+    try:
+        for inner, _ in modes:
+            inner.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for inner, mode in modes:
+            inner.training = mode
+
+
+def several(example_inputs: Any) -> list[Any]:
+    if not isinstance(example_inputs, list):
+        return [example_inputs]
+    if not example_inputs:
+        raise CaptureError("example_inputs is an empty list; give at least one batch")
+    return example_inputs
+
+
+def _arguments(module: nn.Module, example: Any) -> Feeds:
+    """One example by the names of forward's arguments, all tensors; those of *xs are xs_0, xs_1 and so on."""
+    parameters = inspect.signature(module.forward).parameters
+    if isinstance(example, Mapping):
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for key in example:
+            if key in parameters and parameters[key].kind is inspect.Parameter.VAR_POSITIONAL:
+                raise CaptureError(f"example_inputs: {key!r} takes any number of tensors; give a tuple, not a dict")
+            if key not in parameters and not open_ended:
+                known = list(parameters)
+                raise CaptureError(
+                    f"example_inputs: {type(module).__name__}.forward has no argument {key!r}{nearest(key, known)}"
+                )
+        first = [key for key, p in parameters.items() if p.kind is p.POSITIONAL_ONLY and key in example]
+        order = (*first, *(key for key in example if key not in first))
+        return {str(key): as_tensor(example[key], str(key)) for key in order}
+    values = tuple(example) if isinstance(example, tuple) else (example,)
+    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named += [f"{starred}_{number}" for starred in _starred(parameters) for number in range(len(values) - len(named))]
+    if len(values) > len(named):
+        raise CaptureError(
+            f"example_inputs has {len(values)} tensors, and {type(module).__name__}.forward takes {len(named)}"
+        )
+    return {key: as_tensor(value, key) for key, value in zip(named, values, strict=False)}
+
+
+def _starred(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The name of *xs, if there is one."""
+    return [key for key, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
+
+
+def _call(module: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by position and by keyword: by position those that can be given in no other way, and all before *xs."""
+    parameters = inspect.signature(module.forward).parameters
+    rest = [key for key in named if key not in parameters]
+    extra = [key for starred in _starred(parameters) for key in rest if re.fullmatch(rf"{starred}_\d+", key)]
+    by_position = {inspect.Parameter.POSITIONAL_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if extra else set())
+    first = [key for key, p in parameters.items() if p.kind in by_position and key in named] + extra
+    return tuple(named[key] for key in first), {key: value for key, value in named.items() if key not in first}
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """A torch tensor of a tensor or a numpy array; CaptureError for anything else."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray):
+        try:
+            return torch.from_numpy(np.asarray(value, order="C"))
+        except TypeError as error:
+            raise CaptureError(f"input {name!r} is an array of {value.dtype}, which is no tensor") from error
+    if isinstance(value, bool | int | float):
+        return torch.tensor(value)
+    raise CaptureError(f"input {name!r} is a {type(value).__name__}; give a torch tensor or a numpy array")
+
+
+def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """What the module returns. Buffers and arguments that it writes to stay as they were."""
+    copies = {key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
+    try:
+        args, kwargs = _call(module, copies)
+        result = module(*args, **kwargs)
+        written = [(buffer, before) for buffer, version, before in buffers if buffer._version != version]
+        if written:  # what is returned may be the buffer itself
+            result = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
+        for buffer, before in written:
+            buffer.copy_(before)
+        return result
+    except Exception as error:
+        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+        shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
+        raise CaptureError(
+            f"{type(module).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: "
+            f"{first_line(error)}{_user_line(module, error)}"
+        ) from error
+
+
+def _holds_cache(result: Any) -> bool:
+    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
+    return any(type(value).__name__.endswith("Cache") for value in values)
+
+
+def _accepts(module: nn.Module, argument: str) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def structure(result: Any) -> Structure:
+    """The structure of what a model returned. Raises CaptureError when there is no tensor in it."""
+    leaves, tree = pytree.tree_flatten_with_path(result)
+    places = [index for index, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not places:
+        raise CaptureError(f"the model returns a {type(result).__name__} without a tensor in it")
+    fixed = [None if isinstance(leaf, Tensor) else leaf for _, leaf in leaves]
+
+    def rebuild(outputs: list[Any]) -> Any:
+        filled = list(fixed)
+        for place, output in zip(places, outputs, strict=True):
+            filled[place] = output
+        return pytree.tree_unflatten(filled, tree)
+
+    return Structure(tuple(_leaf_name(leaves[place][0]) for place in places), rebuild, places)
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path]
+    if not keys:
+        return "output"
+    return ".".join(str(key) for key in keys) if isinstance(keys[0], str) else "output_" + "_".join(map(str, keys))
+
+
+def _dynamic_axes(
+    example: Feeds, dynamic_shapes: Mapping[str, Mapping[int, str]] | None
+) -> dict[str, dict[int, str]]:
+    """By input, the names of its dynamic axes: the user's where given, the defaults elsewhere."""
+    for name, axes in (dynamic_shapes or {}).items():
+        if name not in example:
+            raise CaptureError(f"dynamic_shapes: there is no input {name!r}{nearest(name, list(example))}")
+        for axis in axes:
+            if not -example[name].dim() <= axis < example[name].dim():
+                raise CaptureError(f"dynamic_shapes: {name} has {example[name].dim()} axes, and no axis {axis}")
+    spec: dict[str, dict[int, str]] = {}
+    for name, tensor in example.items():
+        given = (dynamic_shapes or {}).get(name)
+        if given is None:
+            integer = not tensor.is_floating_point() and tensor.dim() > 1
+            given = ({0: "batch"} if tensor.dim() else {}) | ({1: "seq"} if integer else {})
+        spec[name] = {axis % tensor.dim(): str(label) for axis, label in given.items()}
+    return spec
+
+
+def _at_least_two(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
+    """torch.export specializes axes of size 1, so dynamic ones are repeated to 2."""
+    for axis in axes:
+        if tensor.shape[axis] == 1:
+            tensor = tensor.repeat_interleave(2, axis)
+    return tensor
+
+
+def _export(
+    module: nn.Module, traced: Feeds, constants: Mapping[str, Any], spec: Mapping[str, Mapping[int, str]]
+) -> torch.export.ExportedProgram:
+    shapes: dict[str, Any] = {
+        name: {axis: torch.export.Dim.AUTO for axis in axes} or None for name, axes in spec.items()
+    } | dict.fromkeys(constants)
+    parameters = inspect.signature(module.forward).parameters
+    args, kwargs = _call(module, {**traced, **constants})
+    # torch.export wants what arrives through *args or **kwargs under that name, in its order.
+    plain = {name: shape for name, shape in shapes.items() if name in parameters}
+    by_position = [name for name in shapes if name not in parameters and name not in kwargs]
+    by_keyword = [name for name in shapes if name not in parameters and name in kwargs]
+    if by_position:
+        plain |= {starred: tuple(shapes[name] for name in by_position) for starred in _starred(parameters)}
+    if by_keyword:
+        plain |= {p.name: {name: shapes[name] for name in by_keyword}
+                  for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
+    with quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
+        return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
+
+
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """No warnings, and nothing below critical from these loggers: an exporter's talk is not for the user."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> list[str]:
+    """What should have been dynamic and is not."""
+    placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    notes = []
+    for name, axes in spec.items():
+        value = placeholders.get(name)
+        for axis, label in axes.items():
+            if isinstance(value, Tensor) and str(value.shape[axis]).isdigit():  # also a symbol that stands for a number
+                notes.append(f"the export fixed axis {axis} ({label}) of {name} at {value.shape[axis]}")
+    return notes
+
+
+def _trace_failure(module: nn.Module, error: BaseException) -> str:
+    return (
+        f"torch.export cannot trace {type(module).__name__}{_user_line(module, error)}: {first_line(error)}. "
+        "Control flow that depends on values must go through torch.cond or torch.where"
+    )
+
+
+def _user_line(module: nn.Module, error: BaseException) -> str:
+    """' at file:line (code)' of the innermost frame outside torch."""
+    root = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__)
+              if not f.filename.startswith((root, "<")) and Path(f.filename) != Path(__file__)]  # fmt: skip
+    if not frames:  # the exporter quotes user code in its message
+        found = re.search(rf'File "(?!{re.escape(root)})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
+        return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
+    return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """ '; did you mean ...', or else all there are."""
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"

@@ -1,0 +1,218 @@
+"""How far two models are apart: SQNR, cosine, largest error and agreement of their outputs on the same inputs."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphopt.analysis.propagation import Propagation, propagate
+from graphopt.ir.graph import Graph, Value
+from graphopt.numerics import metrics
+from graphopt.pipeline.calibration import Calibration
+from graphopt.pipeline.passes import Context, UsageError, parse
+from graphopt.report.records import Agreement, plain
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """One output of two models, over all batches."""
+
+    output: str
+    sqnr: float
+    """In dB, of the worst batch; inf where all are equal."""
+    cosine: float
+    """Of the worst batch, taken as one vector."""
+    max_error: float
+    """The largest absolute difference."""
+    top1: float | None
+    """Share of rows, along the last axis, with the largest entry at the same place; None for outputs without rows."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, one entry an output."""
+
+    outputs: list[OutputComparison]
+    batches: int
+    propagation: Propagation | None = None
+    """The results of sites inside, where they were asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: infinity and NaN as text."""
+        account: dict[str, Any] = plain(self)
+        inside = self.propagation
+        if inside is not None:
+            account["propagation"] |= {"lost": plain(inside.lost), "noisiest": plain(inside.noisiest)}
+        return account
+
+    def __str__(self) -> str:
+        from graphopt.report import text
+
+        return text.comparison(self)
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.report import terminal
+
+        return terminal.comparison(self)
+
+
+def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bool = False) -> Comparison:
+    """Compare two models on batches of inputs; `a` is the reference.
+
+    a, b: an Optimized, an nn.Module, a Graph, or a path to .onnx. batches: as for calibration (`Calibration`); for two
+    modules, dicts of keyword arguments, tuples of arguments, or tensors. steps: most batches to use. sites: compare the
+    results of the sites inside too (`propagation.propagate`), of models that are graphs; both are simplified first, so
+    that what a pass folds does not stand apart. That runs over the batches several times.
+    Outputs are paired by name where the names are the same, else in order. A module runs in the mode that it is in.
+    Raises UsageError when there is no batch or the outputs do not pair.
+    """
+    first, second = _Runner(a), _Runner(b)
+    if sites and (first.graph is None or second.graph is None):
+        which = a if first.graph is None else b
+        raise UsageError(
+            f"sites are compared in graphs, and a {type(which).__qualname__} has none; give what optimize returned, a "
+            "Graph, or a path to an .onnx file"
+        )
+    inputs = first.inputs or second.inputs
+    given = Calibration(batches, inputs, steps) if inputs else _limited(batches, steps)
+    found: dict[str, list[tuple[Agreement, float | None, int]]] = {}
+    count = 0
+    for batch in given:
+        count += 1
+        for name, x, y in _paired(first(batch), second(batch)):
+            rows = x.numel() // x.shape[-1] if x.dim() > 1 and x.shape[-1] > 1 else 0
+            top1 = metrics.top1_agreement(x, y) if rows else None
+            found.setdefault(name, []).append((agreement(name, x, y), top1, rows))
+    if not count:
+        raise UsageError("there is no batch to compare on")
+    inside = None
+    if sites and isinstance(given, Calibration):
+        assert first.graph is not None and second.graph is not None
+        inside = propagate(_simplified(first.graph), _simplified(second.graph), given)
+    return Comparison([_over_batches(name, seen) for name, seen in found.items()], count, inside)
+
+
+def agreement(output: str, reference: Tensor, candidate: Tensor) -> Agreement:
+    """How close one output is to its reference. Raises ValueError when the shapes differ."""
+    return Agreement(
+        output,
+        metrics.sqnr(reference, candidate),
+        metrics.cosine(reference, candidate),
+        metrics.max_error(reference, candidate),
+    )
+
+
+def worst(agreements: Iterable[Agreement]) -> Agreement:
+    """The worst of each figure over several runs of one output; NaN is worse than any number."""
+    seen = list(agreements)
+    return Agreement(
+        seen[0].output,
+        min((one.sqnr for one in seen), key=lambda figure: -math.inf if math.isnan(figure) else figure),
+        min((one.cosine for one in seen), key=lambda figure: -math.inf if math.isnan(figure) else figure),
+        max((one.max_error for one in seen), key=lambda figure: math.inf if math.isnan(figure) else figure),
+    )
+
+
+def _simplified(graph: Graph) -> Graph:
+    from graphopt.passes import REGISTRY
+
+    return parse("simplify", REGISTRY).apply(graph, Context())
+
+
+def _over_batches(name: str, seen: Sequence[tuple[Agreement, float | None, int]]) -> OutputComparison:
+    figures = worst(one for one, _, _ in seen)
+    total = sum(rows for _, _, rows in seen)
+    top1 = sum((share or 0.0) * rows for _, share, rows in seen) / total if total else None
+    return OutputComparison(name, figures.sqnr, figures.cosine, figures.max_error, top1)
+
+
+def _paired(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Outputs of both by name, or in order where the names differ."""
+    if set(a) == set(b):
+        pairs = [(name, a[name], b[name]) for name in a]
+    elif len(a) == len(b):
+        pairs = [(name, x, y) for (name, x), y in zip(a.items(), b.values(), strict=True)]
+    else:
+        raise UsageError(f"the outputs do not pair: {', '.join(a)} and {', '.join(b)}")
+    for name, x, y in pairs:
+        if x.shape != y.shape:
+            raise UsageError(f"output {name!r} has shape {list(x.shape)} in one model and {list(y.shape)} in the other")
+    return iter(pairs)
+
+
+class _Runner:
+    """One model as a function from a batch to its outputs by name."""
+
+    def __init__(self, model: Any) -> None:
+        self.inputs: tuple[Value, ...] = ()
+        self.graph: Graph | None = None
+        self._names: tuple[str, ...] | None = None
+        if isinstance(model, str | Path):
+            from graphopt.capture.sources import capture
+
+            model = capture(model, "onnx").graph
+        if isinstance(model, Graph):
+            self.graph, self.inputs, self._names = model, model.inputs, tuple(value.name for value in model.outputs)
+            self._call: Callable[..., Any] = lambda **feeds: model.evaluate(feeds, model.outputs)
+        elif isinstance(model, nn.Module):
+            self._call = model
+        elif isinstance(getattr(model, "graph", None), Graph) and callable(model):
+            self.graph, self.inputs, self._call = model.graph, model.graph.inputs, model
+        else:
+            raise UsageError(
+                f"cannot compare a {type(model).__qualname__}; give what optimize returned, an nn.Module, a Graph, "
+                "or a path to an .onnx file"
+            )
+
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        with torch.no_grad():
+            if isinstance(batch, Mapping):
+                result = self._call(*batch.values()) if self._positional(batch) else self._call(**batch)
+            else:
+                result = self._call(*(batch if isinstance(batch, tuple | list) else (batch,)))
+        if self._names is not None:
+            result = dict(zip(self._names, result, strict=True))
+        outputs = dict(_leaves("", result))
+        if not outputs:
+            raise UsageError(f"the model returns a {type(result).__qualname__} without a tensor in it")
+        return outputs
+
+    def _positional(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a module calls its inputs by other names than the batch, so that their order must do."""
+        if not isinstance(self._call, nn.Module):
+            return False
+        parameters = inspect.signature(self._call.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return not open_ended and any(name not in parameters for name in batch)
+
+
+def _leaves(path: str, result: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in what a model returned, named by where they are: last_hidden_state, output_0, output."""
+    if isinstance(result, Tensor | np.ndarray):
+        yield path or "output", torch.as_tensor(result)
+    elif isinstance(result, Mapping):
+        for key, item in result.items():
+            yield from _leaves(f"{path}.{key}" if path else str(key), item)
+    elif isinstance(result, tuple | list):
+        for index, item in enumerate(result):
+            yield from _leaves(f"{path or 'output'}_{index}", item)
+
+
+def _limited(batches: Any, steps: int | None) -> Iterator[Any]:
+    if isinstance(batches, Tensor | np.ndarray | Mapping | str) or not isinstance(batches, Iterable):
+        raise UsageError(f"batches must be an iterable of batches, not one {type(batches).__qualname__}")
+    for index, batch in enumerate(batches):
+        if steps is not None and index >= steps:
+            return
+        yield batch

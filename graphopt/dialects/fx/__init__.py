@@ -1,0 +1,1 @@
+"""The graph over torch.fx: aten operations, functional, with the weights as stored tensors."""

@@ -1,0 +1,320 @@
+"""An `FxGraph` as a torch.fx.GraphModule to read, to call like the model, to train further and to export again.
+
+Integers become what they stand for: a weight is a float parameter, and a `Rounded` beside it rounds it at each call to
+the integers it was stored in; activations are rounded likewise. Dropout and batch norms are modules, as they were.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.capture.trace import Output
+from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source
+from graphopt.dialects.fx.ops import arguments, quantized_decomposed
+from graphopt.ir.qdq.integer_forms import unfold
+
+if TYPE_CHECKING:
+    from graphopt.dialects.fx.graph import FxGraph
+
+aten = torch.ops.aten
+_LEARNED = ("weight", "bias", "table")
+"""Operands of words that hold parameters."""
+_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+"""Batch norms by the rank of what they read."""
+
+
+class Rounded(nn.Module):
+    """dequantize(quantize(x)). The gradient passes where x is within the range of the integers, as if nothing were
+    rounded (straight through: Bengio et al. 2013)."""
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(
+        self, scale: Tensor | None, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype,
+        axis: int | None = None, block: int = 0,
+    ) -> None:  # fmt: skip
+        """scale: a number, or one for each index along `axis` (and each block of `block` along axis 1), float32; None
+        chooses it and the zero point from each x. low and high: the least and the largest integer."""
+        super().__init__()
+        if scale is not None and zero_point is None:
+            zero_point = torch.zeros(scale.shape, dtype=dtype if axis is None else torch.int64)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.low, self.high, self.dtype, self.axis, self.block = low, high, dtype, axis, block
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.scale, self.zero_point
+        if scale is None or zero_point is None:
+            scale, zero_point = torch.ops.graphopt.choose_qparams(x.detach())
+        y = self._rounded(x.detach(), scale, zero_point)
+        if torch.compiler.is_exporting() or not (torch.is_grad_enabled() and x.requires_grad):
+            return y
+        zero = zero_point.to(scale.dtype)
+        low, high = (self._along((end - zero) * scale, x) for end in (self.low - 0.5, self.high + 0.5))
+        within = x.clamp(low, high)
+        return within + (y - within).detach()
+
+    def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        ops, limits, numbers = quantized_decomposed(), (self.low, self.high, self.dtype), (scale, zero_point)
+        y: Tensor
+        if self.block:  # torch has a quantize of groups for narrower integers only
+            steps = (x / self._along(scale, x)).round() + self._along(zero_point, x)
+            steps = steps.clamp(self.low, self.high).to(self.dtype)
+            y = ops.dequantize_per_channel_group(steps, *numbers, *limits, self.block, torch.float32)
+        elif self.axis is None:
+            y = ops.dequantize_per_tensor.tensor(
+                ops.quantize_per_tensor.tensor(x, *numbers, *limits), *numbers, *limits
+            )
+        else:
+            steps = ops.quantize_per_channel(x, *numbers, self.axis, *limits)
+            y = ops.dequantize_per_channel(steps, *numbers, self.axis, *limits)
+        return y
+
+    def _along(self, parameter: Tensor, x: Tensor) -> Tensor:
+        if self.block:
+            return parameter.repeat_interleave(self.block, 1)
+        return parameter if self.axis is None else parameter.reshape([-1, *[1] * (x.dim() - 1 - self.axis)])
+
+    def extra_repr(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} in [{self.low}, {self.high}]" + (
+            "" if self.axis is None else f", axis={self.axis}"
+        )
+
+
+def as_module(graph: FxGraph, rebuild: Callable[[list[Any]], Any] | None = None) -> fx.GraphModule:
+    """The graph as a module in eval mode, on copies of its tensors.
+
+    Its forward takes the graph's inputs in order or by name (an underscore for what is no letter in it), and returns
+    what `rebuild` makes of the outputs; without it, a dict for any mapping that the model returned.
+    Floating weights and biases are parameters, by the module path of what reads them.
+    """
+    graph = graph.clone()
+    unfold(graph)
+    return _Builder(graph).module(rebuild)
+
+
+class _Builder:
+    def __init__(self, graph: FxGraph) -> None:
+        self.graph, self.program = graph, copied(graph.native.graph)
+        self.attributes: dict[str, Any] = {}
+        originals = dict(zip(self.program.nodes, graph.native.graph.nodes, strict=True))
+        views = {node.native: node for node in graph.nodes}  # type: ignore[attr-defined]
+        self.views = {copy: views[original] for copy, original in originals.items() if original in views}
+
+    def module(self, rebuild: Callable[[list[Any]], Any] | None) -> fx.GraphModule:
+        for node in list(self.program.nodes):
+            self._round(node)
+        for node in list(self.program.nodes):
+            self._keep_training(node)
+        for node in reversed(list(self.program.nodes)):
+            if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
+                self.program.erase_node(node)
+        for node in list(self.program.find_nodes(op="get_attr")):
+            self._store(node)
+        self._name()
+        for node in list(self.program.nodes):
+            if node.target is aten.copy_.default:  # state is no part of what is differentiated
+                with self.program.inserting_before(node):
+                    node.update_arg(1, self.program.call_function(aten.detach.default, (node.args[1],)))
+        self._return(rebuild)
+        module = fx.GraphModule(self.attributes, self.program)
+        module.eval()
+        return module
+
+    def _name(self) -> None:
+        """Call nodes with weights by their module paths, and read attributes where they are used."""
+        for node, view in self.views.items():
+            if view.path and view.word is not None and not {"weight", "table"}.isdisjoint(view.word.operands):
+                node._rename(identifier(view.path))
+        order = {node: place for place, node in enumerate(self.program.nodes)}
+        for node in list(self.program.find_nodes(op="get_attr")):
+            min(node.users, key=order.__getitem__).prepend(node)
+
+    # --- rounding
+
+    def _round(self, node: fx.Node) -> None:
+        """One `Rounded` in place of a quantize and the dequantizes of it, or of a dequantize of stored integers."""
+        if not str(node.target).startswith("quantized_decomposed.dequantize"):
+            return
+        given = arguments(node)
+        x, path = given["input"], self._path(node)
+        if is_constant(x):
+            rounded = self._rounded(given)
+            if rounded is None:
+                return
+            (user, *_), tensor = node.users, self._tensor(node)
+            path = self._path(user)
+            parameter = self._attribute(nn.Parameter(tensor), f"{path}.weight", node)
+            self._replace(node, rounded, parameter, f"{path}.weight_rounded")
+        elif str(x.target).startswith("quantized_decomposed.quantize_per"):
+            made = arguments(x)
+            names = ("scale", "zero_point") if "scale" in made else ("scales", "zero_points")
+            if not all(self._same(made[name], given.get(name)) for name in names):
+                return
+            rounded = self._rounded(given)
+            if rounded is not None:
+                self._replace(node, rounded, made["input"], f"{path}.input_rounded")
+
+    def _rounded(self, given: Mapping[str, Any]) -> Rounded | None:
+        """None where a scale is computed by something else than choose_qparams."""
+        scale, zero = (given[name] if name in given else given[f"{name}s"] for name in ("scale", "zero_point"))
+        limits = given["quant_min"], given["quant_max"], given["dtype"]
+        axis = given.get("axis", 1 if "group_size" in given else None)
+        if isinstance(scale, fx.Node) and not is_constant(scale):
+            chooser = source(scale) if scale.args else None
+            chosen = chooser is not None and str(chooser.target) == "graphopt.choose_qparams.default"
+            if not chosen or given["input"].args[0] is not source(chooser):  # type: ignore[arg-type]
+                return None
+            return Rounded(None, None, *limits)
+        return Rounded(self._number(scale), self._number(zero), *limits, axis, given.get("group_size", 0))
+
+    def _same(self, a: Any, b: Any) -> bool:
+        """Whether two scales, or zero points, are one value or equal numbers."""
+        stored = all(isinstance(one, fx.Node) and is_constant(one) for one in (a, b))
+        return a is b or a == b or (stored and torch.equal(self._constant(a), self._constant(b)))
+
+    def _number(self, raw: Any) -> Tensor | None:
+        if raw is None:
+            return None
+        return self._constant(raw).clone() if isinstance(raw, fx.Node) else torch.tensor(raw)
+
+    def _replace(self, node: fx.Node, rounded: Rounded, x: fx.Node, name: str) -> None:
+        known = [user for user in x.users if user.op == "call_module" and user.meta.get("rounds") is node.args[0]]
+        if known:
+            node.replace_all_uses_with(known[0])
+        else:
+            node.replace_all_uses_with(self._call(rounded, name, x, node, rounds=node.args[0]))
+        self.program.erase_node(node)
+
+    def _call(self, module: nn.Module, name: str, x: fx.Node, before: fx.Node, **marks: Any) -> fx.Node:
+        name = self._free(name)
+        self.attributes[name] = module
+        with self.program.inserting_before(before):
+            call = self.program.call_module(name, (x,))
+        call.meta = before.meta | marks
+        return call
+
+    # --- what differs in training
+
+    def _keep_training(self, node: fx.Node) -> None:
+        if "dropout" in node.meta and node.op == "call_function":
+            rate, path = node.meta["dropout"]
+            with self.program.inserting_after(node):
+                call = self.program.call_module(self._free(path or "dropout"), (node,))
+            self.attributes[str(call.target)] = nn.Dropout(rate)
+            call.meta = {key: value for key, value in node.meta.items() if key != "dropout"}
+            node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+        if node.target is aten.batch_norm.default and node in self.views and self.views[node].kind == "batch_norm":
+            given = arguments(node)
+            kept = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+            if not all(map(is_constant, kept)):
+                return
+            weight, bias, mean, var = (self._constant(one).clone() for one in kept)
+            norm = _NORMS[meta(node).dim()](len(weight), eps=given["eps"], momentum=given["momentum"] or 0.1)
+            norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
+            norm.running_mean, norm.running_var = mean, var
+            node.replace_all_uses_with(self._call(norm, self._path(node) or "batch_norm", given["input"], node))
+            self.program.erase_node(node)
+
+    # --- tensors
+
+    def _store(self, node: fx.Node) -> None:
+        """Give a constant its attribute, just before its first use: a parameter where a word learns it."""
+        thing = self.graph.native.stored.get(str(node.target))
+        if "attribute" in node.meta:
+            return
+        if not isinstance(thing, Tensor):
+            self.attributes[str(node.target)] = thing
+            return
+        name, learned = self._read_as(node)
+        floating = thing.is_floating_point() and (learned or isinstance(thing, nn.Parameter))
+        copy = thing.detach().clone()
+        node.target = self._free(name or str(node.target))
+        self.attributes[node.target] = nn.Parameter(copy) if floating else copy
+        node._rename(identifier(node.target))
+
+    def _read_as(self, node: fx.Node) -> tuple[str, bool]:
+        """The module path and operand that a constant is read as, and whether that is a parameter."""
+        readers = [user for one in (node, *filter(is_constant, node.users)) for user in one.users]
+        for user in readers:
+            view = self.views.get(user)
+            if view is None or view.word is None or view.word.variadic:
+                continue
+            original = next((value for value in view.operands if value is not None and self._is(value, node)), None)
+            if original is None:
+                continue
+            operand = view.word.operands[view.operands.index(original)]
+            if operand in _LEARNED:
+                return (f"{view.path}.{'weight' if operand == 'table' else operand}" if view.path else ""), True
+        return "", False
+
+    def _is(self, value: Any, node: fx.Node) -> bool:
+        native = value.native
+        while isinstance(native, fx.Node) and is_constant(native) and native.op != "get_attr":
+            native = source(native)
+        return isinstance(native, fx.Node) and native.op == "get_attr" and native.target == node.target
+
+    def _attribute(self, thing: Any, name: str, before: fx.Node) -> fx.Node:
+        name = self._free(name)
+        self.attributes[name] = thing
+        with self.program.inserting_before(before):
+            node = self.program.create_node("get_attr", name)
+        node.meta |= {"val": meta(before), "attribute": True}
+        return node
+
+    def _tensor(self, node: fx.Node) -> Tensor:
+        """What a dequantize makes of stored integers."""
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda one: self._constant(one) if isinstance(one, fx.Node) else one
+        )
+        tensor: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return tensor.contiguous()
+
+    def _constant(self, node: fx.Node) -> Tensor:
+        if node.op == "get_attr":
+            tensor: Tensor = self.graph.native.stored[str(node.target)]
+            return tensor.detach()
+        if node.target is aten._to_copy.default:  # as zero points are widened
+            return self._constant(source(node)).to(torch.int64)
+        return self._constant(source(node)).permute(node.args[1])  # type: ignore[arg-type]
+
+    def _path(self, node: fx.Node) -> str:
+        view = self.views.get(node)
+        return "" if view is None else view.path
+
+    def _free(self, name: str) -> str:
+        """The name, or the first of name_1, name_2 ... that nothing has, nor has something inside it."""
+        name = name.lstrip(".")
+        tried = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
+        return next(one for one in tried if not any(f"{other}.".startswith(f"{one}.") for other in self.attributes))
+
+    # --- results
+
+    def _return(self, rebuild: Callable[[list[Any]], Any] | None) -> None:
+        """What the model returned: mappings other than a dict are made by calling their type."""
+        output = next(iter(reversed(self.program.nodes)))
+        results = list(output.args[0])
+        if rebuild is None:
+            made = pytree.tree_map(
+                lambda leaf: results[leaf.index] if isinstance(leaf, Output) else leaf, self.graph.returns
+            )
+        else:
+            with self.program.inserting_before(output):
+                made = self._written(rebuild(results))
+        output.args = (made,)
+
+    def _written(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            items = {str(key): self._written(item) for key, item in value.items()}
+            return items if type(value) is dict else self.program.call_function(type(value), (), items)
+        if isinstance(value, list | tuple):
+            several = [self._written(item) for item in value]
+            return several if isinstance(value, list) else tuple(several)
+        return value

@@ -1,0 +1,165 @@
+"""An `FxGraph` as an AOTInductor package: compiled here, and run by plain PyTorch, without graphopt.
+
+What is compiled is the graph of words with quantize and dequantize around float words. Inductor's freezing makes one
+oneDNN kernel of `dequantize -> linear or conv -> post-op [-> quantize]` and keeps only the packed weight. It is told
+what it needs for that: scales of activations as numbers, weights dequantized per channel, no operator of ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from graphopt.capture.trace import Output, first_line, quiet
+from graphopt.dialects.fx import operators as fx_ops
+from graphopt.dialects.fx.native import Native, meta, module_path
+from graphopt.dialects.fx.ops import arguments, quantized_decomposed
+from graphopt.dialects.fx.save import to_program
+from graphopt.ir.graph import Graph, GraphError
+from graphopt.ir.ops import WORDS
+from graphopt.ir.qdq.integer_forms import unfold
+from graphopt.lowering.backend import LoweringError
+
+INT8_KERNELS = ("onednn.qlinear_pointwise", "onednn.qconv2d_pointwise", "onednn.qconv_pointwise")
+"""What inductor makes of a quantized linear or conv, by the beginning of the operator's name."""
+
+
+def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
+    """Write a package that `torch._inductor.aoti_load_package` runs: complete and checked, or not at all.
+
+    graph: an FxGraph of words. feeds: an example, for the compiler. Inputs are given by keyword; the result is what the
+    model returned, with a dict for any mapping, without numbers and None in it. Returns how many kernels of each name
+    inductor made.
+    Raises LoweringError without a C++ compiler, and, naming the sites, where a quantized linear or conv did not become
+    an int8 kernel; GraphError where torch cannot compile an operation.
+    """
+    if path.suffix != ".pt2":
+        raise GraphError(f"a package ends in .pt2, for torch reads no other: name it {path.with_suffix('.pt2').name}")
+    require_compiler()
+    graph = graph.clone()
+    unfold(graph)
+    promised = promises(graph)
+    spell(graph.native)
+    graph.returns = tensors_only(graph.returns)
+    program = to_program(graph, keywords=True)
+    program._example_inputs = (), {name: feeds[name] for name in graph.input_names}
+    census = Census()
+    part = path.with_name(f".{path.stem}.part.pt2")
+    try:
+        # With gradients enabled inductor freezes nothing.
+        with torch.no_grad(), quiet("torch._inductor", "torch._export", "torch.export"):
+            own = {getattr(torch.ops.graphopt, name).default: WORDS[name].reference for name in fx_ops.NAMES}
+            torch._inductor.aoti_compile_and_package(
+                program.run_decompositions(own),
+                package_path=str(part),
+                inductor_configs={
+                    "freezing": True,
+                    "post_grad_custom_pre_pass": census,
+                    "aot_inductor.metadata": dict(metadata),
+                },
+            )
+        census.require(promised)
+        os.replace(part, path)
+    except LoweringError:
+        raise
+    except Exception as error:
+        raise GraphError(f"AOTInductor cannot compile this graph: {first_line(error)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return dict(census.counts.most_common())
+
+
+def tensors_only(returns: Any) -> Any:
+    """What a package returns: no dict holds what is no tensor. Raises GraphError where a tuple or list does."""
+    if isinstance(returns, dict):
+        kept = {key: tensors_only(item) for key, item in returns.items()}
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(returns, tuple | list):
+        items = [tensors_only(item) for item in returns]
+        if None in items:
+            raise GraphError("a package returns tensors only: the model returns something else in a tuple or list")
+        return type(returns)(items)
+    return returns if isinstance(returns, Output) else None
+
+
+def require_compiler() -> None:
+    """Raise LoweringError where torch finds no C++ compiler."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise LoweringError(
+            "an AOTInductor package is compiled from C++, and torch finds no compiler here: install g++ or clang++ (or "
+            "name one in CXX), or export without aot=True: a torch.export archive runs wherever graphopt is installed"
+        ) from error
+
+
+def promises(graph: Graph) -> dict[str, str]:
+    """By label the word of each linear and conv that reads a quantized activation and a stored integer weight."""
+    found = {}
+    for site in graph.sites("linear", "conv"):
+        x, weight = site.input.producer, site.required("weight").producer
+        if x is None or weight is None or not x.kind == weight.kind == "dequantize":
+            continue
+        if weight.required("x").is_constant and not x.required("x").is_constant:
+            found[f"{site.label} ({site.name})"] = site.kind
+    return found
+
+
+class Census(CustomGraphPass):
+    """Looks at the graph that inductor generates code from, behind freezing."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.left: list[str] = []
+        """The module paths of weights that are dequantized at run time, for a kernel in float."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            self.counts[str(node.target)] += 1
+            if str(node.target).startswith("quantized_decomposed.dequantize_per_channel"):
+                self.left.append(module_path(node) or node.name)
+
+    def uuid(self) -> None:
+        """No caching: a cached result was never looked at."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Census:
+        """torch copies its options, and what is found must be found here."""
+        return self
+
+    def require(self, promised: Mapping[str, str]) -> None:
+        """LoweringError where there are fewer int8 kernels than promised sites."""
+        built = sum(number for name, number in self.counts.items() if name.startswith(INT8_KERNELS))
+        if built < len(promised):
+            left = ", ".join(self.left) or f"some of {', '.join(promised)}"
+            raise LoweringError(
+                f"{len(promised)} int8 linears and convs were promised and inductor made {built} int8 kernels; in "
+                f"float: {left}. Name them in ignore of quantize, or export without aot=True"
+            )
+
+
+def spell(native: Native) -> None:
+    """Put quantize and dequantize as inductor matches them: stored scales and zero points of activations as numbers,
+    zero points of weights as a tensor."""
+    ops = quantized_decomposed()
+    for node in list(native.graph.nodes):
+        if node.target in (ops.quantize_per_tensor.tensor, ops.dequantize_per_tensor.tensor):
+            given = arguments(node)
+            scale, zero_point = native.tensor(given["scale"]), native.tensor(given["zero_point"])
+            if scale is not None and zero_point is not None:
+                bounds = (given["quant_min"], given["quant_max"], given["dtype"])
+                node.target = cast(Any, node.target).overloadpacket.default
+                node.args, node.kwargs = (given["input"], scale.item(), int(zero_point), *bounds), {}
+        elif node.target is ops.dequantize_per_channel.default and node.args[2] is None:
+            scales = cast(fx.Node, node.args[1])
+            node.update_arg(2, native.add_constant(torch.zeros(meta(scales).shape, dtype=torch.int64)))

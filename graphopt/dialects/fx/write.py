@@ -1,0 +1,90 @@
+"""Puts nodes into an `FxGraph`: words, copies of nodes, calls of any operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.dialects.fx import ops as fx_words
+from graphopt.dialects.fx.native import Native, is_value, meta, target_name, tensors_read, with_nodes
+from graphopt.dialects.fx.ops import Literal, Raw, Sizes
+from graphopt.ir.graph import GraphError
+from graphopt.ir.ops import WORDS
+
+
+class NodeWriter:
+    """Puts nodes just before `at` (at the end without it), under its module path; see fx_words.Writer."""
+
+    def __init__(self, native: Native, at: fx.Node | None = None) -> None:
+        self._native, self._at = native, native.output if at is None else at
+
+    def word(self, name: str, raws: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
+        """A word, its operands and attributes checked against the declaration."""
+        word = WORDS[name]
+        names = word.names(len(raws))
+        if len(raws) > len(names):
+            raise GraphError(f"{name} takes {', '.join(word.operands)}; there are {len(raws)} operands")
+        if unknown := sorted(set(attributes) - set(word.attributes)):
+            raise GraphError(f"{name} has no attribute {unknown}; it has {list(word.attributes)}")
+        complete = [*raws, *[None] * (len(names) - len(raws))]
+        for operand, raw in zip(names, complete, strict=True):
+            if raw is None and operand not in word.optional:
+                raise GraphError(f"{name} needs its operand {operand!r}")
+        return fx_words.write(self, name, complete, dict(word.attributes) | dict(attributes))
+
+    def copy(self, node: fx.Node, raws: Sequence[Raw], changed: Mapping[str, Any] = MappingProxyType({})) -> fx.Node:
+        """The same operation on other values, in the order in which it reads them, with some arguments changed."""
+        if len(raws) != len(tensors_read(node)):
+            raise GraphError(f"{target_name(node)} reads {len(tensors_read(node))} values, not {len(raws)}")
+        waiting = iter(raws)
+
+        def other(read: fx.Node) -> Any:
+            if not is_value(read):
+                return read
+            raw = next(waiting)
+            takes_number = isinstance(raw, Literal) and not isinstance(meta(read), Tensor)
+            return raw.number if takes_number else self.tensor(raw)  # type: ignore[union-attr]
+
+        args, kwargs = with_nodes((node.args, node.kwargs), other)
+        if changed:
+            names = [parameter.name for parameter in cast(Any, node.target)._schema.arguments]
+            given = dict(zip(names, args, strict=False)) | kwargs | dict(changed)
+            args = [given.pop(name) for name in names[: len(args)]]
+            kwargs = given
+        return self.call(cast(Callable[..., Any], node.target), *args, **kwargs)
+
+    def operator(self, kind: str, raws: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
+        """A call of the operator that torch.ops has under a name such as aten.topk.default."""
+        found: Any = torch.ops
+        for part in kind.split("."):
+            found = getattr(found, part, None)
+        if not isinstance(found, torch._ops.OpOverload):
+            raise GraphError(f"fx cannot emit {kind!r}: it is no word, and no operator of torch.ops with its overload")
+        return self.call(found, *map(self.tensor, raws), **attributes)
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self._native.call(target, args, kwargs, self._at)
+
+    def tensor(self, raw: Raw) -> fx.Node | None:
+        if raw is None or isinstance(raw, fx.Node):
+            return raw
+        tensor = self.constant(raw)
+        if tensor is None:
+            raise GraphError("a shape that is computed is no tensor in fx")
+        return self.add(tensor)
+
+    def constant(self, raw: Raw) -> Tensor | None:
+        if isinstance(raw, fx.Node):
+            return self._native.tensor(raw)
+        if isinstance(raw, Literal):
+            return torch.tensor(raw.number, dtype=raw.dtype)
+        if isinstance(raw, Sizes) and all(isinstance(item, int) for item in raw.items):
+            return torch.tensor(raw.items, dtype=torch.int64)
+        return None
+
+    def add(self, tensor: Tensor) -> fx.Node:
+        return self._native.add_constant(tensor)

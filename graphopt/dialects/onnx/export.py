@@ -1,0 +1,276 @@
+"""From a graph of words to a deployable ONNX model and file: each word in its spelling, no domain `graphopt` left."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import torch
+
+from graphopt.dialects.onnx import files as onnx_files
+from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx.load import MAP_TYPE
+from graphopt.dialects.onnx.ops import DOMAIN
+from graphopt.ir.graph import Graph, GraphError, Node, Value
+from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
+
+_EXPORTERS = ("pkg.torch.onnx.", "pkg.torch.export.")
+
+
+def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
+    """The model with words spelled in standard operators (and the contrib ones that a backend put in).
+
+    opset: the version of the standard operators, the graph's own by default. Raises GraphError naming the node that
+    has no spelling there.
+    """
+    graph = graph.clone()
+    rewrite(graph, [DYNAMIC_QUANTIZE])
+    for node in graph.sites("linear"):
+        _spell_linear(graph, node)
+    for node in graph.sites("embedding"):
+        if (rows := gathered(graph, node)) is not None:
+            graph.replace(node, rows)
+    graph.sweep()
+    model = graph.model
+    if model.functions:
+        _inline(model)
+    if opset is not None and opset != graph.opset:
+        from graphopt.dialects.onnx.opset import lower_opset
+
+        lower_opset(graph, opset)
+    _spell_zero_points(model)
+    ir_passes.RemoveUnusedOpsetsPass()(model)
+    model.producer_name = "graphopt"
+    _strip(model)
+    _name_by_path(model)
+    return model
+
+
+def _spell_zero_points(model: ir.Model) -> None:
+    """Give int8 activations their zero point, which is 0 where it is left out.
+
+    onnxruntime rewrites such activations to uint8, and fails where `output_dtype` alone tells their type.
+    """
+    zero: ir.Value | None = None
+    for native in model.graph.all_nodes():
+        if native.op_type == "QuantizeLinear" and len(native.inputs) == 3:
+            native.attributes.pop("output_dtype", None)
+        first, scale = (*native.inputs, None, None)[:2]
+        signed = [v for v in (first, native.outputs[0]) if v is not None and v.dtype is ir.DataType.INT8]
+        moves = native.op_type in ("QuantizeLinear", "DequantizeLinear") and len(native.inputs) == 2
+        one_scale = scale is not None and scale.shape is not None and len(scale.shape) == 0
+        if not (moves and one_scale and signed and signed[0].const_value is None):
+            continue
+        if zero is None:
+            tensor = ir.tensor(np.zeros((), np.int8), name=_free_name(model, "zero_point_of_int8"))
+            zero = ir.Value(name=tensor.name, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT8))
+            zero.const_value = tensor
+            model.graph.register_initializer(zero)
+        native.resize_inputs(3)
+        native.replace_input_with(2, zero)
+        native.attributes.pop("output_dtype", None)
+
+
+def _free_name(model: ir.Model, hint: str) -> str:
+    taken = {value.name for native in model.graph.all_nodes() for value in native.outputs}
+    taken |= set(model.graph.initializers) | {value.name for value in model.graph.inputs}
+    return next(name for name in (hint, *(f"{hint}_{number}" for number in range(len(taken)))) if name not in taken)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the exporter wrote beside the model: scopes, and stack traces with the paths of somebody's files."""
+    nodes = list(model.graph.all_nodes())
+    graphs = dict.fromkeys([model.graph, *(native.graph for native in nodes if isinstance(native.graph, ir.Graph))])
+    stored = [value for graph in graphs for value in (*graph.inputs, *graph.initializers.values())]
+    computed = [output for native in nodes for output in native.outputs]
+    for native in nodes:
+        native.doc_string = None
+    parts: list[ir.Node | ir.Graph | ir.Value] = [*nodes, *graphs, *stored, *computed]
+    for part in parts:
+        for key in [key for key in part.metadata_props if key == "namespace" or key.startswith(_EXPORTERS)]:
+            del part.metadata_props[key]
+
+
+def _name_by_path(model: ir.Model) -> None:
+    """Name each node PATH/LAST, with the last part of its name: engines and graphsurgeon show names, not metadata."""
+    taken: set[str] = set()
+    counts: Counter[str] = Counter()
+    for native in model.graph.all_nodes():
+        path, last = native.metadata_props.get(PATH), (native.name or native.op_type).rsplit("/", 1)[-1]
+        hint = f"{path}/{last}" if path else native.name or native.op_type
+        name = hint
+        while name in taken:
+            counts[hint] += 1
+            name = f"{hint}_{counts[hint]}"
+        taken.add(name)
+        native.name = name
+
+
+def _inline(model: ir.Model) -> None:
+    calls = [node for node in model.graph if node.domain == DOMAIN]
+    names = {node.outputs[0].name: (node.name, dict(node.metadata_props)) for node in calls}
+    before = set(model.graph)
+    ir_passes.InlinePass()(model)
+    owner: tuple[str | None, dict[str, str]] = ("", {})
+    # Inlined nodes stand in order, the last one of each call defines the call's output.
+    for node in reversed(list(model.graph)):
+        if node in before:
+            continue
+        owner = names.get(node.outputs[0].name, owner)
+        node.metadata_props.update(owner[1])
+        node.name = f"{owner[0]}/{node.op_type}" if owner[0] else node.name
+    ir_passes.NameFixPass()(model)
+    model.functions.clear()
+
+
+def _spell_linear(graph: OnnxGraph, node: Node) -> None:
+    """MatMul (+ Add): a weight that only this node reads is stored (in, out); a shared one stays, behind Transpose."""
+    x, weight, bias = node.required("x"), node.required("weight"), node.operand("bias")
+    assert isinstance(weight, OnnxValue)
+    tensor = graph.constant(weight)
+    view = _dequantized_kn(graph, weight, node) or weight.transpose()
+    if tensor is not None and not weight.transposed and len(weight.users) == 1:
+        view = graph.add_constant(tensor.t().contiguous(), name=weight.name + ".T")
+    product = graph.emit("matmul", x, view, at=node)
+    graph.replace(node, product if bias is None else graph.emit("add", product, bias, at=node))
+
+
+def _dequantized_kn(graph: OnnxGraph, weight: OnnxValue, node: Node) -> Value | None:
+    """The transpose of a stored weight that is dequantized, by dequantizing integers that are stored (in, out)."""
+    maker = weight.producer
+    if maker is None or maker.kind != "dequantize" or not all(v is None or v.is_constant for v in maker.operands):
+        return None
+    turned = [None if value is None else _turned(graph, value) for value in maker.operands]
+    axis = maker.attributes["axis"]
+    return graph.emit(maker, *turned, at=node, axis=None if axis is None else 1 - axis)
+
+
+def _turned(graph: OnnxGraph, value: Value) -> Value:
+    """A constant matrix stored the other way round; anything else as it is."""
+    tensor = graph.constant(value) if value.rank == 2 else None
+    return value if tensor is None else graph.add_constant(tensor.t().contiguous(), f"{value.name}.T")
+
+
+def gathered(graph: Graph, node: Node) -> Value | None:
+    """Rows of a stored table of integers, dequantized once they are gathered: not all of the table at each run.
+
+    None where there are no such rows, or they hold integers of less than a byte, which ONNX does not gather.
+    """
+    maker, ids = node.required("table").producer, node.required("ids")
+    if maker is None or maker.kind != "dequantize" or maker.attributes["bits"] < 8 or ids.rank is None:
+        return None
+    if not all(value is None or value.is_constant for value in maker.operands):
+        return None
+    integers, scale, zero_point = (*maker.operands, None)[:3]
+    block, axis = maker.attributes["block"], maker.attributes["axis"]
+    if integers is None or scale is None or axis not in (None, 1 if block else 0):
+        return None
+    rows = graph.emit("onnx.Gather", integers, ids, at=node)
+    if axis is None:
+        found = graph.emit("dequantize", rows, scale, zero_point, at=node)
+    elif block:
+        parts = [one and graph.emit("onnx.Gather", one, ids, at=node) for one in (scale, zero_point)]
+        found = graph.emit("dequantize", rows, *parts, at=node, axis=ids.rank, block=block)
+    else:  # DequantizeLinear has no scale for each row where rows have more than one axis
+        found = graph.emit("cast", rows, at=node, dtype=torch.float32)
+        if zero_point is not None:
+            shift = graph.emit("cast", _gather_column(graph, zero_point, ids, node), at=node, dtype=torch.float32)
+            found = graph.emit("sub", found, shift, at=node)
+        found = graph.emit("mul", found, _gather_column(graph, scale, ids, node), at=node)
+    return found
+
+
+def _gather_column(graph: Graph, vector: Value, ids: Value, node: Node) -> Value:
+    """Entries of a stored vector, with an axis of 1 behind those of the ids."""
+    tensor = graph.constant(vector)
+    assert tensor is not None
+    return graph.emit("onnx.Gather", graph.add_constant(tensor.unsqueeze(1), vector.name), ids, at=node)
+
+
+def _quantized_at_run_time(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
+    return op.quantize(x, scale, zero_point)
+
+
+def _dynamic_quantize_linear(op: Builder, m: Match) -> Value:
+    """choose_qparams and quantize of one value are one standard operator."""
+    ranges = m.scale.producer
+    steps, scale, zero_point = op.graph.emit_all("onnx.DynamicQuantizeLinear", m.x, at=ranges, _outputs=3)
+    op.graph.replace(ranges, scale, zero_point)
+    return steps
+
+
+def _is_chosen_from_x(m: Match) -> bool:
+    ranges = m.scale.producer
+    known = ranges is not None and ranges.kind == "choose_qparams" and ranges.input == m.x
+    return known and m.zero_point is not None and m.zero_point.producer == ranges
+
+
+DYNAMIC_QUANTIZE = Rule(
+    "dynamic-quantize-linear", _quantized_at_run_time, _dynamic_quantize_linear, check=_is_chosen_from_x
+)
+
+
+def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_data: bool | None = None) -> None:
+    """Write the file under a temporary name in its folder, check it, and rename it.
+
+    external_data: weights beside the file as NAME.onnx.data, one at a time in memory; None does so where they do not
+    fit one file, or were not held in memory before. Raises GraphError where the folder is not there, or stands in a
+    file's place, and OSError where the disk is full; then nothing is left behind.
+    """
+    if not path.parent.is_dir():
+        raise GraphError(f"there is no folder {path.parent}; make it first")
+    for file in (path, path.with_name(path.name + ".data")):
+        if file.is_dir():
+            raise GraphError(f"{file} is a folder; name another file")
+    size = onnx_files.size(model)
+    needed = size > onnx_files.INSIDE
+    external = needed or onnx_files.is_spilled(model) if external_data is None else external_data
+    if needed and not external:
+        raise GraphError(f"{size / 2**30:.1f} GiB of weights do not fit one ONNX file: leave external_data to graphopt")
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        onnx_files.save(model, written, path.name + ".data" if external else None)
+        _put_back_maps(model, written)
+        _check(model, written)
+        data = written.with_name(path.name + ".data")
+        if data.exists():
+            os.replace(data, path.with_name(data.name))
+        os.replace(written, path)
+
+
+def _check(model: ir.Model, written: Path) -> None:
+    """Raise GraphError where the file is not valid ONNX, but for outputs of unknown rank, which engines load."""
+    if any(output.shape is None for output in model.graph.outputs):
+        return
+    try:
+        onnx.checker.check_model(str(written))
+    except onnx.checker.ValidationError as error:
+        raise GraphError(f"the model to be written is not valid ONNX: {str(error).splitlines()[0]}") from error
+
+
+def graphsurgeon(model: ir.Model) -> Any:
+    """A deployable model as an onnx_graphsurgeon.Graph. It drops metadata: module paths travel in the nodes' names."""
+    import onnx_graphsurgeon
+
+    return onnx_graphsurgeon.import_onnx(ir.to_proto(model))
+
+
+def _put_back_maps(model: ir.Model, written: Path) -> None:
+    """Give outputs that hold a map their type again, which onnx-ir cannot write."""
+    maps = {output.name: output.meta[MAP_TYPE] for output in model.graph.outputs if MAP_TYPE in output.meta}
+    if maps:
+        proto = onnx.load(written, load_external_data=False)
+        for output in proto.graph.output:
+            if output.name in maps:
+                output.type.CopyFrom(maps[output.name])
+        onnx.save(proto, written)

@@ -1,0 +1,128 @@
+"""Bodies of the words that ONNX has no operator for: one a variant, so `linear__bias_kn` is linear with a bias and a
+weight stored (in, out).
+
+There is one body for each arity and stored weight layout: an omitted operand fails in a function, and a Transpose of
+the weight would cost a copy at each run.
+"""
+
+from __future__ import annotations
+
+import re
+
+import onnx
+import onnx_ir as ir
+
+from graphopt.dialects.onnx.ops import DOMAIN
+from graphopt.ir.graph import GraphError
+
+_CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @group"
+_LINEAR_INT8 = {
+    # DequantizeLinear + MatMul is what engines fold when scales are known; MatMulInteger when they are not.
+    "static": "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis={axis}>(weight, weight_scale) "
+    "{t} m = MatMul(xf, {w})",
+    "dynamic": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) "
+    "m = Mul(xf, s)",
+}
+
+
+def _linear_body(bias: bool, kn: bool) -> tuple[str, str]:
+    transposed = "" if kn else "wt = Transpose<perm=[1,0]>(weight)"
+    product = "m = MatMul(x, weight)" if kn else "m = MatMul(x, wt)"
+    finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
+    return f"(x, weight{', bias' if bias else ''}) => (y)", f"{transposed} {product} {finish}"
+
+
+def _linear_int8_body(bias: bool, kn: bool, form: str) -> tuple[str, str]:
+    source = "wf" if form == "static" else "weight"
+    transposed = "" if kn else f"wt = Transpose<perm=[1,0]>({source})"
+    body = _LINEAR_INT8[form].format(axis=1 if kn else 0, t=transposed, w=source if kn else "wt")
+    finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
+    inputs = f"(x, scale, zero_point, weight, weight_scale{', bias' if bias else ''}) => (y)"
+    return inputs, f"{body} {finish}"
+
+
+def function(op_type: str, opset: int) -> ir.Function:
+    """The body of a node of domain graphopt, for an opset."""
+    name, _, suffix = op_type.partition("__")
+    variant = suffix.split("_")
+    bias, kn = "bias" in variant, "kn" in variant
+    attributes = ""
+    if name == "linear":
+        signature, body = _linear_body(bias, kn)
+    elif name == "linear_int8":
+        signature, body = _linear_int8_body(bias, kn, "static" if "static" in variant else "dynamic")
+    elif name == "conv_int8":
+        attributes = "<strides, pads, dilations, group>"
+        given = "x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point" + (", bias" if bias else "")
+        signature = f"({given}) => (y)"
+        body = (
+            "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis=0>(weight, weight_scale) "
+            f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
+        )
+    elif name == "dequantize":
+        attributes, given = "<axis, block_size, bits>", "x, scale" + (", zero_point" if "shifted" in variant else "")
+        block = ", block_size = @block_size" if opset >= 21 else ""
+        signature, body = f"({given}) => (y)", f"y = DequantizeLinear<axis = @axis{block}>({given})"
+        if "blocks" in variant:
+            body = _BLOCKS + ("zf = Cast<to=1>(z) d = Sub(xf, zf)" if "shifted" in variant else "d = Identity(xf)")
+            body = body.replace("{z}", "z = Unsqueeze(zero_point, last)" if "shifted" in variant else "") + _JOINED
+    elif name == "row_scale":
+        attributes, (signature, body) = "<largest>", _ROW_SCALE
+        body = body.replace("{most}", "ReduceMax(a, last)" if opset >= 18 else "ReduceMax<axes = [-1]>(a)")
+    elif name == "attention":
+        attributes = "<scale, causal, heads, kv_heads>"
+        signature, body = _ATTENTION_OVER_QUERIES
+    elif name in _FIXED:
+        signature, body = _FIXED[name]
+    else:
+        raise GraphError(f"there is no ONNX function for {op_type!r}")
+    text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {op_type} {attributes} {signature} {{ {body} }}'
+    return ir.serde.deserialize_function(_parse(text))
+
+
+_BLOCKS = (
+    "last = Constant<value_ints = [2]>() first = Constant<value_ints = [0]>() all = Constant<value_ints = [0, -1]>() "
+    "size = Constant<value_int = @block_size>() sizes = Unsqueeze(size, first) cut = Concat<axis = 0>(all, sizes) "
+    "xb = Reshape(x, cut) xf = Cast<to=1>(xb) s = Unsqueeze(scale, last) {z} "
+)
+_JOINED = " m = Mul(d, s) shape = Shape(x) y = Reshape(m, shape)"
+"""A matrix, its rows cut into blocks and joined again."""
+
+_ROW_SCALE = (
+    "(x) => (scale)",
+    "a = Abs(x) last = Constant<value_ints = [-1]>() m = {most} n = Constant<value_float = @largest>() s = Div(m, n) "
+    "none = Constant<value_float = 0.0>() one = Constant<value_float = 1.0>() zero = Equal(s, none) "
+    "scale = Where(zero, one, s)",
+)
+
+_ATTENTION_OVER_QUERIES = (
+    "(query, key, value, mask) => (y)",
+    "n = Shape<start = -2, end = -1>(query) one = Constant<value_ints = [1]>() rows = Concat<axis = 0>(n, one) "
+    "all = Expand(mask, rows) y = Attention<scale = @scale, is_causal = @causal, q_num_heads = @heads, "
+    "kv_num_heads = @kv_heads>(query, key, value, all)",
+)
+
+_FIXED = {
+    "silu": ("(x) => (y)", "s = Sigmoid(x) y = Mul(x, s)"),
+    "hard_swish": ("(x) => (y)", "s = HardSigmoid<alpha = 0.16666667, beta = 0.5>(x) y = Mul(x, s)"),
+    "rsqrt": ("(x) => (y)", "s = Sqrt(x) y = Reciprocal(s)"),
+    "choose_qparams": ("(x) => (scale, zero_point)", "q, scale, zero_point = DynamicQuantizeLinear(x)"),
+    "add_int8": (
+        "(a, a_scale, a_zero_point, b, b_scale, b_zero_point, y_scale, y_zero_point) => (y)",
+        "af = DequantizeLinear(a, a_scale, a_zero_point) bf = DequantizeLinear(b, b_scale, b_zero_point) "
+        "s = Add(af, bf) y = QuantizeLinear(s, y_scale, y_zero_point)",
+    ),
+}
+
+
+_REFERENCES = {
+    "strides": "ints", "pads": "ints", "dilations": "ints", "group": "int", "scale": "float", "causal": "int",
+    "heads": "int", "kv_heads": "int",
+    "axis": "int", "block_size": "int", "largest": "float",
+}  # fmt: skip
+
+
+def _parse(text: str) -> onnx.FunctionProto:
+    # The parser takes the type of a referenced attribute from its annotation.
+    typed = re.sub(r" = @(\w+)", lambda found: f": {_REFERENCES[found[1]]} = @{found[1]}", text)
+    return onnx.parser.parse_function(typed)

@@ -1,0 +1,723 @@
+"""Graph over onnx-ir: weights stay where they are (memory-mapped for external data), nodes are views of ir.Node."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.dialects.onnx import (
+    files as onnx_files,
+)
+from graphopt.dialects.onnx import (
+    functions as onnx_functions,
+)
+from graphopt.dialects.onnx import (
+    ops as onnx_words,
+)
+from graphopt.dialects.onnx import (
+    shapes as onnx_shapes,
+)
+from graphopt.dialects.onnx.ops import DOMAIN, STANDARD
+from graphopt.dialects.onnx.tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch
+from graphopt.ir.graph import Flow, Graph, GraphError, Node, Shape, Value
+from graphopt.ir.ops import WORDS
+
+OPSET = 23
+"""The opset that modules are captured at and files are lifted to: the first with attention whole."""
+
+MANY_NODES = 5000
+"""Nodes above which the engine's own optimizer takes longer than it saves when a graph is evaluated."""
+
+PATH = "graphopt.path"
+"""The metadata key that carries a node's module path."""
+_RANDOM = {
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
+}  # fmt: skip
+_KNOWN_DOMAINS = (*STANDARD, "ai.onnx.ml", "com.microsoft", DOMAIN)
+
+
+@dataclass(frozen=True)
+class OnnxValue(Value):
+    """A view of an ir.Value; `transposed` sees a 2-D one with its axes swapped, without a copy."""
+
+    graph: OnnxGraph
+    native: ir.Value
+    transposed: bool = False
+
+    def __hash__(self) -> int:
+        return hash((self.native, self.transposed))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OnnxValue) and self.native is other.native and self.transposed == other.transposed
+
+    def transpose(self) -> OnnxValue:
+        return OnnxValue(self.graph, self.native, not self.transposed)
+
+    @property
+    def name(self) -> str:
+        return self.native.name or ""
+
+    @property
+    def shape(self) -> Shape | None:
+        shape = self.native.shape
+        if shape is None:
+            return None
+        sizes = tuple(size if isinstance(size, int) else (size.value or "?") for size in shape)
+        return sizes[::-1] if self.transposed else sizes
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return READABLE.get(self.native.dtype) if self.native.dtype is not None else None
+
+    @property
+    def producer(self) -> Node | None:
+        producer = self.native.producer()
+        return OnnxNode(self.graph, producer) if producer is not None and not self.transposed else None
+
+    @property
+    def users(self) -> tuple[Node, ...]:
+        holders = (self.graph.holder(use.node) for use in self.native.uses())
+        return tuple(OnnxNode(self.graph, node) for node in dict.fromkeys(holders) if node is not None)
+
+    @property
+    def is_output(self) -> bool:
+        return self.native.is_graph_output()
+
+    @property
+    def is_constant(self) -> bool:
+        native = self.native
+        return native.const_value is not None and native.is_initializer() and native.dtype in READABLE
+
+
+@dataclass(frozen=True)
+class OnnxNode(Node):
+    """A view of an ir.Node."""
+
+    owner: OnnxGraph
+    native: ir.Node
+
+    def __hash__(self) -> int:
+        return hash(self.native)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OnnxNode) and self.native is other.native
+
+    @property
+    def graph(self) -> OnnxGraph:
+        return self.owner
+
+    @property
+    def name(self) -> str:
+        return self.native.name or ""
+
+    @property
+    def path(self) -> str:
+        return self.native.metadata_props.get(PATH, "")
+
+    @property
+    def kind(self) -> str:
+        word = onnx_words.read(self.owner, self.native)
+        if word is not None:
+            return word[0]
+        domain = "onnx" if self.native.domain in STANDARD else self.native.domain
+        return f"{domain}.{self.native.op_type}"
+
+    @property
+    def operands(self) -> tuple[Value | None, ...]:
+        word = onnx_words.read(self.owner, self.native)
+        return word[1] if word is not None else self.owner.values(self.native.inputs)
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        word = onnx_words.read(self.owner, self.native)
+        if word is not None:
+            return word[2]
+        return {a.name: a.value for a in self.native.attributes.values() if not _holds_graph(a)}
+
+    @property
+    def results(self) -> tuple[Value, ...]:
+        word = onnx_words.read(self.owner, self.native)
+        count = len(WORDS[word[0]].results) if word is not None else len(self.native.outputs)
+        return tuple(OnnxValue(self.owner, output) for output in self.native.outputs[:count])
+
+    @property
+    def signature(self) -> Hashable | None:
+        native = self.native
+        if native.op_type in _RANDOM or native.domain not in _KNOWN_DOMAINS:
+            return None
+        if any(_holds_graph(attribute) for attribute in native.attributes.values()):
+            return None
+        if any(output.dtype in NARROW for output in native.outputs):  # the engine cannot hand out what it computes
+            return None
+        attributes = tuple(sorted((a.name, _frozen(a)) for a in native.attributes.values()))
+        # A word may have attributes where ONNX has operands (the bounds of a slice).
+        read = repr(sorted(self.attributes.items())) if self.word is not None else ""
+        return native.domain, native.op_type, len(native.outputs), attributes, read
+
+
+class OnnxGraph(Graph):
+    """An ONNX model as a graph of words. Make one with `from_model`, `from_file` or `empty`."""
+
+    dialect = "onnx"
+
+    def __init__(self, model: ir.Model, scratch: onnx_files.Scratch | None = None) -> None:
+        """scratch: where weights that are added go, for a model that is not to be held in memory."""
+        self.model = model
+        self.scratch = scratch
+        self.version = 0
+        self._numbers = itertools.count()
+        self._fresh: dict[ir.Node, None] = {}
+        self._session: tuple[Hashable, Any] | None = None
+        names = {value.name for node in model.graph.all_nodes() for value in node.outputs}
+        self._names: set[str | None] = names | set(model.graph.initializers) | {v.name for v in model.graph.inputs}
+        self._node_names: set[str | None] = {node.name for node in model.graph.all_nodes()}
+        self._protos: dict[str, onnx.FunctionProto] = {}
+        self._holders: dict[ir.Graph | ir.Function | None, ir.Node] = {}
+
+    # --- making one
+
+    @classmethod
+    def from_model(cls, model: ir.Model | onnx.ModelProto) -> OnnxGraph:
+        """Put a model in order and raise its operators to words. The model handed in is not changed.
+
+        Nodes are sorted; constants become initializers, and initializers stop being inputs; model-local functions are
+        inlined; shapes are inferred where they are missing.
+        """
+        from graphopt.dialects.onnx import load as onnx_load
+
+        ordered = onnx_load.in_order(model)
+        graph = cls(ordered, onnx_files.scratch_for(ordered))
+        graph.refine_shapes()
+        onnx_load.raise_spellings(graph)
+        graph.sweep()
+        graph.version = 0
+        return graph
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> OnnxGraph:
+        """Read a file; external data stays there, and what is added to a large one goes to a temporary file.
+
+        Raises GraphError for what is not a readable ONNX model.
+        """
+        from graphopt.dialects.onnx import load as onnx_load
+
+        return cls.from_model(onnx_load.read_model(path))
+
+    @classmethod
+    def empty(cls, inputs: Mapping[str, tuple[Sequence[int | str], torch.dtype]]) -> OnnxGraph:
+        """A graph of inputs only, by name with shape and dtype; `set_outputs` completes it."""
+        values = [
+            ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(onnx_dtype(dtype)))
+            for name, (shape, dtype) in inputs.items()
+        ]
+        native = ir.Graph(values, [], nodes=[], opset_imports={"": OPSET}, name="graph")
+        return cls(ir.Model(native, ir_version=10))
+
+    def set_outputs(self, outputs: Mapping[str, Value]) -> None:
+        """What the graph returns, by name."""
+        self.model.graph.outputs.clear()
+        for name, value in outputs.items():
+            native = self.native(value)
+            if native.is_graph_output() or native.producer() is None:
+                native = self.native(self.emit("identity", value))
+            self._rename(native, name)
+            self.model.graph.outputs.append(native)
+
+    # --- reading
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operators."""
+        return self.model.graph.opset_imports.get("", self.model.graph.opset_imports.get("ai.onnx", 1))
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        return [OnnxNode(self, node) for node in self.model.graph]
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return tuple(OnnxValue(self, value) for value in self.model.graph.inputs)
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        return tuple(OnnxValue(self, value) for value in self.model.graph.outputs)
+
+    def values(self, natives: Sequence[ir.Value | None]) -> tuple[OnnxValue | None, ...]:
+        """Views of native values; None stays None."""
+        return tuple(None if native is None else OnnxValue(self, native) for native in natives)
+
+    def holder(self, native: ir.Node) -> ir.Node | None:
+        """The node of this graph that a node is, or stands inside of; None for one of a subgraph that is gone."""
+        if native.graph is self.model.graph:
+            return native
+        holder = self._holders.get(native.graph)
+        if holder is None or holder.graph is not self.model.graph:
+            self._holders = {
+                node.graph: top
+                for top in self.model.graph
+                for held in top.attributes.values() if _holds_graph(held)
+                for graph in ([held.as_graph()] if held.type is ir.AttributeType.GRAPH else held.as_graphs())
+                for node in graph.all_nodes()
+            }  # fmt: skip
+            holder = self._holders.get(native.graph)
+        return holder
+
+    def constant(self, value: Value) -> Tensor | None:
+        if not isinstance(value, OnnxValue) or not value.is_constant:
+            return None
+        tensor = to_torch(value.native.const_value)
+        return tensor.mT if value.transposed and tensor is not None else tensor
+
+    def constants(self) -> Iterator[tuple[str, Tensor]]:
+        for name, native in self.model.graph.initializers.items():
+            if OnnxValue(self, native).is_constant:
+                tensor = to_torch(native.const_value)
+                if tensor is not None:
+                    yield name, tensor
+
+    # --- changing
+
+    def add_constant(self, tensor: Tensor, name: str = "") -> OnnxValue:
+        dtype = onnx_dtype(tensor.dtype)
+        name = self._unique(name or "constant")
+        array = to_numpy(tensor)
+        native = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
+        return self._store(native, ir.Tensor(array, dtype=dtype, name=name))
+
+    def narrowed(self, value: OnnxValue, bits: int) -> OnnxValue:
+        """A constant of int8 or uint8 whose integers have 2 or 4 bits, stored packed."""
+        if value.native.dtype in NARROW and not value.transposed:
+            return value
+        tensor = self.constant(value)
+        if tensor is None:
+            raise GraphError(f"{value.name!r} is to be stored in {bits} bits, and it is no constant")
+        held = packed(tensor, bits, self._unique(value.name))
+        shape, dtype = ir.Shape(tensor.shape), ir.TensorType(held.dtype)
+        return self._store(ir.Value(name=held.name, shape=shape, type=dtype), held)
+
+    def _store(self, native: ir.Value, held: ir.TensorProtocol) -> OnnxValue:
+        spills = self.scratch is not None and held.nbytes > onnx_files.SMALL
+        native.const_value = self.scratch.store(held) if self.scratch is not None and spills else held
+        self.model.graph.register_initializer(native)
+        return OnnxValue(self, native)
+
+    def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
+        path = at.path if at is not None else ""
+        if isinstance(kind, OnnxNode) and kind.word is not None and kind.native.op_type not in onnx_words.KEPT:
+            spelled = self._spell(kind.kind, operands, {**kind.attributes, **attributes})
+        elif isinstance(kind, OnnxNode):
+            spelled = onnx_words.Spelled(
+                kind.native.op_type,
+                _onnx_values(operands),
+                {a.name: a for a in kind.native.attributes.values()} | attributes,
+                kind.native.domain,
+                len(kind.native.outputs),
+            )
+        elif isinstance(kind, str) and kind in WORDS:
+            spelled = self._spell(kind, operands, attributes)
+        elif isinstance(kind, str) and "." in kind:
+            domain, op_type = kind.rsplit(".", 1)
+            outputs = attributes.pop("_outputs", 1)
+            domain = "" if domain == "onnx" else domain
+            spelled = onnx_words.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
+        else:
+            raise GraphError(f"onnx cannot emit {kind!r}: it is no word, and no operation of the form domain.Op")
+        native = self._make(spelled, path)
+        if isinstance(at, OnnxNode):
+            at.native.prepend(native)
+        else:
+            self.model.graph.append(native)
+        self._fresh[native] = None
+        if isinstance(kind, OnnxNode) and not attributes and _has_the_shapes_of(kind, operands):
+            native.outputs[0].shape = kind.native.outputs[0].shape  # a file may know more of it than inference
+        return OnnxValue(self, native.outputs[0])
+
+    def emit_sized(
+        self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
+    ) -> OnnxValue:
+        *others, shape = operands
+        known = node.result.shape
+        if shape is None or known is None:
+            raise GraphError(f"{node.kind} is told no shape that is known ({node.label})")
+        value = self.emit(node, *others, self._with_sizes(shape, sizes, len(known), at), at=at)
+        value.native.shape = ir.Shape([sizes.get(axis, None if n == "?" else n) for axis, n in enumerate(known)])
+        return value
+
+    def _with_sizes(self, shape: Value, sizes: Mapping[int, int], rank: int, at: Node | None) -> Value:
+        """A tensor of sizes with other numbers at some places, which count as in the result of rank `rank`."""
+        length = shape.shape[0] if shape.shape else 0
+        if not isinstance(length, int):
+            raise GraphError(f"'{shape.name}' holds sizes, and it is not known how many")
+        tensor = self.constant(shape)
+        numbers = torch.zeros(length, dtype=torch.int64) if tensor is None else tensor.clone()
+        told = torch.tensor([axis + rank - length in sizes for axis in range(length)])
+        for axis, size in sizes.items():
+            if axis >= rank - length and numbers[axis - rank + length] != -1:
+                numbers[axis - rank + length] = size
+        if tensor is not None:
+            return self.add_constant(numbers, shape.name)
+        return self.emit("where", self.add_constant(told), self.add_constant(numbers), shape, at=at)
+
+    def _spell(
+        self, kind: str, operands: Sequence[Value | None], attributes: Mapping[str, Any]
+    ) -> onnx_words.Spelled:
+        word = WORDS[kind]
+        unknown = set(attributes) - set(word.attributes)
+        names = word.names(len(operands))
+        if unknown or len(operands) > len(names):
+            raise GraphError(f"{kind} takes {word.operands} and {tuple(word.attributes)}, not {sorted(unknown)}")
+        padded = (*operands, *[None] * (len(names) - len(operands)))
+        for name, value in zip(names, padded, strict=True):
+            if value is None and name not in word.optional:
+                raise GraphError(f"{kind} needs its operand {name!r}")
+        filled = dict(word.attributes) | dict(attributes)
+        if kind.startswith("conv"):
+            weight = padded[word.operands.index("weight")]
+            rank = len(weight.shape) - 2 if weight is not None and weight.shape is not None else 2
+            ones, zeros = (1,) * rank, (0,) * (2 * rank)
+            filled |= {key: filled[key] or default
+                       for key, default in (("stride", ones), ("dilation", ones), ("padding", zeros))}  # fmt: skip
+        return onnx_words.write(self, kind, _onnx_values(operands), filled)
+
+    def _make(self, spelled: onnx_words.Spelled, path: str) -> ir.Node:
+        inputs = [None if value is None else self.native(value) for value in spelled.inputs]
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        opsets = self.model.graph.opset_imports
+        if spelled.domain not in opsets:
+            opsets[spelled.domain] = 1
+        if spelled.domain == DOMAIN and (DOMAIN, spelled.op_type, "") not in self.model.functions:
+            function = onnx_functions.function(spelled.op_type, self.opset)
+            self.model.functions[function.identifier()] = function
+        name = self._unique(f"{path}/{spelled.op_type}" if path else spelled.op_type, self._node_names)
+        node = ir.Node(
+            spelled.domain,
+            spelled.op_type,
+            inputs,
+            [_attribute(key, value) for key, value in spelled.attributes.items()],
+            num_outputs=spelled.outputs,
+            name=name,
+            metadata_props={PATH: path} if path else None,
+        )
+        for index, output in enumerate(node.outputs):
+            output.name = self._unique(f"{name}_{index}" if index else name)
+        self._infer(node)
+        return node
+
+    def native(self, value: Value) -> ir.Value:
+        """The ir.Value behind a view; a transposed view outside linear becomes a Transpose node."""
+        if not isinstance(value, OnnxValue):
+            raise GraphError(f"{value!r} is not a value of an ONNX graph")
+        if not value.transposed:
+            return value.native
+        node = ir.Node("", "Transpose", [value.native], [ir.AttrInt64s("perm", [1, 0])])
+        node.name = self._unique("Transpose", self._node_names)
+        node.outputs[0].name = self._unique(node.name)
+        self._infer(node)
+        producer = value.native.producer()
+        if producer is not None:
+            producer.append(node)
+        elif len(self.model.graph):
+            self.model.graph.insert_before(self.model.graph[0], node)
+        else:
+            self.model.graph.append(node)
+        self._fresh[node] = None
+        return node.outputs[0]
+
+    def replace(self, node: Node, *values: Value) -> None:
+        native = self._own(node)
+        for old, value in zip(native.outputs, values, strict=False):
+            new = self.native(value)
+            if new.shape is None or new.dtype is None:  # operators that shape inference does not know
+                new.shape, new.type = new.shape or old.shape, new.type or old.type
+            elif old.shape is not None and len(old.shape) == len(new.shape):
+                new.shape = _with_names(new.shape, old.shape)
+            name, is_output = old.name, old.is_graph_output()
+            if is_output and (new.producer() is None or new.is_graph_output()):
+                new = self.native(self.emit("identity", value, at=node))
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            if is_output and name is not None:
+                self._rename(old, self._unique(name + "_replaced"))
+                self._rename(new, name)
+        self._remove(native)
+        self.version += 1
+
+    def erase(self, node: Node) -> None:
+        native = self._own(node)
+        if any(output.uses() or output.is_graph_output() for output in native.outputs):
+            raise GraphError(f"{node.kind} cannot be erased: its result is used ({node.label})")
+        self._remove(native)
+        self.version += 1
+
+    def _own(self, node: Node) -> ir.Node:
+        if not isinstance(node, OnnxNode) or node.native.graph is not self.model.graph:
+            raise GraphError(f"{node.label} is not (or no longer) a node of this graph")
+        return node.native
+
+    def _remove(self, native: ir.Node) -> None:
+        producers = {value.producer() for value in native.inputs if value is not None}
+        self.model.graph.remove(native, safe=True)
+        self._fresh.pop(native, None)
+        # What only this node read is now unused: the next sweep looks there first.
+        self._fresh |= {p: None for p in producers if p is not None and p.graph is self.model.graph}
+
+    def sweep(self) -> int:
+        pending, removed = deque(self._fresh), 0
+        while pending:
+            native = pending.pop()
+            if native.graph is not self.model.graph or any(o.uses() or o.is_graph_output() for o in native.outputs):
+                continue
+            pending.extend(p for value in native.inputs if value is not None and (p := value.producer()) is not None)
+            self.model.graph.remove(native, safe=True)
+            removed += 1
+        self._fresh.clear()
+        initializers = self.model.graph.initializers
+        for name in [n for n, v in initializers.items() if not v.uses() and not v.is_graph_output()]:
+            del initializers[name]
+        used = {(n.domain, n.op_type, n.overload) for n in self.model.graph.all_nodes()}
+        for identifier in [i for i in self.model.functions if i[0] == DOMAIN and i not in used]:
+            del self.model.functions[identifier]
+        return removed
+
+    # --- running
+
+    def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
+        """Run in ONNX Runtime at the BASIC level, or without its optimizer where there are very many nodes.
+
+        A model that lies in files and is large runs in sections (`onnx_sections`). Raises GraphError naming a missing
+        input.
+        """
+        found: dict[Value, Tensor] = {}
+        by_name = {value.name: value for value in self.inputs}
+        for name, value in by_name.items():
+            if name in feeds:
+                found[value] = feeds[name]
+        for value in fetch:
+            tensor = self.constant(value)
+            if tensor is not None:
+                found[value] = tensor
+        wanted = [value for value in dict.fromkeys(fetch) if value not in found]
+        if wanted:
+            found |= self._run(feeds, wanted)
+        return [found[value] for value in fetch]
+
+    def _run(self, feeds: Mapping[str, Tensor], wanted: Sequence[Value]) -> Mapping[Value, Tensor]:
+        from graphopt.dialects.onnx import run as onnx_run
+        from graphopt.dialects.onnx import sections as onnx_sections
+
+        key = (self.version, len(self.model.graph), tuple(value.name for value in wanted))
+        if self._session is None or self._session[0] != key:
+            natives = [self.native(value) for value in wanted]
+            if self.scratch is not None:
+                nodes = onnx_sections.needed(self.model.graph, natives)
+                if not onnx_sections.fit_together(nodes):
+                    seen = onnx_sections.Sections(self, [feeds], nodes).through(wanted)
+                    return {value: tensor for _, _, some in seen for value, tensor in some.items()}
+            level = "basic" if len(self.model.graph) <= MANY_NODES else "disable"
+            self._session = key, onnx_run.session(self.model, natives, level=level)
+        return dict(zip(wanted, onnx_run.run(self._session[1], feeds), strict=True))
+
+    def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
+        from graphopt.dialects.onnx import sections as onnx_sections
+
+        return onnx_sections.Sections(self, batches)
+
+    # --- whole graph
+
+    def clone(self) -> Self:
+        return type(self)(self.model.clone(), self.scratch)
+
+    def raise_own(self) -> int:
+        from graphopt.dialects.onnx import flattening as onnx_flattening
+        from graphopt.dialects.onnx import positions as onnx_positions
+
+        before = self.version
+        onnx_positions.raise_positions(self)
+        onnx_flattening.raise_detours(self)
+        return self.version - before
+
+    def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:
+        """A graph of what lies between some values, of the same names; it shares the weights."""
+        between = [[self.native(value) for value in values] for values in (inputs, outputs)]
+        native = ir.convenience.extract(self.model.graph, *between)
+        functions = [function.clone() for function in self.model.functions.values()]
+        return OnnxGraph(ir.Model(native, ir_version=self.model.ir_version, functions=functions))
+
+    def verify(self) -> None:
+        graph = self.model.graph
+        known = {v for v in graph.inputs} | set(graph.initializers.values())
+        names: set[str] = set()
+        for node in graph:
+            for value in node.inputs:
+                if value is not None and value not in known:
+                    raise _at(node, f"{node.op_type} reads {value.name!r} before anything defines it")
+            for output in node.outputs:
+                if output.name in names:
+                    raise _at(node, f"{node.op_type} defines {output.name!r} a second time")
+                names.add(output.name or "")
+                known.add(output)
+            if node.domain == DOMAIN and (DOMAIN, node.op_type, "") not in self.model.functions:
+                raise _at(node, f"the word {node.op_type} has no function body in the model")
+        for output in graph.outputs:
+            if output not in known:
+                raise GraphError(f"the output {output.name!r} is not defined by the graph")
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        outside = onnx_files.size(self.model) > onnx_files.INSIDE
+        onnx_files.save(self.model, path, path.name + ".data" if outside else None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote. Raises GraphError where it is damaged, or has weights outside the file's folder."""
+        from graphopt.dialects.onnx import load as onnx_load
+
+        model = onnx_load.read_model(path)
+        return cls(model, onnx_files.scratch_for(model))
+
+    def refine_shapes(self) -> None:
+        """Infer shapes again where they are open: constants, and words raised since, tell more than the file did.
+
+        Sizes that the graph computes from its own shapes become constants where they are known as numbers.
+        """
+        for native, numbers in onnx_shapes.refine(self.model, self._infer).items():
+            value = OnnxValue(self, native.outputs[0])
+            if value.shape is not None and value.dtype is not None and not value.is_output:
+                sizes = torch.tensor(numbers, dtype=value.dtype).reshape([int(size) for size in value.shape])
+                self.replace(OnnxNode(self, native), self.add_constant(sizes))
+
+    def _infer(self, node: ir.Node) -> None:
+        """Shapes and dtypes of a new node's outputs, by ONNX's own inference on that one node."""
+        first = node.inputs[0] if node.inputs else None
+        if (node.domain, node.op_type.partition("__")[0]) == (DOMAIN, "dequantize") and first is not None:
+            node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)  # inference loses shapes between two Reshapes
+            node.outputs[0].shape = None if first.shape is None else first.shape.copy()
+            return
+        inputs = {}
+        for value in node.inputs:
+            if value is not None and value.type is not None:
+                inputs[value.name or ""] = ir.serde.serialize_value(value).type
+        if len(inputs) < len({v for v in node.inputs if v is not None}):
+            return
+        try:
+            types = self._types(node, inputs)
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
+            raise _at(node, f"{node.op_type} does not fit its operands: {error}") from error
+        for output, found in zip(node.outputs, types, strict=True):
+            if found is not None and found.WhichOneof("value") == "tensor_type":
+                output.type = ir.TensorType(ir.DataType(found.tensor_type.elem_type))
+                if found.tensor_type.HasField("shape"):
+                    output.shape = ir.Shape([
+                        d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
+                        for d in found.tensor_type.shape.dim
+                    ])  # fmt: skip
+            elif found is not None:  # a sequence: torch's exporter types that of SplitToSequence as a tensor
+                output.type, output.shape = ir.serde.deserialize_type_proto_for_type(found), None
+
+    def _types(self, node: ir.Node, inputs: Mapping[str, onnx.TypeProto]) -> list[onnx.TypeProto | None]:
+        if node.domain == DOMAIN:
+            if node.op_type not in self._protos:
+                body = onnx_functions.function(node.op_type, self.opset)
+                self._protos[node.op_type] = ir.serde.serialize_function(body)
+            given = [inputs[value.name or ""] for value in node.inputs if value is not None]
+            attributes = [ir.serde.serialize_attribute(a) for a in node.attributes.values()]
+            return list(onnx.shape_inference.infer_function_output_types(self._protos[node.op_type], given, attributes))
+        if node.domain not in STANDARD:
+            return [None] * len(node.outputs)
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self.opset)
+        except onnx.defs.SchemaError:  # an operator that was experimental once; engines may still know it
+            return [None] * len(node.outputs)
+        small = {
+            v.name or "": ir.serde.serialize_tensor(v.const_value)
+            for v in node.inputs
+            if v is not None and v.const_value is not None and v.const_value.size <= 64
+        }
+        opsets = [onnx.helper.make_opsetid("", self.opset)]
+        found = onnx.shape_inference.infer_node_outputs(
+            schema, ir.serde.serialize_node(node), dict(inputs), small, opset_imports=opsets
+        )
+        if node.op_type == "GroupNormalization" and node.inputs[0] is not None:  # a function, which is not followed
+            return [inputs[node.inputs[0].name or ""]]
+        return [found.get(output.name or "") for output in node.outputs]
+
+    def _unique(self, hint: str, taken: set[str | None] | None = None) -> str:
+        taken = self._names if taken is None else taken
+        name = hint
+        while name in taken:
+            name = f"{hint}_{next(self._numbers)}"
+        taken.add(name)
+        return name
+
+    def _rename(self, native: ir.Value, name: str) -> None:
+        native.name = name
+        self._names.add(name)
+
+
+def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
+    """A shape whose axes of unknown size have the names by which they were known."""
+    return ir.Shape([
+        old if not isinstance(new, int) and new.value is None and not isinstance(old, int) else new
+        for new, old in zip(shape, known, strict=True)
+    ])  # fmt: skip
+
+
+# --- operands and attributes ---------------------------------------------------------------------------------------
+
+
+def _has_the_shapes_of(node: OnnxNode, operands: Sequence[Value | None]) -> bool:
+    """Whether a word of one result, computed on these operands, has a result of the shape that it has as it stands.
+
+    Floats may be others of the same shape; integers may be sizes, and are the same.
+    """
+    if node.word is None or len(node.native.outputs) != 1 or len(operands) != len(node.operands):
+        return False
+    pairs = zip(operands, node.operands, strict=True)
+    return all(new == old or _is_like(new, old) for new, old in pairs)
+
+
+def _is_like(new: Value | None, old: Value | None) -> bool:
+    if new is None or old is None or new.shape is None or new.dtype is None:
+        return False
+    return new.dtype.is_floating_point and new.shape == old.shape
+
+
+def _onnx_values(operands: Sequence[Value | None]) -> list[OnnxValue | None]:
+    for value in operands:
+        if value is not None and not isinstance(value, OnnxValue):
+            raise GraphError(f"{value!r} is not a value of an ONNX graph")
+    return list(operands)  # type: ignore[arg-type]  # checked above
+
+
+def _attribute(name: str, value: Any) -> ir.Attr:
+    if isinstance(value, ir.Attr):
+        return value
+    if isinstance(value, Tensor):
+        return ir.AttrTensor(name, ir.Tensor(to_numpy(value)))
+    return ir.convenience.convert_attribute(name, list(value) if isinstance(value, tuple) else value)
+
+
+def _holds_graph(attribute: ir.Attr) -> bool:
+    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _frozen(attribute: ir.Attr) -> Hashable:
+    value = attribute.value
+    if attribute.type is ir.AttributeType.TENSOR:
+        return str(value.dtype), tuple(value.shape), value.tobytes()
+    return repr(value)
+
+
+def _at(node: ir.Node, reason: str) -> GraphError:
+    error = GraphError(f"{reason} ({node.metadata_props.get(PATH) or node.name})")
+    error.node = node.metadata_props.get(PATH) or node.name  # type: ignore[attr-defined]
+    return error

@@ -1,0 +1,460 @@
+"""Files that are quantized already: operators on integers become dequantize and quantize words around a float word.
+
+Read so: QOperator (QLinearConv and the like, QGemm), integer products with scales behind (MatMulInteger, ConvInteger),
+DynamicQuantizeLinear, and onnxruntime's contrib forms (DynamicQuantizeMatMul, MatMulIntegerToFloat, MatMulNBits,
+GatherBlockQuantized). What computes something else besides (QAttention) stays opaque.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
+from graphopt.dialects.onnx.ops import STANDARD, spatial, window
+from graphopt.ir.graph import Node, Value
+from graphopt.ir.ops import WORDS
+from graphopt.numerics import quantize
+
+CONTRIB = "com.microsoft"
+_INTEGERS = (torch.int8, torch.uint8)
+
+Read = Callable[["_Site"], "Value | None"]
+
+
+def raise_quantized(graph: OnnxGraph) -> None:
+    """Put words in place of operators on integers, and quantize and dequantize in the form that rules look for."""
+    for native in list(graph.model.graph):
+        if native.graph is not graph.model.graph:  # it went with a chain
+            continue
+        node = OnnxNode(graph, native)
+        if native.domain in (*STANDARD, CONTRIB) and (reader := _READERS.get(native.op_type)) is not None:
+            site = _Site(graph, node)
+            value = reader(site)
+            if value is not None:
+                graph.replace(site.end, value)
+                site.erase_behind()
+        elif node.kind in ("quantize", "dequantize"):
+            _tidy(graph, node)
+
+
+class _Site:
+    """One operator on integers: its inputs by number, and words emitted at it."""
+
+    def __init__(self, graph: OnnxGraph, node: OnnxNode) -> None:
+        self.graph, self.node = graph, node
+        self.end = node
+        """The node whose result the words replace: the last of a chain."""
+        self.chain: list[OnnxNode] = []
+        self.attributes: Mapping[str, Any] = {a.name: a.value for a in node.native.attributes.values()}
+        self._inputs = graph.values(node.native.inputs)
+
+    def input(self, index: int) -> OnnxValue | None:
+        return self._inputs[index] if index < len(self._inputs) else None
+
+    def required(self, index: int) -> OnnxValue:
+        value = self.input(index)
+        assert value is not None  # which the operator's schema asks for
+        return value
+
+    @property
+    def count(self) -> int:
+        return len(self._inputs)
+
+    def emit(self, kind: str, *operands: Value | None, **attributes: Any) -> OnnxValue:
+        return self.graph.emit(kind, *operands, at=self.node, **attributes)
+
+    def erase_behind(self) -> None:
+        """Erase the chain from its end, but for what somebody else reads."""
+        for node in self.chain:
+            if not any(result.users or result.is_output for result in node.results):
+                self.graph.erase(node)
+
+    def activation(self, index: int) -> OnnxValue:
+        """Input `index` dequantized by the two inputs behind it."""
+        return self.dequantized(self.required(index), self.required(index + 1), self.input(index + 2))
+
+    def dequantized(self, x: Value, scale: Value, zero_point: Value | None) -> OnnxValue:
+        return self.emit("dequantize", x, single(self.graph, scale), zero_point and single(self.graph, zero_point))
+
+    def quantized(self, value: Value, scale: int) -> OnnxValue | None:
+        """A value quantized by the inputs `scale` and the one behind; None where there is no zero point."""
+        zero_point = self.input(scale + 1)
+        if zero_point is None or zero_point.dtype not in _INTEGERS:
+            return None
+        return self.emit("quantize", value, single(self.graph, self.required(scale)), single(self.graph, zero_point))
+
+    def weight(self, index: int, scale: Value | None, zero_point: Value | None, kn: bool = False) -> OnnxValue | None:
+        """Input `index`, a stored weight (out, in, ...), dequantized: a scale in all, or for each output.
+
+        kn: it is stored (in, out). None where it is computed, or has its scales along another axis.
+        """
+        graph = self.graph
+        integers = _constant(graph, self.input(index))
+        scales, zeros = _constant(graph, scale), _constant(graph, zero_point)
+        if integers is None or scales is None or (zero_point is not None and zeros is None):
+            return None
+        integers = integers.t().contiguous() if kn else integers
+        out = integers.shape[0]
+        if integers.dtype not in _INTEGERS or scales.numel() not in (1, out) or scales.dtype is not torch.float32:
+            return None
+        zeros = None if zeros is None or not bool(zeros.any()) else zeros
+        if zeros is None and integers.dtype is torch.uint8:
+            zeros = torch.zeros((), dtype=torch.uint8)
+        if zeros is not None and zeros.numel() not in (1, out):
+            return None
+        wide = max(scales.numel(), 1 if zeros is None else zeros.numel()) > 1
+        shape = (out,) if wide else ()
+        operands = [None if one is None else _spread(one, shape) for one in (scales, zeros)]
+        stored = [None if one is None else graph.add_constant(one) for one in (integers, *operands)]
+        return self.emit("dequantize", *stored, axis=0 if wide else None)
+
+    def bias(self, index: int, scale: Value, weight_scale: Value) -> Value | None:
+        """Input `index`, int32 in steps of scale · weight_scale, in floats; None where there is none."""
+        steps = self.input(index)
+        if steps is None:
+            return None
+        tensors = [_constant(self.graph, value) for value in (steps, scale, weight_scale)]
+        if any(tensor is None for tensor in tensors):
+            raise _Computed
+        integers, one, other = (tensor for tensor in tensors if tensor is not None)
+        return self.graph.add_constant((integers.double() * one.double() * other.double()).float().reshape(-1))
+
+
+class _Computed(Exception):
+    """What is stored as a rule is computed by the graph here."""
+
+
+def _constant(graph: OnnxGraph, value: Value | None) -> Tensor | None:
+    return graph.constant(value) if value is not None else None
+
+
+def _spread(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor.reshape(-1).expand(shape).contiguous() if shape else tensor.reshape(())
+
+
+def single(graph: OnnxGraph, value: Value) -> Value:
+    """A stored parameter of one element as a scalar, which some files give as a vector of one."""
+    tensor = graph.constant(value) if value.shape == (1,) else None
+    return value if tensor is None else graph.add_constant(tensor.reshape(()), value.name)
+
+
+def _tidy(graph: OnnxGraph, node: OnnxNode) -> None:
+    """Scalars as scalars, weights symmetric without a zero point, and stored int32 (biases) in floats."""
+    if node.result.is_output:
+        return
+    tensors = [_constant(graph, value) for value in node.operands]
+    x, *parameters = node.operands
+    stored = all(tensor is not None for value, tensor in zip(node.operands, tensors, strict=True) if value is not None)
+    if node.kind == "dequantize" and stored and x is not None and x.dtype is torch.int32:
+        value = WORDS["dequantize"].reference(*tensors, **node.attributes)
+        graph.replace(node, graph.add_constant(value, node.name))
+        return
+    tidied = [None if value is None else single(graph, value) for value in parameters]
+    if node.kind == "dequantize" and stored and x is not None and x.dtype is torch.int8 and len(tensors) == 3:
+        tidied[1] = None if tensors[2] is not None and not bool(tensors[2].any()) else tidied[1]
+    if tidied != list(parameters):
+        attributes = dict(node.attributes) | ({"axis": None} if tidied[0] is not None and tidied[0].rank == 0 else {})
+        graph.replace(node, graph.emit(node.kind, x, *tidied, at=node, **attributes))
+
+
+def dequantized_weight(graph: OnnxGraph, value: OnnxValue | None, kn: bool, at: OnnxNode) -> OnnxValue | None:
+    """A stored matrix behind a DequantizeLinear, and at most a Transpose, as (out, in); None for anything else.
+
+    kn: the reader takes it as (in, out); then its integers are stored the other way round.
+    """
+    maker = value.native.producer() if value is not None else None
+    while maker is not None and maker.op_type == "Transpose" and maker.domain in STANDARD:
+        source = maker.inputs[0]
+        if source is None or len(source.shape or ()) != 2:
+            return None
+        kn, value, maker = not kn, OnnxValue(graph, source), source.producer()
+    node = OnnxNode(graph, maker) if maker is not None else None
+    if value is None or node is None or node.kind != "dequantize" or value.rank != 2:
+        return None
+    tensors = [_constant(graph, operand) for operand in node.operands]
+    if any(tensor is None and operand is not None for tensor, operand in zip(tensors, node.operands, strict=True)):
+        return None
+    if not kn:
+        return value
+    axis = node.attributes["axis"]
+    turned = [None if t is None else graph.add_constant(t.t().contiguous() if t.dim() == 2 else t) for t in tensors]
+    return graph.emit(node, *turned, at=at, axis=None if axis is None else 1 - axis)
+
+
+# --- products ------------------------------------------------------------------------------------------------------
+
+
+def _read_conv(site: _Site) -> Value | None:
+    found = spatial(site.node.native, site.required(3))
+    weight = site.weight(3, site.input(4), site.input(5)) if found is not None else None
+    if weight is None or found is None:
+        return None
+    try:
+        bias = site.bias(8, site.required(1), site.required(4))
+    except _Computed:
+        return None
+    if not site.attributes.get("channels_last", 0):
+        return site.quantized(site.emit("conv", site.activation(0), weight, bias, **found), 6)
+    rank = len(found["stride"]) + 2
+    x = site.emit("transpose", site.activation(0), perm=(0, rank - 1, *range(1, rank - 1)))
+    y = site.quantized(site.emit("conv", x, weight, bias, **found), 6)
+    return y and site.emit("transpose", y, perm=(0, *range(2, rank), 1))
+
+
+def _read_matmul(site: _Site) -> Value | None:
+    weight = site.weight(3, site.input(4), site.input(5), kn=True) if site.required(3).rank == 2 else None
+    if weight is not None:
+        return site.quantized(site.emit("linear", site.activation(0), weight), 6)
+    if not _is_one(site.required(4)):
+        return None
+    return site.quantized(site.emit("matmul", site.activation(0), site.activation(3)), 6)
+
+
+def _is_one(scale: OnnxValue) -> bool:
+    return scale.rank in (0, None) or scale.shape == (1,)
+
+
+def _read_gemm(site: _Site) -> Value | None:
+    if site.attributes.get("transA", 0) or site.attributes.get("alpha", 1.0) != 1.0:
+        return None
+    weight = site.weight(3, site.input(4), site.input(5), kn=not site.attributes.get("transB", 0))
+    try:
+        bias = site.bias(6, site.required(1), site.required(4))
+    except _Computed:
+        return None
+    if weight is None or (bias is not None and bias.shape != (weight.shape or ())[:1]):
+        return None
+    y = site.emit("linear", site.activation(0), weight, bias)
+    return y if site.input(7) is None else site.quantized(y, 7)
+
+
+def _read_integer_to_float(site: _Site) -> Value | None:
+    right, scale = site.required(1), site.required(3)
+    weight = site.weight(1, scale, site.input(5), kn=True) if right.rank == 2 else None
+    if weight is None and (right.is_constant or site.input(6) is not None or not _is_one(scale)):
+        return None
+    x = site.dequantized(site.required(0), site.required(2), site.input(4))
+    if weight is None:
+        return site.emit("matmul", x, site.dequantized(right, scale, site.input(5)))
+    return site.emit("linear", x, weight, site.input(6))
+
+
+def _read_dynamic_matmul(site: _Site) -> Value | None:
+    weight = site.weight(1, site.input(2), site.input(3), kn=True)
+    if weight is None:
+        return None
+    x = site.required(0)
+    scale, zero_point = site.graph.emit_all("choose_qparams", x, at=site.node)
+    steps = site.emit("quantize", x, scale, zero_point)
+    return site.emit("linear", site.dequantized(steps, scale, zero_point), weight, site.input(4))
+
+
+def _read_integer_product(site: _Site) -> Value | None:
+    """x · w in int32, cast to float, and multiplied by scale · weight_scale."""
+    conv = site.node.native.op_type == "ConvInteger"
+    cast = _only_reader(site.node, "Cast")
+    scaled = _only_reader(cast, "Mul") if cast is not None and cast.result.dtype is torch.float32 else None
+    if cast is None or scaled is None:
+        return None
+    factor = next(value for value in site.graph.values(scaled.native.inputs) if value != cast.result)
+    scales = _factors(site.graph, factor)
+    found = spatial(site.node.native, site.required(1)) if conv else {}
+    if scales is None or found is None:
+        return None
+    scale, weight_scale = scales
+    weight = site.weight(1, weight_scale, site.input(3), kn=not conv)
+    if weight is None or (weight_scale.rank or 0) > (0 if conv and weight_scale.shape != (1,) else 1):
+        return None
+    site.node, site.end, site.chain = scaled, scaled, [cast, site.node]
+    x = site.dequantized(site.required(0), scale, site.input(2))
+    return site.emit("conv" if conv else "linear", x, weight, **found)
+
+
+def _factors(graph: OnnxGraph, factor: OnnxValue | None) -> tuple[OnnxValue, OnnxValue] | None:
+    """Of scale · weight_scale: the one of activations, and the stored one of the weight."""
+    maker = factor.native.producer() if factor is not None else None
+    if maker is None or maker.op_type != "Mul":
+        return None
+    a, b = graph.values(maker.inputs)
+    if a is None or b is None:
+        return None
+    a, b = (b, a) if a.is_constant and not b.is_constant else (a, b)
+    return (a, b) if b.is_constant and (a.rank == 0 or a.shape == (1,)) else None
+
+
+def _only_reader(node: OnnxNode, op_type: str) -> OnnxNode | None:
+    user = node.result.only_user
+    if not isinstance(user, OnnxNode) or user.native.op_type != op_type or user.native.domain not in STANDARD:
+        return None
+    return user
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
+
+
+def _read_dynamic_quantize(site: _Site) -> Value | None:
+    """Three results: the quantize replaces the first, ranges chosen at run time the others."""
+    x = site.required(0)
+    scale, zero_point = site.graph.emit_all("choose_qparams", x, at=site.node)
+    steps = site.emit("quantize", x, scale, zero_point)
+    site.graph.replace(site.node, steps, scale, zero_point)
+    return None
+
+
+def _read_binary(word: str) -> Read:
+    return lambda site: site.quantized(site.emit(word, site.activation(0), site.activation(3)), 6)
+
+
+def _read_unary(word: str, **attributes: str) -> Read:
+    """(x, scale, zero point, scale and zero point of the result); attributes: of the word, by the operator's names."""
+
+    def read_one(site: _Site) -> Value | None:
+        if site.input(4) is None:
+            return None
+        given = {key: site.attributes[name] for key, name in attributes.items() if name in site.attributes}
+        return site.quantized(site.emit(word, site.activation(0), **given), 3)
+
+    return read_one
+
+
+def _read_softmax(site: _Site) -> Value | None:
+    """Before opset 13 it was over all axes from `axis` on, which is the word where that is the last."""
+    rank, axis = site.required(0).rank, site.attributes.get("axis", -1)
+    if site.attributes["opset"] < 13 and axis != -1 and (rank is None or axis != rank - 1):
+        return None
+    return _read_unary("softmax", axis="axis")(site)
+
+
+def _read_concat(site: _Site) -> Value | None:
+    parts = [site.activation(index) for index in range(2, site.count, 3)]
+    return site.quantized(site.emit("concat", *parts, axis=site.attributes["axis"]), 0)
+
+
+def _read_average_pool(site: _Site) -> Value | None:
+    found = window(site.node.native)
+    if found is None or site.attributes.get("channels_last", 0):
+        return None
+    include = bool(site.attributes.get("count_include_pad", 0))
+    return site.quantized(site.emit("average_pool", site.activation(0), **found, include_pad=include), 3)
+
+
+def _read_global_average_pool(site: _Site) -> Value | None:
+    rank = site.required(0).rank
+    if rank is None or rank < 3 or site.attributes.get("channels_last", 0):
+        return None
+    axes = tuple(range(2, rank))
+    return site.quantized(site.emit("mean", site.activation(0), axes=axes, keepdim=True), 3)
+
+
+# --- weights alone -------------------------------------------------------------------------------------------------
+
+
+def _read_nbits(site: _Site) -> Value | None:
+    bits, block = site.attributes["bits"], site.attributes["block_size"]
+    out, into = site.attributes["N"], site.attributes["K"]
+    if site.input(4) is not None or bits not in (2, 4, 8):  # columns in another order
+        return None
+    blocks = -(-into // block)
+    packed = _constant(site.graph, site.required(1))
+    if packed is None or packed.dtype is not torch.uint8:
+        return None
+    integers = quantize.unpack(packed.reshape(out, blocks, -1), bits, block).reshape(out, -1)[:, :into]
+    weight = _blocks(site, integers, blocks, site.required(2), site.input(3), bits, block)
+    return None if weight is None else site.emit("linear", site.required(0), weight, site.input(5))
+
+
+def _read_gather_blocks(site: _Site) -> Value | None:
+    table = site.required(0)
+    integers, axis = _constant(site.graph, table), site.attributes.get("quantize_axis", 1)
+    if integers is None or integers.dim() != 2 or axis not in (1, -1) or site.attributes.get("gather_axis", 0):
+        return None
+    bits, block = site.attributes.get("bits", 4), site.attributes.get("block_size", 128)
+    if table.native.dtype != ir.DataType.UINT8:  # integers of 4 bits, whose zero point is 0 where none is given
+        return None
+    integers = quantize.unpack(integers, bits, integers.shape[1] * 8 // bits)
+    blocks = -(-integers.shape[1] // block)
+    rows = _blocks(site, integers, blocks, site.required(2), site.input(3), bits, block)
+    return None if rows is None else site.emit("embedding", rows, site.required(1))
+
+
+def _blocks(
+    site: _Site, integers: Tensor, blocks: int, scale: Value, zero_point: Value | None, bits: int, block: int
+) -> OnnxValue | None:
+    """Unsigned integers (rows, columns) with scales in blocks, dequantized; packed zero points, or half the range."""
+    graph, rows = site.graph, integers.shape[0]
+    scales, zeros = _constant(graph, scale), _constant(graph, zero_point)
+    if scales is None or scales.dtype is not torch.float32:
+        return None
+    if zero_point is None:
+        integers, unpacked = (integers.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8), None
+    elif zeros is None or zeros.dtype is not torch.uint8:
+        return None
+    else:
+        unpacked = graph.add_constant(quantize.unpack(zeros.reshape(rows, -1), bits, blocks).contiguous())
+    held = graph.add_constant(integers.contiguous()), graph.add_constant(scales.reshape(rows, blocks).contiguous())
+    return site.emit("dequantize", *held, unpacked, axis=1, block=block, bits=bits)
+
+
+_READERS: dict[str, Read] = {
+    "QLinearConv": _read_conv,
+    "QLinearMatMul": _read_matmul,
+    "QGemm": _read_gemm,
+    "MatMulIntegerToFloat": _read_integer_to_float,
+    "DynamicQuantizeMatMul": _read_dynamic_matmul,
+    "MatMulInteger": _read_integer_product,
+    "ConvInteger": _read_integer_product,
+    "DynamicQuantizeLinear": _read_dynamic_quantize,
+    "QLinearAdd": _read_binary("add"),
+    "QLinearMul": _read_binary("mul"),
+    "QLinearSigmoid": _read_unary("sigmoid"),
+    "QLinearLeakyRelu": _read_unary("leaky_relu", slope="alpha"),
+    "QLinearSoftmax": _read_softmax,
+    "QLinearConcat": _read_concat,
+    "QLinearAveragePool": _read_average_pool,
+    "QLinearGlobalAveragePool": _read_global_average_pool,
+    "MatMulNBits": _read_nbits,
+    "GatherBlockQuantized": _read_gather_blocks,
+}
+
+
+_FORMS = {
+    "QDQ": {"QuantizeLinear"},
+    "QOperator": {name for name in _READERS if name.startswith("Q")} | {"MatMulIntegerToFloat", "QAttention"},
+    "scales chosen at run time": {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "ConvInteger", "MatMulInteger"},
+    "weights alone": {"MatMulNBits", "GatherBlockQuantized"},
+}
+"""The operators that tell how a file was quantized."""
+
+
+def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
+    """What a report says of a file that is quantized already: how, and which words read integers; None of any other."""
+    native = model.graph.node if isinstance(model, onnx.ModelProto) else model.graph
+    types = {node.op_type for node in native if node.domain in (*STANDARD, CONTRIB)}
+    forms = [form for form, members in _FORMS.items() if types & members]
+    if not forms and "DequantizeLinear" in types:
+        forms = ["weights alone"]
+    if not forms:
+        return None
+    words = Counter(node.kind for node in graph.nodes if node.word is not None and _reads_integers(node))
+    opaque = Counter(node.native.op_type for node in graph.nodes if isinstance(node, OnnxNode) and _is_opaque(node))
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(words.items())) or "no word"
+    left = f"; left as they are: {', '.join(f'{n} {kind}' for kind, n in sorted(opaque.items()))}" if opaque else ""
+    return f"this file is quantized already ({', '.join(forms)}): {found}{left}"
+
+
+def _reads_integers(node: Node) -> bool:
+    made = [value.producer for value in node.operands if value is not None]
+    return node.kind not in ("quantize", "dequantize") and any(m is not None and m.kind == "dequantize" for m in made)
+
+
+def _is_opaque(node: OnnxNode) -> bool:
+    """Whether a node computes on integers and is no word."""
+    known = {*_READERS, *set().union(*_FORMS.values()), "DequantizeLinear"}
+    return node.word is None and node.native.op_type in known

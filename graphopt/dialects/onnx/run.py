@@ -1,0 +1,164 @@
+"""Running an onnx-ir model in ONNX Runtime: the reference (BASIC level), without a copy of the weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from torch import Tensor
+
+from graphopt.dialects.onnx.tensors import TORCH_DTYPES, array_to_torch, to_numpy
+from graphopt.ir.graph import GraphError
+
+if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
+    ort.disable_telemetry_events()  # where it was imported before graphopt, whose setting then came too late
+
+LEVELS = {
+    "disable": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+SHAREABLE = {dtype for dtype in TORCH_DTYPES if dtype is not ir.DataType.BFLOAT16}
+"""What goes in and out of a session as arrays of numpy."""
+_BY_NUMPY_NAME = {dtype.numpy().name: torch_dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
+CPU = "CPUExecutionProvider"
+_LARGE = 1024
+"""Bytes above which a weight is handed over by address."""
+
+
+def session(
+    model: ir.Model,
+    outputs: Sequence[ir.Value] | None = None,
+    *,
+    level: str = "basic",
+    threads: int | None = None,
+    options: ort.SessionOptions | None = None,
+    providers: Sequence[str] = (CPU,),
+) -> ort.InferenceSession:
+    """A session of the model (returning `outputs` in place of its own, where given) that shares its weights' memory.
+
+    On the CPU alone, what has no kernels there in 16 bits is computed in float32 between casts.
+    """
+    options = options or ort.SessionOptions()
+    options.graph_optimization_level = LEVELS[level]
+    options.log_severity_level = 4  # what fails is raised, and needs no second telling
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    weights, proto = _without_large_weights(model)
+    if tuple(providers) == (CPU,):
+        _widen(proto.graph)
+    if outputs is not None:
+        _keep_only(proto.graph, outputs)
+    kept = [tensor.name for tensor in proto.graph.initializer if tensor.name in weights]
+    shared = {name: np.ascontiguousarray(weights[name].numpy()) for name in kept}
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
+    if values:
+        options.add_external_initializers(list(shared), values)
+    made = ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
+    made._graphopt_weights = (shared, values)  # they must live as long as the session
+    return made
+
+
+def run(made: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    """Run on inputs by name and return every output. Raises GraphError naming inputs that are missing."""
+    missing = [value.name for value in made.get_inputs() if value.name not in feeds]
+    if missing:
+        raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
+    arrays = {value.name: to_numpy(feeds[value.name]) for value in made.get_inputs()}
+    results = made.run(None, arrays)
+    return [_from_result(result) for result in results]
+
+
+def _from_result(result: Any) -> Any:
+    if not isinstance(result, np.ndarray):
+        return result  # a sequence, map or optional: passed through as the engine gives it
+    dtype = _BY_NUMPY_NAME.get(result.dtype.name)
+    return array_to_torch(result, dtype) if dtype is not None else result
+
+
+def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol], onnx.ModelProto]:
+    """The weights that are worth it by name, not read yet, and the model, which only names them."""
+    initializers = model.graph.initializers.values()
+    held = {value: value.const_value for value in initializers if value.const_value is not None}
+    weights = {}
+    try:
+        for value, tensor in held.items():
+            if tensor.nbytes <= _LARGE or tensor.dtype not in SHAREABLE:
+                continue
+            weights[value.name or ""] = tensor
+            value.const_value = ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
+            )
+        return weights, ir.to_proto(model)
+    finally:
+        for value, tensor in held.items():
+            value.const_value = tensor
+
+
+def _keep_only(graph: onnx.GraphProto, outputs: Sequence[ir.Value]) -> None:
+    """Cut a sorted graph down to what computes these values."""
+    needed = {value.name or "" for value in outputs}
+    kept = []
+    for node in reversed(graph.node):
+        if not needed.isdisjoint(node.output):
+            kept.append(node)
+            needed |= _reads(node)
+    cut = onnx.GraphProto(name=graph.name)
+    cut.node.extend(reversed(kept))
+    cut.input.extend(value for value in graph.input if value.name in needed)
+    cut.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
+    cut.output.extend(ir.serde.serialize_value(value) for value in outputs)
+    graph.CopyFrom(cut)
+
+
+def _widen(graph: onnx.GraphProto) -> None:
+    """Let nodes on bfloat16, and contrib ones on float16, compute in float32, their results rounded as they were.
+
+    ONNX Runtime does so by itself for standard operators on float16.
+    """
+    values = [*graph.input, *graph.output, *graph.value_info]
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    if not {onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16} & set(types.values()):
+        return
+    nodes: list[onnx.NodeProto] = []
+    wide: dict[str, str] = {}
+    for node in graph.node:
+        narrow = {onnx.TensorProto.BFLOAT16} | ({onnx.TensorProto.FLOAT16} if node.domain == "com.microsoft" else set())
+        if node.op_type == "Cast" or not any(types.get(name) in narrow for name in (*node.input, *node.output)):
+            nodes.append(node)
+            continue
+        given = [types[name] for name in node.input if types.get(name) in narrow]
+        if node.domain == "com.microsoft" and given:  # whose results nobody infers
+            types.setdefault(node.output[0], given[0])
+        for index, name in enumerate(node.input):
+            if types.get(name) not in narrow:
+                continue
+            if name not in wide:
+                wide[name] = f"{name}.float32"
+                nodes.append(onnx.helper.make_node("Cast", [name], [wide[name]], to=onnx.TensorProto.FLOAT))
+            node.input[index] = wide[name]
+        nodes.append(node)
+        for index, name in enumerate(node.output):
+            if types.get(name) in narrow:
+                node.output[index] = f"{name}.unrounded"
+                nodes.append(onnx.helper.make_node("Cast", [node.output[index]], [name], to=types[name]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """The names that a node reads, its subgraphs included."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for graph in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
+            for inner in graph.node:
+                names |= _reads(inner)
+            names |= {value.name for value in graph.output}
+    return names

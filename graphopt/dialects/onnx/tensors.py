@@ -1,0 +1,86 @@
+"""Tensors and element types between ONNX, numpy and torch, without copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from graphopt.ir.graph import GraphError
+from graphopt.numerics import quantize
+
+_ONNX_DTYPES = {
+    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float64: ir.DataType.DOUBLE, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
+    torch.int16: ir.DataType.INT16, torch.uint16: ir.DataType.UINT16, torch.int32: ir.DataType.INT32,
+    torch.uint32: ir.DataType.UINT32, torch.int64: ir.DataType.INT64, torch.uint64: ir.DataType.UINT64,
+    torch.bool: ir.DataType.BOOL,
+}  # fmt: skip
+TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {onnx_dtype: dtype for dtype, onnx_dtype in _ONNX_DTYPES.items()}
+
+NARROW = {
+    ir.DataType.INT4: torch.int8, ir.DataType.UINT4: torch.uint8,
+    ir.DataType.INT2: torch.int8, ir.DataType.UINT2: torch.uint8,
+}  # fmt: skip
+"""Integers of less than a byte, stored packed, and what holds one each once they are read."""
+READABLE: dict[ir.DataType, torch.dtype] = TORCH_DTYPES | NARROW
+
+
+def packed(tensor: Tensor, bits: int, name: str) -> ir.PackedTensor[np.ndarray[Any, Any]]:
+    """Integers (int8 or uint8) of 2 or 4 bits as an ONNX tensor: INT2, UINT2, INT4 or UINT4."""
+    signed = "" if tensor.dtype is torch.int8 else "U"
+    held = quantize.pack(torch.bitwise_and(tensor, 2**bits - 1).to(torch.uint8).flatten(), bits)
+    return ir.PackedTensor(to_numpy(held), ir.DataType[f"{signed}INT{bits}"], shape=tensor.shape, name=name)
+
+
+def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
+    """The ONNX element type; GraphError where there is none."""
+    if dtype not in _ONNX_DTYPES:
+        raise GraphError(f"{dtype} has no element type in ONNX that graphopt writes")
+    return _ONNX_DTYPES[dtype]
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def to_torch(tensor: ir.TensorProtocol | None) -> Tensor | None:
+    """The tensor, sharing memory but for packed integers; None for element types that torch does not have."""
+    if tensor is None or tensor.dtype not in READABLE:
+        return None
+    if tensor.dtype in NARROW:
+        dtype = NARROW[tensor.dtype]
+        return torch.from_numpy(tensor.numpy().astype("int8" if dtype is torch.int8 else "uint8"))
+    return array_to_torch(tensor.numpy(), TORCH_DTYPES[tensor.dtype])
+
+
+def array_to_torch(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+    """A view of a numpy array (also a read-only, memory-mapped one); bfloat16 is carried by its bits."""
+    if dtype is torch.bfloat16:
+        return array_to_torch(array.view(np.int16), torch.int16).view(torch.bfloat16)
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    if array.size <= 64:
+        return torch.from_numpy(array.copy())
+    # torch has no read-only tensors, and from_numpy warns of it; the waist forbids writing to constants.
+    return torch.from_numpy(np.asarray(_Writeable(array)))
+
+
+class _Writeable:
+    """A read-only array by its address; it dies with the last tensor over it, and no later: so may its mapping."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.owner = array
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return bits
+    array: np.ndarray[Any, Any] = tensor.numpy()
+    return array

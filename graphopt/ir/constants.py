@@ -1,0 +1,74 @@
+"""What can be known before a run: nodes that read only constants become constants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.cost import nbytes
+from graphopt.ir.graph import Graph, Node, Shape, Value
+
+_LARGE = 1_000_000
+"""Bytes above which a result must not outgrow what it is computed from, so that files stay small."""
+
+
+def fold_constants(graph: Graph) -> None:
+    """Replace what reads only constants by its value; the graph is evaluated once for all of it.
+
+    Left as they are: what is random or holds subgraphs, the dequantize of a stored weight, a transpose that linears and
+    convs read their weight through, what the graph returns, and a result over 1 MB that is larger than its operands.
+    """
+    for node in graph.nodes:
+        shape = _static_shape(node) if node.kind == "onnx.Shape" else None
+        if shape is not None and not node.result.is_output:
+            graph.replace(node, graph.add_constant(shape))
+    folded: dict[Node, None] = {}
+    known: set[Value] = set()
+    for node in graph.nodes:
+        if _is_foldable(node, known):
+            folded[node] = None
+            known.update(node.results)
+    edge = [node for node in folded if any(user not in folded for result in node.results for user in result.users)]
+    fetch = [result for node in edge for result in node.results]
+    values = dict(zip(fetch, graph.evaluate({}, fetch), strict=True)) if fetch else {}
+    for node in edge:
+        tensors = [values[result] for result in node.results]
+        if all(isinstance(tensor, Tensor) for tensor in tensors):  # an engine may return sequences or strings
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            if not _outgrows(node, size):
+                graph.replace(node, *(graph.add_constant(tensor, node.name) for tensor in tensors))
+
+
+def _is_foldable(node: Node, known: set[Value]) -> bool:
+    if node.signature is None or node.kind == "dequantize" or _is_weight_view(node):
+        return False
+    if any(result.is_output or result.is_constant for result in node.results):
+        return False
+    if not all(value is None or value.is_constant or value in known for value in node.operands):
+        return False
+    return not _outgrows(node, sum(nbytes(result, {}) for result in node.results))
+
+
+def _is_weight_view(node: Node) -> bool:
+    """Whether a transpose serves linears and convs only: they read the stored weight through it, without a copy."""
+    users = node.result.users if node.kind == "transpose" else ()
+    return bool(users) and all(user.kind in ("linear", "conv") for user in users)
+
+
+def _outgrows(node: Node, size: int) -> bool:
+    return size > _LARGE and size > sum(nbytes(value, {}) for value in node.operands if value is not None)
+
+
+def static_sizes(shape: Shape | None) -> list[int] | None:
+    """A shape in numbers, or None where one is missing."""
+    sizes = [size for size in shape or () if isinstance(size, int)]
+    return sizes if shape is not None and len(sizes) == len(shape) else None
+
+
+def _static_shape(node: Node) -> Tensor | None:
+    """The result of an ONNX Shape whose axes are of fixed size."""
+    operand = node.operands[0]
+    if operand is None or operand.shape is None:
+        return None
+    sizes = static_sizes(operand.shape[node.attributes.get("start", 0) : node.attributes.get("end")])
+    return None if sizes is None else torch.tensor(sizes, dtype=torch.int64)

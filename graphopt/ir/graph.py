@@ -1,0 +1,391 @@
+"""The narrow waist: everything a pass may ask of a graph, and the only ways to change one.
+
+`Graph`, `Node` and `Value` are abstract; `graphopt.dialects` holds one implementation over torch.fx and one over
+onnx-ir. Nodes and values are views of the dialect's own objects: they compare equal when they view the same object,
+and hold nothing that could go stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.ir.ops import WORDS, Word
+
+Shape = tuple[int | str, ...]
+"""One entry an axis: a size, or the name of a dynamic axis ("?" when it has none)."""
+
+
+Seen = tuple[int, Mapping[str, Tensor], Mapping["Value", Tensor]]
+"""The number of a batch, what it feeds, and some values on it."""
+
+
+class GraphError(Exception):
+    """A graph is malformed, or was asked for something it cannot do."""
+
+
+class Value(ABC):
+    """What flows along an edge: the result of a node, an input, or a constant."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The dialect's own name of it."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape | None:
+        """The shape, or None where even the rank is unknown."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype | None:
+        """The dtype, or None where it is unknown or has no counterpart in torch."""
+
+    @property
+    @abstractmethod
+    def producer(self) -> Node | None:
+        """The node that computes it; None for inputs and constants."""
+
+    @property
+    @abstractmethod
+    def users(self) -> tuple[Node, ...]:
+        """The nodes that read it, once each, in no particular order; a graph output is not a user."""
+
+    @property
+    @abstractmethod
+    def is_output(self) -> bool:
+        """Whether the graph returns it."""
+
+    @property
+    @abstractmethod
+    def is_constant(self) -> bool:
+        """Whether `Graph.constant` has a tensor for it."""
+
+    @property
+    def only_user(self) -> Node | None:
+        """The node that alone reads it; None where several do or none does, or the graph returns it."""
+        users = () if self.is_output else self.users
+        return users[0] if len(users) == 1 else None
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.shape is None else len(self.shape)
+
+
+class Node(ABC):
+    """One operation. A node that a pass may change is called a site."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Unique in its graph."""
+
+    @property
+    @abstractmethod
+    def path(self) -> str:
+        """The module path it came from, such as encoder.layer.0.attention.self.query; "" when unknown."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The word's name, or the dialect's spelling of an opaque operation (such as onnx.Loop, aten.topk.default)."""
+
+    @property
+    @abstractmethod
+    def operands(self) -> tuple[Value | None, ...]:
+        """In the word's order; None where an optional one is left out. Opaque nodes: all values they read."""
+
+    @property
+    @abstractmethod
+    def attributes(self) -> Mapping[str, Any]:
+        """The word's attributes, defaults filled in. Opaque nodes: what the dialect knows, for display."""
+
+    @property
+    @abstractmethod
+    def results(self) -> tuple[Value, ...]:
+        """What it computes."""
+
+    @property
+    @abstractmethod
+    def signature(self) -> Hashable | None:
+        """Equal signatures compute equal results; None when random, stateful, or holding subgraphs."""
+
+    @property
+    @abstractmethod
+    def graph(self) -> Graph:
+        """The graph it stands in."""
+
+    @property
+    def word(self) -> Word | None:
+        return WORDS.get(self.kind)
+
+    def operand(self, name: str) -> Value | None:
+        """The operand that the word calls `name`, or None where it is left out."""
+        word = self.word
+        if word is None or name not in word.operands:
+            raise GraphError(f"{self.kind} has no operand {name!r} ({self.label})")
+        if word.variadic:
+            raise GraphError(f"{self.kind} has any number of {name}: read its operands ({self.label})")
+        index = word.operands.index(name)
+        return self.operands[index] if index < len(self.operands) else None
+
+    def required(self, name: str) -> Value:
+        """The operand `name`, which must be there."""
+        value = self.operand(name)
+        if value is None:
+            raise GraphError(f"{self.kind} is without its operand {name!r} ({self.label})")
+        return value
+
+    @property
+    def result(self) -> Value:
+        """Its first (for most words only) result."""
+        return self.results[0]
+
+    @property
+    def input(self) -> Value:
+        """The operand that data flows in by: x of linear, conv, norms and activations."""
+        return self.required("x")
+
+    @property
+    def bias(self) -> Value | None:
+        return self.operand("bias")
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The constant weight as this use sees it, (out, in, ...); None where it is computed by the graph."""
+        word = self.word
+        if word is None or "weight" not in word.operands:
+            return None
+        value = self.operand("weight")
+        return self.graph.constant(value) if value is not None and value.is_constant else None
+
+    @property
+    def label(self) -> str:
+        """How reports and errors call it: the module path where there is one, else its own name."""
+        return self.path or self.name
+
+
+Site = Node
+"""A node that a pass may change."""
+
+
+class Graph(ABC):
+    """A network in one dialect. The methods marked so are the only ones that change it."""
+
+    dialect: str
+    version: int = 0
+    """How often the graph was changed by `replace` or `erase`."""
+
+    @property
+    @abstractmethod
+    def nodes(self) -> Sequence[Node]:
+        """A snapshot in topological order (subgraphs stay inside their node)."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[Value, ...]: ...
+
+    @property
+    @abstractmethod
+    def outputs(self) -> tuple[Value, ...]: ...
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a run of what is compiled from it writes to stored tensors or to its inputs (`evaluate` does not)."""
+        return False
+
+    @abstractmethod
+    def constant(self, value: Value) -> Tensor | None:
+        """The tensor of a constant value, shared with the graph (do not write to it), or None. Never a copy."""
+
+    @abstractmethod
+    def constants(self) -> Iterator[tuple[str, Tensor]]:
+        """Every stored tensor once, with its name."""
+
+    @abstractmethod
+    def add_constant(self, tensor: Tensor, name: str = "") -> Value:
+        """Store a tensor. Inert until a node uses it. `name` is a hint, made unique."""
+
+    @abstractmethod
+    def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> Value:
+        """Put a node just before `at` (at the end without it), under its module path; its first result. Inert.
+
+        kind: a word; a dialect's own operation, for lowering; or a node, to compute the same on other operands, its
+        attributes as they are but for those given. Raises GraphError when the operands do not fit the word.
+        """
+
+    @abstractmethod
+    def emit_sized(
+        self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
+    ) -> Value:
+        """As `emit` of a node that is told the shape of its result (reshape, expand, resize), told other `sizes`.
+
+        sizes: by axis of the result. Sizes that the graph computes are kept, those that are left open (-1) too.
+        """
+
+    def emit_all(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> tuple[
+        Value, ...
+    ]:
+        """As `emit`, for operations with several results: all of them."""
+        producer = self.emit(kind, *operands, at=at, **attributes).producer
+        assert producer is not None
+        return producer.results
+
+    @abstractmethod
+    def replace(self, node: Node, *values: Value) -> None:
+        """Let every user of the node's results, and the graph's outputs, use `values`; erase the node. [changes]"""
+
+    @abstractmethod
+    def erase(self, node: Node) -> None:
+        """Remove a node that nobody uses; GraphError otherwise. [changes]"""
+
+    @abstractmethod
+    def sweep(self) -> int:
+        """Remove nodes and constants that nobody uses; returns how many nodes. Changes no result, so no version."""
+
+    @abstractmethod
+    def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
+        """Run the graph on named inputs and return the values asked for (any in the graph, constants included)."""
+
+    def gradients(
+        self, feeds: Mapping[str, Tensor], loss: Callable[[list[Tensor]], Tensor], values: Sequence[Value]
+    ) -> list[Tensor]:
+        """d loss(outputs) / d values on named inputs; only where the dialect can train."""
+        raise GraphError(f"the {self.dialect} dialect has no gradients: use a target whose dialect is fx")
+
+    def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
+        """Batches that values are to be computed of, where these or the graph itself may not fit memory."""
+        return Flow(self, batches)
+
+    @abstractmethod
+    def clone(self) -> Self:
+        """An independent graph that shares the tensors."""
+
+    def raise_own(self) -> int:
+        """Put simpler forms in place of what exporters to this dialect alone leave: how many. [changes]"""
+        return 0
+
+    def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Graph:
+        """A graph of what lies between some values, of the same names; it shares the weights."""
+        raise GraphError(f"the {self.dialect} dialect cannot cut a part out of a graph")
+
+    def module(self, rebuild: Callable[[list[Any]], Any] | None = None) -> nn.Module:
+        """A module that computes the graph, on copies of its tensors, to train and to trace; where it can be one.
+
+        rebuild: from the outputs in order to what it returns.
+        """
+        raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
+
+    def package(self, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
+        """Compile a graph of words to a file that its framework runs without graphopt: how many kernels of each name.
+
+        feeds: an example, for the compiler. Only where the dialect has such a compiler.
+        """
+        raise GraphError(f"aot=True compiles for PyTorch, and a graph of the {self.dialect} dialect is not compiled")
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Raise GraphError, naming the node, where the graph breaks a rule of its dialect. Reads no weights."""
+
+    @abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write the graph as it is, words included, to be read by `load`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, path: str | Path) -> Self: ...
+
+    def text(self) -> str:
+        """The listing that `diff` compares: values numbered in order, words with shapes, attributes and paths."""
+        numbers: dict[Value, str] = {value: value.name for value in self.inputs}
+        lines = []
+        for node in self.nodes:
+            for result in node.results:
+                numbers[result] = f"%{len(numbers) - len(self.inputs)}"
+            operands = [_operand_text(value, numbers) for value in _given(node.operands)]
+            word = node.word
+            attributes = [
+                f"{key}={_attribute_text(value)}"
+                for key, value in node.attributes.items()
+                if word is None or value != word.attributes.get(key)
+            ]
+            results = ", ".join(numbers[result] for result in node.results)
+            path = f"  # {node.path}" if node.path else ""
+            lines.append(f"{results} = {node.kind}({', '.join(operands + attributes)}){path}")
+        lines.append(f"return {', '.join(_operand_text(value, numbers) for value in self.outputs)}")
+        return "\n".join(lines)
+
+    def sites(self, *words: str) -> list[Node]:
+        """The nodes of these words."""
+        return [node for node in self.nodes if node.kind in words]
+
+
+class Flow:
+    """Batches on their way through a graph, which must stay as it is."""
+
+    memory = 2**30
+    """Bytes of statistics that a reader may hold at once."""
+
+    def __init__(self, graph: Graph, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        self.graph, self.batches = graph, batches
+
+    def through(self, fetch: Sequence[Value]) -> Iterator[Seen]:
+        """Each value of `fetch` on each batch, once, and for one value in the order of the batches.
+
+        How many come together is the dialect's choice. Values in the order of the graph, over several calls too, may
+        spare it to begin anew.
+        """
+        for number, feeds in enumerate(self.batches):
+            yield number, feeds, dict(zip(fetch, self.graph.evaluate(feeds, fetch), strict=True))
+
+
+def digest(graph: Graph) -> str:
+    """SHA-256 over what decides a graph's results: its listing, its weights, and who reads which."""
+    found = hashlib.sha256(graph.text().encode())
+    for node in graph.nodes:
+        read = [value.name for value in node.operands if value is not None and value.is_constant]
+        found.update("\0".join([node.name, *read, ""]).encode())
+    # One tensor at a time: together they may not fit memory.
+    for name, content in sorted((name, hashlib.sha256(raw_bytes(tensor))) for name, tensor in graph.constants()):
+        found.update(name.encode())
+        found.update(content.digest())
+    return found.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """What a tensor holds, row by row."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    flat = flat.as_strided((flat.numel(),), (1,))  # one element may carry any stride
+    return flat.view(torch.uint8).numpy().data
+
+
+def _given(operands: Sequence[Value | None]) -> list[Value | None]:
+    """Operands without the optional ones left out at the end."""
+    given = list(operands)
+    while given and given[-1] is None:
+        given.pop()
+    return given
+
+
+def _operand_text(value: Value | None, numbers: Mapping[Value, str]) -> str:
+    if value is None:
+        return "-"
+    name = "" if value.is_constant else numbers.get(value, value.name)
+    shape = "[?]" if value.shape is None else "[" + ",".join(str(size) for size in value.shape) + "]"
+    dtype = "" if value.dtype in (torch.float32, None) else f":{str(value.dtype).removeprefix('torch.')}"
+    return name + shape + dtype
+
+
+def _attribute_text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, tuple | list):
+        return "[" + ",".join(_attribute_text(item) for item in value) + "]"
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Paired timing, what machine this is, and the cache of what was timed."""

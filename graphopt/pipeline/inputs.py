@@ -1,0 +1,104 @@
+"""What flows into weights on the calibration batches: second moments, shared by all that multiply the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.numerics.moments import Covariance, Mean, Met, Norm, Rows
+from graphopt.numerics.quantize import Grid
+from graphopt.pipeline.passes import Context, UsageError
+from graphopt.pipeline.weights import Weight
+
+S = TypeVar("S", Norm, Mean, Covariance, Met)
+
+
+def unexercised(what: str) -> str:
+    """What to say of values that no batch has a number of: all of it padding, or empty."""
+    return f"no calibration batch has numbers for {what}; add batches that do, or name what reads it in ignore"
+
+
+def covariances(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """Of each weight, the mean of x xᵀ over the inputs x of all its sites: float64 (groups, features, features).
+
+    Weights that read the same come together, not in the given order. The graph must not change until the last is read.
+    Raises UsageError without calibration, and where no batch has a number for a weight's inputs.
+    """
+    return _observed(graph, context, weights, _anywhere(Covariance), Covariance.matrix)
+
+
+def affine(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """As `covariances`, with one more input that is always 1, whose row holds the means of the others."""
+    return _observed(graph, context, weights, _anywhere(Covariance), Covariance.affine)
+
+
+def met(
+    graph: Graph, context: Context, weights: Sequence[Weight], grids: Mapping[Value, Grid]
+) -> Iterator[tuple[Weight, Tensor]]:
+    """As `affine`, of inputs as they are in integers, and of these with the inputs themselves: `Met.affine`.
+
+    grids: the integers of the input of every site.
+    """
+
+    def statistic(value: Value, features: int, rows: Rows | None) -> Met:
+        return Met(features, rows, grids[value])
+
+    return _observed(graph, context, weights, statistic, Met.affine)
+
+
+def norms(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """As `covariances`, the root mean square of each input: float64 (groups, features)."""
+    squares = _observed(graph, context, weights, _anywhere(Norm), lambda norm: norm.norms().square())
+    return ((weight, mean.sqrt()) for weight, mean in squares)
+
+
+def means(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
+    """As `covariances`, the mean of each input: float64 (groups, features)."""
+    return _observed(graph, context, weights, _anywhere(Mean), Mean.mean)
+
+
+def _anywhere(statistic: Callable[[int, Rows | None], S]) -> Callable[[Value, int, Rows | None], S]:
+    """A statistic that is the same for all values."""
+    return lambda value, features, rows: statistic(features, rows)
+
+
+def _observed(
+    graph: Graph,
+    context: Context,
+    weights: Sequence[Weight],
+    statistic: Callable[[Value, int, Rows | None], S],
+    mean: Callable[[S], Tensor],
+) -> Iterator[tuple[Weight, Tensor]]:
+    """The mean over all rows that a weight multiplies; `mean` gives that of one statistic."""
+    readers: dict[tuple[tuple[Value, Rows | None], ...], list[Weight]] = {}
+    for weight in weights:
+        readers.setdefault(tuple((site.input, _rows(site)) for site in weight.sites), []).append(weight)
+    wanted = (
+        (value, statistic(value, reading[0].tensor[0].numel(), rows))
+        for inputs, reading in readers.items() for value, rows in inputs
+    )  # fmt: skip
+    seen = context.statistics(graph, wanted)
+    for inputs, reading in readers.items():
+        several = [one for one in [next(seen) for _ in inputs] if one.count]
+        if not several:
+            raise UsageError(unexercised(f"the input of {reading[0].sites[0].label}"))
+        total = sum(one.count for one in several)
+        moments = mean(several[0]) if len(several) == 1 else sum(mean(one) * (one.count / total) for one in several)
+        assert isinstance(moments, torch.Tensor)
+        several.clear()  # each may be as large as the moments
+        for weight in reading:
+            yield weight, moments
+
+
+def _rows(site: Node) -> Rows | None:
+    if site.kind != "conv":
+        return None
+    shape, attributes = site.required("weight").shape, site.attributes
+    assert shape is not None
+    kernel = tuple(int(size) for size in shape[2:])
+    stride, padding, dilation = (tuple(attributes[name]) for name in ("stride", "padding", "dilation"))
+    return kernel, stride, padding, dilation, int(attributes["groups"])

@@ -1,0 +1,40 @@
+"""The same as one HTML page, without anything to fetch."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from graphopt.report import text
+from graphopt.report.records import GraphDiff, Report
+
+
+def page(report: Report | None = None, diff: GraphDiff | None = None, title: str = "graphopt") -> str:
+    """A whole document."""
+    body = Markup(fragment(report, diff))  # the template has escaped it
+    return str(_template().module.document(title, body))  # type: ignore[attr-defined]
+
+
+def fragment(report: Report | None = None, diff: GraphDiff | None = None) -> str:
+    """What a notebook shows."""
+    return str(_template().module.fragment(report, diff, text))  # type: ignore[attr-defined]
+
+
+def write(path: str | Path, report: Report, diff: GraphDiff, title: str) -> None:
+    """Write the page whole, or not at all."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(page(report, diff, title), encoding="utf-8")
+    partial.replace(path)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("graphopt.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("report.html.jinja")

@@ -1,0 +1,151 @@
+"""How much the units of groups matter: the criteria of `prune`, by name."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from graphopt.analysis.groups import Axis, Group
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.numerics import importance
+from graphopt.numerics.finite import require_finite
+from graphopt.pipeline import inputs
+from graphopt.pipeline.passes import Context, UsageError
+from graphopt.pipeline.weights import Weight, why_fixed
+
+Scores = dict[Group, Tensor]
+"""A number for each unit of a group, at least 0: float64 (size,). Left out are groups that a criterion cannot weigh."""
+
+_STATISTICS = ("mean", "var", "scale", "zero_point", "condition", "mask")
+"""Operands of words that are no weights: what a batch norm has seen, scales of integers, masks."""
+
+_UNWEIGHED = {
+    "activation": "no linear or conv with a stored float weight reads it; use importance=l2",
+    "taylor": "it has no stored float weight",
+    "l1": "it has no stored float weight",
+    "l2": "it has no stored float weight",
+}
+"""Why a criterion cannot weigh a group."""
+
+
+def weigh(graph: Graph, context: Context, groups: Sequence[Group], criterion: str, seed: int) -> Scores:
+    """The importance of the units of groups: by a criterion, or by auto, activation with calibration, else l2.
+
+    A group that the criterion cannot weigh is declined; under auto it goes by l2, which is noted. Raises ValueError,
+    naming the site, where a weight of a group holds NaN or infinity.
+    """
+    for group in groups:
+        for axis, tensor in _constants(graph, group):
+            site = axis.value.users[0]
+            require_finite(tensor, f"the {_operand(site, axis.value)} of {site.label}")
+    auto = criterion == "auto"
+    name = criterion if not auto else "activation" if context.calibration is not None else "l2"
+    found = IMPORTANCE[name](graph, context, groups, seed)
+    if auto and name == "activation" and len(found) < len(groups):
+        others = l2(graph, context, [group for group in groups if group not in found], seed)
+        if others:
+            names = ", ".join(group.name for group in others)
+            context.note(f"weighed by l2, as no linear or conv with a stored float weight reads them: {names}")
+        found, name = found | others, "l2"
+    if groups and not found:
+        raise UsageError(f"{context.record.name}: importance={name} cannot weigh any of them: {_UNWEIGHED[name]}")
+    for group in groups:
+        if group not in found:
+            context.record.declined[group.name] = f"importance={name} cannot weigh it: {_UNWEIGHED[name]}"
+    return {group: found[group] for group in groups if group in found}
+
+
+def l1(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """The sum of the magnitudes of a unit's weights (Li et al. 2017), in producers, consumers and what is between.
+
+    Biases and norms count; what a batch norm has seen, masks and scales of integers do not.
+    """
+    return _norms(graph, groups, 1)
+
+
+def l2(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """The root of the sum of their squares."""
+    return _norms(graph, groups, 2)
+
+
+def random(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """Any may go: drawn from the seed and the group's name, so that one group's draw is not another's affair."""
+    draws = {group: zlib.crc32(f"{seed} {group.name}".encode()) for group in groups}
+    return {
+        group: torch.rand(group.size, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64)
+        for group, drawn in draws.items()
+    }
+
+
+def activation(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """What a unit adds to the outputs of its consumers: (‖x_j‖ · ‖W_:j‖)² (WANDA, Sun et al. 2024, squared).
+
+    The sum over consumers, each as a share of what all its inputs add. Consumers are linears and convs with a stored
+    float weight; a group without any is not weighed.
+    """
+    wanted: dict[Value, list[Node]] = {}
+    for site in dict.fromkeys(site for group in groups for site in group.consumers):
+        if site.kind in ("linear", "conv") and why_fixed(site) is None:
+            wanted.setdefault(site.required("weight"), []).append(site)
+    weights = [Weight(value, sites) for value, sites in wanted.items()]
+    energies: dict[Value, Tensor] = {}
+    for weight, norm in inputs.norms(graph, context, weights):
+        energy = importance.output_energy(weight.tensor, norm[0].square())
+        energies[weight.value] = energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    found = {}
+    for group in groups:
+        parts = [(energies[axis.value], 0, axis.units) for axis in group.axes
+                 if axis.axis == 1 and axis.value in energies]  # fmt: skip
+        if parts:
+            found[group] = importance.per_unit(parts, group.size)
+    return found
+
+
+def taylor(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """The change of the loss without the unit, to first order: |Σ w · dL/dw| (Molchanov et al. 2017), the batches' sum.
+
+    Holds the gradients of all weights at once.
+    """
+    axes = {group: weights for group in groups if (weights := _constants(graph, group))}
+    values = list(dict.fromkeys(axis.value for several in axes.values() for axis, _ in several))
+    found = {group: torch.zeros(group.size, dtype=torch.float64) for group in axes}
+    for gradients in context.gradients(graph, values):
+        slopes = dict(zip(values, gradients, strict=True))
+        for group, several in axes.items():
+            parts = ((tensor, slopes[axis.value], axis.axis, axis.units) for axis, tensor in several)
+            found[group] += importance.taylor(parts, group.size)
+    return found
+
+
+IMPORTANCE: Mapping[str, Callable[[Graph, Context, Sequence[Group], int], Scores]] = MappingProxyType(
+    {one.__name__: one for one in (l1, l2, activation, taylor, random)}
+)
+"""Each weighs all units of the groups; none changes the graph."""
+
+
+def _norms(graph: Graph, groups: Sequence[Group], order: int) -> Scores:
+    slices = {group: [(tensor, axis.axis, axis.units) for axis, tensor in _constants(graph, group)] for group in groups}
+    return {group: importance.norms(parts, group.size, order=order) for group, parts in slices.items() if parts}
+
+
+def _constants(graph: Graph, group: Group) -> list[tuple[Axis, Tensor]]:
+    """The stored float tensors of a group that weigh something, by each axis of theirs that shrinks."""
+    found = []
+    for axis in group.axes:
+        tensor = graph.constant(axis.value) if axis.value.is_constant else None
+        statistic = all(_operand(user, axis.value) in _STATISTICS for user in axis.value.users)
+        if tensor is not None and tensor.is_floating_point() and not statistic:
+            found.append((axis, tensor))
+    return found
+
+
+def _operand(node: Node, value: Value) -> str:
+    """What a node calls a value that it reads."""
+    if node.word is None:
+        return "constant"
+    names = node.word.names(len(node.operands))
+    return next((name for name, one in zip(names, node.operands, strict=False) if one == value), "constant")

@@ -1,0 +1,88 @@
+"""Which groups of axes a pass may cut: selectors, kinds and locks, and the account of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from graphopt.analysis.groups import Group, groups
+from graphopt.ir.graph import Graph
+from graphopt.ir.ops import WORDS
+from graphopt.pipeline.passes import Context, Selector, UsageError, nearest
+from graphopt.pipeline.weights import already_quantized
+
+
+def open_groups(
+    graph: Graph,
+    context: Context,
+    kinds: Sequence[str],
+    targets: Selector,
+    ignore: Selector,
+    *,
+    required: Sequence[str] = (),
+    named: bool = False,
+) -> list[Group]:
+    """The groups of these kinds that are selected and that nothing locks, in the order of the graph.
+
+    Those that are selected are counted as eligible, by name, and those that are locked are declined. A term that is the
+    name of a group, and no word, selects that group only; any other selects those with such a producer or consumer.
+    required: kinds of which there must be a group; named: whether the user wrote `targets`.
+    Producers come first: a module selects by what it consumes only where it produces no group.
+    Raises UsageError where the graph has no group of a required kind, or of any, where a term that the user wrote
+    selects none, or none but locked ones, and where all that is selected of a required kind is locked. A site that is
+    named and has none is declined before.
+    """
+    name = context.record.name
+    everything = groups(graph)
+    found = [group for group in everything if group.kind in kinds]
+    counts = Counter(group.kind for group in everything)
+    missing = [kind for kind in required if not counts[kind]]
+    if missing or not found:
+        there = ", ".join(f"{count} of {kind}" for kind, count in counts.items()) or "none"
+        raise UsageError(
+            f"{name}: the model has no group of {' or '.join(missing or kinds)}; its groups: {there}"
+            + _locks([group for group in everything if group.locked]) + already_quantized(graph)
+        )  # fmt: skip
+    names = {group.name for group in everything} - WORDS.keys()
+
+    def hits(term: str) -> list[Group]:
+        if term in names:
+            return [group for group in found if group.name == term]
+        nodes = Selector(term)
+        produced = [group for group in found if any(node in nodes for node in group.producers)]
+        if produced and term not in WORDS:
+            return produced
+        return [group for group in found if group in produced or any(node in nodes for node in group.consumers)]
+
+    for term in (*(targets.terms if named else ()), *ignore.terms):
+        if not hits(term):
+            for node in graph.nodes if term in targets.terms else ():
+                if node in Selector(term):
+                    context.decline(node, f"in no group of {' or '.join(kinds)}")
+            near = nearest(term, [group.name for group in found])
+            raise UsageError(f"{name}: {term!r} selects no group of {' or '.join(kinds)}{near}")
+    for term in targets.terms if named else ():
+        if all(group.locked for group in hits(term)):
+            group = hits(term)[0]
+            context.record.declined[group.name] = f"it {group.locked}"
+            raise UsageError(f"{name}: {group.name} ({group.kind}) cannot shrink: it {group.locked}")
+    ignored = {group for term in ignore.terms for group in hits(term)}
+    wanted = {group for term in targets.terms for group in hits(term)} - ignored
+    chosen = [group for group in found if group in wanted]
+    context.record.eligible.extend(group.name for group in chosen)
+    context.record.declined.update((group.name, f"it {group.locked}") for group in chosen if group.locked)
+    left = [group for group in chosen if not (group.locked or context.puts_back(group.name))]
+    for several in [[kind] for kind in required] or [list(kinds)]:
+        if not any(group.kind in several for group in left):
+            held = [group for group in chosen if group.kind in several]
+            why = _locks(held) if held else "; targets and ignore leave none of them"
+            all_ = "graphopt inspect MODEL --groups lists them"
+            raise UsageError(f"{name}: no group of {' or '.join(several)} can shrink{why} ({all_})")
+    return left
+
+
+def _locks(locked: Sequence[Group]) -> str:
+    """The first locks, after a semicolon; nothing where there are none."""
+    told = [f"{group.name} ({group.kind}) {group.locked}" for group in locked[:3]]
+    more = f" and {len(locked) - 3} more" if len(locked) > 3 else ""
+    return f"; locked: {', '.join(told)}{more}" if told else ""

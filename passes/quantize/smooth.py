@@ -1,0 +1,34 @@
+"""g(f(x), W)  ->  g(f(x) / s, W s), with the division inside f: channels of like size, for a scale that all share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graphopt.ir.graph import Graph
+from graphopt.passes.quantize.smoothing import even_out
+from graphopt.pipeline.passes import Context, Pass, Selector, Stage
+
+
+@dataclass(frozen=True)
+class Smooth(Pass):
+    """Move outlier channels of activations into weights, before a `quantize` (Xiao et al., 2023; Nagel et al., 2019).
+
+    A norm, linear or conv divides by the factors with its own weight, through activations that keep multiples, and the
+    weights that read it multiply: nothing is added to the graph. The share of the difficulty that weights take over is
+    searched for each value, by the output error that 8 bits would make. Declined: a value that others read too, or that
+    nothing can scale, and one that no factors help.
+    """
+
+    name = "smooth"
+    stage = Stage.QUANTIZE
+    lossless = True
+
+    targets: Selector = Selector("linear", "conv")
+    """Sites whose inputs are to be evened: words, module paths or patterns."""
+
+    ignore: Selector = Selector()
+    """Sites to leave as they are."""
+
+    def run(self, graph: Graph, context: Context) -> None:
+        for site, reason in even_out(graph, context, context.sites(graph, self.targets, self.ignore)).items():
+            context.decline(site, reason)

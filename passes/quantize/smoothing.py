@@ -1,0 +1,209 @@
+"""Values whose channels can be scaled for free: what makes them absorbs the factors, and so do the weights that read
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.numerics.observe import ChannelMinMax
+from graphopt.numerics.smooth import ALPHAS, expected_error, smooth_factors
+from graphopt.passes.quantize.islands import label_of
+from graphopt.pipeline.inputs import covariances
+from graphopt.pipeline.passes import Context
+from graphopt.pipeline.weights import Weight, why_fixed
+
+_HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}
+"""Words that do the same to a channel and to a positive multiple of it, by the word that reads their result: pools work
+along the last axis, where a linear's channels are."""
+
+
+@dataclass(frozen=True)
+class Scalable:
+    """A value, what reads it (linears or convs), and what makes it."""
+
+    value: Value
+    readers: Sequence[Node]
+    maker: Node
+    """A norm, linear or conv: its weight has a row, or an entry, for each channel."""
+    channels: int
+
+    @property
+    def axis(self) -> int:
+        return 1 if self.readers[0].kind == "conv" else -1
+
+    @property
+    def depthwise(self) -> bool:
+        return any(site.kind == "conv" and site.attributes["groups"] > 1 for site in self.readers)
+
+    def candidates(self, low: Tensor, high: Tensor) -> dict[float | None, Tensor]:
+        """Factors (channels,) by the share of the difficulty that weights take over; None is to leave all as it is.
+
+        low, high: (channels,), the ranges. The weights of a depthwise conv have a scale for each channel and lose
+        nothing by any factors: they take all of it.
+        """
+        activations = torch.maximum(low.abs(), high.abs())
+        if self.depthwise:
+            sizes = torch.where(activations > 0, activations, 1.0)
+            return {1.0: sizes / sizes.log().mean().exp()}
+        weights = [site.weight for site in self.readers]
+        largest = torch.stack([one.abs().transpose(0, 1).flatten(1).amax(1) for one in weights if one is not None])
+        found: dict[float | None, Tensor] = {None: torch.ones(self.channels)}
+        return found | {alpha: smooth_factors(activations, largest.amax(0), alpha) for alpha in ALPHAS}
+
+
+def even_out(graph: Graph, context: Context, sites: Iterable[Node]) -> dict[Node, str]:
+    """Divide channels of what linears and convs read by the factors that help, and multiply their weights.
+
+    Returns why each of the other sites is left as it is; the share alpha of each value is noted. A site that changes is
+    another node afterwards. Raises UsageError without calibration.
+    """
+    groups: dict[Value, tuple[Scalable, list[Node]]] = {}
+    declined: dict[Node, str] = {}
+    for site in sites:
+        one = scalable(site) if site.kind in ("linear", "conv") else f"{site.kind} has no weight to take factors"
+        if isinstance(one, str):
+            declined[site] = one
+        else:
+            groups.setdefault(one.value, (one, []))[1].append(site)
+    chosen = []
+    for value, factors in _factors(graph, context, {value: one for value, (one, _) in groups.items()}).items():
+        one, readers = groups[value]
+        if factors is None:
+            declined |= dict.fromkeys(readers, "no factors lower the error that 8 bits are expected to make")
+        else:
+            chosen.append((one, factors))
+    rescale(graph, chosen)
+    return declined
+
+
+def _factors(graph: Graph, context: Context, groups: Mapping[Value, Scalable]) -> dict[Value, Tensor | None]:
+    """The factors of each value that are expected to make the least error, None where it is best left alone."""
+    wanted = [(value, ChannelMinMax(one.channels, one.axis)) for value, one in groups.items()]
+    ranges = dict(zip(groups, context.statistics(graph, wanted), strict=True)) if groups else {}
+    candidates = {value: one.candidates(ranges[value].low, ranges[value].high) for value, one in groups.items()
+                  if ranges[value].count}  # fmt: skip
+    weights, owners = [], dict[Value, Value]()
+    for value in candidates:
+        for site in groups[value].readers if not groups[value].depthwise else ():
+            weight = site.required("weight")
+            weights.append(Weight(weight, [site]))
+            owners[weight] = value
+    errors = {value: dict.fromkeys(found, 0.0) for value, found in candidates.items()}
+    for one, covariance in covariances(graph, context, weights) if weights else ():
+        value = owners[one.value]
+        for alpha, factors in candidates[value].items():
+            ends = ranges[value].low, ranges[value].high
+            errors[value][alpha] += error_of(one.tensor, covariance[0], *ends, factors)
+    best = {value: min(found, key=lambda alpha: found[alpha]) for value, found in errors.items()}
+    notes = [f"{label_of(value)} {alpha}" for value, alpha in best.items() if alpha is not None]
+    if notes:
+        context.note(f"share of the difficulty that weights take over: {', '.join(notes)}")
+    return {value: candidates[value][best[value]] if best.get(value) is not None else None for value in groups}
+
+
+def error_of(weight: Tensor, covariance: Tensor, low: Tensor, high: Tensor, factors: Tensor) -> float:
+    """`expected_error` of a linear or conv (out, channels, ...) whose channels are divided by factors."""
+    flat = weight.flatten(1)
+    sides = [side.repeat_interleave(flat.shape[1] // len(side)) for side in (low, high, factors)]
+    return expected_error([flat], covariance, *sides)
+
+
+def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> None:
+    """Divide what each maker makes by factors (channels,), and multiply the weights that read it."""
+    rows, columns = dict[Node, Tensor](), dict[Node, Tensor]()
+    for one, factors in chosen:
+        rows[one.maker] = factors
+        columns |= dict.fromkeys(one.readers, factors)
+    for node in [node for node in graph.nodes if node in rows or node in columns]:
+        weight, bias = node.weight, node.operand("bias") if node.kind != "rms_norm" else None
+        assert weight is not None
+        if node in columns:  # of a depthwise conv, its one input channel is the output's
+            axis = 0 if node.kind == "conv" and node.attributes["groups"] > 1 else 1
+            weight = weight * _along(columns[node], axis, weight)
+        if node in rows:
+            weight = weight / _along(rows[node], 0, weight)
+            held = graph.constant(bias) if bias is not None else None
+            bias = None if bias is None or held is None else graph.add_constant(held / rows[node], bias.name)
+        stored = graph.add_constant(weight, node.required("weight").name)
+        operands = (node.input, stored) if node.kind == "rms_norm" else (node.input, stored, bias)
+        graph.replace(node, graph.emit(node, *operands, at=node))
+
+
+def _along(factors: Tensor, axis: int, weight: Tensor) -> Tensor:
+    return factors.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
+
+
+def scalable(site: Node) -> Scalable | str:
+    """What a linear or conv reads, if its channels can be scaled for free, or why not."""
+    value, readers = site.input, list(site.input.users)
+    if value.is_output:
+        return "the graph returns its input"
+    other = next((node for node in readers if node.kind != site.kind or node.input != value), None)
+    if other is not None:
+        return f"{other.kind} {other.label} reads its input too"
+    for node in readers:
+        reason = why_fixed(node) or _why_not_float32(node) or _why_shared(node)
+        if reason:
+            return reason
+    shapes = [node.required("weight").shape for node in readers]
+    groups = {node.attributes["groups"] if node.kind == "conv" else 1 for node in readers}
+    channels = int(shapes[0][0 if groups != {1} else 1]) if shapes[0] else 0
+    if groups != {1} and (groups != {channels} or any(shape is None or shape[1] != 1 for shape in shapes)):
+        return "it is a conv in groups of several channels"
+    maker = _maker(value, site.kind)
+    if isinstance(maker, str):
+        return maker
+    return Scalable(value, readers, maker, channels)
+
+
+def _why_not_float32(node: Node) -> str | None:
+    weight = node.weight
+    dtype = None if weight is None else weight.dtype
+    return None if dtype is torch.float32 else f"weight is {str(dtype).removeprefix('torch.')}, not float32"
+
+
+def _why_shared(node: Node) -> str | None:
+    others = [user for user in node.required("weight").users if user != node]
+    return f"weight is tied with {others[0].kind} {others[0].label}" if others else None
+
+
+def _alone(value: Value, node: Node) -> bool:
+    """Whether a node alone reads a value, and once: a square would take its factors twice."""
+    return value.users == (node,) and node.operands.count(value) == 1 and not value.is_output
+
+
+def _keeps_rows(node: Node, reader: str) -> bool:
+    """Whether a node reshapes the axes before the last one, along which a linear's channels are, and only those."""
+    if node.kind != "reshape" or reader != "linear":
+        return False
+    before, after = node.input.shape, node.result.shape
+    if not before or not after:
+        return False
+    return isinstance(before[-1], int) and before[-1] == after[-1]
+
+
+def _maker(value: Value, reader: str) -> Node | str:
+    """The norm, linear or conv that makes a value, at most through words that keep multiples, read by nobody else."""
+    node = value.producer
+    while node is not None and (node.kind in (*_HOMOGENEOUS[reader], "mul") or _keeps_rows(node, reader)):
+        if node.kind == "mul":
+            found = [_maker(side, reader) for side in node.operands if side is not None and _alone(side, node)]
+            makers = [one for one in found if not isinstance(one, str)]
+            return makers[0] if makers else f"neither side of mul {node.label} can absorb factors"
+        if not _alone(node.input, node):
+            return f"others read what {node.kind} {node.label} before it does"
+        node = node.input.producer
+    kinds = ("conv",) if reader == "conv" else ("layer_norm", "rms_norm", "linear")
+    if node is None or node.kind not in kinds:
+        return f"{'an input' if node is None else f'{node.kind} {node.label}'} cannot absorb factors"
+    if node.kind in ("layer_norm", "rms_norm") and node.required("weight").rank != 1:
+        return f"{node.kind} {node.label} is over several axes"
+    bias = node.operand("bias") if node.kind != "rms_norm" else None
+    if node.weight is None or (bias is not None and not bias.is_constant) or _why_shared(node):
+        return f"the weight or bias of {node.kind} {node.label} is not its own stored one"
+    return node
