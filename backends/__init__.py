@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from graphopt.errors import UsageError, nearest
 from graphopt.lowering.backend import Backend
-from graphopt.pipeline.passes import UsageError, nearest
 
 TARGETS = {
     "onnxruntime": ("graphopt.backends.onnxruntime.target", "OnnxRuntime"),

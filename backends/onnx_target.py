@@ -11,9 +11,9 @@ import onnx_ir as ir
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
+from graphopt.ir.qdq.regions import require_words
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Backend
-from graphopt.passes.quantize.placement import require_words
 
 
 class OnnxTarget(Backend):

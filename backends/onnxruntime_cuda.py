@@ -23,12 +23,12 @@ from graphopt.backends.onnxruntime.weights import FOLDED, Blocks, in_blocks
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import LoweringError, UsageError, first_line
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
-from graphopt.lowering.backend import LoweringError, Runner
+from graphopt.lowering.backend import Runner
 from graphopt.lowering.choices import Measuring
 from graphopt.numerics.quantize import BLOCKS
-from graphopt.pipeline.passes import UsageError
 
 CUDA = "CUDAExecutionProvider"
 
@@ -97,8 +97,7 @@ class OrtCudaRunner(Runner):
         try:
             self._session = onnx_run.session(self.model, level="all", threads=threads, providers=providers)
         except Exception as error:  # the engine's own exceptions have no base of theirs
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise LoweringError(f"onnxruntime cannot load the model: {reason[0]}") from error
+            raise LoweringError(f"onnxruntime cannot load the model: {first_line(error)}") from error
         if CUDA in providers and CUDA not in self._session.get_providers():
             raise LoweringError("onnxruntime's CUDA provider did not start: its log says which library it misses")
 

@@ -18,10 +18,10 @@ from graphopt.backends.onnx_target import QdqTarget
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.tensors import to_numpy
+from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph
-from graphopt.lowering.backend import LoweringError, Placement, Runner
-from graphopt.passes.quantize.placement import reads_integers
-from graphopt.pipeline.passes import UsageError
+from graphopt.ir.qdq.regions import reads_integers
+from graphopt.lowering.backend import Placement, Runner
 
 KERNELS = {"linear": ("FullyConnected", "MatMul"), "conv": ("Convolution",), "matmul": ("MatMul",)}
 """The layers that compute a word, as OpenVINO names them."""

@@ -19,9 +19,10 @@ from graphopt.backends.onnx_target import QdqTarget
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph
-from graphopt.lowering.backend import LoweringError, Placement, Runner
-from graphopt.passes.quantize.placement import reads_integers
+from graphopt.ir.qdq.regions import reads_integers
+from graphopt.lowering.backend import Placement, Runner
 
 OPSET = 20
 """TensorRT 10 reads it: Gelu and LayerNormalization are whole, attention is products and a softmax, which it fuses."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.loading import Arrays, OpenVinoFile
 from benchmarks.models import Batch
-from graphopt.measure.timing import version
+from graphopt.measure.machine import version
 
 Made = TypeVar("Made")
 

@@ -46,7 +46,7 @@ def main(
     import torch
 
     from benchmarks.peers import versions
-    from graphopt.measure.timing import environment, header
+    from graphopt.measure.machine import environment, header
 
     torch.set_num_threads(threads)
     if out is not None:

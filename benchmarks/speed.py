@@ -20,7 +20,8 @@ from benchmarks.case import Settings, checked, table, times
 from benchmarks.loading import ENGINES, Bind, OpenVinoFile
 from benchmarks.models import Batch
 from benchmarks.peers import BASELINE, OPSET_23, versions
-from graphopt.measure.timing import Contender, contest, environment, slower_than
+from graphopt.measure.machine import environment
+from graphopt.measure.timing import Contender, contest, slower_than
 from graphopt.numerics import metrics
 from graphopt.report.records import plain
 

@@ -11,11 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.api import Optimized, optimize
+    from graphopt.api import optimize
     from graphopt.capture.sources import CaptureError
     from graphopt.comparing import compare
-    from graphopt.ir.graph import GraphError
-    from graphopt.pipeline.passes import PassError, UsageError
+    from graphopt.errors import GraphError, PassError, UsageError
+    from graphopt.result import Optimized
     from graphopt.sensitivities import sensitivity
 
 # From 1.29 on onnxruntime reports its sessions to its maker, with names and hashes of models; it looks here once, when
@@ -29,11 +29,13 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "CaptureError": "capture.trace",
-    "GraphError": "ir.graph",
-    "Optimized": "api",
-    "PassError": "pipeline.passes",
-    "UsageError": "pipeline.passes",
+    "CaptureError": "errors",
+    "GraphError": "errors",
+    "GraphoptError": "errors",
+    "LoweringError": "errors",
+    "Optimized": "result",
+    "PassError": "errors",
+    "UsageError": "errors",
     "compare": "comparing",
     "optimize": "api",
     "sensitivity": "sensitivities",

@@ -3,68 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphopt.analysis.propagation import Propagation, propagate
+from graphopt.analysis.propagation import propagate
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Value
 from graphopt.numerics import metrics
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.passes import Context, UsageError, parse
-from graphopt.report.records import Agreement, plain
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-
-@dataclass(frozen=True)
-class OutputComparison:
-    """One output of two models, over all batches."""
-
-    output: str
-    sqnr: float
-    """In dB, of the worst batch; inf where all are equal."""
-    cosine: float
-    """Of the worst batch, taken as one vector."""
-    max_error: float
-    """The largest absolute difference."""
-    top1: float | None
-    """Share of rows, along the last axis, with the largest entry at the same place; None for outputs without rows."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` found, one entry an output."""
-
-    outputs: list[OutputComparison]
-    batches: int
-    propagation: Propagation | None = None
-    """The results of sites inside, where they were asked for."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON: infinity and NaN as text."""
-        account: dict[str, Any] = plain(self)
-        inside = self.propagation
-        if inside is not None:
-            account["propagation"] |= {"lost": plain(inside.lost), "noisiest": plain(inside.noisiest)}
-        return account
-
-    def __str__(self) -> str:
-        from graphopt.report import text
-
-        return text.comparison(self)
-
-    def __rich__(self) -> RenderableType:
-        from graphopt.report import terminal
-
-        return terminal.comparison(self)
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.text import parse
+from graphopt.report.agreements import Agreement, agreement, worst
+from graphopt.report.records import Comparison, OutputComparison
 
 
 def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bool = False) -> Comparison:
@@ -101,27 +56,6 @@ def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bo
         assert first.graph is not None and second.graph is not None
         inside = propagate(_simplified(first.graph), _simplified(second.graph), given)
     return Comparison([_over_batches(name, seen) for name, seen in found.items()], count, inside)
-
-
-def agreement(output: str, reference: Tensor, candidate: Tensor) -> Agreement:
-    """How close one output is to its reference. Raises ValueError when the shapes differ."""
-    return Agreement(
-        output,
-        metrics.sqnr(reference, candidate),
-        metrics.cosine(reference, candidate),
-        metrics.max_error(reference, candidate),
-    )
-
-
-def worst(agreements: Iterable[Agreement]) -> Agreement:
-    """The worst of each figure over several runs of one output; NaN is worse than any number."""
-    seen = list(agreements)
-    return Agreement(
-        seen[0].output,
-        min((one.sqnr for one in seen), key=lambda figure: -math.inf if math.isnan(figure) else figure),
-        min((one.cosine for one in seen), key=lambda figure: -math.inf if math.isnan(figure) else figure),
-        max((one.max_error for one in seen), key=lambda figure: math.inf if math.isnan(figure) else figure),
-    )
 
 
 def _simplified(graph: Graph) -> Graph:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.ir.graph import Graph
-from graphopt.pipeline.passes import Context, Pass, Selector, Stage
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import Selector
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.observe import MinMax
-from graphopt.pipeline.passes import Context, Pass, Selector, Stage, UsageError
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import Selector
 
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -9,9 +9,11 @@ import torch
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.integer_forms import normalize
 from graphopt.ir.qdq.numbers import saturates, stored
+from graphopt.ir.qdq.regions import MOVES
 from graphopt.ir.rewrite import scalar
-from graphopt.passes.quantize.islands import MOVES
-from graphopt.pipeline.passes import Context, Pass, Selector, Stage
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import Selector
 
 _Quantized = tuple[Value, Value, Value]
 """An activation in integers: its steps, scale and zero point."""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.pipeline.passes import Context, Pass, Selector, Stage
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import Selector
 
 
 @dataclass(frozen=True)

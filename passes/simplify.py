@@ -12,7 +12,8 @@ from graphopt.ir.constants import fold_constants, static_sizes
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite
 from graphopt.numerics.fold import fold_batch_norm
-from graphopt.pipeline.passes import Context, Pass, Stage
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
 
 _SMALL = 64
 """Most elements of constants that are compared by value when looking for common subexpressions."""

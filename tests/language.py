@@ -24,10 +24,12 @@ from torch import Tensor
 
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.lowering.backend import Backend, Placement, saturates
-from graphopt.measure.timing import environment
+from graphopt.measure.machine import environment
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.passes import Context, Pass, run_pass
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.runner import run_pass
 
 BITS = 7 if saturates(environment()["flags"]) else 8
 """Of weights whose products with uint8 this machine cuts nothing off of: 8, or 7 on x86 without VNNI."""

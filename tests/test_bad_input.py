@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import CaptureError, GraphError, PassError, UsageError
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.lowering.backend import LoweringError
+from graphopt.errors import LoweringError
 from graphopt.passes import LowRank, Quantize
-from graphopt.pipeline.passes import Pipeline
+from graphopt.pipeline.runner import Pipeline
 from tests.models import ConvNet, Encoder, exported, images, model, padding, plain_run, seeded, tokens
 
 W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))

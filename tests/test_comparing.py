@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from graphopt.comparing import agreement, compare, worst
+from graphopt.comparing import compare
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
-from graphopt.pipeline.passes import Selector, UsageError
-from graphopt.report.records import Agreement
+from graphopt.pipeline.selectors import Selector
+from graphopt.report.agreements import Agreement, agreement, worst
 from tests.language import build
 
 TEXT = "y = linear(x[batch,4], W[3,4]:seed1)"

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import PassError
 from graphopt.ir import cost
 from graphopt.ir.graph import Graph
 from graphopt.lowering.backend import Runner
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.instruments import Reproduce
-from graphopt.pipeline.passes import Context, Pass, PassError, Stage
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.result import Optimized
 from tests.dialects.fx.test_graph import normal
 from tests.dialects.onnx.test_large import NBYTES, WIDTH, Mappings, large, layers, mappings, open_scratch
 from tests.models import plain_run

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.cli.demo import SENTENCES, embed, load
 from graphopt.numerics.metrics import within_tolerance
+from graphopt.result import Optimized
 
 pytestmark = pytest.mark.slow
 

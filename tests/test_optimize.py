@@ -14,13 +14,15 @@ from graphopt import PassError, UsageError
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.comparing import compare
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Rule
-from graphopt.lowering.backend import LoweringError
-from graphopt.measure import timing as measure
+from graphopt.measure import machine, timing
 from graphopt.passes import LowRank, Quantize, Simplify, Sparsify
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.instruments import Diff, Instrument
-from graphopt.pipeline.passes import Context, Pass, Pipeline, Stage
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.runner import Pipeline
 from tests.models import ConvNet, Encoder, exported, images, model, padding, seeded, tokens
 
 INPUTS = {"ids": tokens(), "mask": padding()}
@@ -132,16 +134,16 @@ def test_bench_times_original_control_and_optimized(monkeypatch: pytest.MonkeyPa
     def paired(candidates: Any, baseline: str, rounds: int, clock: Any) -> Any:
         assert (list(candidates), baseline, rounds) == (["original", "control", "optimized"], "original", 3)
         seen.extend(call()[0] for call in candidates.values())
-        return dict.fromkeys(candidates, measure.Ratio(1.0, 1.0, 1.0, rounds, 0, {}))
+        return dict.fromkeys(candidates, timing.Ratio(1.0, 1.0, 1.0, rounds, 0, {}))
 
-    monkeypatch.setattr(measure, "paired", paired)
+    monkeypatch.setattr(timing, "paired", paired)
     bench = result.bench(rounds=3)
     assert [shapes for shapes, _ in bench.rows] == ["x [2, 3, 8, 8]", "x [1, 3, 8, 8]"]
     assert all(set(ratios) == {"optimized", "control"} for _, ratios in bench.rows)
     torch.testing.assert_close(seen[0], seen[2], rtol=1e-4, atol=1e-5)
     (row,) = result.bench(images(5), rounds=3).rows
     assert row[0] == "x [5, 3, 8, 8]"
-    cores = measure.environment()["cores"]
+    cores = machine.environment()["cores"]
     assert f"{cores} threads" in bench.header
 
 

@@ -24,15 +24,19 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import sensitivity as measure
 from graphopt.capture.sources import capture
+from graphopt.errors import PassError, UsageError
 from graphopt.ir.graph import Graph, digest
 from graphopt.numerics import metrics
 from graphopt.passes import LowRank, Prune, Quantize
 from graphopt.pipeline.calibration import Calibration
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.damage import Reference, scan
 from graphopt.pipeline.instruments import Instrument, Progress
-from graphopt.pipeline.passes import Context, Pass, PassError, PerSite, Selector, Stage, UsageError, run_pass
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.runner import run_pass
+from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.report import html, terminal
-from graphopt.report.records import Report
-from graphopt.sensitivities import Damage, Reference, Row, Sensitivity, scan
+from graphopt.report.records import Damage, Report, Row, Sensitivity
 from tests.language import build, feeds, outputs
 from tests.models import seeded
 

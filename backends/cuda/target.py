@@ -23,11 +23,11 @@ from graphopt.dialects.fx import save as fx_save
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.native import copied
 from graphopt.dialects.fx.ops import arguments
+from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
-from graphopt.lowering.backend import Backend, LoweringError, Placement, Runner
+from graphopt.lowering.backend import Backend, Placement, Runner
 from graphopt.lowering.choices import Measuring
-from graphopt.pipeline.passes import UsageError
 
 FLOAT8, SPARSE_24 = (8, 9), (8, 0)
 """The first compute capability with products in float8, and with those that skip zeros in 2:4."""

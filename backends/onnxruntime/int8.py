@@ -22,8 +22,8 @@ from graphopt.backends.onnxruntime.linear import Rows
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import WORDS
+from graphopt.ir.qdq.regions import is_global
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
-from graphopt.passes.quantize.islands import is_global
 
 QLINEAR = {
     "matmul": "QLinearMatMul",

@@ -34,9 +34,10 @@ from graphopt.backends.onnxruntime import (
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import LoweringError, first_line
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, Rule
-from graphopt.lowering.backend import LoweringError, Runner
+from graphopt.lowering.backend import Runner
 from graphopt.lowering.choices import Measuring
 
 INT8_KERNELS = {
@@ -131,8 +132,7 @@ class OrtRunner(Runner):
         try:
             self.session = onnx_run.session(self.model, level="all", threads=threads)
         except Exception as error:  # the engine's own exceptions have no base of theirs
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise LoweringError(f"onnxruntime cannot load the model: {reason[0]}") from error
+            raise LoweringError(f"onnxruntime cannot load the model: {first_line(error)}") from error
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         return onnx_run.run(self.session, feeds)

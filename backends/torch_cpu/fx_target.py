@@ -16,11 +16,11 @@ from graphopt.backends.torch_cpu import int8 as fx_int8
 from graphopt.backends.torch_cpu.runner import FxRunner, Pack
 from graphopt.dialects.fx import save as fx_save
 from graphopt.dialects.fx.graph import FxGraph
+from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Choice, Rule
-from graphopt.lowering.backend import SAFE, Backend, LoweringError, Runner
+from graphopt.lowering.backend import SAFE, Backend, Runner
 from graphopt.lowering.choices import Measuring
-from graphopt.pipeline.passes import UsageError
 
 
 class FxTarget(Backend):

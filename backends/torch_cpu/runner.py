@@ -24,7 +24,8 @@ from graphopt.backends.torch_cpu import bindings as fx_bindings
 from graphopt.dialects.fx.graph import FxGraph, FxNode
 from graphopt.dialects.fx.native import ORIGIN, copied, meta
 from graphopt.dialects.fx.ops import arguments
-from graphopt.lowering.backend import LoweringError, Runner
+from graphopt.errors import LoweringError
+from graphopt.lowering.backend import Runner
 
 PROFILED = 7
 """Runs that a profile takes the median of, after one to warm up."""

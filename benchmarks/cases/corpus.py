@@ -21,9 +21,8 @@ import torch
 import graphopt
 from benchmarks.case import Settings, checked, table
 from graphopt.capture.sources import CaptureError
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError, UsageError
 from graphopt.numerics import metrics
-from graphopt.pipeline.passes import UsageError
 
 SEEDS = (0, 1, 2)
 SIZES = (16, 32, 64, 128, 512, 1, 4)

@@ -65,7 +65,8 @@ def measure(text: str, layers: int, threads: int) -> dict[str, float]:
     from graphopt.capture.sources import capture
     from graphopt.passes import REGISTRY
     from graphopt.pipeline.calibration import Calibration
-    from graphopt.pipeline.passes import Context, parse
+    from graphopt.pipeline.context import Context
+    from graphopt.pipeline.text import parse
 
     torch.set_num_threads(threads)
     batches = _batches()

@@ -27,7 +27,8 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.passes import Context, parse
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.text import parse
 
 LAYERS, WIDTH, BAD = 50, 64, 17
 BATCHES, SIZE = 4, 64
@@ -120,7 +121,7 @@ def _counting(run: Callable[..., Any], samples: list[int]) -> Callable[..., Any]
 
 
 def _sqnr(graph: Graph, other: Graph, batches: Sequence[Batch]) -> float:
-    from graphopt.sensitivities import Reference
+    from graphopt.pipeline.damage import Reference
 
     return Reference(graph, batches).damage(other).sqnr
 

@@ -20,9 +20,9 @@ from benchmarks.loading import Bind
 from benchmarks.models import Batch, minilm
 from benchmarks.networks import SHAPES
 from benchmarks.speed import File, race, write
-from graphopt.api import Optimized
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import scalar
+from graphopt.result import Optimized
 
 MEAN, SHORT = 2.5, 4.0
 """Least speed of the better int8 package over eager: in the geometric mean over the shapes, and at 1 x 16."""

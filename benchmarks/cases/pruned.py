@@ -13,8 +13,8 @@ import graphopt
 from benchmarks import sentences, trained
 from benchmarks.case import Settings, checked, table, times
 from benchmarks.models import Batch, resnet50
-from graphopt.api import Optimized
 from graphopt.measure.timing import paired
+from graphopt.result import Optimized
 
 SHAPES = ((1, 128), (8, 128))
 MINILM_YIELD, RESNET_YIELD = 0.65, 0.8

@@ -28,8 +28,8 @@ from benchmarks.models import Batch
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.peers import BASELINE, attempt, exports, nncf_onnx, quantize_static
 from benchmarks.speed import File, distances, race, tables, write
-from graphopt.lowering.relower import Reemission
 from graphopt.numerics import metrics
+from graphopt.report.records import Reemission
 
 STATIC, NNCF = "onnxruntime, int8 activations", "NNCF"
 LEAST = {

@@ -17,7 +17,8 @@ from benchmarks.models import bert, minilm
 from graphopt.backends import target
 from graphopt.capture.sources import Captured, capture
 from graphopt.passes import REGISTRY
-from graphopt.pipeline.passes import Context, parse
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.text import parse
 from graphopt.report.records import PassRecord
 
 MINILM_SECONDS = 15.0

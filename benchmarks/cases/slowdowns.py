@@ -21,7 +21,7 @@ from benchmarks.case import Settings, checked, table, times
 from benchmarks.cases.corpus import REFUSALS, accepted_feeds, line, plain_session
 from benchmarks.models import Batch
 from benchmarks.speed import CONTROL, race, write
-from graphopt.pipeline.passes import PassError
+from graphopt.errors import PassError
 from graphopt.report.records import Report
 
 PIPELINES = {

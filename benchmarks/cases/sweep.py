@@ -23,9 +23,8 @@ from benchmarks.case import Settings, checked, table
 from benchmarks.cases.corpus import REFUSALS, Feeds, accepted_feeds, line, plain_session
 from graphopt.backends.onnxruntime import weights as onnxruntime_weights
 from graphopt.backends.onnxruntime.target import INT8_KERNELS
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError, PassError, UsageError
 from graphopt.numerics import metrics
-from graphopt.pipeline.passes import PassError, UsageError
 
 SCHEMES = ("dynamic", "static")
 CALIBRATING, JUDGING = 4, 2

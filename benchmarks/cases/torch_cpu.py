@@ -16,8 +16,8 @@ from benchmarks.case import Settings, checked
 from benchmarks.loading import Bind
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.speed import File, Race, race, write
-from graphopt.api import Optimized
 from graphopt.capture.decode import DecodeStep
+from graphopt.result import Optimized
 
 EAGER, COMPILED, BF16, FBGEMM = "eager fp32", "torch.compile fp32", "eager bf16", "quantize_dynamic"
 OURS = "graphopt torch-cpu"

@@ -1,5 +1,6 @@
 """A source of any kind (module, program, ONNX model, file) -> a Graph, and how it is called."""
 
-from graphopt.capture.sources import Captured, Signature, capture
+from graphopt.capture.signature import Signature
+from graphopt.capture.sources import Captured, capture
 
 __all__ = ["Captured", "Signature", "capture"]

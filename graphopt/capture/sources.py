@@ -12,60 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
-from graphopt.capture.trace import (
-    CaptureError,
-    DynamicAxes,
-    Feeds,
-    Traced,
-    as_tensor,
-    first_line,
-    nearest,
-    on_cpu,
-    plain_structure,
-    several,
-    structure,
-    trace,
-)
+from graphopt.capture.signature import Signature
+from graphopt.capture.trace import DynamicAxes, Feeds, Traced, as_tensor, on_cpu, several, trace
 from graphopt.dialects.raising import raise_words
+from graphopt.errors import CaptureError, GraphError, first_line
 from graphopt.ir import cost
 from graphopt.ir.constants import fold_constants
-from graphopt.ir.graph import Graph, GraphError, Value
+from graphopt.ir.graph import Graph, Value
+from graphopt.ir.structure import plain_structure, structure
 from graphopt.numerics import metrics
 
 UNKNOWN_BATCH, UNKNOWN_SIZE = 1, 16
 """Sizes of dynamic axes in feeds that are made from input types."""
-
-
-@dataclass(frozen=True)
-class Signature:
-    """How the model is called: input names in order, output names, and the structure it returns."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    rebuild: Callable[[list[Any]], Any]
-    """From the graph's outputs to what the model returned."""
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Feeds, bool]:
-        """Arguments as feeds, and whether they were numpy (then so is the result). Raises CaptureError on misuse."""
-        if len(args) == 1 and isinstance(args[0], Mapping):
-            kwargs, args = {**args[0], **kwargs}, ()
-        if len(args) > len(self.inputs):
-            raise CaptureError(f"the model takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), not {len(args)}")
-        named = dict(zip(self.inputs, args, strict=False)) | dict(kwargs)
-        for name in named:
-            if name not in self.inputs:
-                raise CaptureError(f"the model has no input {name!r}{nearest(name, self.inputs)}")
-        missing = [name for name in self.inputs if name not in named]
-        if missing:
-            raise CaptureError(f"missing inputs: {', '.join(missing)}")
-        numpy = all(isinstance(value, np.ndarray) for value in named.values())
-        return {name: as_tensor(named[name], name) for name in self.inputs}, numpy
 
 
 @dataclass

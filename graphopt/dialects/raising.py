@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from graphopt.ir.graph import Graph, GraphError, Node, Value
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite, scalar
 
 SQRT2 = math.sqrt(2.0)

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from graphopt.errors import GraphError
 from graphopt.ir.ops import WORDS, Word
 
 Shape = tuple[int | str, ...]
@@ -24,10 +25,6 @@ Shape = tuple[int | str, ...]
 
 Seen = tuple[int, Mapping[str, Tensor], Mapping["Value", Tensor]]
 """The number of a batch, what it feeds, and some values on it."""
-
-
-class GraphError(Exception):
-    """A graph is malformed, or was asked for something it cannot do."""
 
 
 class Value(ABC):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.ir.graph import Graph, GraphError, Node, Shape, Value
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Graph, Node, Shape, Value
 
 ROUNDS = 16
 """Most rounds over a graph; rules that still find something then undo each other, which is an error."""

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from graphopt.ir.graph import Graph, GraphError, Node
+from graphopt.errors import GraphError, UsageError
+from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, Match, Rule, RuleLog, rewrite
-from graphopt.pipeline.passes import UsageError
 
 if TYPE_CHECKING:
     from graphopt.measure.timing import Ratio
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 CPUS = {"avx2": "avx2", "avx512": "avx2 avx512f", "avx512_vnni": "avx2 avx512f avx512_vnni"}
 """CPUs to lower for without measuring, and their flags as Linux spells them."""
-
-
-class LoweringError(RuntimeError):
-    """The engine did not build what was promised, or the lowered graph computes something else; says where and why."""
 
 
 class Chooser(Protocol):
@@ -117,7 +113,7 @@ class Backend(ABC):
 
     def saturates(self) -> bool:
         """Whether products of uint8 and int8 may saturate on the CPU that graphs are lowered for."""
-        from graphopt.measure.timing import environment
+        from graphopt.measure.machine import environment
 
         return saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu])
 

@@ -1,7 +1,7 @@
 """Where a pattern has several legal forms: the one that runs fastest here, or the first where nothing is measured.
 
 The smallest graph around a pattern is cut out, and its forms take turns on the engine, on what flows there at the
-example inputs (`measure.contest`). Alike patterns are measured once, and what was measured is kept on disk.
+example inputs (`timing.contest`). Alike patterns are measured once, and what was measured is kept on disk.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt import __version__
+from graphopt.errors import GraphError, first_line
 from graphopt.ir.cost import numbers_of, sizes
-from graphopt.ir.graph import Graph, GraphError, Node, Value
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Choice, Match, rewrite
 from graphopt.lowering.backend import SAFE, Runner, reach
-from graphopt.measure import timing as measure
+from graphopt.measure import machine, timing
 from graphopt.measure.cache import UNSURE, Timings, opened
 from graphopt.numerics.metrics import sqnr
 
@@ -108,7 +108,7 @@ class Measuring:
     feeds: Sequence[Mapping[str, Tensor]]
     compile: Callable[[Graph], Runner]
     threads: int | None = None
-    clock: measure.Clock = time.perf_counter
+    clock: timing.Clock = time.perf_counter
     place: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """Feeds where the engine reads them."""
     timings: Timings = field(default_factory=opened)
@@ -147,7 +147,7 @@ class Measuring:
             shapes = [{value: list(tensor.shape) for value, tensor in flow.items()} for flow in flows]
         for signature, excerpt in kinds.items():
             at = [[one[value] for value in excerpt.inputs] for one in shapes]
-            key = {"graphopt": __version__, "engine": self.engine, "machine": measure.machine(),
+            key = {"graphopt": machine.version("graphopt"), "engine": self.engine, "machine": machine.machine(),
                    "threads": self.threads, "choice": choice.name, "forms": list(choice.forms), "pattern": signature,
                    "shapes": at}  # fmt: skip
             kept = self.timings.get(key)
@@ -194,18 +194,18 @@ class Measuring:
                     expected = results
                 runners[form] = runner
             except Exception as error:  # the engine's own have no base of theirs
-                dropped[form] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                dropped[form] = first_line(error)
         if len(runners) < 2:
             return Measured(next(iter(runners), next(iter(choice.forms))), dropped=dropped)
         first = next(iter(runners))
-        found = measure.contest(
+        found = timing.contest(
             {form: [partial(runner, one) for one in inputs] for form, runner in runners.items()},
             baseline=first, rounds=ROUNDS, min_block_seconds=BLOCK, hopeless=HOPELESS, clock=self.clock,
             until=lambda one: one.overall.certain,
         )  # fmt: skip
         ratios = {form: (one.overall.median, one.overall.low, one.overall.high) for form, one in found.items()}
         winners = [form for form, (_, low, _) in ratios.items() if low > 1]
-        others = [one.overall for form, one in found.items() if form != first and one.overall.rounds >= measure.FEWEST]
+        others = [one.overall for form, one in found.items() if form != first and one.overall.rounds >= timing.FEWEST]
         steady = all(one.steady for one in others)
         sure = bool(winners) or all(one.steady or one.certain for one in others)
         return Measured(max(winners, key=lambda form: ratios[form][0], default=first), ratios, dropped, steady, sure)

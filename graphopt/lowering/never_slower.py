@@ -1,7 +1,7 @@
 """What comes out is never slower than what went in: both are timed at the end, and what loses is found.
 
 The result loses at an example shape where the lower 95% bound of its time over the input's is above 1, in 15
-interleaved rounds, of which 6 have to count, and again in a second run (`measure.slower_than`). The pipeline then runs
+interleaved rounds, of which 6 have to count, and again in a second run (`timing.slower_than`). The pipeline then runs
 again without the sites that lose most there, up to RERUNS times, and after that without any pass that loses accuracy.
 """
 
@@ -94,14 +94,14 @@ def judge(
 
     Where it is faster for certain at every shape, on an unsteady machine CLEARLY so, 6 rounds tell that, and are all.
     """
-    from graphopt.measure import timing as measure
+    from graphopt.measure import timing
 
     calls = {"input": [partial(baseline, one) for one in feeds], "optimized": [partial(result, one) for one in feeds]}
-    ratios = measure.contest(calls, baseline="input", until=_faster, clock=clock)["optimized"].shapes
-    suspects = [index for index, ratio in enumerate(ratios) if measure.slower_than(ratio)]
+    ratios = timing.contest(calls, baseline="input", until=_faster, clock=clock)["optimized"].shapes
+    suspects = [index for index, ratio in enumerate(ratios) if timing.slower_than(ratio)]
     if suspects:
-        ratios = measure.contest(calls, baseline="input", clock=clock)["optimized"].shapes
-    return Verdict(ratios, tuple(index for index in suspects if measure.slower_than(ratios[index])))
+        ratios = timing.contest(calls, baseline="input", clock=clock)["optimized"].shapes
+    return Verdict(ratios, tuple(index for index in suspects if timing.slower_than(ratios[index])))
 
 
 def _faster(result: Contender) -> bool:

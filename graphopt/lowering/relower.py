@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from graphopt.ir.graph import Graph, GraphError, Node, Value
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.qdq.regions import JOINED
 from graphopt.numerics import metrics
-from graphopt.passes.quantize.islands import JOINED
+from graphopt.report.records import Reemission
 
 if TYPE_CHECKING:
     from graphopt.lowering.backend import Backend
@@ -25,31 +27,6 @@ if TYPE_CHECKING:
 _WEIGHTED = ("linear", "conv")
 _WORDS = (*_WEIGHTED, "matmul", *JOINED)
 _FOLDED = "_int8"
-
-
-@dataclass(frozen=True)
-class Reemission:
-    """How far the sites of a quantized file are from what they were, each by itself and for the same integers."""
-
-    distances: dict[str, float] = field(default_factory=dict)
-    """By site, the largest distance of its result: in steps, or where it is float, in tolerances."""
-    differs: float = 0.0
-    """Of all the integers that sites gave, the share that are not what they were."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Sites that were not compared, and why."""
-
-    @property
-    def furthest(self) -> tuple[str, float] | None:
-        """The site that is furthest from what it was, and how far."""
-        return max(self.distances.items(), key=lambda one: one[1], default=None)
-
-    def __str__(self) -> str:
-        left_out = f"; not compared: {', '.join(self.left_out)}" if self.left_out else ""
-        if self.furthest is None:
-            return f"written anew, and no site was compared with what it was{left_out}"
-        site, distance = self.furthest
-        return (f"written anew, {len(self.distances)} sites give what they gave for the same integers, to within "
-                f"{distance:.3g} steps ({site}); {self.differs:.3%} of the integers differ{left_out}")  # fmt: skip
 
 
 @dataclass(frozen=True)

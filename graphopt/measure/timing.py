@@ -9,13 +9,9 @@ rests: an engine's worker threads spin for a while when its work is done, and wo
 from __future__ import annotations
 
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from statistics import median
 
 Clock = Callable[[], float]
@@ -39,12 +35,6 @@ float where it is 3.1 times, each by itself (2 cores)."""
 
 PROBE_RUNS = 3
 """Runs of the probe, of which the fastest counts: a single interrupt is not a change of speed."""
-
-X86_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
-ARM_FLAGS = ("asimddp", "i8mm", "bf16", "sve", "sve2")
-"""CPU flags that decide which kernels an engine takes, as Linux spells them."""
-
-PACKAGES = ("torch", "numpy", "onnxruntime", "onnx", "transformers")
 
 
 @dataclass(frozen=True)
@@ -201,35 +191,6 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
 
 
-def environment() -> dict[str, str]:
-    """What timings depend on: the CPU, its flags, cores, the system, and versions (without importing anything)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    model, flags = cpu(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": model or platform.processor() or platform.machine(),
-        "flags": flags,
-        "cores": str(usable),
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "os": " ".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),
-        "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
-    }
-
-
-def machine() -> dict[str, str]:
-    """Of the environment, what timings of one engine at so many threads depend on."""
-    known = environment()
-    return {name: known[name] for name in ("cpu", "flags", "cores")}
-
-
-def header(environment: Mapping[str, str], threads: int) -> str:
-    """The lines over a table of timings. `threads` is what the timed sessions were given."""
-    versions = ", ".join(f"{name} {environment[name]}" for name in ("python", *PACKAGES))
-    machine = f"{environment['cpu']}, {environment['cores']} cores, {threads} threads, {environment['os']}"
-    return "\n".join([machine, f"flags: {environment['flags'] or 'unknown'}", versions])
-
-
 def check(candidates: Mapping[str, Sequence[object]], baseline: str, rounds: int) -> None:
     if not candidates:
         raise ValueError("there are no candidates to time")
@@ -344,20 +305,3 @@ def default_probe() -> Callable[[], object]:
         return np.tanh(centred / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + 1e-5))
 
     return probe
-
-
-def cpu(cpuinfo: str) -> tuple[str, str]:
-    """Model and flags that matter, from the text of Linux's cpuinfo; "" for what it doesn't tell."""
-    fields: dict[str, str] = {}
-    for line in cpuinfo.splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    present = set(fields.get("flags", fields.get("Features", "")).split())
-    return fields.get("model name", ""), " ".join(flag for flag in X86_FLAGS + ARM_FLAGS if flag in present)
-
-
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

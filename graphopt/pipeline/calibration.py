@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
+from graphopt.errors import UsageError, nearest
 from graphopt.ir.graph import Flow, Graph, Shape, Value
-from graphopt.pipeline.passes import UsageError, nearest
 
 if TYPE_CHECKING:
     from graphopt.pipeline.instruments import Instrument

@@ -8,10 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.moments import Covariance, Mean, Met, Norm, Rows
 from graphopt.numerics.quantize import Grid
-from graphopt.pipeline.passes import Context, UsageError
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
 
 S = TypeVar("S", Norm, Mean, Covariance, Met)

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
-from graphopt.comparing import agreement, worst
-from graphopt.ir.graph import Graph, GraphError
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Graph
 from graphopt.numerics import metrics
-from graphopt.report.records import Agreement, GraphDiff
+from graphopt.report.agreements import Agreement, agreement, worst
+from graphopt.report.diff import GraphDiff
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graphopt.pipeline.passes import Context, Pass
+    from graphopt.pipeline.context import Context
+    from graphopt.pipeline.passes import Pass
 
 Feeds = Mapping[str, Tensor]
 

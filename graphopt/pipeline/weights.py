@@ -9,7 +9,8 @@ from torch import Tensor
 
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.finite import require_finite
-from graphopt.pipeline.passes import Context, Selector
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.selectors import Selector
 
 
 @dataclass(frozen=True)

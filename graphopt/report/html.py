@@ -9,7 +9,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from graphopt.report import text
-from graphopt.report.records import GraphDiff, Report
+from graphopt.report.diff import GraphDiff
+from graphopt.report.records import Report
 
 
 def page(report: Report | None = None, diff: GraphDiff | None = None, title: str = "graphopt") -> str:

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from graphopt.analysis.propagation import Propagation
 from graphopt.ir.cost import Cost
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Node
+from graphopt.report.agreements import Agreement
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from graphopt.lowering.relower import Reemission
-    from graphopt.sensitivities import Sensitivity
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How close one output is to the original's: SQNR in dB, cosine similarity, largest absolute difference."""
-
-    output: str
-    sqnr: float
-    cosine: float
-    max_error: float
+    from graphopt.measure.timing import Ratio
 
 
 @dataclass
@@ -118,120 +106,6 @@ def count_kinds(nodes: Iterable[Node]) -> dict[str, int]:
     return _ranked(node.kind for node in nodes)
 
 
-@dataclass(frozen=True)
-class DiffLine:
-    """One line of a diff: mark is " " (on both sides), "-" (before only) or "+" (after only)."""
-
-    mark: str
-    text: str
-
-
-@dataclass(frozen=True)
-class GraphDiff:
-    """Two listings of a graph (`Graph.text`), aligned.
-
-    Lines are the same when they differ in nothing but the numbers of values: one more node would shift all of these.
-    """
-
-    before: str
-    after: str
-
-    @classmethod
-    def of(cls, before: Graph, after: Graph) -> GraphDiff:
-        return cls(before.text(), after.text())
-
-    @cached_property
-    def lines(self) -> list[DiffLine]:
-        """Every line of both listings, once where it is on both sides (as it stands in `after`)."""
-        return list(_aligned(self.before.splitlines(), self.after.splitlines()))
-
-    @property
-    def added(self) -> int:
-        return sum(line.mark == "+" for line in self.lines)
-
-    @property
-    def removed(self) -> int:
-        return sum(line.mark == "-" for line in self.lines)
-
-    @property
-    def unchanged(self) -> int:
-        return sum(line.mark == " " for line in self.lines)
-
-    @cached_property
-    def kinds(self) -> dict[str, tuple[int, int]]:
-        """How many nodes of each kind there were before and are after, where that changed."""
-        before, after = _kinds(self.before), _kinds(self.after)
-        pairs = {kind: (before.get(kind, 0), after.get(kind, 0)) for kind in sorted(before | after)}
-        return {kind: pair for kind, pair in pairs.items() if pair[0] != pair[1]}
-
-    def sections(self, context: int | None = 3) -> list[list[DiffLine] | int]:
-        """The lines, with runs of unchanged ones further than `context` from a change as their number (None: all)."""
-        if context is None:
-            return [self.lines]
-        shown = [False] * len(self.lines)
-        for index, line in enumerate(self.lines):
-            if line.mark != " ":
-                low, high = max(0, index - context), min(len(self.lines), index + context + 1)
-                shown[low:high] = [True] * (high - low)
-        found: list[list[DiffLine] | int] = []
-        for line, show in zip(self.lines, shown, strict=True):
-            last = found[-1] if found else None
-            if show and isinstance(last, list):
-                last.append(line)
-            elif show:
-                found.append([line])
-            elif isinstance(last, int):
-                found[-1] = last + 1
-            else:
-                found.append(1)
-        return found
-
-    def text(self, context: int | None = 3) -> str:
-        """The diff with `context` unchanged lines around each change (None: all of them)."""
-        from graphopt.report import text
-
-        return text.diff(self, context)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def __rich__(self) -> RenderableType:
-        from graphopt.report import terminal
-
-        return terminal.diff(self)
-
-    def _repr_html_(self) -> str:
-        from graphopt.report import html
-
-        return html.fragment(diff=self)
-
-
-LONG = 2000
-"""Lines above which difflib may skip frequent ones: without that its time grows with the square."""
-
-_NUMBER = re.compile(r"%\d+")
-_KIND = re.compile(r"^%\d+(?:, %\d+)* = ([^\s(]+)\(")
-
-
-def _aligned(before: list[str], after: list[str]) -> Iterator[DiffLine]:
-    matcher = difflib.SequenceMatcher(
-        None,
-        [_NUMBER.sub("%", line) for line in before],
-        [_NUMBER.sub("%", line) for line in after],
-        autojunk=max(len(before), len(after)) > LONG,
-    )
-    for tag, start, end, other_start, other_end in matcher.get_opcodes():
-        if tag == "equal":
-            yield from (DiffLine(" ", line) for line in after[other_start:other_end])
-            continue
-        yield from (DiffLine("-", line) for line in before[start:end])
-        yield from (DiffLine("+", line) for line in after[other_start:other_end])
-
-
-def _kinds(listing: str) -> dict[str, int]:
-    return _ranked(match[1] for line in listing.splitlines() if (match := _KIND.match(line)))
-
-
 def _ranked(kinds: Iterable[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for kind in kinds:
@@ -250,3 +124,163 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+@dataclass
+class BenchResult:
+    """Ratios of one interleaved run: for each example shape, how many times faster than the original graph."""
+
+    header: str
+    rows: list[tuple[str, Mapping[str, Ratio]]] = field(default_factory=list)
+    """(shapes, {"optimized": Ratio, "control": Ratio}); the control is the original against itself."""
+
+    def __str__(self) -> str:
+        from graphopt.report import text
+
+        return text.bench(self)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """How far a changed model's outputs are from the unchanged one's; padding is left out.
+
+    Of the output that is worst in each figure, among those that hold floats (of all, where none does).
+    """
+
+    sqnr: float
+    """In dB, of the energies summed over all batches; inf where nothing moved, nan where an output holds NaN."""
+    cosine: float
+    """Each batch as one vector, the mean over the batches."""
+    worst_cosine: float
+    """Of the worst batch."""
+    metric: float | None = None
+    """What the user's `evaluate` says of the changed model; more is better."""
+
+    @property
+    def rank(self) -> float:
+        """What sites are ordered by, the most harmful first: the metric where there is one, else the SQNR."""
+        figure = self.sqnr if self.metric is None else self.metric
+        return -math.inf if math.isnan(figure) else figure
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting at one site: sites that share a weight change together, and are one."""
+
+    site: str
+    """Its label, unique in the table."""
+    nodes: tuple[str, ...]
+    """The names of its nodes."""
+    setting: str
+    """The pass as text."""
+    damage: Damage | None = None
+    """None where the pass declined."""
+    declined: str = ""
+    """Why it did."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `scan` found: the rows in the order of the graph, for each site in the order of the settings."""
+
+    settings: list[str]
+    rows: list[Row] = field(default_factory=list)
+    batches: int = 0
+    """How many the outputs were compared on."""
+    baseline: float | None = None
+    """The metric of the unchanged model."""
+
+    def ranking(self, setting: object = None) -> list[Row]:
+        """The rows of one setting (a pass, or its text; None is all) that were measured, the most harmful first."""
+        wanted = self.settings if setting is None else [str(setting)]
+        rows = [row for row in self.rows if row.damage is not None and row.setting in wanted]
+        return sorted(rows, key=lambda row: row.damage.rank if row.damage else math.inf)
+
+    def of(self, site: Node | str) -> dict[str, Damage]:
+        """The damage by setting at one site, by its label or any of its nodes, where it was not declined."""
+        name = site if isinstance(site, str) else site.name
+        found = [row for row in self.rows if (row.site == name if isinstance(site, str) else name in row.nodes)]
+        return {row.setting: row.damage for row in found if row.damage is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: infinity and NaN as text."""
+        account: dict[str, Any] = plain(self)
+        return account
+
+    def __str__(self) -> str:
+        from graphopt.report import text
+
+        return text.sensitivity(self)
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.report import terminal
+
+        return terminal.sensitivity(self)
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """One output of two models, over all batches."""
+
+    output: str
+    sqnr: float
+    """In dB, of the worst batch; inf where all are equal."""
+    cosine: float
+    """Of the worst batch, taken as one vector."""
+    max_error: float
+    """The largest absolute difference."""
+    top1: float | None
+    """Share of rows, along the last axis, with the largest entry at the same place; None for outputs without rows."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, one entry an output."""
+
+    outputs: list[OutputComparison]
+    batches: int
+    propagation: Propagation | None = None
+    """The results of sites inside, where they were asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: infinity and NaN as text."""
+        account: dict[str, Any] = plain(self)
+        inside = self.propagation
+        if inside is not None:
+            account["propagation"] |= {"lost": plain(inside.lost), "noisiest": plain(inside.noisiest)}
+        return account
+
+    def __str__(self) -> str:
+        from graphopt.report import text
+
+        return text.comparison(self)
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.report import terminal
+
+        return terminal.comparison(self)
+
+
+@dataclass(frozen=True)
+class Reemission:
+    """How far the sites of a quantized file are from what they were, each by itself and for the same integers."""
+
+    distances: dict[str, float] = field(default_factory=dict)
+    """By site, the largest distance of its result: in steps, or where it is float, in tolerances."""
+    differs: float = 0.0
+    """Of all the integers that sites gave, the share that are not what they were."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Sites that were not compared, and why."""
+
+    @property
+    def furthest(self) -> tuple[str, float] | None:
+        """The site that is furthest from what it was, and how far."""
+        return max(self.distances.items(), key=lambda one: one[1], default=None)
+
+    def __str__(self) -> str:
+        left_out = f"; not compared: {', '.join(self.left_out)}" if self.left_out else ""
+        if self.furthest is None:
+            return f"written anew, and no site was compared with what it was{left_out}"
+        site, distance = self.furthest
+        return (f"written anew, {len(self.distances)} sites give what they gave for the same integers, to within "
+                f"{distance:.3g} steps ({site}); {self.differs:.3%} of the integers differ{left_out}")  # fmt: skip

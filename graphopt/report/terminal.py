@@ -10,12 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.report import text
-from graphopt.report.records import GraphDiff, Report
+from graphopt.report.diff import GraphDiff
+from graphopt.report.records import Report
 
 if TYPE_CHECKING:
-    from graphopt.api import BenchResult
-    from graphopt.comparing import Comparison
-    from graphopt.sensitivities import Sensitivity
+    from graphopt.report.records import BenchResult, Comparison, Sensitivity
 
 STYLES = {"-": "red", "+": "green", " ": "dim"}
 

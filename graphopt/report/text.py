@@ -7,15 +7,15 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphopt.report.records import Agreement, GraphDiff, PassRecord, Report
+from graphopt.report.agreements import Agreement
+from graphopt.report.diff import GraphDiff
+from graphopt.report.records import PassRecord, Report
 
 if TYPE_CHECKING:
     from graphopt.analysis.groups import Group
     from graphopt.analysis.propagation import Propagation
-    from graphopt.api import BenchResult
-    from graphopt.comparing import Comparison
     from graphopt.measure.timing import Ratio
-    from graphopt.sensitivities import Damage, Sensitivity
+    from graphopt.report.records import BenchResult, Comparison, Damage, Sensitivity
 
 WIDTH = 100
 SITES = 3

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.passes.low_rank.pairs import Candidate, candidates, split_of
 from graphopt.passes.low_rank.ranks import Choice, break_even, within_budget
-from graphopt.pipeline.passes import Context, Pass, Selector, Stage, UsageError
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.weights import changeable, selected
 
 _ENERGY = 0.95

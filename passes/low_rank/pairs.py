@@ -10,8 +10,8 @@ from graphopt.ir import cost
 from graphopt.ir.graph import Graph, Node
 from graphopt.numerics.factor import Spectrum, decompose
 from graphopt.numerics.split import Split
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import covariances
-from graphopt.pipeline.passes import Context
 from graphopt.pipeline.weights import Weight
 
 

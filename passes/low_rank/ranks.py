@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Shape
 from graphopt.numerics.allocate import spend
 from graphopt.numerics.split import Split
 from graphopt.passes.low_rank.pairs import Candidate
-from graphopt.pipeline.passes import Context, UsageError
+from graphopt.pipeline.context import Context
 
 if TYPE_CHECKING:
     from graphopt.measure.timing import Ratio

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from graphopt.analysis.groups import Axis, Group
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics import importance
 from graphopt.numerics.finite import require_finite
 from graphopt.pipeline import inputs
-from graphopt.pipeline.passes import Context, UsageError
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight, why_fixed
 
 Scores = dict[Group, Tensor]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.analysis.groups import Group, groups
+from graphopt.errors import UsageError
 from graphopt.ir.cost import sizes
 from graphopt.ir.graph import Graph
 from graphopt.passes.prune import budget, sizing
@@ -12,7 +13,10 @@ from graphopt.passes.prune.budget import Bill, Candidate, Sizes
 from graphopt.passes.prune.importance import IMPORTANCE, weigh
 from graphopt.passes.prune.refit import compensate
 from graphopt.passes.prune.selection import open_groups
-from graphopt.pipeline.passes import Context, Pass, Selector, Stage, UsageError, value_text
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.spelling import value_text
 
 KINDS = ("neurons", "heads", "channels", "width")
 BUDGETS = ("flops", "params", "latency")

@@ -12,7 +12,7 @@ from graphopt.analysis.groups import Group
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.compensate import refit
 from graphopt.pipeline import inputs
-from graphopt.pipeline.passes import Context
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight, why_fixed
 
 

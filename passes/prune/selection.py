@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from graphopt.analysis.groups import Group, groups
+from graphopt.errors import UsageError, nearest
 from graphopt.ir.graph import Graph
 from graphopt.ir.ops import WORDS
-from graphopt.pipeline.passes import Context, Selector, UsageError, nearest
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.weights import already_quantized
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from graphopt.errors import UsageError
 from graphopt.ir.cost import sizes
 from graphopt.ir.graph import Graph
 from graphopt.passes.prune import budget
 from graphopt.passes.prune.budget import Bill, Candidate, Sizes
-from graphopt.pipeline.passes import Context, UsageError
+from graphopt.pipeline.context import Context
 
 
 def by_shares(context: Context, candidates: Sequence[Candidate], shares: Mapping[str, float], together: bool) -> Sizes:

@@ -9,20 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.qdq.regions import JOINED, MOVES, end_of, is_dequantized, is_global, label_of
 from graphopt.numerics import quantize
 from graphopt.numerics.observe import Observer
 from graphopt.passes.quantize.rounding import Rounding
-from graphopt.pipeline.passes import Context
-
-JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu", "softmax")
-"""Words that compute in integers what they get in integers, with a scale of their own for the result.
-
-A softmax is one of them only where it is asked for by name: its kernel in integers may be several times slower than the
-one in floats.
-"""
-
-MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
-"""Words whose result holds what the input does, at most zeros besides: it keeps the input's scale."""
+from graphopt.pipeline.context import Context
 
 _SEVERAL = ("add", "mul", "concat")
 
@@ -225,40 +216,10 @@ def _why_not(node: Node, integers: set[Value]) -> str | None:
     return f"one side stays float: {label_of(floats[0])}" if floats else None
 
 
-def is_global(mean: Node) -> bool:
-    """Whether a mean is over all axes behind batch and channels, kept with size 1."""
-    rank = mean.input.rank
-    if rank is None or rank < 3 or not mean.attributes["keepdim"]:
-        return False
-    return sorted(axis % rank for axis in mean.attributes["axes"]) == list(range(2, rank))
-
-
 def _data(node: Node) -> tuple[Value, ...]:
     """The operands that hold data: not the shape of a reshape."""
     values = (node.input,) if node.kind == "reshape" else node.operands
     return tuple(value for value in values if value is not None)
-
-
-def label_of(value: Value) -> str:
-    return value.producer.label if value.producer is not None else value.name
-
-
-def is_dequantized(value: Value) -> bool:
-    return value.producer is not None and value.producer.kind == "dequantize"
-
-
-def end_of(node: Node) -> Node:
-    """The relu, or clip of a range that holds 0, that alone reads a conv or what joins; else the node itself.
-
-    Saturating integers do the same: their range lies within what calibration saw behind it.
-    """
-    user = node.result.only_user
-    if node.kind not in ("conv", "add") or user is None:
-        return node
-    if user.kind == "clip":
-        low, high = user.attributes["low"], user.attributes["high"]
-        return user if (low is None or low <= 0) and (high is None or high >= 0) else node
-    return user if user.kind == "relu" else node
 
 
 def account(context: Context, islands: Islands, declined: Mapping[Node, str]) -> None:

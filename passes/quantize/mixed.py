@@ -8,12 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node
-from graphopt.passes.quantize.islands import end_of
+from graphopt.ir.qdq.regions import end_of
 from graphopt.pipeline.calibration import Remembered
-from graphopt.pipeline.passes import Context, Pass, PerSite, Selector, UsageError, value_text
-from graphopt.report.records import PassRecord, Report
-from graphopt.sensitivities import Damage, Feeds, Reference, units
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.damage import Feeds, Reference, units
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.selectors import PerSite, Selector
+from graphopt.pipeline.spelling import value_text
+from graphopt.report.records import Damage, PassRecord, Report
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.lowering.backend import LoweringError, Placement
+from graphopt.ir.qdq.regions import end_of, is_dequantized, label_of
+from graphopt.lowering.backend import Placement
 from graphopt.numerics import quantize
 from graphopt.numerics.observe import Observer
-from graphopt.passes.quantize.islands import Islands, end_of, is_dequantized, label_of
-from graphopt.pipeline.passes import Context
+from graphopt.passes.quantize.islands import Islands
+from graphopt.pipeline.context import Context
 
 POOLS = ("max_pool", "average_pool", "mean")
 """What joins where its result is read in integers: its input is quantized too, and it computes in them."""
@@ -120,14 +121,3 @@ class OpenIslands(Islands):
 
 def _data(node: Node) -> tuple[Value, ...]:
     return tuple(value for value in node.operands if value is not None)
-
-
-def reads_integers(site: Node) -> bool:
-    """Whether all that a linear, conv or matmul multiplies is dequantized."""
-    return all(is_dequantized(value) for value in site.operands[:2] if value is not None)
-
-
-def require_words(neutral: Graph, target: str) -> None:
-    """Raise LoweringError where a graph holds int8 words, which a target that reads Q/DQ has no use for."""
-    for site in neutral.sites("linear_int8", "conv_int8", "add_int8"):
-        raise LoweringError(f"{site.label} is {site.kind}, and {target} reads Q/DQ around floats: leave out fold-int8")

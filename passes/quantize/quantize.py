@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node
 from graphopt.numerics.observe import OBSERVERS
 from graphopt.numerics.quantize import BLOCKS
@@ -16,7 +17,10 @@ from graphopt.passes.quantize.placement import islands_on
 from graphopt.passes.quantize.ranges import observe
 from graphopt.passes.quantize.rounding import Recipe, Rounding
 from graphopt.passes.quantize.smoothing import even_out
-from graphopt.pipeline.passes import Context, Pass, PerSite, Selector, Stage, UsageError, value_text
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import PerSite, Selector
+from graphopt.pipeline.spelling import value_text
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Value
+from graphopt.ir.qdq.regions import label_of
 from graphopt.numerics.observe import OUTLIER, ChannelMinMax, Observer, oddity
-from graphopt.passes.quantize.islands import Islands, label_of
+from graphopt.passes.quantize.islands import Islands
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import unexercised
-from graphopt.pipeline.passes import Context, UsageError
 
 
 def observe(

@@ -14,7 +14,7 @@ from graphopt.numerics import quantize
 from graphopt.numerics.finite import require_finite
 from graphopt.numerics.reconstruct import bias_shift, fitted, reconstruct, refine
 from graphopt.pipeline import inputs
-from graphopt.pipeline.passes import Context
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
 
 _ROOM = 2.0**30

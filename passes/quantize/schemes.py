@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Node, Value
-from graphopt.pipeline.passes import Context, PerSite, UsageError
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.selectors import PerSite
 from graphopt.pipeline.weights import why_fixed
 
 SCHEMES = ("static", "dynamic", "weight-only")

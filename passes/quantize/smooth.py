@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from graphopt.ir.graph import Graph
 from graphopt.passes.quantize.smoothing import even_out
-from graphopt.pipeline.passes import Context, Pass, Selector, Stage
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import Selector
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.qdq.regions import label_of
 from graphopt.numerics.observe import ChannelMinMax
 from graphopt.numerics.smooth import ALPHAS, expected_error, smooth_factors
-from graphopt.passes.quantize.islands import label_of
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import covariances
-from graphopt.pipeline.passes import Context
 from graphopt.pipeline.weights import Weight, why_fixed
 
 _HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}

@@ -11,8 +11,11 @@ from graphopt.ir.graph import Graph
 from graphopt.numerics.allocate import spend
 from graphopt.numerics.power import power_between
 from graphopt.passes.sparsify.criteria import Request
-from graphopt.pipeline.passes import Context, Pass, Selector
-from graphopt.sensitivities import Damage, scan
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.damage import scan
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.selectors import Selector
+from graphopt.report.records import Damage
 
 _STEPS = 60
 """Amounts that a weight may be given, evenly spaced from none to the largest that was tried."""

@@ -14,7 +14,7 @@ from graphopt.ir.graph import Graph, Value
 from graphopt.numerics import obs
 from graphopt.numerics.sparsity import Pattern, as_matrix, as_weight, columns, threshold_mask
 from graphopt.pipeline import inputs
-from graphopt.pipeline.passes import Context
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
 
 

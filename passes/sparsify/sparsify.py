@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Value
 from graphopt.numerics.sparsity import Pattern
 from graphopt.passes.sparsify.amounts import by_sensitivity
 from graphopt.passes.sparsify.criteria import CALIBRATED, CRITERIA, Request
 from graphopt.passes.sparsify.zeros import Zeros
-from graphopt.pipeline.passes import Context, Pass, PerSite, Selector, Stage, UsageError
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.weights import Weight, changeable, selected
 
 _PRUNED = ("linear", "conv")

@@ -18,10 +18,9 @@ from graphopt.backends.onnxruntime_cuda import CUDA, OnnxRuntimeCuda, OrtCudaRun
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.lowering.backend import LoweringError
+from graphopt.errors import LoweringError, UsageError
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Cast, Quantize
-from graphopt.pipeline.passes import UsageError
 from tests.language import build, declined, outputs, run
 
 X = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.backends import target
 from graphopt.backends.openvino import Layer, OpenVino, OpenVinoRunner
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.lowering.backend import LoweringError
+from graphopt.errors import LoweringError, UsageError
 from graphopt.numerics.metrics import cosine, sqnr
 from graphopt.passes import Quantize
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.passes import Context, UsageError, run_pass
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.runner import run_pass
+from graphopt.result import Optimized
 from tests.language import build, feeds
 from tests.models import ConvNet, Decoder, Encoder, images, model, padding, plain_run, seeded, tokens
 

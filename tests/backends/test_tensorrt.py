@@ -15,12 +15,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.backends import target
 from graphopt.backends.tensorrt import faults
-from graphopt.lowering.backend import LoweringError
+from graphopt.errors import LoweringError, UsageError
 from graphopt.numerics.metrics import cosine, sqnr
-from graphopt.pipeline.passes import UsageError
+from graphopt.result import Optimized
 from tests.language import build
 from tests.models import ConvNet, Encoder, images, model, padding, plain_run, seeded, tokens
 

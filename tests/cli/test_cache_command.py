@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from graphopt.measure import timing as measure
+from graphopt.measure import timing
 from graphopt.measure.cache import Timings
 from graphopt.measure.timing import Contender, Ratio
 from tests.cli.test_cli import done, refused, run
@@ -68,7 +68,7 @@ def test_optimize_measures_where_it_is_asked_to(
         ratio = Ratio(1.25, 1.125, 1.5, rounds, 0, {})
         return {name: Contender(ratio, (ratio,) * len(calls)) for name, calls in candidates.items()}
 
-    monkeypatch.setattr(measure, "contest", contest)
+    monkeypatch.setattr(timing, "contest", contest)
     arguments = "optimize", model, "--dry-run"
     shown = done(*arguments, "--measure")
     assert "speed over the input" in shown and "x [1, 16]" in shown and "1.25 [1.12, 1.50]" in shown

@@ -259,19 +259,19 @@ def test_diff(model: Path, tmp_path: Path) -> None:
 
 def fake_ratios(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Timing that runs each candidate once, takes no time, and gives 1, 2, 3 for the candidates in order."""
-    from graphopt.measure import timing as measure
+    from graphopt.measure import timing
 
     seen: dict[str, int] = {}
 
-    def paired(candidates: Any, *, baseline: str, rounds: int) -> dict[str, measure.Ratio]:
+    def paired(candidates: Any, *, baseline: str, rounds: int) -> dict[str, timing.Ratio]:
         for name, call in candidates.items():
             seen[name] = len(call())
         return {
-            name: measure.Ratio(1.0 + number, 0.9, 9.9, rounds, 0, {baseline: (0.002, 0.003), name: (0.001, 0.002)})
+            name: timing.Ratio(1.0 + number, 0.9, 9.9, rounds, 0, {baseline: (0.002, 0.003), name: (0.001, 0.002)})
             for number, name in enumerate(candidates)
         }
 
-    monkeypatch.setattr(measure, "paired", paired)
+    monkeypatch.setattr(timing, "paired", paired)
     return seen
 
 

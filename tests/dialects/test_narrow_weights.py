@@ -8,8 +8,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from graphopt.errors import GraphError
 from graphopt.ir.cost import Cost
-from graphopt.ir.graph import Graph, GraphError
+from graphopt.ir.graph import Graph
 from graphopt.numerics import quantize
 from tests.language import assert_outputs_equal, build, feeds, outputs, producer, stored
 

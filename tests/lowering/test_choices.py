@@ -19,7 +19,7 @@ from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Replace
 from graphopt.lowering.choices import BLOCK, HOPELESS, ROUNDS, Excerpt, Measuring
-from graphopt.measure import timing as measure
+from graphopt.measure import machine, timing
 from graphopt.measure.cache import UNSURE, Timings
 from graphopt.measure.timing import Contender, Ratio
 from graphopt.report.records import Report
@@ -109,7 +109,7 @@ def contest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Judge]:
         rounds: Mapping[str, int] | None = None,
     ) -> Judge:
         judge = Judge(speeds or {}, steady, rounds or {})
-        monkeypatch.setattr(measure, "contest", judge)
+        monkeypatch.setattr(timing, "contest", judge)
         return judge
 
     return install
@@ -287,8 +287,8 @@ def test_other_flags_or_forms_are_another_key(tmp_path: Path, contest: Any, monk
     lowered(tmp_path, rectifier())
     lowered(tmp_path, rectifier(Max=_maximum, Clip=_clip))
     assert len(judge.asked) == 4
-    found = measure.environment()
-    monkeypatch.setattr(measure, "environment", lambda: found | {"flags": "none"})
+    found = machine.environment()
+    monkeypatch.setattr(machine, "environment", lambda: found | {"flags": "none"})
     lowered(tmp_path, rectifier())
     assert len(judge.asked) == 6
 
@@ -332,7 +332,7 @@ def always_equal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             ratios[list(candidates)[-1]] = Ratio(1.5, 1.4, 1.6, rounds, 0, {})
         return {name: Contender(one, (one,) * shapes) for name, one in ratios.items()}
 
-    monkeypatch.setattr(measure, "contest", contest)
+    monkeypatch.setattr(timing, "contest", contest)
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
 
 

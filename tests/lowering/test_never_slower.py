@@ -15,15 +15,15 @@ from torch import Tensor
 
 import graphopt
 from graphopt import UsageError
-from graphopt.api import Optimized
 from graphopt.backends.onnxruntime.target import OnnxRuntime, OrtRunner
 from graphopt.lowering import never_slower
 from graphopt.lowering.backend import Runner
 from graphopt.lowering.never_slower import RERUNS, judge, losers
-from graphopt.measure import timing as measure
+from graphopt.measure import timing
 from graphopt.measure.cache import UNSURE
 from graphopt.measure.timing import Contender, Ratio
 from graphopt.report.records import PassRecord
+from graphopt.result import Optimized
 from tests.models import ConvNet, Encoder, exported, images, padding, seeded, tokens
 
 INPUTS = {"ids": tokens(), "mask": padding()}
@@ -43,7 +43,7 @@ class Scripted:
     steady: bool = True
 
     def __call__(
-        self, candidates: Mapping[str, Any], *, baseline: str, rounds: int = measure.ROUNDS, **options: Any
+        self, candidates: Mapping[str, Any], *, baseline: str, rounds: int = timing.ROUNDS, **options: Any
     ) -> dict[str, Contender]:
         ratios = dict.fromkeys(candidates, (1.0, 1.0, 1.0))
         shapes = len(candidates[baseline])
@@ -61,7 +61,7 @@ def contest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Speeds
 
     def install(speeds: Speeds) -> Scripted:
         scripted = Scripted(speeds)
-        monkeypatch.setattr(measure, "contest", scripted)
+        monkeypatch.setattr(timing, "contest", scripted)
         return scripted
 
     return install
@@ -310,7 +310,7 @@ def test_a_shape_that_loses_must_be_the_same_in_both_runs(monkeypatch: pytest.Mo
         assert baseline == "input" and [len(several) for several in candidates.values()] == [2, 2]
         return {"optimized": Contender(ratio(1.0), tuple(map(ratio, next(runs))))}
 
-    monkeypatch.setattr(measure, "contest", contest)
+    monkeypatch.setattr(timing, "contest", contest)
     engine = Engine({}, {})
     assert judge(engine, engine, FEEDS).slower == ()
     found = judge(engine, engine, FEEDS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from graphopt.measure import timing as measure
+from graphopt.measure import machine, timing
 from graphopt.measure.timing import Ratio, geometric_mean, paired, slower_than
 
 
@@ -90,15 +90,15 @@ def test_median_and_interval_are_order_statistics() -> None:
     """Of 15 ratios 1..15 in any order: the 8th, and the 4th and 12th, which cover the median with 96.5%."""
     values = [float(value) for value in range(1, 16)]
     random.Random(0).shuffle(values)
-    assert measure.interval(values) == (4.0, 12.0)
-    assert measure.interval(values[:6]) == (min(values[:6]), max(values[:6]))
-    assert measure.interval(values[:5]) == (0.0, math.inf)
-    assert measure.interval([3.0]) == (0.0, math.inf)
+    assert timing.interval(values) == (4.0, 12.0)
+    assert timing.interval(values[:6]) == (min(values[:6]), max(values[:6]))
+    assert timing.interval(values[:5]) == (0.0, math.inf)
+    assert timing.interval([3.0]) == (0.0, math.inf)
 
 
 @pytest.mark.parametrize("count", range(6, 60))
 def test_interval_covers_the_median_with_95_percent_and_no_wider(count: int) -> None:
-    low, high = measure.interval([float(value) for value in range(1, count + 1)])
+    low, high = timing.interval([float(value) for value in range(1, count + 1)])
     k = int(low)
     assert high == count + 1 - k
     miss = 2 * sum(math.comb(count, heads) for heads in range(k)) / 2**count
@@ -108,13 +108,13 @@ def test_interval_covers_the_median_with_95_percent_and_no_wider(count: int) -> 
 
 def test_percentiles_of_the_blocks() -> None:
     seconds = [float(number) for number in range(10, 0, -1)]
-    assert measure.percentiles(seconds) == (5.5, 9.0)
-    assert measure.percentiles(seconds[:1]) == (10.0, 10.0)
+    assert timing.percentiles(seconds) == (5.5, 9.0)
+    assert timing.percentiles(seconds[:1]) == (10.0, 10.0)
 
 
 def test_every_order_gets_its_turn() -> None:
-    assert ["".join(measure.turns("ab", run)) for run in range(5)] == ["ab", "ba", "ba", "ab", "ab"]
-    assert {"".join(measure.turns("abc", run)) for run in range(6)} == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    assert ["".join(timing.turns("ab", run)) for run in range(5)] == ["ab", "ba", "ba", "ab", "ab"]
+    assert {"".join(timing.turns("abc", run)) for run in range(6)} == {"abc", "acb", "bac", "bca", "cab", "cba"}
 
 
 def test_rounds_are_interleaved() -> None:
@@ -126,10 +126,10 @@ def test_rounds_are_interleaved() -> None:
 
 def test_short_calls_are_repeated_until_a_block_is_long_enough() -> None:
     machine = Machine()
-    calls = measure.calls_per_block("short", machine.task("short", 0.003), 0.02, machine.clock)
+    calls = timing.calls_per_block("short", machine.task("short", 0.003), 0.02, machine.clock)
     assert calls == 8
-    assert measure.calls_per_block("long", machine.task("long", 0.5), 0.02, machine.clock) == 1
-    assert measure.calls_per_block("tiny", machine.task("tiny", 1e-9), 0.02, machine.clock) == measure.MOST_CALLS
+    assert timing.calls_per_block("long", machine.task("long", 0.5), 0.02, machine.clock) == 1
+    assert timing.calls_per_block("tiny", machine.task("tiny", 1e-9), 0.02, machine.clock) == timing.MOST_CALLS
 
 
 def test_one_warm_up_call_is_not_timed() -> None:
@@ -172,8 +172,8 @@ def test_a_change_between_the_two_blocks_of_a_pair_is_seen() -> None:
     """Neither block's own probes differ, but the two blocks ran on machines of different speed."""
     fast, slow = (1.0, 1.0), (1.3, 1.3)
     for one, other, change in ((fast, slow, 0.3), (fast, (1.14, 1.15), 0.15), ((1.0, 1.2), fast, 0.2)):
-        pair = measure.Block((1.0,), one), measure.Block((1.0,), other)
-        assert measure.unsteadiness(pair) == pytest.approx(change)
+        pair = timing.Block((1.0,), one), timing.Block((1.0,), other)
+        assert timing.unsteadiness(pair) == pytest.approx(change)
 
 
 def test_only_the_pairs_of_straddling_blocks_are_dropped() -> None:
@@ -200,7 +200,7 @@ def test_only_the_pairs_of_straddling_blocks_are_dropped() -> None:
 def test_an_unsteady_machine_gives_fewer_rounds_after_twice_as_many() -> None:
     """The probe is steady through every third round only. A round of two blocks has three probes."""
     machine = Machine()
-    steady, changing = [1.0] * 3 * measure.PROBE_RUNS, [1.0] * measure.PROBE_RUNS + [2.0] * 2 * measure.PROBE_RUNS
+    steady, changing = [1.0] * 3 * timing.PROBE_RUNS, [1.0] * timing.PROBE_RUNS + [2.0] * 2 * timing.PROBE_RUNS
     warm_up, *durations = [1.0, *steady, *changing, *changing]
     probe = machine.task("probe", warm_up, *durations * 10)
     tasks = {"base": machine.task("base", 0.04), "slow": machine.task("slow", 0.05)}
@@ -225,7 +225,7 @@ def test_a_machine_that_is_never_steady_is_an_error() -> None:
 
 def test_an_interrupt_in_one_run_of_the_probe_is_no_change_of_speed() -> None:
     machine = Machine()
-    assert measure.probe_seconds(machine.task("probe", 0.001, 0.1, 0.001), machine.clock) == pytest.approx(0.001)
+    assert timing.probe_seconds(machine.task("probe", 0.001, 0.1, 0.001), machine.clock) == pytest.approx(0.001)
 
 
 def test_errors_name_the_fact() -> None:
@@ -271,53 +271,53 @@ def test_geometric_mean() -> None:
 
 def test_cpu_flags_that_matter() -> None:
     first = "processor : 0\nmodel name\t: Fast CPU\nflags\t\t: fpu amx_int8 avx512_vnni avx2\n"
-    assert measure.cpu(first + "\nmodel name : Other\nflags : sve\n") == ("Fast CPU", "avx2 avx512_vnni amx_int8")
-    assert measure.cpu("Features : fp asimddp i8mm") == ("", "asimddp i8mm")
-    assert measure.cpu("") == ("", "")
+    assert machine.cpu(first + "\nmodel name : Other\nflags : sve\n") == ("Fast CPU", "avx2 avx512_vnni amx_int8")
+    assert machine.cpu("Features : fp asimddp i8mm") == ("", "asimddp i8mm")
+    assert machine.cpu("") == ("", "")
 
 
 def test_environment_and_header() -> None:
-    found = measure.environment()
+    found = machine.environment()
     assert {"cpu", "flags", "cores", "threads", "os", "python", "torch", "numpy", "onnxruntime"} <= set(found)
-    text = measure.header(found | {"cpu": "Fast CPU", "flags": "avx2", "cores": "4", "torch": "2.13.0"}, threads=2)
+    text = machine.header(found | {"cpu": "Fast CPU", "flags": "avx2", "cores": "4", "torch": "2.13.0"}, threads=2)
     assert text.startswith("Fast CPU, 4 cores, 2 threads, ")
     assert "flags: avx2" in text
     assert "torch 2.13.0" in text
-    assert "flags: unknown" in measure.header(found | {"flags": ""}, threads=2)
+    assert "flags: unknown" in machine.header(found | {"flags": ""}, threads=2)
 
 
 def test_a_package_that_is_not_there() -> None:
-    assert measure.version("no-such-package-at-all") == "not installed"
+    assert machine.version("no-such-package-at-all") == "not installed"
 
 
 def test_the_default_probe_runs_and_is_fixed() -> None:
-    first, second = measure.default_probe()(), measure.default_probe()()
+    first, second = timing.default_probe()(), timing.default_probe()()
     assert bytes(first) == bytes(second)  # type: ignore[call-overload]
 
 
 # --- contests that end early ---------------------------------------------------------------------------------------
 
 
-def raced(machine: Machine, seconds: dict[str, tuple[float, ...]], **options: Any) -> dict[str, measure.Contender]:
+def raced(machine: Machine, seconds: dict[str, tuple[float, ...]], **options: Any) -> dict[str, timing.Contender]:
     """A contest of tasks that take these seconds, one call each."""
     calls = {name: [machine.task(name, *several)] for name, several in seconds.items()}
     probe = machine.task("probe", 0.001)
-    return measure.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe, **options)
+    return timing.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe, **options)
 
 
 def test_a_hopeless_candidate_gives_up_its_turns() -> None:
     machine = Machine()
     found = raced(machine, {"base": (0.06,), "slow": (0.1,), "near": (0.07,)}, rounds=6, hopeless=0.8)
     slow, near = found["slow"].overall, found["near"].overall
-    assert (slow.rounds, slow.low, slow.high) == (measure.SCREENED, 0.0, math.inf)
+    assert (slow.rounds, slow.low, slow.high) == (timing.SCREENED, 0.0, math.inf)
     assert slow.median == pytest.approx(0.6, rel=1e-9)
     assert near.rounds == 6 and near.low == pytest.approx(6 / 7, rel=1e-9)
-    assert machine.log.count("slow") == 1 + measure.SCREENED  # one to count calls
+    assert machine.log.count("slow") == 1 + timing.SCREENED  # one to count calls
 
 
 def test_a_contest_ends_where_all_others_are_hopeless() -> None:
     found = raced(Machine(), {"base": (0.06,), "slow": (0.1,), "slower": (0.2,)}, rounds=6, hopeless=0.8)
-    assert found["base"].overall.rounds == measure.SCREENED
+    assert found["base"].overall.rounds == timing.SCREENED
 
 
 def test_one_good_pair_of_the_first_is_hope() -> None:
@@ -326,13 +326,13 @@ def test_one_good_pair_of_the_first_is_hope() -> None:
     assert found["late"].overall.rounds == 6
 
 
-def faster(contender: measure.Contender) -> bool:
+def faster(contender: timing.Contender) -> bool:
     return contender.overall.low > 1
 
 
 def test_what_is_faster_for_certain_needs_no_more_rounds() -> None:
     found = raced(Machine(), {"base": (0.06,), "fast": (0.03,)}, rounds=15, until=faster)
-    assert found["fast"].overall.rounds == measure.FEWEST and found["fast"].shapes[0].low > 1
+    assert found["fast"].overall.rounds == timing.FEWEST and found["fast"].shapes[0].low > 1
 
 
 def test_a_tie_takes_all_rounds() -> None:
@@ -345,7 +345,7 @@ def test_an_unsteady_machine_tells_what_is_certain_in_as_few_rounds() -> None:
     machine = Machine()
     calls = {"base": [machine.task("base", 0.06)], "fast": [machine.task("fast", 0.02, 0.03)]}
     probe = machine.task("probe", *(0.001 * 1.2**n for n in range(9)))
-    found = measure.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe,
+    found = timing.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe,
                             until=lambda one: one.overall.certain)["fast"].overall  # fmt: skip
-    assert (found.rounds, found.dropped) == (measure.FEWEST, 0)  # no more were run
+    assert (found.rounds, found.dropped) == (timing.FEWEST, 0)  # no more were run
     assert not found.steady and found.low > 1

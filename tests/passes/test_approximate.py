@@ -4,7 +4,7 @@ import torch
 
 import graphopt
 from graphopt.passes import Approximate
-from graphopt.pipeline.passes import Selector
+from graphopt.pipeline.selectors import Selector
 from tests.language import assert_unchanged, build, declined, listing, run
 from tests.models import Encoder, padding, seeded, tokens
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import UsageError
 from graphopt.passes import Cast
-from graphopt.pipeline.passes import Selector, UsageError
+from graphopt.pipeline.selectors import Selector
 from tests.language import FakeTarget, assert_outputs_equal, assert_unchanged, build, declined, feeds, listing, run
 
 TEXT = """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from graphopt.passes import LowRank, Sparsify
-from graphopt.pipeline.passes import Pass, Selector
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.selectors import Selector
 from tests.language import build, declined, run
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from graphopt.errors import PassError, UsageError
 from graphopt.ir.graph import Shape
 from graphopt.numerics.observe import MinMax
 from graphopt.pipeline.calibration import SAMPLES, Calibration, NotFinite
 from graphopt.pipeline.instruments import Instrument
-from graphopt.pipeline.passes import PassError, UsageError, run_pass
+from graphopt.pipeline.runner import run_pass
 from graphopt.report.records import PassRecord
 from tests.language import build
 
@@ -263,7 +264,7 @@ def test_an_activation_that_is_not_finite_names_its_node(dialect: str) -> None:
 
 def test_a_pass_that_meets_one_is_reported_with_its_node() -> None:
     from graphopt.passes import Quantize
-    from graphopt.pipeline.passes import Context
+    from graphopt.pipeline.context import Context
 
     graph = build("onnx", "h = div(ONE[4]:ones, x[batch,4])\ny = linear(h, W[4,4])")
     context = Context(calibration=Calibration([torch.zeros(1, 4)], graph.inputs), record=PassRecord("", ""))

@@ -16,10 +16,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from graphopt.ir.graph import Graph, GraphError
+from graphopt.errors import GraphError, PassError
+from graphopt.ir.graph import Graph
 from graphopt.pipeline.calibration import Calibration
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.instruments import Agree, Diff, Dump, Instrument, Progress, Reproduce, Timing, Verify
-from graphopt.pipeline.passes import Context, Pass, PassError, Pipeline, Selector, Stage, run_pass
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.runner import Pipeline, run_pass
+from graphopt.pipeline.selectors import Selector
 from tests.language import build, feeds
 
 TEXT = "h = linear(x[batch,4], W[8,4]:seed1)\ny = linear(h, V[3,8]:seed2)"

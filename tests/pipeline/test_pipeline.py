@@ -10,23 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.ir.graph import Graph, GraphError
+from graphopt.errors import GraphError, PassError, UsageError, nearest
+from graphopt.ir.graph import Graph
 from graphopt.numerics.observe import MinMax
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.instruments import Instrument
-from graphopt.pipeline.passes import (
-    Context,
-    Pass,
-    PassError,
-    PerSite,
-    Pipeline,
-    Repeat,
-    Selector,
-    Stage,
-    UsageError,
-    nearest,
-    parse,
-    run_pass,
-)
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.runner import Pipeline, Repeat, run_pass
+from graphopt.pipeline.selectors import PerSite, Selector
+from graphopt.pipeline.text import parse
 from tests.language import build
 
 

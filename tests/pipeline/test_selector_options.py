@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from graphopt.errors import UsageError
 from graphopt.passes import REGISTRY
-from graphopt.pipeline.passes import Selector, UsageError
+from graphopt.pipeline.selectors import Selector
 
 ENOUGH: dict[str, dict[str, Any]] = {"prune": {"neurons": 0.5}, "cast": {"dtype": "float16"}}
 """What a pass needs besides."""

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from graphopt.api import BenchResult
 from graphopt.ir.cost import Cost
 from graphopt.ir.rewrite import RuleLog
 from graphopt.measure.timing import Ratio
 from graphopt.report import html, terminal, text
-from graphopt.report.records import Agreement, DiffLine, GraphDiff, PassRecord, Report, count_kinds, plain
+from graphopt.report.agreements import Agreement
+from graphopt.report.diff import DiffLine, GraphDiff
+from graphopt.report.records import BenchResult, PassRecord, Report, count_kinds, plain
 from tests.language import build
 
 LAYERS = [f"encoder.layer.{index}.attention.self.query" for index in range(5)]

@@ -15,7 +15,8 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.passes import FoldInt8, LowRank, MergeLinear, Quantize, Simplify, Smooth, Sparsify
 from graphopt.pipeline.calibration import Calibration, S
-from graphopt.pipeline.passes import Pass, Selector
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.selectors import Selector
 from tests import models
 from tests.language import BITS, outputs, run
 

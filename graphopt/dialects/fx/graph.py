@@ -19,8 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from graphopt.analysis.masks import labels
-from graphopt.capture.trace import Output
-from graphopt.dialects.fx import ops as fx_words
+from graphopt.dialects.fx import ops as fx_ops
 from graphopt.dialects.fx import run as fx_run
 from graphopt.dialects.fx.load import Loader, functional
 from graphopt.dialects.fx.native import (
@@ -45,8 +44,10 @@ from graphopt.dialects.fx.native import (
 )
 from graphopt.dialects.fx.ops import Literal, Sizes
 from graphopt.dialects.fx.write import NodeWriter
-from graphopt.ir.graph import Flow, Graph, GraphError, Node, Seen, Shape, Value
+from graphopt.errors import GraphError, first_line
+from graphopt.ir.graph import Flow, Graph, Node, Seen, Shape, Value
 from graphopt.ir.ops import WORDS
+from graphopt.ir.structure import Output
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +189,8 @@ class FxNode(Node):
             return None
         return target, frozen(self.native.args), frozen(self.native.kwargs)
 
-    def _read(self) -> fx_words.Read | None:
-        return fx_words.read(self.native, self.owner.native.tensor)
+    def _read(self) -> fx_ops.Read | None:
+        return fx_ops.read(self.native, self.owner.native.tensor)
 
 
 class FxGraph(Graph):
@@ -329,7 +330,7 @@ class FxGraph(Graph):
         raws = [None if value is None else _raw(value) for value in operands]
         writer = NodeWriter(self.native, None if at is None else _native(at))
         if isinstance(kind, Node):
-            read = fx_words.read(_native(kind), self.native.tensor)
+            read = fx_ops.read(_native(kind), self.native.tensor)
             if read is None:
                 node = writer.copy(_native(kind), raws, attributes)
             else:
@@ -344,7 +345,7 @@ class FxGraph(Graph):
         self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
     ) -> FxValue:
         native, (x, *_) = _native(node), operands
-        arguments = fx_words.arguments(native)
+        arguments = fx_ops.arguments(native)
         name = next((name for name in ("size", "shape") if name in arguments), None)
         if x is None or name is None:
             raise GraphError(f"{node.kind} is told no shape ({node.label})")
@@ -464,7 +465,7 @@ class FxGraph(Graph):
         try:
             self.native.graph.lint()
         except (RuntimeError, ValueError) as error:
-            raise GraphError(str(error).splitlines()[0]) from error
+            raise GraphError(first_line(error)) from error
         for node in self.native.graph.nodes:
             if node.op == "get_attr" and str(node.target) not in self.native.stored:
                 raise GraphError(f"{node.name} names {node.target}, which is not stored")

@@ -20,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from graphopt.dialects.fx.native import ORIGIN, identifier, is_constant, meta, module_path, source, with_nodes
 from graphopt.dialects.fx.ops import arguments
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError
 
 aten = torch.ops.aten
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.capture.trace import Output
 from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source
 from graphopt.dialects.fx.ops import arguments, quantized_decomposed
 from graphopt.ir.qdq.integer_forms import unfold
+from graphopt.ir.structure import Output
 
 if TYPE_CHECKING:
     from graphopt.dialects.fx.graph import FxGraph

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError, first_line
 
 ORIGIN = ("nn_module_stack", "stack_trace")
 """What a node's meta says about where it came from, which nodes put in its place inherit."""
@@ -224,8 +224,7 @@ class Native:
             with enable_python_dispatcher(), self.fake, torch.no_grad():  # C++ kernels fix sizes that are symbols
                 return target(*fake_args, **fake_kwargs)
         except Exception as error:
-            reason = str(error).strip() or type(error).__name__
-            raise GraphError(f"{target} does not take these operands: {reason.splitlines()[0]}") from error
+            raise GraphError(f"{target} does not take these operands: {first_line(error)}") from error
 
     def _complete(self, node: fx.Node) -> None:
         """Give every result of an operation with several its getitem, and only one."""

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from graphopt.dialects.fx import operators as fx_ops
+from graphopt.dialects.fx import operators as fx_operators
 from graphopt.dialects.fx.native import meta
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError
 from graphopt.ir.ops import WORDS
 
 
@@ -458,7 +458,7 @@ _READERS: dict[str, Reader] = {
     "quantized_decomposed.dequantize_per_channel.default": _read_quantize("dequantize", True),
     "quantized_decomposed.dequantize_per_channel_group.default": _read_groups,
     **{f"aten.{word}.default": _reader(word, "self") for word in _UNARY},
-    **{f"graphopt.{word}.default": _read_own(word) for word in fx_ops.NAMES},
+    **{f"graphopt.{word}.default": _read_own(word) for word in fx_operators.NAMES},
 }
 
 
@@ -473,7 +473,7 @@ def write(writer: Writer, word: str, operands: Sequence[Raw], attributes: Mappin
     if spell is not None:
         return spell(writer, *operands, **attributes)
     nodes = [writer.tensor(raw) for raw in operands]
-    if word in fx_ops.NAMES:
+    if word in fx_operators.NAMES:
         return writer.call(getattr(torch.ops.graphopt, word).default, *nodes, **attributes)
     return writer.call(getattr(aten, word).default, *nodes, **attributes)
 

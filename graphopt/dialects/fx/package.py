@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from graphopt.capture.trace import Output, first_line, quiet
-from graphopt.dialects.fx import operators as fx_ops
+from graphopt.dialects.fx import operators as fx_operators
 from graphopt.dialects.fx.native import Native, meta, module_path
 from graphopt.dialects.fx.ops import arguments, quantized_decomposed
 from graphopt.dialects.fx.save import to_program
-from graphopt.ir.graph import Graph, GraphError
+from graphopt.dialects.silence import quiet
+from graphopt.errors import GraphError, LoweringError, first_line
+from graphopt.ir.graph import Graph
 from graphopt.ir.ops import WORDS
 from graphopt.ir.qdq.integer_forms import unfold
-from graphopt.lowering.backend import LoweringError
+from graphopt.ir.structure import Output
 
 INT8_KERNELS = ("onednn.qlinear_pointwise", "onednn.qconv2d_pointwise", "onednn.qconv_pointwise")
 """What inductor makes of a quantized linear or conv, by the beginning of the operator's name."""
@@ -55,7 +56,7 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     try:
         # With gradients enabled inductor freezes nothing.
         with torch.no_grad(), quiet("torch._inductor", "torch._export", "torch.export"):
-            own = {getattr(torch.ops.graphopt, name).default: WORDS[name].reference for name in fx_ops.NAMES}
+            own = {getattr(torch.ops.graphopt, name).default: WORDS[name].reference for name in fx_operators.NAMES}
             torch._inductor.aoti_compile_and_package(
                 program.run_decompositions(own),
                 package_path=str(part),

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from graphopt.dialects.fx.native import Native, needed, target_name, with_nodes
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError
 
 Mark = Callable[[fx.Node, Any], Any]
 """Sees each node with its value, and gives the value to go on with."""

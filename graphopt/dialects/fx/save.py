@@ -28,11 +28,11 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from graphopt.capture.trace import Output
-from graphopt.dialects.fx import operators as fx_ops  # noqa: F401  (an archive may hold its operators)
+from graphopt.dialects.fx import operators as fx_operators  # noqa: F401  (an archive may hold its operators)
 from graphopt.dialects.fx.native import meta
 from graphopt.dialects.fx.ops import quantized_decomposed
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError
+from graphopt.ir.structure import Output
 
 if TYPE_CHECKING:
     from graphopt.dialects.fx.graph import FxGraph

@@ -13,10 +13,11 @@ import onnx_ir as ir
 import torch
 
 from graphopt.analysis.masks import labels
-from graphopt.capture.trace import quiet
 from graphopt.dialects.onnx import quantized as onnx_quantized
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
 from graphopt.dialects.onnx.load import parsed
+from graphopt.dialects.silence import quiet
+from graphopt.errors import first_line
 from graphopt.ir.graph import Graph
 
 
@@ -118,8 +119,7 @@ def lift(model: ir.Model | onnx.ModelProto, graph: Graph, notes: list[str]) -> O
             version_converter.convert_version(fresh, OPSET, fallback=True)
         lifted = OnnxGraph.from_model(fresh)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        notes.append(f"stays at opset {graph.opset}: it does not convert to {OPSET} ({reason[0]})")
+        notes.append(f"stays at opset {graph.opset}: it does not convert to {OPSET} ({first_line(error)})")
         return None
     if lifted.opset < OPSET:
         notes.append(f"stays at opset {graph.opset}: it does not convert to {OPSET}")

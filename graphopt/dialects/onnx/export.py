@@ -19,7 +19,8 @@ from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx.load import MAP_TYPE
 from graphopt.dialects.onnx.ops import DOMAIN
-from graphopt.ir.graph import Graph, GraphError, Node, Value
+from graphopt.errors import GraphError, first_line
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
 
 _EXPORTERS = ("pkg.torch.onnx.", "pkg.torch.export.")
@@ -255,7 +256,7 @@ def _check(model: ir.Model, written: Path) -> None:
     try:
         onnx.checker.check_model(str(written))
     except onnx.checker.ValidationError as error:
-        raise GraphError(f"the model to be written is not valid ONNX: {str(error).splitlines()[0]}") from error
+        raise GraphError(f"the model to be written is not valid ONNX: {first_line(error)}") from error
 
 
 def graphsurgeon(model: ir.Model) -> Any:

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from graphopt.dialects.onnx.ops import DOMAIN
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError
 
 _CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @group"
 _LINEAR_INT8 = {

@@ -28,7 +28,8 @@ from graphopt.dialects.onnx import (
 )
 from graphopt.dialects.onnx.ops import DOMAIN, STANDARD
 from graphopt.dialects.onnx.tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch
-from graphopt.ir.graph import Flow, Graph, GraphError, Node, Shape, Value
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Flow, Graph, Node, Shape, Value
 from graphopt.ir.ops import WORDS
 
 OPSET = 23

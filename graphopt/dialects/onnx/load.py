@@ -19,7 +19,8 @@ from graphopt.dialects.onnx.files import open_weights
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx.ops import DOMAIN, STANDARD, repeats_over_queries
 from graphopt.dialects.onnx.tensors import FLOATS, TORCH_DTYPES
-from graphopt.ir.graph import GraphError, Shape
+from graphopt.errors import GraphError, first_line
+from graphopt.ir.graph import Shape
 
 MAP_TYPE = "graphopt.map_type"
 """Where the type of an output that holds a map is kept, as a TypeProto."""
@@ -55,8 +56,7 @@ def _proto(path: Path) -> onnx.ModelProto:
 
 
 def _unreadable(path: Path, error: Exception) -> GraphError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return GraphError(f"{path} is not a readable ONNX model (corrupt or truncated?): {first}")
+    return GraphError(f"{path} is not a readable ONNX model (corrupt or truncated?): {first_line(error)}")
 
 
 def external_files(path: Path) -> set[Path]:

@@ -16,7 +16,8 @@ import onnx_ir as ir
 import torch
 
 from graphopt.dialects.onnx.tensors import FLOATS, NARROW, READABLE, TORCH_DTYPES, onnx_dtype
-from graphopt.ir.graph import GraphError, Value
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Value
 from graphopt.ir.ops import WORDS
 
 if TYPE_CHECKING:

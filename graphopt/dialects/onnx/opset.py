@@ -11,7 +11,8 @@ import torch
 
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph
 from graphopt.dialects.onnx.ops import STANDARD
-from graphopt.ir.graph import GraphError, Node, Value
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Node, Value
 from graphopt.ir.rewrite import Builder
 
 OLDEST = 13

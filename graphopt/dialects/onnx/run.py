@@ -13,7 +13,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES, array_to_torch, to_numpy
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError
 
 if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
     ort.disable_telemetry_events()  # where it was imported before graphopt, whose setting then came too late

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError
 from graphopt.numerics import quantize
 
 _ONNX_DTYPES = {

@@ -18,13 +18,12 @@ from graphopt.backends.cuda import target as cuda
 from graphopt.backends.cuda.target import OPTIONS, Cuda, CudaRunner, Device, on_device
 from graphopt.capture.trace import on_cpu
 from graphopt.dialects.fx.graph import FxGraph
+from graphopt.errors import LoweringError, PassError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import rewrite
-from graphopt.lowering.backend import LoweringError
 from graphopt.lowering.choices import ALIKE
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Quantize, Sparsify
-from graphopt.pipeline.passes import PassError, UsageError
 from tests.language import BITS, build, declined, outputs, run
 
 A100, T4 = Device("NVIDIA A100", (8, 0), 40 * 10**9), Device("Tesla T4", (7, 5), 16 * 10**9)
@@ -302,7 +301,6 @@ def test_a_program_on_the_cpu_stays_as_it_is() -> None:
     """One elsewhere is copied, which takes a device: even a fake one ends the process in builds of torch without it."""
     plain = torch.export.export(nn.Linear(4, 3), (torch.empty(2, 4),))
     assert on_cpu(plain) == (plain, [])
-
 
 
 def test_statistics_give_static_scales_of_either_type() -> None:

@@ -26,8 +26,8 @@ from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import LoweringError
 from graphopt.ir.rewrite import Choice, Match, rewrite
-from graphopt.lowering.backend import LoweringError
 from tests.language import build
 
 # Weights of 7 bits: sums of two products with more saturate on a CPU without VNNI, each kernel's at another place.

@@ -19,17 +19,16 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.backends.onnxruntime import floats as onnxruntime_float
 from graphopt.backends.onnxruntime import linear_int8 as onnxruntime_linear_int8
 from graphopt.backends.onnxruntime.target import OnnxRuntime, OrtRunner
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError, LoweringError
 from graphopt.ir.rewrite import Choice, rewrite
-from graphopt.lowering.backend import LoweringError
 from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
+from graphopt.result import Optimized
 from tests.language import build
 from tests.models import ConvNet, Decoder, Encoder, images, padding, plain_run, seeded, tokens
 

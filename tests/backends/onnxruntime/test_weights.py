@@ -13,9 +13,10 @@ import torch
 
 from graphopt.backends.onnxruntime import linear_int8 as onnxruntime_linear_int8
 from graphopt.backends.onnxruntime.target import OnnxRuntime
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import rewrite
-from graphopt.lowering.backend import LoweringError, Runner
+from graphopt.lowering.backend import Runner
 from graphopt.numerics import metrics, quantize
 from tests.language import build, feeds, outputs
 

@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.backends import target
 from graphopt.backends.torch_cpu import runner as fx_runner
 from graphopt.backends.torch_cpu.fx_target import FxTarget, require_engines
 from graphopt.backends.torch_cpu.runner import FxRunner
 from graphopt.dialects.fx.graph import FxGraph
-from graphopt.ir.graph import Graph, GraphError, Value
+from graphopt.errors import GraphError, LoweringError, UsageError
+from graphopt.ir.graph import Graph, Value
 from graphopt.ir.ops import WORDS
 from graphopt.ir.rewrite import RuleLog
-from graphopt.lowering.backend import LoweringError
-from graphopt.measure import timing as measure
+from graphopt.measure import timing
 from graphopt.measure.cache import Timings
 from graphopt.measure.timing import Contender, Ratio
 from graphopt.numerics.metrics import sqnr
 from graphopt.numerics.quantize import quantize_weight
-from graphopt.pipeline.passes import UsageError
+from graphopt.result import Optimized
 from tests.language import BITS
 from tests.models import ConvNet, bert, gpt2, images, padding, seeded, tokens
 
@@ -386,7 +385,7 @@ def test_measurement_takes_the_engine_of_a_site(
         speeds = {name: 2.0 if name == fastest else 1.0 for name in candidates}
         return {name: Contender(Ratio(one, one, one, rounds, 0, {}), ()) for name, one in speeds.items()}
 
-    monkeypatch.setattr(measure, "contest", contest)
+    monkeypatch.setattr(timing, "contest", contest)
     on, feeds = backend("torch-cpu"), {"x": normal(2, 3, 8)}
     chooser = on.chooser([feeds])
     chooser.timings = Timings(tmp_path / "timings.sqlite")

@@ -15,12 +15,15 @@ from graphopt.backends.torch_cpu.fbgemm import STATIC as STATICS
 from graphopt.backends.torch_cpu.fbgemm import Fbgemm, pack
 from graphopt.backends.torch_cpu.runner import FxRunner
 from graphopt.dialects.fx.graph import FxGraph
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import RuleLog
 from graphopt.numerics.quantize import quantize_weight
 from graphopt.passes import REGISTRY
 from graphopt.passes.quantize.quantize import Quantize
-from graphopt.pipeline.passes import Context, Pipeline, UsageError, parse
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.runner import Pipeline
+from graphopt.pipeline.text import parse
 from tests.language import BITS
 
 DYNAMIC, STATIC = str(DYNAMICS[0]), str(STATICS[0])

@@ -14,7 +14,8 @@ from torch.export import Dim
 
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.ops import quantized_decomposed
-from graphopt.ir.graph import Graph, GraphError, Value
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Graph, Value
 from graphopt.ir.ops import WORDS
 from graphopt.ir.rewrite import scalar
 from tests.language import BITS, producer

@@ -13,9 +13,9 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.dialects.fx.module import Rounded
 from graphopt.numerics.metrics import within_tolerance
+from graphopt.result import Optimized
 from tests import models
 
 TOKENS = {"input_ids": models.tokens(), "attention_mask": models.padding()}

@@ -18,9 +18,8 @@ from graphopt import UsageError
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.ops import quantized_decomposed
 from graphopt.dialects.fx.package import Census, promises
-from graphopt.ir.graph import GraphError
+from graphopt.errors import GraphError, LoweringError
 from graphopt.ir.qdq.integer_forms import unfold
-from graphopt.lowering.backend import LoweringError
 from tests import models
 
 PLAIN = """

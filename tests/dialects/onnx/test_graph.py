@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
-from graphopt.ir.graph import GraphError, Value
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Value
 from graphopt.ir.ops import WORDS
 from tests.dialects.fx.test_graph import CASES, Case, integers, normal, operand_names, reference
 from tests.language import build, feeds

@@ -25,9 +25,10 @@ from torch import Tensor
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import GraphError
 from graphopt.ir import cost
 from graphopt.ir.cost import Cost
-from graphopt.ir.graph import GraphError, digest
+from graphopt.ir.graph import digest
 from tests.dialects.fx.test_graph import normal
 from tests.models import model
 

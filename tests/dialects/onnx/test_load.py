@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.lowering.backend import LoweringError
+from graphopt.errors import LoweringError
 from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
+from graphopt.result import Optimized
 from tests.dialects.fx.test_graph import normal
 from tests.models import model, plain_run
 

@@ -20,12 +20,12 @@ from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import graphopt
-from graphopt.api import Optimized
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.numerics import metrics
 from graphopt.numerics.quantize import pack
+from graphopt.result import Optimized
 from tests.language import BITS, build
 
 SOURCE = """

@@ -13,12 +13,17 @@ from torch import Tensor
 
 from graphopt.backends import target
 from graphopt.capture.sources import capture
+from graphopt.errors import PassError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.measure.timing import Ratio
 from graphopt.numerics import factor
 from graphopt.passes import REGISTRY, LowRank, Quantize
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.passes import Context, Pass, PassError, Pipeline, Selector, UsageError, parse, run_pass
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.runner import Pipeline, run_pass
+from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.text import parse
 from graphopt.report.records import PassRecord
 from tests import models
 from tests.language import (

@@ -12,12 +12,16 @@ import pytest
 import torch
 
 from graphopt import optimize
+from graphopt.errors import PassError, UsageError
 from graphopt.ir.cost import Cost
 from graphopt.ir.graph import Graph
 from graphopt.measure.timing import Ratio
 from graphopt.passes import REGISTRY, Prune
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.passes import Context, PassError, Selector, UsageError, parse, run_pass
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.runner import run_pass
+from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.text import parse
 from tests.language import assert_unchanged, build, feeds, listing, outputs, run, stored, weight_of
 from tests.models import ConvNet, Encoder, images, padding, seeded, tokens
 

@@ -9,7 +9,9 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.passes import FoldInt8, Quantize
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.passes import Context, Selector, run_pass
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.runner import run_pass
+from graphopt.pipeline.selectors import Selector
 from tests.language import (
     FakeTarget,
     assert_outputs_equal,

@@ -15,13 +15,17 @@ from torch import Tensor
 import graphopt
 from graphopt.dialects.fx import run as fx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.numerics.observe import MinMax
 from graphopt.passes import Quantize
 from graphopt.passes.quantize.mixed import Goal, keep, rank
 from graphopt.pipeline.calibration import Calibration, Remembered
-from graphopt.pipeline.passes import Context, Selector, UsageError, run_pass
-from graphopt.sensitivities import Damage, Reference, scan
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.damage import Reference, scan
+from graphopt.pipeline.runner import run_pass
+from graphopt.pipeline.selectors import Selector
+from graphopt.report.records import Damage
 from tests.language import build
 
 LAYERS, WIDTH, BAD = 50, 16, 17

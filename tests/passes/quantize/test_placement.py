@@ -7,7 +7,8 @@ from torch import Tensor
 from graphopt.ir.graph import Graph
 from graphopt.lowering.backend import Placement
 from graphopt.passes import Quantize
-from graphopt.pipeline.passes import Context, Selector
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.selectors import Selector
 from tests.language import FakeTarget, assert_outputs_equal, build, declined, feeds, run, stored
 
 STATIC = dict.fromkeys(("linear", "conv", "matmul", "add"), ("static",))

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from graphopt.errors import PassError, UsageError
 from graphopt.numerics import quantize
 from graphopt.numerics.metrics import cosine
 from graphopt.numerics.quantize import quantize_weight
 from graphopt.passes import Quantize
-from graphopt.pipeline.passes import PassError, Selector, UsageError
+from graphopt.pipeline.selectors import Selector
 from tests.language import (
     FakeTarget,
     assert_unchanged,

@@ -7,7 +7,7 @@ import torch
 
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Quantize, Smooth
-from graphopt.pipeline.passes import Selector
+from graphopt.pipeline.selectors import Selector
 from tests.language import assert_outputs_equal, build, declined, feeds, outputs, run, weight_of
 
 GATED = """

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node
 from graphopt.lowering.backend import saturates
 from graphopt.numerics.quantize import fit
 from graphopt.passes import Quantize
-from graphopt.pipeline.passes import Context, Selector, UsageError, run_pass
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.runner import run_pass
+from graphopt.pipeline.selectors import Selector
 from tests.language import (
     FakeTarget,
     assert_unchanged,

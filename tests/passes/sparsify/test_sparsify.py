@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.errors import PassError, UsageError
 from graphopt.ir.graph import Graph, Node
 from graphopt.numerics.sparsity import Pattern, as_matrix
 from graphopt.passes import Quantize, Sparsify
-from graphopt.pipeline.passes import Context, PassError, Pipeline, Selector, UsageError, parse, run_pass
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.runner import Pipeline, run_pass
+from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.text import parse
 from tests.language import FakeTarget, assert_unchanged, build, declined, listing, run, stored, weight_of
 
 TWO = "h = linear(x[2,8], W[16,8])\ny = linear(h, V[4,16]:seed7, B[4])"

@@ -1,0 +1,57 @@
+"""Quantized regions: which ops compute in integers what they read in integers, and how to tell that a value is one."""
+
+from __future__ import annotations
+
+from graphopt.errors import LoweringError
+from graphopt.ir.graph import Graph, Node, Value
+
+JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu", "softmax")
+"""Words that compute in integers what they get in integers, with a scale of their own for the result.
+
+A softmax is one of them only where it is asked for by name: its kernel in integers may be several times slower than the
+one in floats.
+"""
+
+MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
+"""Words whose result holds what the input does, at most zeros besides: it keeps the input's scale."""
+
+
+def is_global(mean: Node) -> bool:
+    """Whether a mean is over all axes behind batch and channels, kept with size 1."""
+    rank = mean.input.rank
+    if rank is None or rank < 3 or not mean.attributes["keepdim"]:
+        return False
+    return sorted(axis % rank for axis in mean.attributes["axes"]) == list(range(2, rank))
+
+
+def label_of(value: Value) -> str:
+    return value.producer.label if value.producer is not None else value.name
+
+
+def is_dequantized(value: Value) -> bool:
+    return value.producer is not None and value.producer.kind == "dequantize"
+
+
+def end_of(node: Node) -> Node:
+    """The relu, or clip of a range that holds 0, that alone reads a conv or what joins; else the node itself.
+
+    Saturating integers do the same: their range lies within what calibration saw behind it.
+    """
+    user = node.result.only_user
+    if node.kind not in ("conv", "add") or user is None:
+        return node
+    if user.kind == "clip":
+        low, high = user.attributes["low"], user.attributes["high"]
+        return user if (low is None or low <= 0) and (high is None or high >= 0) else node
+    return user if user.kind == "relu" else node
+
+
+def reads_integers(site: Node) -> bool:
+    """Whether all that a linear, conv or matmul multiplies is dequantized."""
+    return all(is_dequantized(value) for value in site.operands[:2] if value is not None)
+
+
+def require_words(neutral: Graph, target: str) -> None:
+    """Raise LoweringError where a graph holds int8 words, which a target that reads Q/DQ has no use for."""
+    for site in neutral.sites("linear_int8", "conv_int8", "add_int8"):
+        raise LoweringError(f"{site.label} is {site.kind}, and {target} reads Q/DQ around floats: leave out fold-int8")

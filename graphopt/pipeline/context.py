@@ -1,0 +1,145 @@
+"""What a pass may ask of its surroundings while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from graphopt.errors import UsageError, nearest
+from graphopt.ir.cost import Cost, sizes
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.selectors import PerSite, Selector
+from graphopt.report.records import PassRecord, Report
+
+if TYPE_CHECKING:
+    from graphopt.pipeline.calibration import Calibration, S
+    from graphopt.pipeline.instruments import Instrument
+
+Loss = Callable[[Any, Any], Tensor]
+"""(what the model returns, the batch that it was fed) -> one number, the mean over the batch."""
+
+
+@dataclass
+class Context:
+    """What a pass may ask of its surroundings while it runs."""
+
+    target: Any = None
+    """The backend: `schemes` says which words may be int8, and how."""
+    threads: int | None = None
+    """Of the engine, where a pass measures; None for its default."""
+    report: Report = field(default_factory=Report)
+    feeds: Sequence[Mapping[str, Tensor]] = ()
+    """The example inputs, by input name, one mapping for each shape."""
+    calibration: Calibration | None = None
+    loss: Callable[[list[Tensor], Any], Tensor] | None = None
+    """(the graph's outputs in order, the batch) -> one number; for criteria that follow gradients."""
+    evaluate: Callable[[Graph], float] | None = None
+    """A graph -> how good it is, more is better; for goals that are set in the user's own measure."""
+    instruments: Sequence[Instrument] = ()
+    record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
+    """The account of the pass that runs now."""
+    current: Pass | None = None
+    put_back: Mapping[str, str] = field(default_factory=dict)
+    """By label, sites that passes which lose accuracy leave as they are, and why: there they made the model slower."""
+    labels: dict[Node, str] = field(default_factory=dict)
+    """How the account calls the sites: their label, with the node's name where several share that (a shared module)."""
+
+    def sites(self, graph: Graph, targets: Selector, ignore: Selector = Selector()) -> list[Node]:
+        """The nodes that `targets` selects and `ignore` does not, counted as eligible.
+
+        Raises UsageError where a term that the user wrote selects nothing, naming the nearest path.
+        """
+        nodes = graph.nodes
+        options = {f.name: f.default for f in fields(self.current)} if self.current else {}
+        values = {name: getattr(self.current, name) for name in options}
+        chosen_by_user = [value for name, value in values.items() if value != options[name]]
+        for selector in (targets, ignore):
+            for term in selector.terms if selector in chosen_by_user else ():
+                if not any(selector.matches(node, term) for node in nodes):
+                    names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.word})
+                    raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
+        chosen = [node for node in nodes if node in targets and node not in ignore]
+        often = Counter(node.label for node in chosen)
+        for node in chosen:
+            self.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
+        self.record.eligible.extend(self.labels[node] for node in chosen)
+        return [node for node in chosen if not self.puts_back(self.labels[node])]
+
+    def puts_back(self, label: str) -> bool:
+        """Whether a site stays as it is because the model was slower with it changed; it is then declined."""
+        if label not in self.put_back or self.current is None or self.current.lossless:
+            return False
+        self.record.declined[label] = self.put_back[label]
+        return True
+
+    def per_site(self, graph: Graph, option: str, values: PerSite, targets: Selector) -> dict[Node, Any]:
+        """The value of each site that `targets` selects and a term of `values` matches.
+
+        Raises UsageError where a term gives its value to none of them, naming the nearest path or the terms before it.
+        """
+        selected = [node for node in graph.nodes if node in targets]
+        terms = {node: term for node in selected if (term := values.term_of(node)) is not None}
+        for term in values:
+            if term in terms.values():
+                continue
+            if any(node in Selector(term) for node in selected):
+                raise UsageError(f"{option}: {term!r} is never reached, as earlier terms match all of its sites")
+            names = sorted({node.label for node in selected} | {node.kind for node in selected if node.word})
+            raise UsageError(f"{option}: {term!r} selects none of the sites in {targets}{nearest(term, names)}")
+        return {node: values[term] for node, term in terms.items()}
+
+    def decline(self, site: Node, reason: str) -> None:
+        """Leave a site as it is, and say why."""
+        self.record.declined[self.labels.get(site, site.label)] = reason
+
+    def note(self, text: str) -> None:
+        """Tell the user something about this pass as a whole."""
+        self.record.notes.append(text)
+
+    def statistics(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
+        """What the calibration batches do to values: each with a fresh statistic to fill, given back in order.
+
+        The graph must stay as it is until the last (`Calibration.observe`). Raises UsageError without calibration.
+        """
+        return self.batches().observe(graph, wanted)
+
+    def gradients(self, graph: Graph, values: Sequence[Value]) -> Iterator[list[Tensor]]:
+        """d loss / d values, batch by batch of the calibration.
+
+        Raises UsageError without calibration or a loss, and where the dialect has no gradients.
+        """
+        if graph.dialect != "fx":
+            raise UsageError(
+                f"{self.record.name} follows gradients, and an {graph.dialect} graph has none: use a target that runs "
+                "PyTorch graphs (graphopt targets), or a criterion without gradients"
+            )
+        if self.loss is None:
+            raise UsageError(
+                f"{self.record.name} follows gradients, and has no loss: pass loss=<function of (outputs, batch)>, or "
+                "batches with labels"
+            )
+        loss = self.loss
+        for feeds, batch in self.batches().with_batches():
+            yield graph.gradients(feeds, lambda outputs, batch=batch: loss(outputs, batch), values)  # type: ignore[misc]
+
+    def batches(self) -> Calibration:
+        """The calibration batches. Raises UsageError where there are none."""
+        if self.calibration is None:
+            raise UsageError(
+                f"{self.record.name} needs calibration data: pass calibration=<batches of inputs> "
+                f"(on the command line: --calibration file.npz){self._without_calibration()}"
+            )
+        return self.calibration
+
+    def _without_calibration(self) -> str:
+        scheme = getattr(self.current, "scheme", None)
+        return ", or use scheme=dynamic" if scheme is not None else ""
+
+    def cost(self, graph: Graph) -> Cost:
+        """What a graph costs at the sizes of the first example."""
+        return Cost.of(graph, sizes(graph, self.feeds[0]) if self.feeds else {})

@@ -1,0 +1,130 @@
+"""Pipelines: the order of passes, and one pass between its instruments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.errors import PassError, UsageError
+from graphopt.ir.graph import Graph
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.report.records import PassRecord
+
+
+@dataclass(frozen=True)
+class Pipeline(Pass):
+    """Passes in order; itself a pass, so it nests. Raises UsageError when the stages are out of order."""
+
+    name: ClassVar[str] = "pipeline"
+    stage: ClassVar[Stage] = Stage.SIMPLIFY
+
+    passes: tuple[Pass, ...] = ()
+    """The passes, first to last."""
+
+    def __init__(self, passes: Iterable[Pass] = ()) -> None:
+        object.__setattr__(self, "passes", tuple(passes))
+        check_order(self)
+
+    def leaves(self) -> Iterator[Pass]:
+        """The passes inside, nested ones opened, repeats once."""
+        for inner in self.passes:
+            yield from inner.leaves() if isinstance(inner, Pipeline) else [inner]
+
+    def apply(self, graph: Graph, context: Context) -> Graph:
+        """Run on a clone and return it: when a pass fails, `graph` is as it was."""
+        clone = graph.clone()
+        self.run(clone, context)
+        return clone
+
+    def run(self, graph: Graph, context: Context) -> None:
+        for inner in self.passes:
+            inner.run(graph, context) if isinstance(inner, Pipeline) else run_pass(inner, graph, context)
+
+    def __str__(self) -> str:
+        return ",".join(f"({p})" if type(p) is Pipeline else str(p) for p in self.passes)
+
+
+@dataclass(frozen=True, init=False)
+class Repeat(Pipeline):
+    """Passes again and again, until nothing changes any more or `times` is reached."""
+
+    name: ClassVar[str] = "repeat"
+
+    times: int = 10
+    """Most rounds, at least 1."""
+
+    def __init__(self, passes: Iterable[Pass] = (), times: int = 10) -> None:
+        super().__init__(passes)
+        if not isinstance(times, int) or isinstance(times, bool) or times < 1:
+            raise UsageError(f"repeat: times is {times!r}; give a whole number, at least 1")
+        object.__setattr__(self, "times", times)
+        stages = {leaf.stage for leaf in self.leaves()}
+        if times > 1 and len(stages if Stage.LOWER in stages else stages - {Stage.SIMPLIFY}) > 1:
+            names = ", ".join(f"{leaf.name} ({leaf.stage.name})" for leaf in self.leaves())
+            raise UsageError(f"repeat: the second round of {names} would go back a stage; repeat each stage by itself")
+
+    def run(self, graph: Graph, context: Context) -> None:
+        for _ in range(self.times):
+            before = graph.version
+            super().run(graph, context)
+            if graph.version == before:
+                return
+
+    def __str__(self) -> str:
+        return f"repeat{{times={self.times}}}({super().__str__()})"
+
+
+def check_order(pipeline: Pipeline) -> None:
+    """Raise UsageError when a pass stands after one of a later stage, saying the right order."""
+    leaves = list(pipeline.leaves())
+    latest: Pass | None = None
+    for leaf in leaves:
+        late = latest is not None and (
+            latest.stage is Stage.LOWER if leaf.stage is Stage.SIMPLIFY else leaf.stage < latest.stage
+        )
+        if late and leaf.stage is not Stage.LOWER:
+            assert latest is not None
+            ordered = sorted((p for p in leaves), key=lambda p: p.stage)
+            raise UsageError(
+                f"{leaf.name} ({leaf.stage.name}) cannot stand after {latest.name} ({latest.stage.name}); "
+                f"the right order is {','.join(p.name for p in ordered)}"
+            )
+        if leaf.stage is not Stage.SIMPLIFY:
+            latest = leaf
+
+
+def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
+    """Run one pass between the instruments' `before` and `after`, and keep its account in the report."""
+    if graph.dialect not in pass_.dialects:
+        raise UsageError(
+            f"{pass_.name} works on {' or '.join(pass_.dialects)} graphs, and this target's dialect is {graph.dialect}"
+        )
+    record = PassRecord(pass_.name, str(pass_), stage=pass_.stage.name)
+    record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
+    context.record, context.current, context.labels = record, pass_, {}
+    active = [instrument for instrument in context.instruments if instrument.should_run(pass_)]
+    for instrument in active:
+        instrument.before(pass_, graph, context)
+    version, start = graph.version, time.perf_counter()
+    try:
+        pass_.run(graph, context)
+        graph.sweep()
+        record.seconds, record.changes = time.perf_counter() - start, graph.version - version
+        record.cost_after, record.nodes_after = context.cost(graph), len(graph.nodes)
+        for instrument in active:
+            instrument.after(pass_, graph, context)
+    except UsageError:
+        raise
+    except Exception as error:
+        reproducer: str | None = None
+        for instrument in active:
+            with suppress(Exception):  # a failing reproducer must not hide the failure
+                reproducer = instrument.failed(pass_, graph, context, error) or reproducer
+        node = getattr(error, "node", "")
+        reason = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
+        raise PassError(pass_.name, reason, node, reproducer) from error
+    context.report.passes.append(record)

@@ -1,0 +1,174 @@
+"""What an optimization returns: a model to call, to compare and to export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from graphopt.capture.signature import Signature
+from graphopt.capture.sources import Feeds
+from graphopt.errors import GraphError, UsageError
+from graphopt.ir.graph import Graph, digest
+from graphopt.lowering.backend import Backend, Runner
+from graphopt.report.diff import GraphDiff
+from graphopt.report.records import BenchResult, Report
+
+_VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass
+class Optimized:
+    """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it."""
+
+    original: Graph
+    """The captured graph, before any pass."""
+    graph: Graph
+    """The graph of words after the passes, before the target's own operations were put in."""
+    lowered: Graph
+    """What the target runs."""
+    report: Report
+    backend: Backend
+    signature: Signature
+    feeds: list[Feeds]
+    threads: int | None = None
+    neutral: Graph | None = None
+    """Of targets of PyTorch, the graph of words before lowering passes: linears by themselves, quantize and dequantize
+    around float words. What `module` and packages are made of."""
+
+    @cached_property
+    def runner(self) -> Runner:
+        """The lowered graph, compiled; above 2 GB of weights not before it is asked for."""
+        return self.backend.compile(self.lowered, self.threads)
+
+    def forget_state(self) -> None:
+        """Let the next call start from what the model came with, where calls write to stored tensors."""
+        if self.lowered.stateful:
+            self.__dict__.pop("runner", None)
+
+    def run_anew(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs of a first call; feeds stay as they are."""
+        self.forget_state()
+        return self.runner({name: tensor.clone() for name, tensor in feeds.items()} if self.lowered.stateful else feeds)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The graph of words as a torch.fx.GraphModule (targets of PyTorch only), which stays the same object.
+
+        Read its `.code`, call it as the original, train it further (train() and eval() work; integers are float
+        parameters that each call rounds), trace it again with torch.export. It is not the fast form: calling this
+        result, and what `export` writes, run the target's kernels. It has tensors of its own: to deploy what was
+        trained, hand it to `optimize` again, which finds the integers in it.
+        """
+        return (self.neutral or self.graph).module(self.signature.rebuild)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the target: inputs and result as the original model has them; numpy in gives numpy out."""
+        feeds, numpy = self.signature.bind(args, kwargs)
+        results: list[Any] = self.runner(feeds)
+        if numpy:
+            results = [np.asarray(result) if isinstance(result, Tensor) else result for result in results]
+        return self.signature.rebuild(results)
+
+    def diff(self) -> GraphDiff:
+        """The graph before and after, to print (text), to show in a terminal (rich) or in a notebook (html)."""
+        return GraphDiff.of(self.original, self.graph)
+
+    def bench(self, inputs: Any = None, *, rounds: int = 15) -> BenchResult:
+        """Time against the original graph on the same engine, paired and interleaved, at each example shape.
+
+        inputs: a batch or a list of batches; the example inputs by default. Raises UsageError without either, and
+        where the engine does not run here.
+        """
+        from graphopt.measure.machine import environment, header
+        from graphopt.measure.timing import paired
+
+        self.backend.require_runs()
+        several = inputs if isinstance(inputs, list) else [] if inputs is None else [inputs]
+        batches = [self.signature.bind((one,) if not isinstance(one, tuple) else one, {})[0] for one in several]
+        if not (batches or self.feeds):
+            raise UsageError("bench needs inputs: pass bench(inputs=<a batch>)")
+        original = self.backend.compile(self.original, self.threads)
+        machine = environment()
+        result = BenchResult(header(machine, self.threads or int(machine["cores"])))
+        for feeds in batches or self.feeds:
+            placed = self.backend.place(feeds)
+            calls = {name: partial(run, placed) for name, run in
+                     {"original": original, "control": original, "optimized": self.runner}.items()}  # fmt: skip
+            ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
+            result.rows.append((shapes_text(feeds), {name: ratios[name] for name in ("optimized", "control")}))
+        return result
+
+    def graphsurgeon(self) -> Any:
+        """The deployable model as an onnx_graphsurgeon.Graph, for surgery by hand; `optimize` takes it back."""
+        return self.backend.graphsurgeon(self.lowered)
+
+    def export(
+        self,
+        path: str | Path,
+        *,
+        opset: int | None = None,
+        portable: bool = False,
+        external_data: bool | None = None,
+        aot: bool = False,
+    ) -> Path:
+        """Write the deployable file, and beside it NAME.json with the report's figures; returns the file's path.
+
+        Targets of PyTorch write a torch.export archive (.pt2), which runs where graphopt is installed. aot: compile an
+        AOTInductor package in its place, which `torch._inductor.aoti_load_package` runs without graphopt, with inputs
+        by keyword; it needs a C++ compiler, and an example input.
+        opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
+        target). external_data: keep weights in NAME.data; None decides by size. The same input, pipeline and versions
+        give the same bytes. Raises GraphError where there is no folder, or one in a file's place, and naming the node
+        that has no spelling at `opset`, and OSError where the disk is full; then nothing is written, and what was there
+        stays.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise GraphError(f"there is no folder {path.parent}; make it first")
+        manifest = path.with_name(path.name + ".json")
+        for file in (path, manifest):
+            if file.is_dir():
+                raise GraphError(f"{file} is a folder; name another file")
+        if aot and (opset is not None or portable or external_data is not None):
+            raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
+        if aot and not self.feeds:
+            raise UsageError("aot=True needs example_inputs, for the compiler")
+        graph, metadata = self.graph if portable else self.lowered, self._metadata(portable)
+        unfinished = manifest.with_name(f".{manifest.name}.part")
+        try:  # the manifest first, so that a full disk leaves an older pair of files as it was
+            unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+            if aot:
+                (self.neutral or self.graph).package(path, self.feeds[0], metadata)
+            else:
+                self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=metadata)
+            unfinished.replace(manifest)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    def _metadata(self, portable: bool) -> dict[str, str]:
+        """What stands in the file itself: all that decides its bytes, and no measured figure."""
+        return {
+            "graphopt.pipeline": self.report.pipeline,
+            "graphopt.target": self.report.target + (" (portable)" if portable else ""),
+            "graphopt.versions": json.dumps(self.report.versions, sort_keys=True),
+            "graphopt.input": digest(self.original),
+            "graphopt.choices": json.dumps({choice["rule"]: choice["sites"] for choice in self.report.choices}),
+        }
+
+
+def shapes_text(feeds: Feeds) -> str:
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result depends on, by package."""
+    return {name: version(name) for name in _VERSIONS}
