@@ -19,6 +19,7 @@ bench: .venv/.bench
 lint: venv
 	$(BIN)/ruff check --quiet $(CODE) passes backends  # ruff doesn't follow the links in graphopt/; mypy does
 	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
 
 venv: .venv/.installed
 

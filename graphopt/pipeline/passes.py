@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
-from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.spelling import value_text
+
+if TYPE_CHECKING:
+    from graphopt.pipeline.context import Context
 
 
 class Stage(enum.IntEnum):
