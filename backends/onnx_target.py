@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
-from graphopt.ir.qdq.regions import require_words
+from graphopt.ir.qdq.regions import require_no_int8_ops
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Backend
 
@@ -43,12 +43,12 @@ class OnnxTarget(Backend):
 
 
 class QdqTarget(OnnxTarget):
-    """One that reads Q/DQ around float words, and folds them by itself."""
+    """One that reads Q/DQ around float ops, and folds them by itself."""
 
     def pipeline(self) -> str:
         return ""
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        """None. Raises LoweringError where int8 words stand in the place of Q/DQ."""
-        require_words(graph, self.name)
+        """None. Raises LoweringError where int8 ops stand in the place of Q/DQ."""
+        require_no_int8_ops(graph, self.name)
         return ()

@@ -1,4 +1,4 @@
-"""ONNX Runtime on NVIDIA GPUs: 16 bits with islands of float32, fused attention and norms, packed weights.
+"""ONNX Runtime on NVIDIA GPUs: 16 bits with regions of float32, fused attention and norms, packed weights.
 
 Its CUDA provider has no int8 products: Q/DQ there is float with Q/DQ around it. Where the provider is missing, files
 are checked by rules, and run on the CPU, which computes the same operators in float32 and rounds results to 16 bits.
@@ -41,7 +41,7 @@ class OnnxRuntimeCuda(OnnxTarget):
     name: ClassVar[str] = "onnxruntime-cuda"
     summary: ClassVar[str] = "ONNX Runtime on NVIDIA GPUs; exports an .onnx file in 16 bits, with weights of 8 or 4"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {"linear": ("weight-only",)}
-    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4)}
+    weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4)}
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 32, "channels": 32, "width": 32, "rank": 32}
 
     def __init__(self, cpu: str | None = None, providers: Sequence[str] | None = None) -> None:
@@ -57,7 +57,7 @@ class OnnxRuntimeCuda(OnnxTarget):
         return [f"rules checked, never run on a GPU: this onnxruntime has no {CUDA} (onnxruntime-gpu has), and outputs "
                 "are those of its CPU kernels, in float32 between roundings to 16 bits"]  # fmt: skip
 
-    def weight_bits(self) -> int:
+    def product_bits(self) -> int:
         return 8
 
     def pipeline(self) -> str:
@@ -79,10 +79,10 @@ class OnnxRuntimeCuda(OnnxTarget):
         assert isinstance(graph, OnnxGraph)
         return OrtCudaRunner(graph, threads, (CUDA, onnx_run.CPU) if self.runs else (onnx_run.CPU,))
 
-    def check(self, neutral: Graph, runner: Runner) -> None:
+    def check(self, folded: Graph, runner: Runner) -> None:
         assert isinstance(runner, OrtCudaRunner)
-        packed = [site for site in neutral.sites("linear") if _why_not_packed(site) is None]
-        if (built := runner.census().get("MatMulNBits", 0)) < len(packed):
+        packed = [site for site in folded.sites("linear") if _why_not_packed(site) is None]
+        if (built := runner.kernels().get("MatMulNBits", 0)) < len(packed):
             raise LoweringError(f"{len(packed)} weight-only linear were promised and the file has {built} MatMulNBits "
                                 f"among {', '.join(site.label for site in packed)}")  # fmt: skip
         for fault in faults(runner.model):
@@ -104,7 +104,7 @@ class OrtCudaRunner(Runner):
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         return onnx_run.run(self._session, {name: tensor.cpu() for name, tensor in feeds.items()})
 
-    def census(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
         """The operators of the file."""
         return dict(Counter(sorted(node.op_type for node in self.model.graph)))
 

@@ -1,4 +1,4 @@
-"""OpenVINO on CPU: reads uint8 Q/DQ around float words, and folds them into int8 kernels by itself."""
+"""OpenVINO on CPU: reads uint8 Q/DQ around float ops, and folds them into int8 kernels by itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from graphopt.ir.qdq.regions import reads_integers
 from graphopt.lowering.backend import Placement, Runner
 
 KERNELS = {"linear": ("FullyConnected", "MatMul"), "conv": ("Convolution",), "matmul": ("MatMul",)}
-"""The layers that compute a word, as OpenVINO names them."""
+"""The layers that compute an op, as OpenVINO names them."""
 
 PROFILED = 7
 """Runs that a profile takes the median of."""
@@ -44,7 +44,7 @@ class OpenVino(QdqTarget):
         **dict.fromkeys(("add", "max_pool", "average_pool", "mean"), ("static",)),
         "embedding": ("weight-only",),
     }
-    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4), "embedding": (8, 4)}
+    weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4), "embedding": (8, 4)}
     placement: ClassVar[Placement | None] = Placement()
     """A quantize right behind a conv would part it from the activation that is else fused into it."""
     floats: ClassVar[tuple[str, ...]] = ("float16",)
@@ -65,16 +65,16 @@ class OpenVino(QdqTarget):
         assert isinstance(graph, OnnxGraph)
         return OpenVinoRunner(graph, threads)
 
-    def check(self, neutral: Graph, runner: Runner) -> None:
+    def check(self, folded: Graph, runner: Runner) -> None:
         assert isinstance(runner, OpenVinoRunner)
-        for word, kinds in KERNELS.items():
+        for op, kinds in KERNELS.items():
             layers = [layer for layer in runner.layers if layer.kind in kinds]
             built = [layer for layer in layers if layer.is_int8]
-            sites = [site for site in neutral.sites(word) if reads_integers(site)]
+            sites = [site for site in folded.sites(op) if reads_integers(site)]
             if len(built) < len(sites):
                 others = ", ".join(f"{layer.name} ({layer.precision})" for layer in layers if layer not in built)
                 raise LoweringError(
-                    f"{len(sites)} static {word} were promised and openvino runs {len(built)} in int8; in floats it "
+                    f"{len(sites)} static {op} were promised and openvino runs {len(built)} in int8; in floats it "
                     f"runs {others or 'none'}, of {', '.join(site.label for site in sites)}"
                 )
 
@@ -147,7 +147,7 @@ class OpenVinoRunner(Runner):
                 seconds[node.node_name].append(node.real_time.total_seconds())
         return {name: median(several[1:]) for name, several in seconds.items() if any(several)}
 
-    def census(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
         """From the execution graph: layers and their precision, such as `Convolution u8`."""
         return dict(Counter(sorted(f"{layer.kind} {layer.precision}" for layer in self.layers)))
 

@@ -28,7 +28,7 @@ OPSET = 20
 """TensorRT 10 reads it: Gelu and LayerNormalization are whole, attention is products and a softmax, which it fuses."""
 
 WEIGHTED = {"linear": ("MatMul", "Gemm"), "matmul": ("MatMul",), "conv": ("Conv",)}
-"""The operators that compute a word."""
+"""The operators that compute an op."""
 
 _OUTPUTS = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1, "Gemm": 1}
 """The axis of outputs in a stored weight: the only one that may have several scales."""
@@ -57,7 +57,7 @@ class TensorRt(QdqTarget):
     def notes(self) -> list[str]:
         return ["rules checked, never run by TensorRT: outputs are those of onnxruntime on the CPU"]
 
-    def weight_bits(self) -> int:
+    def product_bits(self) -> int:
         """8: its sums have 32 bits."""
         return 8
 
@@ -65,13 +65,13 @@ class TensorRt(QdqTarget):
         assert isinstance(graph, OnnxGraph)
         return TensorRtRunner(graph, threads)
 
-    def check(self, neutral: Graph, runner: Runner) -> None:
+    def check(self, folded: Graph, runner: Runner) -> None:
         assert isinstance(runner, TensorRtRunner)
-        promised = [site for site in neutral.sites(*WEIGHTED) if reads_integers(site)]
+        promised = [site for site in folded.sites(*WEIGHTED) if reads_integers(site)]
         found = [node for node in runner.emitted.nodes if node.op in _OUTPUTS and _reads_integers(node)]
         if len(found) < len(promised):
             raise LoweringError(
-                f"{len(promised)} int8 words were promised, and the file for tensorrt holds {len(found)} among "
+                f"{len(promised)} int8 ops were promised, and the file for tensorrt holds {len(found)} among "
                 f"{', '.join(site.label for site in promised)}"
             )
 
@@ -93,7 +93,7 @@ class TensorRtRunner(Runner):
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         return onnx_run.run(self._session, feeds)
 
-    def census(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
         """The operators of the file, those that read integers as `Conv int8`: TensorRT has built nothing of it."""
         kinds = [f"{node.op} int8" if _reads_integers(node) else node.op for node in self.emitted.nodes]
         return dict(Counter(sorted(kinds)))

@@ -52,7 +52,7 @@ def optimize(
     that is not run at all unless asked, or calibrated, and then a section of its layers at a time; its weights are read
     one by one: memory holds a few copies of the largest.
     measure: time the forms that a pattern may take at the example inputs, and the result against the input: what makes
-    it slower is put back. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given: the CPU that
+    it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given: the CPU that
     the result is for, where it is another one (avx2, avx512, avx512_vnni). Unmeasured, forms have a fixed order.
     instruments: further watchers of the pipeline, such as Dump or Progress.
 

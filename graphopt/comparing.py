@@ -20,6 +20,7 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.text import parse
 from graphopt.report.agreements import Agreement, agreement, worst
 from graphopt.report.records import Comparison, OutputComparison
+from graphopt.result import Optimized
 
 
 def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bool = False) -> Comparison:
@@ -101,8 +102,8 @@ class _Runner:
             self._call: Callable[..., Any] = lambda **feeds: model.evaluate(feeds, model.outputs)
         elif isinstance(model, nn.Module):
             self._call = model
-        elif isinstance(getattr(model, "graph", None), Graph) and callable(model):
-            self.graph, self.inputs, self._call = model.graph, model.graph.inputs, model
+        elif isinstance(model, Optimized):
+            self.graph, self.inputs, self._call = model.folded, model.folded.inputs, model
         else:
             raise UsageError(
                 f"cannot compare a {type(model).__qualname__}; give what optimize returned, an nn.Module, a Graph, "

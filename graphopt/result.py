@@ -28,20 +28,19 @@ _VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime"
 class Optimized:
     """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it."""
 
-    original: Graph
-    """The captured graph, before any pass."""
-    graph: Graph
-    """The graph of words after the passes, before the target's own operations were put in."""
+    captured: Graph
+    """As it came in, in ops: before any pass."""
+    transformed: Graph
+    """After the passes that were asked for: quantize and dequantize stand around float ops. `module` is made of it."""
+    folded: Graph
+    """After the target's own passes too, still in ops."""
     lowered: Graph
-    """What the target runs."""
+    """In the engine's operators: what the target runs."""
     report: Report
     backend: Backend
     signature: Signature
     feeds: list[Feeds]
     threads: int | None = None
-    neutral: Graph | None = None
-    """Of targets of PyTorch, the graph of words before lowering passes: linears by themselves, quantize and dequantize
-    around float words. What `module` and packages are made of."""
 
     @cached_property
     def runner(self) -> Runner:
@@ -60,14 +59,14 @@ class Optimized:
 
     @cached_property
     def module(self) -> nn.Module:
-        """The graph of words as a torch.fx.GraphModule (targets of PyTorch only), which stays the same object.
+        """The graph of ops as a torch.fx.GraphModule (targets of PyTorch only), which stays the same object.
 
         Read its `.code`, call it as the original, train it further (train() and eval() work; integers are float
         parameters that each call rounds), trace it again with torch.export. It is not the fast form: calling this
         result, and what `export` writes, run the target's kernels. It has tensors of its own: to deploy what was
         trained, hand it to `optimize` again, which finds the integers in it.
         """
-        return (self.neutral or self.graph).module(self.signature.rebuild)
+        return self.transformed.module(self.signature.rebuild)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the target: inputs and result as the original model has them; numpy in gives numpy out."""
@@ -79,7 +78,7 @@ class Optimized:
 
     def diff(self) -> GraphDiff:
         """The graph before and after, to print (text), to show in a terminal (rich) or in a notebook (html)."""
-        return GraphDiff.of(self.original, self.graph)
+        return GraphDiff.of(self.captured, self.folded)
 
     def bench(self, inputs: Any = None, *, rounds: int = 15) -> BenchResult:
         """Time against the original graph on the same engine, paired and interleaved, at each example shape.
@@ -95,7 +94,7 @@ class Optimized:
         batches = [self.signature.bind((one,) if not isinstance(one, tuple) else one, {})[0] for one in several]
         if not (batches or self.feeds):
             raise UsageError("bench needs inputs: pass bench(inputs=<a batch>)")
-        original = self.backend.compile(self.original, self.threads)
+        original = self.backend.compile(self.captured, self.threads)
         machine = environment()
         result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
@@ -141,12 +140,12 @@ class Optimized:
             raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
         if aot and not self.feeds:
             raise UsageError("aot=True needs example_inputs, for the compiler")
-        graph, metadata = self.graph if portable else self.lowered, self._metadata(portable)
+        graph, metadata = self.folded if portable else self.lowered, self._metadata(portable)
         unfinished = manifest.with_name(f".{manifest.name}.part")
         try:  # the manifest first, so that a full disk leaves an older pair of files as it was
             unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
-                (self.neutral or self.graph).package(path, self.feeds[0], metadata)
+                self.transformed.package(path, self.feeds[0], metadata)
             else:
                 self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=metadata)
             unfinished.replace(manifest)
@@ -160,7 +159,7 @@ class Optimized:
             "graphopt.pipeline": self.report.pipeline,
             "graphopt.target": self.report.target + (" (portable)" if portable else ""),
             "graphopt.versions": json.dumps(self.report.versions, sort_keys=True),
-            "graphopt.input": digest(self.original),
+            "graphopt.input": digest(self.captured),
             "graphopt.choices": json.dumps({choice["rule"]: choice["sites"] for choice in self.report.choices}),
         }
 

@@ -50,7 +50,7 @@ class Run:
     instruments: Sequence[Instrument]
 
     def never_slower(self) -> Optimized:
-        """The result; where it is slower than the input, sites that lose are put back, and in the end all of them."""
+        """The result; where it is slower than the input, sites that lose are reverted, and in the end all of them."""
         if not self._times():
             return self.run(self.pipeline)
         if self.calibration is not None:  # the pipeline may run again
@@ -63,14 +63,14 @@ class Run:
             return made
         trial = self._trial(baseline)
         verdict = trial.verdict(made.runner, digest(made.lowered))
-        put_back: dict[str, str] = {}
+        reverted: dict[str, str] = {}
         for _ in range(RERUNS):
             lost = self._losers(trial, made, verdict)
             if not lost:
                 break
-            put_back |= lost
+            reverted |= lost
             try:
-                made = self.run(self.pipeline, put_back)
+                made = self.run(self.pipeline, reverted)
             except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites
                 notes.append(f"without the sites that made the model slower: {error}")
                 break
@@ -82,7 +82,7 @@ class Run:
             if str(pipeline) == made.report.pipeline:
                 continue
             speed, shapes = min((verdict.ratios[index].median, shapes_text(feeds[index])) for index in verdict.slower)
-            besides = f", even with {len(made.report.put_back)} sites as they were" if made.report.put_back else ""
+            besides = f", even with {len(made.report.reverted)} sites as they were" if made.report.reverted else ""
             notes.append(f"{made.report.pipeline} makes the model slower here{besides}: it runs {speed:.2f} times as "
                          f"fast as the input at {shapes}. This is {what}")  # fmt: skip
             made = self.run(pipeline, lowered=lowered)
@@ -138,7 +138,7 @@ class Run:
         return [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
 
     def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, str]:
-        """The sites to put back, by label, and why. Against the captured model, whose nodes have the sites' names."""
+        """The sites to reverted, by label, and why. Against the captured model, whose nodes have the sites' names."""
         if not verdict.slower:
             return {}
         lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
@@ -148,19 +148,18 @@ class Run:
                 for label, (before, after) in lost.items()}  # fmt: skip
 
     def run(
-        self, pipeline: Pipeline, put_back: Mapping[str, str] | None = None, *, lowered: Graph | None = None
+        self, pipeline: Pipeline, reverted: Mapping[str, str] | None = None, *, lowered: Graph | None = None
     ) -> Optimized:
         """Passes, lowering, the engine, and the account of it all. lowered: what the target is to run as it is."""
         captured, backend, original = self.captured, self.backend, self.captured.graph
-        put_back, as_it_was = put_back or {}, lowered is not None
+        reverted, as_it_was = reverted or {}, lowered is not None
         target = backend.name if backend.cpu is None else f"{backend.name} ({backend.cpu})"
         report = Report(target=target, source=captured.source, pipeline=str(pipeline), versions=versions())
         report.notes += [*captured.notes, *backend.notes()]
-        report.put_back = dict(put_back)
+        report.reverted = dict(reverted)
         large = self._is_large
-        unlowered = _Unlowered()
-        watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *self.instruments]
-        watchers += [unlowered] if backend.dialect == "fx" else []
+        transformed = _Transformed()
+        watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *self.instruments, transformed]
         if large:
             reproducer = "instruments=[Reproduce(folder)] does"
             report.notes.append(f"above 2 GB: a pass that fails leaves no reproducer ({reproducer})")
@@ -179,36 +178,36 @@ class Run:
             evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
             instruments=watchers,
             threads=self.threads,
-            put_back=put_back,
+            reverted=reverted,
         )
         report.cost_before, report.words_before = context.cost(original), count_kinds(original.nodes)
-        neutral = pipeline.apply(original, context)
+        folded = pipeline.apply(original, context)
         if lowered is None:
-            lowered = self._lower(neutral, report)
+            lowered = self._lower(folded, report)
         if reference is not None:
             try:
-                reference.hold(lowered, neutral)
+                reference.hold(lowered, folded)
             except GraphError as error:
                 what = f"lowered for {backend.name}, the graph computes something else: {error}"
                 raise LoweringError(what) from error
-        if self._writes_anew(pipeline, large) and not as_it_was:
-            self._hold_sites(neutral, report)
-        report.cost_after, report.words_after = context.cost(neutral), count_kinds(neutral.nodes)
+        if self._relowers(pipeline, large) and not as_it_was:
+            self._hold_sites(folded, report)
+        report.cost_after, report.words_after = context.cost(folded), count_kinds(folded.nodes)
         made = Optimized(
-            original, neutral, lowered, report, backend, captured.signature, captured.feeds, self.threads,
-            unlowered.graph or neutral,
+            original, transformed.graph or folded, folded, lowered, report, backend, captured.signature, captured.feeds,
+            self.threads,
         )  # fmt: skip
         if self._unasked_for_its_size():
             return made
         if not as_it_was:  # else nothing was promised
-            backend.check(neutral, made.runner)
-        report.census = made.runner.census()
+            backend.check(folded, made.runner)
+        report.kernels = made.runner.kernels()
         if reference is not None:
             report.agreement = reference.compare(made.run_anew)
         made.forget_state()
         return made
 
-    def _writes_anew(self, pipeline: Pipeline, large: bool) -> bool:
+    def _relowers(self, pipeline: Pipeline, large: bool) -> bool:
         """Whether what came in quantized is to come out with the same numbers, and can be held to that here.
 
         Files that others quantized are ONNX; a program of torch.export is held as a whole.
@@ -219,22 +218,22 @@ class Run:
         lossless = all(one.lossless for one in pipeline.leaves())
         return bool(runs) and lossless and relower.rounds_activations(self.captured.graph)
 
-    def _hold_sites(self, neutral: Graph, report: Report) -> None:
+    def _hold_sites(self, folded: Graph, report: Report) -> None:
         """Each site by itself, at the first example inputs."""
-        report.reemission = found = relower.compare(
-            self.captured.graph, neutral, self.backend, self.captured.feeds[0]
+        report.relowering = found = relower.compare(
+            self.captured.graph, folded, self.backend, self.captured.feeds[0]
         )
         report.notes.append(str(found))
         try:
             relower.require_steps(found)
         except GraphError as error:
-            what = f"written anew for {self.backend.name}, the file computes something else: {error}"
+            what = f"re-lowered for {self.backend.name}, the file computes something else: {error}"
             raise LoweringError(what) from error
 
-    def _lower(self, neutral: Graph, report: Report) -> Graph:
+    def _lower(self, folded: Graph, report: Report) -> Graph:
         """The target's own operations, in the forms that run fastest here where that is measured."""
         chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._times() else None
-        lowered, logs = self.backend.lower(neutral, chooser)
+        lowered, logs = self.backend.lower(folded, chooser)
         found = {} if chooser is None else chooser.found
         report.notes += [] if chooser is None else chooser.notes
         report.choices += [
@@ -253,7 +252,7 @@ class Run:
         return self._is_large and not self.agree
 
 
-class _Unlowered(Instrument):
+class _Transformed(Instrument):
     """Keeps the graph as it is before the first lowering pass."""
 
     graph: Graph | None = None

@@ -44,7 +44,7 @@ def sensitivity(
     model, target, example_inputs, dynamic_shapes, calibration, calibration_steps, loss: as `optimize` takes them.
     settings: passes with a `targets` option, as objects or text; each is tried on every site by itself.
     evaluate: (a model that is called like the original) -> how good it is, more is better; without it the order is
-    that of the SQNR. sites: words, module paths or patterns in place of the settings' own targets. steps: most batches
+    that of the SQNR. sites: ops, module paths or patterns in place of the settings' own targets. steps: most batches
     to compare outputs on; passes see all of the calibration. cache: a file that keeps what was measured, see `scan`.
     Raises what `optimize` and `scan` raise.
     """

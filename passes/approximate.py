@@ -22,7 +22,7 @@ class Approximate(Pass):
     stage = Stage.SIMPLIFY
 
     targets: Selector = Selector("gelu")
-    """Sites to consider: words (gelu), module paths or patterns."""
+    """Sites to consider: ops (gelu), module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave exact."""

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
-
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.observe import MinMax
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
+from torch import Tensor
 
 _TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -38,7 +37,7 @@ class Cast(Pass):
         "leaky_relu", "hard_sigmoid", "hard_swish", "sigmoid", "tanh", "max_pool", "concat", "pad", "reshape",
         "transpose", "slice", "squeeze", "unsqueeze",
     )  # fmt: skip
-    """Sites to consider: words, module paths or patterns."""
+    """Sites to consider: ops, module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave in float32."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.integer_forms import normalize
 from graphopt.ir.qdq.numbers import saturates, stored
@@ -21,7 +20,7 @@ _Quantized = tuple[Value, Value, Value]
 
 @dataclass(frozen=True)
 class FoldInt8(Pass):
-    """Put one int8 word in place of an island of dequantize, float word and quantize.
+    """Put one int8 op in place of an island of dequantize, float op and quantize.
 
     Eligible is each linear, conv and add that reads a dequantize. A linear gives float, so nothing needs to follow it;
     one whose weight alone is dequantized is none of them. A conv or an add gives integers: it is declined unless only a
@@ -155,7 +154,7 @@ def _weight(value: Value) -> tuple[Value, Value] | str:
     """The steps and scales of a weight, or why it has none."""
     maker = _maker(value)
     if maker is not None and maker.operand("zero_point") is not None:
-        return "weight has zero points, which no int8 word has: a target with a kernel for them takes it as it stands"
+        return "weight has zero points, which no int8 op has: a target with a kernel for them takes it as it stands"
     rows = maker is not None and maker.attributes["axis"] == 0 and not maker.attributes["block"]
     steps = maker.required("x") if maker is not None and rows else None
     if maker is None or steps is None or not steps.is_constant or steps.dtype != torch.int8:

@@ -7,7 +7,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
-
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage

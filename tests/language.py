@@ -140,14 +140,14 @@ def _content(name: str, shape: tuple[int, ...], suffixes: Sequence[str]) -> Tens
     tensor = _normal(zlib.crc32(name.encode()), shape)
     dtype = torch.float32
     for suffix in suffixes:
-        word, number, listed = re.fullmatch(r"([a-z]+)(\d*)(?:\((.*)\))?", suffix).groups()  # type: ignore[union-attr]
-        match word:
+        op, number, listed = re.fullmatch(r"([a-z]+)(\d*)(?:\((.*)\))?", suffix).groups()  # type: ignore[union-attr]
+        match op:
             case "seed":
                 tensor = _normal(int(number), shape)
             case "rank":
                 tensor = _normal(1, (shape[0], int(number))) @ _normal(2, (int(number), shape[1]))
             case "zeros" | "ones":
-                tensor = getattr(torch, word)(shape)
+                tensor = getattr(torch, op)(shape)
             case "values":
                 numbers = torch.tensor([float(item) for item in listed.split(",")], dtype=torch.float64)
                 count = int(torch.Size(shape).numel())
@@ -166,7 +166,7 @@ def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class FakeTarget:
-    """A target by what a pass asks of it: what each word has a kernel for, and what zeros bring."""
+    """A target by what a pass asks of it: what each op has a kernel for, and what zeros bring."""
 
     name: str = "toy"
     schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -180,7 +180,7 @@ class FakeTarget:
     refused: Mapping[str, str] = field(default_factory=dict)
     """By label, why a site is to stay float."""
 
-    def weight_bits(self) -> int:
+    def product_bits(self) -> int:
         return self.bits
 
     def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:

@@ -248,7 +248,7 @@ def test_sites_need_graphs() -> None:
 def test_sites_as_text_and_in_a_terminal() -> None:
     found = compare(build("onnx", THREE), changed("onnx", 1, -1.0), BATCHES, sites=True)
     lines = str(found).splitlines()
-    assert any(line.split()[:2] == ["site", "word"] for line in lines)
+    assert any(line.split()[:2] == ["site", "op"] for line in lines)
     assert found.propagation is not None and found.propagation.lost is not None
     assert f"first below 10 dB: {found.propagation.lost.site}, -6.0 dB" in lines
     assert f"most noise is added by {found.propagation.lost.site}: it reads no noise, its result -6.0 dB" in lines

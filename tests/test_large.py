@@ -53,7 +53,7 @@ def test_the_result_is_that_of_the_path_in_memory(
         patched.setattr(cost, "LARGE", 2**31)
         whole = graphopt.optimize(path, passes, agree=False)
         inside = whole.export(tmp_path / "small.onnx", external_data=True)
-    assert small.graph.text() == whole.graph.text() and small.lowered.text() == whole.lowered.text()
+    assert small.folded.text() == whole.folded.text() and small.lowered.text() == whole.lowered.text()
     assert outside.read_bytes() == inside.read_bytes().replace(b"small.onnx.data", b"large.onnx.data")
     data = [file.with_name(file.name + ".data").read_bytes() for file in (outside, inside)]
     assert data[0] == data[1]
@@ -70,7 +70,7 @@ def test_memory_does_not_grow_with_layers(count: int, large: Path, tmp_path: Pat
     assert changed(result, "quantize") == count and mappings.most <= 2
     result.export(tmp_path / "out.onnx")
     assert mappings.most <= 2 and mappings.alive == 0
-    graphs = (result.original, result.graph, result.lowered)
+    graphs = (result.captured, result.folded, result.lowered)
     assert all(held(graph) <= count * 12 * WIDTH for graph in graphs)
     assert open_scratch(large) == 1
     del result, graphs
@@ -132,7 +132,7 @@ def test_nothing_is_run_unless_asked(large: Path, tmp_path: Path, monkeypatch: p
     notes = "; ".join(result.report.notes)
     assert "0.0 GiB of weights: the model is not run (agree=True runs it)" in notes
     assert "outputs are not compared with the original, nor kernels counted (agree=True does both)" in notes
-    assert not result.report.agreement and not result.report.census and not compiled
+    assert not result.report.agreement and not result.report.kernels and not compiled
     assert result.report.cost_before.flops is not None  # sizes come from the feeds that were made
     (found,) = result(X).values()
     torch.testing.assert_close(found, result(X)["h4"], rtol=0, atol=0)
@@ -144,7 +144,7 @@ def test_nothing_is_run_unless_asked(large: Path, tmp_path: Path, monkeypatch: p
 def test_asked_for_it_is_compared_and_counted(large: Path, tmp_path: Path) -> None:
     result = graphopt.optimize(layers(tmp_path / "m"), DYNAMIC, agree=True)
     (agreement,) = result.report.agreement
-    assert agreement.sqnr > 20 and result.report.census["DynamicQuantizeMatMul"] == 4
+    assert agreement.sqnr > 20 and result.report.kernels["DynamicQuantizeMatMul"] == 4
     assert not any("not run" in note or "not compared" in note for note in result.report.notes)
 
 
@@ -154,10 +154,10 @@ def test_an_older_opset_is_kept_and_said(large: Path, tmp_path: Path) -> None:
     proto.opset_import[0].version = 20
     onnx.save(proto, path)
     result = graphopt.optimize(path, DYNAMIC)
-    assert isinstance(result.graph, OnnxGraph) and result.graph.opset == 20 and changed(result, "quantize") == 4
+    assert isinstance(result.folded, OnnxGraph) and result.folded.opset == 20 and changed(result, "quantize") == 4
     assert any("not run, and stays at opset 20" in note for note in result.report.notes)
     result = graphopt.optimize(path, DYNAMIC, agree=True)
-    assert isinstance(result.graph, OnnxGraph) and result.graph.opset == 23
+    assert isinstance(result.folded, OnnxGraph) and result.folded.opset == 23
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_every_export_is_raised_and_lowered_alike(exporter: tuple[str, int], min
         states = module(**batch).last_hidden_state
     assert within_tolerance(states, float_form(**batch)["states"], rtol=1e-5)
     small = graphopt.optimize(exported[exporter], "quantize{scheme=dynamic}", example_inputs=batch)
-    assert {kernel: small.report.census.get(kernel) for kernel in KERNELS} == KERNELS
+    assert {kernel: small.report.kernels.get(kernel) for kernel in KERNELS} == KERNELS
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "fbgemm"])

@@ -97,14 +97,14 @@ def test_figures_of_the_report(encoder: onnx.ModelProto) -> None:
     assert report.cost_before.bytes - report.cost_after.bytes > 2.5 * linears  # 4 bytes a weight become 1
     assert report.words_before["linear"] == report.words_after["linear_int8"] == 12
     assert set(report.versions) >= {"graphopt", "torch", "onnx", "onnxruntime"}
-    assert "quantize" in str(report) and report.to_dict()["census"]["DynamicQuantizeMatMul"] == 6
+    assert "quantize" in str(report) and report.to_dict()["kernel counts"]["DynamicQuantizeMatMul"] == 6
 
 
 def test_every_example_shape_is_compared(encoder: onnx.ModelProto) -> None:
     examples = [INPUTS, {"ids": tokens(1, 16), "mask": padding(1, 16)}]
     result = graphopt.optimize(encoder, "quantize{scheme=dynamic}", example_inputs=examples)
     assert len(result.feeds) == 2
-    separate = [compare(result.original, result, [example]) for example in examples]
+    separate = [compare(result.captured, result, [example]) for example in examples]
     worst = min(one.outputs[0].cosine for one in separate)
     assert result.report.agreement[0].cosine == pytest.approx(worst, abs=1e-6)
 
@@ -120,11 +120,11 @@ def test_instruments_watch_every_pass() -> None:
     assert [name for name, _ in diff.steps] == ["simplify"]  # sparsify changes numbers, which a listing does not show
 
 
-def test_the_diff_is_of_the_words_before_and_after() -> None:
+def test_the_diff_is_of_the_ops_before_and_after() -> None:
     result = graphopt.optimize(seeded(ConvNet), example_inputs=images())
     diff = result.diff()
     assert diff.kinds["batch_norm"] == (2, 0)
-    assert diff.removed > 0 and diff.before == result.original.text() and diff.after == result.graph.text()
+    assert diff.removed > 0 and diff.before == result.captured.text() and diff.after == result.folded.text()
 
 
 def test_bench_times_original_control_and_optimized(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,7 +204,7 @@ def test_the_graph_is_left_as_it_was(dialect: str) -> None:
 
 def test_a_selector_of_a_node_selects_no_other(dialect: str) -> None:
     graph = build(dialect, TWO + "    z = linear(y, C[2,4])")
-    for node in graph.nodes:  # one of them is called linear, like the word
+    for node in graph.nodes:  # one of them is called linear, like the op
         assert [one for one in graph.nodes if one in Selector.of(node)] == [node]
         text = str(Quantize(targets=Selector.of(node)))
         assert graphopt.pipeline.parse(text, graphopt.passes.REGISTRY).passes[0] == Quantize(targets=Selector.of(node))

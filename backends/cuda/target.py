@@ -71,7 +71,7 @@ class Cuda(Backend):
     dialect: ClassVar[str] = "fx"
     summary: ClassVar[str] = "PyTorch on NVIDIA GPUs: int8, float8, 2:4 under torch.compile and CUDA graphs"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {"linear": ("static", "dynamic", "weight-only")}
-    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8,)}
+    weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8,)}
     types: ClassVar[tuple[str, ...]] = ("int8", "float8")
     placement: ClassVar[Placement | None] = Placement(signed=True, rows=True)
     floats: ClassVar[tuple[str, ...]] = ("bfloat16", "float16")
@@ -101,7 +101,7 @@ class Cuda(Backend):
             "needs compute capability 8.9, zeros in 2:4 need 8.0"
         ]
 
-    def weight_bits(self) -> int:
+    def product_bits(self) -> int:
         """8: its sums have 32 bits."""
         return 8
 
@@ -155,9 +155,9 @@ class Cuda(Backend):
         assert isinstance(graph, FxGraph)
         return CudaRunner(graph, self.device)
 
-    def check(self, neutral: Graph, runner: Runner) -> None:
-        promised = [site for site in neutral.sites("linear") if why_not(site) is None]
-        own = {kind: count for kind, count in runner.census().items() if kind.startswith(_OWN)}
+    def check(self, folded: Graph, runner: Runner) -> None:
+        promised = [site for site in folded.sites("linear") if why_not(site) is None]
+        own = {kind: count for kind, count in runner.kernels().items() if kind.startswith(_OWN)}
         built = sum(count for kind, count in own.items() if kind not in _OF_FLOATS)
         if built < len(promised):
             raise LoweringError(
@@ -389,7 +389,7 @@ class CudaRunner(Runner):
             results = self._program(placed)(*placed)
             return [one.clone() if home.type == "cuda" else one.to(home) for one in results]  # graphs reuse theirs
 
-    def census(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
         """The operators of the program; what kernels torch.compile makes of them, it does not tell."""
         return dict(Counter(node.kind for node in self._graph.nodes).most_common())
 

@@ -1,4 +1,4 @@
-"""Float words on onnxruntime: forms that its own fusions do not undo, and whichever runs faster here."""
+"""Float ops on onnxruntime: forms that its own fusions do not undo, and whichever runs faster here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _sum_then_norm(op: Builder, m: Match) -> Value:
 
 
 def _attention_4d(reshape: str) -> Callable[..., Pattern]:
-    """Heads split before, and joined behind. reshape: the word, or the operator where its shape copies sizes by 0."""
+    """Heads split before, and joined behind. reshape: the op, or the operator where its shape copies sizes by 0."""
 
     def split(op: Recorder, name: str) -> Pattern:
         return op.transpose(getattr(op, reshape)(name, f"{name}_shape"), perm=(0, 2, 1, 3))
@@ -88,7 +88,7 @@ def _fast_gelu(op: Builder, m: Match) -> Value:
 RESIDUAL = Choice(
     "residual-norm",
     _residual_add,
-    {"Sum": _sum_then_norm, "SkipLayerNormalization": None},  # which onnxruntime makes of the words as they are
+    {"Sum": _sum_then_norm, "SkipLayerNormalization": None},  # which onnxruntime makes of the ops as they are
     check=_is_normalized,
     around=lambda m: (m.root, *(user for user in m.root.result.users if user.kind == "layer_norm")),
 )

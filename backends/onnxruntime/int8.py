@@ -1,4 +1,4 @@
-"""Int8 words on onnxruntime: uint8 x int8 kernels, and islands of operators that stay in integers."""
+"""Int8 ops on onnxruntime: uint8 x int8 kernels, and islands of operators that stay in integers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graphopt.backends.onnxruntime import (
 from graphopt.backends.onnxruntime.linear import Rows
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.ir.qdq.regions import is_global
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 
@@ -35,7 +35,7 @@ QLINEAR = {
     "leaky_relu": "QLinearLeakyRelu",
     "softmax": "QLinearSoftmax",
 }
-"""Words that have one operator for dequantize, the word, and quantize.
+"""Ops that have one operator for dequantize, the op, and quantize.
 
 At 8x12x128x128 on a core with VNNI, QLinearMatMul took 0.5 to 0.8 of MatMul's time, with int8 on its right (as long
 with uint8), but QLinearSoftmax nine times Softmax's: a softmax stays float unless it is asked for by name.
@@ -43,7 +43,7 @@ with uint8), but QLinearSoftmax nine times Softmax's: a softmax stays float unle
 
 _HALF = 128
 _MOVES = ("reshape", "transpose", "squeeze", "unsqueeze")
-"""Words that the engine itself moves behind a quantize."""
+"""Ops that the engine itself moves behind a quantize."""
 
 
 def _add_pattern(op: Recorder, a: str, a_scale: str, a_zero_point: str, b: str, b_scale: str, b_zero_point: str,
@@ -62,28 +62,28 @@ def _quantized(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
 
 
 def island(quantize: Node) -> Node | None:
-    """The word of QLINEAR whose result a quantize alone reads, in the form that its operator computes."""
-    word = quantize.input.producer
-    if word is None or word.kind not in QLINEAR or word.result.only_user is None:
+    """The op of QLINEAR whose result a quantize alone reads, in the form that its operator computes."""
+    op = quantize.input.producer
+    if op is None or op.kind not in QLINEAR or op.result.only_user is None:
         return None
-    if word.kind == "mean" and not is_global(word):
+    if op.kind == "mean" and not is_global(op):
         return None
-    return word if reads_u8(word) and _is_u8(quantize) else None
+    return op if reads_u8(op) and _is_u8(quantize) else None
 
 
 def promised(graph: Graph) -> Mapping[str, Sequence[Node]]:
-    """The sites that are to have a kernel for integers, by word; matmuls with a float result share that of linears."""
+    """The sites that are to have a kernel for integers, by op; matmuls with a float result share that of linears."""
     found: dict[str, list[Node]] = defaultdict(list)
-    closed = [word for word in map(island, graph.sites("quantize")) if word is not None]
+    closed = [op for op in map(island, graph.sites("quantize")) if op is not None]
     for site in [*graph.sites("linear_int8", "conv_int8", "add_int8"), *closed]:
         found[site.kind].append(site)
     found["linear_int8"] += [one for one in graph.sites("matmul") if reads_u8(one) and one not in closed]
     return found
 
 
-def reads_u8(word: Node) -> bool:
-    """Whether all operands of a word are dequantized from uint8, by stored scales for all."""
-    makers = [value.producer for value in word.operands if value is not None]
+def reads_u8(op: Node) -> bool:
+    """Whether all operands of an op are dequantized from uint8, by stored scales for all."""
+    makers = [value.producer for value in op.operands if value is not None]
     return all(one is not None and one.kind == "dequantize" and _is_u8(one) and one.input.dtype is torch.uint8
                for one in makers)  # fmt: skip
 
@@ -97,14 +97,14 @@ def _is_u8(node: Node) -> bool:
 
 def _qlinear(op: Builder, m: Match, signed: bool) -> Value:
     """One operator computes without leaving integers."""
-    word = island(m.root)
-    assert word is not None  # checked
-    sides = _sides(word)
+    site = island(m.root)
+    assert site is not None  # checked
+    sides = _sides(site)
     result: tuple[Value, ...] = (m.scale, m.zero_point)
     domain = "com.microsoft"
-    given = word.attributes
+    given = site.attributes
     attributes: dict[str, Any] = {}
-    match word.kind:
+    match site.kind:
         case "matmul":
             sides, domain = [*sides[:3], *(_signed(op, *sides[3:]) if signed else sides[3:])], "onnx"
         case "softmax":
@@ -119,13 +119,13 @@ def _qlinear(op: Builder, m: Match, signed: bool) -> Value:
             }  # fmt: skip
         case "leaky_relu":
             attributes = {"alpha": float(given["slope"])}
-    return op(f"{domain}.{QLINEAR[word.kind]}", *sides, *result, **attributes)
+    return op(f"{domain}.{QLINEAR[site.kind]}", *sides, *result, **attributes)
 
 
-def _sides(word: Node) -> list[Value]:
+def _sides(op: Node) -> list[Value]:
     """Steps, scale and zero point of each operand; all are dequantized."""
-    makers = [value.producer for value in word.operands if value is not None]
-    return [one.required(name) for one in makers if one is not None for name in WORDS["dequantize"].operands]
+    makers = [value.producer for value in op.operands if value is not None]
+    return [one.required(name) for one in makers if one is not None for name in OPS["dequantize"].operands]
 
 
 def _signed(op: Builder, steps: Value, scale: Value, zero_point: Value) -> tuple[Value, Value, Value]:

@@ -81,7 +81,7 @@ def _quantized(op: Recorder, y: str, scale: str, zero_point: str) -> Pattern:
 def _made_by(quantize: Node) -> tuple[Node, ...]:
     """The linear whose result a quantize alone reads, with all but its rows stored, and a relu or clip behind it.
 
-    Empty where there is none, where saturation does not do the work of what is between, or where another word reads the
+    Empty where there is none, where saturation does not do the work of what is between, or where another op reads the
     integers: a product of two activations wants those on its right 128 lower. In topological order.
     """
     scale, zero_point = (scalar(quantize.graph, quantize.operand(name)) for name in ("scale", "zero_point"))

@@ -44,9 +44,9 @@ INT8_KERNELS = {
     "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits", "QAttention"),
     "conv_int8": ("QLinearConv",),
     "add_int8": ("QLinearAdd",),
-    **{word: (kernel,) for word, kernel in onnxruntime_int8.QLINEAR.items()},
+    **{op: (kernel,) for op, kernel in onnxruntime_int8.QLINEAR.items()},
 }
-"""The kernels that count as int8, by word."""
+"""The kernels that count as int8, by op."""
 
 PROFILED = 7
 """Runs that a profile takes the median of, after one to warm up."""
@@ -69,7 +69,7 @@ class OnnxRuntime(OnnxTarget):
     }
     floats: ClassVar[tuple[str, ...]] = ("float16",)
     """Stored so, and computed in float32 between casts: files are smaller, not faster."""
-    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4, 2), "embedding": (8, 4)}
+    weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4, 2), "embedding": (8, 4)}
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
     """A register of AVX-512 floats: blocked convolutions pad channels to it, and GEMM tiles are multiples of it."""
     zeros: str = (
@@ -96,21 +96,21 @@ class OnnxRuntime(OnnxTarget):
         assert isinstance(graph, OnnxGraph)
         return OrtRunner(graph, threads)
 
-    def check(self, neutral: Graph, runner: Runner) -> None:
-        built = Counter(runner.census())
+    def check(self, folded: Graph, runner: Runner) -> None:
+        built = Counter(runner.kernels())
         built["QAttention"] *= 3  # it holds the products of query, key and value
         if isinstance(runner, OrtRunner):
-            merged = runner.parts() - sum(len(site.results) - 1 for site in neutral.sites("onnx.Split"))
+            merged = runner.parts() - sum(len(site.results) - 1 for site in folded.sites("onnx.Split"))
             built["MatMulIntegerToFloat"] += merged
             of_pixels = onnxruntime_conv.products(runner.model)
             built["QGemm"], built["QLinearConv"] = built["QGemm"] - of_pixels, built["QLinearConv"] + of_pixels
             built["GatherBlockQuantized"] += onnxruntime_weights.tables(runner.model)
-        promised = onnxruntime_int8.promised(neutral)
-        for word, kernels in INT8_KERNELS.items():
-            kinds = " and ".join(dict.fromkeys(site.kind for site in promised[word]))
-            _require_kernels(built, kinds, kernels, promised[word])
-        for word, kernel in onnxruntime_weights.KERNELS.items():
-            _require_kernels(built, f"weight-only {word}", (kernel,), onnxruntime_weights.promised(neutral, word))
+        promised = onnxruntime_int8.promised(folded)
+        for op, kernels in INT8_KERNELS.items():
+            kinds = " and ".join(dict.fromkeys(site.kind for site in promised[op]))
+            _require_kernels(built, kinds, kernels, promised[op])
+        for op, kernel in onnxruntime_weights.KERNELS.items():
+            _require_kernels(built, f"weight-only {op}", (kernel,), onnxruntime_weights.promised(folded, op))
 
 
 def _require_kernels(built: Mapping[str, int], what: str, kernels: Sequence[str], promised: Sequence[Node]) -> None:
@@ -137,9 +137,9 @@ class OrtRunner(Runner):
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         return onnx_run.run(self.session, feeds)
 
-    def census(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
         """From the model that the session optimized, dumped at the level below hardware layouts."""
-        return dict(self._census)
+        return dict(self._kernels)
 
     def parts(self) -> int:
         """How many results of the model's Split nodes there are beyond one of each: those that were one node's once."""
@@ -161,7 +161,7 @@ class OrtRunner(Runner):
         return {name: median(several[1:]) for name, several in seconds.items()}
 
     @cached_property
-    def _census(self) -> Counter[str]:
+    def _kernels(self) -> Counter[str]:
         options = ort.SessionOptions()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "optimized.onnx"

@@ -13,7 +13,7 @@ import torch
 
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule
-from graphopt.lowering.backend import SAFE, reach
+from graphopt.lowering.backend import SAFE, max_abs
 
 _OFFSET = 128
 
@@ -48,13 +48,13 @@ def _attention(op: Recorder, x: str, weight: str, bias: str, scale: str, weight_
 def _may_saturate(m: Match) -> bool:
     """Whether it has int8 weights too large, and a stored scale.
 
-    Of scales made at each run the words' own products saturate too, and what they are compared with: quantize uses 7
+    Of scales made at each run the ops' own products saturate too, and what they are compared with: quantize uses 7
     bits there.
     """
     if not all(value is None or value.is_constant for value in (m.weight, m.weight_zero)):
         return False
     weight = m.root.graph.constant(m.weight)
-    large = weight is not None and weight.dtype is torch.int8 and reach(weight) > SAFE
+    large = weight is not None and weight.dtype is torch.int8 and max_abs(weight) > SAFE
     return bool(large and m.scale.is_constant)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
 from graphopt.numerics.quantize import BLOCKS, pack
 
@@ -40,12 +40,12 @@ class Blocks:
 
 
 KERNELS = {"linear": "MatMulNBits", "embedding": "GatherBlockQuantized"}
-"""By word, the kernel that reads its weight in integers."""
+"""By op, the kernel that reads its weight in integers."""
 
 
-def promised(graph: Graph, word: str) -> list[Node]:
-    """The sites of a word whose weight, or table, its kernel reads in integers."""
-    return [site for site in graph.sites(word) if _why_not(site) is None]
+def promised(graph: Graph, op: str) -> list[Node]:
+    """The sites of an op whose weight, or table, its kernel reads in integers."""
+    return [site for site in graph.sites(op) if _why_not(site) is None]
 
 
 def _why_not(site: Node) -> str | None:
@@ -168,7 +168,7 @@ def _constants(op: Builder, found: Blocks, packed: Tensor | None = None) -> list
 def _fold(op: Builder, m: Match) -> Value:
     """The engine would make a stored weight float at each run: it does not fold a DequantizeLinear."""
     tensors = [None if value is None else op.graph.constant(value) for value in m.root.operands]
-    return op.constant(WORDS["dequantize"].reference(*tensors, **m.root.attributes))
+    return op.constant(OPS["dequantize"].reference(*tensors, **m.root.attributes))
 
 
 # --- weights with zero points, and activations in integers ---------------------------------------------------------

@@ -19,7 +19,7 @@ KERNEL = torch.ops.quantized.add.default
 
 
 def add(op: Builder, m: Match) -> Value:
-    """The form of an add_int8 word."""
+    """The form of an add_int8 op."""
     if m.a.shape != m.b.shape:
         raise Declined("the two sides differ in shape")
     return op("graphopt_aten.add.default", m.a, m.a_scale, m.a_zero_point, m.b, m.b_scale, m.b_zero_point, m.y_scale,

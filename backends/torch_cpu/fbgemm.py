@@ -24,7 +24,7 @@ from graphopt.backends.torch_cpu.operators import SETTINGS, WEIGHT, X, Y, like_c
 from graphopt.backends.torch_cpu.runner import Pack, Packing, from_integers, integers, pack_numbers
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder, Declined, Match
-from graphopt.lowering.backend import reach
+from graphopt.lowering.backend import max_abs
 
 _quantized = torch.ops.quantized
 
@@ -68,7 +68,7 @@ def _conv(op: Builder, m: Match) -> Value:
     x, settings, groups = fx_int8.convolution(op, m)
     weight = op.graph.constant(m.weight)
     assert weight is not None  # as checked
-    if groups > 1 and weight.shape[1] == 1 and (most := reach(weight)) > _DEPTHWISE:
+    if groups > 1 and weight.shape[1] == 1 and (most := max_abs(weight)) > _DEPTHWISE:
         raise Declined(f"fbgemm sums products of depthwise convs in 16 bits, which saturate: weights reach {most}, and "
                        f"{_DEPTHWISE} is safe (bits=7)")  # fmt: skip
     operands = (x, m.scale, m.zero_point, m.weight, m.weight_scale, m.y_scale, m.y_zero_point, m.bias)

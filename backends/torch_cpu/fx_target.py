@@ -43,7 +43,7 @@ class FxTarget(Backend):
     int8: ClassVar[Sequence[str]]
     """The operators of torch that count as int8 kernels."""
     forms: ClassVar[Sequence[fx_int8.Engine]]
-    """The forms that int8 words may take, in their static order."""
+    """The forms that int8 ops may take, in their static order."""
 
     def accept(self, model: Any, example_inputs: Any) -> None:
         require_engines(self.name, self.engines)
@@ -67,15 +67,15 @@ class FxTarget(Backend):
             raise LoweringError(str(error)) from error
         return FxRunner(graph, self.kernels, threads)
 
-    def check(self, neutral: Graph, runner: Runner) -> None:
-        """Merged words share a kernel, and sites that are faster in float keep it: the lowered graph is what counts."""
+    def check(self, folded: Graph, runner: Runner) -> None:
+        """Merged ops share a kernel, and sites that are faster in float keep it: the lowered graph is what counts."""
         assert isinstance(runner, FxRunner)
         if runner.unlowered:
             raise LoweringError(
-                f"{self.name} has no kernel for the int8 words {', '.join(runner.unlowered)}: the report's choices say "
+                f"{self.name} has no kernel for the int8 ops {', '.join(runner.unlowered)}: the report's choices say "
                 f"why; leave them out with ignore"
             )
-        built = runner.census()
+        built = runner.kernels()
         found = sum(built.get(kernel, 0) for kernel in self.int8)
         if found < len(runner.promised):
             raise LoweringError(

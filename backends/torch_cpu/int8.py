@@ -1,6 +1,6 @@
-"""Int8 words on the engines of torch: what may be fused with a linear, which linears are merged, and who runs them.
+"""Int8 ops on the engines of torch: what may be fused with a linear, which linears are merged, and who runs them.
 
-An `Engine` has one function for each int8 word, and says what of a linear's surroundings it takes in: an activation
+An `Engine` has one function for each int8 op, and says what of a linear's surroundings it takes in: an activation
 behind it, a residual that is added, a quantize of the result. With one engine the forms of a pattern are fused or
 apart; with several, those of each. Measurement picks, or the order stands.
 """
@@ -17,9 +17,9 @@ import torch
 from graphopt.dialects.fx.graph import FxNode
 from graphopt.dialects.fx.native import ORIGIN
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Replace, Rule, scalar
-from graphopt.lowering.backend import reach
+from graphopt.lowering.backend import max_abs
 
 POSTS = ("relu", "gelu", "silu", "hard_swish", "tanh")
 """The activations that some engine computes inside a linear."""
@@ -27,7 +27,7 @@ POSTS = ("relu", "gelu", "silu", "hard_swish", "tanh")
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear_int8 word's operands."""
+    """A linear_int8 op's operands."""
 
     node: Node
     x: Value
@@ -40,7 +40,7 @@ class Linear:
     @classmethod
     def of(cls, node: Node) -> Linear:
         """Of a linear_int8 node."""
-        x, scale, zero_point, weight, weight_scale = map(node.required, WORDS["linear_int8"].operands[:5])
+        x, scale, zero_point, weight, weight_scale = map(node.required, OPS["linear_int8"].operands[:5])
         return cls(node, x, scale, zero_point, weight, weight_scale, node.bias)
 
     def require_stored(self) -> Linear:
@@ -103,21 +103,21 @@ class Tail:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine's forms of the int8 words. Each raises Declined for what it does not take."""
+    """An engine's forms of the int8 ops. Each raises Declined for what it does not take."""
 
     name: str
     linear: Callable[[Builder, Linear, Tail], Value]
     conv: Callable[[Builder, Match], Value]
     add: Callable[[Builder, Match], Value]
     fuses: Callable[[str], bool]
-    """Whether it takes in what is called so: a word of POSTS, "residual", "quantize"."""
+    """Whether it takes in what is called so: an op of POSTS, "residual", "quantize"."""
     most: int = 128
     """What weights may reach: sums of products with larger ones saturate on the CPU that the graph is lowered for."""
 
     def require_room(self, weight: Value, graph: Graph) -> None:
         """Raise Declined where a stored weight reaches beyond that."""
         tensor = graph.constant(weight) if self.name != FLOAT else None
-        if tensor is not None and (reached := reach(tensor)) > self.most:
+        if tensor is not None and (reached := max_abs(tensor)) > self.most:
             raise Declined(f"the CPU sums products of uint8 and int8 in 16 bits, which saturate: weights reach "
                            f"{reached}, and {self.most} is safe (bits=7)")  # fmt: skip
 
@@ -162,16 +162,16 @@ def _linear(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weig
     return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias, bind="linear")
 
 
-def _behind(*words: str) -> Callable[..., Pattern]:
-    """A pattern of words one after the other behind a linear."""
+def _behind(*kinds: str) -> Callable[..., Pattern]:
+    """A pattern of ops one after the other behind a linear."""
 
     def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
                 y_scale: str, y_zero_point: str, residual: str, bias: str | None = None) -> Pattern:  # fmt: skip
         made = _linear(op, x, scale, zero_point, weight, weight_scale, bias)
-        for word in words:
-            rest = {"quantize": (y_scale, y_zero_point), "add": (residual,)}.get(word, ())
-            bind = {"quantize": "quantize", "add": "add"}.get(word, "post")
-            made = getattr(op, word)(made, *rest, bind=bind)
+        for kind in kinds:
+            rest = {"quantize": (y_scale, y_zero_point), "add": (residual,)}.get(kind, ())
+            bind = {"quantize": "quantize", "add": "add"}.get(kind, "post")
+            made = getattr(op, kind)(made, *rest, bind=bind)
         return made
 
     return pattern
@@ -242,13 +242,13 @@ def stages(engines: Sequence[Engine]) -> Sequence[Sequence[Rule | Choice]]:
 
 
 def _behind_linears(engines: Sequence[Engine], *tails: Sequence[str]) -> Sequence[Choice]:
-    """The tails that some engine takes in. A longer one goes in an earlier stage: rules see its inner words first."""
+    """The tails that some engine takes in. A longer one goes in an earlier stage: rules see its inner ops first."""
     found = []
-    for words in tails:
-        names = ["residual" if word == "add" else word for word in words]
+    for ops in tails:
+        names = ["residual" if op == "add" else op for op in ops]
         if any(all(map(engine.fuses, names)) for engine in engines):
-            name = "-".join(["linear", *words])
-            found.append(Choice(name, _behind(*words), _forms(engines, names), check=_fits, around=_around))
+            name = "-".join(["linear", *ops])
+            found.append(Choice(name, _behind(*ops), _forms(engines, names), check=_fits, around=_around))
     return found
 
 

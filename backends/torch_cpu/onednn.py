@@ -28,7 +28,7 @@ LINEAR, LINEAR_ADD = _onednn.qlinear_pointwise.default, _onednn.qlinear_pointwis
 CONV = _onednn.qconv_pointwise.default
 
 POSTS = {"relu": "relu", "gelu": "gelu", "silu": "swish", "hard_swish": "hardswish", "tanh": "tanh"}
-"""What oneDNN calls the words that it computes on a result."""
+"""What oneDNN calls the ops that it computes on a result."""
 
 
 # --- forms ---------------------------------------------------------------------------------------------------------

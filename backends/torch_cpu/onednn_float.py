@@ -22,7 +22,7 @@ _mkldnn = torch.ops.mkldnn
 KERNEL = _mkldnn._linear_pointwise.default
 
 POSTS = {"relu": "relu", "gelu": "gelu", "silu": "swish", "tanh": "tanh"}
-"""What oneDNN calls the words that it computes on a result."""
+"""What oneDNN calls the ops that it computes on a result."""
 
 
 def post_op(node: Node | None) -> tuple[str, str]:
@@ -35,11 +35,11 @@ def post_op(node: Node | None) -> tuple[str, str]:
 # --- forms ---------------------------------------------------------------------------------------------------------
 
 
-def _pattern(*words: str) -> Callable[..., Pattern]:
+def _pattern(*kinds: str) -> Callable[..., Pattern]:
     def pattern(op: Recorder, x: str, weight: str, bias: str | None = None) -> Pattern:
         made = op.linear(x, weight, bias, bind="linear")
-        for word in words:
-            made = getattr(op, word)(made, bind="post")
+        for kind in kinds:
+            made = getattr(op, kind)(made, bind="post")
         return made
 
     return pattern
@@ -62,10 +62,10 @@ def stages() -> Sequence[Sequence[Rule | Choice]]:
     return [_choice(post) for post in POSTS], [_choice()]
 
 
-def _choice(*words: str) -> Choice:
+def _choice(*ops: str) -> Choice:
     forms: dict[str, Replace | None] = {"aten": None, "onednn": _packed}
-    name = "-".join(["linear", "float32", *words])
-    return Choice(name, _pattern(*words), forms, check=partial(_is_of, torch.float32))
+    name = "-".join(["linear", "float32", *ops])
+    return Choice(name, _pattern(*ops), forms, check=partial(_is_of, torch.float32))
 
 
 # --- the operator --------------------------------------------------------------------------------------------------

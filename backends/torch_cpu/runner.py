@@ -169,7 +169,7 @@ def from_integers(steps: Tensor, scale: float, zero_point: int) -> Tensor:
 
 
 def quantized_at_run_time(x: Tensor) -> tuple[float, int]:
-    """Scale and zero point that cover x, as the word choose_qparams has them; a scale of NaN where x is not finite."""
+    """Scale and zero point that cover x, as the op choose_qparams has them; a scale of NaN where x is not finite."""
     if x.numel() == 0:
         return 1.0, 0
     least, most = torch.aminmax(x)
@@ -246,7 +246,7 @@ class FxRunner(Runner):
         self.promised = [node.label for node in nodes if node.kind in kernels and node.kind not in FLOATS]
         """The int8 operations of the target, by label."""
         self.unlowered = [node.label for node in nodes if node.kind in INT8_WORDS]
-        """Int8 words that no rule took: the reference runs them, slowly."""
+        """Int8 ops that no rule took: the reference runs them, slowly."""
         self._names, self._threads = graph.input_names, threads
         self._sizes = [_example(meta(node)) for node in graph.native.graph.find_nodes(op="placeholder")]
         self._module = Packing(graph, kernels).module(graph)
@@ -257,7 +257,7 @@ class FxRunner(Runner):
         with _threads(self._threads), torch.inference_mode():
             return list(self._run(*[feeds[name] for name in self._names]))
 
-    def census(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
         """The operators of torch that one run calls, most frequent first, on zeros of the shapes that were traced.
 
         Composite ones are opened: a float linear counts as aten.addmm, attention as the form that torch chose.

@@ -74,7 +74,7 @@ def compressed(architecture: Architecture, threads: int) -> list[Text]:
         evaluator = ReferenceEvaluator(str(portable))
         for engine in (session, evaluator):
             worst = min(
-                cosine(small.graph.evaluate(batch, small.graph.outputs), run_file(engine, batch))
+                cosine(small.folded.evaluate(batch, small.folded.outputs), run_file(engine, batch))
                 for batch in architecture.batches
             )
             cells.append(at_least(worst, SAME_FUNCTION, 6))

@@ -54,7 +54,7 @@ def run(settings: Settings) -> bool:
     code = f"from benchmarks.cases.calibration import child; child({BATCHES}, {settings.threads})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        settings.console.print(f"calibration failed: {(done.stderr.strip().splitlines() or ['without a word'])[-1]}")
+        settings.console.print(f"calibration failed: {(done.stderr.strip().splitlines() or ['without a op'])[-1]}")
         return False
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     rows = table(f"{PIPELINE} of all-MiniLM-L6-v2, batches of 1x{LENGTH}", "run over the batches", "batches", "of all",

@@ -58,7 +58,7 @@ def run(settings: Settings) -> bool:
         package = again.export(Path(folder) / "package.pt2", aot=True)
         compiled = torch._inductor.aoti_load_package(str(package))
         runs: dict[str, tuple[Callable[..., Any], Path | None]] = {
-            "fp32": (model, None), "one call": (small, None), "its module": (small.graph.module(), None),
+            "fp32": (model, None), "one call": (small, None), "its module": (small.folded.module(), None),
             f"after {STEPS} steps": (module, None), "optimized again": (again, None), "its archive": (loaded, archive),
             "its package": (compiled, package),
         }  # fmt: skip

@@ -36,7 +36,7 @@ def run(settings: Settings) -> bool:
         if not settings.chosen(name):
             continue
         path = settings.required("onnx_corpus", file)
-        graph = graphopt.optimize(path, threads=settings.threads).graph
+        graph = graphopt.optimize(path, threads=settings.threads).folded
         found = groups(graph)
         locked[name] = [group for group in found if group.locked is not None]
         cells, fits = cut(path, graph, settings)

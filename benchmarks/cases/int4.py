@@ -1,7 +1,7 @@
-"""Weights of 4 bits in blocks of 32, activations in float: what second order loses of what round-to-nearest loses.
+"""Weights of 4 bits in blocks of 32, activations in float: what GPTQ loses of what round-to-nearest loses.
 
 "Round to nearest" is what the papers mean by it: scales that cover each block, and nothing else. "Nearest, searched"
-has the scales and biases of "second order", and differs from it in `rounding` alone.
+has the scales and biases of "GPTQ", and differs from it in `rounding` alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ PIPELINES = {
     "fp32": "simplify",
     "round to nearest": QUANTIZE % " rounding=nearest clip=false bias_correction=false",
     "nearest, searched": QUANTIZE % " rounding=nearest",
-    "second order": QUANTIZE % " rounding=second-order",
+    "GPTQ": QUANTIZE % " rounding=gptq",
 }
 MOST = 0.5
-"""Share of the loss of "nearest, searched" that second order may have: the stricter of the two."""
+"""Share of the loss of "nearest, searched" that GPTQ may have: the stricter of the two."""
 
 
 def run(settings: Settings) -> bool:
@@ -34,12 +34,12 @@ def run(settings: Settings) -> bool:
         metrics = {row: task.score(rows) for row, rows in predicted.items()}
         lost = {row: metrics["fp32"] - metric for row, metric in metrics.items()}
         cosines = {row: trained.cosine(predicted["fp32"], rows) for row, rows in predicted.items()}
-        fits = lost["second order"] < MOST * lost["nearest, searched"]
+        fits = lost["GPTQ"] < MOST * lost["nearest, searched"]
         title = f"{task.name}, int4 in blocks of 32: {task.metric}"
         rows = table(title, "", "metric", "against fp32", "of nearest's loss", "cosine to fp32")
         for row, metric in metrics.items():
             share = "" if row == "fp32" else f"{lost[row] / lost['round to nearest']:.0%}"
-            against = "" if row == "fp32" else checked(f"{-lost[row]:+.4f}", fits or row != "second order")
+            against = "" if row == "fp32" else checked(f"{-lost[row]:+.4f}", fits or row != "GPTQ")
             rows.add_row(row, f"{metric:.4f}", against, share, f"{cosines[row]:.4f}")
         settings.console.print(rows)
         holds = holds and fits

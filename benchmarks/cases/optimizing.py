@@ -47,7 +47,7 @@ def run(settings: Settings) -> bool:
 
 
 def optimized(cache: Path, to: Path, threads: int) -> dict[str, Any]:
-    """Seconds, the form of each kind of pattern, and what was put back, of a run in a process of its own."""
+    """Seconds, the form of each kind of pattern, and what was reverted, of a run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.cases.optimizing", str(to), str(threads)]
     environment = os.environ | {"GRAPHOPT_CACHE": str(cache)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -56,14 +56,14 @@ def optimized(cache: Path, to: Path, threads: int) -> dict[str, Any]:
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What another run chose for the same kinds of patterns, and put back."""
+    """What another run chose for the same kinds of patterns, and reverted."""
     found = [
         f"{kind}: {form} or {other['forms'][kind]}"
         for kind, form in one["forms"].items()
         if other["forms"].get(kind, form) != form
     ]
     found += [f"{kind}: in one run only" for kind in one["forms"].keys() ^ other["forms"].keys()]
-    return found + [f"{site}: put back in one run only" for site in {*one["put back"]} ^ {*other["put back"]}]
+    return found + [f"{site}: reverted in one run only" for site in {*one["reverted"]} ^ {*other["reverted"]}]
 
 
 def main(to: Path, threads: int) -> None:
@@ -84,7 +84,7 @@ def main(to: Path, threads: int) -> None:
         for choice in small.report.choices
         for measured in choice["measured"]
     }
-    print(json.dumps({"seconds": seconds, "forms": forms, "put back": list(small.report.put_back)}))
+    print(json.dumps({"seconds": seconds, "forms": forms, "reverted": list(small.report.reverted)}))
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ def twins(
     scheme: str, fx: Optimized, onnx: Optimized, package: Any, tokens: Any, settings: Settings
 ) -> bool:
     """Integers, scales and Spearman of the same passes on either dialect."""
-    ours, theirs = integer_rows(fx.graph), integer_rows(onnx.graph)
-    pairs = list(zip(scales(fx.graph), scales(onnx.graph), strict=True))
+    ours, theirs = integer_rows(fx.folded), integer_rows(onnx.folded)
+    pairs = list(zip(scales(fx.folded), scales(onnx.folded), strict=True))
     apart = max((abs(a - b) / b for a, b in pairs), default=0.0)
     rows = table(f"int8 {scheme}, on the targets fbgemm and onnxruntime", "", "figure", "bound")
     rows.add_row("rows of integer weights that are equal", f"{(ours & theirs).total()} of {ours.total()}", "all")

@@ -29,7 +29,7 @@ from benchmarks.networks import NETWORKS, Network
 from benchmarks.peers import BASELINE, attempt, exports, nncf_onnx, quantize_static
 from benchmarks.speed import File, distances, race, tables, write
 from graphopt.numerics import metrics
-from graphopt.report.records import Reemission
+from graphopt.report.records import Relowering
 
 STATIC, NNCF = "onnxruntime, int8 activations", "NNCF"
 LEAST = {
@@ -54,7 +54,7 @@ def measured(name: str, bounds: Mapping[str, float], folder: Path, settings: Set
     exported = exports(network.traceable(), folder)
     models: dict[str, File | str] = {**exported}
     pairs: dict[str, tuple[Path, Path]] = {}
-    held: dict[str, Reemission] = {}
+    held: dict[str, Relowering] = {}
     for tool, given in quantized(network, exported[BASELINE], folder, bounds).items():
         models[f"{tool}, as it came"] = given
         if isinstance(given, Path):
@@ -83,15 +83,15 @@ def quantized(network: Network, source: Path, folder: Path, tools: Mapping[str, 
     return {tool: attempt(make[tool]) for tool in tools}
 
 
-def rescue(path: Path, network: Network, threads: int, held: dict[str, Reemission], tool: str) -> Path:
-    """The file through graphopt, without any pass: what is quantized already is written anew in the engine's form.
+def rescue(path: Path, network: Network, threads: int, held: dict[str, Relowering], tool: str) -> Path:
+    """The file through graphopt, without any pass: what is quantized already is re-lowered in the engine's form.
 
     A site that is further than a step from what it was is an error; how far each is goes to `held`, under `tool`.
     """
     examples = list(network.shapes.values())
     made = graphopt.optimize(path, example_inputs=examples, threads=threads, measure=True)
-    if made.report.reemission is not None:
-        held[tool] = made.report.reemission
+    if made.report.relowering is not None:
+        held[tool] = made.report.relowering
     return made.export(path.with_name(f"rescued-{path.name}"))
 
 
@@ -123,7 +123,7 @@ def rounding_table(rounding: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> T
     return rows
 
 
-def site_table(held: Mapping[str, Reemission]) -> Table:
+def site_table(held: Mapping[str, Relowering]) -> Table:
     rows = table("each site of the rescued file against itself in the file, for the same integers", "", "sites",
                  "furthest", "steps", "share that differs", "not compared")  # fmt: skip
     for tool, one in held.items():

@@ -36,7 +36,7 @@ CRASH = "CRASH"
 def run(settings: Settings) -> bool:
     folder = settings.required("onnx_corpus")
     entries = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
-    rows = table("times as fast as the file that went in", "file", "", "times as fast", "put back, or why none")
+    rows = table("times as fast as the file that went in", "file", "", "times as fast", "reverted, or why none")
     rows.columns[-1].justify, rows.columns[-1].no_wrap = "left", False
     lost, everything = [], {}
     for entry in entries:
@@ -55,7 +55,7 @@ def run(settings: Settings) -> bool:
 
 
 def judged(path: Path, settings: Settings) -> dict[str, dict[str, Any]]:
-    """By pipeline, the ratio of times, whether it loses, and what graphopt put back, or why there is no result."""
+    """By pipeline, the ratio of times, whether it loses, and what graphopt reverted, or why there is no result."""
     feeds = accepted_feeds(plain_session(path, settings.threads))
     batches = [{name: torch.from_numpy(array) for name, array in one.items()} for one in feeds]
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def judged(path: Path, settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def optimized(path: Path, name: str, batches: list[Batch], to: Path, settings: Settings) -> tuple[Path | str, str]:
-    """The file that a pipeline makes, or why there is none, and what was put back."""
+    """The file that a pipeline makes, or why there is none, and what was reverted."""
     try:
         small = graphopt.optimize(
             path, PIPELINES[name], example_inputs=batches[0], threads=settings.threads, measure=True,
@@ -92,7 +92,7 @@ def optimized(path: Path, name: str, batches: list[Batch], to: Path, settings: S
 
 def account(report: Report) -> str:
     """What graphopt took back because it was slower."""
-    sites = [f"{len(report.put_back)} sites, such as {next(iter(report.put_back))}"] if report.put_back else []
+    sites = [f"{len(report.reverted)} sites, such as {next(iter(report.reverted))}"] if report.reverted else []
     return "; ".join(sites + [note for note in report.notes if "makes the model slower here" in note])
 
 

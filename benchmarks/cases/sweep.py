@@ -93,12 +93,12 @@ def _swept(
     except REFUSALS as reason:
         return Swept(f"refused: {line(reason)}", holds=False)
     except PassError as error:
-        known = isinstance(error.__cause__, GraphError)  # such as a word that the file's opset has no operator for
+        known = isinstance(error.__cause__, GraphError)  # such as an op that the file's opset has no operator for
         return Swept(f"{'declined' if known else 'CRASH'}: {error.reason}", holds=known)
     except Exception as error:
         return Swept(f"CRASH: {type(error).__name__}: {line(error)}", holds=False)
     record = next(record for record in result.report.passes if record.name == "quantize")
-    kernels = sum(count for kernel, count in result.report.census.items() if kernel in KERNELS)
+    kernels = sum(count for kernel, count in result.report.kernels.items() if kernel in KERNELS)
     outputs = zip(zip(*expected, strict=True), zip(*found, strict=True), strict=True)
     losses = [float(metrics.sqnr(_joined(wanted), _joined(made))) for wanted, made in outputs
               if made[0].is_floating_point()]  # fmt: skip

@@ -32,7 +32,7 @@ def run(settings: Settings) -> bool:
         rows, _ = found.speeds(f"{network.name}: times as fast as PyTorch {EAGER}, with 95% intervals")
         settings.console.print(rows)
         settings.console.print(found.latencies(f"{network.name}: seconds of a run"))
-        settings.console.print(f"census: {small.report.census}", highlight=False)
+        settings.console.print(f"kernel counts: {small.report.kernels}", highlight=False)
         if FBGEMM in found.found:
             slower = bool(found.loses(OURS, [FBGEMM]))
             verdict = "slower than quantize_dynamic at some shape" if slower else "never slower than quantize_dynamic"

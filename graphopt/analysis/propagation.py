@@ -24,7 +24,7 @@ _SILENT = frozenset(
     ("quantize", "dequantize", "choose_qparams", "row_scale", "identity", "reshape", "transpose", "cast", "slice",
      "concat", "pad", "squeeze", "unsqueeze")
 )  # fmt: skip
-"""Words that compute nothing, or stand between the sites of a quantized graph only."""
+"""Ops that compute nothing, or stand between the sites of a quantized graph only."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Propagation:
 
 
 def propagate(a: Graph, b: Graph, batches: Iterable[Mapping[str, Tensor]]) -> Propagation:
-    """Compare the results of sites that are of the same word and module path, in the order of each graph.
+    """Compare the results of sites that are of the same op and module path, in the order of each graph.
 
     batches: feeds of `a`, iterated once for each PART sites; `b` takes them by name, or in order where names differ.
-    Sites without a path are paired by word and order, where both graphs have as many. Padding is left out.
+    Sites without a path are paired by op and order, where both graphs have as many. Padding is left out.
     """
     pairs, unpaired = _pairs(a, b)
     sums = torch.zeros(len(pairs), 4, dtype=torch.float64)  # a·a, b·b, a·b, noise
@@ -112,10 +112,10 @@ def _pairs(a: Graph, b: Graph) -> tuple[list[tuple[Node, Node]], dict[str, str]]
 
 
 def _by_place(graph: Graph) -> dict[tuple[str, str], list[Node]]:
-    """Sites by word and module path."""
+    """Sites by op and module path."""
     found: dict[tuple[str, str], list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        dtype = node.result.dtype if node.word is not None and node.kind not in _SILENT else None
+        dtype = node.result.dtype if node.op is not None and node.kind not in _SILENT else None
         if dtype is not None and dtype.is_floating_point:
             found[node.kind, node.path].append(node)
     return found

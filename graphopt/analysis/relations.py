@@ -393,7 +393,7 @@ def slice_bounds(op: Op) -> dict[int, slice]:
 
 
 def aten_slice(op: Op) -> None:
-    """What is no word: steps, or bounds that are computed. Other axes pass."""
+    """What is no op: steps, or bounds that are computed. Other axes pass."""
     axis = op.axis("dim")
     op.lock(op.x, axis, "is taken in steps by")
     op.lock(op.y, axis, "is taken in steps by")
@@ -684,7 +684,7 @@ def _named(relation: Relation, kinds: str, prefix: str = "") -> dict[str, Relati
     return {prefix + kind: relation for kind in kinds.split()}
 
 
-_WORDS = (
+_OPS = (
     _named(elementwise, "gelu silu relu add mul sub div pow sqrt rsqrt reciprocal exp erf tanh sigmoid isnan where")
     | _named(elementwise, "identity cast clip leaky_relu hard_sigmoid hard_swish")
     | _named(norm, "layer_norm rms_norm")
@@ -745,7 +745,7 @@ _ATEN_OVERLOADS = (
 )  # fmt: skip
 
 RELATIONS: dict[str, Relation] = {
-    **_WORDS,
+    **_OPS,
     **{f"onnx.{kind}": relation for kind, relation in _ONNX.items()},
     **{f"aten.{kind}.default": relation for kind, relation in _ATEN.items()},
     **{f"aten.{kind}": relation for kind, relation in _ATEN_OVERLOADS.items()},

@@ -15,7 +15,7 @@ from graphopt.analysis.facts import Facts, Op
 from graphopt.analysis.groups import Group
 from graphopt.analysis.relations import RELATIONS, gather_index, padding, sequence_slice, slice_bounds, split
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 
 Mask = NDArray[np.bool_]
 """For each position of an axis, whether it is kept."""
@@ -138,7 +138,7 @@ class _Cut:
 
 def _again(cut: _Cut, op: Op, **changed: Any) -> list[Value]:
     """The same operation on what is left of its operands, some attributes changed."""
-    if op.kind in WORDS:
+    if op.kind in OPS:
         return cut.emit(op, op.kind, *cut.operands(op), **{**op.attributes, **changed})
     return cut.emit(op, op.node, *cut.operands(op), **changed)
 
@@ -237,7 +237,7 @@ def _gather(cut: _Cut, op: Op) -> list[Value]:
     found = [number % size for number in np.atleast_1d(index).tolist()]
     left = torch.tensor([int(place[number]) for number in found if mask[number]])
     constant = cut.graph.add_constant(left if isinstance(index, list) else left[0])
-    return cut.emit(op, op.node if op.kind not in WORDS else op.kind, cut.value(op.x), constant)
+    return cut.emit(op, op.node if op.kind not in OPS else op.kind, cut.value(op.x), constant)
 
 
 def _pad(cut: _Cut, op: Op) -> list[Value]:

@@ -1,7 +1,7 @@
 """Whatever the user has -> a Graph in the dialect that the target deploys, and how to call it the user's way.
 
 A module is traced once, by torch.export; both dialects start from that ExportedProgram. An ONNX model is lifted to the
-opset at which the vocabulary is whole, when the lifted model runs and computes the same.
+opset at which the canonical ops is whole, when the lifted model runs and computes the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture.signature import Signature
 from graphopt.capture.trace import DynamicAxes, Feeds, Traced, as_tensor, on_cpu, several, trace
-from graphopt.dialects.raising import raise_words
+from graphopt.dialects.raising import raise_ops
 from graphopt.errors import CaptureError, GraphError, first_line
 from graphopt.ir import cost
 from graphopt.ir.constants import fold_constants
@@ -249,14 +249,14 @@ def _capture_onnx(model: Any, dialect: str, example_inputs: Any, source: str, ru
 def _raise_checked(
     graph: Graph, feeds: Sequence[Feeds], expected: Sequence[Sequence[Any]] | None, notes: list[str]
 ) -> Graph:
-    """The graph with decomposed forms raised to words, if it then computes what is expected on the feeds."""
+    """The graph with decomposed forms raised to ops, if it then computes what is expected on the feeds."""
     raised = graph.clone()
     try:
         fold_constants(raised)  # exporters compute axes and scales that the forms to be raised are told by
     except Exception as error:  # whatever the engine raises
         raise CaptureError(f"what the model computes of its constants cannot be run: {first_line(error)}") from error
     raised.raise_own()
-    hits = raise_words(raised)
+    hits = raise_ops(raised)
     raised.sweep()
     if expected is None or _computes(raised, feeds, expected):
         return raised

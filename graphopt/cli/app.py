@@ -169,7 +169,7 @@ def sensitivity(
     calibration_steps: CalibrationSteps = None,
     sites: Annotated[
         list[str] | None,
-        typer.Option(help="A word, path or pattern, in place of the settings' own targets; may be given again."),
+        typer.Option(help="An op, path or pattern, in place of the settings' own targets; may be given again."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Most batches to compare outputs on; 8 without it.", min=1, show_default=False)
@@ -223,7 +223,7 @@ def inspect(
     from graphopt.analysis.groups import groups
     from graphopt.capture.sources import capture
     from graphopt.ir.cost import Cost
-    from graphopt.ir.ops import WORDS
+    from graphopt.ir.ops import OPS
     from graphopt.report import text
     from graphopt.report.records import count_kinds
 
@@ -239,13 +239,13 @@ def inspect(
             typer.echo(text.groups(found))
         return
     kinds = count_kinds(graph.nodes)
-    words = {kind: number for kind, number in kinds.items() if kind in WORDS}
-    opaque = {kind: number for kind, number in kinds.items() if kind not in WORDS}
+    ops = {kind: number for kind, number in kinds.items() if kind in OPS}
+    opaque = {kind: number for kind, number in kinds.items() if kind not in OPS}
     if as_json:
         facts: dict[str, Any] = {
             "inputs": {value.name: _type_text(value) for value in graph.inputs},
             "outputs": {value.name: _type_text(value) for value in graph.outputs},
-            "words": words,
+            "ops": ops,
             "opaque": opaque,
             "parameters": cost.parameters,
             "bytes": cost.bytes,
@@ -258,7 +258,7 @@ def inspect(
     lines += [f"output   {value.name} {_type_text(value)}" for value in graph.outputs]
     lines.append(f"weights  {text.count(cost.parameters)} parameters, {text.size(cost.bytes)}")
     lines += [] if cost.flops is None else [f"FLOPs    {text.count(cost.flops)}"]
-    lines += [f"words    {text.counts(words) or 'none'}", f"opaque   {text.counts(opaque) or 'none'}"]
+    lines += [f"ops    {text.counts(ops) or 'none'}", f"opaque   {text.counts(opaque) or 'none'}"]
     lines += [f"note     {note}" for note in captured.notes]
     typer.echo("\n".join(lines + ([f"\n{graph.text()}"] if full else [])))
 
@@ -400,7 +400,7 @@ def targets(as_json: Json = False) -> None:
         except ImportError as error:
             found[name] = {"missing": str(error)}
             continue
-        schemes = {word: list(schemes) for word, schemes in backend.schemes.items()}
+        schemes = {op: list(schemes) for op, schemes in backend.schemes.items()}
         found[name] = {"dialect": backend.dialect, "summary": backend.summary, "schemes": schemes}
     if as_json:
         _print_json(found)
@@ -409,7 +409,7 @@ def targets(as_json: Json = False) -> None:
         if "missing" in facts:
             typer.echo(f"{name}  (not installed: {facts['missing']})")
             continue
-        int8 = ", ".join(f"{word} {' or '.join(schemes)}" for word, schemes in facts["schemes"].items())
+        int8 = ", ".join(f"{op} {' or '.join(schemes)}" for op, schemes in facts["schemes"].items())
         typer.echo(f"{name}  ({facts['dialect']})\n    {facts['summary']}\n    int8: {int8}")
 
 

@@ -102,7 +102,7 @@ def _excerpt(small: Optimized) -> str:
     def lines(text: str) -> str:
         return "\n".join(line for line in text.splitlines() if "encoder.layer.0.attention.self" in line)
 
-    return f"before\n{lines(small.original.text())}\n\nafter\n{lines(small.lowered.text())}"
+    return f"before\n{lines(small.captured.text())}\n\nafter\n{lines(small.lowered.text())}"
 
 
 def _verify(module: nn.Module, small: Optimized, batch: dict[str, Tensor]) -> str:

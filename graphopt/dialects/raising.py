@@ -1,4 +1,4 @@
-"""Decomposed forms -> words, as rules over elementary words that hold in either dialect. Runs once, at capture.
+"""Decomposed forms -> ops, as rules over elementary ops that hold in either dialect. Runs once, at capture.
 
 Exporters, and people, write gelu, silu, the norms and attention out in elementary operators. Each form here is one
 pattern; what it becomes is emitted only where its shapes allow, so a rule that declines leaves the graph as it was.
@@ -108,10 +108,10 @@ def to_layer_norm(op: Builder, m: Match) -> Value:
     return _emit(op, "layer_norm", m.x, m.weight, m.bias, eps=eps)
 
 
-def _emit(op: Builder, word: str, *operands: Value | None, **attributes: Any) -> Value:
-    """Emit, or decline where the dialect cannot spell the word (an ONNX file that stays at an old opset)."""
+def _emit(op: Builder, kind: str, *operands: Value | None, **attributes: Any) -> Value:
+    """Emit, or decline where the dialect cannot spell the op (an ONNX file that stays at an old opset)."""
     try:
-        return op(word, *operands, **attributes)
+        return op(kind, *operands, **attributes)
     except GraphError as error:
         raise Declined(str(error)) from error
 
@@ -272,7 +272,7 @@ LEFT = (_rule(softmax_guarded, without_guard, shared=True),)
 """Last: what is no attention, as that between quantized products."""
 
 
-def raise_words(graph: Graph) -> dict[str, int]:
+def raise_ops(graph: Graph) -> dict[str, int]:
     """Apply the rules; returns how often each one did something."""
     logs = rewrite(graph, LAYER_NORM) | rewrite(graph, OTHERS) | rewrite(graph, LEFT)
     return {name: log.hits for name, log in logs.items() if log.hits}

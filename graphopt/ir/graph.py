@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.errors import GraphError
-from graphopt.ir.ops import WORDS, Word
+from graphopt.ir.ops import OPS, Op
 
 Shape = tuple[int | str, ...]
 """One entry an axis: a size, or the name of a dynamic axis ("?" when it has none)."""
@@ -92,17 +92,17 @@ class Node(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """The word's name, or the dialect's spelling of an opaque operation (such as onnx.Loop, aten.topk.default)."""
+        """The op's name, or the dialect's spelling of an opaque operation (such as onnx.Loop, aten.topk.default)."""
 
     @property
     @abstractmethod
     def operands(self) -> tuple[Value | None, ...]:
-        """In the word's order; None where an optional one is left out. Opaque nodes: all values they read."""
+        """In the op's order; None where an optional one is left out. Opaque nodes: all values they read."""
 
     @property
     @abstractmethod
     def attributes(self) -> Mapping[str, Any]:
-        """The word's attributes, defaults filled in. Opaque nodes: what the dialect knows, for display."""
+        """The op's attributes, defaults filled in. Opaque nodes: what the dialect knows, for display."""
 
     @property
     @abstractmethod
@@ -120,17 +120,17 @@ class Node(ABC):
         """The graph it stands in."""
 
     @property
-    def word(self) -> Word | None:
-        return WORDS.get(self.kind)
+    def op(self) -> Op | None:
+        return OPS.get(self.kind)
 
     def operand(self, name: str) -> Value | None:
-        """The operand that the word calls `name`, or None where it is left out."""
-        word = self.word
-        if word is None or name not in word.operands:
+        """The operand that the op calls `name`, or None where it is left out."""
+        op = self.op
+        if op is None or name not in op.operands:
             raise GraphError(f"{self.kind} has no operand {name!r} ({self.label})")
-        if word.variadic:
+        if op.variadic:
             raise GraphError(f"{self.kind} has any number of {name}: read its operands ({self.label})")
-        index = word.operands.index(name)
+        index = op.operands.index(name)
         return self.operands[index] if index < len(self.operands) else None
 
     def required(self, name: str) -> Value:
@@ -142,7 +142,7 @@ class Node(ABC):
 
     @property
     def result(self) -> Value:
-        """Its first (for most words only) result."""
+        """Its first (for most ops only) result."""
         return self.results[0]
 
     @property
@@ -157,8 +157,8 @@ class Node(ABC):
     @property
     def weight(self) -> Tensor | None:
         """The constant weight as this use sees it, (out, in, ...); None where it is computed by the graph."""
-        word = self.word
-        if word is None or "weight" not in word.operands:
+        op = self.op
+        if op is None or "weight" not in op.operands:
             return None
         value = self.operand("weight")
         return self.graph.constant(value) if value is not None and value.is_constant else None
@@ -214,8 +214,8 @@ class Graph(ABC):
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> Value:
         """Put a node just before `at` (at the end without it), under its module path; its first result. Inert.
 
-        kind: a word; a dialect's own operation, for lowering; or a node, to compute the same on other operands, its
-        attributes as they are but for those given. Raises GraphError when the operands do not fit the word.
+        kind: an op; a dialect's own operation, for lowering; or a node, to compute the same on other operands, its
+        attributes as they are but for those given. Raises GraphError when the operands do not fit the op.
         """
 
     @abstractmethod
@@ -281,7 +281,7 @@ class Graph(ABC):
         raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
 
     def package(self, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
-        """Compile a graph of words to a file that its framework runs without graphopt: how many kernels of each name.
+        """Compile a graph of ops to a file that its framework runs without graphopt: how many kernels of each name.
 
         feeds: an example, for the compiler. Only where the dialect has such a compiler.
         """
@@ -293,25 +293,25 @@ class Graph(ABC):
 
     @abstractmethod
     def save(self, path: str | Path) -> None:
-        """Write the graph as it is, words included, to be read by `load`."""
+        """Write the graph as it is, ops included, to be read by `load`."""
 
     @classmethod
     @abstractmethod
     def load(cls, path: str | Path) -> Self: ...
 
     def text(self) -> str:
-        """The listing that `diff` compares: values numbered in order, words with shapes, attributes and paths."""
+        """The listing that `diff` compares: values numbered in order, ops with shapes, attributes and paths."""
         numbers: dict[Value, str] = {value: value.name for value in self.inputs}
         lines = []
         for node in self.nodes:
             for result in node.results:
                 numbers[result] = f"%{len(numbers) - len(self.inputs)}"
             operands = [_operand_text(value, numbers) for value in _given(node.operands)]
-            word = node.word
+            op = node.op
             attributes = [
                 f"{key}={_attribute_text(value)}"
                 for key, value in node.attributes.items()
-                if word is None or value != word.attributes.get(key)
+                if op is None or value != op.attributes.get(key)
             ]
             results = ", ".join(numbers[result] for result in node.results)
             path = f"  # {node.path}" if node.path else ""
@@ -319,9 +319,9 @@ class Graph(ABC):
         lines.append(f"return {', '.join(_operand_text(value, numbers) for value in self.outputs)}")
         return "\n".join(lines)
 
-    def sites(self, *words: str) -> list[Node]:
-        """The nodes of these words."""
-        return [node for node in self.nodes if node.kind in words]
+    def sites(self, *ops: str) -> list[Node]:
+        """The nodes of these ops."""
+        return [node for node in self.nodes if node.kind in ops]
 
 
 class Flow:

@@ -1,7 +1,7 @@
 """The vocabulary: what passes match and emit, whatever the dialect.
 
-A word is declared by a function: its positional parameters are the operands (optional ones default to None), its
-keyword-only parameters are the attributes with their defaults, and its body is the reference meaning in torch. A word
+An op is declared by a function: its positional parameters are the operands (optional ones default to None), its
+keyword-only parameters are the attributes with their defaults, and its body is the reference meaning in torch. An op
 with *values for its operands is variadic: it takes one or more.
 The first group is what passes rewrite; the second is named so that decomposed forms of the first can be recognized.
 """
@@ -20,14 +20,14 @@ from torch import Tensor
 
 Reference = TypeVar("Reference", bound=Callable[..., Any])
 
-_WORDS: dict[str, Word] = {}
-WORDS: Mapping[str, Word] = MappingProxyType(_WORDS)
-"""Every word by its name."""
+_OPS: dict[str, Op] = {}
+OPS: Mapping[str, Op] = MappingProxyType(_OPS)
+"""Every op by its name."""
 
 
 @dataclass(frozen=True)
-class Word:
-    """One operator of the vocabulary."""
+class Op:
+    """One operator of the canonical ops."""
 
     name: str
     operands: tuple[str, ...]
@@ -42,7 +42,7 @@ class Word:
         return self.name
 
     def names(self, count: int) -> tuple[str, ...]:
-        """What each operand is called, where `count` are given: a variadic word repeats its one name, at least once."""
+        """What each operand is called, where `count` are given: a variadic op repeats its one name, at least once."""
         return self.operands * max(count, 1) if self.variadic else self.operands
 
 
@@ -52,7 +52,7 @@ def _declare(
     parameters = inspect.signature(reference).parameters.values()
     operands = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
     name = reference.__name__.rstrip("_")
-    _WORDS[name] = Word(
+    _OPS[name] = Op(
         name=name,
         operands=tuple(p.name for p in operands),
         optional=frozenset(p.name for p in operands if p.default is None),
@@ -64,8 +64,8 @@ def _declare(
     )
 
 
-def word(*, results: tuple[str, ...] = ("y",), commutative: bool = False) -> Callable[[Reference], Reference]:
-    """Declare the decorated function as a word (see the module's docstring)."""
+def op(*, results: tuple[str, ...] = ("y",), commutative: bool = False) -> Callable[[Reference], Reference]:
+    """Declare the decorated function as an op (see the module's docstring)."""
 
     def declare(reference: Reference) -> Reference:
         _declare(reference, results, commutative)
@@ -77,13 +77,13 @@ def word(*, results: tuple[str, ...] = ("y",), commutative: bool = False) -> Cal
 # --- what passes rewrite -------------------------------------------------------------------------------------------
 
 
-@word()
+@op()
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) -> (..., out)."""
     return F.linear(x, weight, bias)
 
 
-@word()
+@op()
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -100,7 +100,7 @@ def conv(
     return function(_padded(x, padding), weight, bias, stride or (1,) * rank, 0, dilation or (1,) * rank, groups)
 
 
-@word()
+@op()
 def max_pool(
     x: Tensor,
     *,
@@ -121,7 +121,7 @@ def max_pool(
     return (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1](x, kernel, stride, 0, dilation)
 
 
-@word()
+@op()
 def average_pool(
     x: Tensor,
     *,
@@ -172,13 +172,13 @@ def _overhang(
     return over
 
 
-@word()
+@op()
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Batched matrix product of two values; with a constant 2-D right operand it is a linear."""
     return torch.matmul(a, b)
 
 
-@word()
+@op()
 def attention(
     query: Tensor,
     key: Tensor,
@@ -205,49 +205,49 @@ def attention(
     return y.transpose(1, 2).flatten(2) if heads else y
 
 
-@word()
+@op()
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """Normalize over the trailing axes that weight spans."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-@word()
+@op()
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the trailing axes that weight spans (Zhang & Sennrich, 2019)."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-@word()
+@op()
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, *, eps: float = 1e-5) -> Tensor:
     """Inference form, over axis 1, with the running mean and variance."""
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
-@word()
+@op()
 def embedding(table: Tensor, ids: Tensor) -> Tensor:
     """Rows of table (entries, width) picked by integer ids of any shape."""
     return F.embedding(ids.long(), table)
 
 
-@word()
+@op()
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     """approximate is "none" (erf) or "tanh" (Hendrycks & Gimpel, 2016)."""
     return F.gelu(x, approximate=approximate)
 
 
-@word()
+@op()
 def silu(x: Tensor) -> Tensor:
     """x · sigmoid(x)."""
     return F.silu(x)
 
 
-@word()
+@op()
 def relu(x: Tensor) -> Tensor:
     """max(x, 0)."""
     return F.relu(x)
 
 
-@word()
+@op()
 def clip(x: Tensor, *, low: float | None = None, high: float | None = None) -> Tensor:
     """min(max(x, low), high), None being no bound (ReLU6, hardtanh)."""
     return x if low is None and high is None else x.clamp(_as_type(low, x.dtype), _as_type(high, x.dtype))
@@ -258,43 +258,43 @@ def _as_type(bound: float | None, dtype: torch.dtype) -> float | None:
     return bound if bound is None or dtype.is_floating_point else int(bound)
 
 
-@word()
+@op()
 def leaky_relu(x: Tensor, *, slope: float = 0.01) -> Tensor:
     """x where it is positive, else slope · x."""
     return F.leaky_relu(x, slope)
 
 
-@word()
+@op()
 def hard_sigmoid(x: Tensor) -> Tensor:
     """min(max(x + 3, 0), 6) / 6 (torch's; Howard et al., 2019)."""
     return F.hardsigmoid(x)
 
 
-@word()
+@op()
 def hard_swish(x: Tensor) -> Tensor:
     """x · hard_sigmoid(x) (Howard et al., 2019)."""
     return F.hardswish(x)
 
 
-@word(commutative=True)
+@op(commutative=True)
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b with broadcasting."""
     return a + b
 
 
-@word(commutative=True)
+@op(commutative=True)
 def mul(a: Tensor, b: Tensor) -> Tensor:
     """a · b with broadcasting."""
     return a * b
 
 
-@word()
+@op()
 def softmax(x: Tensor, *, axis: int = -1) -> Tensor:
     """exp(x) normalized to sum 1 along axis."""
     return F.softmax(x, axis)
 
 
-@word(results=("scale", "zero_point"))
+@op(results=("scale", "zero_point"))
 def choose_qparams(x: Tensor) -> tuple[Tensor, Tensor]:
     """The scale (float32 scalar) and zero point (uint8 scalar) that cover x at run time (ONNX
     DynamicQuantizeLinear)."""
@@ -304,7 +304,7 @@ def choose_qparams(x: Tensor) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round().clamp(0, 255).to(torch.uint8)
 
 
-@word()
+@op()
 def row_scale(x: Tensor, *, largest: float = 127.0) -> Tensor:
     """The scale (float32, (..., 1)) at which the largest magnitude of each row of x, at run time, is `largest`.
 
@@ -314,7 +314,7 @@ def row_scale(x: Tensor, *, largest: float = 127.0) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-@word()
+@op()
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis: int | None = None) -> Tensor:
     """round(x / scale) + zero_point, saturated to the zero point's type (int8 without one).
 
@@ -332,7 +332,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis
     return steps.clamp(info.min, info.max).to(dtype)
 
 
-@word()
+@op()
 def dequantize(
     x: Tensor,
     scale: Tensor,
@@ -353,7 +353,7 @@ def dequantize(
     return steps * _along(scale, x, axis, block)
 
 
-@word()
+@op()
 def linear_int8(
     x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -362,7 +362,7 @@ def linear_int8(
     return y if bias is None else y + bias
 
 
-@word()
+@op()
 def conv_int8(
     x: Tensor,
     scale: Tensor,
@@ -386,7 +386,7 @@ def conv_int8(
     return quantize(y, y_scale, y_zero_point)
 
 
-@word()
+@op()
 def add_int8(
     a: Tensor, a_scale: Tensor, a_zero_point: Tensor, b: Tensor, b_scale: Tensor, b_zero_point: Tensor,
     y_scale: Tensor, y_zero_point: Tensor,
@@ -406,55 +406,55 @@ def _along(parameter: Tensor, x: Tensor, axis: int | None, block: int = 0) -> Te
 # --- data movement -------------------------------------------------------------------------------------------------
 
 
-@word()
+@op()
 def identity(x: Tensor) -> Tensor:
     """x itself (ONNX Identity; aten clone, detach, dropout at inference)."""
     return x
 
 
-@word()
+@op()
 def reshape(x: Tensor, shape: Tensor) -> Tensor:
     """x in another shape; shape follows ONNX with allowzero=1 (an axis of -1 is inferred)."""
     return x.reshape([int(n) for n in shape])
 
 
-@word()
+@op()
 def transpose(x: Tensor, *, perm: tuple[int, ...] = ()) -> Tensor:
     """Axes in the order perm."""
     return x.permute(perm)
 
 
-@word()
+@op()
 def cast(x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """x as another dtype."""
     return x.to(dtype)
 
 
-@word()
+@op()
 def slice_(x: Tensor, *, axis: int = 0, start: int = 0, end: int = 0) -> Tensor:
     """The entries start <= i < end along axis."""
     return x.narrow(axis, start, end - start)
 
 
-@word()
+@op()
 def concat(*values: Tensor, axis: int = 0) -> Tensor:
     """One or more values of one dtype, joined along axis; their other axes are equal."""
     return torch.cat(values, axis)
 
 
-@word()
+@op()
 def pad(x: Tensor, *, padding: tuple[int, ...] = (), value: float = 0.0) -> Tensor:
     """x with `value` around it; padding is (begin of each axis ..., end of each axis ...), negative where it crops."""
     return _padded(x, padding, value)
 
 
-@word()
+@op()
 def squeeze(x: Tensor, *, axes: tuple[int, ...] = ()) -> Tensor:
     """x without these axes, each of size 1."""
     return x.squeeze(axes)
 
 
-@word()
+@op()
 def unsqueeze(x: Tensor, *, axes: tuple[int, ...] = ()) -> Tensor:
     """x with axes of size 1, which have these numbers in the result."""
     for axis in sorted(axis % (x.dim() + len(axes)) for axis in axes):
@@ -467,7 +467,7 @@ def unsqueeze(x: Tensor, *, axes: tuple[int, ...] = ()) -> Tensor:
 
 def _elementary(name: str, reference: Callable[..., Any], commutative: bool = False) -> None:
     binary = len(inspect.signature(reference).parameters) == 2
-    _WORDS[name] = Word(
+    _OPS[name] = Op(
         name, ("a", "b") if binary else ("x",), frozenset(), MappingProxyType({}), ("y",), reference, commutative
     )
 
@@ -485,13 +485,13 @@ _elementary("sigmoid", lambda x: torch.sigmoid(x))
 _elementary("isnan", lambda x: torch.isnan(x))
 
 
-@word()
+@op()
 def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """a where condition holds, else b."""
     return torch.where(condition, a, b)
 
 
-@word()
+@op()
 def mean(x: Tensor, *, axes: tuple[int, ...] = (), keepdim: bool = True) -> Tensor:
     """Mean over axes."""
     return x.mean(axes, keepdim)

@@ -118,7 +118,7 @@ class Choice:
     name: str
     pattern: Callable[..., Pattern]
     forms: Mapping[str, Replace | None]
-    """By name, in the order that they are taken where nothing is measured. None: the words stay as they are."""
+    """By name, in the order that they are taken where nothing is measured. None: the ops stay as they are."""
     check: Callable[[Match], bool] | None = None
     around: Callable[[Match], Sequence[Node]] = lambda match: match.nodes
     """The nodes that are measured together, in topological order: all whose cost the form decides."""
@@ -156,7 +156,7 @@ class Choice:
         made = self.forms[form]
 
         def replace(op: Builder, match: Match) -> Value:
-            assert made is not None  # where words stay, nothing is tried
+            assert made is not None  # where ops stay, nothing is tried
             return made(op, match)
 
         check = self.check if made is not None else lambda m: False
@@ -245,7 +245,7 @@ def _fits(pattern: Pattern, node: Node, match: Match, optional: frozenset[str], 
         return False
     padded = operands[: len(pattern.operands)] + (None,) * (len(pattern.operands) - len(operands))
     orders = [padded]
-    if node.word is not None and node.word.commutative and len(padded) == 2:
+    if node.op is not None and node.op.commutative and len(padded) == 2:
         orders.append((padded[1], padded[0]))
     for order in orders:
         saved = dict(match.bound), list(match.interior)

@@ -43,7 +43,7 @@ class Chooser(Protocol):
 
 @dataclass(frozen=True)
 class Placement:
-    """How a target wants activations that are quantized only where int8 words read them."""
+    """How a target wants activations that are quantized only where int8 ops read them."""
 
     signed: bool = False
     """Whether they are int8 about zero, or uint8 with a zero point."""
@@ -61,7 +61,7 @@ class Runner(ABC):
         """Run on inputs by name; returns the graph's outputs in order."""
 
     @abstractmethod
-    def census(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
         """How many kernels of each name the engine really built."""
 
     def profile(self, feeds: Mapping[str, Tensor]) -> Mapping[str, float]:
@@ -78,11 +78,11 @@ class Backend(ABC):
     summary: ClassVar[str]
     """One line for `graphopt targets`."""
     schemes: ClassVar[Mapping[str, tuple[str, ...]]]
-    """By word, the quantization schemes that have a fast kernel here, best first; no entry: the word stays float."""
-    narrow: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    """By word, the bits that weights may have where they alone are integers (the scheme weight-only), best first."""
+    """By op, the quantization schemes that have a fast kernel here, best first; no entry: the op stays float."""
+    weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    """By op, the bits that weights may have where they alone are integers (the scheme weight-only), best first."""
     placement: ClassVar[Placement | None] = None
-    """Where integers are wanted; None: in closed islands, whose results are integers too."""
+    """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
     types: ClassVar[tuple[str, ...]] = ("int8",)
     """What it multiplies in 8 bits, best first."""
     floats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
@@ -117,7 +117,7 @@ class Backend(ABC):
 
         return saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu])
 
-    def weight_bits(self) -> int:
+    def product_bits(self) -> int:
         """Bits of int8 weights whose products with uint8 never saturate on the CPU: 8, or 7."""
         return 7 if self.saturates() else 8
 
@@ -139,7 +139,7 @@ class Backend(ABC):
 
     @abstractmethod
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        """Rule sets that turn words into this engine's own operations, applied one after the other."""
+        """Rule sets that turn ops into this engine's own operations, applied one after the other."""
 
     def lower(self, graph: Graph, chooser: Chooser | None = None) -> tuple[Graph, dict[str, RuleLog]]:
         """A clone in this engine's own operations, checked, and the log of each rule by its name.
@@ -190,7 +190,7 @@ class Backend(ABC):
         threads: int | None = None,
         rounds: int = 15,
     ) -> list[Ratio]:
-        """How many times faster than `baseline` a graph of words runs here once lowered: one Ratio for each feeds.
+        """How many times faster than `baseline` a graph of ops runs here once lowered: one Ratio for each feeds.
 
         Paired and interleaved (`measure.paired`). Raises LoweringError where the engine cannot build one of them, and
         UsageError where it does not run here.
@@ -218,8 +218,8 @@ class Backend(ABC):
             raise UsageError(f"{self.name} does not run here: export the file, and time it where it does")
 
     @abstractmethod
-    def check(self, neutral: Graph, runner: Runner) -> None:
-        """Raise LoweringError where fewer int8 kernels run than the words of `neutral` promise."""
+    def check(self, folded: Graph, runner: Runner) -> None:
+        """Raise LoweringError where fewer int8 kernels run than the ops of `folded` promise."""
 
     @abstractmethod
     def export(
@@ -242,7 +242,7 @@ SAFE = 64
 """What int8 weights may reach that two products with uint8 fit in 16 bits: 2 * 255 * 64 is 32640."""
 
 
-def reach(weight: Tensor) -> int:
+def max_abs(weight: Tensor) -> int:
     """The largest magnitude in an int8 weight; of -128 too, which int8 has no 128 for."""
     return int(weight.short().abs().max())
 

@@ -20,7 +20,7 @@ from graphopt.errors import GraphError, first_line
 from graphopt.ir.cost import numbers_of, sizes
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Choice, Match, rewrite
-from graphopt.lowering.backend import SAFE, Runner, reach
+from graphopt.lowering.backend import SAFE, Runner, max_abs
 from graphopt.measure import machine, timing
 from graphopt.measure.cache import UNSURE, Timings, opened
 from graphopt.numerics.metrics import sqnr
@@ -81,7 +81,7 @@ class Excerpt:
     def _wide(self, constant: Value) -> str:
         """A mark on int8 weights that may saturate: on some CPUs other kernels multiply them."""
         tensor = self.match.root.graph.constant(constant) if constant.dtype is torch.int8 and constant.rank else None
-        return "wide" if tensor is not None and reach(tensor) > SAFE else ""
+        return "wide" if tensor is not None and max_abs(tensor) > SAFE else ""
 
 
 @dataclass

@@ -27,7 +27,7 @@ RERUNS = 6
 """Most runs of the pipeline without sites that lost."""
 
 SHARE = 0.5
-"""Of the time lost, what the sites that are put back at once make up: a profile tells small losses from noise badly."""
+"""Of the time lost, what the sites that are reverted at once make up: a profile tells small losses from noise badly."""
 
 CLEARLY = 1.25
 """How much faster a result is that few rounds of an unsteady machine are enough for: what had 1.09 in 6 was at 0.88."""

@@ -1,4 +1,4 @@
-"""What came in quantized is written anew in the target's form: each site gives what it gave, within one step.
+"""What came in quantized is re-lowered in the target's form: each site gives what it gave, within one step.
 
 End to end that cannot be held: roundings that fall the other way add up over layers to the size of the quantization
 noise. So each site gets the very integers that reach it in the file, in both forms, and its own result is compared.
@@ -19,19 +19,19 @@ from graphopt.errors import GraphError
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import JOINED
 from graphopt.numerics import metrics
-from graphopt.report.records import Reemission
+from graphopt.report.records import Relowering
 
 if TYPE_CHECKING:
     from graphopt.lowering.backend import Backend
 
 _WEIGHTED = ("linear", "conv")
-_WORDS = (*_WEIGHTED, "matmul", *JOINED)
+_OPS = (*_WEIGHTED, "matmul", *JOINED)
 _FOLDED = "_int8"
 
 
 @dataclass(frozen=True)
 class _Site:
-    """One word that computes on integers, in either form."""
+    """One op that computes on integers, in either form."""
 
     node: Node
     steps: tuple[Value, ...]
@@ -48,7 +48,7 @@ class _Site:
         return len(self.steps), self.zero_point is not None
 
 
-def compare(original: Graph, made: Graph, target: Backend, feeds: Mapping[str, Tensor]) -> Reemission:
+def compare(original: Graph, made: Graph, target: Backend, feeds: Mapping[str, Tensor]) -> Relowering:
     """Hold each site of `made`, as the target lowers and runs it, to the same site of `original`, at one batch.
 
     Raises LoweringError where the target cannot build a site by itself.
@@ -82,10 +82,10 @@ def compare(original: Graph, made: Graph, target: Backend, feeds: Mapping[str, T
             distance = float(away.max()) if away.numel() else 0.0
             different, total = different + int((away > 0).sum()), total + away.numel()
         distances[label] = max(distance, distances.get(label, 0.0))
-    return Reemission(distances, different / total if total else 0.0, left_out)
+    return Relowering(distances, different / total if total else 0.0, left_out)
 
 
-def require_steps(found: Reemission) -> None:
+def require_steps(found: Relowering) -> None:
     """Raise GraphError where a site is further than one step from what it was."""
     if found.furthest is not None and found.furthest[1] > 1:
         site, distance = found.furthest
@@ -102,7 +102,7 @@ def rounds_activations(graph: Graph) -> bool:
 
 
 def _sites(graph: Graph) -> dict[tuple[str, str], list[_Site]]:
-    """By what a site keeps through passes: its module path and its word; in order, where several have the same."""
+    """By what a site keeps through passes: its module path and its op; in order, where several have the same."""
     sites = defaultdict[tuple[str, str], list[_Site]](list)
     for site in _found(graph):
         sites[site.node.path, site.node.kind.removesuffix(_FOLDED)].append(site)
@@ -111,12 +111,12 @@ def _sites(graph: Graph) -> dict[tuple[str, str], list[_Site]]:
 
 def _found(graph: Graph) -> Iterator[_Site]:
     for node in graph.nodes:
-        if node.kind.removesuffix(_FOLDED) in _WORDS and (site := _site(graph, node)) is not None:
+        if node.kind.removesuffix(_FOLDED) in _OPS and (site := _site(graph, node)) is not None:
             yield site
 
 
 def _site(graph: Graph, node: Node) -> _Site | None:
-    """A word on integers whose scales are stored; None of any other."""
+    """An op on integers whose scales are stored; None of any other."""
     read: list[tuple[Value, Value | None]]
     if node.kind.endswith(_FOLDED):
         names = [("a", "a_zero_point"), ("b", "b_zero_point")] if node.kind == "add_int8" else [("x", "zero_point")]
@@ -144,7 +144,7 @@ def _site(graph: Graph, node: Node) -> _Site | None:
 
 
 def _quantize_behind(node: Node) -> Node | None:
-    """The quantize that alone reads a word's result, at most behind a relu or clip."""
+    """The quantize that alone reads an op's result, at most behind a relu or clip."""
     for bounds in (("relu", "clip"), ()):
         reader = node.result.only_user
         if reader is None or reader.kind == "quantize":

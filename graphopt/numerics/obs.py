@@ -46,7 +46,7 @@ def sparse_gpt(weight: Tensor, covariance: Tensor, *, pattern: Pattern, amount: 
     Source: Frantar & Alistarh 2023, algorithm 1; the step for one weight is OBS (Hassibi & Stork 1993).
     """
     if pattern.rows > 1 or (pattern.columns > 1 and not pattern.keep):
-        raise ValueError("second order pruning knows single weights and N:M, no blocks")
+        raise ValueError("GPTQ pruning knows single weights and N:M, no blocks")
     require_amount(amount)
     require_finite(weight, "weight")
     require_finite(covariance, "covariance")

@@ -29,7 +29,7 @@ class Context:
     """What a pass may ask of its surroundings while it runs."""
 
     target: Any = None
-    """The backend: `schemes` says which words may be int8, and how."""
+    """The backend: `schemes` says which ops may be int8, and how."""
     threads: int | None = None
     """Of the engine, where a pass measures; None for its default."""
     report: Report = field(default_factory=Report)
@@ -44,7 +44,7 @@ class Context:
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The account of the pass that runs now."""
     current: Pass | None = None
-    put_back: Mapping[str, str] = field(default_factory=dict)
+    reverted: Mapping[str, str] = field(default_factory=dict)
     """By label, sites that passes which lose accuracy leave as they are, and why: there they made the model slower."""
     labels: dict[Node, str] = field(default_factory=dict)
     """How the account calls the sites: their label, with the node's name where several share that (a shared module)."""
@@ -61,20 +61,20 @@ class Context:
         for selector in (targets, ignore):
             for term in selector.terms if selector in chosen_by_user else ():
                 if not any(selector.matches(node, term) for node in nodes):
-                    names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.word})
+                    names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
                     raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
         often = Counter(node.label for node in chosen)
         for node in chosen:
             self.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
         self.record.eligible.extend(self.labels[node] for node in chosen)
-        return [node for node in chosen if not self.puts_back(self.labels[node])]
+        return [node for node in chosen if not self.reverts(self.labels[node])]
 
-    def puts_back(self, label: str) -> bool:
+    def reverts(self, label: str) -> bool:
         """Whether a site stays as it is because the model was slower with it changed; it is then declined."""
-        if label not in self.put_back or self.current is None or self.current.lossless:
+        if label not in self.reverted or self.current is None or self.current.lossless:
             return False
-        self.record.declined[label] = self.put_back[label]
+        self.record.declined[label] = self.reverted[label]
         return True
 
     def per_site(self, graph: Graph, option: str, values: PerSite, targets: Selector) -> dict[Node, Any]:
@@ -89,7 +89,7 @@ class Context:
                 continue
             if any(node in Selector(term) for node in selected):
                 raise UsageError(f"{option}: {term!r} is never reached, as earlier terms match all of its sites")
-            names = sorted({node.label for node in selected} | {node.kind for node in selected if node.word})
+            names = sorted({node.label for node in selected} | {node.kind for node in selected if node.op})
             raise UsageError(f"{option}: {term!r} selects none of the sites in {targets}{nearest(term, names)}")
         return {node: values[term] for node, term in terms.items()}
 

@@ -200,7 +200,7 @@ def units(
 
 def _shared(node: Node) -> Value | Node:
     """What nodes that change together have in common: a stored weight, or the node itself."""
-    operands = () if node.word is None else node.word.operands
+    operands = () if node.op is None else node.op.operands
     stored = next((node.operand(name) for name in ("weight", "table") if name in operands), None)
     return stored if stored is not None and stored.is_constant else node
 

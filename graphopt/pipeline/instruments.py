@@ -183,23 +183,23 @@ class Agree(Instrument):
     @cached_property
     def _least(self) -> float:
         """Least SQNR (dB) of an output in floats, where the original rounds activations."""
-        return max(QUANTIZED_FLOOR, min(QUANTIZED_SQNR, self._unrest() - QUANTIZED_MARGIN))
+        return max(QUANTIZED_FLOOR, min(QUANTIZED_SQNR, self._noise_floor() - QUANTIZED_MARGIN))
 
-    def _unrest(self) -> float:
-        """Least SQNR (dB) between the original and its engine's optimized run, and for inputs nudged either way."""
+    def _noise_floor(self) -> float:
+        """Least SQNR (dB) between the original and its engine's optimized run, and for inputs perturbed either way."""
         run = self._engine() if self._engine is not None else None
         runs = [] if run is None else [[list(run(feeds)) for feeds in self.feeds]]
         if self._given is not None and any(one.is_floating_point() for feeds in self.feeds for one in feeds.values()):
             for steps in (NUDGE, -NUDGE):
                 given = self._given.clone()  # what a run writes to is its own
-                runs.append([given.evaluate(_nudged(feeds, steps), given.outputs) for feeds in self.feeds])
+                runs.append([given.evaluate(_perturbed(feeds, steps), given.outputs) for feeds in self.feeds])
         found = [metrics.sqnr(a, b) for one in runs for before, after in zip(self.original, one, strict=True)
                  for a, b in zip(before, after, strict=True)
                  if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape]  # fmt: skip
         return min(found, default=math.inf)
 
 
-def _nudged(feeds: Feeds, steps: int) -> Feeds:
+def _perturbed(feeds: Feeds, steps: int) -> Feeds:
     """Inputs in floats moved by so many last bits of 1 in proportion; the others as they are."""
     return {name: tensor * (1 + steps * torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
             for name, tensor in feeds.items()}  # fmt: skip

@@ -48,7 +48,7 @@ class Pass:
             if isinstance(option.default, Selector) and not isinstance(given, Selector):
                 terms = [given] if isinstance(given, str) else given
                 if not isinstance(terms, list | tuple) or not all(isinstance(term, str) for term in terms):
-                    raise UsageError(f"{self.name}: {option.name} is {given!r}; give words, module paths or patterns")
+                    raise UsageError(f"{self.name}: {option.name} is {given!r}; give ops, module paths or patterns")
                 object.__setattr__(self, option.name, Selector(*terms))
 
     def run(self, graph: Graph, context: Context) -> None:

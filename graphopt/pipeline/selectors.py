@@ -10,13 +10,13 @@ from typing import Any
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Node
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.pipeline.spelling import value_text
 
 
 @dataclass(frozen=True, init=False)
 class Selector:
-    """Which sites: words (linear), module paths or globs (encoder.layer.*.output), regular expressions (re:...), or
+    """Which sites: ops (linear), module paths or globs (encoder.layer.*.output), regular expressions (re:...), or
     single nodes by their unique name (node:..., see `of`)."""
 
     terms: tuple[str, ...]
@@ -27,11 +27,11 @@ class Selector:
 
     @classmethod
     def of(cls, *nodes: Node) -> Selector:
-        """These nodes and no other: a name may be that of a word, and modules called twice share their path."""
+        """These nodes and no other: a name may be that of an op, and modules called twice share their path."""
         return cls(f"node:{node.name}" for node in nodes)
 
     def matches(self, node: Node, term: str) -> bool:
-        if term in WORDS:
+        if term in OPS:
             return node.kind == term
         if term.startswith("node:"):
             return node.name == term.removeprefix("node:")
@@ -56,7 +56,7 @@ class PerSite(Mapping[str, Any]):
     def __init__(self, values: Mapping[str, Any]) -> None:
         """Raises UsageError where a term is no text."""
         if wrong := [term for term in values if not isinstance(term, str)]:
-            raise UsageError(f"{wrong[0]!r} selects no site; give a word, a module path or a pattern")
+            raise UsageError(f"{wrong[0]!r} selects no site; give an op, a module path or a pattern")
         object.__setattr__(self, "pairs", tuple(values.items()))
 
     def __getitem__(self, term: str) -> Any:

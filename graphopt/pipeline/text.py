@@ -16,7 +16,7 @@ from graphopt.pipeline.selectors import PerSite, Selector
 
 # --- the text form -------------------------------------------------------------------------------------------------
 
-_TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}()\[\],="]+)|(?P<mark>[{}()\[\],=]))""")
+_TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<op>[^\s{}()\[\],="]+)|(?P<mark>[{}()\[\],=]))""")
 
 
 def parse(text: str, registry: Mapping[str, Any]) -> Pipeline:
@@ -47,7 +47,7 @@ class _Parser:
         )
 
     def take(self, expected: str) -> str:
-        """The next token, which must be of this kind (word, end) or this mark."""
+        """The next token, which must be of this kind (op, end) or this mark."""
         kind, token, position = self.tokens[0]
         if expected != (token if kind == "mark" else kind):
             raise self.error(position)
@@ -70,7 +70,7 @@ class _Parser:
     def one(self) -> Pass:
         if self.tokens[0][1] == "(":
             return Pipeline(self.group())
-        name = self.take("word")
+        name = self.take("op")
         options = self.options() if self.tokens[0][1] == "{" else {}
         if name == "repeat":
             return _construct(Repeat, options | {"passes": tuple(self.group())})
@@ -90,7 +90,7 @@ class _Parser:
         self.take("{")
         while self.tokens[0][1] != "}":
             kind, _, position = self.tokens[0]
-            name = str(self.value()) if quoted and kind == "string" else self.take("word")
+            name = str(self.value()) if quoted and kind == "string" else self.take("op")
             if name in options:
                 raise UsageError(f"pipeline text, at character {position + 1}: {name} is given twice in {self.text!r}")
             self.take("=")
@@ -101,7 +101,7 @@ class _Parser:
         return options
 
     def value(self) -> Any:
-        """A string, a _Bare word, a tuple of values, or values by term."""
+        """A string, a _Bare op, a tuple of values, or values by term."""
         kind, token, position = self.tokens[0]
         if token == "{":
             return self.options(quoted=True)
@@ -117,7 +117,7 @@ class _Parser:
         if kind == "string":
             with suppress(ValueError):
                 return json.loads(token)
-        if kind != "word":
+        if kind != "op":
             raise self.error(position)
         return _Bare(token)
 
@@ -146,7 +146,7 @@ def _selector(cls: type[Pass], name: str, value: Any) -> Selector:
     terms = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(term, str) for term in terms):
         kind = "a value by site" if isinstance(value, dict) else "a list of lists"
-        raise UsageError(f"{cls.name}: {name} is {kind}; give words, module paths or patterns")
+        raise UsageError(f"{cls.name}: {name} is {kind}; give ops, module paths or patterns")
     return Selector(*(str(term) for term in terms))
 
 

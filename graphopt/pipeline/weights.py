@@ -34,7 +34,7 @@ def why_fixed(site: Node) -> str | None:
     if weight is not None:
         kind = str(weight.dtype).removeprefix("torch.")
         return None if weight.is_floating_point() else f"weight is {kind}, not float"
-    value = site.operand("weight") if site.word is not None and "weight" in site.word.operands else None
+    value = site.operand("weight") if site.op is not None and "weight" in site.op.operands else None
     if value is None:
         return f"{site.kind} has no weight"
     if value.producer is not None and value.producer.kind == "dequantize":

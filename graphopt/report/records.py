@@ -66,17 +66,17 @@ class Report:
     cost_after: Cost = field(default_factory=Cost)
     words_before: dict[str, int] = field(default_factory=dict)
     words_after: dict[str, int] = field(default_factory=dict)
-    census: dict[str, int] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
     """Kernels that the engine really built, by name."""
     choices: list[dict[str, Any]] = field(default_factory=list)
     """Where a pattern had several legal forms: which was taken, and why."""
-    reemission: Reemission | None = None
-    """Of what came in quantized and is written anew: how far each site is from what it was."""
+    relowering: Relowering | None = None
+    """Of what came in quantized and is re-lowered: how far each site is from what it was."""
     agreement: list[Agreement] = field(default_factory=list)
     """The deployed result against the original, on the example inputs."""
     speed: list[dict[str, Any]] = field(default_factory=list)
     """By example shape, how many times as fast as the input: "shapes", "median", "low" and "high" (95%), "rounds"."""
-    put_back: dict[str, str] = field(default_factory=dict)
+    reverted: dict[str, str] = field(default_factory=dict)
     """By label, sites that are as they were because the model was slower with them changed, and by how much."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Reemission:
+class Relowering:
     """How far the sites of a quantized file are from what they were, each by itself and for the same integers."""
 
     distances: dict[str, float] = field(default_factory=dict)
@@ -280,7 +280,7 @@ class Reemission:
     def __str__(self) -> str:
         left_out = f"; not compared: {', '.join(self.left_out)}" if self.left_out else ""
         if self.furthest is None:
-            return f"written anew, and no site was compared with what it was{left_out}"
+            return f"re-lowered, and no site was compared with what it was{left_out}"
         site, distance = self.furthest
-        return (f"written anew, {len(self.distances)} sites give what they gave for the same integers, to within "
+        return (f"re-lowered, {len(self.distances)} sites give what they gave for the same integers, to within "
                 f"{distance:.3g} steps ({site}); {self.differs:.3%} of the integers differ{left_out}")  # fmt: skip

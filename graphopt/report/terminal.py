@@ -38,13 +38,13 @@ def report(report: Report) -> RenderableType:
     parts += [sensitivity(one.sensitivity, text.ROWS) for one in report.passes if one.sensitivity is not None]
     if report.agreement:
         parts.append(table(text.agreement_rows(report.agreement), "outputs against the original"))
-    if report.census:
-        parts.append(table(text.census_rows(report), "what the engine runs"))
+    if report.kernels:
+        parts.append(table(text.kernel_rows(report), "what the engine runs"))
     parts += [Text(line) for line in text.choices(report)]
     if report.speed:
         parts.append(table(text.speed_rows(report), "speed over the input"))
-    if report.put_back:
-        parts.append(table([("site", "put back because"), *report.put_back.items()], "put back", right=()))
+    if report.reverted:
+        parts.append(table([("site", "reverted because"), *report.reverted.items()], "reverted", right=()))
     return Group(*parts)
 
 

@@ -39,10 +39,10 @@ def report(report: Report) -> str:
         *(_titled(f"sensitivity, for {one.name}", [textwrap.indent(sensitivity(one.sensitivity, ROWS), "  ")])
           for one in report.passes if one.sensitivity is not None),
         _titled("outputs against the original", outputs),
-        _titled("kernels that the engine built", [_wrapped(counts(report.census), "  ")] if report.census else []),
+        _titled("kernels that the engine built", [_wrapped(counts(report.kernels), "  ")] if report.kernels else []),
         _titled("choices", [_wrapped(line, "  ") for line in choices(report)]),
         _titled("speed over the input", [textwrap.indent(table(speed_rows(report)), "  ")] if report.speed else []),
-        _titled("put back", [_wrapped(line, "  ") for line in put_back(report)]),
+        _titled("reverted", [_wrapped(line, "  ") for line in reverted(report)]),
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -74,7 +74,7 @@ def comparison_rows(found: Comparison) -> Rows:
 
 def site_rows(found: Propagation) -> Rows:
     """In the order of the graph."""
-    rows: Rows = [("site", "word", "SQNR", "cosine")]
+    rows: Rows = [("site", "op", "SQNR", "cosine")]
     return rows + [(one.site, one.kind, decibels(one.sqnr), cosine(one.cosine)) for one in found.sites]
 
 
@@ -210,9 +210,9 @@ def agreement_rows(found: Sequence[Agreement]) -> Rows:
     return rows + [(one.output, decibels(one.sqnr), cosine(one.cosine), f"{one.max_error:.3g}") for one in found]
 
 
-def census_rows(report: Report) -> Rows:
+def kernel_rows(report: Report) -> Rows:
     """One row a kernel."""
-    return [("kernel", "built"), *((kind, str(number)) for kind, number in report.census.items())]
+    return [("kernel", "built"), *((kind, str(number)) for kind, number in report.kernels.items())]
 
 
 def cost_rows(report: Report) -> list[tuple[str, str]]:
@@ -286,7 +286,7 @@ def _taken(value: Mapping[str, Any]) -> tuple[str, str]:
         ratios = ", ".join(interval(one["median"], one["low"], one["high"]) for one in value["ratios"])
         return "slower" if value["slower"] else "not slower", ratios
     if "lost" in value:
-        return "put back", ", ".join(value["lost"]) or "none"
+        return "reverted", ", ".join(value["lost"]) or "none"
     others = dict(list(value["ratios"].items())[1:])
     dropped = [f"{form} dropped" for form in value["dropped"]]
     return value["form"], ", ".join(filter(None, [ratios_text(others), *dropped]))
@@ -306,9 +306,9 @@ def speed_rows(report: Report) -> Rows:
     ]
 
 
-def put_back(report: Report) -> list[str]:
+def reverted(report: Report) -> list[str]:
     """One line a site."""
-    return [f"{site}: {reason}" for site, reason in report.put_back.items()]
+    return [f"{site}: {reason}" for site, reason in report.reverted.items()]
 
 
 def diff_summary(diff: GraphDiff) -> str:

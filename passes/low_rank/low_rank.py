@@ -53,7 +53,7 @@ class LowRank(Pass):
     """How a conv is split: spatial (k x 1, 1 x k) or channel (its kernel, 1x1); auto is spatial where that can be."""
 
     targets: Selector = Selector("linear", "conv")
-    """Sites to consider: words, module paths or patterns."""
+    """Sites to consider: ops, module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave as they are."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Shape
 from graphopt.numerics.allocate import spend

@@ -9,12 +9,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from graphopt.analysis.groups import Group, groups
 from graphopt.analysis.shrink import shrink
 from graphopt.ir.cost import flops
 from graphopt.ir.graph import Graph, Shape, Value
+from torch import Tensor
 
 FEWEST_STEPS = 4
 """Multiples that a group must hold to be cut by them: 64 channels by 16, but 32 by 8."""
@@ -212,7 +211,7 @@ def _nearest(
     return min((sizes, within), key=lambda one: abs(cost(one) - budget))
 
 
-class Bill:
+class CostModel:
     """What a graph costs with some units cut, counted without cutting it."""
 
     def __init__(self, graph: Graph, candidates: Sequence[Candidate], axes: Mapping[str, int]) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
-
 from graphopt.analysis.groups import Axis, Group
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node, Value
@@ -17,12 +15,13 @@ from graphopt.numerics.finite import require_finite
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight, why_fixed
+from torch import Tensor
 
 Scores = dict[Group, Tensor]
 """A number for each unit of a group, at least 0: float64 (size,). Left out are groups that a criterion cannot weigh."""
 
 _STATISTICS = ("mean", "var", "scale", "zero_point", "condition", "mask")
-"""Operands of words that are no weights: what a batch norm has seen, scales of integers, masks."""
+"""Operands of ops that are no weights: what a batch norm has seen, scales of integers, masks."""
 
 _UNWEIGHED = {
     "activation": "no linear or conv with a stored float weight reads it; use importance=l2",
@@ -146,7 +145,7 @@ def _constants(graph: Graph, group: Group) -> list[tuple[Axis, Tensor]]:
 
 def _operand(node: Node, value: Value) -> str:
     """What a node calls a value that it reads."""
-    if node.word is None:
+    if node.op is None:
         return "constant"
-    names = node.word.names(len(node.operands))
+    names = node.op.names(len(node.operands))
     return next((name for name, one in zip(names, node.operands, strict=False) if one == value), "constant")

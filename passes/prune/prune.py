@@ -9,7 +9,7 @@ from graphopt.errors import UsageError
 from graphopt.ir.cost import sizes
 from graphopt.ir.graph import Graph
 from graphopt.passes.prune import budget, sizing
-from graphopt.passes.prune.budget import Bill, Candidate, Sizes
+from graphopt.passes.prune.budget import Candidate, CostModel, Sizes
 from graphopt.passes.prune.importance import IMPORTANCE, weigh
 from graphopt.passes.prune.refit import compensate
 from graphopt.passes.prune.selection import open_groups
@@ -75,7 +75,7 @@ class Prune(Pass):
     """Of importance=random."""
 
     targets: Selector = Selector("linear", "conv", "embedding")
-    """Groups to consider: by their names, or by producers, else consumers (words, module paths or patterns)."""
+    """Groups to consider: by their names, or by producers, else consumers (ops, module paths or patterns)."""
 
     ignore: Selector = Selector()
     """Groups to leave as they are; the name of a group means that one only."""
@@ -155,7 +155,7 @@ class Prune(Pass):
             if getattr(self, name) is not None:
                 return sizing.within_budget(graph, context, candidates, name, getattr(self, name), together)
         chosen = sizing.by_shares(context, candidates, {kind: getattr(self, kind) for kind in KINDS}, together)
-        bill = Bill(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
+        bill = CostModel(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
         if bill.flops and any(size < one.group.size for one, size in chosen.items()):
             context.note(f"{bill.share('flops')(chosen):.3f} of the FLOPs stay")
         return chosen

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from graphopt.analysis.groups import Group, groups
 from graphopt.errors import UsageError, nearest
 from graphopt.ir.graph import Graph
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.weights import already_quantized
@@ -27,7 +27,7 @@ def open_groups(
     """The groups of these kinds that are selected and that nothing locks, in the order of the graph.
 
     Those that are selected are counted as eligible, by name, and those that are locked are declined. A term that is the
-    name of a group, and no word, selects that group only; any other selects those with such a producer or consumer.
+    name of a group, and no op, selects that group only; any other selects those with such a producer or consumer.
     required: kinds of which there must be a group; named: whether the user wrote `targets`.
     Producers come first: a module selects by what it consumes only where it produces no group.
     Raises UsageError where the graph has no group of a required kind, or of any, where a term that the user wrote
@@ -45,14 +45,14 @@ def open_groups(
             f"{name}: the model has no group of {' or '.join(missing or kinds)}; its groups: {there}"
             + _locks([group for group in everything if group.locked]) + already_quantized(graph)
         )  # fmt: skip
-    names = {group.name for group in everything} - WORDS.keys()
+    names = {group.name for group in everything} - OPS.keys()
 
     def hits(term: str) -> list[Group]:
         if term in names:
             return [group for group in found if group.name == term]
         nodes = Selector(term)
         produced = [group for group in found if any(node in nodes for node in group.producers)]
-        if produced and term not in WORDS:
+        if produced and term not in OPS:
             return produced
         return [group for group in found if group in produced or any(node in nodes for node in group.consumers)]
 
@@ -73,7 +73,7 @@ def open_groups(
     chosen = [group for group in found if group in wanted]
     context.record.eligible.extend(group.name for group in chosen)
     context.record.declined.update((group.name, f"it {group.locked}") for group in chosen if group.locked)
-    left = [group for group in chosen if not (group.locked or context.puts_back(group.name))]
+    left = [group for group in chosen if not (group.locked or context.reverts(group.name))]
     for several in [[kind] for kind in required] or [list(kinds)]:
         if not any(group.kind in several for group in left):
             held = [group for group in chosen if group.kind in several]

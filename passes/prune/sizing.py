@@ -9,7 +9,7 @@ from graphopt.errors import UsageError
 from graphopt.ir.cost import sizes
 from graphopt.ir.graph import Graph
 from graphopt.passes.prune import budget
-from graphopt.passes.prune.budget import Bill, Candidate, Sizes
+from graphopt.passes.prune.budget import Candidate, CostModel, Sizes
 from graphopt.pipeline.context import Context
 
 
@@ -44,7 +44,7 @@ def within_budget(
     name = context.record.name
     if of != "params" and not context.feeds:
         raise UsageError(f"{name}: {of}={share:g} needs the sizes of the inputs: pass example_inputs=<a batch>")
-    bill = Bill(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
+    bill = CostModel(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
     if of == "flops" and bill.uncounted:
         node = bill.uncounted[0]
         raise UsageError(

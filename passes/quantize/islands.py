@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import JOINED, MOVES, end_of, is_dequantized, is_global, label_of
 from graphopt.numerics import quantize
@@ -26,8 +25,8 @@ class Islands:
     """What will be in integers: decided on the graph as it is, then emitted in its order.
 
     One scale and zero point a value, for all sites that read it. The result of a static conv is quantized too, behind a
-    relu or clip that follows, and so is that of what joins such results: a target then finds closed islands. The result
-    of a static matmul is where it is read in integers.
+    relu or clip that follows, and so is that of what joins such results: a target then finds closed quantized
+    regions. The result of a static matmul is where it is read in integers.
     """
 
     graph: Graph
@@ -46,17 +45,17 @@ class Islands:
     pairs: dict[tuple[Value, str], Value] = field(default_factory=dict)
     """What was emitted: the dequantized form of a value, by scheme."""
 
-    def static(self, *words: str) -> Iterator[Node]:
-        return (site for site, scheme in self.schemes.items() if scheme == "static" and site.kind in words)
+    def static(self, *ops: str) -> Iterator[Node]:
+        return (site for site, scheme in self.schemes.items() if scheme == "static" and site.kind in ops)
 
     def join(
         self, legal: Callable[[str], bool], stays: Callable[[Node], str | None], asked: Collection[Node] = ()
     ) -> dict[Node, str]:
         """Take in what reads integers and pays; the reasons of what reads them, or was asked for, and stays float.
 
-        legal: whether the target has a kernel for a word; stays: why a node is to stay float, None where it is not;
-        asked: softmaxes that are to join, behind a static matmul; others do not. A word of several operands joins where
-        all of them are quantized anyway, and one is the result of a conv or of what joined before; a word of one
+        legal: whether the target has a kernel for an op; stays: why a node is to stay float, None where it is not;
+        asked: softmaxes that are to join, behind a static matmul; others do not. An op of several operands joins where
+        all of them are quantized anyway, and one is the result of a conv or of what joined before; an op of one
         operand, and a move, where its own result is read in integers too.
         """
         inputs = {conv.input for conv in self.static("conv")}
@@ -81,7 +80,7 @@ class Islands:
         return declined
 
     def _drop_idle(self, declined: dict[Node, str]) -> None:
-        """Let go of words of one operand whose result nobody reads in integers, the last first; matmuls give float."""
+        """Let go of ops of one operand whose result nobody reads in integers, the last first; matmuls give float."""
         readers = {site: [site.input] for site in self.static("linear", "conv")}
         for site in self.static("matmul"):
             readers[site] = [site.required("a"), site.required("b")]

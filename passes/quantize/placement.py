@@ -1,4 +1,4 @@
-"""Integers where a target wants them: closed islands of them, or only what int8 words read."""
+"""Integers where a target wants them: closed quantized regions of them, or only what int8 ops read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
-
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import end_of, is_dequantized, label_of
 from graphopt.lowering.backend import Placement

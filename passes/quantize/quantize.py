@@ -16,7 +16,7 @@ from graphopt.passes.quantize.mixed import Goal, keep, remember
 from graphopt.passes.quantize.placement import islands_on
 from graphopt.passes.quantize.ranges import observe
 from graphopt.passes.quantize.rounding import Recipe, Rounding
-from graphopt.passes.quantize.smoothing import even_out
+from graphopt.passes.quantize.smoothing import smooth_channels
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import PerSite, Selector
@@ -25,13 +25,13 @@ from graphopt.pipeline.spelling import value_text
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Round weights, and activations to 8 bits: quantize and dequantize around float words (Jacob et al., 2018).
+    """Round weights, and activations to 8 bits: quantize and dequantize around float ops (Jacob et al., 2018).
 
     Weights are signed, symmetric, one scale an output channel; weight-only they may have blocks and zero points.
     Activations are uint8, one scale and zero point a value, for all sites that read it. The results of static convs are
     quantized too, behind a relu or clip that follows, and so is what joins or moves them: a target then finds closed
-    islands. With calibration the default is all that is known to help without labels: channels evened out, weights
-    fitted to inputs as they are in integers and rounded by second order, and biases that answer for mean errors.
+    islands. With calibration the default is all that is known to help without labels: channels smoothed, weights
+    fitted to inputs as they are in integers and rounded by GPTQ, and biases that answer for mean errors.
     Declined: a weight that is not stored in float32, and what the target has no fast kernel for.
     """
 
@@ -57,7 +57,7 @@ class Quantize(Pass):
     """Range of an activation: least squared error (mse), percentile (all but 1e-5 at either end), minmax or entropy."""
 
     rounding: str = "auto"
-    """Weights to the nearest integer, or second-order: what outputs miss least (auto: that, with calibration)."""
+    """Weights to the nearest integer, or gptq: what outputs miss least (auto: that, with calibration)."""
 
     clip: bool | None = None
     """Whether scales are searched for the least squared error of the weight (none: below 7 bits)."""
@@ -66,7 +66,7 @@ class Quantize(Pass):
     """Whether biases take over the mean error of outputs (none: with calibration)."""
 
     smooth: bool | None = None
-    """Whether channels that static sites read are evened out first, as `smooth` does (none: yes, but for node:...)."""
+    """Whether channels that static sites read are smoothed first, as `smooth` does (none: yes, but for node:...)."""
 
     sqnr: float | None = None
     """Least SQNR (dB) of the worst output over the calibration: the sites that hurt most stay float until it is met."""
@@ -78,7 +78,7 @@ class Quantize(Pass):
     """Most that `evaluate` (more is better) may fall, in the same way."""
 
     targets: Selector = Selector("linear", "conv", "embedding")
-    """Sites to consider: words (matmul too, and softmax between matmuls), module paths or patterns."""
+    """Sites to consider: ops (matmul too, and softmax between matmuls), module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave in float."""
@@ -89,7 +89,7 @@ class Quantize(Pass):
         choices = {
             "scheme": ("auto", *schemes.SCHEMES), "dtype": tuple(schemes.TYPES),
             "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
-            "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "second-order"),
+            "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "gptq"),
             "clip": (None, True, False), "bias_correction": (None, True, False),
             "smooth": (None, True, False),
         }  # fmt: skip
@@ -107,7 +107,7 @@ class Quantize(Pass):
         named = schemes.names_nodes(self.targets.terms, self.ignore.terms, self.scheme, self.bits)
         if self.smooth is not False and self.dtype == "int8" and context.calibration is not None and not named:
             sites = (site for site in graph.sites("linear", "conv") if site in self.targets and site not in self.ignore)
-            even_out(graph, context, schemes.static(sites, self.scheme, context))
+            smooth_channels(graph, context, schemes.static(sites, self.scheme, context))
         goal = Goal(self.sqnr, self.cosine, self.max_drop)
         free = replace(self, sqnr=None, cosine=None, max_drop=None, smooth=False)
         context = remember(context) if goal.asked else context
@@ -120,10 +120,10 @@ class Quantize(Pass):
                            if site.kind == "matmul" or site in rounding.recipes}  # fmt: skip
 
         def stays(node: Node) -> str | None:
-            return "it is to stay float" if node in self.ignore else context.put_back.get(node.label)
+            return "it is to stay float" if node in self.ignore else context.reverted.get(node.label)
 
         softmaxes = [site for site in chosen if site.kind == "softmax"]
-        account(context, islands, islands.join(lambda word: "static" in schemes.legal(word, context), stays, softmaxes))
+        account(context, islands, islands.join(lambda op: "static" in schemes.legal(op, context), stays, softmaxes))
         products = [one.bits for site, one in rounding.recipes.items() if islands.schemes[site] != "weight-only"]
         if products and context.target is not None and self.dtype == "int8":
             context.note(schemes.safety(products))
@@ -166,7 +166,7 @@ class Quantize(Pass):
                 context.decline(site, reason)
             else:
                 chosen[site] = scheme, self._recipe(site, scheme, bits, block, context)
-        if refused and not (chosen or kept or context.put_back):
+        if refused and not (chosen or kept or context.reverted):
             raise UsageError("quantize: nothing is left to quantize ({}: {})".format(*next(iter(refused.items()))))
         return chosen
 
@@ -179,6 +179,6 @@ class Quantize(Pass):
         corrected = corrects and (calibrated if self.bias_correction is None else self.bias_correction)
         if self.dtype != "int8":
             return Recipe(schemes.TYPES[self.dtype], bias_correction=corrected)
-        second_order = calibrated if self.rounding == "auto" else self.rounding == "second-order"
-        return Recipe(bits=bits, block=block, symmetric=symmetric, clip=clip, second_order=second_order,
+        gptq = calibrated if self.rounding == "auto" else self.rounding == "gptq"
+        return Recipe(bits=bits, block=block, symmetric=symmetric, clip=clip, gptq=gptq,
                       bias_correction=corrected)  # fmt: skip

@@ -6,16 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
-
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.numerics import quantize
 from graphopt.numerics.finite import require_finite
 from graphopt.numerics.reconstruct import bias_shift, fitted, reconstruct, refine
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
+from torch import Tensor
 
 _ROOM = 2.0**30
 """Steps that a bias may take: engines add it to sums in int32, which need half of that."""
@@ -29,22 +28,22 @@ class Recipe:
     """How a weight becomes integers."""
 
     dtype: torch.dtype = torch.int8
-    """Integers (in bits), or a float of 8 bits, of which there are no blocks and no second order."""
+    """Integers (in bits), or a float of 8 bits, of which there are no blocks and no GPTQ."""
     bits: int = 8
     block: int | None = None
     """Weights along the input that share a scale; None for all of an output."""
     symmetric: bool = True
     clip: bool = False
-    """Whether scales are searched for the least squared error of the weight (by second order, as its inputs' mean
+    """Whether scales are searched for the least squared error of the weight (by GPTQ, as its inputs' mean
     squares count it), or cover all of it."""
-    second_order: bool = False
+    gptq: bool = False
     """Whether the error of each weight is made up for by those not yet rounded, or each goes to its nearest."""
     bias_correction: bool = False
     """Whether the bias takes over what rounding shifts the outputs by, on average."""
 
     @property
     def needs_inputs(self) -> bool:
-        return self.second_order or self.bias_correction
+        return self.gptq or self.bias_correction
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,13 @@ class Rounding:
             sites = [site for site, chosen in self.recipes.items() if chosen == recipe and site.kind != "embedding"]
             static, others = list[Weight](), list[Weight]()
             for weight in _weights(sites):
-                known = recipe.second_order and all(site in self.grids for site in weight.sites)
+                known = recipe.gptq and all(site in self.grids for site in weight.sites)
                 (static if known else others).append(weight)
             grids = {site.input: self.grids[site] for weight in static for site in weight.sites}
             if static:
                 for weight, moments in inputs.met(self.graph, context, static, grids):
                     self._fit(weight, recipe, *moments.unbind())
-            if others and recipe.second_order:
+            if others and recipe.gptq:
                 for weight, moments in inputs.affine(self.graph, context, others):
                     self._fit(weight, recipe, moments, moments)
             elif others:
@@ -162,7 +161,7 @@ class Rounding:
             raise ValueError(f"{site.label}: {error}") from error
         operands = self.graph.add_constant(steps, value.name), self.graph.add_constant(scale, f"{value.name}_scale")
         self.stored[value, recipe] = Stored(*operands, None, {"axis": 0})
-        floats: Tensor = WORDS["dequantize"].reference(steps, scale, axis=0)
+        floats: Tensor = OPS["dequantize"].reference(steps, scale, axis=0)
         return floats
 
     def _with_room(self, grid: quantize.Grid, value: Value, recipe: Recipe) -> quantize.Grid:

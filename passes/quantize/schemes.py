@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Node, Value
 from graphopt.pipeline.context import Context
@@ -18,35 +17,35 @@ SCHEMES = ("static", "dynamic", "weight-only")
 TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 """What weights and activations are stored in, by name."""
 
-WORDS = ("linear", "conv", "matmul", "softmax", "embedding")
-"""What may be asked for; other words become integers where they stand between these. A softmax is asked for by name,
+OPS = ("linear", "conv", "matmul", "softmax", "embedding")
+"""What may be asked for; other ops become integers where they stand between these. A softmax is asked for by name,
 and becomes integers behind a static matmul only."""
 
 _COUNTS = {"softmax": 1, "conv": 2, "matmul": 2}
-"""Of words that have a form for some schemes only: for how many of them."""
+"""Of ops that have a form for some schemes only: for how many of them."""
 
 _BLOCKS = (32, 16)
 """Blocks that are taken, the first that divides, where none is asked for."""
 
 
-def legal(word: str, context: Context) -> tuple[str, ...]:
+def legal(op: str, context: Context) -> tuple[str, ...]:
     """The schemes that have a fast kernel; every one where no target is given."""
     if context.target is None:
-        return ("weight-only",) if word == "embedding" else SCHEMES[: _COUNTS.get(word, 3)]
-    schemes: tuple[str, ...] = context.target.schemes.get(word, ())
+        return ("weight-only",) if op == "embedding" else SCHEMES[: _COUNTS.get(op, 3)]
+    schemes: tuple[str, ...] = context.target.schemes.get(op, ())
     return schemes
 
 
-def scheme_of(word: str, asked: str, context: Context) -> str:
+def scheme_of(op: str, asked: str, context: Context) -> str:
     """The scheme of a site: auto is static where calibration is given and the target has it, else dynamic.
 
     It is weight-only where the target has nothing else. A table has no activations, and so weights alone.
     """
-    if word == "embedding":
+    if op == "embedding":
         return "weight-only"
     if asked != "auto":
         return asked
-    known = legal(word, context)
+    known = legal(op, context)
     if context.calibration is not None and "static" in known:
         return "static"
     return "weight-only" if "weight-only" in known and "dynamic" not in known else "dynamic"
@@ -67,23 +66,23 @@ def names_nodes(*terms: object) -> bool:
 
 
 def static(sites: Iterable[Node], asked: str | Mapping[str, str], context: Context) -> list[Node]:
-    """Of linears and convs, those that are to be static, but for what was put back."""
+    """Of linears and convs, those that are to be static, but for what was reverted."""
     found = []
     for site in sites:
         term = asked.term_of(site) if isinstance(asked, PerSite) else None
         scheme = asked if isinstance(asked, str) else asked[term] if term else ""
-        if scheme_of(site.kind, scheme, context) == "static" and site.label not in context.put_back:
+        if scheme_of(site.kind, scheme, context) == "static" and site.label not in context.reverted:
             found.append(site)
     return found
 
 
-def bits_of(word: str, scheme: str, asked: int | None, context: Context) -> int:
+def bits_of(op: str, scheme: str, asked: int | None, context: Context) -> int:
     """Bits of a weight: as asked; else 8, or 7 where products of 8 saturate on the target."""
-    if word == "embedding" and asked == 7:  # which is about products
+    if op == "embedding" and asked == 7:  # which is about products
         return 8
     if asked is not None or scheme == "weight-only" or context.target is None:
         return asked or 8
-    bits: int = context.target.weight_bits()
+    bits: int = context.target.product_bits()
     return bits
 
 
@@ -96,7 +95,7 @@ def block_of(site: Node, scheme: str, bits: int, asked: int | None) -> int | Non
 
 def why_not(site: Node) -> str | None:
     """Why a site stays float on any target."""
-    if site.kind not in WORDS:
+    if site.kind not in OPS:
         return f"{site.kind} has no form in integers of its own"
     if site.kind == "matmul":
         return _why_not_product(site)
@@ -134,7 +133,7 @@ def _why_not_table(site: Node) -> str | None:
 
 def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> str | None:
     """Why the target does not run a site so."""
-    word, known = site.kind, legal(site.kind, context)
+    op, known = site.kind, legal(site.kind, context)
     if scheme in known:
         if dtype != "int8" and scheme == "weight-only":
             return f"{dtype} is for products of two sides: give scheme=static, dynamic or auto"
@@ -142,19 +141,19 @@ def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> str 
         return reason
     name = "onnx" if context.target is None else context.target.name
     more = "; static needs calibration" if "static" in known and context.calibration is None else ""
-    return f"{name} has no fast {scheme} {word}{more}"
+    return f"{name} has no fast {scheme} {op}{more}"
 
 
-def why_wrong_bits(word: str, scheme: str, bits: int, context: Context) -> str | None:
+def why_wrong_bits(op: str, scheme: str, bits: int, context: Context) -> str | None:
     """Why a weight cannot have so many bits."""
     if scheme != "weight-only":
         known: tuple[int, ...] = (8, 7)
     else:
-        known = (8, 4, 2) if context.target is None else context.target.narrow.get(word, ())
+        known = (8, 4, 2) if context.target is None else context.target.weight_bits.get(op, ())
     if bits in known:
         return None
     numbers = " or ".join(map(str, known))
-    return f"a {scheme} {word} has weights of {numbers} bits here, not {bits}"
+    return f"a {scheme} {op} has weights of {numbers} bits here, not {bits}"
 
 
 def why_no_block(site: Node, block: int | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.ir.graph import Graph
-from graphopt.passes.quantize.smoothing import even_out
+from graphopt.passes.quantize.smoothing import smooth_channels
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
@@ -26,11 +26,11 @@ class Smooth(Pass):
     lossless = True
 
     targets: Selector = Selector("linear", "conv")
-    """Sites whose inputs are to be evened: words, module paths or patterns."""
+    """Sites whose inputs are to be evened: ops, module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave as they are."""
 
     def run(self, graph: Graph, context: Context) -> None:
-        for site, reason in even_out(graph, context, context.sites(graph, self.targets, self.ignore)).items():
+        for site, reason in smooth_channels(graph, context, context.sites(graph, self.targets, self.ignore)).items():
             context.decline(site, reason)

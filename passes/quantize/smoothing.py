@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import label_of
 from graphopt.numerics.observe import ChannelMinMax
@@ -16,9 +14,10 @@ from graphopt.numerics.smooth import ALPHAS, expected_error, smooth_factors
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import covariances
 from graphopt.pipeline.weights import Weight, why_fixed
+from torch import Tensor
 
 _HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}
-"""Words that do the same to a channel and to a positive multiple of it, by the word that reads their result: pools work
+"""Ops that do the same to a channel and to a positive multiple of it, by the op that reads their result: pools work
 along the last axis, where a linear's channels are."""
 
 
@@ -56,7 +55,7 @@ class Scalable:
         return found | {alpha: smooth_factors(activations, largest.amax(0), alpha) for alpha in ALPHAS}
 
 
-def even_out(graph: Graph, context: Context, sites: Iterable[Node]) -> dict[Node, str]:
+def smooth_channels(graph: Graph, context: Context, sites: Iterable[Node]) -> dict[Node, str]:
     """Divide channels of what linears and convs read by the factors that help, and multiply their weights.
 
     Returns why each of the other sites is left as it is; the share alpha of each value is noted. A site that changes is
@@ -188,7 +187,7 @@ def _keeps_rows(node: Node, reader: str) -> bool:
 
 
 def _maker(value: Value, reader: str) -> Node | str:
-    """The norm, linear or conv that makes a value, at most through words that keep multiples, read by nobody else."""
+    """The norm, linear or conv that makes a value, at most through ops that keep multiples, read by nobody else."""
     node = value.producer
     while node is not None and (node.kind in (*_HOMOGENEOUS[reader], "mul") or _keeps_rows(node, reader)):
         if node.kind == "mul":

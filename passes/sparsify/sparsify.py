@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Value
 from graphopt.numerics.sparsity import Pattern
@@ -20,7 +19,7 @@ from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.weights import Weight, changeable, selected
 
 _PRUNED = ("linear", "conv")
-"""Words whose weight multiplies; the few numbers of a norm scale whole channels, and are no use as zeros."""
+"""Ops whose weight multiplies; the few numbers of a norm scale whole channels, and are no use as zeros."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Sparsify(Pass):
     Shapes and dtypes stay. gradient goes by |w · dL/dw|, the mean over batches (Molchanov et al., 2017); wanda by
     |w| · ‖x‖ within each output (Sun et al., 2024); sparsegpt by the error of the layer's output, and updates the
     weights that stay (Frantar & Alistarh, 2023). Along the input of a conv means from channel to channel, at one
-    position of the kernel. Declined: any word but linear and conv, a weight that the graph computes, that is quantized,
+    position of the kernel. Declined: any op but linear and conv, a weight that the graph computes, that is quantized,
     or that a node outside the selection reads too, and one that the pattern does not divide.
     """
 
@@ -59,7 +58,7 @@ class Sparsify(Pass):
     """Of sparsegpt: what is added to the covariance of the inputs, as a share of its mean diagonal."""
 
     targets: Selector = Selector(*_PRUNED)
-    """Sites to consider: words, module paths or patterns."""
+    """Sites to consider: ops, module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave as they are."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from graphopt.numerics.sparsity import compressed_share
+from torch import Tensor
 
 
 class Zeros:

@@ -133,9 +133,9 @@ def test_a_width_cut_equals_the_module_built_smaller(dialect: str) -> None:
 
 def test_paths_stay(dialect: str) -> None:
     graph = captured("gpt2", dialect).clone()
-    paths = {node.path for node in graph.nodes if node.word is not None}
+    paths = {node.path for node in graph.nodes if node.op is not None}
     shrink(graph, {group: three_quarters(group) for group in groups(graph) if group.locked is None})
-    assert {node.path for node in graph.nodes if node.word is not None} == paths
+    assert {node.path for node in graph.nodes if node.op is not None} == paths
 
 
 # --- one operation between two sites, held to torch ------------------------------------------------------------------
@@ -269,9 +269,9 @@ def test_names_what_sums_over_the_units_that_it_cuts(name: str, dialect: str) ->
     assert all(map(within_tolerance, results_of(Kept(module, keep), {"x": x}), outputs(graph, {"x": x})))
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
+# --- ops ---------------------------------------------------------------------------------------------------------
 
-WORDS = {
+OPS = {
     "grouped-conv": "h = conv(relu(conv(x[2,4,6,6], A[8,4,1,1])), B[12,2,3,3], D[12], groups=4)\n"
     "y = linear(mean(h, axes=[2,3], keepdim=False), C[5,12])",
     "slices": "h = linear(x[2,8], A[12,8])\ny = add(linear(relu(slice(h, axis=1, start=0, end=6)), B[5,6]),"
@@ -300,12 +300,12 @@ def zeroed_graph(graph: Graph, group: Group, keep: Tensor) -> None:
         graph.replace(consumer, graph.emit(consumer.kind, *operands, at=consumer, **consumer.attributes))
 
 
-@pytest.mark.parametrize("name", WORDS)
-def test_cuts_what_words_join(name: str, dialect: str) -> None:
+@pytest.mark.parametrize("name", OPS)
+def test_cuts_what_ops_join(name: str, dialect: str) -> None:
     cut = 0
-    for index, listed in enumerate(groups(build(dialect, WORDS[name]))):
+    for index, listed in enumerate(groups(build(dialect, OPS[name]))):
         if listed.locked is None:
-            graph, reference = build(dialect, WORDS[name]), build(dialect, WORDS[name])
+            graph, reference = build(dialect, OPS[name]), build(dialect, OPS[name])
             keep = three_quarters(listed, seed=2)
             shrink(graph, {groups(graph)[index]: keep})
             graph.verify()
@@ -432,7 +432,7 @@ def test_refuses_groups_of_the_graph_before_a_change(dialect: str) -> None:
 
 
 def test_refuses_to_empty_a_part(dialect: str) -> None:
-    graph = build(dialect, WORDS["slices"])
+    graph = build(dialect, OPS["slices"])
     before = graph.text()
     with pytest.raises(ValueError, match="would leave nothing of axis 1"):
         shrink(graph, {groups(graph)[0]: torch.arange(6)})

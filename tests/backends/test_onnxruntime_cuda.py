@@ -69,12 +69,13 @@ def optimized(kv_heads: int, passes: str) -> tuple[Block, Any]:
     ],
 )
 def test_a_block_end_to_end(kv_heads: int, passes: str, packed: int, least: float, tmp_path: Path) -> None:
-    """Fused attention and norms, numbers as the words', at other shapes too, in a file that loads."""
+    """Fused attention and norms, numbers as the ops', at other shapes too, in a file that loads."""
     module, small = optimized(kv_heads, passes)
-    census = small.report.census
+    kernels = small.report.kernels
     attention = "MultiHeadAttention" if kv_heads == 4 else "GroupQueryAttention"
-    assert census[attention] == 1 and census["SkipLayerNormalization"] == 2 and census.get("MatMulNBits", 0) == packed
-    assert not {"Attention", "LayerNormalization", "DequantizeLinear"} & set(census)
+    assert kernels[attention] == 1 and kernels["SkipLayerNormalization"] == 2
+    assert kernels.get("MatMulNBits", 0) == packed
+    assert not {"Attention", "LayerNormalization", "DequantizeLinear"} & set(kernels)
     x = torch.randn(1, 9, 128, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert sqnr(module(x), small(x)) > least

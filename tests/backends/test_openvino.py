@@ -69,7 +69,7 @@ def test_without_the_package_the_way_out_is_named(monkeypatch: pytest.MonkeyPatc
     assert target("openvino").summary.startswith("OpenVINO on CPU")
 
 
-def test_int8_words_are_refused() -> None:
+def test_int8_ops_are_refused() -> None:
     graph = build("onnx", "y = linear_int8(x[2,8]:uint8, S[]:ones, Z[]:uint8, W[4,8]:int8, V[4]:ones)")
     with pytest.raises(LoweringError, match=r"is linear_int8, and openvino reads Q/DQ .*: leave out fold-int8"):
         target("openvino").lower(graph)
@@ -116,40 +116,40 @@ def test_fewer_kernels_than_promised_is_an_error_that_names_them() -> None:
 
 @pytest.mark.parametrize("kind", INT8)
 def test_every_linear_and_conv_runs_in_int8(kind: type[nn.Module]) -> None:
-    census = optimized(kind).report.census
-    layers = {name: count for name, count in census.items() if name.split()[0] in ("Convolution", "FullyConnected")}
+    kernels = optimized(kind).report.kernels
+    layers = {name: count for name, count in kernels.items() if name.split()[0] in ("Convolution", "FullyConnected")}
     assert layers == INT8[kind]
 
 
 @pytest.mark.parametrize("kind", INT8)
 @pytest.mark.parametrize("passes", [None, "quantize{scheme=static}"])
-def test_the_engine_computes_what_the_words_mean(kind: type[nn.Module], passes: str | None) -> None:
+def test_the_engine_computes_what_the_ops_mean(kind: type[nn.Module], passes: str | None) -> None:
     """Against the exported file in ONNX Runtime without optimizations, at other shapes."""
     result = optimized(kind, passes)
     found, expected = result(**OTHERS[kind]), seeded(kind)(**OTHERS[kind])
-    (words,) = result.graph.evaluate(OTHERS[kind], result.graph.outputs)
+    (ops,) = result.folded.evaluate(OTHERS[kind], result.folded.outputs)
     if passes is None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     else:
-        assert sqnr(words, found) > 35 and cosine(expected, found) > 0.999
+        assert sqnr(ops, found) > 35 and cosine(expected, found) > 0.999
 
 
 def test_an_activation_stays_fused_into_its_conv() -> None:
     """Both SiLUs, and the quantize between them, are part of the convs."""
-    census = optimized(Swish).report.census
-    assert census["Convolution u8"] == 2
-    assert not [name for name in census if name.split()[0] in ("Eltwise", "Convert", "Math")]
+    kernels = optimized(Swish).report.kernels
+    assert kernels["Convolution u8"] == 2
+    assert not [name for name in kernels if name.split()[0] in ("Eltwise", "Convert", "Math")]
 
 
 @pytest.mark.parametrize("passes", ["quantize{scheme=weight-only}", "quantize{scheme=weight-only bits=4}"])
 def test_weights_alone_stay_in_integers(passes: str) -> None:
     result = optimized(Encoder, passes)
     name = "i4" if "bits=4" in passes else "i8"
-    assert result.report.census[f"FullyConnected {name}"] == 12
+    assert result.report.kernels[f"FullyConnected {name}"] == 12
     assert isinstance(result.runner, OpenVinoRunner)
     assert not any(layer.is_int8 for layer in result.runner.layers if layer.kind == "FullyConnected")
-    (words,) = result.graph.evaluate(OTHERS[Encoder], result.graph.outputs)
-    assert cosine(words, result(**OTHERS[Encoder])) > 0.999
+    (ops,) = result.folded.evaluate(OTHERS[Encoder], result.folded.outputs)
+    assert cosine(ops, result(**OTHERS[Encoder])) > 0.999
 
 
 def test_the_exported_file_is_what_runs(tmp_path: Path) -> None:

@@ -108,14 +108,14 @@ def test_a_residual_add_reads_one_conv_and_one_dequantize(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_it_computes_what_the_words_mean(results: dict[str, Optimized], name: str, tmp_path: Path) -> None:
-    """The file in ONNX Runtime without optimizations, against the neutral graph and the module."""
+def test_it_computes_what_the_ops_mean(results: dict[str, Optimized], name: str, tmp_path: Path) -> None:
+    """The file in ONNX Runtime without optimizations, against the folded graph and the module."""
     result, kind = results[name], {"ConvNet": ConvNet, "Encoder": Encoder, "Projecting": Projecting}[name]
     path = result.export(tmp_path / "out.onnx")
     others = {"ids": tokens(3, 11, seed=5), "mask": padding(3, 11)} if name == "Encoder" else {"x": images(3, seed=9)}
-    (words,) = result.graph.evaluate(others, result.graph.outputs)
+    (ops,) = result.folded.evaluate(others, result.folded.outputs)
     (found,) = plain_run(str(path), others)
-    assert sqnr(words, found) > 60
+    assert sqnr(ops, found) > 60
     torch.testing.assert_close(result(**others), found, rtol=0, atol=0)
     assert cosine(seeded(kind)(**others), found) > 0.999
 
@@ -123,13 +123,13 @@ def test_it_computes_what_the_words_mean(results: dict[str, Optimized], name: st
 def test_the_report_says_that_tensorrt_never_ran(results: dict[str, Optimized]) -> None:
     report = results["ConvNet"].report
     assert "rules checked, never run by TensorRT" in str(report)
-    assert report.census["Conv int8"] == 3 and report.census["MatMul int8"] == 1 and report.speed == []
+    assert report.kernels["Conv int8"] == 3 and report.kernels["MatMul int8"] == 1 and report.speed == []
 
 
 def test_nothing_is_timed(results: dict[str, Optimized], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="tensorrt does not run here"):
         results["ConvNet"].bench(images())
-    graph = results["ConvNet"].graph
+    graph = results["ConvNet"].folded
     with pytest.raises(UsageError, match="tensorrt does not run here"):
         target("tensorrt").ratios(graph, graph, [{"x": images()}])
     with pytest.raises(UsageError, match="tensorrt does not run here"):
@@ -142,18 +142,18 @@ def test_dynamic_quantization_is_declined() -> None:
     inputs = {"x": images()}
     result = graphopt.optimize(seeded(ConvNet), "quantize{scheme=dynamic}", target="tensorrt", example_inputs=inputs)
     (record,) = [record for record in result.report.passes if record.name == "quantize"]
-    reasons = {f"tensorrt has no fast dynamic {word}; static needs calibration" for word in ("conv", "linear")}
+    reasons = {f"tensorrt has no fast dynamic {op}; static needs calibration" for op in ("conv", "linear")}
     assert set(record.declined.values()) == reasons
-    assert "QuantizeLinear" not in result.report.census
+    assert "QuantizeLinear" not in result.report.kernels
 
 
 def test_a_float_model_is_written_as_it_is() -> None:
     result = graphopt.optimize(seeded(Encoder), target="tensorrt", example_inputs=ENCODED)
     torch.testing.assert_close(result(**ENCODED), seeded(Encoder)(**ENCODED), rtol=0, atol=1e-5)
-    assert "Attention" not in result.report.census and result.report.census["LayerNormalization"] == 4
+    assert "Attention" not in result.report.kernels and result.report.kernels["LayerNormalization"] == 4
 
 
-def test_int8_words_are_refused() -> None:
+def test_int8_ops_are_refused() -> None:
     graph = build("onnx", "y = linear_int8(x[2,8]:uint8, S[]:ones, Z[]:uint8, W[4,8]:int8, V[4]:ones)")
     with pytest.raises(LoweringError, match=r"is linear_int8, and tensorrt reads Q/DQ .*: leave out fold-int8"):
         target("tensorrt").lower(graph)
@@ -165,7 +165,7 @@ def test_through_graphsurgeon_and_back(results: dict[str, Optimized]) -> None:
         node.name.rpartition("/")[0] for node in surgical.nodes
     }
     again = graphopt.optimize(surgical, target="tensorrt", example_inputs={"x": images()})
-    assert again.report.census == results["ConvNet"].report.census
+    assert again.report.kernels == results["ConvNet"].report.kernels
     (y,) = again(x=images()).values()
     torch.testing.assert_close(y, results["ConvNet"](images()), rtol=1e-5, atol=1e-6)
 

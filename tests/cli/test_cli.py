@@ -224,7 +224,7 @@ def test_inspect(model: Path) -> None:
     shown = done("inspect", model).splitlines()
     assert shown[:2] == ["input    x [batch, 16] float32", "output   y [batch, 4] float32"]
     assert "weights  672 parameters, 2.69 kB" in shown
-    assert "words    linear 2, relu 1" in shown and "opaque   none" in shown
+    assert "ops    linear 2, relu 1" in shown and "opaque   none" in shown
     assert "return %2[batch,4]" in done("inspect", model, "--full").splitlines()
 
 
@@ -239,7 +239,7 @@ def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
 def test_inspect_as_json(tmp_path: Path) -> None:
     facts = json.loads(done("inspect", write_model(tmp_path / "a.onnx", activation="Softplus"), "--json", "--full"))
     assert facts["inputs"] == {"x": "[batch, 16] float32"}
-    assert (facts["words"], facts["opaque"]) == ({"linear": 2}, {"onnx.Softplus": 1})
+    assert (facts["ops"], facts["opaque"]) == ({"linear": 2}, {"onnx.Softplus": 1})
     assert (facts["parameters"], facts["bytes"], facts["flops"]) == (672, 2688, None)
     assert len(facts["listing"]) == 4
 

@@ -1,4 +1,4 @@
-"""Weights in blocks and in less than 8 bits: each dialect stores them its own way, and shows the same word."""
+"""Weights in blocks and in less than 8 bits: each dialect stores them its own way, and shows the same op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words that hold in either dialect: the same text in both, variadic patterns, pools that no engine spells."""
+"""Ops that hold in either dialect: the same text in both, variadic patterns, pools that no engine spells."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _relu_last(op: Builder, m: Match) -> Any:
     return op.relu(op.concat(m.x, m.y, axis=1))
 
 
-def test_a_pattern_of_a_variadic_word_matches_as_many_operands(dialect: str) -> None:
+def test_a_pattern_of_a_variadic_op_matches_as_many_operands(dialect: str) -> None:
     text = """
         two = concat(relu(x[2,3]), relu(z[2,1]), axis=1)
         three = concat(relu(x), relu(z), relu(x), axis=1)

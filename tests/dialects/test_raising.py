@@ -1,4 +1,4 @@
-"""Decomposed forms become words, in either dialect and as exporters write them; near misses stay as they are."""
+"""Decomposed forms become ops, in either dialect and as exporters write them; near misses stay as they are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.dialects.raising import LAYER_NORM, LEFT, OTHERS, raise_words
+from graphopt.dialects.raising import LAYER_NORM, LEFT, OTHERS, raise_ops
 from graphopt.ir.graph import Graph
 from tests.language import assert_outputs_equal, build, listing
 from tests.models import Decoder, Encoder, exported, gpt2, padding, plain_run, seeded, tokens
@@ -72,7 +72,7 @@ FORMS = {
         t = transpose(reshape(x[2,4,3,5], F[3]:values(8,3,5):int64), perm=[0,2,1])
         y = reshape(t, S[4]:values(2,4,5,3):int64)""",
 }  # fmt: skip
-WORDS_OF = {
+OPS_OF = {
     "gelu": ["gelu"], "silu": ["silu"], "layer": ["layer_norm"], "rms": ["rms_norm"], "attention": ["attention"],
     "softmax": ["where", "add", "softmax"], "transpose": [],
 }  # fmt: skip
@@ -81,7 +81,7 @@ WORDS_OF = {
 def raised(graph: Graph) -> dict[str, int]:
     """Hits by rule; the graph is raised, swept and verified, and computes what it did."""
     original = graph.clone()
-    hits = raise_words(graph)
+    hits = raise_ops(graph)
     graph.sweep()
     graph.verify()
     assert_outputs_equal(graph, original, rtol=2e-6)
@@ -96,8 +96,8 @@ def test_there_is_a_form_for_every_rule() -> None:
 def test_a_form_is_raised(dialect: str, rule: str) -> None:
     graph = build(dialect, FORMS[rule])
     assert raised(graph) == {rule: 1}
-    assert [node.kind for node in graph.nodes if node.kind != "transpose"] == WORDS_OF[rule.split("-")[0]]
-    assert raise_words(graph) == {}
+    assert [node.kind for node in graph.nodes if node.kind != "transpose"] == OPS_OF[rule.split("-")[0]]
+    assert raise_ops(graph) == {}
 
 
 def test_raised_attributes(dialect: str) -> None:
@@ -141,7 +141,7 @@ def test_a_boolean_mask_behind_where_is_taken_as_it_is(dialect: str) -> None:
     graph = build(dialect, f"""{SCORES}
         bias = where(allowed[2,1,3,5]:bool, Z[]:zeros, L[]:values(-3.4e38))
         y = matmul(softmax(add(s, bias)), value[2,4,5,8])""")
-    raise_words(graph)
+    raise_ops(graph)
     graph.sweep()
     assert "allowed[2,1,3,5]:bool" in listing(graph)[-2] and not graph.sites("where", "add")
 
@@ -222,7 +222,7 @@ def test_a_row_that_is_masked_as_a_whole_keeps_its_weights_without_a_guard(diale
     graph = build(dialect, FORMS["softmax-guarded"])
     feeds = {"allowed": torch.zeros(2, 1, 3, 5, dtype=torch.bool), "x": torch.randn(2, 4, 3, 5)}
     [before] = graph.evaluate(feeds, graph.outputs)
-    raise_words(graph)
+    raise_ops(graph)
     [after] = graph.evaluate(feeds, graph.outputs)
     assert torch.equal(before, after) and torch.allclose(after, torch.tensor(0.2))
 
@@ -243,7 +243,7 @@ INT8_KERNELS = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantiz
 def kernels(result: Any) -> dict[str, int]:
     """How many kernels compute; the others move data and make shapes."""
     computing = (*FLOAT_KERNELS, *INT8_KERNELS)
-    return {kernel: count for kernel, count in result.report.census.items() if kernel in computing}
+    return {kernel: count for kernel, count in result.report.kernels.items() if kernel in computing}
 
 
 @pytest.fixture(scope="module")
@@ -256,13 +256,13 @@ def encoder() -> tuple[nn.Module, dict[str, Tensor], dict[tuple[int, bool], onnx
 def test_an_encoder_is_the_same_from_every_exporter(encoder: Any, how: tuple[int, bool]) -> None:
     module, inputs, protos = encoder
     result = graphopt.optimize(protos[how], example_inputs=inputs)
-    words = result.report.words_before
-    assert {word: words.get(word) for word in ("attention", "gelu", "layer_norm", "linear", "embedding")} == {
+    ops = result.report.words_before
+    assert {op: ops.get(op) for op in ("attention", "gelu", "layer_norm", "linear", "embedding")} == {
         "attention": 2, "gelu": 2, "layer_norm": 4, "linear": 12, "embedding": 1,
     }  # fmt: skip
-    assert not {"softmax", "matmul", "erf", "where", "div", "sqrt"} & set(words)
+    assert not {"softmax", "matmul", "erf", "where", "div", "sqrt"} & set(ops)
     assert kernels(result) == {"Attention": 2, "LayerNormalization": 4, "MatMul": 12, "BiasGelu": 2, "Sum": 4}
-    assert result.report.census.get("Transpose", 0) == 0
+    assert result.report.kernels.get("Transpose", 0) == 0
     expected = module(**inputs)
     torch.testing.assert_close(result(**inputs)["y"], expected, rtol=0, atol=1e-5)
     other = {"ids": tokens(3, 11, seed=1), "mask": padding(3, 11)}
@@ -272,11 +272,11 @@ def test_an_encoder_is_the_same_from_every_exporter(encoder: Any, how: tuple[int
 def test_a_quantized_encoder_has_the_same_kernels_from_every_exporter(encoder: Any) -> None:
     _, inputs, protos = encoder
     results = [graphopt.optimize(proto, "quantize{scheme=dynamic}", example_inputs=inputs) for proto in protos.values()]
-    census = {
+    expected = {
         "Attention": 2, "LayerNormalization": 4, "Gelu": 2, "Sum": 4,
         "DynamicQuantizeMatMul": 6, "MatMulIntegerToFloat": 6, "DynamicQuantizeLinear": 2,
     }  # fmt: skip
-    assert [kernels(result) for result in results] == [census] * len(EXPORTERS)
+    assert [kernels(result) for result in results] == [expected] * len(EXPORTERS)
 
 
 @pytest.mark.parametrize("how", EXPORTERS[1:])
@@ -284,8 +284,8 @@ def test_a_decoder_from_every_exporter(how: tuple[int, bool]) -> None:
     module, inputs = seeded(Decoder), {"ids": tokens()}
     proto = exported(module, inputs, *how)
     result = graphopt.optimize(proto, example_inputs=inputs)
-    words = result.report.words_before
-    assert {word: words.get(word) for word in ("attention", "silu", "rms_norm", "linear")} == {
+    ops = result.report.words_before
+    assert {op: ops.get(op) for op in ("attention", "silu", "rms_norm", "linear")} == {
         "attention": 1, "silu": 1, "rms_norm": 2, "linear": 8,
     }  # fmt: skip
     torch.testing.assert_close(result(**inputs)["y"], plain_run(proto, inputs)[0], rtol=0, atol=1e-5)
@@ -307,8 +307,8 @@ class Logits(nn.Module):
 def test_a_gpt2_from_either_exporter(how: tuple[int, bool]) -> None:
     module, inputs = Logits().eval(), {"input_ids": tokens(), "attention_mask": padding()}
     result = graphopt.optimize(exported(module, inputs, *how), example_inputs=inputs)
-    words = result.report.words_before
-    assert {word: words.get(word) for word in ("attention", "gelu", "layer_norm", "linear")} == {
+    ops = result.report.words_before
+    assert {op: ops.get(op) for op in ("attention", "gelu", "layer_norm", "linear")} == {
         "attention": 2, "gelu": 2, "layer_norm": 5, "linear": 9,
     }  # fmt: skip
     torch.testing.assert_close(result(**inputs)["y"], module(**inputs), rtol=0, atol=1e-5)

@@ -152,7 +152,7 @@ def test_the_fastest_form_is_taken_where_it_wins_for_certain(tmp_path: Path, con
     assert first["ratios"] == {"Max": (1.0, 1.0, 1.0), "Relu": (1.2, 1.1, 1.3), "Clip": (1.5, 1.4, 1.6)}
 
 
-def test_the_words_may_win(tmp_path: Path, contest: Any) -> None:
+def test_the_ops_may_win(tmp_path: Path, contest: Any) -> None:
     contest({"Relu": (1.2, 1.1, 1.3)})
     assert kinds(lowered(tmp_path, rectifier())[0]) == ["relu"] * 3
 

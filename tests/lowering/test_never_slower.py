@@ -49,7 +49,7 @@ class Scripted:
         shapes = len(candidates[baseline])
         if baseline == "input":
             runner: OrtRunner = candidates["optimized"][0].func
-            ratios["optimized"] = self.speeds(runner.census())
+            ratios["optimized"] = self.speeds(runner.kernels())
             self.verdicts.append(ratios["optimized"])
         found = {name: Ratio(*one, rounds, 0, {}, self.steady) for name, one in ratios.items()}
         return {name: Contender(one, (one,) * shapes) for name, one in found.items()}
@@ -92,8 +92,8 @@ def optimized(model: Any, passes: str | None = DYNAMIC, **options: Any) -> Optim
     return graphopt.optimize(model, passes, example_inputs=INPUTS, measure=True, **options)
 
 
-def integers(census: Mapping[str, int]) -> int:
-    return census.get("DynamicQuantizeMatMul", 0) + census.get("MatMulIntegerToFloat", 0)
+def integers(kernels: Mapping[str, int]) -> int:
+    return kernels.get("DynamicQuantizeMatMul", 0) + kernels.get("MatMulIntegerToFloat", 0)
 
 
 def assert_computes(made: Optimized, tolerance: float) -> None:
@@ -108,10 +108,10 @@ def record(made: Optimized, name: str = "quantize") -> PassRecord:
 
 
 def test_what_is_faster_stays(encoder: onnx.ModelProto, contest: Any) -> None:
-    scripted = contest(lambda census: FASTER)
+    scripted = contest(lambda kernels: FASTER)
     made = optimized(encoder)
     assert len(scripted.verdicts) == 1
-    assert made.report.put_back == {} and record(made).declined == {}
+    assert made.report.reverted == {} and record(made).declined == {}
     assert made.report.speed == [
         {"shapes": "ids [2, 7], mask [2, 7]", "median": 1.5, "low": 1.4, "high": 1.6, "rounds": 15, "steady": True}
     ]
@@ -120,22 +120,22 @@ def test_what_is_faster_stays(encoder: onnx.ModelProto, contest: Any) -> None:
 
 def test_a_loss_that_a_second_run_does_not_see_is_noise(encoder: onnx.ModelProto, contest: Any) -> None:
     speeds = iter([SLOWER, FASTER])
-    scripted = contest(lambda census: next(speeds))
+    scripted = contest(lambda kernels: next(speeds))
     made = optimized(encoder)
-    assert scripted.verdicts == [SLOWER, FASTER] and made.report.put_back == {}
-    assert made.report.speed[0]["median"] == 1.5 and made.report.census["DynamicQuantizeMatMul"] > 0
+    assert scripted.verdicts == [SLOWER, FASTER] and made.report.reverted == {}
+    assert made.report.speed[0]["median"] == 1.5 and made.report.kernels["DynamicQuantizeMatMul"] > 0
 
 
 @pytest.mark.parametrize("source", ["module", "file"])
 def test_a_site_that_loses_is_put_back(encoder: onnx.ModelProto, source: str, contest: Any, profile: Any) -> None:
     """Of 12 linears, the two called up lose, both as much; half of the loss goes at a time."""
-    scripted = contest(lambda census: SLOWER if integers(census) > 10 else FASTER)
+    scripted = contest(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
     profile(".up")
     made = optimized(seeded(Encoder) if source == "module" else encoder)
     lost = "slower when changed: 3 us in place of 2 us"
-    assert made.report.put_back == {"layers.0.up": lost, "layers.1.up": lost}
-    assert record(made).declined == made.report.put_back
-    assert integers(made.report.census) == 10
+    assert made.report.reverted == {"layers.0.up": lost, "layers.1.up": lost}
+    assert record(made).declined == made.report.reverted
+    assert integers(made.report.kernels) == 10
     assert scripted.verdicts == [SLOWER, SLOWER] * 2 + [FASTER]  # one site, then the other
     assert made.report.speed[0]["low"] == 1.4
     assert_computes(made, 0.2)
@@ -144,22 +144,22 @@ def test_a_site_that_loses_is_put_back(encoder: onnx.ModelProto, source: str, co
 def test_a_second_run_takes_verdicts_and_what_was_put_back_from_the_cache(
     encoder: onnx.ModelProto, contest: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted = contest(lambda census: SLOWER if integers(census) > 10 else FASTER)
+    scripted = contest(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
     profile(".up")
     first = optimized(encoder)
     timed = len(scripted.verdicts)
     monkeypatch.setattr(OrtRunner, "profile", None)
     second = optimized(encoder)
     assert len(scripted.verdicts) == timed
-    assert second.report.put_back == first.report.put_back != {}
+    assert second.report.reverted == first.report.reverted != {}
     assert second.report.speed == first.report.speed and second.lowered.text() == first.lowered.text()
 
 
 def test_what_loses_on_an_unsteady_machine_is_put_back(encoder: onnx.ModelProto, contest: Any, profile: Any) -> None:
     profile("nothing")
-    contest(lambda census: SLOWER if integers(census) else FASTER).steady = False
+    contest(lambda kernels: SLOWER if integers(kernels) else FASTER).steady = False
     made = optimized(encoder)
-    assert not integers(made.report.census)
+    assert not integers(made.report.kernels)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_few_rounds_are_enough_for_what_is_clearly_faster(low: float, steady: bo
 def test_a_verdict_on_an_unsteady_machine_is_kept_for_an_hour(
     encoder: onnx.ModelProto, contest: Any, monkeypatch: pytest.MonkeyPatch, steady: bool, verdicts: int
 ) -> None:
-    scripted = contest(lambda census: FASTER)
+    scripted = contest(lambda kernels: FASTER)
     scripted.steady = steady
     assert optimized(encoder).report.speed[0]["steady"] is steady
     optimized(encoder)
@@ -196,16 +196,16 @@ class Batches:
 
 
 def test_statistics_are_kept_between_reruns(encoder: onnx.ModelProto, contest: Any, profile: Any) -> None:
-    """Two sites are put back, one after the other; the batches are gone through as often as with none."""
-    contest(lambda census: FASTER)
+    """Two sites are reverted, one after the other; the batches are gone through as often as with none."""
+    contest(lambda kernels: FASTER)
     alone, again = Batches(), Batches()
     optimized(encoder, "quantize{scheme=static}", calibration=alone)
-    contest(lambda census: SLOWER if integers(census) > 10 else FASTER)
+    contest(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
     profile(".up")
     made = optimized(encoder, "quantize{scheme=static targets=linear}", calibration=again)
-    assert len(made.report.put_back) == 2
+    assert len(made.report.reverted) == 2
     assert again.times == alone.times > 0
-    fresh = optimized(encoder, f"quantize{{scheme=static targets=linear ignore=[{', '.join(made.report.put_back)}]}}",
+    fresh = optimized(encoder, f"quantize{{scheme=static targets=linear ignore=[{', '.join(made.report.reverted)}]}}",
                       calibration=Batches())  # fmt: skip
     torch.testing.assert_close(made(**INPUTS), fresh(**INPUTS), rtol=0, atol=0)
 
@@ -215,23 +215,23 @@ def test_after_six_reruns_it_is_the_simplified_float_model(
 ) -> None:
     """All sites lose, and one more goes at a time."""
     monkeypatch.setattr("graphopt.lowering.never_slower.SHARE", 1e-9)
-    scripted = contest(lambda census: SLOWER if integers(census) else FASTER)
+    scripted = contest(lambda kernels: SLOWER if integers(kernels) else FASTER)
     profile("")
     made = optimized(encoder)
     assert len(scripted.verdicts) == 2 * (1 + RERUNS) + 1
-    assert made.report.pipeline == "simplify,fold-int8" and made.report.put_back == {}
+    assert made.report.pipeline == "simplify,fold-int8" and made.report.reverted == {}
     (note,) = [note for note in made.report.notes if "slower" in note]
     assert note == (
         f"simplify,{DYNAMIC},fold-int8 makes the model slower here, even with 6 sites as they were: it runs 0.80 times "
         "as fast as the input at ids [2, 7], mask [2, 7]. This is the simplified float model"
     )
-    assert integers(made.report.census) == 0 and made.report.speed[0]["median"] == 1.5
+    assert integers(made.report.kernels) == 0 and made.report.speed[0]["median"] == 1.5
     assert_computes(made, 1e-5)
 
 
 def test_where_that_loses_too_it_is_the_input(encoder: onnx.ModelProto, contest: Any, tmp_path: Path) -> None:
-    before = OnnxRuntime().compile(graphopt.optimize(encoder, example_inputs=INPUTS, measure=False).original).census()
-    scripted = contest(lambda census: SLOWER)
+    before = OnnxRuntime().compile(graphopt.optimize(encoder, example_inputs=INPUTS, measure=False).captured).kernels()
+    scripted = contest(lambda kernels: SLOWER)
     made = optimized(encoder, None)
     assert len(scripted.verdicts) == 4  # simplify is not tried once more
     assert made.report.pipeline == "" and made.report.passes == []
@@ -245,9 +245,9 @@ def test_where_that_loses_too_it_is_the_input(encoder: onnx.ModelProto, contest:
 
 
 def test_a_module_that_nothing_makes_faster_is_run_as_captured(contest: Any) -> None:
-    contest(lambda census: SLOWER)
+    contest(lambda kernels: SLOWER)
     made = graphopt.optimize(seeded(ConvNet), example_inputs=images(), measure=True)
-    assert made.report.pipeline == "" and made.graph.text() == made.original.text()
+    assert made.report.pipeline == "" and made.folded.text() == made.captured.text()
     torch.testing.assert_close(made(images()), seeded(ConvNet)(images()), rtol=0, atol=1e-5)
 
 
@@ -256,7 +256,7 @@ def test_a_pass_that_cannot_do_without_the_sites_that_lose_ends_the_reruns(
 ) -> None:
     """Both groups of neurons that prune may cut make the model slower."""
     speeds = iter([SLOWER, SLOWER, FASTER])
-    contest(lambda census: next(speeds))
+    contest(lambda kernels: next(speeds))
     monkeypatch.setattr("graphopt.lowering.never_slower.SHARE", 1.0)
 
     def profile(runner: OrtRunner, feeds: Mapping[str, Tensor]) -> dict[str, float]:
@@ -280,7 +280,7 @@ class Engine(Runner):
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
         return []
 
-    def census(self) -> dict[str, int]:
+    def kernels(self) -> dict[str, int]:
         return {}
 
     def profile(self, feeds: Mapping[str, Tensor]) -> Mapping[str, float]:
@@ -319,7 +319,7 @@ def test_a_shape_that_loses_must_be_the_same_in_both_runs(monkeypatch: pytest.Mo
 
 def test_an_input_that_the_engine_does_not_run_is_timed_as_captured(contest: Any) -> None:
     """At opset 23, the exporter writes a mask of one row for all queries, which onnxruntime refuses."""
-    contest(lambda census: FASTER)
+    contest(lambda kernels: FASTER)
     made = optimized(exported(seeded(Encoder), INPUTS, 23, dynamo=True))
     (note,) = [note for note in made.report.notes if "not over" in note]
     assert note.startswith("the speed is not over the input itself, which does not run here (")

@@ -1,4 +1,4 @@
-"""What came in quantized and is written anew: each site by itself, for the same integers."""
+"""What came in quantized and is re-lowered: each site by itself, for the same integers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graphopt.errors import GraphError, LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.lowering import relower
 from graphopt.passes import FoldInt8
-from graphopt.report.records import Reemission
+from graphopt.report.records import Relowering
 from tests.language import build, run
 
 X = {"x": torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))}
@@ -70,7 +70,7 @@ def test_a_site_without_a_counterpart_is_told() -> None:
     assert found.left_out == {conv: "it has no counterpart"} and len(found.distances) == 2
     found = relower.compare(build("onnx", text), build("onnx", "y = relu(x[n,4,6,6])"), OnnxRuntime(), X)
     assert not found.distances and list(found.left_out.values()) == ["it has no counterpart"] * 3
-    assert str(found) == "written anew, and no site was compared with what it was; not compared: Conv, Add, linear"
+    assert str(found) == "re-lowered, and no site was compared with what it was; not compared: Conv, Add, linear"
 
 
 def test_a_file_that_is_written_anew_is_held_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,12 +83,12 @@ def test_a_file_that_is_written_anew_is_held_to_itself(monkeypatch: pytest.Monke
     assert isinstance(graph, OnnxGraph)
     file = to_proto(onnx_export.deployable(graph))
     made = graphopt.optimize(file, example_inputs=X)
-    assert isinstance(made.report.reemission, Reemission) and len(made.report.reemission.distances) == 3
+    assert isinstance(made.report.relowering, Relowering) and len(made.report.relowering.distances) == 3
     assert any("3 sites give what they gave" in note for note in made.report.notes)
-    assert made.report.to_dict()["reemission"]["distances"] == made.report.reemission.distances
+    assert made.report.to_dict()["relowering"]["distances"] == made.report.relowering.distances
     quantized_again = graphopt.optimize(file, "quantize{scheme=dynamic}", example_inputs=X)
-    assert quantized_again.report.reemission is None  # a pass that may change numbers
-    monkeypatch.setattr(relower, "compare", lambda *given: Reemission({"somewhere": 3.0}))
+    assert quantized_again.report.relowering is None  # a pass that may change numbers
+    monkeypatch.setattr(relower, "compare", lambda *given: Relowering({"somewhere": 3.0}))
     with pytest.raises(LoweringError, match="given the same integers, somewhere is 3 steps from"):
         graphopt.optimize(file, example_inputs=X)
 
@@ -99,4 +99,4 @@ def test_what_is_not_finite_is_no_result(wrong: float) -> None:
     assert relower._in_tolerances(expected, expected.clone()) == 0
     distance = relower._in_tolerances(expected, torch.tensor([1.0, wrong, -torch.inf]))
     with pytest.raises(GraphError, match="given the same integers, fc is inf steps from what the file computes there"):
-        relower.require_steps(Reemission({"fc": distance}))
+        relower.require_steps(Relowering({"fc": distance}))

@@ -70,11 +70,11 @@ def test_outputs_are_nearer_than_by_rounding(options: dict[str, Any]) -> None:
     weight, x = seeded(24, 64), inputs(500, 64)
     second, grid = covariance(x), fit(weight, **options)
     nearest, found = (grid.values(q) for q in (grid.round(weight), reconstruct(weight, second, grid)))
-    by_rounding, by_second_order = (
+    by_rounding, by_gptq = (
         ((weight - v).double() @ x.double().T).square().sum().item() for v in (nearest, found)
     )
-    assert by_second_order < 0.7 * by_rounding
-    assert output_error(weight - found, second) * len(x) == pytest.approx(by_second_order, rel=1e-6)
+    assert by_gptq < 0.7 * by_rounding
+    assert output_error(weight - found, second) * len(x) == pytest.approx(by_gptq, rel=1e-6)
 
 
 @pytest.mark.parametrize("options", GRIDS, ids=str)

@@ -17,7 +17,7 @@ TEXT = """
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float16", 2e-3), ("bfloat16", 2e-2)])
-def test_words_and_weights_in_16_bits(dialect: str, dtype: str, rtol: float) -> None:
+def test_ops_and_weights_in_16_bits(dialect: str, dtype: str, rtol: float) -> None:
     graph = build(dialect, TEXT)
     original = graph.clone()
     run(Cast(dtype=dtype), graph)

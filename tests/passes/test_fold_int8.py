@@ -1,4 +1,4 @@
-"""fold-int8: islands of dequantize, float word and quantize -> int8 words."""
+"""fold-int8: islands of dequantize, float op and quantize -> int8 ops."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ SHIFTED = "dequantize(W[4,4,1,1]:values(0,255):uint8, T[4]:values(0.1), P[4]:val
     [
         (
             f"y = quantize(conv({X}, {SHIFTED}), S, Z)",
-            "weight has zero points, which no int8 word has: a target with a kernel for them takes it as it stands",
+            "weight has zero points, which no int8 op has: a target with a kernel for them takes it as it stands",
         ),
         (f"y = conv({X}, {W})", "result is read in float"),
         (f"y = gelu(conv({X}, {W}))", "result is read in float"),

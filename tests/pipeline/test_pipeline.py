@@ -102,15 +102,15 @@ TEXT = "h = linear(x[batch,8], W[8,8])\ni = identity(h)\ny = linear(i, V[4,8])"
 
 # --- text ----------------------------------------------------------------------------------------------------------
 
-words = st.text(string.printable, max_size=12)
-selectors = st.lists(words, max_size=3).map(Selector)
+ops = st.text(string.printable, max_size=12)
+selectors = st.lists(ops, max_size=3).map(Selector)
 shrinks = st.builds(
     Shrink,
     amount=st.floats(allow_nan=False, allow_infinity=False) | st.integers(),
-    label=st.none() | words | st.sampled_from(["none", "true", "1e5", "0", "inf", "a,b", '"', "\\"]),
+    label=st.none() | ops | st.sampled_from(["none", "true", "1e5", "0", "inf", "a,b", '"', "\\"]),
     exact=st.booleans(),
     sizes=st.lists(st.integers(), max_size=3).map(tuple),
-    shares=st.none() | st.dictionaries(words, st.floats(0, 1) | words | st.none(), max_size=3).map(PerSite),
+    shares=st.none() | st.dictionaries(ops, st.floats(0, 1) | ops | st.none(), max_size=3).map(PerSite),
     targets=selectors | st.sampled_from([Selector("0"), Selector("1.0", "re:a{2}[bc]"), Selector("none")]),
     ignore=selectors,
 )
@@ -362,7 +362,7 @@ def test_the_first_term_that_matches_gives_a_site_its_value() -> None:
         ({"encodr.0": 1}, "shrink: shares: 'encodr.0' selects none of the sites in linear; did you mean 'encoder.0"),
         ({"relu": 1}, "shrink: shares: 'relu' selects none of the sites in linear"),
         ({"linear": 1, "encoder.0": 2}, "'encoder.0' is never reached, as earlier terms match all of its sites"),
-        ({3: 1}, "3 selects no site; give a word, a module path or a pattern"),
+        ({3: 1}, "3 selects no site; give an op, a module path or a pattern"),
     ],
 )
 def test_a_term_that_gives_its_value_to_no_site_is_an_error(values: dict[Any, Any], message: str) -> None:

@@ -27,5 +27,5 @@ def test_strings_become_a_selector(name: str, option: str) -> None:
     assert getattr(made("0"), option) == Selector("0")
     assert made(["encoder", "0"]) == made(("encoder", "0")) == made(Selector("encoder", "0"))
     for wrong in (3, None, [1], {"linear": 1}):
-        with pytest.raises(UsageError, match=f"{name}: {option} is .*; give words, module paths or patterns"):
+        with pytest.raises(UsageError, match=f"{name}: {option} is .*; give ops, module paths or patterns"):
             made(wrong)

@@ -50,7 +50,7 @@ def example() -> Report:
         passes=[tidy, record],
         cost_before=Cost(1000, 22_600_000, 90_400_000),
         cost_after=Cost(600, 11_300_000, 45_200_000),
-        census={"MatMul": 7},
+        kernels={"MatMul": 7},
         choices=[
             {"rule": "dynamic", "sites": 0, "declined": dict.fromkeys(LAYERS, "static")},
             {"rule": "idle", "sites": 0, "declined": {}},

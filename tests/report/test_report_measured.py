@@ -1,4 +1,4 @@
-"""What reports show of what was measured: choices, speed over the input, and what was put back."""
+"""What reports show of what was measured: choices, speed over the input, and what was reverted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def report() -> Report:
     return Report(
         choices=[{"rule": "residual-norm", "sites": 7, "declined": {}, "measured": [MEASURED, UNSTEADY]}],
         speed=[speed, speed | {"shapes": "x [8, 16]", "steady": False, "high": math.inf}],
-        put_back={"layers.0.up": "slower when changed: 3 us in place of 2 us"},
+        reverted={"layers.0.up": "slower when changed: 3 us in place of 2 us"},
     )
 
 
@@ -49,7 +49,7 @@ def test_figures_are_shown(report: Report, form: str) -> None:
         f"Fused dropped: no such {operator}; head.norm as Sum (Skip 1.25 [0.50, 2.00] over Sum), "
         "by the static order as the machine was unsteady"
     ) in found
-    assert "speed over the input" in found and "put back" in found
+    assert "speed over the input" in found and "reverted" in found
     assert "1.50 [1.25, 1.75]" in found and "~1.50" in found and "x [8, 16]" in found
     assert "layers.0.up" in found and "slower when changed: 3 us in place of 2 us" in found
 
@@ -58,4 +58,4 @@ def test_figures_are_shown(report: Report, form: str) -> None:
 def test_what_was_not_measured_takes_no_room(form: str) -> None:
     found = shown(Report(choices=[{"rule": "gelu", "sites": 2, "declined": {}, "measured": []}]), form)
     assert "gelu: sites 2" in found
-    assert "speed over the input" not in found and "put back" not in found
+    assert "speed over the input" not in found and "reverted" not in found

@@ -47,7 +47,7 @@ def twins(name: str, *passes: Pass, calibration: object = None) -> tuple[Graph, 
 
 
 def constants(graph: Graph) -> list[tuple[str, str, list[Tensor]]]:
-    """Path, word and constants of every site with a weight or int8 form, in an order that both dialects have."""
+    """Path, op and constants of every site with a weight or int8 form, in an order that both dialects have."""
     found = []
     for site in graph.sites("linear", "conv", "linear_int8", "conv_int8", "add_int8", "quantize"):
         tensors = [tensor for value in site.operands if value for tensor in constants_of(graph, value)]
@@ -70,7 +70,7 @@ def constants_of(graph: Graph, value: Value) -> list[Tensor]:
 
 
 def assert_twins(pair: tuple[Graph, Graph], *, scales: float = 0.0) -> None:
-    """Equal paths, words and constants: to the bit, but that single floats may differ by `scales`, relative."""
+    """Equal paths, ops and constants: to the bit, but that single floats may differ by `scales`, relative."""
     fx, onnx = (constants(graph) for graph in pair)
     assert [entry[:2] for entry in fx] == [entry[:2] for entry in onnx]
     for (path, _, ours), (_, _, theirs) in zip(fx, onnx, strict=True):
@@ -139,7 +139,7 @@ def test_calibrated_passes_are_equal_to_the_bit(name: str, folded: bool) -> None
 def test_second_order_rounding_and_corrected_biases_are_equal_to_the_bit(name: str) -> None:
     """Fed one recorded set of statistics; and both have changed something."""
     recorded = Recorded(captured(name, "fx").graph, captured(name, "fx").feeds[0])
-    passes = (Quantize(scheme="static", rounding="second-order", bias_correction=True),
+    passes = (Quantize(scheme="static", rounding="gptq", bias_correction=True),
               Quantize(scheme="static", rounding="nearest", bias_correction=False))  # fmt: skip
     calibrated, nearest = (twins(name, one, calibration=recorded) for one in passes)
     assert_twins(calibrated)

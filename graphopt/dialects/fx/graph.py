@@ -46,7 +46,7 @@ from graphopt.dialects.fx.ops import Literal, Sizes
 from graphopt.dialects.fx.write import NodeWriter
 from graphopt.errors import GraphError, first_line
 from graphopt.ir.graph import Flow, Graph, Node, Seen, Shape, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.ir.structure import Output
 
 
@@ -160,7 +160,7 @@ class FxNode(Node):
     @property
     def kind(self) -> str:
         read = self._read()
-        return read.word if read is not None else target_name(self.native)
+        return read.op if read is not None else target_name(self.native)
 
     @property
     def operands(self) -> tuple[Value | None, ...]:
@@ -172,7 +172,7 @@ class FxNode(Node):
     def attributes(self) -> Mapping[str, Any]:
         read = self._read()
         if read is not None:
-            return MappingProxyType(dict(WORDS[read.word].attributes) | read.attributes)
+            return MappingProxyType(dict(OPS[read.op].attributes) | read.attributes)
         return MappingProxyType(plain_arguments(self.native))
 
     @property
@@ -334,9 +334,9 @@ class FxGraph(Graph):
             if read is None:
                 node = writer.copy(_native(kind), raws, attributes)
             else:
-                node = writer.word(read.word, raws, read.attributes | attributes)
-        elif kind in WORDS:
-            node = writer.word(kind, raws, attributes)
+                node = writer.op(read.op, raws, read.attributes | attributes)
+        elif kind in OPS:
+            node = writer.op(kind, raws, attributes)
         else:
             node = writer.operator(kind, raws, attributes)
         return FxValue(self, results(node)[0])

@@ -1,4 +1,4 @@
-"""An ExportedProgram -> the flat, functional graph that `FxGraph` works on, with one spelling for each word.
+"""An ExportedProgram -> the flat, functional graph that `FxGraph` works on, with one spelling for each op.
 
 One pass over the program's nodes: parameters become constants of the graph, guards and assertions go, what the module
 writes to its buffers and inputs becomes a copy_ at the end (`evaluate` runs none: only a runner keeps state), spellings

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _LEARNED = ("weight", "bias", "table")
-"""Operands of words that hold parameters."""
+"""Operands of ops that hold parameters."""
 _NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 """Batch norms by the rank of what they read."""
 
@@ -131,7 +131,7 @@ class _Builder:
     def _name(self) -> None:
         """Call nodes with weights by their module paths, and read attributes where they are used."""
         for node, view in self.views.items():
-            if view.path and view.word is not None and not {"weight", "table"}.isdisjoint(view.word.operands):
+            if view.path and view.op is not None and not {"weight", "table"}.isdisjoint(view.op.operands):
                 node._rename(identifier(view.path))
         order = {node: place for place, node in enumerate(self.program.nodes)}
         for node in list(self.program.find_nodes(op="get_attr")):
@@ -226,7 +226,7 @@ class _Builder:
     # --- tensors
 
     def _store(self, node: fx.Node) -> None:
-        """Give a constant its attribute, just before its first use: a parameter where a word learns it."""
+        """Give a constant its attribute, just before its first use: a parameter where an op learns it."""
         thing = self.graph.native.stored.get(str(node.target))
         if "attribute" in node.meta:
             return
@@ -245,12 +245,12 @@ class _Builder:
         readers = [user for one in (node, *filter(is_constant, node.users)) for user in one.users]
         for user in readers:
             view = self.views.get(user)
-            if view is None or view.word is None or view.word.variadic:
+            if view is None or view.op is None or view.op.variadic:
                 continue
             original = next((value for value in view.operands if value is not None and self._is(value, node)), None)
             if original is None:
                 continue
-            operand = view.word.operands[view.operands.index(original)]
+            operand = view.op.operands[view.operands.index(original)]
             if operand in _LEARNED:
                 return (f"{view.path}.{'weight' if operand == 'table' else operand}" if view.path else ""), True
         return "", False

@@ -1,6 +1,6 @@
-"""How torch.fx spells each word: what reads an aten node as a word, and what writes a word as aten nodes.
+"""How torch.fx spells each op: what reads an aten node as an op, and what writes an op as aten nodes.
 
-A word's operand that is no tensor in aten stays what it is there: a Python number is a `Literal`, the shape of a
+An op's operand that is no tensor in aten stays what it is there: a Python number is a `Literal`, the shape of a
 reshape is `Sizes`. Both are shown to passes as constant values.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from graphopt.dialects.fx import operators as fx_operators
 from graphopt.dialects.fx.native import meta
 from graphopt.errors import GraphError
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ Arguments = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Read:
-    """A node read as a word."""
+    """A node read as an op."""
 
-    word: str
+    op: str
     operands: tuple[Raw, ...]
     attributes: dict[str, Any]
 
@@ -83,7 +83,7 @@ def _parameters(target: Any) -> tuple[list[str], dict[str, Any]]:
 
 
 def read(node: fx.Node, constant: Callable[[fx.Node], Tensor | None]) -> Read | None:
-    """The node as a word, or None where it is opaque. `constant` gives the tensor of a constant node."""
+    """The node as an op, or None where it is opaque. `constant` gives the tensor of a constant node."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     reader = _READERS.get(str(node.target))
@@ -93,20 +93,20 @@ def read(node: fx.Node, constant: Callable[[fx.Node], Tensor | None]) -> Read | 
 Reader = Callable[[fx.Node, dict[str, Any], Callable[[fx.Node], Tensor | None]], Read | None]
 
 
-def _reader(word: str, *operands: str, **attributes: str) -> Reader:
-    """Reads a word whose operands and attributes are arguments of the call under these names."""
+def _reader(op: str, *operands: str, **attributes: str) -> Reader:
+    """Reads an op whose operands and attributes are arguments of the call under these names."""
     return lambda node, a, constant: Read(
-        word, tuple(a[name] for name in operands), {key: a[name] for key, name in attributes.items()}
+        op, tuple(a[name] for name in operands), {key: a[name] for key, name in attributes.items()}
     )
 
 
-def _read_arithmetic(word: str, first: str = "self", second: str = "other") -> Reader:
+def _read_arithmetic(op: str, first: str = "self", second: str = "other") -> Reader:
     """A binary operation; either side may be a Python number."""
 
     def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
         if a.get("alpha", 1) != 1 or not isinstance(meta(node), Tensor):
             return None
-        return Read(word, (_operand(a[first], node), _operand(a[second], node)), {})
+        return Read(op, (_operand(a[first], node), _operand(a[second], node)), {})
 
     return read_one
 
@@ -141,12 +141,12 @@ def _read_conv(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
     return Read("conv", (a["input"], a["weight"], a["bias"]), attributes)
 
 
-def _read_pool(word: str, given: str = "self") -> Reader:
+def _read_pool(op: str, given: str = "self") -> Reader:
     def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
         x, rank = meta(a[given]), int(str(node.target).partition("pool")[2][0])  # of max_pool2d: 2
         if x.dim() != rank + 2 or a.get("divisor_override") is not None:  # without a batch, or no mean
             return None
-        if word == "average_pool" and not x.is_floating_point():
+        if op == "average_pool" and not x.is_floating_point():
             return None
 
         def per_axis(name: str) -> tuple[int, ...]:
@@ -154,8 +154,8 @@ def _read_pool(word: str, given: str = "self") -> Reader:
 
         attributes = {"kernel": per_axis("kernel_size"), "padding": per_axis("padding") * 2, "ceil": a["ceil_mode"]}
         attributes["stride"] = per_axis("stride") if a["stride"] else attributes["kernel"]
-        own = {"dilation": per_axis("dilation")} if word == "max_pool" else {"include_pad": a["count_include_pad"]}
-        return Read(word, (a[given],), attributes | own)
+        own = {"dilation": per_axis("dilation")} if op == "max_pool" else {"include_pad": a["count_include_pad"]}
+        return Read(op, (a[given],), attributes | own)
 
     return read_one
 
@@ -206,14 +206,14 @@ def _read_pad(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
 
 
 def _read_concat(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-    """aten promotes dtypes, and passes over values of shape (0,); the word does neither."""
+    """aten promotes dtypes, and passes over values of shape (0,); the op does neither."""
     parts = [meta(part) for part in a["tensors"]]
     same = all(part.dtype == meta(node).dtype and part.dim() == meta(node).dim() for part in parts)
     return Read("concat", tuple(a["tensors"]), {"axis": a["dim"]}) if same else None
 
 
 def _read_squeeze(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-    """aten passes over axes that are not of size 1; the word has none."""
+    """aten passes over axes that are not of size 1; the op has none."""
     axes, sizes = a["dim"] if isinstance(a["dim"], list | tuple) else (a["dim"],), meta(a["self"]).shape
     ones = sizes and all(isinstance(sizes[axis], int) and sizes[axis] == 1 for axis in axes)
     return Read("squeeze", (a["self"],), {"axes": tuple(axes)}) if ones else None
@@ -231,13 +231,13 @@ def _read_attention(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | N
     return Read("attention", operands, {"scale": a["scale"], "causal": a["is_causal"], "heads": 0, "kv_heads": 0})
 
 
-def _read_norm(word: str) -> Reader:
+def _read_norm(op: str) -> Reader:
     def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
         if a["weight"] is None:
             return None
         eps = a["eps"] if a["eps"] is not None else torch.finfo(meta(node).dtype).eps
-        operands = (a["input"], a["weight"], a["bias"]) if word == "layer_norm" else (a["input"], a["weight"])
-        return Read(word, operands, {"eps": eps})
+        operands = (a["input"], a["weight"], a["bias"]) if op == "layer_norm" else (a["input"], a["weight"])
+        return Read(op, operands, {"eps": eps})
 
     return read_one
 
@@ -318,24 +318,24 @@ _LAST = 2**63 - 1
 """What aten writes for a slice that ends with its axis."""
 
 
-def _read_quantize(word: str, per_channel: bool) -> Reader:
+def _read_quantize(op: str, per_channel: bool) -> Reader:
     def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
         dtype, axis = a["dtype"], a.get("axis")
         info = torch.iinfo(dtype)
         full_range = (a["quant_min"], a["quant_max"]) == (info.min, info.max)
-        if (word == "quantize" and not full_range) or a.get("out_dtype") not in (None, torch.float32):
+        if (op == "quantize" and not full_range) or a.get("out_dtype") not in (None, torch.float32):
             return None
         scale, zero_point = (a["scales"], a["zero_points"]) if per_channel else (a["scale"], a["zero_point"])
         scale = scale if isinstance(scale, fx.Node) else Literal(scale, torch.float32)
-        zero_point = _zero_point(word, zero_point, dtype, constant)
-        own = {"block": 0, "bits": _bits(a)} if word == "dequantize" else {}
-        return None if zero_point is False else Read(word, (a["input"], scale, zero_point), {"axis": axis} | own)
+        zero_point = _zero_point(op, zero_point, dtype, constant)
+        own = {"block": 0, "bits": _bits(a)} if op == "dequantize" else {}
+        return None if zero_point is False else Read(op, (a["input"], scale, zero_point), {"axis": axis} | own)
 
     return read_one
 
 
 def _read_groups(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-    """Groups along the last axis of a matrix, whose scales torch takes in any shape, and the word as a matrix."""
+    """Groups along the last axis of a matrix, whose scales torch takes in any shape, and the op as a matrix."""
     x, scale, block = meta(a["input"]), meta(a["scales"]), a["group_size"]
     zero_point = _zero_point("dequantize", a["zero_points"], a["dtype"], constant)
     if a["output_dtype"] != torch.float32 or scale.shape != (x.shape[0], x.shape[1] // block) or zero_point is False:
@@ -352,9 +352,9 @@ def _bits(a: dict[str, Any]) -> int:
     return max(high.bit_length() + (a["dtype"] is torch.int8), (-low - 1).bit_length() + 1)
 
 
-def _zero_point(word: str, raw: Any, dtype: torch.dtype, constant: Callable[[fx.Node], Tensor | None]) -> Any:
-    """The word's operand: None where it is zero and may be left out, False where its type is not the integers'."""
-    optional = word == "dequantize" or dtype == torch.int8
+def _zero_point(op: str, raw: Any, dtype: torch.dtype, constant: Callable[[fx.Node], Tensor | None]) -> Any:
+    """The op's operand: None where it is zero and may be left out, False where its type is not the integers'."""
+    optional = op == "dequantize" or dtype == torch.int8
     if raw is None:
         return None
     if not isinstance(raw, fx.Node):
@@ -367,10 +367,10 @@ def _zero_point(word: str, raw: Any, dtype: torch.dtype, constant: Callable[[fx.
     return raw if meta(raw).dtype == dtype else False
 
 
-def _read_own(word: str) -> Reader:
+def _read_own(op: str) -> Reader:
     def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read:
-        attributes = {key: tuple(a[key]) if isinstance(a[key], list) else a[key] for key in WORDS[word].attributes}
-        return Read(word, tuple(a[name] for name in WORDS[word].operands), attributes)
+        attributes = {key: tuple(a[key]) if isinstance(a[key], list) else a[key] for key in OPS[op].attributes}
+        return Read(op, tuple(a[name] for name in OPS[op].operands), attributes)
 
     return read_one
 
@@ -457,8 +457,8 @@ _READERS: dict[str, Reader] = {
     "quantized_decomposed.dequantize_per_tensor.tensor": _read_quantize("dequantize", False),
     "quantized_decomposed.dequantize_per_channel.default": _read_quantize("dequantize", True),
     "quantized_decomposed.dequantize_per_channel_group.default": _read_groups,
-    **{f"aten.{word}.default": _reader(word, "self") for word in _UNARY},
-    **{f"graphopt.{word}.default": _read_own(word) for word in fx_operators.NAMES},
+    **{f"aten.{op}.default": _reader(op, "self") for op in _UNARY},
+    **{f"graphopt.{op}.default": _read_own(op) for op in fx_operators.NAMES},
 }
 
 
@@ -467,15 +467,15 @@ _READERS: dict[str, Reader] = {
 aten = torch.ops.aten
 
 
-def write(writer: Writer, word: str, operands: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
-    """Put nodes that mean `word`; the one that computes its results. Operands and attributes are complete."""
-    spell = _SPELLINGS.get(word)
+def write(writer: Writer, op: str, operands: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
+    """Put nodes that mean `op`; the one that computes its results. Operands and attributes are complete."""
+    spell = _SPELLINGS.get(op)
     if spell is not None:
         return spell(writer, *operands, **attributes)
     nodes = [writer.tensor(raw) for raw in operands]
-    if word in fx_operators.NAMES:
-        return writer.call(getattr(torch.ops.graphopt, word).default, *nodes, **attributes)
-    return writer.call(getattr(aten, word).default, *nodes, **attributes)
+    if op in fx_operators.NAMES:
+        return writer.call(getattr(torch.ops.graphopt, op).default, *nodes, **attributes)
+    return writer.call(getattr(aten, op).default, *nodes, **attributes)
 
 
 def _write_conv(
@@ -496,7 +496,7 @@ def _write_conv(
     )  # fmt: skip
 
 
-def _write_pool(word: str) -> Callable[..., fx.Node]:
+def _write_pool(op: str) -> Callable[..., fx.Node]:
     """aten pads both ends alike and by half the kernel at most; other pads take an operator of ours.
 
     On the CPU its max_pool2d counts positions in the type of what is pooled, channels last: past 127 of them it refuses
@@ -511,18 +511,18 @@ def _write_pool(word: str) -> Callable[..., fx.Node]:
     ) -> fx.Node:  # fmt: skip
         rank = len(kernel)
         if rank not in (1, 2, 3):
-            raise GraphError(f"{word} takes a kernel over 1 to 3 axes, not {rank}")
+            raise GraphError(f"{op} takes a kernel over 1 to 3 axes, not {rank}")
         ones, zeros = [1] * rank, [0] * rank
         begin, end = list(padding[:rank]) or zeros, list(padding[rank:]) or zeros
-        own = {"dilation": list(dilation) or ones} if word == "max_pool" else {"include_pad": include_pad}
+        own = {"dilation": list(dilation) or ones} if op == "max_pool" else {"include_pad": include_pad}
         if begin != end or any(2 * pad > size for pad, size in zip(begin, kernel, strict=True)):
-            target = getattr(torch.ops.graphopt, word).default
+            target = getattr(torch.ops.graphopt, op).default
             spelled = {"kernel": list(kernel), "stride": list(stride) or ones, "padding": [*begin, *end], "ceil": ceil}
             return writer.call(target, writer.tensor(x), **spelled, **own)
         node = writer.tensor(x)
         assert node is not None
         window = [node, list(kernel), list(stride) or ones, begin]
-        if word == "max_pool":
+        if op == "max_pool":
             value = meta(node)
             plain = rank != 2 or value.dtype != torch.uint8 or value.device.type != "cpu"
             target = max_pools[rank - 1].default if plain else torch.ops.quantized.max_pool2d.default
@@ -639,32 +639,32 @@ def _write_reshape(writer: Writer, x: Raw, shape: Raw) -> fx.Node:
     return writer.call(aten.reshape.default, writer.tensor(x), sizes)
 
 
-def _write_quantize(word: str) -> Callable[..., fx.Node]:
+def _write_quantize(kind: str) -> Callable[..., fx.Node]:
     def spell(
         writer: Writer, x: Raw, scale: Raw, zero_point: Raw, *, axis: int | None, block: int = 0, bits: int = 8
     ) -> fx.Node:
         ops = quantized_decomposed()
         x, scale, zero = writer.tensor(x), writer.tensor(scale), writer.tensor(zero_point)
         assert x is not None and scale is not None
-        dtype = meta(x).dtype if word == "dequantize" else torch.int8 if zero is None else meta(zero).dtype
+        dtype = meta(x).dtype if kind == "dequantize" else torch.int8 if zero is None else meta(zero).dtype
         if dtype in _FLOAT8 or (axis is None and meta(scale).dim() > 0):  # torch has no operator for these
-            own = {"block": block, "bits": bits} if word == "dequantize" else {}
-            return writer.call(getattr(torch.ops.graphopt, word).default, x, scale, zero, axis=axis, **own)
+            own = {"block": block, "bits": bits} if kind == "dequantize" else {}
+            return writer.call(getattr(torch.ops.graphopt, kind).default, x, scale, zero, axis=axis, **own)
         if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
-            raise GraphError(f"{word} knows uint8, int8, int16 and int32, not {dtype}")
+            raise GraphError(f"{kind} knows uint8, int8, int16 and int32, not {dtype}")
         low, high = _range(dtype, bits)
         if axis is None or meta(scale).dim() == 0:
             zero = zero if zero is not None else writer.add(torch.zeros((), dtype=dtype))
-            return writer.call(getattr(ops, f"{word}_per_tensor").tensor, x, scale, zero, low, high, dtype)
+            return writer.call(getattr(ops, f"{kind}_per_tensor").tensor, x, scale, zero, low, high, dtype)
         if zero is not None:  # aten subtracts in the type of the two, which would wrap around
             zero = writer.call(aten._to_copy.default, zero, dtype=torch.int64)
-        elif word == "quantize":
+        elif kind == "quantize":
             zero = writer.add(torch.zeros(meta(scale).shape, dtype=torch.int64))
         if block:
             _require_groups(meta(x).shape, axis, block)
             target = ops.dequantize_per_channel_group.default
             return writer.call(target, x, scale, zero, low, high, dtype, block, torch.float32)
-        target = getattr(ops, f"{word}_per_channel").default
+        target = getattr(ops, f"{kind}_per_channel").default
         return writer.call(target, x, scale, zero, axis % meta(x).dim(), low, high, dtype)
 
     return spell

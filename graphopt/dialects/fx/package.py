@@ -1,6 +1,6 @@
 """An `FxGraph` as an AOTInductor package: compiled here, and run by plain PyTorch, without graphopt.
 
-What is compiled is the graph of words with quantize and dequantize around float words. Inductor's freezing makes one
+What is compiled is the graph of ops with quantize and dequantize around float ops. Inductor's freezing makes one
 oneDNN kernel of `dequantize -> linear or conv -> post-op [-> quantize]` and keeps only the packed weight. It is told
 what it needs for that: scales of activations as numbers, weights dequantized per channel, no operator of ours.
 """
@@ -24,7 +24,7 @@ from graphopt.dialects.fx.save import to_program
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, LoweringError, first_line
 from graphopt.ir.graph import Graph
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.ir.qdq.integer_forms import unfold
 from graphopt.ir.structure import Output
 
@@ -35,7 +35,7 @@ INT8_KERNELS = ("onednn.qlinear_pointwise", "onednn.qconv2d_pointwise", "onednn.
 def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
     """Write a package that `torch._inductor.aoti_load_package` runs: complete and checked, or not at all.
 
-    graph: an FxGraph of words. feeds: an example, for the compiler. Inputs are given by keyword; the result is what the
+    graph: an FxGraph of ops. feeds: an example, for the compiler. Inputs are given by keyword; the result is what the
     model returned, with a dict for any mapping, without numbers and None in it. Returns how many kernels of each name
     inductor made.
     Raises LoweringError without a C++ compiler, and, naming the sites, where a quantized linear or conv did not become
@@ -51,22 +51,22 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     graph.returns = tensors_only(graph.returns)
     program = to_program(graph, keywords=True)
     program._example_inputs = (), {name: feeds[name] for name in graph.input_names}
-    census = Census()
+    kernels = KernelCounts()
     part = path.with_name(f".{path.stem}.part.pt2")
     try:
         # With gradients enabled inductor freezes nothing.
         with torch.no_grad(), quiet("torch._inductor", "torch._export", "torch.export"):
-            own = {getattr(torch.ops.graphopt, name).default: WORDS[name].reference for name in fx_operators.NAMES}
+            own = {getattr(torch.ops.graphopt, name).default: OPS[name].reference for name in fx_operators.NAMES}
             torch._inductor.aoti_compile_and_package(
                 program.run_decompositions(own),
                 package_path=str(part),
                 inductor_configs={
                     "freezing": True,
-                    "post_grad_custom_pre_pass": census,
+                    "post_grad_custom_pre_pass": kernels,
                     "aot_inductor.metadata": dict(metadata),
                 },
             )
-        census.require(promised)
+        kernels.require(promised)
         os.replace(part, path)
     except LoweringError:
         raise
@@ -74,7 +74,7 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
         raise GraphError(f"AOTInductor cannot compile this graph: {first_line(error)}") from error
     finally:
         part.unlink(missing_ok=True)
-    return dict(census.counts.most_common())
+    return dict(kernels.counts.most_common())
 
 
 def tensors_only(returns: Any) -> Any:
@@ -104,7 +104,7 @@ def require_compiler() -> None:
 
 
 def promises(graph: Graph) -> dict[str, str]:
-    """By label the word of each linear and conv that reads a quantized activation and a stored integer weight."""
+    """By label the op of each linear and conv that reads a quantized activation and a stored integer weight."""
     found = {}
     for site in graph.sites("linear", "conv"):
         x, weight = site.input.producer, site.required("weight").producer
@@ -115,7 +115,7 @@ def promises(graph: Graph) -> dict[str, str]:
     return found
 
 
-class Census(CustomGraphPass):
+class KernelCounts(CustomGraphPass):
     """Looks at the graph that inductor generates code from, behind freezing."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class Census(CustomGraphPass):
     def uuid(self) -> None:
         """No caching: a cached result was never looked at."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Census:
+    def __deepcopy__(self, memo: dict[int, Any]) -> KernelCounts:
         """torch copies its options, and what is found must be found here."""
         return self
 

@@ -1,4 +1,4 @@
-"""Puts nodes into an `FxGraph`: words, copies of nodes, calls of any operator."""
+"""Puts nodes into an `FxGraph`: ops, copies of nodes, calls of any operator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphopt.dialects.fx import ops as fx_ops
 from graphopt.dialects.fx.native import Native, is_value, meta, target_name, tensors_read, with_nodes
 from graphopt.dialects.fx.ops import Literal, Raw, Sizes
 from graphopt.errors import GraphError
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 
 
 class NodeWriter:
@@ -22,19 +22,19 @@ class NodeWriter:
     def __init__(self, native: Native, at: fx.Node | None = None) -> None:
         self._native, self._at = native, native.output if at is None else at
 
-    def word(self, name: str, raws: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
-        """A word, its operands and attributes checked against the declaration."""
-        word = WORDS[name]
-        names = word.names(len(raws))
+    def op(self, name: str, raws: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
+        """An op, its operands and attributes checked against the declaration."""
+        op = OPS[name]
+        names = op.names(len(raws))
         if len(raws) > len(names):
-            raise GraphError(f"{name} takes {', '.join(word.operands)}; there are {len(raws)} operands")
-        if unknown := sorted(set(attributes) - set(word.attributes)):
-            raise GraphError(f"{name} has no attribute {unknown}; it has {list(word.attributes)}")
+            raise GraphError(f"{name} takes {', '.join(op.operands)}; there are {len(raws)} operands")
+        if unknown := sorted(set(attributes) - set(op.attributes)):
+            raise GraphError(f"{name} has no attribute {unknown}; it has {list(op.attributes)}")
         complete = [*raws, *[None] * (len(names) - len(raws))]
         for operand, raw in zip(names, complete, strict=True):
-            if raw is None and operand not in word.optional:
+            if raw is None and operand not in op.optional:
                 raise GraphError(f"{name} needs its operand {operand!r}")
-        return fx_ops.write(self, name, complete, dict(word.attributes) | dict(attributes))
+        return fx_ops.write(self, name, complete, dict(op.attributes) | dict(attributes))
 
     def copy(self, node: fx.Node, raws: Sequence[Raw], changed: Mapping[str, Any] = MappingProxyType({})) -> fx.Node:
         """The same operation on other values, in the order in which it reads them, with some arguments changed."""
@@ -63,7 +63,7 @@ class NodeWriter:
         for part in kind.split("."):
             found = getattr(found, part, None)
         if not isinstance(found, torch._ops.OpOverload):
-            raise GraphError(f"fx cannot emit {kind!r}: it is no word, and no operator of torch.ops with its overload")
+            raise GraphError(f"fx cannot emit {kind!r}: it is no op, and no operator of torch.ops with its overload")
         return self.call(found, *map(self.tensor, raws), **attributes)
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

@@ -1,4 +1,4 @@
-"""From a graph of words to a deployable ONNX model and file: each word in its spelling, no domain `graphopt` left."""
+"""From a graph of ops to a deployable ONNX model and file: each op in its spelling, no domain `graphopt` left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EXPORTERS = ("pkg.torch.onnx.", "pkg.torch.export.")
 
 
 def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
-    """The model with words spelled in standard operators (and the contrib ones that a backend put in).
+    """The model with ops spelled in standard operators (and the contrib ones that a backend put in).
 
     opset: the version of the standard operators, the graph's own by default. Raises GraphError naming the node that
     has no spelling there.
@@ -241,7 +241,7 @@ def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_dat
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         written = Path(folder) / path.name
         onnx_files.save(model, written, path.name + ".data" if external else None)
-        _put_back_maps(model, written)
+        _restore_maps(model, written)
         _check(model, written)
         data = written.with_name(path.name + ".data")
         if data.exists():
@@ -266,7 +266,7 @@ def graphsurgeon(model: ir.Model) -> Any:
     return onnx_graphsurgeon.import_onnx(ir.to_proto(model))
 
 
-def _put_back_maps(model: ir.Model, written: Path) -> None:
+def _restore_maps(model: ir.Model, written: Path) -> None:
     """Give outputs that hold a map their type again, which onnx-ir cannot write."""
     maps = {output.name: output.meta[MAP_TYPE] for output in model.graph.outputs if MAP_TYPE in output.meta}
     if maps:

@@ -1,4 +1,4 @@
-"""Bodies of the words that ONNX has no operator for: one a variant, so `linear__bias_kn` is linear with a bias and a
+"""Bodies of the ops that ONNX has no operator for: one a variant, so `linear__bias_kn` is linear with a bias and a
 weight stored (in, out).
 
 There is one body for each arity and stored weight layout: an omitted operand fails in a function, and a Transpose of

@@ -21,7 +21,7 @@ from graphopt.dialects.onnx import (
     functions as onnx_functions,
 )
 from graphopt.dialects.onnx import (
-    ops as onnx_words,
+    ops as onnx_ops,
 )
 from graphopt.dialects.onnx import (
     shapes as onnx_shapes,
@@ -30,7 +30,7 @@ from graphopt.dialects.onnx.ops import DOMAIN, STANDARD
 from graphopt.dialects.onnx.tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Flow, Graph, Node, Shape, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with attention whole."""
@@ -126,28 +126,28 @@ class OnnxNode(Node):
 
     @property
     def kind(self) -> str:
-        word = onnx_words.read(self.owner, self.native)
-        if word is not None:
-            return word[0]
+        op = onnx_ops.read(self.owner, self.native)
+        if op is not None:
+            return op[0]
         domain = "onnx" if self.native.domain in STANDARD else self.native.domain
         return f"{domain}.{self.native.op_type}"
 
     @property
     def operands(self) -> tuple[Value | None, ...]:
-        word = onnx_words.read(self.owner, self.native)
-        return word[1] if word is not None else self.owner.values(self.native.inputs)
+        op = onnx_ops.read(self.owner, self.native)
+        return op[1] if op is not None else self.owner.values(self.native.inputs)
 
     @property
     def attributes(self) -> Mapping[str, Any]:
-        word = onnx_words.read(self.owner, self.native)
-        if word is not None:
-            return word[2]
+        op = onnx_ops.read(self.owner, self.native)
+        if op is not None:
+            return op[2]
         return {a.name: a.value for a in self.native.attributes.values() if not _holds_graph(a)}
 
     @property
     def results(self) -> tuple[Value, ...]:
-        word = onnx_words.read(self.owner, self.native)
-        count = len(WORDS[word[0]].results) if word is not None else len(self.native.outputs)
+        op = onnx_ops.read(self.owner, self.native)
+        count = len(OPS[op[0]].results) if op is not None else len(self.native.outputs)
         return tuple(OnnxValue(self.owner, output) for output in self.native.outputs[:count])
 
     @property
@@ -160,13 +160,13 @@ class OnnxNode(Node):
         if any(output.dtype in NARROW for output in native.outputs):  # the engine cannot hand out what it computes
             return None
         attributes = tuple(sorted((a.name, _frozen(a)) for a in native.attributes.values()))
-        # A word may have attributes where ONNX has operands (the bounds of a slice).
-        read = repr(sorted(self.attributes.items())) if self.word is not None else ""
+        # An op may have attributes where ONNX has operands (the bounds of a slice).
+        read = repr(sorted(self.attributes.items())) if self.op is not None else ""
         return native.domain, native.op_type, len(native.outputs), attributes, read
 
 
 class OnnxGraph(Graph):
-    """An ONNX model as a graph of words. Make one with `from_model`, `from_file` or `empty`."""
+    """An ONNX model as a graph of ops. Make one with `from_model`, `from_file` or `empty`."""
 
     dialect = "onnx"
 
@@ -188,7 +188,7 @@ class OnnxGraph(Graph):
 
     @classmethod
     def from_model(cls, model: ir.Model | onnx.ModelProto) -> OnnxGraph:
-        """Put a model in order and raise its operators to words. The model handed in is not changed.
+        """Put a model in order and raise its operators to ops. The model handed in is not changed.
 
         Nodes are sorted; constants become initializers, and initializers stop being inputs; model-local functions are
         inlined; shapes are inferred where they are missing.
@@ -313,25 +313,25 @@ class OnnxGraph(Graph):
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
         path = at.path if at is not None else ""
-        if isinstance(kind, OnnxNode) and kind.word is not None and kind.native.op_type not in onnx_words.KEPT:
+        if isinstance(kind, OnnxNode) and kind.op is not None and kind.native.op_type not in onnx_ops.KEPT:
             spelled = self._spell(kind.kind, operands, {**kind.attributes, **attributes})
         elif isinstance(kind, OnnxNode):
-            spelled = onnx_words.Spelled(
+            spelled = onnx_ops.Spelled(
                 kind.native.op_type,
                 _onnx_values(operands),
                 {a.name: a for a in kind.native.attributes.values()} | attributes,
                 kind.native.domain,
                 len(kind.native.outputs),
             )
-        elif isinstance(kind, str) and kind in WORDS:
+        elif isinstance(kind, str) and kind in OPS:
             spelled = self._spell(kind, operands, attributes)
         elif isinstance(kind, str) and "." in kind:
             domain, op_type = kind.rsplit(".", 1)
             outputs = attributes.pop("_outputs", 1)
             domain = "" if domain == "onnx" else domain
-            spelled = onnx_words.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
+            spelled = onnx_ops.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
         else:
-            raise GraphError(f"onnx cannot emit {kind!r}: it is no word, and no operation of the form domain.Op")
+            raise GraphError(f"onnx cannot emit {kind!r}: it is no op, and no operation of the form domain.Op")
         native = self._make(spelled, path)
         if isinstance(at, OnnxNode):
             at.native.prepend(native)
@@ -370,26 +370,26 @@ class OnnxGraph(Graph):
 
     def _spell(
         self, kind: str, operands: Sequence[Value | None], attributes: Mapping[str, Any]
-    ) -> onnx_words.Spelled:
-        word = WORDS[kind]
-        unknown = set(attributes) - set(word.attributes)
-        names = word.names(len(operands))
+    ) -> onnx_ops.Spelled:
+        op = OPS[kind]
+        unknown = set(attributes) - set(op.attributes)
+        names = op.names(len(operands))
         if unknown or len(operands) > len(names):
-            raise GraphError(f"{kind} takes {word.operands} and {tuple(word.attributes)}, not {sorted(unknown)}")
+            raise GraphError(f"{kind} takes {op.operands} and {tuple(op.attributes)}, not {sorted(unknown)}")
         padded = (*operands, *[None] * (len(names) - len(operands)))
         for name, value in zip(names, padded, strict=True):
-            if value is None and name not in word.optional:
+            if value is None and name not in op.optional:
                 raise GraphError(f"{kind} needs its operand {name!r}")
-        filled = dict(word.attributes) | dict(attributes)
+        filled = dict(op.attributes) | dict(attributes)
         if kind.startswith("conv"):
-            weight = padded[word.operands.index("weight")]
+            weight = padded[op.operands.index("weight")]
             rank = len(weight.shape) - 2 if weight is not None and weight.shape is not None else 2
             ones, zeros = (1,) * rank, (0,) * (2 * rank)
             filled |= {key: filled[key] or default
                        for key, default in (("stride", ones), ("dilation", ones), ("padding", zeros))}  # fmt: skip
-        return onnx_words.write(self, kind, _onnx_values(operands), filled)
+        return onnx_ops.write(self, kind, _onnx_values(operands), filled)
 
-    def _make(self, spelled: onnx_words.Spelled, path: str) -> ir.Node:
+    def _make(self, spelled: onnx_ops.Spelled, path: str) -> ir.Node:
         inputs = [None if value is None else self.native(value) for value in spelled.inputs]
         while inputs and inputs[-1] is None:
             inputs.pop()
@@ -567,7 +567,7 @@ class OnnxGraph(Graph):
                 names.add(output.name or "")
                 known.add(output)
             if node.domain == DOMAIN and (DOMAIN, node.op_type, "") not in self.model.functions:
-                raise _at(node, f"the word {node.op_type} has no function body in the model")
+                raise _at(node, f"the op {node.op_type} has no function body in the model")
         for output in graph.outputs:
             if output not in known:
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
@@ -586,7 +586,7 @@ class OnnxGraph(Graph):
         return cls(model, onnx_files.scratch_for(model))
 
     def refine_shapes(self) -> None:
-        """Infer shapes again where they are open: constants, and words raised since, tell more than the file did.
+        """Infer shapes again where they are open: constants, and ops raised since, tell more than the file did.
 
         Sizes that the graph computes from its own shapes become constants where they are known as numbers.
         """
@@ -676,11 +676,11 @@ def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
 
 
 def _has_the_shapes_of(node: OnnxNode, operands: Sequence[Value | None]) -> bool:
-    """Whether a word of one result, computed on these operands, has a result of the shape that it has as it stands.
+    """Whether an op of one result, computed on these operands, has a result of the shape that it has as it stands.
 
     Floats may be others of the same shape; integers may be sizes, and are the same.
     """
-    if node.word is None or len(node.native.outputs) != 1 or len(operands) != len(node.operands):
+    if node.op is None or len(node.native.outputs) != 1 or len(operands) != len(node.operands):
         return False
     pairs = zip(operands, node.operands, strict=True)
     return all(new == old or _is_like(new, old) for new, old in pairs)

@@ -1,6 +1,6 @@
-"""How each word is spelled in ONNX: one reader and one writer a word.
+"""How each op is spelled in ONNX: one reader and one writer an op.
 
-A word without a standard operator at the model's opset is a node of domain `graphopt` with a function body, so the
+An op without a standard operator at the model's opset is a node of domain `graphopt` with a function body, so the
 model stays valid, and runs in any engine, all through a pipeline.
 """
 
@@ -18,7 +18,7 @@ import torch
 from graphopt.dialects.onnx.tensors import FLOATS, NARROW, READABLE, TORCH_DTYPES, onnx_dtype
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 
 if TYPE_CHECKING:
     from graphopt.dialects.onnx.graph import OnnxGraph, OnnxValue
@@ -28,7 +28,7 @@ DOMAIN = "graphopt"
 STANDARD = ("", "ai.onnx")
 
 Read = tuple[str, tuple["OnnxValue | None", ...], dict[str, Any]]
-"""A node as a word: its name, operands in the word's order, attributes."""
+"""A node as an op: its name, operands in the op's order, attributes."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Spelled:
     outputs: int = 1
 
 
-# --- operators that are words as they stand ------------------------------------------------------------------------
+# --- operators that are ops as they stand ------------------------------------------------------------------------
 
 _PLAIN = {
     "MatMul": "matmul", "Add": "add", "Mul": "mul", "Sub": "sub", "Div": "div", "Pow": "pow", "Sqrt": "sqrt",
     "Reciprocal": "reciprocal", "Exp": "exp", "Erf": "erf", "Tanh": "tanh", "Sigmoid": "sigmoid", "IsNaN": "isnan",
     "Relu": "relu", "HardSwish": "hard_swish", "Where": "where", "Identity": "identity",
 }  # fmt: skip
-_PLAIN_OPS = {word: op for op, word in _PLAIN.items()}
+_PLAIN_OPS = {op: op for op, op in _PLAIN.items()}
 
 
 KEPT = ("GlobalAveragePool",)
@@ -63,7 +63,7 @@ _SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNor
 
 
 def read(graph: OnnxGraph, node: ir.Node) -> Read | None:
-    """The node as a word, or None where it is opaque."""
+    """The node as an op, or None where it is opaque."""
     if len(node.outputs) > 1 and node.op_type not in _SEVERAL_RESULTS:
         return None
     if node.domain == DOMAIN:
@@ -79,14 +79,14 @@ def read(graph: OnnxGraph, node: ir.Node) -> Read | None:
 
 def _read_function(graph: OnnxGraph, node: ir.Node) -> Read | None:
     name, _, variant = node.op_type.partition("__")
-    if name not in WORDS:
+    if name not in OPS:
         return None
     operands = list(graph.values(node.inputs))
     if "kn" in variant.split("_"):
-        index = WORDS[name].operands.index("weight")
+        index = OPS[name].operands.index("weight")
         weight = operands[index]
         operands[index] = weight.transpose() if weight is not None else None
-    return name, tuple(operands), dict(WORDS[name].attributes) | _function_attributes(node)
+    return name, tuple(operands), dict(OPS[name].attributes) | _function_attributes(node)
 
 
 def _function_attributes(node: ir.Node) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _read_layer_norm(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue 
     return _read_norm("layer_norm", node, operands)
 
 
-def _read_norm(word: str, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+def _read_norm(op: str, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
     x, weight = operands[0], operands[1]
     axis, eps = _integer(node, "axis", -1), _number(node, "epsilon", 1e-5)
     if weight is None or weight.rank is None or x is None:
@@ -205,7 +205,7 @@ def _read_norm(word: str, node: ir.Node, operands: tuple[OnnxValue | None, ...])
         if x.rank is None:
             return None
         axis -= x.rank
-    return (word, operands, {"eps": eps}) if weight.rank == -axis else None
+    return (op, operands, {"eps": eps}) if weight.rank == -axis else None
 
 
 def _read_batch_norm(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
@@ -320,7 +320,7 @@ def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
         return None
     axis = _scale_axis(node, x, scale)
     if zero_point is None and _integer(node, "output_dtype", 0) != ir.DataType.INT8:
-        return None  # without a zero point ONNX means uint8 by default, and the word int8
+        return None  # without a zero point ONNX means uint8 by default, and the op int8
     if _integer(node, "block_size", 0) or (zero_point is not None and zero_point.native.dtype in NARROW):
         return None
     return "quantize", operands, {"axis": axis}
@@ -435,35 +435,35 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def write(graph: OnnxGraph, word: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-    """The node that means `word` at the graph's opset."""
-    if word in _PLAIN_OPS and (word != "hard_swish" or graph.opset >= 14):
-        return Spelled(_PLAIN_OPS[word], operands, {})
-    writer = _WRITERS.get(word)
+def write(graph: OnnxGraph, op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    """The node that means `op` at the graph's opset."""
+    if op in _PLAIN_OPS and (op != "hard_swish" or graph.opset >= 14):
+        return Spelled(_PLAIN_OPS[op], operands, {})
+    writer = _WRITERS.get(op)
     spelled = writer(graph, operands, attributes) if writer is not None else None
-    return spelled if spelled is not None else _write_function(word, operands, attributes)
+    return spelled if spelled is not None else _write_function(op, operands, attributes)
 
 
-def _write_function(word: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-    names = WORDS[word].operands
+def _write_function(op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    names = OPS[op].operands
     operands = list(operands)
     variant = []
     if "bias" in names and len(operands) > names.index("bias") and operands[names.index("bias")] is not None:
         variant.append("bias")
-    if "weight" in names and word.startswith("linear"):
+    if "weight" in names and op.startswith("linear"):
         weight = operands[names.index("weight")]
         if weight is not None and weight.transposed:
             variant.append("kn")
             operands[names.index("weight")] = weight.transpose()
-    if word == "linear_int8":
+    if op == "linear_int8":
         scale = operands[1]
         variant.append("static" if scale is not None and scale.is_constant else "dynamic")
-    op_type = word + ("__" + "_".join(variant) if variant else "")
+    op_type = op + ("__" + "_".join(variant) if variant else "")
     while operands and operands[-1] is None:
         operands.pop()
     to_conv = {value: key for key, value in _FROM_CONV.items()}
     spelled = {to_conv.get(key, key): value for key, value in attributes.items() if value not in ((), None)}
-    return Spelled(op_type, operands, spelled, DOMAIN, len(WORDS[word].results))
+    return Spelled(op_type, operands, spelled, DOMAIN, len(OPS[op].results))
 
 
 def _conv_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -587,13 +587,13 @@ def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attr
     return Spelled("QuantizeLinear", operands, spelled)
 
 
-def _require_quantized(graph: OnnxGraph, word: str, axis: int | None) -> None:
+def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
     """Raise GraphError where the opset is older than the operator: 10, or 13 with a scale for each slice of an axis."""
     needed = 10 if axis is None else 13
     if graph.opset < needed:
         several = "" if axis is None else f" with scales along axis {axis}"
         raise GraphError(
-            f"{word}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}: convert the file first"
+            f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}: convert the file first"
         )
 
 

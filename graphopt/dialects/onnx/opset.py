@@ -170,4 +170,4 @@ _WRITE_OUT: dict[str, tuple[int, Callable[[Builder, Node], Value]]] = {
     "hard_swish": (14, _hard_swish),
     "mean": (18, _mean),
 }
-"""By word: the opset that has it as it is spelled now, and what stands for it before."""
+"""By op: the opset that has it as it is spelled now, and what stands for it before."""

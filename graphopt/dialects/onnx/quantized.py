@@ -1,4 +1,4 @@
-"""Files that are quantized already: operators on integers become dequantize and quantize words around a float word.
+"""Files that are quantized already: operators on integers become dequantize and quantize ops around a float op.
 
 Read so: QOperator (QLinearConv and the like, QGemm), integer products with scales behind (MatMulInteger, ConvInteger),
 DynamicQuantizeLinear, and onnxruntime's contrib forms (DynamicQuantizeMatMul, MatMulIntegerToFloat, MatMulNBits,
@@ -19,7 +19,7 @@ from torch import Tensor
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx.ops import STANDARD, spatial, window
 from graphopt.ir.graph import Node, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.numerics import quantize
 
 CONTRIB = "com.microsoft"
@@ -29,7 +29,7 @@ Read = Callable[["_Site"], "Value | None"]
 
 
 def raise_quantized(graph: OnnxGraph) -> None:
-    """Put words in place of operators on integers, and quantize and dequantize in the form that rules look for."""
+    """Put ops in place of operators on integers, and quantize and dequantize in the form that rules look for."""
     for native in list(graph.model.graph):
         if native.graph is not graph.model.graph:  # it went with a chain
             continue
@@ -45,12 +45,12 @@ def raise_quantized(graph: OnnxGraph) -> None:
 
 
 class _Site:
-    """One operator on integers: its inputs by number, and words emitted at it."""
+    """One operator on integers: its inputs by number, and ops emitted at it."""
 
     def __init__(self, graph: OnnxGraph, node: OnnxNode) -> None:
         self.graph, self.node = graph, node
         self.end = node
-        """The node whose result the words replace: the last of a chain."""
+        """The node whose result the ops replace: the last of a chain."""
         self.chain: list[OnnxNode] = []
         self.attributes: Mapping[str, Any] = {a.name: a.value for a in node.native.attributes.values()}
         self._inputs = graph.values(node.native.inputs)
@@ -153,7 +153,7 @@ def _tidy(graph: OnnxGraph, node: OnnxNode) -> None:
     x, *parameters = node.operands
     stored = all(tensor is not None for value, tensor in zip(node.operands, tensors, strict=True) if value is not None)
     if node.kind == "dequantize" and stored and x is not None and x.dtype is torch.int32:
-        value = WORDS["dequantize"].reference(*tensors, **node.attributes)
+        value = OPS["dequantize"].reference(*tensors, **node.attributes)
         graph.replace(node, graph.add_constant(value, node.name))
         return
     tidied = [None if value is None else single(graph, value) for value in parameters]
@@ -308,24 +308,24 @@ def _read_dynamic_quantize(site: _Site) -> Value | None:
     return None
 
 
-def _read_binary(word: str) -> Read:
-    return lambda site: site.quantized(site.emit(word, site.activation(0), site.activation(3)), 6)
+def _read_binary(op: str) -> Read:
+    return lambda site: site.quantized(site.emit(op, site.activation(0), site.activation(3)), 6)
 
 
-def _read_unary(word: str, **attributes: str) -> Read:
-    """(x, scale, zero point, scale and zero point of the result); attributes: of the word, by the operator's names."""
+def _read_unary(op: str, **attributes: str) -> Read:
+    """(x, scale, zero point, scale and zero point of the result); attributes: of the op, by the operator's names."""
 
     def read_one(site: _Site) -> Value | None:
         if site.input(4) is None:
             return None
         given = {key: site.attributes[name] for key, name in attributes.items() if name in site.attributes}
-        return site.quantized(site.emit(word, site.activation(0), **given), 3)
+        return site.quantized(site.emit(op, site.activation(0), **given), 3)
 
     return read_one
 
 
 def _read_softmax(site: _Site) -> Value | None:
-    """Before opset 13 it was over all axes from `axis` on, which is the word where that is the last."""
+    """Before opset 13 it was over all axes from `axis` on, which is the op where that is the last."""
     rank, axis = site.required(0).rank, site.attributes.get("axis", -1)
     if site.attributes["opset"] < 13 and axis != -1 and (rank is None or axis != rank - 1):
         return None
@@ -434,7 +434,7 @@ _FORMS = {
 
 
 def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
-    """What a report says of a file that is quantized already: how, and which words read integers; None of any other."""
+    """What a report says of a file that is quantized already: how, and which ops read integers; None of any other."""
     native = model.graph.node if isinstance(model, onnx.ModelProto) else model.graph
     types = {node.op_type for node in native if node.domain in (*STANDARD, CONTRIB)}
     forms = [form for form, members in _FORMS.items() if types & members]
@@ -442,9 +442,9 @@ def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
         forms = ["weights alone"]
     if not forms:
         return None
-    words = Counter(node.kind for node in graph.nodes if node.word is not None and _reads_integers(node))
+    ops = Counter(node.kind for node in graph.nodes if node.op is not None and _reads_integers(node))
     opaque = Counter(node.native.op_type for node in graph.nodes if isinstance(node, OnnxNode) and _is_opaque(node))
-    found = ", ".join(f"{count} {kind}" for kind, count in sorted(words.items())) or "no word"
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(ops.items())) or "no op"
     left = f"; left as they are: {', '.join(f'{n} {kind}' for kind, n in sorted(opaque.items()))}" if opaque else ""
     return f"this file is quantized already ({', '.join(forms)}): {found}{left}"
 
@@ -455,6 +455,6 @@ def _reads_integers(node: Node) -> bool:
 
 
 def _is_opaque(node: OnnxNode) -> bool:
-    """Whether a node computes on integers and is no word."""
+    """Whether a node computes on integers and is no op."""
     known = {*_READERS, *set().union(*_FORMS.values()), "DequantizeLinear"}
-    return node.word is None and node.native.op_type in known
+    return node.op is None and node.native.op_type in known

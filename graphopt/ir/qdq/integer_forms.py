@@ -5,7 +5,7 @@ dequantize(W, s, z) -> dequantize(W - z, s for each output). Both are exact.
 quantize(x * c, s, z) -> quantize(x, s / c, z), the same but for the last bit of a float. Attention scales its sides so.
 A scale for each channel between a conv and a depthwise conv moves into their weights (`channel_scales`).
 
-int8 words, which are made of such, are opened again by `unfold`.
+int8 ops, which are made of such, are opened again by `unfold`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graphopt.ir.qdq.channel_scales import share_one_scale
 from graphopt.ir.rewrite import scalar
 
 _MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity")
-"""Words that let integers through as they are, whatever their sign."""
+"""Ops that let integers through as they are, whatever their sign."""
 _HALF = 128
 
 
@@ -39,7 +39,7 @@ def normalize(graph: Graph) -> None:
 
 
 def unfold(graph: Graph) -> None:
-    """Put quantize and dequantize around float words in place of int8 words: what they mean. [changes]"""
+    """Put quantize and dequantize around float ops in place of int8 ops: what they mean. [changes]"""
     floats: dict[tuple[Value, ...], Value] = {}
 
     def activation(site: Node, side: str) -> Value:
@@ -118,7 +118,7 @@ def _higher(graph: Graph, node: Node) -> Value:
 
 
 def _take_factor(graph: Graph, node: Node) -> None:
-    """Scale by one number above 0 in the quantize, in place of a word before it, or before what only moves values."""
+    """Scale by one number above 0 in the quantize, in place of an op before it, or before what only moves values."""
     factor = node.input.producer
     while factor is not None and factor.kind in _MOVES and factor.result.only_user is not None:
         factor = factor.input.producer
@@ -134,7 +134,7 @@ def _take_factor(graph: Graph, node: Node) -> None:
 
 
 def _factor(graph: Graph, node: Node) -> tuple[Value, float] | None:
-    """What a mul or div changes by one number above 0, and that number; None of any other word, or another shape."""
+    """What a mul or div changes by one number above 0, and that number; None of any other op, or another shape."""
     sides = {"mul": [(0, 1), (1, 0)], "div": [(0, 1)]}.get(node.kind, [])
     for x, number in ((node.operands[one], scalar(graph, node.operands[other])) for one, other in sides):
         if x is not None and number is not None and number > 0 and x.shape == node.result.shape:

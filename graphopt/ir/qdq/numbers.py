@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 
 _NEAR = 0.5 + 1e-3
 """Half a step, and the rounding of float32."""
@@ -20,7 +20,7 @@ def stored(graph: Graph, value: Value | None) -> Tensor | None:
     parts = [None if one is None else graph.constant(one) for one in maker.operands]
     if any(one is not None and part is None for one, part in zip(maker.operands, parts, strict=True)):
         return None
-    floats: Tensor = WORDS["dequantize"].reference(*parts, **maker.attributes)
+    floats: Tensor = OPS["dequantize"].reference(*parts, **maker.attributes)
     return floats
 
 

@@ -6,14 +6,14 @@ from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph, Node, Value
 
 JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu", "softmax")
-"""Words that compute in integers what they get in integers, with a scale of their own for the result.
+"""Ops that compute in integers what they get in integers, with a scale of their own for the result.
 
 A softmax is one of them only where it is asked for by name: its kernel in integers may be several times slower than the
 one in floats.
 """
 
 MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
-"""Words whose result holds what the input does, at most zeros besides: it keeps the input's scale."""
+"""Ops whose result holds what the input does, at most zeros besides: it keeps the input's scale."""
 
 
 def is_global(mean: Node) -> bool:
@@ -51,7 +51,7 @@ def reads_integers(site: Node) -> bool:
     return all(is_dequantized(value) for value in site.operands[:2] if value is not None)
 
 
-def require_words(neutral: Graph, target: str) -> None:
-    """Raise LoweringError where a graph holds int8 words, which a target that reads Q/DQ has no use for."""
-    for site in neutral.sites("linear_int8", "conv_int8", "add_int8"):
+def require_no_int8_ops(folded: Graph, target: str) -> None:
+    """Raise LoweringError where a graph holds int8 ops, which a target that reads Q/DQ has no use for."""
+    for site in folded.sites("linear_int8", "conv_int8", "add_int8"):
         raise LoweringError(f"{site.label} is {site.kind}, and {target} reads Q/DQ around floats: leave out fold-int8")

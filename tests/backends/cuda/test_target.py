@@ -60,8 +60,9 @@ def optimized(module: nn.Module, passes: str, **options: Any) -> Any:
 
 
 def kernels(small: Any) -> dict[str, int]:
-    own = {kind.split(".")[1]: count for kind, count in small.report.census.items() if kind.startswith("graphopt_cuda")}
-    return own or {"linear": small.report.census["linear"]}
+    built = small.report.kernels
+    own = {kind.split(".")[1]: count for kind, count in built.items() if kind.startswith("graphopt_cuda")}
+    return own or {"linear": built["linear"]}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def kernels(small: Any) -> dict[str, int]:
     ],
 )
 def test_a_block_end_to_end(block: Block, passes: str, expected: dict[str, int], least: float, tmp_path: Path) -> None:
-    """Lowered, held to the words, run on the CPU at other shapes, written, and read by torch alone."""
+    """Lowered, held to the ops, run on the CPU at other shapes, written, and read by torch alone."""
     small = optimized(block, passes)
     assert kernels(small) == expected and small.report.agreement[0].sqnr > least
     x = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(9))
@@ -96,8 +97,8 @@ def test_a_block_end_to_end(block: Block, passes: str, expected: dict[str, int],
 
 def test_activations_are_rounded_by_row_about_zero(block: Block) -> None:
     small = optimized(block, "quantize{scheme=dynamic}")
-    words = small.report.words_after
-    assert words["row_scale"] == words["quantize"] == 4 and "choose_qparams" not in words
+    ops = small.report.words_after
+    assert ops["row_scale"] == ops["quantize"] == 4 and "choose_qparams" not in ops
     for site in small.graph.sites("quantize"):
         scale = site.required("scale")
         assert site.result.dtype == torch.int8 and scale.shape == (*site.input.shape[:-1], 1)
@@ -114,7 +115,7 @@ def test_weights_are_the_integers_of_the_cpu_target(scheme: str) -> None:
             module, f"quantize{{scheme={scheme},rounding=nearest,bits={bits}}}", target=target,
             calibration=calibration, example_inputs=torch.randn(3, 128), measure=False,
         )  # fmt: skip
-        graph: Graph = small.graph
+        graph: Graph = small.folded
         stored = [site.required("x") for site in graph.sites("dequantize") if site.required("x").is_constant]
         stored += [site.required("weight") for site in graph.sites("linear_int8")]
         tensors = [graph.constant(one) for one in stored]

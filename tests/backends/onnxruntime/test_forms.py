@@ -66,7 +66,7 @@ def fed(graph: Graph) -> dict[str, Tensor]:
 
 
 def formed(text: str, choice: Choice, form: str, behind: list[Rule] | None = None) -> OnnxGraph:
-    """A graph with one form put in, lowered for the rest by the static order, and held to what the words mean."""
+    """A graph with one form put in, lowered for the rest by the static order, and held to what the ops mean."""
     graph = build("onnx", text)
     assert isinstance(graph, OnnxGraph)
     feeds, made = fed(graph), graph.clone()
@@ -373,7 +373,7 @@ def test_a_linear_in_front_of_a_quantize_gives_floats_or_integers(
 @pytest.mark.parametrize(
     ("between", "zero"),
     [("relu({})", 100), ("clip({}, low=0.0, high=1.0)", 0), ("tanh({})", 0), ("{}\n    z = tanh(h)", 0)],
-    ids=["cut by more than integers", "cut above too", "another word between", "read in floats"],
+    ids=["cut by more than integers", "cut above too", "another op between", "read in floats"],
 )
 def test_a_linear_whose_floats_are_needed_gives_no_integers(between: str, zero: int) -> None:
     text = closed("b,", between, zero)

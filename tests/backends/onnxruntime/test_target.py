@@ -96,8 +96,8 @@ def test_an_exported_encoder_gets_exactly_these_kernels(
 ) -> None:
     path = encoders[scheme].export(tmp_path / "out.onnx")
     assert computing(kernels(path, level)) == CENSUS[scheme]
-    census = encoders[scheme].report.census
-    assert {op: count for op, count in census.items() if op in COMPUTING} == CENSUS[scheme]
+    built = encoders[scheme].report.kernels
+    assert {op: count for op, count in built.items() if op in COMPUTING} == CENSUS[scheme]
 
 
 @pytest.mark.parametrize("level", ["extended", "all"])
@@ -133,14 +133,14 @@ def test_weights_are_int8_and_activations_uint8(
 
 
 def unoptimized(result: Optimized, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-    """The graph of words, by the bodies of its words, in a session without any optimization."""
-    assert isinstance(result.graph, OnnxGraph)
-    return onnx_run.run(onnx_run.session(result.graph.model, level="disable"), feeds)
+    """The graph of ops, by the bodies of its ops, in a session without any optimization."""
+    assert isinstance(result.folded, OnnxGraph)
+    return onnx_run.run(onnx_run.session(result.folded.model, level="disable"), feeds)
 
 
 @pytest.mark.parametrize("scheme", ["float", "dynamic", "static"])
-def test_the_engine_computes_what_the_words_mean(encoders: dict[str, Optimized], scheme: str) -> None:
-    """Against the word graph without optimizations; through Q/DQ a rounding may fall the other way."""
+def test_the_engine_computes_what_the_ops_mean(encoders: dict[str, Optimized], scheme: str) -> None:
+    """Against the op graph without optimizations; through Q/DQ a rounding may fall the other way."""
     result = encoders[scheme]
     for batch in (ENCODED, {"ids": tokens(3, 11, seed=5), "mask": padding(3, 11)}):
         plain = unoptimized(result, batch)
@@ -148,11 +148,11 @@ def test_the_engine_computes_what_the_words_mean(encoders: dict[str, Optimized],
             assert within_tolerance(plain[0], result(**batch))
         else:
             assert sqnr(plain[0], result(**batch)) > 40
-        basic = result.graph.evaluate(batch, result.graph.outputs)
+        basic = result.folded.evaluate(batch, result.folded.outputs)
         assert sqnr(plain[0], basic[0]) > 40
 
 
-def test_the_conv_net_computes_what_the_words_mean(conv_net: Optimized) -> None:
+def test_the_conv_net_computes_what_the_ops_mean(conv_net: Optimized) -> None:
     x = images(3, seed=9)
     plain = unoptimized(conv_net, {"x": x})
     assert sqnr(plain[0], conv_net(x)) > 40
@@ -211,7 +211,7 @@ def test_attention_splits_its_own_heads(kv_heads: int, causal: bool, mask: str) 
     result = graphopt.optimize(module, example_inputs=inputs)
     (site,) = result.lowered.sites("attention")
     assert (site.attributes["heads"], site.attributes["kv_heads"]) == (4, kv_heads)
-    assert "Transpose" not in result.report.census and "Reshape" not in result.report.census
+    assert "Transpose" not in result.report.kernels and "Reshape" not in result.report.kernels
     torch.testing.assert_close(result(**inputs), module(**inputs), rtol=1e-5, atol=1e-5)
 
 
@@ -262,7 +262,7 @@ def test_a_boolean_mask_becomes_floats_once_where_several_layers_read_it(layers:
 def test_a_decoder_is_lowered_whole() -> None:
     module, inputs = seeded(Decoder), {"ids": tokens()}
     result = graphopt.optimize(module, "quantize{scheme=dynamic}", example_inputs=inputs)
-    found = {op: count for op, count in result.report.census.items() if op in COMPUTING}
+    found = {op: count for op, count in result.report.kernels.items() if op in COMPUTING}
     assert found == {
         "Attention": 1, "RMSNormalization": 2, "QuickGelu": 1,
         "DynamicQuantizeMatMul": 3, "MatMulIntegerToFloat": 5, "DynamicQuantizeLinear": 2,
@@ -300,7 +300,7 @@ OPEN = {"MatMulIntegerToFloat": 5, "QLinearMatMul": 1, "Softmax": 1, "QuantizeLi
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "kernels"),
+    ("kind", "ops", "kernels"),
     [
         (Products, "linear,matmul,softmax", CLOSED),
         (Products, "linear,matmul", OPEN),
@@ -308,20 +308,20 @@ OPEN = {"MatMulIntegerToFloat": 5, "QLinearMatMul": 1, "Softmax": 1, "QuantizeLi
     ],
 )
 def test_products_of_attention_in_integers(
-    kind: type[Products], words: str, kernels: dict[str, int], tmp_path: Path
+    kind: type[Products], ops: str, kernels: dict[str, int], tmp_path: Path
 ) -> None:
     draw = torch.Generator().manual_seed(0)
     batches = [{"x": torch.randn(2, 16, 32, generator=draw), "mask": torch.randn(2, 16, 16, generator=draw)}
                for _ in range(4)]  # fmt: skip
     module = seeded(kind)
-    result = graphopt.optimize(module, f"quantize{{targets=[{words}]}}", example_inputs=batches[0],
+    result = graphopt.optimize(module, f"quantize{{targets=[{ops}]}}", example_inputs=batches[0],
                                calibration=batches, measure=False)  # fmt: skip
 
-    def integer(census: Mapping[str, int]) -> dict[str, int]:
+    def integer(kernels: Mapping[str, int]) -> dict[str, int]:
         counted = {*COMPUTING, "QLinearSoftmax"} - {"Sum"}
-        return {op: count for op, count in census.items() if op in counted}
+        return {op: count for op, count in kernels.items() if op in counted}
 
-    assert integer(result.report.census) == kernels
+    assert integer(result.report.kernels) == kernels
     record = next(record for record in result.report.passes if record.name == "quantize")
     assert record.changed == (6 if kernels == OPEN else 7)
     (expected,), found = unoptimized(result, batches[1]), result(**batches[1])
@@ -331,7 +331,7 @@ def test_products_of_attention_in_integers(
     for portable in (False, True):
         path = result.export(tmp_path / f"{portable}.onnx", portable=portable)
         again = graphopt.optimize(path, example_inputs=batches[0], measure=False)
-        assert integer(again.report.census) == kernels
+        assert integer(again.report.kernels) == kernels
         assert (next(iter(again(**batches[1]).values())) - found).abs().max() <= expected.abs().max() / 255
 
 
@@ -347,8 +347,8 @@ def test_fewer_kernels_than_promised_is_an_error_that_lists_the_nodes() -> None:
     graph.model.graph[1].metadata_props["graphopt.path"] = "block.up"
 
     class Float(OrtRunner):
-        def census(self) -> dict[str, int]:
-            return super().census() | {"MatMulIntegerToFloat": 0, "QLinearMatMul": 0, "QGemm": 0}
+        def kernels(self) -> dict[str, int]:
+            return super().kernels() | {"MatMulIntegerToFloat": 0, "QLinearMatMul": 0, "QGemm": 0}
 
     with pytest.raises(LoweringError, match=r"1 linear_int8 were promised and onnxruntime built 0 .* block\.up"):
         OnnxRuntime().check(graph, Float(graph, None))
@@ -362,7 +362,7 @@ def test_products_are_promised_with_the_linears() -> None:
     OnnxRuntime().check(graph, OnnxRuntime().compile(lowered))
 
     class Float(OrtRunner):
-        def census(self) -> dict[str, int]:
+        def kernels(self) -> dict[str, int]:
             return {"MatMul": 1}
 
     with pytest.raises(LoweringError, match=r"1 matmul were promised and onnxruntime built 0 .* among MatMul"):
@@ -471,9 +471,9 @@ def test_integers_in_a_graph_of_an_opset_without_them_are_refused(opset: int, ax
     assert isinstance(graph, OnnxGraph)
     graph.model.graph.opset_imports[""] = opset
     scale = graph.add_constant(torch.ones(() if axis is None else (4,)))
-    for word, x in (("quantize", graph.inputs[0]), ("dequantize", graph.add_constant(torch.ones(4, 4).to(torch.int8)))):
-        with pytest.raises(GraphError, match=rf"{word}.* at opset {opset}; it needs {needed}: convert the file first"):
-            graph.emit(word, x, scale, axis=axis)
+    for op, x in (("quantize", graph.inputs[0]), ("dequantize", graph.add_constant(torch.ones(4, 4).to(torch.int8)))):
+        with pytest.raises(GraphError, match=rf"{op}.* at opset {opset}; it needs {needed}: convert the file first"):
+            graph.emit(op, x, scale, axis=axis)
 
 
 def test_exports_are_identical_bytes(encoders: dict[str, Optimized], tmp_path: Path) -> None:
@@ -499,7 +499,7 @@ def test_a_file_says_how_it_was_made(encoders: dict[str, Optimized], tmp_path: P
     assert {"layers.0.attention.query", "layers.1.down", "layers.0.norm1"} <= paths
     manifest = json.loads((tmp_path / "out.onnx.json").read_text())
     assert [record["name"] for record in manifest["passes"]] == ["simplify", "quantize", "fold-int8"]
-    assert manifest["passes"][1]["changed"] == 13 and manifest["census"]["MatMulIntegerToFloat"] == 12
+    assert manifest["passes"][1]["changed"] == 13 and manifest["kernel counts"]["MatMulIntegerToFloat"] == 12
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.json"]
 
 
@@ -550,7 +550,7 @@ def test_an_exported_file_is_optimized_again(encoders: dict[str, Optimized], tmp
     """A file that is quantized already stays so, kernel by kernel."""
     path = encoders["static"].export(tmp_path / "out.onnx")
     again = graphopt.optimize(path, example_inputs=ENCODED)
-    found = {op: count for op, count in again.report.census.items() if op in COMPUTING}
+    found = {op: count for op, count in again.report.kernels.items() if op in COMPUTING}
     assert found == CENSUS["static"]
     (y,) = again(**ENCODED).values()
     torch.testing.assert_close(y, encoders["static"](**ENCODED), rtol=1e-4, atol=1e-4)
@@ -563,7 +563,7 @@ def test_a_portable_static_file_has_the_same_int8_kernels(encoders: dict[str, Op
         found = computing(kernels(path, level))
         assert found["MatMulIntegerToFloat"] == 12 and "MatMul" not in found and "DequantizeLinear" not in found
     again = graphopt.optimize(path, example_inputs=ENCODED)
-    assert again.report.census["MatMulIntegerToFloat"] == 12
+    assert again.report.kernels["MatMulIntegerToFloat"] == 12
     assert sqnr(encoders["static"](**ENCODED), next(iter(again(**ENCODED).values()))) > 40
 
 

@@ -27,7 +27,7 @@ def lowered(graph: Graph) -> tuple[dict[str, int], list[torch.Tensor]]:
     """The kernels that the engine builds of a graph, and what they compute; checked as the pipeline does."""
     runner = BACKEND.compile(BACKEND.lower(graph)[0], threads=1)
     BACKEND.check(graph, runner)
-    return runner.census(), runner(feeds(graph))
+    return runner.kernels(), runner(feeds(graph))
 
 
 def stored_fused(graph: Graph, path: Path) -> list[str]:
@@ -72,8 +72,8 @@ def test_linear_is_one_kernel_whatever_the_form(
     y = graph.emit("linear", graph.inputs[0], put(graph, grid, weight, bits, block), bias)  # type: ignore[arg-type]
     graph.set_outputs({"y": y})  # type: ignore[attr-defined]
     graph.sweep()
-    census, (found,) = lowered(graph)
-    assert census == {"MatMulNBits": 1}
+    kernels, (found,) = lowered(graph)
+    assert kernels == {"MatMulNBits": 1}
     assert stored_fused(graph, tmp_path / "model.onnx") == []
     expected = torch.nn.functional.linear(feeds(graph)["x"], grid.values(grid.round(weight)), normal(12))
     assert metrics.sqnr(expected, found) > 40  # activations are rounded to int8 in blocks
@@ -91,8 +91,8 @@ def test_table_is_gathered_in_integers(
     rows = put(graph, grid, table, bits, block)
     graph.set_outputs({"y": graph.emit("embedding", rows, graph.inputs[0])})  # type: ignore[arg-type,attr-defined]
     graph.sweep()
-    census, (found,) = lowered(graph)
-    assert census == {"GatherBlockQuantized": 1}
+    kernels, (found,) = lowered(graph)
+    assert kernels == {"GatherBlockQuantized": 1}
     assert stored_fused(graph, tmp_path / "model.onnx") == []
     expected = grid.values(grid.round(table))[feeds(graph)["ids"]]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -129,7 +129,7 @@ def test_check_names_the_linear_that_no_kernel_reads_in_integers() -> None:
         def __call__(self, feeds: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
             return []
 
-        def census(self) -> dict[str, int]:
+        def kernels(self) -> dict[str, int]:
             return {"MatMul": 1}
 
     graph = build("onnx", "y = linear(x[2,16], dequantize(W[4,16]:int8, S[4]:ones, axis=0))")

@@ -40,7 +40,7 @@ def lowered(graph: FxGraph) -> tuple[FxGraph, dict[str, RuleLog]]:
 
 
 def linear_graph(*, static: bool, bias: bool = True, sites: int = 1) -> FxGraph:
-    """linear_int8 words that share one quantized input x[batch,3,8]."""
+    """linear_int8 ops that share one quantized input x[batch,3,8]."""
     graph = FxGraph.empty({"x": (("batch", 3, 8), torch.float32)})
     x = graph.inputs[0]
     if static:
@@ -68,7 +68,7 @@ def test_a_quantize_goes_into_the_kernel(static: bool, kernel: str, bias: bool) 
     assert [node.kind for node in low.nodes] == [operation]
     runner = Fbgemm().compile(low)
     Fbgemm().check(graph, runner)
-    assert runner.census()[kernel] == 1
+    assert runner.kernels()[kernel] == 1
     for batch in (1, 6):
         feeds = {"x": normal(batch, 3, 8)}
         expected = graph.evaluate(feeds, graph.outputs)
@@ -156,15 +156,15 @@ def test_a_transformer_block_end_to_end(tmp_path: Path) -> None:
     backend = Fbgemm()
     context = Context(target=backend)
     quantized = Pipeline([Quantize(scheme="dynamic")]).apply(graph, context)
-    neutral = parse(backend.pipeline(), REGISTRY).apply(quantized, context)
-    assert isinstance(neutral, FxGraph)
-    low, _ = lowered(neutral)
+    folded = parse(backend.pipeline(), REGISTRY).apply(quantized, context)
+    assert isinstance(folded, FxGraph)
+    low, _ = lowered(folded)
     runner = backend.compile(low)
     assert isinstance(runner, FxRunner) and runner.unlowered == []
-    backend.check(neutral, runner)
-    census = runner.census()
-    assert census[DYNAMIC] == 4  # query, key and value are one
-    assert not {"aten.addmm.default", "aten.mm.default", "aten.alias.default", "aten.clone.default"} & set(census)
+    backend.check(folded, runner)
+    kernels = runner.kernels()
+    assert kernels[DYNAMIC] == 4  # query, key and value are one
+    assert not {"aten.addmm.default", "aten.mm.default", "aten.alias.default", "aten.clone.default"} & set(kernels)
     backend.export(low, tmp_path / "small.pt2", metadata={"pipeline": "quantize"})
     extra = {"graphopt.pipeline": ""}
     loaded = torch.export.load(tmp_path / "small.pt2", extra_files=extra).module()
@@ -177,7 +177,7 @@ def test_a_transformer_block_end_to_end(tmp_path: Path) -> None:
         assert F.cosine_similarity(found.flatten(), expected.flatten(), 0) > 0.999
         torch.testing.assert_close(again({"x": x})[0], found, rtol=0, atol=0)
         torch.testing.assert_close(loaded(x)[0], found, rtol=0, atol=0)
-    assert extra["graphopt.pipeline"] == "quantize" and again.census() == census
+    assert extra["graphopt.pipeline"] == "quantize" and again.kernels() == kernels
     assert (tmp_path / "small.pt2").stat().st_size < 40_000 + sum(p.numel() for p in module.parameters()) * 4
 
 

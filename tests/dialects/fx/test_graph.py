@@ -1,4 +1,4 @@
-"""The FX dialect: each word emitted, run and read back; programs loaded, changed, saved."""
+"""The FX dialect: each op emitted, run and read back; programs loaded, changed, saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.ops import quantized_decomposed
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Graph, Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from graphopt.ir.rewrite import scalar
 from tests.language import BITS, producer
 
@@ -132,61 +132,61 @@ CASES: dict[str, list[Case]] = {
     "pow": [([normal(2, 3).abs(), normal(3)], {})],
     "where": [([normal(2, 3) > 0, normal(2, 3), normal(3)], {})],
     "mean": [([normal(2, 3, 4)], {"axes": (1, 2), "keepdim": False}), ([normal(2, 3, 4)], {"axes": (-1,)})],
-    **{word: [([normal(2, 3), normal(3) + 3], {})] for word in ("sub", "div")},
-    **{word: [([normal(2, 3).abs() + 0.1], {})]
-       for word in ("sqrt", "rsqrt", "reciprocal", "exp", "erf", "tanh", "sigmoid", "isnan")},
+    **{op: [([normal(2, 3), normal(3) + 3], {})] for op in ("sub", "div")},
+    **{op: [([normal(2, 3).abs() + 0.1], {})]
+       for op in ("sqrt", "rsqrt", "reciprocal", "exp", "erf", "tanh", "sigmoid", "isnan")},
 }  # fmt: skip
 
 
-def operand_names(word: str, tensors: Sequence[Tensor | None]) -> tuple[str, ...]:
-    """A name for each operand: those of a variadic word are numbered."""
-    names = WORDS[word].names(len(tensors))
-    return tuple(f"{name}{index}" for index, name in enumerate(names)) if WORDS[word].variadic else names
+def operand_names(op: str, tensors: Sequence[Tensor | None]) -> tuple[str, ...]:
+    """A name for each operand: those of a variadic op are numbered."""
+    names = OPS[op].names(len(tensors))
+    return tuple(f"{name}{index}" for index, name in enumerate(names)) if OPS[op].variadic else names
 
 
 def emitted(
-    word: str, tensors: list[Tensor | None], attributes: Mapping[str, Any]
+    op: str, tensors: list[Tensor | None], attributes: Mapping[str, Any]
 ) -> tuple[FxGraph, dict[str, Tensor]]:
-    """A graph of one word whose operands are inputs (a shape is a constant), and feeds for it."""
-    names = operand_names(word, tensors)
-    feeds = {n: t for n, t in zip(names, tensors, strict=False) if t is not None and (word, n) != ("reshape", "shape")}
+    """A graph of one op whose operands are inputs (a shape is a constant), and feeds for it."""
+    names = operand_names(op, tensors)
+    feeds = {n: t for n, t in zip(names, tensors, strict=False) if t is not None and (op, n) != ("reshape", "shape")}
     graph = FxGraph.empty({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in feeds.items()})
     inputs: dict[str, Value | None] = {value.name: value for value in graph.inputs}
-    if word == "reshape":
+    if op == "reshape":
         inputs["shape"] = graph.add_constant(tensors[1])  # type: ignore[arg-type]
-    results = graph.emit_all(word, *[inputs.get(name) for name in names], **attributes)
-    graph.set_outputs(dict(zip(WORDS[word].results, results, strict=True)))
+    results = graph.emit_all(op, *[inputs.get(name) for name in names], **attributes)
+    graph.set_outputs(dict(zip(OPS[op].results, results, strict=True)))
     graph.verify()
     return graph, feeds
 
 
-def reference(word: str, tensors: list[Tensor | None], attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    results = WORDS[word].reference(*tensors, **attributes)
+def reference(op: str, tensors: list[Tensor | None], attributes: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    results = OPS[op].reference(*tensors, **attributes)
     return results if isinstance(results, tuple) else (results,)
 
 
-def test_there_is_a_case_for_every_word() -> None:
-    assert set(CASES) == set(WORDS)
+def test_there_is_a_case_for_every_op() -> None:
+    assert set(CASES) == set(OPS)
 
 
-@pytest.mark.parametrize(("word", "case"), [(word, case) for word, cases in CASES.items() for case in cases])
-def test_a_word_is_emitted_run_and_read_back(word: str, case: Case) -> None:
+@pytest.mark.parametrize(("op", "case"), [(op, case) for op, cases in CASES.items() for case in cases])
+def test_a_op_is_emitted_run_and_read_back(op: str, case: Case) -> None:
     tensors, attributes = case
-    graph, feeds = emitted(word, tensors, attributes)
-    expected = reference(word, tensors, attributes)
+    graph, feeds = emitted(op, tensors, attributes)
+    expected = reference(op, tensors, attributes)
     for found, value, wanted in zip(graph.evaluate(feeds, graph.outputs), graph.outputs, expected, strict=True):
         assert (value.shape, value.dtype) == (tuple(wanted.shape), wanted.dtype)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
     node = graph.outputs[0].producer
-    assert node is not None and node.kind == word
-    assert dict(node.attributes) == dict(WORDS[word].attributes) | attributes
+    assert node is not None and node.kind == op
+    assert dict(node.attributes) == dict(OPS[op].attributes) | attributes
     assert [value for value in node.operands if value is not None and not value.is_constant] == list(graph.inputs)
     again = graph.emit_all(node, *node.operands)
     for found, wanted in zip(graph.evaluate(feeds, again), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_a_variadic_word_takes_one_operand_or_more() -> None:
+def test_a_variadic_op_takes_one_operand_or_more() -> None:
     graph = FxGraph.empty({"x": ((2, 3), torch.float32), "y": ((2, 1), torch.float32)})
     x, y = graph.inputs
     node = producer(graph.emit("concat", x, y, x, axis=1))
@@ -245,7 +245,7 @@ def test_a_conv_pads_its_ends_differently() -> None:
         (["x", "v"], {}, "does not take these operands"),
     ],
 )
-def test_operands_that_do_not_fit_the_word_are_refused(
+def test_operands_that_do_not_fit_the_op_are_refused(
     operands: list[str], attributes: dict[str, Any], message: str
 ) -> None:
     graph = FxGraph.empty({"x": ((2, 4), torch.float32), "w": ((5, 4), torch.float32), "v": ((3, 3), torch.float32)})
@@ -304,11 +304,11 @@ SPELLINGS = [
 ]
 
 
-@pytest.mark.parametrize(("word", "function"), SPELLINGS)
-def test_spellings_of_a_linear_are_one_word_on_the_stored_matrix(word: str, function: Any) -> None:
+@pytest.mark.parametrize(("op", "function"), SPELLINGS)
+def test_spellings_of_a_linear_are_one_op_on_the_stored_matrix(op: str, function: Any) -> None:
     module = Lambda(function, normal(4, 5), normal(5))
     graph = load(module, X)
-    (node,) = graph.sites(word)
+    (node,) = graph.sites(op)
     assert [n.kind for n in graph.nodes if n.kind not in ("linear", "unsqueeze", "aten.sym_size.int")] == []
     assert node.weight is not None and node.weight.data_ptr() == module.w.data_ptr()  # type: ignore[union-attr]
     assert node.weight.shape == (5, 4)
@@ -619,7 +619,7 @@ class Returns(nn.Module):
 
 
 def tiny(name: str) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, int]]:
-    """A small transformer with seeded weights, inputs for it, and how often its words occur."""
+    """A small transformer with seeded weights, inputs for it, and how often its ops occur."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -645,14 +645,14 @@ def tiny(name: str) -> tuple[nn.Module, tuple[Tensor, ...], dict[str, int]]:
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "resnet"])
-def test_an_architecture_has_its_words_and_its_results(name: str) -> None:
-    module, inputs, words = tiny(name)
+def test_an_architecture_has_its_ops_and_its_results(name: str) -> None:
+    module, inputs, ops = tiny(name)
     axes = {axis: Dim.DYNAMIC for axis in range(2 if len(inputs) == 2 else 1)}
     program = torch.export.export(module.eval(), inputs, dynamic_shapes=(axes,) * len(inputs))
     graph = FxGraph.from_program(program, axis_names={"x": {0: "batch", 1: "length"}})
     graph.verify()
     found = counts(graph)
-    assert {word: found.get(word, 0) for word in words} == words
+    assert {op: found.get(op, 0) for op in ops} == ops
     assert all(site.weight is not None for site in graph.sites("linear", "conv"))
     longer = tuple(torch.cat([t, t[:1]]) for t in inputs)
     longer = tuple(torch.cat([t, t], 1) for t in longer) if len(inputs) == 2 else longer

@@ -17,7 +17,7 @@ import graphopt
 from graphopt import UsageError
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.ops import quantized_decomposed
-from graphopt.dialects.fx.package import Census, promises
+from graphopt.dialects.fx.package import KernelCounts, promises
 from graphopt.errors import GraphError, LoweringError
 from graphopt.ir.qdq.integer_forms import unfold
 from tests import models
@@ -176,23 +176,23 @@ def test_what_a_package_is_not_for() -> None:
         _ = onnx.module
 
 
-def test_the_census_names_what_stayed_float() -> None:
+def test_the_kernels_names_what_stayed_float() -> None:
     graph = torch.fx.Graph()
     weight = graph.placeholder("w")
     target = quantized_decomposed().dequantize_per_channel.default
     graph.call_function(target, (weight,)).meta["nn_module_stack"] = {"a": ("L['self'].encoder.up", nn.Linear)}
-    census = Census()
-    census(graph)
+    kernels = KernelCounts()
+    kernels(graph)
     with pytest.raises(LoweringError, match=r"2 int8 .* promised and inductor made 0 .*; in float: encoder\.up\."):
-        census.require({"encoder.up": "linear", "encoder.down": "linear"})
-    census.counts["onednn.qlinear_pointwise.default"] = 2
-    census.require({"encoder.up": "linear", "encoder.down": "linear"})
+        kernels.require({"encoder.up": "linear", "encoder.down": "linear"})
+    kernels.counts["onednn.qlinear_pointwise.default"] = 2
+    kernels.require({"encoder.up": "linear", "encoder.down": "linear"})
 
 
 def test_promised_is_what_reads_integers() -> None:
     small = graphopt.optimize(
         models.seeded(Layers), "quantize{scheme=dynamic ignore=down}", target="fbgemm", example_inputs=x(2)
     )
-    graph = small.graph.clone()
+    graph = small.folded.clone()
     unfold(graph)
     assert [name.split()[0] for name in promises(graph)] == ["up"]

@@ -1,4 +1,4 @@
-"""Which aten calls are read as words, and which stay opaque because they do something else."""
+"""Which aten calls are read as ops, and which stay opaque because they do something else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from tests.dialects.fx.test_graph import Lambda, X, load, normal, run
 
 IMAGE = normal(2, 4, 9, 8)
@@ -75,14 +75,14 @@ READ: dict[str, tuple[Any, Tensor, str, dict[str, Any] | None]] = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_call_is_read_as_a_word_where_both_are_equal(name: str) -> None:
+def test_a_call_is_read_as_a_op_where_both_are_equal(name: str) -> None:
     function, x, kind, attributes = READ[name]
     module = Lambda(function, None, normal(4))
     graph = load(module, x, dynamic=False)
     node = graph.nodes[-1]
     assert node.kind == kind
     if attributes is not None:
-        assert dict(node.attributes) == dict(WORDS[kind].attributes) | attributes
+        assert dict(node.attributes) == dict(OPS[kind].attributes) | attributes
     again = graph.emit_all(node, *node.operands)[:1]
     wanted = torch.utils._pytree.tree_leaves(module(x))
     assert torch.equal(run(graph, x)[0], wanted[0])

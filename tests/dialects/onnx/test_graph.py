@@ -1,4 +1,4 @@
-"""The ONNX dialect: each word emitted, run and read back; spellings; what changes a graph; checks; files."""
+"""The ONNX dialect: each op emitted, run and read back; spellings; what changes a graph; checks; files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Value
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from tests.dialects.fx.test_graph import CASES, Case, integers, normal, operand_names, reference
 from tests.language import build, feeds
 from tests.models import model, plain_run
@@ -42,58 +42,58 @@ MORE_CASES: dict[str, list[Case]] = {
     "softmax": [([normal(2, 3, 4)], {})],
     "transpose": [([normal(3, 4)], {"perm": (1, 0)})],
 }  # fmt: skip
-ALL_CASES = [(word, case) for cases in (CASES, MORE_CASES) for word, several in cases.items() for case in several]
+ALL_CASES = [(op, case) for cases in (CASES, MORE_CASES) for op, several in cases.items() for case in several]
 
 
-def emitted(word: str, case: Case) -> tuple[OnnxGraph, dict[str, Tensor]]:
-    """A graph of one word whose operands are inputs (a shape and an embedding's table are constants), and feeds."""
+def emitted(op: str, case: Case) -> tuple[OnnxGraph, dict[str, Tensor]]:
+    """A graph of one op whose operands are inputs (a shape and an embedding's table are constants), and feeds."""
     tensors, attributes = case
-    names = operand_names(word, tensors)
+    names = operand_names(op, tensors)
     given = {n: t for n, t in zip(names, tensors, strict=False) if t is not None}
     stored = {"shape", "table"} & set(given)
     inputs = {name: tensor for name, tensor in given.items() if name not in stored}
     graph = OnnxGraph.empty({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in inputs.items()})
     values: dict[str, Value] = {value.name: value for value in graph.inputs}
     values |= {name: graph.add_constant(given[name], name) for name in stored}
-    results = graph.emit_all(word, *[values.get(name) for name in names], **attributes)
-    graph.set_outputs(dict(zip(WORDS[word].results, results, strict=True)))
+    results = graph.emit_all(op, *[values.get(name) for name in names], **attributes)
+    graph.set_outputs(dict(zip(OPS[op].results, results, strict=True)))
     graph.verify()
     return graph, inputs
 
 
-# --- words ---------------------------------------------------------------------------------------------------------
+# --- ops ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("word", "case"), ALL_CASES)
-def test_a_word_is_emitted_run_and_read_back(word: str, case: Case) -> None:
-    graph, inputs = emitted(word, case)
-    expected = reference(word, *case)
-    assert [value.name for value in graph.outputs] == list(WORDS[word].results)
+@pytest.mark.parametrize(("op", "case"), ALL_CASES)
+def test_a_op_is_emitted_run_and_read_back(op: str, case: Case) -> None:
+    graph, inputs = emitted(op, case)
+    expected = reference(op, *case)
+    assert [value.name for value in graph.outputs] == list(OPS[op].results)
     for found, value, wanted in zip(graph.evaluate(inputs, graph.outputs), graph.outputs, expected, strict=True):
         assert (value.shape, value.dtype) == (tuple(wanted.shape), wanted.dtype)
         assert found.dtype == wanted.dtype
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     node = graph.outputs[0].producer
-    assert node is not None and node.kind == word
-    assert _close(node.attributes, dict(WORDS[word].attributes) | case[1], word)
+    assert node is not None and node.kind == op
+    assert _close(node.attributes, dict(OPS[op].attributes) | case[1], op)
     assert [value.name for value in node.operands if value is not None and not value.is_constant] == list(inputs)
     again = graph.emit_all(node, *node.operands)
     for found, wanted in zip(graph.evaluate(inputs, again), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-def _close(found: Mapping[str, Any], expected: dict[str, Any], word: str) -> bool:
+def _close(found: Mapping[str, Any], expected: dict[str, Any], op: str) -> bool:
     """Equal attributes: ONNX holds floats in 32 bits, and reads kv_heads from heads where it is left out."""
-    if word == "attention" and not expected["kv_heads"]:
+    if op == "attention" and not expected["kv_heads"]:
         expected = expected | {"kv_heads": found["kv_heads"] if found["kv_heads"] == expected["heads"] else 0}
     exact = {key: value for key, value in expected.items() if not isinstance(value, float)}
     rounded = {key: pytest.approx(value, rel=1e-6) for key, value in expected.items() if isinstance(value, float)}
     return dict(found) == exact | rounded
 
 
-@pytest.mark.parametrize(("word", "case"), ALL_CASES)
-def test_a_word_survives_clone_and_file(word: str, case: Case, tmp_path: Path) -> None:
-    graph, inputs = emitted(word, case)
+@pytest.mark.parametrize(("op", "case"), ALL_CASES)
+def test_a_op_survives_clone_and_file(op: str, case: Case, tmp_path: Path) -> None:
+    graph, inputs = emitted(op, case)
     graph.save(tmp_path / "graph.onnx")
     expected = graph.evaluate(inputs, graph.outputs)
     for other in (graph.clone(), OnnxGraph.load(tmp_path / "graph.onnx")):
@@ -117,7 +117,7 @@ def test_linear_int8_in_all_its_forms(kind: str, bias: bool, stored: str) -> Non
     y = graph.emit("linear_int8", graph.inputs[0], s, z, w, graph.add_constant(per_row), b)
     graph.set_outputs({"y": y})
     found = graph.evaluate({"x": x, "s": scale, "z": zero}, graph.outputs)[0]
-    wanted = WORDS["linear_int8"].reference(x, scale, zero, weight, per_row, normal(5) if bias else None)
+    wanted = OPS["linear_int8"].reference(x, scale, zero, weight, per_row, normal(5) if bias else None)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     (site,) = graph.nodes
     assert site.weight is not None and torch.equal(site.weight, weight)
@@ -127,11 +127,11 @@ def test_linear_int8_in_all_its_forms(kind: str, bias: bool, stored: str) -> Non
     ("text", "attributes", "message"),
     [
         ("linear", {"axis": 1}, "axis"),
-        ("no_such_word", {}, "no word"),
+        ("no_such_op", {}, "no op"),
         ("gelu", {"approximate": "none", "alpha": 1.0}, "alpha"),
     ],
 )
-def test_emit_refuses_what_the_word_does_not_have(text: str, attributes: dict[str, Any], message: str) -> None:
+def test_emit_refuses_what_the_op_does_not_have(text: str, attributes: dict[str, Any], message: str) -> None:
     graph = OnnxGraph.empty({"x": ((2, 4), torch.float32)})
     with pytest.raises(GraphError, match=message):
         graph.emit(text, graph.inputs[0], **attributes)
@@ -153,7 +153,7 @@ def test_emit_refuses_operands_that_do_not_fit() -> None:
     assert not graph.nodes
 
 
-def test_words_that_a_file_at_an_old_opset_cannot_spell_are_refused() -> None:
+def test_ops_that_a_file_at_an_old_opset_cannot_spell_are_refused() -> None:
     text = "g (float[2,4] x, float[1,2,3,4] q) => (float[2,4] y) { y = Relu(x) }"
     graph = OnnxGraph.from_model(model(text, opset=17))
     x, q = graph.inputs
@@ -273,7 +273,7 @@ def test_spellings_of_convs_and_batch_norms(body: str, kind: str) -> None:
         assert torch.equal(graph.evaluate(inputs, [emitted_anew])[0], graph.evaluate(inputs, graph.outputs)[0])
 
 
-def test_attention_with_what_the_word_lacks_is_opaque() -> None:
+def test_attention_with_what_the_op_lacks_is_opaque() -> None:
     text = "g (float[2,4,3,8] q) => (float[2,4,3,8] y) { y = Attention<softcap = 2.0>(q, q, q) }"
     assert OnnxGraph.from_model(model(text)).nodes[0].kind == "onnx.Attention"
 
@@ -429,7 +429,7 @@ def test_verify_finds_a_name_that_is_defined_twice() -> None:
         graph.verify()
 
 
-def test_verify_finds_a_word_without_body_and_an_output_without_source() -> None:
+def test_verify_finds_a_op_without_body_and_an_output_without_source() -> None:
     graph = build("onnx", "y = linear(x[2,4], W[6,4])")
     assert isinstance(graph, OnnxGraph)
     graph.model.functions.clear()
@@ -473,7 +473,7 @@ def test_equal_signatures_compute_equal_results() -> None:
     assert elu.signature != plain.signature
 
 
-def test_an_old_add_with_attributes_is_no_word() -> None:
+def test_an_old_add_with_attributes_is_no_op() -> None:
     """Before opset 7, Add took the axis that its second operand lies along."""
     proto = model("g (float[2,4] x, float[2] v) => (float[2,4] y) { y = Add<axis = 0, broadcast = 1>(x, v) }", opset=6)
     assert OnnxGraph.from_model(proto).nodes[0].kind == "onnx.Add"

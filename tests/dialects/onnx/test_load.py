@@ -65,7 +65,7 @@ def test_unsorted_nodes() -> None:
     proto.graph.node.extend(reversed(nodes))
     result = graphopt.optimize(proto, example_inputs=X)
     torch.testing.assert_close(result(**X)["y"], X["x"] @ W + B, rtol=1e-5, atol=1e-5)
-    assert [node.kind for node in result.graph.nodes] == ["linear"]
+    assert [node.kind for node in result.folded.nodes] == ["linear"]
 
 
 def test_a_graph_with_a_cycle_is_refused() -> None:
@@ -80,7 +80,7 @@ def test_constant_nodes(tmp_path: Path) -> None:
         h = MatMul(x, W)  y = Add(h, B)  c = Constant<value_ints = [1, 2]>()
     }"""
     result = assert_same(model(text), X, tmp_path)
-    assert [node.kind for node in result.graph.nodes] == ["linear", "onnx.Constant"]  # the second is returned
+    assert [node.kind for node in result.folded.nodes] == ["linear", "onnx.Constant"]  # the second is returned
 
 
 def test_initializers_that_are_also_inputs(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_if_with_weights_of_the_graph_around_it(condition: bool, tmp_path: Path)
     feeds = {**X, "c": torch.tensor(condition)}
     proto = model(IF, {"W": W, "B": B})
     result = assert_same(proto, feeds, tmp_path)
-    assert [node.kind for node in result.graph.nodes] == ["linear", "onnx.If", "linear"]
+    assert [node.kind for node in result.folded.nodes] == ["linear", "onnx.If", "linear"]
     assert_quantizes(proto, feeds, 2)  # the branches stay in float
 
 
@@ -147,7 +147,7 @@ def test_if_is_neither_folded_nor_merged(tmp_path: Path) -> None:
         y = Sub(a, b)
     }"""
     result = assert_same(model(text, {"C": np.array(False), "B": B}), X, tmp_path)
-    assert [node.kind for node in result.graph.nodes] == ["onnx.If", "onnx.If", "sub"]
+    assert [node.kind for node in result.folded.nodes] == ["onnx.If", "onnx.If", "sub"]
 
 
 def test_loop_with_weights_of_the_graph_around_it(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_functions_of_the_model_are_opened(tmp_path: Path) -> None:
     text = "g (float[n,4] x) => (float[n,4] y) { h = local.scaled<factor = 2.5>(x, W)  y = Relu(h) }"
     proto = model(text + FUNCTION, {"W": W}, domains=["local"])
     result = assert_same(proto, X, tmp_path)
-    assert [node.kind for node in result.graph.nodes] == ["linear", "mul", "relu"]
+    assert [node.kind for node in result.folded.nodes] == ["linear", "mul", "relu"]
     assert_quantizes(proto, X, 1)
 
 
@@ -198,7 +198,7 @@ def test_contrib_operators_are_stepped_over(tmp_path: Path) -> None:
     text = "g (float[n,4] x) => (float[n,4] y) { h = MatMul(x, W)  f = com.microsoft.FastGelu(h)  y = Add(f, B) }"
     proto = model(text, {"W": W, "B": B}, domains=["com.microsoft"])
     result = graphopt.optimize(proto, "quantize{scheme=dynamic}", example_inputs=X)
-    assert "com.microsoft.FastGelu" in [node.kind for node in result.graph.nodes]
+    assert "com.microsoft.FastGelu" in [node.kind for node in result.folded.nodes]
     assert cosine(plain_run(proto, X)[0], result(**X)["y"]) > 0.99
 
 
@@ -223,7 +223,7 @@ def test_values_of_unknown_rank(tmp_path: Path) -> None:
     graph = OnnxGraph.from_model(proto)
     assert graph.nodes[1].result.shape is None
     result = assert_same(proto, feeds, tmp_path)
-    assert "onnx.Transpose" in [node.kind for node in result.graph.nodes]
+    assert "onnx.Transpose" in [node.kind for node in result.folded.nodes]
 
 
 def test_an_empty_graph_whose_outputs_are_inputs_and_initializers(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_one_value_returned_by_two_identities(tmp_path: Path) -> None:
 def test_nodes_without_names_and_with_the_same() -> None:
     text = 'g (float[n,4] x) => (float[n,4] y) { ["n"] h = Relu(x)  ["n"] k = Exp(h)  l = Exp(k)  y = Tanh(l) }'
     result = graphopt.optimize(model(text), example_inputs=X)
-    assert len({node.name for node in result.original.nodes}) == 4
+    assert len({node.name for node in result.captured.nodes}) == 4
     torch.testing.assert_close(result(**X)["y"], X["x"].relu().exp().exp().tanh(), rtol=1e-5, atol=1e-6)
 
 
@@ -273,7 +273,7 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
     assert torch.equal(tensor, weight.to(torch.bfloat16))
     feeds = {"x": normal(3, 64)}
     result = assert_same(proto, feeds, tmp_path)
-    assert [node.kind for node in result.graph.nodes][-1] in ("linear", "matmul")
+    assert [node.kind for node in result.folded.nodes][-1] in ("linear", "matmul")
 
 
 def test_sequences_and_optionals(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_random_operators_are_neither_folded_nor_merged() -> None:
         a = RandomNormal<shape = [2,2]>()  b = RandomNormal<shape = [2,2]>()  y = Sub(a, b)
     }"""
     result = graphopt.optimize(model(text, opset=21), example_inputs=X, agree=False)
-    assert [node.kind for node in result.graph.nodes] == ["onnx.RandomNormal", "onnx.RandomNormal", "sub"]
+    assert [node.kind for node in result.folded.nodes] == ["onnx.RandomNormal", "onnx.RandomNormal", "sub"]
     assert float(result(**X)["y"].abs().max()) > 0
 
 
@@ -389,7 +389,7 @@ def test_weights_that_lie_in_another_file(outside: bool, tmp_path: Path) -> None
     onnx.save(proto, path, save_as_external_data=True, location="w.bin", size_threshold=64)
     result = graphopt.optimize(path, example_inputs=feeds)
     torch.testing.assert_close(result(**feeds)["y"], expected, rtol=1e-4, atol=1e-4)
-    result.graph.save(tmp_path / "to" / "graph.onnx")
+    result.folded.save(tmp_path / "to" / "graph.onnx")
     written = result.export(tmp_path / "to" / "m.onnx", external_data=outside)
     (tmp_path / "from").rename(tmp_path / "elsewhere")
     torch.testing.assert_close(plain_run(str(written), feeds)[0], expected, rtol=1e-4, atol=1e-4)

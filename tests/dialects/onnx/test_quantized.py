@@ -1,4 +1,4 @@
-"""Files that other tools quantized: read as words, with the numbers they have, lowered to the kernels they had."""
+"""Files that other tools quantized: read as ops, with the numbers they have, lowered to the kernels they had."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SOURCE = """
     f = reshape(m, N[2]:int64:values(2,16))
     y = linear(relu(linear(f, P[16,16])), R[10,16])
 """
-WORDS = {"conv": 3, "linear": 2, "add": 1, "mul": 1, "concat": 1, "sigmoid": 1, "leaky_relu": 1, "average_pool": 1}
+OPS = {"conv": 3, "linear": 2, "add": 1, "mul": 1, "concat": 1, "sigmoid": 1, "leaky_relu": 1, "average_pool": 1}
 FLOAT_KERNELS = {"Conv", "FusedConv", "MatMul", "Gemm", "FusedGemm", "FusedMatMul", "Add", "Mul", "Concat", "Sigmoid"}
 
 
@@ -81,24 +81,24 @@ def as_it_stands(model: Path | onnx.ModelProto, feeds: dict[str, np.ndarray[Any,
 
 
 def captured(result: Optimized) -> Counter[str]:
-    return Counter(node.kind for node in result.original.nodes)
+    return Counter(node.kind for node in result.captured.nodes)
 
 
 def assert_kept(
     result: Optimized, expected: torch.Tensor, feeds: dict[str, Any], step: float, whole: bool = True
 ) -> None:
-    """The words compute what the file did, exactly but for rounding, and the lowered graph within a step.
+    """The ops compute what the file did, exactly but for rounding, and the lowered graph within a step.
 
     whole: all of it is quantized, so that a further pass finds nothing.
     """
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    raised = result.original.evaluate(tensors, result.original.outputs)[0]
+    raised = result.captured.evaluate(tensors, result.captured.outputs)[0]
     assert metrics.max_error(expected, raised) <= 1e-5 * float(expected.abs().max()) + 1e-7
     lowered = next(iter(result(**tensors).values()))
     assert metrics.max_error(expected, lowered) <= step
     written = onnx_export.deployable(result.lowered)  # type: ignore[arg-type]
-    words = ",".join(sorted(captured(result).keys() & {"linear", "conv", "matmul", "embedding"}))
-    pass_ = f"quantize{{scheme=dynamic targets=[{words}]}}"
+    ops = ",".join(sorted(captured(result).keys() & {"linear", "conv", "matmul", "embedding"}))
+    pass_ = f"quantize{{scheme=dynamic targets=[{ops}]}}"
     again = graphopt.optimize(ir.to_proto(written), pass_, example_inputs=tensors)
     record = next(record for record in again.report.passes if record.name == "quantize")
     assert record.changed == 0 or not whole, record.eligible
@@ -121,13 +121,13 @@ def test_static_files(
     )  # fmt: skip
     feeds = {"x": batch(9)}
     result = graphopt.optimize(path, example_inputs=feeds)
-    assert {word: count for word, count in captured(result).items() if word in WORDS} == WORDS
+    assert {op: count for op, count in captured(result).items() if op in OPS} == OPS
     assert not any("." in kind for kind in captured(result)), captured(result)
     known = [note for note in result.report.notes if note.startswith("this file is quantized already (QDQ")]
     assert known and "3 conv, 1 leaky_relu, 2 linear" in known[0]
-    census = result.report.census
-    assert not FLOAT_KERNELS & set(census), census
-    assert census["QLinearConv"] == 3 and census["MatMulIntegerToFloat"] == 2
+    kernels = result.report.kernels
+    assert not FLOAT_KERNELS & set(kernels), kernels
+    assert kernels["QLinearConv"] == 3 and kernels["MatMulIntegerToFloat"] == 2
     last = [node for node in onnx.load(path).graph.node if node.op_type == "DequantizeLinear"][-1]
     scale = next(t for t in onnx.load(path).graph.initializer if t.name == last.input[1])
     assert_kept(result, as_it_stands(path, feeds), feeds, step=2.01 * float(numpy_helper.to_array(scale)))
@@ -145,11 +145,11 @@ def test_dynamic_files(source: Path, tmp_path: Path, weights: str, per_channel: 
     feeds = {"x": batch(9)}
     result = graphopt.optimize(path, example_inputs=feeds)
     assert not any("Integer" in kind or "Quantize" in kind for kind in captured(result)), captured(result)
-    words = "3 conv, 2 linear" if convs else "2 linear"
-    assert f"this file is quantized already (scales chosen at run time): {words}" in result.report.notes
-    census = result.report.census
-    assert sum(census.get(kernel, 0) for kernel in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")) == 2, census
-    assert "ConvInteger" not in census  # ten times slower than a float conv
+    ops = "3 conv, 2 linear" if convs else "2 linear"
+    assert f"this file is quantized already (scales chosen at run time): {ops}" in result.report.notes
+    kernels = result.report.kernels
+    assert sum(kernels.get(kernel, 0) for kernel in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")) == 2, kernels
+    assert "ConvInteger" not in kernels  # ten times slower than a float conv
     assert_kept(result, as_it_stands(path, feeds), feeds, step=1e-3, whole=convs)
 
 
@@ -171,10 +171,10 @@ def test_weight_only_files(tmp_path: Path, bits: int, symmetric: bool, form: str
     feeds = {"x": np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)}
     result = graphopt.optimize(path, example_inputs=feeds)
     assert captured(result) == {"linear": 1, "dequantize": 1}
-    weight_of = result.original.sites("dequantize")[0]
+    weight_of = result.captured.sites("dequantize")[0]
     assert weight_of.attributes == {"axis": 1, "block": 32, "bits": bits}
     assert "this file is quantized already (weights alone): 1 linear" in result.report.notes
-    assert result.report.census == {"MatMulNBits": 1}
+    assert result.report.kernels == {"MatMulNBits": 1}
     expected = as_it_stands(path, feeds)
     assert_kept(result, expected, feeds, step=0.02 * float(expected.abs().max()))  # the kernel rounds activations
 
@@ -265,7 +265,7 @@ def test_forms_by_hand(name: str) -> None:
     feeds = {"x": np.random.default_rng(5).standard_normal((4, 16)).astype(np.float32)}
     result = graphopt.optimize(proto, example_inputs=feeds)
     assert captured(result)["linear"] == 1 and not any("." in kind for kind in captured(result)), captured(result)
-    assert result.report.census[kernel] == 1 and not FLOAT_KERNELS & set(result.report.census), result.report.census
+    assert result.report.kernels[kernel] == 1 and not FLOAT_KERNELS & set(result.report.kernels), result.report.kernels
     # one step of an output in integers, else the rounding of floats
     assert_kept(result, as_it_stands(proto, feeds), feeds, step=0.0501 if nodes[-1] is BACK else 1e-3)
 
@@ -307,7 +307,7 @@ def test_table_in_blocks_is_an_embedding() -> None:
     feeds = {"ids": np.arange(5)}
     result = graphopt.optimize(proto, example_inputs=feeds)
     assert captured(result) == {"embedding": 1, "dequantize": 1}
-    assert result.report.census == {"GatherBlockQuantized": 1}
+    assert result.report.kernels == {"GatherBlockQuantized": 1}
     assert_kept(result, as_it_stands(proto, feeds), feeds, step=1e-6)
 
 
@@ -319,8 +319,8 @@ def test_attention_in_integers_stays_as_it_is() -> None:
     feeds = {"x": np.random.default_rng(5).standard_normal((1, 4, 16)).astype(np.float32)}
     result = graphopt.optimize(proto, example_inputs=feeds)
     assert captured(result) == {"quantize": 1, "com.microsoft.QAttention": 1}
-    noted = "this file is quantized already (QDQ, QOperator): no word; left as they are: 1 QAttention"
-    assert noted in result.report.notes and result.report.census["QAttention"] == 1
+    noted = "this file is quantized already (QDQ, QOperator): no op; left as they are: 1 QAttention"
+    assert noted in result.report.notes and result.report.kernels["QAttention"] == 1
 
 
 def _alpha(node: onnx.NodeProto) -> None:
@@ -332,7 +332,7 @@ def _computed_scale(node: onnx.NodeProto) -> None:
 
 
 @pytest.mark.parametrize("change", [_alpha, _computed_scale])
-def test_what_no_word_means_stays_as_it_is(change: Callable[[onnx.NodeProto], None]) -> None:
+def test_what_no_op_means_stays_as_it_is(change: Callable[[onnx.NodeProto], None]) -> None:
     gemm = contrib("QGemm", ["q", "s", "z", "W", "v", "Z"], ["y"])
     change(gemm)
     weights = {name: array for name, array in (SCALES | KN | ZEROS).items() if name in {*gemm.input, "s", "z"}}

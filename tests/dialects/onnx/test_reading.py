@@ -1,4 +1,4 @@
-"""Which ONNX operators are read as words, by old spellings and new, and what the words become at older opsets."""
+"""Which ONNX operators are read as ops, by old spellings and new, and what the ops become at older opsets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphopt.dialects.onnx.export import deployable
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.ir.ops import WORDS
+from graphopt.ir.ops import OPS
 from tests.dialects.fx.test_graph import CASES, Case, normal, operand_names, reference
 from tests.dialects.onnx.test_graph import emitted
 from tests.models import model, plain_run
@@ -66,7 +66,7 @@ READ: dict[str, tuple[str, int, dict[str, Tensor], str, dict[str, Any] | None]] 
 
 
 @pytest.mark.parametrize("name", READ)
-def test_an_operator_is_read_as_a_word_where_both_are_equal(name: str) -> None:
+def test_an_operator_is_read_as_a_op_where_both_are_equal(name: str) -> None:
     body, opset, tensors, kind, attributes = READ[name]
     proto = model(f"g (float[2,3,6,6] x) => (float y) {{ {body} }}", tensors, opset=opset)
     proto.graph.output[0].type.tensor_type.ClearField("shape")
@@ -74,49 +74,49 @@ def test_an_operator_is_read_as_a_word_where_both_are_equal(name: str) -> None:
     node = graph.nodes[-1]
     assert node.kind == kind
     if attributes is not None:
-        assert dict(node.attributes) == dict(WORDS[kind].attributes) | attributes
+        assert dict(node.attributes) == dict(OPS[kind].attributes) | attributes
     wanted = plain_run(proto, inputs)[0]
     assert torch.equal(graph.evaluate(inputs, graph.outputs)[0], wanted)
     again = graph.emit_all(node, *node.operands)[0]
     assert again.shape == tuple(wanted.shape)
     assert torch.equal(graph.evaluate(inputs, [again])[0], wanted)
-    if attributes is not None:  # what the word means
+    if attributes is not None:  # what the op means
         operands = [value if value is None else graph.evaluate(inputs, [value])[0] for value in node.operands]
-        torch.testing.assert_close(WORDS[kind].reference(*operands, **node.attributes), wanted, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(OPS[kind].reference(*operands, **node.attributes), wanted, rtol=1e-6, atol=1e-6)
 
 
 NEW = [
-    (word, case)
-    for word in ("concat", "max_pool", "average_pool", "clip", "leaky_relu", "hard_sigmoid", "hard_swish", "pad",
+    (op, case)
+    for op in ("concat", "max_pool", "average_pool", "clip", "leaky_relu", "hard_sigmoid", "hard_swish", "pad",
                  "squeeze", "unsqueeze")
-    for case in CASES[word]
+    for case in CASES[op]
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("opset", [13, 18, 22])
-@pytest.mark.parametrize(("word", "case"), NEW)
-def test_a_word_is_written_at_an_older_opset(word: str, case: Case, opset: int) -> None:
-    graph, inputs = emitted(word, case)
+@pytest.mark.parametrize(("op", "case"), NEW)
+def test_a_op_is_written_at_an_older_opset(op: str, case: Case, opset: int) -> None:
+    graph, inputs = emitted(op, case)
     proto = ir.to_proto(deployable(graph, opset))
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
-    torch.testing.assert_close(plain_run(proto, inputs)[0], reference(word, *case)[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(plain_run(proto, inputs)[0], reference(op, *case)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("opset", [10, 12])
-@pytest.mark.parametrize(("word", "case"), NEW)
-def test_a_word_is_emitted_into_a_file_of_an_old_opset(word: str, case: Case, opset: int) -> None:
+@pytest.mark.parametrize(("op", "case"), NEW)
+def test_a_op_is_emitted_into_a_file_of_an_old_opset(op: str, case: Case, opset: int) -> None:
     tensors, attributes = case
     assert tensors[0] is not None
-    if opset == 10 and word in ("clip", "pad") and tensors[0].dtype != torch.float32:
+    if opset == 10 and op in ("clip", "pad") and tensors[0].dtype != torch.float32:
         pytest.skip("onnxruntime has kernels of Clip and Pad before opset 11 for floats only")
     if opset == 10 and attributes.get("low", 0) > attributes.get("high", 9):
         pytest.skip("onnxruntime's Clip of opset 6 refuses bounds in this order")
     graph = OnnxGraph.from_model(model("g (float[2] x) => (float[2] y) { y = Relu(x) }", opset=opset))
-    names = operand_names(word, tensors)
+    names = operand_names(op, tensors)
     constants = [None if t is None else graph.add_constant(t, name) for name, t in zip(names, tensors, strict=True)]
-    result = graph.emit(word, *constants, **attributes)
-    assert result.producer is not None and result.producer.kind == word
-    torch.testing.assert_close(graph.evaluate({}, [result])[0], reference(word, *case)[0], rtol=1e-5, atol=1e-6)
+    result = graph.emit(op, *constants, **attributes)
+    assert result.producer is not None and result.producer.kind == op
+    torch.testing.assert_close(graph.evaluate({}, [result])[0], reference(op, *case)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("opset", [None, 13])

@@ -111,7 +111,7 @@ def test_weights_too_far_from_their_zero_point_stay(dialect: str) -> None:
         """,
     ],
 )
-def test_int8_words_are_opened_again(dialect: str, text: str) -> None:
+def test_int8_ops_are_opened_again(dialect: str, text: str) -> None:
     graph = build(dialect, text)
     run(Quantize(bias_correction=False), graph, calibration=[feeds(graph)])
     run(FoldInt8(), graph)

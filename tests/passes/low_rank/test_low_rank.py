@@ -175,7 +175,7 @@ def test_linears_that_share_a_weight_share_the_pair(dialect: str) -> None:
     assert_outputs_equal(graph, original, rtol=1e-5)
 
 
-def test_ignore_and_other_words(dialect: str) -> None:
+def test_ignore_and_other_ops(dialect: str) -> None:
     text = "h = linear(x[2,8], W[8,8]:rank2)\nr = relu(h)\ny = linear(r, V[8,8]:rank2)"
     graph = build(dialect, text)
     first, last = graph.sites("linear")

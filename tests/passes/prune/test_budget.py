@@ -14,7 +14,7 @@ from graphopt.ir.cost import Cost
 from graphopt.ir.graph import Graph
 from graphopt.measure.timing import Ratio
 from graphopt.passes.prune import budget
-from graphopt.passes.prune.budget import Bill, Candidate, Sizes, Unreachable
+from graphopt.passes.prune.budget import Candidate, CostModel, Sizes, Unreachable
 from tests.language import build, feeds
 
 
@@ -119,7 +119,7 @@ def test_the_bill_is_that_of_the_graph_once_cut(dialect: str) -> None:
     named = {"batch": 2, "seq": 3}
     several = candidates(graph)
     assert [one.group.size for one in several] == [16, 6, 12]
-    bill = Bill(graph, several, named)
+    bill = CostModel(graph, several, named)
     sizes = dict(zip(several, (10, 4, 12), strict=True))
     before = Cost.of(graph, named)
     assert bill.flops == before.flops == 2 * 6 * (8 * 16 + 16 * 6 + 6 * 12 + 12 * 5)
@@ -147,7 +147,7 @@ def test_convs_and_attention_cost_what_they_compute(dialect: str) -> None:
         """,
     )
     (one,) = candidates(graph)
-    bill = Bill(graph, [one], {})
+    bill = CostModel(graph, [one], {})
     assert bill.flops == 2 * 2 * 64 * (8 * 27 + 4 * 8)
     assert bill.price("flops")(one) == 2 * 2 * 64 * (27 + 4) and bill.price("params")(one) == 27 + 1 + 4
 

@@ -168,7 +168,7 @@ def test_conv_channels_meet_their_budget_and_convs_stay_int8() -> None:
     record = next(record for record in small.report.passes if record.name == "prune")
     before, after = record.cost_before.flops, record.cost_after.flops
     assert before and after and abs(after / before - 0.6) <= 0.02 * 0.6
-    assert small.report.census["QLinearConv"] == 3
+    assert small.report.kernels["QLinearConv"] == 3
 
 
 def test_the_parameter_budget_counts_what_is_stored(dialect: str) -> None:

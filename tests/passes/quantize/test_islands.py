@@ -59,9 +59,9 @@ def test_islands_are_closed(dialect: str, text: str) -> None:
     context = run(Quantize(observer="minmax"), graph, calibration=[feeds(graph, seed) for seed in range(4)])
     assert declined(context) == [] and context.record.changed == len(context.record.eligible)
     assert_outputs_equal(graph, original, rtol=0.05)
-    neutral = graph.clone()
+    folded = graph.clone()
     run(FoldInt8(), graph)
-    assert_outputs_equal(graph, neutral, rtol=STEP)
+    assert_outputs_equal(graph, folded, rtol=STEP)
     floats = [node for node in graph.nodes if node.kind in ("max_pool", "pad", "reshape")]
     assert floats and {node.result.dtype for node in floats} == {torch.uint8}
 
@@ -70,13 +70,13 @@ def test_islands_are_closed(dialect: str, text: str) -> None:
 def test_every_member_is_an_int8_kernel(text: str, kernels: dict[str, int]) -> None:
     graph = build("onnx", text)
     run(Quantize(), graph, target=None, calibration=[feeds(graph, seed) for seed in range(4)])
-    neutral = graph.clone()
+    folded = graph.clone()
     run(FoldInt8(), graph)
     target = OnnxRuntime()
     runner = target.compile(target.lower(graph)[0], threads=1)
     target.check(graph, runner)
-    assert runner.census() == kernels
-    for found, expected in zip(runner(feeds(graph)), outputs(neutral), strict=True):
+    assert runner.kernels() == kernels
+    for found, expected in zip(runner(feeds(graph)), outputs(folded), strict=True):
         assert (found - expected).abs().max() <= STEP * expected.abs().max()
 
 
@@ -84,11 +84,11 @@ def test_a_bias_beside_weights_of_nearly_zero_keeps_its_value() -> None:
     graph = build("onnx", "y = conv(x[1,2,4,4], V[2,2,1,1]:values(1e-9,2e-9,0.5,0.25), B[2]:values(3.0,1.0))")
     (expected,) = outputs(graph)
     run(Quantize(observer="minmax"), graph, calibration=[feeds(graph, seed) for seed in range(4)])
-    (neutral,) = outputs(graph)
+    (folded,) = outputs(graph)
     run(FoldInt8(), graph)
     target = OnnxRuntime()
     (found,) = target.compile(target.lower(graph)[0], threads=1)(feeds(graph))
-    for one in (neutral, found):
+    for one in (folded, found):
         assert (one - expected).abs().max() <= 4 * STEP * expected.abs().max()
 
 
@@ -182,9 +182,9 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-def quantized(dialect: str, text: str, *words: str) -> Graph:
+def quantized(dialect: str, text: str, *ops: str) -> Graph:
     graph = build(dialect, text)
-    targets = Selector(*sorted({node.kind for node in graph.nodes} & set(words or ("linear", "matmul", "softmax"))))
+    targets = Selector(*sorted({node.kind for node in graph.nodes} & set(ops or ("linear", "matmul", "softmax"))))
     calibration = [feeds(graph, seed) for seed in range(4)]
     run(Quantize(targets=targets, bias_correction=False), graph, calibration=calibration)
     return graph
@@ -197,31 +197,31 @@ def test_products_and_the_softmax_between_them_are_closed(dialect: str) -> None:
     (rounded,) = softmax.result.users
     assert producer(softmax.input).kind == "dequantize" and rounded.kind == "quantize"
     assert (float(stored(rounded, "scale")), int(stored(rounded, "zero_point"))) == (1 / 256, 0)
-    neutral = graph.clone()
+    folded = graph.clone()
     run(FoldInt8(), graph)
-    assert_outputs_equal(graph, neutral, rtol=STEP)
+    assert_outputs_equal(graph, folded, rtol=STEP)
     moved = graph.sites("transpose", "reshape")
     assert {node.result.dtype for node in moved} == {torch.uint8} and len(graph.sites("linear_int8")) == 1
 
 
 @pytest.mark.parametrize(("text", "kernels"), PRODUCTS.items(), ids=["attention", "masked", "chain", "across"])
 def test_every_product_is_an_int8_kernel(text: str, kernels: dict[str, int]) -> None:
-    neutral = quantized("onnx", text)
-    assert isinstance(neutral, OnnxGraph)
-    graph = neutral.clone()
+    folded = quantized("onnx", text)
+    assert isinstance(folded, OnnxGraph)
+    graph = folded.clone()
     run(FoldInt8(), graph)
     target = OnnxRuntime()
     runner = target.compile(target.lower(graph)[0], threads=1)
     target.check(graph, runner)
     for seed in range(3):
-        inputs = feeds(neutral, seed + 9)
-        (expected,) = onnx_run.run(onnx_run.session(neutral.model, level="disable"), inputs)
+        inputs = feeds(folded, seed + 9)
+        (expected,) = onnx_run.run(onnx_run.session(folded.model, level="disable"), inputs)
         assert (runner(inputs)[0] - expected).abs().max() <= STEP * expected.abs().max()
     signed = OnnxRuntime(cpu="avx512_vnni")
-    assert signed.compile(signed.lower(graph)[0], threads=1).census() == kernels
+    assert signed.compile(signed.lower(graph)[0], threads=1).kernels() == kernels
     unsigned = OnnxRuntime(cpu="avx2")
     once = {ACROSS: {"QuantizeLinear": 2}}.get(text, {})  # `a` is read on both sides, and on the right not 128 lower
-    assert unsigned.compile(unsigned.lower(graph)[0], threads=1).census() == kernels | once
+    assert unsigned.compile(unsigned.lower(graph)[0], threads=1).kernels() == kernels | once
 
 
 @pytest.mark.parametrize(("cpu", "right"), [("avx512_vnni", torch.int8), ("avx2", torch.uint8)])
@@ -273,7 +273,7 @@ def test_what_made_the_model_slower_stays_float(dialect: str) -> None:
     text = "c = conv(x[1,4,4,4], V[4,4,1,1])\nd = conv(c, W[4,4,1,1])\ny = add(c, d)"
     graph = build(dialect, text)
     (add,) = graph.sites("add")
-    context = Context(calibration=Calibration([feeds(graph)], graph.inputs), put_back={add.label: "slower"})
+    context = Context(calibration=Calibration([feeds(graph)], graph.inputs), reverted={add.label: "slower"})
     run_pass(Quantize(), graph, context)
     assert context.record.declined == {add.label: "slower"} and context.record.changed == 2
     assert graph.sites("add")[0].result.is_output
@@ -285,7 +285,7 @@ def test_attention_as_a_whole_has_no_form_in_integers(dialect: str) -> None:
     assert declined(context) == ["attention has no form in integers of its own"]
 
 
-def test_a_word_between_a_float_and_a_quantize_is_no_island() -> None:
+def test_a_op_between_a_float_and_a_quantize_is_no_island() -> None:
     graph = build("onnx", "y = quantize(sigmoid(add(a[2,3], b[2,3])), S[]:values(0.01), Z[]:uint8:zeros)")
     lowered, _ = OnnxRuntime().lower(graph)
     assert [node.kind for node in lowered.nodes] == ["add", "sigmoid", "quantize"]

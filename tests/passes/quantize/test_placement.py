@@ -31,7 +31,7 @@ def quantized(graph: Graph, placement: Placement, pass_: Quantize | None = None)
 
 
 def kinds(graph: Graph) -> list[str]:
-    """The words of a graph in order, the dequantizes of weights aside."""
+    """The ops of a graph in order, the dequantizes of weights aside."""
     return [node.kind for node in graph.nodes if not (node.kind == "dequantize" and node.required("x").is_constant)]
 
 

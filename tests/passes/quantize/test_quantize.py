@@ -1,4 +1,4 @@
-"""quantize: quantize and dequantize around float words."""
+"""quantize: quantize and dequantize around float ops."""
 
 import re
 from typing import Any
@@ -150,7 +150,7 @@ def test_auto_takes_what_the_target_has(dialect: str) -> None:
     assert len(graph.sites("choose_qparams")) == 1 and len(graph.sites("quantize")) == 3
 
 
-def test_declines_words_without_a_kernel(dialect: str) -> None:
+def test_declines_ops_without_a_kernel(dialect: str) -> None:
     graph = build(dialect, "h = linear(x[1,8], W[4,8])\nc = conv(z[1,4,6,6], V[4,4,1,1])\nreturn h, c")
     target = FakeTarget(schemes={"conv": ("static",)})
     assert declined(run(Quantize(), graph, target=target)) == [
@@ -235,7 +235,7 @@ def test_static_needs_calibration(dialect: str) -> None:
         ({"bits": 3}, "bits is 3; give none, 8, 7, 4 or 2"),
         ({"bits": 8.0}, "bits is 8.0; give none, 8, 7, 4 or 2"),
         ({"block": 24}, "block is 24; give none, 16, 32, 64, 128 or 256"),
-        ({"rounding": "gptq"}, "rounding is 'gptq'; give auto, nearest or second-order"),
+        ({"rounding": "gptq"}, "rounding is 'gptq'; give auto, nearest or gptq"),
         ({"clip": "False"}, "clip is 'False'; give none, true or false"),
         ({"symmetric": None}, "symmetric is None; give true or false"),
     ],

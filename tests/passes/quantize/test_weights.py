@@ -72,14 +72,14 @@ def test_blocks_without_asking(dialect: str) -> None:
 def test_second_order_rounding_makes_less_error(dialect: str) -> None:
     batches: list[dict[str, Tensor]] = []
     errors = {}
-    for rounding in ("nearest", "second-order"):
+    for rounding in ("nearest", "gptq"):
         graph = build(dialect, LINEAR)
         batches = batches or [correlated(graph, seed) for seed in range(4)]
         expected = outputs(graph, batches[0])[0]
         options = Quantize(scheme="weight-only", bits=4, rounding=rounding, bias_correction=False)
         run(options, graph, calibration=batches)
         errors[rounding] = float((outputs(graph, batches[0])[0] - expected).square().sum())
-    assert errors["second-order"] < errors["nearest"] / 2
+    assert errors["gptq"] < errors["nearest"] / 2
 
 
 def test_the_bias_takes_over_the_mean_error(dialect: str) -> None:
@@ -105,7 +105,7 @@ def test_the_bias_takes_over_what_rounding_inputs_shifts(dialect: str) -> None:
 def test_weights_are_fitted_to_inputs_in_integers(dialect: str) -> None:
     """Four features of 32 set the scale, and of the others little is left in integers."""
     errors = {}
-    for rounding in ("nearest", "second-order"):
+    for rounding in ("nearest", "gptq"):
         graph = build(dialect, LINEAR)
         large = torch.ones(32).index_fill(0, torch.arange(4), 100.0)
         batches = [{name: x * large for name, x in feeds(graph, seed).items()} for seed in range(8)]
@@ -113,7 +113,7 @@ def test_weights_are_fitted_to_inputs_in_integers(dialect: str) -> None:
         run(Quantize(scheme="static", observer="minmax", rounding=rounding, smooth=False), graph, calibration=batches)
         wrong = torch.cat([outputs(graph, batch)[0] for batch in batches]) - expected
         errors[rounding] = float((wrong - wrong.mean(0)).square().sum())
-    assert errors["second-order"] < 0.9 * errors["nearest"]
+    assert errors["gptq"] < 0.9 * errors["nearest"]
 
 
 def test_a_computed_bias_is_not_corrected(dialect: str) -> None:
@@ -189,7 +189,7 @@ def test_a_block_that_divides_some_weights_declines_the_others(dialect: str) -> 
 def test_where_the_others_made_the_model_slower_nothing_is_quantized(dialect: str) -> None:
     graph = build(dialect, "h = linear(x[2,24], V[32,24])\ny = linear(h, W[4,32])")
     narrow, wide = (site.label for site in graph.sites("linear"))
-    context = Context(put_back={wide: "slower when changed"})
+    context = Context(reverted={wide: "slower when changed"})
     run_pass(Quantize(scheme="weight-only", block=32), graph, context)
     assert context.record.declined == {narrow: "block 32 does not divide 24 inputs", wide: "slower when changed"}
 
