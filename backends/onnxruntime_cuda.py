@@ -24,8 +24,9 @@ from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.errors import LoweringError, UsageError, first_line
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 from graphopt.lowering.backend import Runner
 from graphopt.lowering.choices import Measuring
 from graphopt.numerics.quantize import BLOCKS

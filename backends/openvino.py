@@ -21,7 +21,8 @@ from graphopt.dialects.onnx.tensors import to_numpy
 from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import reads_integers
-from graphopt.lowering.backend import Placement, Runner
+from graphopt.lowering.backend import Runner
+from graphopt.pipeline.target import Placement
 
 KERNELS = {"linear": ("FullyConnected", "MatMul"), "conv": ("Convolution",), "matmul": ("MatMul",)}
 """The layers that compute an op, as OpenVINO names them."""

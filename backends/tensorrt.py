@@ -22,7 +22,8 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import reads_integers
-from graphopt.lowering.backend import Placement, Runner
+from graphopt.lowering.backend import Runner
+from graphopt.pipeline.target import Placement
 
 OPSET = 20
 """TensorRT 10 reads it: Gelu and LayerNormalization are whole, attention is products and a softmax, which it fuses."""

@@ -11,6 +11,7 @@ from graphopt.capture.signature import as_model
 from graphopt.capture.sources import Captured, Feeds
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line
 from graphopt.ir import cost
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, digest
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
@@ -21,6 +22,7 @@ from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.pipeline.text import parse
+from graphopt.report.declines import Reason
 from graphopt.report.records import Report, count_kinds
 from graphopt.result import Optimized, shapes_text, versions
 
@@ -63,7 +65,7 @@ class Run:
             return made
         trial = self._trial(baseline)
         verdict = trial.verdict(made.runner, digest(made.lowered))
-        reverted: dict[str, str] = {}
+        reverted: dict[str, Decline] = {}
         for _ in range(RERUNS):
             lost = self._losers(trial, made, verdict)
             if not lost:
@@ -137,18 +139,18 @@ class Run:
             return feeds
         return [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
 
-    def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, str]:
-        """The sites to reverted, by label, and why. Against the captured model, whose nodes have the sites' names."""
+    def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, Decline]:
+        """The sites to revert, by label, and why. Against the captured model, whose nodes have the sites' names."""
         if not verdict.slower:
             return {}
         lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
         records = [record for record in made.report.passes if record.name not in lossless]
         lost = trial.losers(made.runner, digest(made.lowered), verdict.slower, records)
-        return {label: f"slower when changed: {1e6 * after:.0f} us in place of {1e6 * before:.0f} us"
+        return {label: Decline("slower", before=1e6 * before, after=1e6 * after)
                 for label, (before, after) in lost.items()}  # fmt: skip
 
     def run(
-        self, pipeline: Pipeline, reverted: Mapping[str, str] | None = None, *, lowered: Graph | None = None
+        self, pipeline: Pipeline, reverted: Mapping[str, Decline] | None = None, *, lowered: Graph | None = None
     ) -> Optimized:
         """Passes, lowering, the engine, and the account of it all. lowered: what the target is to run as it is."""
         captured, backend, original = self.captured, self.backend, self.captured.graph
@@ -156,7 +158,7 @@ class Run:
         target = backend.name if backend.cpu is None else f"{backend.name} ({backend.cpu})"
         report = Report(target=target, source=captured.source, pipeline=str(pipeline), versions=versions())
         report.notes += [*captured.notes, *backend.notes()]
-        report.reverted = dict(reverted)
+        report.reverted = {label: Reason.of(why) for label, why in reverted.items()}
         large = self._is_large
         transformed = _Transformed()
         watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *self.instruments, transformed]
@@ -180,7 +182,7 @@ class Run:
             threads=self.threads,
             reverted=reverted,
         )
-        report.cost_before, report.words_before = context.cost(original), count_kinds(original.nodes)
+        report.cost_before, report.ops_before = context.cost(original), count_kinds(original.nodes)
         folded = pipeline.apply(original, context)
         if lowered is None:
             lowered = self._lower(folded, report)
@@ -192,7 +194,7 @@ class Run:
                 raise LoweringError(what) from error
         if self._relowers(pipeline, large) and not as_it_was:
             self._hold_sites(folded, report)
-        report.cost_after, report.words_after = context.cost(folded), count_kinds(folded.nodes)
+        report.cost_after, report.ops_after = context.cost(folded), count_kinds(folded.nodes)
         made = Optimized(
             original, transformed.graph or folded, folded, lowered, report, backend, captured.signature, captured.feeds,
             self.threads,
@@ -237,7 +239,12 @@ class Run:
         found = {} if chooser is None else chooser.found
         report.notes += [] if chooser is None else chooser.notes
         report.choices += [
-            {"rule": name, "sites": log.hits, "declined": log.declined, "measured": found.get(name, [])}
+            {
+                "rule": name,
+                "sites": log.hits,
+                "declined": {label: Reason.of(why) for label, why in log.declined.items()},
+                "measured": found.get(name, []),
+            }
             for name, log in logs.items()
             if log.hits or log.declined or found.get(name)
         ]

@@ -48,7 +48,7 @@ class Cast(Pass):
             raise UsageError(f"cast: dtype is {self.dtype!r}; give {' or '.join(_TYPES)}")
 
     def run(self, graph: Graph, context: Context) -> None:
-        known = _TYPES if context.target is None else context.target.floats
+        known = context.target.floats
         if self.dtype not in known:
             raise UsageError(f"cast: {context.target.name} has no kernels in {self.dtype}; there is {', '.join(known)}")
         narrow = _Narrow(graph, _TYPES[self.dtype])

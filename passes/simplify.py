@@ -9,8 +9,9 @@ from typing import Any
 
 from graphopt.ir.bypass import bypass
 from graphopt.ir.constants import fold_constants, static_sizes
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite
+from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
 from graphopt.numerics.fold import fold_batch_norm
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.lowering.backend import Backend, Placement, saturates
+from graphopt.lowering.backend import saturates
 from graphopt.measure.machine import environment
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import run_pass
+from graphopt.pipeline.target import AnyTarget, Placement, Target
 
 BITS = 7 if saturates(environment()["flags"]) else 8
 """Of weights whose products with uint8 this machine cuts nothing off of: 8, or 7 on x86 without VNNI."""
@@ -165,14 +166,16 @@ def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FakeTarget:
+class FakeTarget(AnyTarget):
     """A target by what a pass asks of it: what each op has a kernel for, and what zeros bring."""
 
     name: str = "toy"
     schemes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     zeros: str = "zeros are numbers"
     sparse: tuple[str, ...] = ()
-    narrow: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    weight_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    round_to: Mapping[str, int] = field(default_factory=dict)
+    runs: bool = True
     types: tuple[str, ...] = ("int8",)
     floats: tuple[str, ...] = ()
     placement: Placement | None = None
@@ -201,11 +204,11 @@ def feeds(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
     return made
 
 
-def run(pass_: Pass, graph: Graph, *, target: Backend | FakeTarget | None = None, calibration: Any = None) -> Context:
+def run(pass_: Pass, graph: Graph, *, target: Target | None = None, calibration: Any = None) -> Context:
     """Run one pass as a pipeline does, and verify the graph; calibration: batches of feeds."""
     if isinstance(calibration, list):
         calibration = Calibration(calibration, graph.inputs)
-    context = Context(target=target, calibration=calibration)
+    context = Context(target=target or AnyTarget(), calibration=calibration)
     run_pass(pass_, graph, context)
     graph.verify()
     return context

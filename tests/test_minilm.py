@@ -67,7 +67,7 @@ def exported(minilm: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tupl
 def test_every_export_is_raised_and_lowered_alike(exporter: tuple[str, int], minilm: Any, exported: Any) -> None:
     module, batch = minilm
     float_form = graphopt.optimize(exported[exporter], example_inputs=batch)
-    assert float_form.report.words_before["attention"] == 6
+    assert float_form.report.ops_before["attention"] == 6
     with torch.no_grad():
         states = module(**batch).last_hidden_state
     assert within_tolerance(states, float_form(**batch)["states"], rtol=1e-5)

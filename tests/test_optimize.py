@@ -59,7 +59,7 @@ def test_the_passes_that_run(passes: Any, expected: list[str]) -> None:
 def test_nothing_asked_loses_nothing() -> None:
     module = seeded(Encoder)
     result = graphopt.optimize(module, example_inputs=INPUTS)
-    assert not {"quantize", "linear_int8"} & set(result.report.words_after)
+    assert not {"quantize", "linear_int8"} & set(result.report.ops_after)
     torch.testing.assert_close(result(**INPUTS), module(**INPUTS), rtol=0, atol=1e-5)
     assert result.report.cost_after.parameters <= result.report.cost_before.parameters
     assert all(record.agreement == [] or record.agreement[0].cosine > 0.999999 for record in result.report.passes)
@@ -68,8 +68,8 @@ def test_nothing_asked_loses_nothing() -> None:
 def test_auto_is_static_with_calibration_and_dynamic_without(encoder: onnx.ModelProto) -> None:
     static = graphopt.optimize(encoder, "quantize", example_inputs=INPUTS, calibration=[INPUTS])
     dynamic = graphopt.optimize(encoder, "quantize", example_inputs=INPUTS)
-    assert "choose_qparams" not in static.report.words_after and "choose_qparams" in dynamic.report.words_after
-    assert static.report.words_after["linear_int8"] == dynamic.report.words_after["linear_int8"] == 12
+    assert "choose_qparams" not in static.report.ops_after and "choose_qparams" in dynamic.report.ops_after
+    assert static.report.ops_after["linear_int8"] == dynamic.report.ops_after["linear_int8"] == 12
 
 
 def test_the_report_accounts_for_every_site(encoder: onnx.ModelProto) -> None:
@@ -95,7 +95,7 @@ def test_figures_of_the_report(encoder: onnx.ModelProto) -> None:
     assert report.cost_before.flops == 2 * 14 * linears + 2 * 4 * 2 * 7 * 7 * 32
     assert report.cost_after.flops == report.cost_before.flops
     assert report.cost_before.bytes - report.cost_after.bytes > 2.5 * linears  # 4 bytes a weight become 1
-    assert report.words_before["linear"] == report.words_after["linear_int8"] == 12
+    assert report.ops_before["linear"] == report.ops_after["linear_int8"] == 12
     assert set(report.versions) >= {"graphopt", "torch", "onnx", "onnxruntime"}
     assert "quantize" in str(report) and report.to_dict()["kernel counts"]["DynamicQuantizeMatMul"] == 6
 

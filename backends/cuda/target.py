@@ -24,10 +24,12 @@ from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.native import copied
 from graphopt.dialects.fx.ops import arguments
 from graphopt.errors import LoweringError, UsageError
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
-from graphopt.lowering.backend import Backend, Placement, Runner
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
+from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.choices import Measuring
+from graphopt.pipeline.target import Placement
 
 FLOAT8, SPARSE_24 = (8, 9), (8, 0)
 """The first compute capability with products in float8, and with those that skip zeros in 2:4."""

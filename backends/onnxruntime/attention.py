@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Node, Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from graphopt.backends.onnxruntime import weights as onnxruntime_weights
 from graphopt.backends.onnxruntime.linear_int8 import quantized_gemm
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule, scalar
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule, scalar
 
 MOST = 256
 """Pixels of a result up to which other forms than the plain one are tried: of larger ones it takes enough at once."""

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from graphopt.backends.onnxruntime import attention as onnxruntime_attention
 from graphopt.backends.onnxruntime import linear as onnxruntime_linear
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 
 
 def stages() -> Sequence[Sequence[Rule | Choice]]:

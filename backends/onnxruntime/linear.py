@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Shape, Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from graphopt.backends.onnxruntime import weights as onnxruntime_weights
 from graphopt.backends.onnxruntime.linear import Rows, linear_int8, stored_tensor
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.qdq.numbers import saturates
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule, scalar
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule, scalar
 
 
 def _stored_kn(op: Builder, weight: Value) -> Value:

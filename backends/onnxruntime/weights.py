@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx import export as onnx_export
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Rule
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 from graphopt.numerics.quantize import BLOCKS, pack
 
 LONGEST = 128

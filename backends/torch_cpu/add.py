@@ -12,8 +12,9 @@ from torch import Tensor, fx
 
 from graphopt.backends.torch_cpu.operators import Y
 from graphopt.backends.torch_cpu.runner import Pack, Packing, from_integers, integers, pack_numbers
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Value
-from graphopt.ir.rewrite import Builder, Declined, Match
+from graphopt.ir.rewrite import Builder, Match
 
 KERNEL = torch.ops.quantized.add.default
 

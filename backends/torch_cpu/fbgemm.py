@@ -22,8 +22,9 @@ from graphopt.backends.torch_cpu.fx_target import FxTarget
 from graphopt.backends.torch_cpu.int8 import Engine, Linear, Tail
 from graphopt.backends.torch_cpu.operators import SETTINGS, WEIGHT, X, Y, like_conv, like_linear
 from graphopt.backends.torch_cpu.runner import Pack, Packing, from_integers, integers, pack_numbers
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Value
-from graphopt.ir.rewrite import Builder, Declined, Match
+from graphopt.ir.rewrite import Builder, Match
 from graphopt.lowering.backend import max_abs
 
 _quantized = torch.ops.quantized

@@ -16,9 +16,10 @@ import torch
 
 from graphopt.dialects.fx.graph import FxNode
 from graphopt.dialects.fx.native import ORIGIN
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Replace, Rule, scalar
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Replace, Rule, scalar
 from graphopt.lowering.backend import max_abs
 
 POSTS = ("relu", "gelu", "silu", "hard_swish", "tanh")

@@ -20,8 +20,9 @@ from graphopt.backends.torch_cpu.fx_target import FxTarget
 from graphopt.backends.torch_cpu.int8 import Engine, Linear, Tail
 from graphopt.backends.torch_cpu.operators import SETTINGS, WEIGHT, X, Y, like_conv, like_linear
 from graphopt.backends.torch_cpu.runner import Pack, Packing, pack_numbers
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Rule
+from graphopt.ir.rewrite import Builder, Choice, Match, Rule
 
 _onednn = torch.ops.onednn
 LINEAR, LINEAR_ADD = _onednn.qlinear_pointwise.default, _onednn.qlinear_pointwise.binary

@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from graphopt.backends.torch_cpu.operators import like_linear
 from graphopt.backends.torch_cpu.runner import Pack, Packing
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Node, Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Pattern, Recorder, Replace, Rule
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Replace, Rule
 
 _mkldnn = torch.ops.mkldnn
 KERNEL = _mkldnn._linear_pointwise.default

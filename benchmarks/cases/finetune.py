@@ -69,8 +69,8 @@ def run(settings: Settings) -> bool:
             rows.add_row(name, f"{scores[name]:.2f}", "" if file is None else f"{file.stat().st_size / 1e6:.1f}")
         settings.console.print(rows, speeds(model, {"one call": small, "its package": compiled}, examples, settings))
     same = abs(scores["optimized again"] - scores[f"after {STEPS} steps"]) <= 0.1
-    text = f"int8 linears: {small.report.words_after['linear_int8']}, again {again.report.words_after['linear_int8']}"
-    found = small.report.words_after["linear_int8"] == again.report.words_after["linear_int8"]
+    text = f"int8 linears: {small.report.ops_after['linear_int8']}, again {again.report.ops_after['linear_int8']}"
+    found = small.report.ops_after["linear_int8"] == again.report.ops_after["linear_int8"]
     settings.console.print(checked(text, found), checked("trained, then optimized again: the same", same))
     return found and same
 

@@ -104,7 +104,7 @@ def on_cpu(program: torch.export.ExportedProgram) -> tuple[torch.export.Exported
 
 @contextmanager
 def _inference(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode, and each submodule's own mode reverted afterwards."""
+    """The module in eval mode, and each submodule's own mode restored afterwards."""
     modes = [(inner, inner.training) for inner in module.modules() if inner.training]
     try:
         for inner, _ in modes:

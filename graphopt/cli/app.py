@@ -462,6 +462,7 @@ def reproduce(
     from graphopt.pipeline.calibration import Calibration
     from graphopt.pipeline.context import Context
     from graphopt.pipeline.instruments import Agree, Verify
+    from graphopt.pipeline.target import AnyTarget
     from graphopt.pipeline.text import parse
 
     if not (folder / "pass.json").is_file():
@@ -470,7 +471,7 @@ def reproduce(
     graph = _load_graph(folder / f"graph.{account['dialect']}", account["dialect"])
     feeds, batches = _saved_feeds(folder / "feeds"), _saved_feeds(folder / "calibration")
     context = Context(
-        target=target(account["target"]) if account["target"] else None,
+        target=target(account["target"]) if account["target"] else AnyTarget(),
         feeds=feeds,
         calibration=Calibration(batches, graph.inputs) if batches else None,
         instruments=[Verify(), Agree(graph, feeds)],

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from graphopt.errors import GraphError
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite, scalar
+from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite, scalar
 
 SQRT2 = math.sqrt(2.0)
 GELU_TANH = math.sqrt(2.0 / math.pi)

@@ -10,14 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt.errors import GraphError
+from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Graph, Node, Shape, Value
 
 ROUNDS = 16
 """Most rounds over a graph; rules that still find something then undo each other, which is an error."""
-
-
-class Declined(Exception):
-    """Raised by a rule's replacement to leave a match as it is, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class RuleLog:
     tries: int = 0
     hits: int = 0
     seconds: float = 0.0
-    declined: dict[str, str] = field(default_factory=dict)
+    declined: dict[str, Decline] = field(default_factory=dict)
 
 
 Replace = Callable[[Builder, Match], Value]
@@ -138,7 +135,7 @@ class Choice:
 
         def replace(op: Builder, match: Match) -> Value:
             chosen = form(match) if form else first
-            reasons: list[str] = []
+            reasons: list[Decline] = []
             for name in dict.fromkeys([chosen, *self.forms]):
                 made = self.forms[name]
                 if made is None:
@@ -146,7 +143,7 @@ class Choice:
                 try:
                     return made(op, match)
                 except Declined as reason:
-                    reasons.append(str(reason))
+                    reasons.append(reason.decline)
             raise Declined(reasons[0])
 
         return Rule(self.name, self.pattern, replace, shared=self.shared, check=takes)
@@ -212,7 +209,7 @@ def _try(
         log.declined.pop(node.label, None)
         return True
     except Declined as reason:
-        log.declined[node.label] = str(reason)
+        log.declined[node.label] = reason.decline
         return False
     finally:
         log.seconds += time.perf_counter() - start

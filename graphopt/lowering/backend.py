@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from graphopt.errors import GraphError, UsageError
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, Match, Rule, RuleLog, rewrite
+from graphopt.pipeline.target import Placement
 
 if TYPE_CHECKING:
     from graphopt.measure.timing import Ratio
@@ -39,18 +39,6 @@ class Chooser(Protocol):
     def decide(
         self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]
     ) -> Callable[[Match], str]: ...
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How a target wants activations that are quantized only where int8 ops read them."""
-
-    signed: bool = False
-    """Whether they are int8 about zero, or uint8 with a zero point."""
-    fuses_sum: bool = False
-    """Whether an add takes the result of an int8 conv as it is, and only its other side in integers."""
-    rows: bool = False
-    """Whether ranges of each run are one for each row, about zero, or one for all of a value, with a zero point."""
 
 
 class Runner(ABC):

@@ -24,6 +24,7 @@ from graphopt.lowering.backend import SAFE, Runner, max_abs
 from graphopt.measure import machine, timing
 from graphopt.measure.cache import UNSURE, Timings, opened
 from graphopt.numerics.metrics import sqnr
+from graphopt.report.declines import Reason
 
 ROUNDS = 6
 """Interleaved rounds of a contest that have to count: the fewest that give a 95% interval."""
@@ -183,7 +184,7 @@ class Measuring:
                 if choice.forms[form] is not None:
                     (log,) = rewrite(made, [choice.only(form)]).values()
                     if log.declined:
-                        raise GraphError(next(iter(log.declined.values())))
+                        raise GraphError(Reason.of(next(iter(log.declined.values()))))
                     made.sweep()
                 finish(made)
                 runner = self.compile(made)

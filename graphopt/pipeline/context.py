@@ -11,9 +11,11 @@ from torch import Tensor
 
 from graphopt.errors import UsageError, nearest
 from graphopt.ir.cost import Cost, sizes
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import PerSite, Selector
+from graphopt.pipeline.target import AnyTarget, Target
 from graphopt.report.records import PassRecord, Report
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ Loss = Callable[[Any, Any], Tensor]
 class Context:
     """What a pass may ask of its surroundings while it runs."""
 
-    target: Any = None
-    """The backend: `schemes` says which ops may be int8, and how."""
+    target: Target = field(default_factory=AnyTarget)
+    """What the graph is made for: `schemes` says which ops may be int8, and how."""
     threads: int | None = None
     """Of the engine, where a pass measures; None for its default."""
     report: Report = field(default_factory=Report)
@@ -44,7 +46,7 @@ class Context:
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The account of the pass that runs now."""
     current: Pass | None = None
-    reverted: Mapping[str, str] = field(default_factory=dict)
+    reverted: Mapping[str, Decline] = field(default_factory=dict)
     """By label, sites that passes which lose accuracy leave as they are, and why: there they made the model slower."""
     labels: dict[Node, str] = field(default_factory=dict)
     """How the account calls the sites: their label, with the node's name where several share that (a shared module)."""
@@ -74,7 +76,7 @@ class Context:
         """Whether a site stays as it is because the model was slower with it changed; it is then declined."""
         if label not in self.reverted or self.current is None or self.current.lossless:
             return False
-        self.record.declined[label] = self.reverted[label]
+        self.record.decline(label, self.reverted[label])
         return True
 
     def per_site(self, graph: Graph, option: str, values: PerSite, targets: Selector) -> dict[Node, Any]:
@@ -93,9 +95,9 @@ class Context:
             raise UsageError(f"{option}: {term!r} selects none of the sites in {targets}{nearest(term, names)}")
         return {node: values[term] for node, term in terms.items()}
 
-    def decline(self, site: Node, reason: str) -> None:
-        """Leave a site as it is, and say why."""
-        self.record.declined[self.labels.get(site, site.label)] = reason
+    def decline(self, site: Node, why: Decline | str) -> None:
+        """Leave a site as it is, and say why: by a code and its values, or as a sentence."""
+        self.record.decline(self.labels.get(site, site.label), why)
 
     def note(self, text: str) -> None:
         """Tell the user something about this pass as a whole."""

@@ -257,7 +257,7 @@ def _key(graph: Graph, batches: Sequence[Feeds], context: Context, evaluate: Eva
     compared = _batches_digest(batches)
     calibration = context.batches()
     seen = compared if calibration.once else _batches_digest(calibration)
-    target = getattr(context.target, "name", None)
+    target = context.target.name
     facts = [version("graphopt"), digest(graph), compared, seen, target, evaluate is not None]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -21,6 +21,7 @@ from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Graph
 from graphopt.numerics import metrics
+from graphopt.pipeline.target import AnyTarget
 from graphopt.report.agreements import Agreement, agreement, worst
 from graphopt.report.diff import GraphDiff
 
@@ -330,7 +331,7 @@ class Reproduce(Instrument):
         account = {
             "pass": str(pass_),
             "dialect": graph.dialect,
-            "target": getattr(context.target, "name", None),
+            "target": None if isinstance(context.target, AnyTarget) else context.target.name,
             "error": f"{type(error).__name__}: {error}",
         }
         (folder / "pass.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")

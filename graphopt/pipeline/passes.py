@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
-from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.options import checked
 from graphopt.pipeline.spelling import value_text
 
 if TYPE_CHECKING:
@@ -30,10 +30,9 @@ class Stage(enum.IntEnum):
 class Pass:
     """A rewrite. Subclasses are frozen dataclasses: class-level facts, and fields that are the options.
 
-    Each option has a one-line docstring under it, which is its help. Where the default is a selector, a string or a
-    sequence of strings becomes one; a subclass with a `__post_init__` calls this one's first. `run` changes the graph
-    through the graph's own methods only, keeps no state on self, and accounts for every site: changed, or declined
-    with a reason.
+    The type of a field says what the option may be (`graphopt.pipeline.options`), the docstring under it is its help,
+    and `contradiction` says which do not go together. `run` changes the graph by the graph's own methods only,
+    keeps no state on self, and accounts for every site: changed, or declined with a reason.
     """
 
     name: ClassVar[str]
@@ -43,13 +42,13 @@ class Pass:
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            given = getattr(self, option.name)
-            if isinstance(option.default, Selector) and not isinstance(given, Selector):
-                terms = [given] if isinstance(given, str) else given
-                if not isinstance(terms, list | tuple) or not all(isinstance(term, str) for term in terms):
-                    raise UsageError(f"{self.name}: {option.name} is {given!r}; give ops, module paths or patterns")
-                object.__setattr__(self, option.name, Selector(*terms))
+        checked(self.name, self)
+        if wrong := self.contradiction():
+            raise UsageError(f"{self.name}: {wrong}")
+
+    def contradiction(self) -> str | None:
+        """What is wrong with options that are fine by themselves and do not go together, and the way out."""
+        return None
 
     def run(self, graph: Graph, context: Context) -> None:
         raise NotImplementedError

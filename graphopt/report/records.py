@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.analysis.propagation import Propagation
 from graphopt.ir.cost import Cost
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Node
 from graphopt.report.agreements import Agreement
+from graphopt.report.declines import Reason
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,8 +29,8 @@ class PassRecord:
     stage: str = ""
     eligible: list[str] = field(default_factory=list)
     """Labels of the sites that were considered; empty for passes that work on the whole graph."""
-    declined: dict[str, str] = field(default_factory=dict)
-    """Reasons by site label."""
+    declined: dict[str, Reason] = field(default_factory=dict)
+    """Reasons by site label: sentences, each with the code and the values that it is made of."""
     changes: int = 0
     """How often the graph was changed (replace and erase)."""
     seconds: float = 0.0
@@ -43,6 +45,12 @@ class PassRecord:
     notes: list[str] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     """The damage site by site, where the pass looked at that first."""
+
+    def decline(self, label: str, why: Decline | str) -> None:
+        """A site stays as it is."""
+        if isinstance(why, str):
+            why = Decline("told", sentence=str(why))
+        self.declined[label] = Reason.of(why)
 
     @property
     def changed(self) -> int:
@@ -64,8 +72,8 @@ class Report:
     passes: list[PassRecord] = field(default_factory=list)
     cost_before: Cost = field(default_factory=Cost)
     cost_after: Cost = field(default_factory=Cost)
-    words_before: dict[str, int] = field(default_factory=dict)
-    words_after: dict[str, int] = field(default_factory=dict)
+    ops_before: dict[str, int] = field(default_factory=dict)
+    ops_after: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     """Kernels that the engine really built, by name."""
     choices: list[dict[str, Any]] = field(default_factory=list)
@@ -76,7 +84,7 @@ class Report:
     """The deployed result against the original, on the example inputs."""
     speed: list[dict[str, Any]] = field(default_factory=list)
     """By example shape, how many times as fast as the input: "shapes", "median", "low" and "high" (95%), "rounds"."""
-    reverted: dict[str, str] = field(default_factory=dict)
+    reverted: dict[str, Reason] = field(default_factory=dict)
     """By label, sites that are as they were because the model was slower with them changed, and by how much."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +123,8 @@ def _ranked(kinds: Iterable[str]) -> dict[str, int]:
 
 def plain(value: Any) -> Any:
     """Plain data of what holds dataclasses, as json.dumps writes standard JSON: infinity and NaN become text."""
+    if isinstance(value, Reason):
+        return plain(value.to_dict())
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):

@@ -101,7 +101,7 @@ def candidates(
 
     A spatial split is fitted to what each column of its kernel adds to the output: their sum has no closed form.
     """
-    step = context.target.round_to.get("rank", 1) if context.target is not None else 1
+    step = context.target.round_to.get("rank", 1)
     sizes = cost.sizes(graph, context.feeds[0]) if context.feeds else {}
     found: list[Candidate] = []
     damped: list[str] = []

@@ -73,7 +73,7 @@ def break_even(found: Sequence[Candidate], graph: Graph, context: Context) -> li
     Weights of one form, on inputs of one shape, are split together and the whole model is timed, once lowered, against
     the original; by bisection over the ranks. Raises UsageError without a target or examples.
     """
-    if context.target is None or not context.feeds:
+    if not (context.target.runs and context.feeds):
         raise UsageError("low-rank: rank=break-even is measured; give a target and example_inputs")
     alike: dict[tuple[Split, tuple[Shape | None, ...]], list[Candidate]] = {}
     for one in found:
@@ -109,5 +109,4 @@ def _timed(several: Sequence[Candidate], rank: int, graph: Graph, context: Conte
     for one in several:
         one.put(trial, [named[site.name] for site in one.weight.sites], rank)
     trial.sweep()
-    ratios: list[Ratio] = context.target.ratios(trial, graph, context.feeds, threads=context.threads)
-    return ratios
+    return context.target.ratios(trial, graph, context.feeds, threads=context.threads)

@@ -55,7 +55,7 @@ def weigh(graph: Graph, context: Context, groups: Sequence[Group], criterion: st
         raise UsageError(f"{context.record.name}: importance={name} cannot weigh any of them: {_UNWEIGHED[name]}")
     for group in groups:
         if group not in found:
-            context.record.declined[group.name] = f"importance={name} cannot weigh it: {_UNWEIGHED[name]}"
+            context.record.decline(group.name, f"importance={name} cannot weigh it: {_UNWEIGHED[name]}")
     return {group: found[group] for group in groups if group in found}
 
 

@@ -124,7 +124,7 @@ class Prune(Pass):
         chosen = self._sizes(graph, context, candidates)
         left = {one: size for one, size in chosen.items() if size < one.group.size}
         for one in chosen.keys() - left.keys():
-            context.record.declined[one.group.name] = f"all of its {one.group.size} {one.group.kind} stay"
+            context.record.decline(one.group.name, f"all of its {one.group.size} {one.group.kind} stay")
         for kind in dict.fromkeys(one.group.kind for one in left):
             of_kind = [(one.group, size) for one, size in left.items() if one.group.kind == kind]
             context.note(f"{kind}: {', '.join(f'{group.name} {group.size} -> {size}' for group, size in of_kind)}")
@@ -146,7 +146,7 @@ class Prune(Pass):
             return 1
         if self.round_to is not None:
             return self.round_to
-        return 1 if context.target is None else int(context.target.round_to.get(group.kind, 1))
+        return context.target.round_to.get(group.kind, 1)
 
     def _sizes(self, graph: Graph, context: Context, candidates: list[Candidate]) -> Sizes:
         """How many units of each stay, by the shares or the budget."""

@@ -66,13 +66,15 @@ def open_groups(
     for term in targets.terms if named else ():
         if all(group.locked for group in hits(term)):
             group = hits(term)[0]
-            context.record.declined[group.name] = f"it {group.locked}"
+            context.record.decline(group.name, f"it {group.locked}")
             raise UsageError(f"{name}: {group.name} ({group.kind}) cannot shrink: it {group.locked}")
     ignored = {group for term in ignore.terms for group in hits(term)}
     wanted = {group for term in targets.terms for group in hits(term)} - ignored
     chosen = [group for group in found if group in wanted]
     context.record.eligible.extend(group.name for group in chosen)
-    context.record.declined.update((group.name, f"it {group.locked}") for group in chosen if group.locked)
+    for group in chosen:
+        if group.locked:
+            context.record.decline(group.name, f"it {group.locked}")
     left = [group for group in chosen if not (group.locked or context.reverts(group.name))]
     for several in [[kind] for kind in required] or [list(kinds)]:
         if not any(group.kind in several for group in left):

@@ -54,8 +54,8 @@ def within_budget(
     price = bill.price("flops" if bill.flops and of != "params" else "params")
     try:
         if of == "latency":
-            if context.target is None:
-                raise UsageError(f"{name}: latency is measured on a target, and there is none")
+            if not context.target.runs:
+                raise UsageError(f"{name}: latency is measured, and {context.target.name} does not run here")
             cost = budget.measured(graph, context.target, context.feeds, context.threads)
             path = budget.ranked(candidates, price) if together else budget.evenly(candidates)
             chosen = budget.bracket(path, cost, share, budget.MEASURING)[1]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import end_of, is_dequantized, label_of
-from graphopt.lowering.backend import Placement
 from graphopt.numerics import quantize
 from graphopt.numerics.observe import Observer
 from graphopt.passes.quantize.islands import Islands
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.target import Placement
 
 POOLS = ("max_pool", "average_pool", "mean")
 """What joins where its result is read in integers: its input is quantized too, and it computes in them."""
@@ -20,7 +20,7 @@ POOLS = ("max_pool", "average_pool", "mean")
 
 def islands_on(graph: Graph, context: Context, dtype: torch.dtype) -> Islands:
     """The islands of a graph, as the target places them. dtype: of activations where they are about zero."""
-    placement: Placement | None = None if context.target is None else context.target.placement
+    placement = context.target.placement
     return Islands(graph) if placement is None else OpenIslands(graph, placement=placement, dtype=dtype)
 
 

@@ -21,6 +21,8 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.spelling import value_text
+from graphopt.pipeline.target import SCHEMES
+from graphopt.report.declines import Reason
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Quantize(Pass):
         super().__post_init__()
         Goal(self.sqnr, self.cosine, self.max_drop)  # which refuses what no model can be
         choices = {
-            "scheme": ("auto", *schemes.SCHEMES), "dtype": tuple(schemes.TYPES),
+            "scheme": ("auto", *SCHEMES), "dtype": tuple(schemes.TYPES),
             "bits": (None, 8, 7, 4, 2), "block": (None, *BLOCKS),
             "symmetric": (True, False), "observer": tuple(OBSERVERS), "rounding": ("auto", "nearest", "gptq"),
             "clip": (None, True, False), "bias_correction": (None, True, False),
@@ -120,12 +122,13 @@ class Quantize(Pass):
                            if site.kind == "matmul" or site in rounding.recipes}  # fmt: skip
 
         def stays(node: Node) -> str | None:
-            return "it is to stay float" if node in self.ignore else context.reverted.get(node.label)
+            reverted = context.reverted.get(node.label)
+            return "it is to stay float" if node in self.ignore else None if reverted is None else Reason.of(reverted)
 
         softmaxes = [site for site in chosen if site.kind == "softmax"]
         account(context, islands, islands.join(lambda op: "static" in schemes.legal(op, context), stays, softmaxes))
         products = [one.bits for site, one in rounding.recipes.items() if islands.schemes[site] != "weight-only"]
-        if products and context.target is not None and self.dtype == "int8":
+        if products and context.target.runs and self.dtype == "int8":
             context.note(schemes.safety(products))
         islands.measure(observe(graph, context, islands, OBSERVERS[self.observer]))
         islands.weights, rounding.grids = rounding, islands.grids()

@@ -11,9 +11,6 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import PerSite
 from graphopt.pipeline.weights import why_fixed
 
-SCHEMES = ("static", "dynamic", "weight-only")
-"""Where the range of an activation comes from: calibration, or each run; or it stays float."""
-
 TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 """What weights and activations are stored in, by name."""
 
@@ -21,19 +18,13 @@ OPS = ("linear", "conv", "matmul", "softmax", "embedding")
 """What may be asked for; other ops become integers where they stand between these. A softmax is asked for by name,
 and becomes integers behind a static matmul only."""
 
-_COUNTS = {"softmax": 1, "conv": 2, "matmul": 2}
-"""Of ops that have a form for some schemes only: for how many of them."""
-
 _BLOCKS = (32, 16)
 """Blocks that are taken, the first that divides, where none is asked for."""
 
 
 def legal(op: str, context: Context) -> tuple[str, ...]:
     """The schemes that have a fast kernel; every one where no target is given."""
-    if context.target is None:
-        return ("weight-only",) if op == "embedding" else SCHEMES[: _COUNTS.get(op, 3)]
-    schemes: tuple[str, ...] = context.target.schemes.get(op, ())
-    return schemes
+    return context.target.schemes.get(op, ())
 
 
 def scheme_of(op: str, asked: str, context: Context) -> str:
@@ -53,10 +44,9 @@ def scheme_of(op: str, asked: str, context: Context) -> str:
 
 def require_type(dtype: str, context: Context) -> None:
     """Raise UsageError where the target has no kernels in one of TYPES."""
-    known = ("int8",) if context.target is None else context.target.types
+    known = context.target.types
     if dtype not in known:
-        name = "onnx" if context.target is None else context.target.name
-        raise UsageError(f"quantize: {name} has no kernels in {dtype}; there is {', '.join(known)}")
+        raise UsageError(f"quantize: {context.target.name} has no kernels in {dtype}; there is {', '.join(known)}")
 
 
 def names_nodes(*terms: object) -> bool:
@@ -80,10 +70,9 @@ def bits_of(op: str, scheme: str, asked: int | None, context: Context) -> int:
     """Bits of a weight: as asked; else 8, or 7 where products of 8 saturate on the target."""
     if op == "embedding" and asked == 7:  # which is about products
         return 8
-    if asked is not None or scheme == "weight-only" or context.target is None:
+    if asked is not None or scheme == "weight-only":
         return asked or 8
-    bits: int = context.target.product_bits()
-    return bits
+    return context.target.product_bits()
 
 
 def block_of(site: Node, scheme: str, bits: int, asked: int | None) -> int | None:
@@ -137,9 +126,8 @@ def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> str 
     if scheme in known:
         if dtype != "int8" and scheme == "weight-only":
             return f"{dtype} is for products of two sides: give scheme=static, dynamic or auto"
-        reason: str | None = None if context.target is None else context.target.why_float(site, scheme, dtype)
-        return reason
-    name = "onnx" if context.target is None else context.target.name
+        return context.target.why_float(site, scheme, dtype)
+    name = context.target.name
     more = "; static needs calibration" if "static" in known and context.calibration is None else ""
     return f"{name} has no fast {scheme} {op}{more}"
 
@@ -149,7 +137,7 @@ def why_wrong_bits(op: str, scheme: str, bits: int, context: Context) -> str | N
     if scheme != "weight-only":
         known: tuple[int, ...] = (8, 7)
     else:
-        known = (8, 4, 2) if context.target is None else context.target.weight_bits.get(op, ())
+        known = context.target.weight_bits.get(op, ())
     if bits in known:
         return None
     numbers = " or ".join(map(str, known))

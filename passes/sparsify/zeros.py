@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from graphopt.numerics.sparsity import compressed_share
+from graphopt.pipeline.target import Target
 from torch import Tensor
 
 
@@ -24,8 +23,8 @@ class Zeros:
         self.compressed_before += compressed_share(before) * before.nbytes
         self.compressed_after += compressed_share(after) * after.nbytes
 
-    def notes(self, target: Any, pattern: str) -> list[str]:
-        """What the user should know: the zeros and their bytes, and what they bring on the target (a backend, None)."""
+    def notes(self, target: Target, pattern: str) -> list[str]:
+        """What the user should know: the zeros and their bytes, and what they bring on the target ."""
         if not self.weights:
             return []
         found = [
@@ -33,7 +32,7 @@ class Zeros:
             f"compressed they take about {_size(self.compressed_after)}, and took {_size(self.compressed_before)} "
             "(zlib, from samples)"
         ]
-        if target is None:
+        if not target.zeros:
             found.append("zeros bring speed only where kernels skip them; name a target to hear about its kernels")
         elif pattern in target.sparse:
             found.append(f"{target.name}: {target.zeros}")

@@ -153,7 +153,7 @@ def test_a_model_output_stays_one() -> None:
     assert result.signature.outputs == ("last_hidden_state", "pooler_output")
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=0, atol=1e-5)
-    assert result.report.words_before["attention"] == 2
+    assert result.report.ops_before["attention"] == 2
     other = {"input_ids": tokens(1, 3), "attention_mask": padding(1, 3)}
     torch.testing.assert_close(result(other).pooler_output, module(**other).pooler_output, rtol=0, atol=1e-5)
 

@@ -256,7 +256,7 @@ def encoder() -> tuple[nn.Module, dict[str, Tensor], dict[tuple[int, bool], onnx
 def test_an_encoder_is_the_same_from_every_exporter(encoder: Any, how: tuple[int, bool]) -> None:
     module, inputs, protos = encoder
     result = graphopt.optimize(protos[how], example_inputs=inputs)
-    ops = result.report.words_before
+    ops = result.report.ops_before
     assert {op: ops.get(op) for op in ("attention", "gelu", "layer_norm", "linear", "embedding")} == {
         "attention": 2, "gelu": 2, "layer_norm": 4, "linear": 12, "embedding": 1,
     }  # fmt: skip
@@ -284,7 +284,7 @@ def test_a_decoder_from_every_exporter(how: tuple[int, bool]) -> None:
     module, inputs = seeded(Decoder), {"ids": tokens()}
     proto = exported(module, inputs, *how)
     result = graphopt.optimize(proto, example_inputs=inputs)
-    ops = result.report.words_before
+    ops = result.report.ops_before
     assert {op: ops.get(op) for op in ("attention", "silu", "rms_norm", "linear")} == {
         "attention": 1, "silu": 1, "rms_norm": 2, "linear": 8,
     }  # fmt: skip
@@ -307,7 +307,7 @@ class Logits(nn.Module):
 def test_a_gpt2_from_either_exporter(how: tuple[int, bool]) -> None:
     module, inputs = Logits().eval(), {"input_ids": tokens(), "attention_mask": padding()}
     result = graphopt.optimize(exported(module, inputs, *how), example_inputs=inputs)
-    ops = result.report.words_before
+    ops = result.report.ops_before
     assert {op: ops.get(op) for op in ("attention", "gelu", "layer_norm", "linear")} == {
         "attention": 2, "gelu": 2, "layer_norm": 5, "linear": 9,
     }  # fmt: skip

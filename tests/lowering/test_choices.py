@@ -16,8 +16,9 @@ from torch import Tensor
 
 import graphopt
 from graphopt.backends.onnxruntime.target import OnnxRuntime
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Value
-from graphopt.ir.rewrite import Builder, Choice, Declined, Match, Replace
+from graphopt.ir.rewrite import Builder, Choice, Match, Replace
 from graphopt.lowering.choices import BLOCK, HOPELESS, ROUNDS, Excerpt, Measuring
 from graphopt.measure import machine, timing
 from graphopt.measure.cache import UNSURE, Timings
@@ -362,4 +363,4 @@ def test_unmeasured_the_report_has_no_figures(
     monkeypatch.setattr(OnnxRuntime, "rules", lambda self, graph: ((rectifier(),),))
     report = graphopt.optimize(seeded(ConvNet), example_inputs=images(), **options).report
     assert report.choices == [{"rule": "rectifier", "sites": 3, "declined": {}, "measured": []}]
-    assert report.speed == [] and report.words_after["relu"] == 3
+    assert report.speed == [] and report.ops_after["relu"] == 3

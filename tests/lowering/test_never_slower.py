@@ -240,7 +240,7 @@ def test_where_that_loses_too_it_is_the_input(encoder: onnx.ModelProto, contest:
     made.export(tmp_path / "same.onnx")
     kinds = {node.op_type for node in onnx.load(tmp_path / "same.onnx").graph.node}
     assert "Attention" not in kinds and "Softmax" in kinds and "Attention" in before
-    assert made.report.words_after == made.report.words_before
+    assert made.report.ops_after == made.report.ops_before
     assert_computes(made, 1e-5)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Declined, Match, Pattern, Recorder, Rule, rewrite
+from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
 
 
 def raise_detours(graph: Graph) -> None:

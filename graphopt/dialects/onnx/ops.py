@@ -42,14 +42,14 @@ class Spelled:
     outputs: int = 1
 
 
-# --- operators that are ops as they stand ------------------------------------------------------------------------
+# --- operators that are canonical ops as they stand ------------------------------------------------------------------
 
 _PLAIN = {
     "MatMul": "matmul", "Add": "add", "Mul": "mul", "Sub": "sub", "Div": "div", "Pow": "pow", "Sqrt": "sqrt",
     "Reciprocal": "reciprocal", "Exp": "exp", "Erf": "erf", "Tanh": "tanh", "Sigmoid": "sigmoid", "IsNaN": "isnan",
     "Relu": "relu", "HardSwish": "hard_swish", "Where": "where", "Identity": "identity",
 }  # fmt: skip
-_PLAIN_OPS = {op: op for op, op in _PLAIN.items()}
+_PLAIN_OPS = {kind: op_type for op_type, kind in _PLAIN.items()}
 
 
 KEPT = ("GlobalAveragePool",)

@@ -97,9 +97,9 @@ def test_a_block_end_to_end(block: Block, passes: str, expected: dict[str, int],
 
 def test_activations_are_rounded_by_row_about_zero(block: Block) -> None:
     small = optimized(block, "quantize{scheme=dynamic}")
-    ops = small.report.words_after
+    ops = small.report.ops_after
     assert ops["row_scale"] == ops["quantize"] == 4 and "choose_qparams" not in ops
-    for site in small.graph.sites("quantize"):
+    for site in small.folded.sites("quantize"):
         scale = site.required("scale")
         assert site.result.dtype == torch.int8 and scale.shape == (*site.input.shape[:-1], 1)
 

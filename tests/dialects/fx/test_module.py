@@ -90,8 +90,8 @@ def test_it_trains_and_is_exported_and_optimized_again(passes: str | None) -> No
     for a, b in zip(leaves(again(**TOKENS)), leaves(module(**TOKENS)), strict=True):
         assert within_tolerance(a, b.detach(), rtol=0.02 if passes else 1e-4)
     if passes:  # the integers are found again
-        count = made.report.words_after["linear_int8"]
-        assert again.report.words_after["linear_int8"] == count
+        count = made.report.ops_after["linear_int8"]
+        assert again.report.ops_after["linear_int8"] == count
 
 
 def test_dropout_and_norms_follow_the_mode() -> None:

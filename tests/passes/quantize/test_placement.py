@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.graph import Graph
-from graphopt.lowering.backend import Placement
 from graphopt.passes import Quantize
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.target import Placement
 from tests.language import FakeTarget, assert_outputs_equal, build, declined, feeds, run, stored
 
 STATIC = dict.fromkeys(("linear", "conv", "matmul", "add"), ("static",))

@@ -143,7 +143,7 @@ def test_schemes_by_site(dialect: str) -> None:
 
 def test_auto_is_weight_only_where_nothing_else_is_fast(dialect: str) -> None:
     graph = build(dialect, LINEAR)
-    run(Quantize(), graph, target=FakeTarget(schemes={"linear": ("weight-only",)}, narrow=NARROW))
+    run(Quantize(), graph, target=FakeTarget(schemes={"linear": ("weight-only",)}, weight_bits=NARROW))
     assert [node.kind for node in graph.nodes] == ["dequantize", "linear"]
 
 
@@ -176,7 +176,7 @@ def test_which_cpus_saturate(flags: str, expected: bool) -> None:
 )
 def test_what_no_weight_can_have_is_an_error(dialect: str, options: Any, reason: str) -> None:
     graph = build(dialect, LINEAR)
-    target = FakeTarget(schemes=WEIGHT_ONLY, narrow=NARROW)
+    target = FakeTarget(schemes=WEIGHT_ONLY, weight_bits=NARROW)
     with pytest.raises(UsageError, match=f"nothing is left to quantize .*: {reason}"):
         run(Quantize(**options), graph, target=target, calibration=[feeds(graph)])
 

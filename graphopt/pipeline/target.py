@@ -1,0 +1,124 @@
+"""What a pass may ask of a target. `graphopt.lowering.backend.Backend` answers for an engine, `AnyTarget` for none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from graphopt.errors import UsageError
+from graphopt.ir.graph import Graph, Node
+from graphopt.ir.qdq.regions import JOINED
+from graphopt.measure.timing import Ratio
+
+SCHEMES = ("static", "dynamic", "weight-only")
+"""Where the range of an activation comes from: calibration, or each run; or it stays float."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a target wants activations that are quantized only where int8 ops read them."""
+
+    signed: bool = False
+    """Whether they are int8 about zero, or uint8 with a zero point."""
+    fuses_sum: bool = False
+    """Whether an add takes the result of an int8 conv as it is, and only its other side in integers."""
+    rows: bool = False
+    """Whether ranges of each run are one for each row, about zero, or one for all of a value, with a zero point."""
+
+
+class Target(Protocol):
+    """What passes read: what runs fast there, and how fast two graphs are."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def schemes(self) -> Mapping[str, tuple[str, ...]]:
+        """By op, the quantization schemes that have a fast kernel, best first; no entry: the op stays float."""
+
+    @property
+    def weight_bits(self) -> Mapping[str, tuple[int, ...]]:
+        """By op, the bits that weights may have where they alone are integers, best first."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """What it multiplies in 8 bits (int8, float8), best first."""
+
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """The floats of 16 bits that it computes in."""
+
+    @property
+    def round_to(self) -> Mapping[str, int]:
+        """Sizes that kernels run fast are multiples of these: by kind of axis (neurons, channels, width, rank)."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether its engine runs here, so that something can be timed."""
+
+    @property
+    def zeros(self) -> str:
+        """What zeros inside weights bring, as a sentence for the user; empty where nothing is known."""
+
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """The patterns of zeros that kernels skip, as `sparsify` spells them (2:4)."""
+
+    def product_bits(self) -> int:
+        """Bits of int8 weights whose products with uint8 never saturate: 8, or 7."""
+
+    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
+        """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
+
+    def ratios(
+        self,
+        graph: Graph,
+        baseline: Graph,
+        feeds: Sequence[Mapping[str, Tensor]],
+        *,
+        threads: int | None = None,
+        rounds: int = 15,
+    ) -> list[Ratio]:
+        """How many times faster than `baseline` a graph runs once lowered: one Ratio for each feeds."""
+
+
+class AnyTarget:
+    """No target in particular: every form is legal, no size is preferred, and nothing can be timed."""
+
+    name = "no target in particular"
+    schemes: Mapping[str, tuple[str, ...]] = {
+        **dict.fromkeys(JOINED, ("static",)), "linear": SCHEMES, "conv": SCHEMES[:2], "matmul": SCHEMES[:2],
+        "embedding": ("weight-only",),
+    }  # fmt: skip
+    weight_bits: Mapping[str, tuple[int, ...]] = {"linear": (8, 4, 2), "conv": (8, 4, 2), "embedding": (8, 4, 2)}
+    placement: Placement | None = None
+    types: tuple[str, ...] = ("int8",)
+    floats: tuple[str, ...] = ("float16", "bfloat16")
+    round_to: Mapping[str, int] = {}
+    runs = False
+    zeros = ""
+    sparse: tuple[str, ...] = ()
+
+    def product_bits(self) -> int:
+        return 8
+
+    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
+        return None
+
+    def ratios(
+        self,
+        graph: Graph,
+        baseline: Graph,
+        feeds: Sequence[Mapping[str, Tensor]],
+        *,
+        threads: int | None = None,
+        rounds: int = 15,
+    ) -> list[Ratio]:
+        raise UsageError("there is no target to time on: give one")
