@@ -224,7 +224,7 @@ def inspect(
     from graphopt.capture.sources import capture
     from graphopt.ir.cost import Cost
     from graphopt.ir.ops import OPS
-    from graphopt.report import text
+    from graphopt.report import figures, text
     from graphopt.report.records import count_kinds
 
     _require_file(model)
@@ -256,9 +256,9 @@ def inspect(
         return
     lines = [f"input    {value.name} {_type_text(value)}" for value in graph.inputs]
     lines += [f"output   {value.name} {_type_text(value)}" for value in graph.outputs]
-    lines.append(f"weights  {text.count(cost.parameters)} parameters, {text.size(cost.bytes)}")
-    lines += [] if cost.flops is None else [f"FLOPs    {text.count(cost.flops)}"]
-    lines += [f"ops    {text.counts(ops) or 'none'}", f"opaque   {text.counts(opaque) or 'none'}"]
+    lines.append(f"weights  {figures.count(cost.parameters)} parameters, {figures.size(cost.bytes)}")
+    lines += [] if cost.flops is None else [f"FLOPs    {figures.count(cost.flops)}"]
+    lines += [f"ops      {figures.counts(ops) or 'none'}", f"opaque   {figures.counts(opaque) or 'none'}"]
     lines += [f"note     {note}" for note in captured.notes]
     typer.echo("\n".join(lines + ([f"\n{graph.text()}"] if full else [])))
 
@@ -421,7 +421,7 @@ def cache(
 ) -> None:
     """Show what was measured on this machine, and where that is kept."""
     from graphopt.measure.cache import opened
-    from graphopt.report import text
+    from graphopt.report import figures, tables, text
 
     kept = opened()
     if clear:
@@ -436,9 +436,9 @@ def cache(
         contests = [key | value for key, value in entries[:latest]]
         _print_json(plain({"path": kept.path, "entries": len(entries), "bytes": in_bytes, "latest": contests}))
         return
-    typer.echo(f"{kept.path}: {text.count(len(entries))} entries, {text.size(in_bytes)}")
+    typer.echo(f"{kept.path}: {figures.count(len(entries))} entries, {figures.size(in_bytes)}")
     if entries:
-        typer.echo("\n" + text.table(text.contest_rows(entries[:latest])))
+        typer.echo("\n" + text.table(tables.contest_rows(entries[:latest])))
 
 
 @command

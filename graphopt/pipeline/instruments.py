@@ -278,10 +278,10 @@ class Progress(Instrument):
         self.console = console or RichConsole(stderr=True)
 
     def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
-        from graphopt.report import text
+        from graphopt.report import figures, tables
 
         record = context.record
-        self._line(f"{text.shortened(record.text, 48):48}  {text.sites(record):24}  {record.seconds:7.2f} s")
+        self._line(f"{figures.shortened(record.text, 48):48}  {tables.sites(record):24}  {record.seconds:7.2f} s")
 
     def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
         self._line(f"{pass_} failed")

@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from graphopt.numerics import metrics
 
-if TYPE_CHECKING:
 
-    pass
-    pass
+@dataclass(frozen=True)
+class Agreement:
+    """How close one output is to the original's."""
+
+    output: str
+    sqnr: float
+    """Signal to quantization noise, in dB; inf where the two are equal, nan where one holds NaN."""
+    cosine: float
+    """Cosine similarity, each tensor taken as one vector."""
+    max_error: float
+    """The largest absolute difference."""
 
 
 def agreement(output: str, reference: Tensor, candidate: Tensor) -> Agreement:
@@ -29,20 +36,10 @@ def agreement(output: str, reference: Tensor, candidate: Tensor) -> Agreement:
 
 def worst(agreements: Iterable[Agreement]) -> Agreement:
     """The worst of each figure over several runs of one output; NaN is worse than any number."""
-    seen = list(agreements)
+    runs = list(agreements)
     return Agreement(
-        seen[0].output,
-        min((one.sqnr for one in seen), key=lambda figure: -math.inf if math.isnan(figure) else figure),
-        min((one.cosine for one in seen), key=lambda figure: -math.inf if math.isnan(figure) else figure),
-        max((one.max_error for one in seen), key=lambda figure: math.inf if math.isnan(figure) else figure),
+        runs[0].output,
+        min((run.sqnr for run in runs), key=lambda figure: -math.inf if math.isnan(figure) else figure),
+        min((run.cosine for run in runs), key=lambda figure: -math.inf if math.isnan(figure) else figure),
+        max((run.max_error for run in runs), key=lambda figure: math.inf if math.isnan(figure) else figure),
     )
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How close one output is to the original's: SQNR in dB, cosine similarity, largest absolute difference."""
-
-    output: str
-    sqnr: float
-    cosine: float
-    max_error: float

@@ -22,32 +22,30 @@ SENTENCES = {
     # rules of targets: ONNX Runtime
     # rules of targets: PyTorch on the CPU, CUDA
 }
-"""By code, in the words of the user's model. A code that is not here, as of a package of the user's, reads as it is."""
+"""By code; `str.format` fills in the decline's values. A code of another package has no sentence here and is shown as
+it is, with its values."""
 
 
 class Reason(str):
-    """The sentence of a decline, which also holds its code and its values."""
+    """The sentence of a decline, with its code and its values."""
 
     code: str
     values: Mapping[str, Any]
 
     @classmethod
     def of(cls, decline: Decline) -> Self:
-        """The sentence of a decline. Raises KeyError where its values do not fill the sentence of its code."""
-        found = SENTENCES.get(decline.code)
-        made = cls(_plain(decline) if found is None else found.format(**decline.values))
-        made.code, made.values = decline.code, decline.values
-        return made
-
-    def __getnewargs__(self) -> tuple[str]:
-        return (str(self),)
+        """Raises KeyError where the sentence of the code names a value that the decline lacks."""
+        sentence = SENTENCES.get(decline.code)
+        reason = cls(_without_sentence(decline) if sentence is None else sentence.format(**decline.values))
+        reason.code, reason.values = decline.code, decline.values
+        return reason
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: code, values, sentence."""
         return {"code": self.code, "values": dict(self.values), "sentence": str(self)}
 
 
-def _plain(decline: Decline) -> str:
-    """A code of somebody else's as text: `too wide (limit 0.5)`."""
+def _without_sentence(decline: Decline) -> str:
+    """The code and its values: `too wide (limit 0.5)`."""
     values = ", ".join(f"{name} {value}" for name, value in decline.values.items())
     return decline.code.replace("_", " ") + (f" ({values})" if values else "")

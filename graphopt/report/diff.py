@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from graphopt.ir.graph import Graph
-from graphopt.report.records import _ranked
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -59,7 +59,7 @@ class GraphDiff:
     def kinds(self) -> dict[str, tuple[int, int]]:
         """How many nodes of each kind there were before and are after, where that changed."""
         before, after = _kinds(self.before), _kinds(self.after)
-        pairs = {kind: (before.get(kind, 0), after.get(kind, 0)) for kind in sorted(before | after)}
+        pairs = {kind: (before[kind], after[kind]) for kind in sorted(before | after)}
         return {kind: pair for kind, pair in pairs.items() if pair[0] != pair[1]}
 
     def sections(self, context: int | None = 3) -> list[list[DiffLine] | int]:
@@ -71,18 +71,18 @@ class GraphDiff:
             if line.mark != " ":
                 low, high = max(0, index - context), min(len(self.lines), index + context + 1)
                 shown[low:high] = [True] * (high - low)
-        found: list[list[DiffLine] | int] = []
+        sections: list[list[DiffLine] | int] = []
         for line, show in zip(self.lines, shown, strict=True):
-            last = found[-1] if found else None
+            last = sections[-1] if sections else None
             if show and isinstance(last, list):
                 last.append(line)
             elif show:
-                found.append([line])
+                sections.append([line])
             elif isinstance(last, int):
-                found[-1] = last + 1
+                sections[-1] = last + 1
             else:
-                found.append(1)
-        return found
+                sections.append(1)
+        return sections
 
     def text(self, context: int | None = 3) -> str:
         """The diff with `context` unchanged lines around each change (None: all of them)."""
@@ -126,5 +126,5 @@ def _aligned(before: list[str], after: list[str]) -> Iterator[DiffLine]:
         yield from (DiffLine("+", line) for line in after[other_start:other_end])
 
 
-def _kinds(listing: str) -> dict[str, int]:
-    return _ranked(match[1] for line in listing.splitlines() if (match := _KIND.match(line)))
+def _kinds(listing: str) -> Counter[str]:
+    return Counter(match[1] for line in listing.splitlines() if (match := _KIND.match(line)))

@@ -1,10 +1,11 @@
-"""What happened: one record a pass, the report that holds them together, and the graph before and after."""
+"""Plain records of what is reported: a run and its passes, timings, sensitivities, comparisons."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from graphopt.analysis.propagation import Propagation
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class PassRecord:
-    """The account of one pass: which sites it could change, which it declined and why, and what that did."""
+    """One pass: the sites that it considered, those that it declined and why, and its effect on cost and outputs."""
 
     name: str
     text: str
@@ -30,7 +31,7 @@ class PassRecord:
     eligible: list[str] = field(default_factory=list)
     """Labels of the sites that were considered; empty for passes that work on the whole graph."""
     declined: dict[str, Reason] = field(default_factory=dict)
-    """Reasons by site label: sentences, each with the code and the values that it is made of."""
+    """The reason by site label: a sentence, with its code and its values."""
     changes: int = 0
     """How often the graph was changed (replace and erase)."""
     seconds: float = 0.0
@@ -39,15 +40,15 @@ class PassRecord:
     cost_before: Cost = field(default_factory=Cost)
     cost_after: Cost = field(default_factory=Cost)
     agreement: list[Agreement] = field(default_factory=list)
-    """Against the original model's outputs on the example inputs, worst shape first counted."""
+    """Outputs against the original model's on the example inputs, of the worst shape."""
     rules: dict[str, Any] = field(default_factory=dict)
-    """Hits, tries, seconds and declined reasons of each rule that ran inside."""
+    """The log of each rewrite rule that ran inside: tries, hits, seconds, declined matches (`ir.rewrite.RuleLog`)."""
     notes: list[str] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
-    """The damage site by site, where the pass looked at that first."""
+    """The damage by site, where the pass measured that first."""
 
     def decline(self, label: str, why: Decline | str) -> None:
-        """A site stays as it is."""
+        """Record that a site stays as it is, and why. A sentence is accepted in place of a code."""
         if isinstance(why, str):
             why = Decline("told", sentence=str(why))
         self.declined[label] = Reason.of(why)
@@ -60,38 +61,37 @@ class PassRecord:
 
 @dataclass
 class Report:
-    """Everything that is known about one optimization."""
+    """One optimization, from what was handed in to what runs on the target."""
 
     target: str = ""
     source: str = ""
-    """What was handed in, in words."""
+    """What was handed in: a file's name, or the class of a module."""
     pipeline: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    """What the user should know: what was assumed, specialized, repeated, left out."""
+    """What the user should know: what was assumed about the inputs, specialized, or not done."""
     passes: list[PassRecord] = field(default_factory=list)
     cost_before: Cost = field(default_factory=Cost)
     cost_after: Cost = field(default_factory=Cost)
     ops_before: dict[str, int] = field(default_factory=dict)
     ops_after: dict[str, int] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
-    """Kernels that the engine really built, by name."""
+    """The kernels that the engine built, by name."""
     choices: list[dict[str, Any]] = field(default_factory=list)
-    """Where a pattern had several legal forms: which was taken, and why."""
+    """One entry for each rule of the target: its sites and declines; of several forms, the timings and the one taken."""
     relowering: Relowering | None = None
-    """Of what came in quantized and is re-lowered: how far each site is from what it was."""
+    """Of a model that came in quantized: how far each re-lowered site is from what it was."""
     agreement: list[Agreement] = field(default_factory=list)
     """The deployed result against the original, on the example inputs."""
     speed: list[dict[str, Any]] = field(default_factory=list)
     """By example shape, how many times as fast as the input: "shapes", "median", "low" and "high" (95%), "rounds"."""
     reverted: dict[str, Reason] = field(default_factory=dict)
-    """By label, sites that are as they were because the model was slower with them changed, and by how much."""
+    """By label, the sites that stay as they were because the model was slower with them changed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON: numbers that JSON does not have (an SQNR of infinity) as text."""
-        passes = [asdict(record) | {"changed": record.changed} for record in self.passes]
-        account: dict[str, Any] = plain(asdict(self) | {"passes": passes})
-        return account
+        """Plain data, for JSON: a reason as its code, values and sentence; infinity and NaN as text."""
+        passes = [plain(record) | {"changed": record.changed} for record in self.passes]
+        return dict(plain(self)) | {"passes": passes}
 
     def __str__(self) -> str:
         from graphopt.report import text
@@ -111,22 +111,21 @@ class Report:
 
 def count_kinds(nodes: Iterable[Node]) -> dict[str, int]:
     """How many nodes of each kind, most frequent first."""
-    return _ranked(node.kind for node in nodes)
-
-
-def _ranked(kinds: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for kind in kinds:
-        counts[kind] = counts.get(kind, 0) + 1
+    counts = Counter(node.kind for node in nodes)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def plain(value: Any) -> Any:
-    """Plain data of what holds dataclasses, as json.dumps writes standard JSON: infinity and NaN become text."""
+    """Dicts, lists, numbers and text, for json.dumps: dataclasses by field, declines as code, values and sentence.
+
+    JSON has neither infinity nor NaN: they become text, and so does whatever else JSON lacks.
+    """
+    if isinstance(value, Decline):
+        value = Reason.of(value)
     if isinstance(value, Reason):
         return plain(value.to_dict())
     if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -154,11 +153,11 @@ class BenchResult:
 class Damage:
     """How far a changed model's outputs are from the unchanged one's; padding is left out.
 
-    Of the output that is worst in each figure, among those that hold floats (of all, where none does).
+    Each figure is that of the worst output, among the outputs that hold floats (among all, where none does).
     """
 
     sqnr: float
-    """In dB, of the energies summed over all batches; inf where nothing moved, nan where an output holds NaN."""
+    """In dB, of the energies summed over all batches; inf where outputs are equal, nan where one holds NaN."""
     cosine: float
     """Each batch as one vector, the mean over the batches."""
     worst_cosine: float
@@ -178,7 +177,7 @@ class Row:
     """One setting at one site: sites that share a weight change together, and are one."""
 
     site: str
-    """Its label, unique in the table."""
+    """The label of the site, unique in the table."""
     nodes: tuple[str, ...]
     """The names of its nodes."""
     setting: str
@@ -186,17 +185,17 @@ class Row:
     damage: Damage | None = None
     """None where the pass declined."""
     declined: str = ""
-    """Why it did."""
+    """Why the pass declined; empty where it did not."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What `scan` found: the rows in the order of the graph, for each site in the order of the settings."""
+    """What `sensitivity` measured: rows in the order of the graph, and for each site in the order of the settings."""
 
     settings: list[str]
     rows: list[Row] = field(default_factory=list)
     batches: int = 0
-    """How many the outputs were compared on."""
+    """How many batches the outputs were compared on."""
     baseline: float | None = None
     """The metric of the unchanged model."""
 
@@ -209,13 +208,12 @@ class Sensitivity:
     def of(self, site: Node | str) -> dict[str, Damage]:
         """The damage by setting at one site, by its label or any of its nodes, where it was not declined."""
         name = site if isinstance(site, str) else site.name
-        found = [row for row in self.rows if (row.site == name if isinstance(site, str) else name in row.nodes)]
-        return {row.setting: row.damage for row in found if row.damage is not None}
+        rows = [row for row in self.rows if (row.site == name if isinstance(site, str) else name in row.nodes)]
+        return {row.setting: row.damage for row in rows if row.damage is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: infinity and NaN as text."""
-        account: dict[str, Any] = plain(self)
-        return account
+        return dict(plain(self))
 
     def __str__(self) -> str:
         from graphopt.report import text
@@ -245,20 +243,20 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found, one entry an output."""
+    """How far two models are apart, one entry an output."""
 
     outputs: list[OutputComparison]
     batches: int
     propagation: Propagation | None = None
-    """The results of sites inside, where they were asked for."""
+    """The results of the sites inside, where they were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: infinity and NaN as text."""
-        account: dict[str, Any] = plain(self)
+        plain_self = dict(plain(self))
         inside = self.propagation
         if inside is not None:
-            account["propagation"] |= {"lost": plain(inside.lost), "noisiest": plain(inside.noisiest)}
-        return account
+            plain_self["propagation"] |= {"lost": plain(inside.lost), "noisiest": plain(inside.noisiest)}
+        return plain_self
 
     def __str__(self) -> str:
         from graphopt.report import text
@@ -273,24 +271,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Relowering:
-    """How far the sites of a quantized file are from what they were, each by itself and for the same integers."""
+    """How far the re-lowered sites of a quantized file are from what they were, each alone, given the same integers."""
 
     distances: dict[str, float] = field(default_factory=dict)
-    """By site, the largest distance of its result: in steps, or where it is float, in tolerances."""
+    """By site, the largest distance of its result: in steps of its scale, or for floats in units of the tolerance."""
     differs: float = 0.0
-    """Of all the integers that sites gave, the share that are not what they were."""
+    """The share of all integers in the results of sites that are not what they were."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Sites that were not compared, and why."""
 
     @property
     def furthest(self) -> tuple[str, float] | None:
         """The site that is furthest from what it was, and how far."""
-        return max(self.distances.items(), key=lambda one: one[1], default=None)
+        return max(self.distances.items(), key=lambda item: item[1], default=None)
 
     def __str__(self) -> str:
-        left_out = f"; not compared: {', '.join(self.left_out)}" if self.left_out else ""
-        if self.furthest is None:
-            return f"re-lowered, and no site was compared with what it was{left_out}"
-        site, distance = self.furthest
-        return (f"re-lowered, {len(self.distances)} sites give what they gave for the same integers, to within "
-                f"{distance:.3g} steps ({site}); {self.differs:.3%} of the integers differ{left_out}")  # fmt: skip
+        from graphopt.report import text
+
+        return text.relowering(self)

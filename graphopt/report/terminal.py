@@ -9,9 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.report import text
+from graphopt.report import tables
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import Report
+from graphopt.report.text import ROWS
 
 if TYPE_CHECKING:
     from graphopt.report.records import BenchResult, Comparison, Sensitivity
@@ -23,26 +24,26 @@ def report(report: Report) -> RenderableType:
     """What was done to a model, as tables."""
     facts = [("model", report.source), ("target", report.target), ("pipeline", report.pipeline)]
     heading = Table.grid(padding=(0, 2))
-    for name, value in [*facts, *text.cost_rows(report)]:
+    for name, value in [*facts, *tables.cost_rows(report)]:
         heading.add_row(Text(name, style="bold"), Text(value))
     parts: list[RenderableType] = [heading]
-    parts += [Text(f"- {note}", style="yellow") for note in text.remarks(report)]
-    parts.append(table(text.pass_rows(report), "passes"))
+    parts += [Text(f"- {note}", style="yellow") for note in tables.remarks(report)]
+    parts.append(table(tables.pass_rows(report), "passes"))
     declined = [
         (record.name, str(number), reason, names)
         for record in report.passes
-        for reason, number, names in text.declined(record.declined)
+        for reason, number, names in tables.declined(record.declined)
     ]
     if declined:
         parts.append(table([("pass", "sites", "declined because", "where"), *declined], "declined", right=(1,)))
-    parts += [sensitivity(one.sensitivity, text.ROWS) for one in report.passes if one.sensitivity is not None]
+    parts += [sensitivity(one.sensitivity, ROWS) for one in report.passes if one.sensitivity is not None]
     if report.agreement:
-        parts.append(table(text.agreement_rows(report.agreement), "outputs against the original"))
+        parts.append(table(tables.agreement_rows(report.agreement), "outputs against the original"))
     if report.kernels:
-        parts.append(table(text.kernel_rows(report), "what the engine runs"))
-    parts += [Text(line) for line in text.choices(report)]
+        parts.append(table(tables.kernel_rows(report), "kernels that the engine built"))
+    parts += [Text(line) for line in tables.choices(report)]
     if report.speed:
-        parts.append(table(text.speed_rows(report), "speed over the input"))
+        parts.append(table(tables.speed_rows(report), "speed over the input"))
     if report.reverted:
         parts.append(table([("site", "reverted because"), *report.reverted.items()], "reverted", right=()))
     return Group(*parts)
@@ -50,7 +51,7 @@ def report(report: Report) -> RenderableType:
 
 def diff(diff: GraphDiff, context: int | None = 3) -> RenderableType:
     """Removed lines in red, added ones in green, runs of unchanged ones as their number."""
-    lines = [Text(text.diff_summary(diff), style="bold")]
+    lines = [Text(tables.diff_summary(diff), style="bold")]
     for section in diff.sections(context):
         if isinstance(section, int):
             lines.append(Text(f"  ... {section} unchanged", style="dim italic"))
@@ -61,33 +62,33 @@ def diff(diff: GraphDiff, context: int | None = 3) -> RenderableType:
 
 def comparison(found: Comparison) -> RenderableType:
     """One row an output; one row a site, where they were asked for."""
-    inside = [] if found.propagation is None else [table(text.site_rows(found.propagation), "sites", right=(2, 3))]
-    notes = Text("\n".join(text.comparison_notes(found)), style="dim")
-    return Group(table(text.comparison_rows(found)), *inside, notes)
+    inside = [] if found.propagation is None else [table(tables.site_rows(found.propagation), "sites", right=(2, 3))]
+    notes = Text("\n".join(tables.comparison_notes(found)), style="dim")
+    return Group(table(tables.comparison_rows(found)), *inside, notes)
 
 
 def bench(result: BenchResult) -> RenderableType:
     """One row a shape, under the description of the machine."""
-    notes = Text("\n".join(text.bench_notes(result)), style="dim")
-    return Group(Text(result.header, style="dim"), table(text.bench_rows(result)), notes)
+    notes = Text("\n".join(tables.bench_notes(result)), style="dim")
+    return Group(Text(result.header, style="dim"), table(tables.bench_rows(result)), notes)
 
 
 def sensitivity(found: Sensitivity, limit: int | None = None) -> RenderableType:
     """One row a site, the most sensitive first; `limit`: most rows."""
-    rows = text.sensitivity_rows(found)
+    rows = tables.sensitivity_rows(found)
     shown = rows if limit is None else rows[: limit + 1]
     left_out = [f"... {len(rows) - len(shown)} less sensitive"] if len(shown) < len(rows) else []
-    notes = [Text(line, style="dim") for line in [*left_out, *text.sensitivity_notes(found)]]
+    notes = [Text(line, style="dim") for line in [*left_out, *tables.sensitivity_notes(found)]]
     return Group(*([table(shown, "sensitivity")] if len(rows) > 1 else []), *notes)
 
 
-def table(rows: text.Rows, title: str | None = None, *, right: Sequence[int] | None = None) -> Table:
+def table(rows: tables.Rows, title: str | None = None, *, right: Sequence[int] | None = None) -> Table:
     """`right` are the columns set to the right (None: all but the first)."""
     header, *body = rows
-    made = Table(title=title, title_justify="left", title_style="bold")
+    drawn = Table(title=title, title_justify="left", title_style="bold")
     for index, name in enumerate(header):
         to_the_right = index in right if right is not None else index > 0
-        made.add_column(name, justify="right" if to_the_right else "left", overflow="fold")
+        drawn.add_column(name, justify="right" if to_the_right else "left", overflow="fold")
     for row in body:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn

@@ -224,7 +224,7 @@ def test_inspect(model: Path) -> None:
     shown = done("inspect", model).splitlines()
     assert shown[:2] == ["input    x [batch, 16] float32", "output   y [batch, 4] float32"]
     assert "weights  672 parameters, 2.69 kB" in shown
-    assert "ops    linear 2, relu 1" in shown and "opaque   none" in shown
+    assert "ops      linear 2, relu 1" in shown and "opaque   none" in shown
     assert "return %2[batch,4]" in done("inspect", model, "--full").splitlines()
 
 

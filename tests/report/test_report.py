@@ -12,14 +12,17 @@ import pytest
 from rich.console import Console
 
 from graphopt.ir.cost import Cost
+from graphopt.ir.decline import Decline
 from graphopt.ir.rewrite import RuleLog
 from graphopt.measure.timing import Ratio
-from graphopt.report import html, terminal, text
+from graphopt.report import figures, html, tables, terminal
 from graphopt.report.agreements import Agreement
+from graphopt.report.declines import Reason
 from graphopt.report.diff import DiffLine, GraphDiff
 from graphopt.report.records import BenchResult, PassRecord, Report, count_kinds, plain
 from tests.language import build
 
+WIDE = Reason.of(Decline("told", sentence="rank 8 holds no fewer numbers than [8, 8]"))
 LAYERS = [f"encoder.layer.{index}.attention.self.query" for index in range(5)]
 
 
@@ -29,7 +32,7 @@ def example() -> Report:
         "low-rank{energy=0.9}",
         stage="FACTORIZE",
         eligible=[*LAYERS, "head"],
-        declined={label: "rank 8 holds no fewer numbers than [8, 8]" for label in LAYERS},
+        declined={label: WIDE for label in LAYERS},
         changes=1,
         seconds=0.25,
         nodes_before=10,
@@ -37,7 +40,7 @@ def example() -> Report:
         cost_before=Cost(None, 22_600_000, 90_400_000),
         cost_after=Cost(600, 11_300_000, 45_200_000),
         agreement=[Agreement("logits", math.inf, 1.0, 0.0), Agreement("hidden", 31.25, 0.99912, 0.5)],
-        rules={"split": RuleLog(tries=3, hits=1)},
+        rules={"split": RuleLog(tries=3, hits=1, declined={"head": Decline("too_wide", limit=0.5)})},
         notes=["<b>look</b>"],
     )
     tidy = PassRecord("simplify", "simplify", changes=3)
@@ -62,7 +65,7 @@ def example() -> Report:
 def test_changed_counts_sites_or_changes() -> None:
     tidy, record = example().passes
     assert (tidy.changed, record.changed) == (3, 1)
-    record.declined["no site of this pass"] = "left out"
+    record.decline("no site of this pass", Decline("too_wide"))
     assert record.changed == 1
 
 
@@ -71,7 +74,19 @@ def test_to_dict_is_standard_json() -> None:
     assert facts["passes"][1]["agreement"][0]["sqnr"] == "inf"
     assert facts["passes"][1]["changed"] == 1
     assert facts["passes"][1]["rules"]["split"]["hits"] == 1
+    assert list(facts)[:4] == ["target", "source", "pipeline", "versions"]
     assert facts["cost_after"] == {"flops": 600, "parameters": 11_300_000, "bytes": 45_200_000}
+
+
+def test_to_dict_has_code_values_and_sentence_of_a_decline() -> None:
+    facts = json.loads(json.dumps(example().to_dict(), allow_nan=False))
+    record = facts["passes"][1]
+    assert record["declined"][LAYERS[0]] == {
+        "code": "told", "values": {"sentence": str(WIDE)}, "sentence": "rank 8 holds no fewer numbers than [8, 8]",
+    }  # fmt: skip
+    assert record["rules"]["split"]["declined"]["head"] == {
+        "code": "too_wide", "values": {"limit": 0.5}, "sentence": "too wide (limit 0.5)",
+    }  # fmt: skip
 
 
 def test_plain_of_what_json_lacks() -> None:
@@ -107,14 +122,14 @@ def test_text_says_everything_in_100_columns() -> None:
     [(0, "0"), (999, "999"), (1000, "1.00 k"), (22_649_000, "22.6 M"), (512_000, "512 k"), (1_234_000_000, "1.23 G")],
 )
 def test_counts(number: int, written: str) -> None:
-    assert text.count(number) == written
+    assert figures.count(number) == written
 
 
 def test_figures() -> None:
-    assert text.size(90) == "90 B" and text.size(90_400_000) == "90.4 MB"
-    assert text.decibels(math.inf) == "equal" and text.decibels(31.25) == "31.2 dB"
-    assert text.share(None) == "-" and text.share(0.985) == "98.5 %"
-    assert text.shortened("abcdef", 5) == "ab..." and text.shortened("abcde", 5) == "abcde"
+    assert figures.size(90) == "90 B" and figures.size(90_400_000) == "90.4 MB"
+    assert figures.decibels(math.inf) == "equal" and figures.decibels(31.25) == "31.2 dB"
+    assert figures.share(None) == "-" and figures.share(0.985) == "98.5 %"
+    assert figures.shortened("abcdef", 5) == "ab..." and figures.shortened("abcde", 5) == "abcde"
 
 
 def rendered(what: object, colours: bool = False) -> str:
@@ -232,11 +247,11 @@ def test_count_kinds_ranks_by_number() -> None:
 # --- the table of timings ------------------------------------------------------------------------------------------
 
 
-def test_a_certain_loss_is_told() -> None:
+def test_a_loss_beyond_doubt_has_a_note() -> None:
     seconds = {"original": (0.004, 0.005), "optimized": (0.005, 0.006)}
     rows = {"small": Ratio(0.8, 0.7, 0.95, 15, 0, seconds), "large": Ratio(0.99, 0.9, 1.1, 15, 0, seconds)}
     result = BenchResult("machine", [(shapes, {"optimized": ratio}) for shapes, ratio in rows.items()])
-    assert [note for note in text.bench_notes(result) if "slower" in note] == [
+    assert [note for note in tables.bench_notes(result) if "slower" in note] == [
         "optimized is slower than the baseline at small"
     ]
 
@@ -248,7 +263,7 @@ def test_bench_tables() -> None:
     by_shape = {"x [1, 8]": ratio, "x [8, 8]": faster}
     rows = [(shapes, {"optimized": one, "control": control}) for shapes, one in by_shape.items()]
     result = BenchResult("machine", list(rows))
-    assert text.bench_rows(result) == [
+    assert tables.bench_rows(result) == [
         ("inputs", "original, ms", "optimized", "control"),
         ("x [1, 8]", "4.000", "2.00 [1.80, 2.20]", "~1.00"),
         ("x [8, 8]", "8.000", "8.00 [7.00, 9.00]", "~1.00"),

@@ -8,7 +8,9 @@ import math
 import pytest
 from rich.console import Console
 
+from graphopt.ir.decline import Decline
 from graphopt.report import html
+from graphopt.report.declines import Reason
 from graphopt.report.records import Report
 
 MEASURED = {
@@ -25,7 +27,7 @@ def report() -> Report:
     return Report(
         choices=[{"rule": "residual-norm", "sites": 7, "declined": {}, "measured": [MEASURED, UNSTEADY]}],
         speed=[speed, speed | {"shapes": "x [8, 16]", "steady": False, "high": math.inf}],
-        reverted={"layers.0.up": "slower when changed: 3 us in place of 2 us"},
+        reverted={"layers.0.up": Reason.of(Decline("slower", before=2.0, after=3.0))},
     )
 
 

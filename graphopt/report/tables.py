@@ -1,0 +1,297 @@
+"""What a report's tables and notes say, cell by cell and line by line; text, terminal and html draw them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from graphopt.analysis.propagation import LOST
+from graphopt.measure.timing import geometric_mean, slower_than
+from graphopt.report import figures
+from graphopt.report.agreements import Agreement
+from graphopt.report.diff import GraphDiff
+from graphopt.report.records import PassRecord, Report
+
+if TYPE_CHECKING:
+    from graphopt.analysis.groups import Group
+    from graphopt.analysis.propagation import Propagation
+    from graphopt.measure.timing import Ratio
+    from graphopt.report.records import BenchResult, Comparison, Damage, Sensitivity
+
+SITES = 3
+"""Declined sites that are named for each reason."""
+
+Rows = list[tuple[str, ...]]
+"""A table; the first row is its header."""
+
+
+# --- the report of an optimization ---------------------------------------------------------------------------------
+
+
+def cost_rows(report: Report) -> list[tuple[str, str]]:
+    """Size, parameters and FLOPs before and after; without a header."""
+    before, after = report.cost_before, report.cost_after
+    smaller = f" ({before.bytes / after.bytes:.2f} times smaller)" if 0 < after.bytes < before.bytes else ""
+    rows = [
+        ("size", f"{figures.size(before.bytes)} -> {figures.size(after.bytes)}{smaller}"),
+        ("parameters", f"{figures.count(before.parameters)} -> {figures.count(after.parameters)}"),
+    ]
+    if before.flops is not None and after.flops is not None:
+        rows.append(("FLOPs", f"{figures.count(before.flops)} -> {figures.count(after.flops)}"))
+    return rows
+
+
+def remarks(report: Report) -> list[str]:
+    """The notes of the whole run, then those of each pass."""
+    return [*report.notes, *(f"{record.name}: {note}" for record in report.passes for note in record.notes)]
+
+
+def pass_rows(report: Report) -> Rows:
+    """One row a pass; SQNR and cosine are those of the worst output."""
+    header = "pass", "sites", "changed", "declined", "nodes", "FLOPs", "parameters", "size", "SQNR", "cosine", "seconds"
+    return [header, *(_pass_row(record) for record in report.passes)]
+
+
+def _pass_row(record: PassRecord) -> tuple[str, ...]:
+    has_sites = bool(record.eligible)
+    return (
+        figures.shortened(record.name, 16),
+        str(len(record.eligible)) if has_sites else "-",
+        str(record.changed),
+        str(len(record.declined)) if has_sites or record.declined else "-",
+        str(record.nodes_after),
+        "-" if record.cost_after.flops is None else figures.count(record.cost_after.flops),
+        figures.count(record.cost_after.parameters),
+        figures.size(record.cost_after.bytes),
+        figures.decibels(min(one.sqnr for one in record.agreement)) if record.agreement else "-",
+        figures.cosine(min(one.cosine for one in record.agreement)) if record.agreement else "-",
+        f"{record.seconds:.2f}",
+    )
+
+
+def sites(record: PassRecord) -> str:
+    """How much a pass changed: 3 of 12 sites, or 5 changes of the whole graph."""
+    if record.eligible:
+        return f"{record.changed} of {len(record.eligible)} sites"
+    return "1 change" if record.changed == 1 else f"{record.changed} changes"
+
+
+def declined(reasons: Mapping[str, str]) -> list[tuple[str, int, str]]:
+    """Of reasons by site: (reason, how many sites, the first few names), the most frequent reason first."""
+    by_reason: dict[str, list[str]] = {}
+    for label, reason in reasons.items():
+        by_reason.setdefault(str(reason), []).append(label)
+    ranked = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    return [(reason, len(labels), _first_names(labels)) for reason, labels in ranked]
+
+
+def _first_names(labels: Sequence[str]) -> str:
+    named = ", ".join(labels[:SITES])
+    return f"{named} and {len(labels) - SITES} more" if len(labels) > SITES else named
+
+
+def agreement_rows(agreements: Sequence[Agreement]) -> Rows:
+    """One row an output."""
+    rows: Rows = [("output", "SQNR", "cosine", "max error")]
+    return rows + [
+        (one.output, figures.decibels(one.sqnr), figures.cosine(one.cosine), f"{one.max_error:.3g}")
+        for one in agreements
+    ]
+
+
+def kernel_rows(report: Report) -> Rows:
+    """One row a kernel."""
+    return [("kernel", "number"), *((kind, str(number)) for kind, number in report.kernels.items())]
+
+
+def speed_rows(report: Report) -> Rows:
+    """One row an example shape."""
+    rows: Rows = [("inputs", "times as fast", "rounds")]
+    return rows + [
+        (one["shapes"], figures.interval(one["median"], one["low"], one["high"], one["steady"]), str(one["rounds"]))
+        for one in report.speed
+    ]
+
+
+def reverted(report: Report) -> list[str]:
+    """One line a site."""
+    return [f"{site}: {reason}" for site, reason in report.reverted.items()]
+
+
+def choices(report: Report) -> list[str]:
+    """One line for each choice that changed or declined a site, with what was measured for each kind of site."""
+    lines = []
+    for choice in report.choices:
+        details = [f"sites {choice['sites']}"] if choice["sites"] else []
+        details += [f"declined {n} x {reason}: {names}" for reason, n, names in declined(choice["declined"])]
+        details += [contest(measured) for measured in choice.get("measured", ())]
+        if details:
+            lines.append(f"{choice['rule']}: {'; '.join(details)}")
+    return lines
+
+
+def contest(measured: Mapping[str, Any]) -> str:
+    """The form that some sites take, how fast each form is over the first, and the forms that were dropped."""
+    alike = f" and {measured['sites'] - 1} like it" if measured["sites"] > 1 else ""
+    line = f"{measured['site']}{alike} as {measured['form']}"
+    ratios = list(measured["ratios"].items())
+    line += f" ({figures.ratios(dict(ratios[1:]))} over {ratios[0][0]})" if ratios else ""
+    line += "" if measured["sure"] else ", by the static order as the machine was unsteady"
+    return line + "".join(f", {form} dropped: {reason}" for form, reason in measured["dropped"].items())
+
+
+# --- sensitivity and comparison ------------------------------------------------------------------------------------
+
+
+def sensitivity_rows(found: Sensitivity) -> Rows:
+    """One row a site, the most harmful first: all figures of one setting, or the main ones of several."""
+    sites = list(dict.fromkeys(row.site for row in found.ranking()))
+    damages = {site: found.of(site) for site in sites}
+    if len(found.settings) > 1:
+        header = "site", *(f"setting {number}" for number in range(1, len(found.settings) + 1))
+        return [header, *((site, *(_brief(damages[site].get(one)) for one in found.settings)) for site in sites)]
+    has_metric = found.baseline is not None
+    rows: Rows = [("site", "SQNR", "cosine", "worst batch", *(["metric"] if has_metric else []))]
+    for site in sites:
+        damage = damages[site][found.settings[0]]
+        metric = [f"{damage.metric:.5g}"] if damage.metric is not None else []
+        cosines = figures.cosine(damage.cosine), figures.cosine(damage.worst_cosine)
+        rows.append((site, figures.decibels(damage.sqnr), *cosines, *metric))
+    return rows
+
+
+def sensitivity_notes(found: Sensitivity) -> list[str]:
+    """What the columns of `sensitivity_rows` are, and which sites the settings declined."""
+    over = "1 batch" if found.batches == 1 else f"{found.batches} batches"
+    notes = [f"what changing one site alone does to the worst output, over {over}"]
+    if found.baseline is not None:
+        notes.append(f"metric of the unchanged model: {found.baseline:.5g}; more is better")
+    if len(found.settings) > 1:
+        notes += [f"setting {number}: {setting}" for number, setting in enumerate(found.settings, 1)]
+    else:
+        notes.append(f"setting: {found.settings[0]}")
+    for setting in found.settings:
+        reasons = {row.site: row.declined for row in found.rows if row.setting == setting and row.damage is None}
+        notes += [f"{setting} declined {number} x {reason}: {names}" for reason, number, names in declined(reasons)]
+    return notes
+
+
+def _brief(damage: Damage | None) -> str:
+    if damage is None:
+        return "-"
+    return figures.decibels(damage.sqnr) + (f"  {damage.metric:.5g}" if damage.metric is not None else "")
+
+
+def comparison_rows(found: Comparison) -> Rows:
+    """One row an output."""
+    rows: Rows = [("output", "SQNR", "cosine", "max error", "top-1")]
+    return rows + [
+        (one.output, figures.decibels(one.sqnr), figures.cosine(one.cosine), f"{one.max_error:.3g}",
+         figures.share(one.top1))
+        for one in found.outputs
+    ]  # fmt: skip
+
+
+def site_rows(found: Propagation) -> Rows:
+    """One row a site that both models have, in the order of the graph."""
+    rows: Rows = [("site", "op", "SQNR", "cosine")]
+    return rows + [
+        (one.site, one.kind, figures.decibels(one.sqnr), figures.cosine(one.cosine)) for one in found.sites
+    ]
+
+
+def comparison_notes(found: Comparison) -> list[str]:
+    """How many batches; the first site whose signal is lost, and the site that adds most noise."""
+    batches = "1 batch" if found.batches == 1 else f"{found.batches} batches; SQNR and cosine are of the worst"
+    notes, inside = [f"over {batches}"], found.propagation
+    if inside is None:
+        return notes
+    lost, worst = inside.lost, inside.noisiest
+    below = f"below {LOST:g} dB"
+    if lost is None:
+        notes.append(f"no site is {below}")
+    else:
+        notes.append(f"first {below}: {lost.site}, {figures.decibels(lost.sqnr)}")
+    if worst is not None:
+        read = "it reads no noise"
+        if math.isfinite(worst.before):
+            read = f"what it reads has {figures.decibels(worst.before)}"
+        notes.append(f"most noise is added by {worst.site}: {read}, its result {figures.decibels(worst.sqnr)}")
+    return notes + [f"not compared, {n} x {reason}: {names}" for reason, n, names in declined(inside.unpaired)]
+
+
+# --- timings -------------------------------------------------------------------------------------------------------
+
+
+def bench_rows(result: BenchResult) -> Rows:
+    """One row a shape: the baseline's p50, and how many times faster each candidate is, with the 95% interval."""
+    candidates = list(result.rows[0][1])
+    baseline = next(iter(result.rows[0][1][candidates[0]].seconds))
+    rows: Rows = [("inputs", f"{baseline}, ms", *candidates)]
+    for shapes, ratios in result.rows:
+        seconds = ratios[candidates[0]].seconds[baseline][0]
+        rows.append((shapes, figures.milliseconds(seconds), *(_ratio(ratios[name]) for name in candidates)))
+    if len(result.rows) > 1:
+        means = [geometric_mean(ratios[name].median for _, ratios in result.rows) for name in candidates]
+        rows.append(("geometric mean", "", *(f"{mean:.2f}" for mean in means)))
+    return rows
+
+
+def bench_notes(result: BenchResult) -> list[str]:
+    """How to read the rows, and where a candidate is slower beyond doubt."""
+    ratios = [ratio for _, row in result.rows for ratio in row.values()]
+    unsteady = ["~ the machine kept changing speed: the figure is of the steadiest rounds, which are few"]
+    losses = [f"{name} is slower than the baseline at {shapes}"
+              for shapes, row in result.rows for name, ratio in row.items() if slower_than(ratio)]  # fmt: skip
+    return [
+        f"times faster than the baseline, with the 95% interval of the median over {ratios[0].rounds} paired rounds",
+        *(unsteady if not all(ratio.steady for ratio in ratios) else []),
+        *losses,
+    ]
+
+
+def _ratio(ratio: Ratio) -> str:
+    return figures.interval(ratio.median, ratio.low, ratio.high, ratio.steady)
+
+
+def contest_rows(entries: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Rows:
+    """One row for each key and value of the timing cache; ratios are over the first form, or over the input."""
+    rows: Rows = [("choice", "taken", "times as fast as the first form", "shapes", "threads", "engine")]
+    for key, value in entries:
+        shapes = " | ".join(" ".join("x".join(map(str, shape)) for shape in one) for one in key["shapes"])
+        threads = "default" if key["threads"] is None else str(key["threads"])
+        rows.append((key["choice"], *_outcome(value), shapes, threads, key["engine"]))
+    return rows
+
+
+def _outcome(value: Mapping[str, Any]) -> tuple[str, str]:
+    """What was taken, and its ratios: of a result over the input, of sites that lost, or of the forms of a pattern."""
+    if "slower" in value:
+        ratios = ", ".join(figures.interval(one["median"], one["low"], one["high"]) for one in value["ratios"])
+        return "slower" if value["slower"] else "not slower", ratios
+    if "lost" in value:
+        return "reverted", ", ".join(value["lost"]) or "none"
+    others = dict(list(value["ratios"].items())[1:])
+    dropped = [f"{form} dropped" for form in value["dropped"]]
+    return value["form"], ", ".join(filter(None, [figures.ratios(others), *dropped]))
+
+
+# --- graphs --------------------------------------------------------------------------------------------------------
+
+
+def group_rows(groups: Sequence[Group]) -> Rows:
+    """One row for what shrinks together: its units, how many sites write and read them, and what locks it."""
+    rows: Rows = [("group", "kind", "units", "producers", "consumers", "locked")]
+    return rows + [
+        (group.name, group.kind, str(group.size), str(len(group.producers)), str(len(group.consumers)),
+         f"it {group.locked}" if group.locked else "")
+        for group in groups
+    ]  # fmt: skip
+
+
+def diff_summary(diff: GraphDiff) -> str:
+    """How many lines were removed and added, and of which kinds of nodes there are more or fewer."""
+    kinds = ", ".join(f"{kind} {before} -> {after}" for kind, (before, after) in diff.kinds.items())
+    lines = f"{diff.removed} removed, {diff.added} added, {diff.unchanged} unchanged lines"
+    return f"{lines}; {kinds}" if kinds else lines
