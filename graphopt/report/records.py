@@ -78,7 +78,7 @@ class Report:
     kernels: dict[str, int] = field(default_factory=dict)
     """The kernels that the engine built, by name."""
     choices: list[dict[str, Any]] = field(default_factory=list)
-    """One entry for each rule of the target: its sites and declines; of several forms, the timings and the one taken."""
+    """One entry for each rule of the target: its sites and declines; of several forms, the timings and the choice."""
     relowering: Relowering | None = None
     """Of a model that came in quantized: how far each re-lowered site is from what it was."""
     agreement: list[Agreement] = field(default_factory=list)

@@ -77,9 +77,8 @@ def relowering(found: Relowering) -> str:
     if found.furthest is None:
         return f"re-lowered, and no site was compared with what it was{left_out}"
     site, distance = found.furthest
-    return (f"re-lowered; given the same integers, {len(found.distances)} sites give the same results as in the file "
-            f"that came in, to within {distance:.3g} steps ({site}); {found.differs:.3%} of the integers differ"
-            f"{left_out}")  # fmt: skip
+    return (f"re-lowered, {len(found.distances)} sites give what they gave for the same integers, to within "
+            f"{distance:.3g} steps ({site}); {found.differs:.3%} of the integers differ{left_out}")  # fmt: skip
 
 
 def groups(groups: Sequence[Group]) -> str:
