@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CODE := graphopt tests $(wildcard benchmarks)
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # into build/docs; the variable: no news of mkdocs 2
 
-.PHONY: demo test test-slow bench lint venv
+.PHONY: demo test test-slow bench docs lint venv
 
 demo: venv
 	$(BIN)/graphopt demo
@@ -16,10 +17,14 @@ test-slow: venv
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks.run --out out/bench
 
+docs: venv
+	$(MKDOCS)
+
 lint: venv
-	$(BIN)/ruff check --quiet $(CODE) passes backends  # ruff doesn't follow the links in graphopt/; mypy does
+	$(BIN)/ruff check --quiet $(CODE) passes backends docs  # ruff doesn't follow the links in graphopt/; mypy does
 	$(BIN)/mypy $(CODE)
 	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
+	$(MKDOCS)
 
 venv: .venv/.installed
 

@@ -54,10 +54,14 @@ def checked(pass_name: str, options: Any) -> None:
             taken = _taken(types[option.name], given)
         except _Refused as refused:
             shown = repr(given if refused.value is _WHOLE else refused.value)
-            allowed = _either([*dict.fromkeys(_allowed(types[option.name]))])
-            raise UsageError(f"{pass_name}: {option.name} is {shown}; give {allowed}") from None
+            raise UsageError(f"{pass_name}: {option.name} is {shown}; give {allowed(option.name, cls)}") from None
         if taken is not given:
             object.__setattr__(options, option.name, taken)
+
+
+def allowed(option: str, cls: type) -> str:
+    """What an option may be: `a number of at least 0 and below 1`."""
+    return _either([*dict.fromkeys(_allowed(_types(cls)[option]))])
 
 
 def is_selector(option: Field[Any], cls: type) -> bool:

@@ -1,0 +1,134 @@
+"""Pages that mkdocs makes of what stands elsewhere: the README, and the docstrings of passes and targets.
+
+A hook of mkdocs (mkdocs.yml names it): `on_config` puts the pages into the navigation, `on_files` writes them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, fields
+from functools import cache
+from importlib import import_module
+from inspect import cleandoc, getmodule
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+
+from graphopt.backends import TARGETS  # noqa: E402
+from graphopt.lowering.backend import Backend  # noqa: E402
+from graphopt.passes import REGISTRY  # noqa: E402
+from graphopt.pipeline.options import allowed  # noqa: E402
+from graphopt.pipeline.passes import Pass  # noqa: E402
+from graphopt.pipeline.spelling import value_text  # noqa: E402
+
+FILES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "benchmarks/run.md": "benchmarks/README.md",
+}
+"""Pages that are files of the repository, by their place in the site."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put a page for each pass and each target behind the first page of its section."""
+    generated = {"Passes": [f"passes/{name}.md" for name in REGISTRY], "Targets": [f"targets/{n}.md" for n in TARGETS]}
+    for section in config.nav or []:
+        for title, pages in section.items():
+            if title in generated:
+                pages += generated[title]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages = {place: _of_file(place, ROOT / file) for place, file in FILES.items()}
+    pages |= {f"passes/{name}.md": pass_page(cls) for name, cls in REGISTRY.items()}
+    pages |= {f"targets/{name}.md": target_page(name) for name in TARGETS}
+    for place, text in pages.items():
+        files.append(File.generated(config, place, content=text))
+    return files
+
+
+def pass_page(cls: type[Pass]) -> str:
+    """What the pass turns into what, its docstring, and a table of its options."""
+    module = getmodule(cls)
+    change = cleandoc((module and module.__doc__) or "").split("\n\n")[0]
+    effect = "The outputs stay the same, up to rounding." if cls.lossless else "The outputs change."
+    lines = [
+        f"# {cls.name}", f"    {' '.join(change.split())}", _reference(cls), f"Stage {cls.stage.name}. {effect}",
+    ]  # fmt: skip
+    helps = _option_helps(cls)
+    rows = [
+        f"| `{option.name}` | {_cell(allowed(option.name, cls))} | {_default(option)} | {_cell(helps[option.name])} |"
+        for option in fields(cls)
+    ]
+    if rows:
+        lines += ["## Options", "\n".join(["| option | what it may be | default | |", "| --- | --- | --- | --- |", *rows])]
+    return "\n\n".join(lines) + "\n"
+
+
+def target_page(name: str) -> str:
+    """What the target says of itself, and the tables that passes ask it for."""
+    module, cls_name = TARGETS[name]
+    cls: type[Backend] = getattr(import_module(module), cls_name)
+    schemes = "\n".join(f"| `{op}` | {', '.join(schemes)} |" for op, schemes in cls.schemes.items())
+    bits = "\n".join(f"| `{op}` | {', '.join(map(str, bits))} |" for op, bits in cls.weight_bits.items())
+    sizes = ", ".join(f"{kind} {size}" for kind, size in cls.round_to.items() if size > 1)
+    parts = [f"# {name}", _sentence(cls.summary), _reference(cls)]
+    if schemes:
+        parts += ["## Quantized ops", "The schemes that have a fast kernel, the preferred one first.",
+                  f"| op | schemes |\n| --- | --- |\n{schemes}"]  # fmt: skip
+    if bits:
+        parts += ["Bits of weights where they alone are integers (`scheme=weight-only`):",
+                  f"| op | bits |\n| --- | --- |\n{bits}"]  # fmt: skip
+    parts += ["## Other facts", f"- deploys a graph of the dialect `{cls.dialect}`"]
+    parts[-1] += f"\n- multiplies in 8 bits as {' or '.join(cls.types)}" if schemes else ""
+    parts[-1] += f"\n- floats of 16 bits: {', '.join(cls.floats) or 'none'}"
+    parts[-1] += f"\n- kernels run fast at multiples of: {sizes}" if sizes else ""
+    parts[-1] += f"\n- zeros in weights: {cls.zeros}" if isinstance(cls.zeros, str) else ""
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_file(place: str, file: Path) -> str:
+    """A file of the repository, its links made relative to its page."""
+    text = file.read_text(encoding="utf-8")
+    up = "../" * place.count("/")
+    text = text.replace("](docs/", f"]({up}").replace("](CONTRIBUTING.md", f"]({up}contributing.md")
+    return text.replace("](benchmarks/README.md", f"]({up}benchmarks/run.md")
+
+
+def _reference(cls: type) -> str:
+    """The class and its docstring, by mkdocstrings."""
+    return f"::: {cls.__module__}.{cls.__qualname__}\n    options:\n      members: false\n      heading_level: 2"
+
+
+def _option_helps(cls: type) -> dict[str, str]:
+    """The docstring under each field, with those of classes above."""
+    helps: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        attributes = _sources()[f"{base.__module__}.{base.__qualname__}".removeprefix("graphopt.")].attributes
+        helps |= {name: one.docstring.value for name, one in attributes.items() if one.docstring}
+    return helps
+
+
+@cache
+def _sources() -> Any:
+    """graphopt as griffe reads it."""
+    return griffe.load("graphopt", search_paths=[ROOT])
+
+
+def _default(option: Any) -> str:
+    return "required" if option.default is MISSING else f"`{value_text(option.default) or 'none'}`"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([|*<])", r"\\\1", " ".join(text.split()))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
