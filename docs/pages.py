@@ -68,7 +68,7 @@ def pass_page(cls: type[Pass]) -> str:
         for option in fields(cls)
     ]
     if rows:
-        lines += ["## Options", "\n".join(["| option | what it may be | default | |", "| --- | --- | --- | --- |", *rows])]
+        lines += ["## Options", "\n".join(["| option | what it may be | default | meaning |", "| --- | --- | --- | --- |", *rows])]
     return "\n\n".join(lines) + "\n"
 
 
