@@ -6,6 +6,7 @@ A hook of mkdocs (mkdocs.yml names it): `on_config` puts the pages into the navi
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
 from importlib import import_module
@@ -17,14 +18,14 @@ import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ROOT = Path(__file__).parents[1]
+from graphopt.backends import TARGETS
+from graphopt.lowering.backend import Backend
+from graphopt.passes import REGISTRY
+from graphopt.pipeline.options import allowed
+from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.spelling import value_text
 
-from graphopt.backends import TARGETS  # noqa: E402
-from graphopt.lowering.backend import Backend  # noqa: E402
-from graphopt.passes import REGISTRY  # noqa: E402
-from graphopt.pipeline.options import allowed  # noqa: E402
-from graphopt.pipeline.passes import Pass  # noqa: E402
-from graphopt.pipeline.spelling import value_text  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 FILES = {
     "index.md": "README.md",
@@ -59,38 +60,39 @@ def pass_page(cls: type[Pass]) -> str:
     module = getmodule(cls)
     change = cleandoc((module and module.__doc__) or "").split("\n\n")[0]
     effect = "The outputs stay the same, up to rounding." if cls.lossless else "The outputs change."
-    lines = [
-        f"# {cls.name}", f"    {' '.join(change.split())}", _reference(cls), f"Stage {cls.stage.name}. {effect}",
-    ]  # fmt: skip
+    parts = [f"# {cls.name}", f"    {' '.join(change.split())}", _reference(cls), f"Stage {cls.stage.name}. {effect}"]
     helps = _option_helps(cls)
     rows = [
-        f"| `{option.name}` | {_cell(allowed(option.name, cls))} | {_default(option)} | {_cell(helps[option.name])} |"
+        (f"`{option.name}`", _cell(allowed(option.name, cls)), _default(option), _cell(helps.get(option.name, "")))
         for option in fields(cls)
     ]
     if rows:
-        lines += ["## Options", "\n".join(["| option | what it may be | default | meaning |", "| --- | --- | --- | --- |", *rows])]
-    return "\n\n".join(lines) + "\n"
+        parts += ["## Options", _table(("option", "what it may be", "default", "meaning"), rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def target_page(name: str) -> str:
-    """What the target says of itself, and the tables that passes ask it for."""
-    module, cls_name = TARGETS[name]
-    cls: type[Backend] = getattr(import_module(module), cls_name)
-    schemes = "\n".join(f"| `{op}` | {', '.join(schemes)} |" for op, schemes in cls.schemes.items())
-    bits = "\n".join(f"| `{op}` | {', '.join(map(str, bits))} |" for op, bits in cls.weight_bits.items())
-    sizes = ", ".join(f"{kind} {size}" for kind, size in cls.round_to.items() if size > 1)
-    parts = [f"# {name}", _sentence(cls.summary), _reference(cls)]
-    if schemes:
-        parts += ["## Quantized ops", "The schemes that have a fast kernel, the preferred one first.",
-                  f"| op | schemes |\n| --- | --- |\n{schemes}"]  # fmt: skip
-    if bits:
-        parts += ["Bits of weights where they alone are integers (`scheme=weight-only`):",
-                  f"| op | bits |\n| --- | --- |\n{bits}"]  # fmt: skip
-    parts += ["## Other facts", f"- deploys a graph of the dialect `{cls.dialect}`"]
-    parts[-1] += f"\n- multiplies in 8 bits as {' or '.join(cls.types)}" if schemes else ""
-    parts[-1] += f"\n- floats of 16 bits: {', '.join(cls.floats) or 'none'}"
-    parts[-1] += f"\n- kernels run fast at multiples of: {sizes}" if sizes else ""
-    parts[-1] += f"\n- zeros in weights: {cls.zeros}" if isinstance(cls.zeros, str) else ""
+    """The target's docstring, and what passes ask it for."""
+    module, class_name = TARGETS[name]
+    cls: type[Backend] = getattr(import_module(module), class_name)
+    parts = [f"# {name}", f"{cls.summary[0].upper()}{cls.summary[1:]}.", _reference(cls)]
+    if cls.schemes:
+        rows = [(f"`{op}`", ", ".join(schemes)) for op, schemes in cls.schemes.items()]
+        parts += ["## Quantized ops", "The schemes that have a fast kernel, the preferred one first."]
+        parts.append(_table(("op", "schemes"), rows))
+    if cls.weight_bits:
+        rows = [(f"`{op}`", ", ".join(map(str, bits))) for op, bits in cls.weight_bits.items()]
+        parts += ["Bits of weights that alone are integers (`scheme=weight-only`):", _table(("op", "bits"), rows)]
+    facts = {
+        "Dialect of the graphs that it deploys": f"`{cls.dialect}`",
+        "Types that it multiplies in 8 bits": ", ".join(cls.types) if cls.schemes else "",
+        "Floats of 16 bits": ", ".join(cls.floats),
+        "Its kernels run fast where sizes are multiples of": ", ".join(
+            f"{n} ({kind})" for kind, n in cls.round_to.items()
+        ),
+        "Zeros in weights": cls.zeros if isinstance(cls.zeros, str) else "",
+    }
+    parts += ["## Facts", "\n".join(f"- {fact}: {value}" for fact, value in facts.items() if value)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -130,5 +132,5 @@ def _cell(text: str) -> str:
     return re.sub(r"([|*<])", r"\\\1", " ".join(text.split()))
 
 
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))

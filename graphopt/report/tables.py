@@ -196,9 +196,7 @@ def comparison_rows(found: Comparison) -> Rows:
 def site_rows(found: Propagation) -> Rows:
     """One row a site that both models have, in the order of the graph."""
     rows: Rows = [("site", "op", "SQNR", "cosine")]
-    return rows + [
-        (one.site, one.kind, figures.decibels(one.sqnr), figures.cosine(one.cosine)) for one in found.sites
-    ]
+    return rows + [(one.site, one.kind, figures.decibels(one.sqnr), figures.cosine(one.cosine)) for one in found.sites]
 
 
 def comparison_notes(found: Comparison) -> list[str]:

@@ -29,8 +29,11 @@ def report(report: Report) -> str:
         _titled("notes", [_wrapped(note, "  - ") for note in tables.remarks(report)]),
         table(tables.pass_rows(report)),
         _titled("declined", [_declined(record) for record in report.passes if record.declined]),
-        *(_titled(f"sensitivity, for {one.name}", [textwrap.indent(sensitivity(one.sensitivity, ROWS), "  ")])
-          for one in report.passes if one.sensitivity is not None),
+        *(
+            _titled(f"sensitivity, for {one.name}", [textwrap.indent(sensitivity(one.sensitivity, ROWS), "  ")])
+            for one in report.passes
+            if one.sensitivity is not None
+        ),
         _titled("outputs against the original", outputs),
         _titled("kernels that the engine built", kernels),
         _titled("choices", [_wrapped(line, "  ") for line in tables.choices(report)]),

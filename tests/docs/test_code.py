@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
@@ -38,11 +37,9 @@ def command(example: Example) -> None:
         assert result.exit_code == 0, f"{line}\n{result.output}"
 
 
-PARSERS = [PythonCodeBlockParser(), CodeBlockParser("shell", command), SkipParser()]
-
-
 def parsed(page: Path) -> Document:
-    return Sybil(PARSERS, path=str(page.parent), patterns=[page.name]).parse(page)
+    parsers = (PythonCodeBlockParser(), CodeBlockParser("shell", command), SkipParser())
+    return Sybil(parsers, path=str(page.parent), patterns=[page.name]).parse(page)
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:
@@ -58,7 +55,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     quantize_dynamic(folder / "model.onnx", folder / "quantized.onnx")
     rows = [batch(seed) for seed in range(BATCHES)]
-    np.savez(folder / "data.npz", **{name: np.concatenate([row[name].numpy() for row in rows]) for name in rows[0]})
+    data = {name: np.concatenate([row[name].numpy() for row in rows]) for name in rows[0]}
+    np.savez(folder / "data.npz", allow_pickle=False, **data)
     return folder
 
 
