@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := graphopt tests $(wildcard benchmarks)
+CODE := graphopt tests docs $(wildcard benchmarks)
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # into build/docs; the variable: no news of mkdocs 2
 
 .PHONY: demo test test-slow bench docs lint venv
@@ -21,7 +21,7 @@ docs: venv
 	$(MKDOCS)
 
 lint: venv
-	$(BIN)/ruff check --quiet $(CODE) passes backends docs  # ruff doesn't follow the links in graphopt/; mypy does
+	$(BIN)/ruff check --quiet $(CODE) passes backends  # ruff doesn't follow the links in graphopt/; mypy does
 	$(BIN)/mypy $(CODE)
 	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
 	$(MKDOCS)
