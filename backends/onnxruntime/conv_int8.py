@@ -10,12 +10,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.backends.onnxruntime import weights as onnxruntime_weights
-from graphopt.backends.onnxruntime.linear_int8 import quantized_gemm
+from graphopt.backends.onnxruntime.linear_int8 import bias_steps, quantized_gemm
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule, scalar
@@ -33,11 +31,11 @@ def stored_parameters(op: Builder, m: Match) -> tuple[Tensor, Tensor, Tensor | N
     """Weight, its scales, and the bias in int32 steps of scale · weight_scale (ONNX QLinearConv)."""
     weight, scale, weight_scale = (op.graph.constant(one) for one in (m.weight, m.scale, m.weight_scale))
     if weight is None or scale is None or weight_scale is None:
-        raise Declined("its scales are not constant")
+        raise Declined("scales_computed")
     bias = op.graph.constant(m.bias) if m.bias is not None else None
     if m.bias is not None and bias is None:
-        raise Declined("its bias is computed by the graph")
-    return weight, weight_scale, None if bias is None else onnxruntime_weights.bias_steps(bias, scale, weight_scale)
+        raise Declined("bias_computed")
+    return weight, weight_scale, None if bias is None else bias_steps(bias, scale, weight_scale)
 
 
 def emit(
@@ -97,7 +95,7 @@ def _one_tall_image(op: Builder, m: Match) -> Value:
     number of strides high; what is computed from gaps is cut off.
     """
     if m.x.shape[0] == 1:
-        raise Declined("there is one image")
+        raise Declined("one_image")
     weight, _, bias = stored_parameters(op, m)
     site, rank, rows, (_, _, written, *_) = m.root.attributes, weight.dim(), m.x.shape[2], _shape(m)
     stride, reach = site["stride"][0], (weight.shape[2] - 1) * site["dilation"][0]
@@ -106,7 +104,7 @@ def _one_tall_image(op: Builder, m: Match) -> Value:
     gap = max(top, bottom)
     gap += -(rows + gap) % stride
     if top > reach:
-        raise Declined("it is padded with more than its windows reach")
+        raise Declined("padding_beyond_window", padding=top, window=reach)
     padding[rank - 2] = max(0, reach + 1 - stride - top)
     each = (rows + gap) // stride
 
@@ -128,7 +126,7 @@ def _one_tall_image(op: Builder, m: Match) -> Value:
 def _product(op: Builder, m: Match) -> Value:
     """Each pixel is a row: the kernel of products shares the outputs among threads, and reads each weight once."""
     if not _is_pointwise(m):
-        raise Declined("its windows are more than a pixel")
+        raise Declined("window_of_pixels")
     weight, weight_scale, bias = stored_parameters(op, m)
     rank, (outputs, channels) = weight.dim(), weight.shape[:2]
     x = op("onnx.Reshape", channels_last(op, m.x, rank), op.constant(torch.tensor([-1, channels])))
@@ -136,21 +134,6 @@ def _product(op: Builder, m: Match) -> Value:
     y = quantized_gemm(op, (x, m.scale, m.zero_point), matrix, weight_scale, bias, (m.y_scale, m.y_zero_point))
     y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, *_shape(m)[2:], outputs])))
     return channels_first(op, y, rank)
-
-
-def products(model: ir.Model) -> int:
-    """How many pointwise convolutions of a lowered model are products: their rows were channels that came first."""
-    return sum(node.op_type == "QGemm" and _reads_pixels(node) for node in model.graph)
-
-
-def _reads_pixels(node: ir.Node) -> bool:
-    reshape = node.inputs[0].producer() if node.inputs[0] is not None else None
-    source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
-    transpose = source.producer() if source is not None else None
-    if transpose is None or transpose.op_type != "Transpose":
-        return False
-    order = transpose.attributes["perm"].as_ints()
-    return list(order) == [0, *range(2, len(order)), 1]
 
 
 # --- padding -------------------------------------------------------------------------------------------------------
