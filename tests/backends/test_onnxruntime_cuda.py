@@ -19,6 +19,7 @@ from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.errors import LoweringError, UsageError
+from graphopt.ir.decline import Decline
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Cast, Quantize
 from tests.language import build, declined, outputs, run
@@ -111,7 +112,7 @@ def test_attention_that_no_contrib_kernel_takes_stays_whole() -> None:
     graph = build("onnx", "y = attention(q[2,3,128], k[2,3,64], v[2,3,64], heads=4, kv_heads=2)")
     lowered, logs = OnnxRuntimeCuda().lower(graph)
     assert [node.kind for node in lowered.nodes] == ["attention"]
-    assert list(logs["attention"].declined.values()) == ["it is not causal, or has a mask"]
+    assert list(logs["attention"].declined.values()) == [Decline("attention_not_causal")]
 
 
 def test_a_sum_that_others_read_is_not_fused_away() -> None:
