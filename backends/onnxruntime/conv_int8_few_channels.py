@@ -94,7 +94,7 @@ def columns_as_channels(weight: Tensor, stride: int, before: int, together: int)
 
 
 FEW_CHANNELS = Choice(
-    "shallow-conv",
+    "conv-of-few-channels",
     conv_int8.pattern,
     {"columns as channels": _columns_as_channels, "QLinearConv": conv_int8.qlinear_conv},
     check=_has_few_channels,

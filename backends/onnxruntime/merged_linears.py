@@ -33,5 +33,5 @@ def _choice(name: str, pattern: Callable[..., Pattern]) -> Choice:
     )
 
 
-FLOAT = _choice("siblings", linear)
-INT8 = _choice("int8-siblings", linear_int8)
+FLOAT = _choice("linears-on-one-input", linear)
+INT8 = _choice("int8-linears-on-one-input", linear_int8)

@@ -100,7 +100,7 @@ def test_bfloat16_on_the_cpu_rounds_as_a_gpu_does() -> None:
     torch.testing.assert_close(found, wanted, rtol=2**-8, atol=1e-6)  # one step, where the order of sums decides
 
 
-def test_a_norm_island_goes_where_its_kernel_sums_in_float32_anyway() -> None:
+def test_a_norm_in_float32_is_in_16_bits_as_its_kernel_sums_in_float32() -> None:
     _, small = optimized(4, "cast{dtype=float16}")
     kinds = [node.kind for node in small.lowered.nodes]
     assert kinds.count("com.microsoft.SkipLayerNormalization") == 2

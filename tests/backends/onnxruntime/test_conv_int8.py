@@ -116,7 +116,7 @@ def test_the_first_convolution_of_a_network_takes_its_columns_as_channels() -> N
     graph = build("onnx", f"q = quantize(x[n,3,16,16], S[]:values(0.02), Z[]:values(114):uint8)\n{text}\n"
                           "y = max_pool(c, kernel=[3,3], stride=[2,2], padding=[1,1,1,1])")  # fmt: skip
     made, logs = OnnxRuntime().lower(graph)
-    assert logs["shallow-conv"].hits == 1 and logs["qlinear-conv"].hits == 0
+    assert logs["conv-of-few-channels"].hits == 1 and logs["qlinear-conv"].hits == 0
     assert isinstance(made, OnnxGraph) and made.outputs[0].shape == ("n", 16, 4, 4)
     feeds = {"x": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     (expected,) = graph.evaluate(feeds, graph.outputs)

@@ -217,7 +217,7 @@ def test_linears_on_one_input_are_merged(
     ["y = linear(x[b,t,24], W[16,24])",
      "y = linear(x[b,t,24], W[16,24], b[16])\nz = linear(x, V[16,24], b)\nreturn y, z"],
 )  # fmt: skip
-def test_a_linear_alone_or_with_a_computed_bias_has_no_siblings(text: str) -> None:
+def test_a_linear_alone_or_with_a_computed_bias_is_not_merged(text: str) -> None:
     assert merged_linears.FLOAT.matches(build("onnx", text)) == []
 
 
