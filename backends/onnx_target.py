@@ -1,4 +1,4 @@
-"""What targets that deploy an ONNX file share; and those of them that read Q/DQ, for which nothing is folded."""
+"""What the targets that deploy an ONNX file have in common, and those of them whose engine reads Q/DQ itself."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class OnnxTarget(Backend):
 
 
 class QdqTarget(OnnxTarget):
-    """One that reads Q/DQ around float ops, and folds them by itself."""
+    """A target whose engine reads Q/DQ around float ops, and folds them itself."""
 
     def pipeline(self) -> str:
         return ""
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        """None. Raises LoweringError where int8 ops stand in the place of Q/DQ."""
+        """No rules. Raises LoweringError where a graph has int8 ops in the place of Q/DQ."""
         require_no_int8_ops(graph, self.name)
         return ()

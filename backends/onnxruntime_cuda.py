@@ -1,7 +1,8 @@
 """ONNX Runtime on NVIDIA GPUs: 16 bits with regions of float32, fused attention and norms, packed weights.
 
-Its CUDA provider has no int8 products: Q/DQ there is float with Q/DQ around it. Where the provider is missing, files
-are checked by rules, and run on the CPU, which computes the same operators in float32 and rounds results to 16 bits.
+Its CUDA provider has no int8 products: it computes Q/DQ models in float, and runs the Q/DQ besides. Where the provider
+is missing, files are checked by rules, and run by CPU kernels, which compute the same operators in float32 and round
+results to 16 bits.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from graphopt.backends.onnx_target import OnnxTarget
-from graphopt.backends.onnxruntime import attention as onnxruntime_attention
-from graphopt.backends.onnxruntime import floats as onnxruntime_float
-from graphopt.backends.onnxruntime.weights import FOLDED, Blocks, in_blocks
+from graphopt.backends.onnxruntime.attention import ATTENTION_3D, attention, multi_head
+from graphopt.backends.onnxruntime.linear import linear
+from graphopt.backends.onnxruntime.weight_only import FOLDED, Blocks, in_blocks, is_stored
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
@@ -33,7 +34,7 @@ from graphopt.numerics.quantize import BLOCKS
 
 CUDA = "CUDAExecutionProvider"
 
-NARROW = (torch.float16, torch.bfloat16)
+FLOATS_16 = (torch.float16, torch.bfloat16)
 
 
 class OnnxRuntimeCuda(OnnxTarget):
@@ -65,8 +66,7 @@ class OnnxRuntimeCuda(OnnxTarget):
         return ""
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        whole = (SKIP_NORM, *onnxruntime_float.ATTENTION_3D)
-        return (PACKED,), (NORM_16,), whole, (_attention_forms(),), FOLDED
+        return (PACKED,), (NORM_16,), (SKIP_NORM, *ATTENTION_3D), (ATTENTION,), FOLDED
 
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}, CUDA"
@@ -82,12 +82,12 @@ class OnnxRuntimeCuda(OnnxTarget):
 
     def check(self, folded: Graph, runner: Runner) -> None:
         assert isinstance(runner, OrtCudaRunner)
-        packed = [site for site in folded.sites("linear") if _why_not_packed(site) is None]
+        packed = [site for site in folded.sites("linear") if _reads_packed_weight(site)]
         if (built := runner.kernels().get("MatMulNBits", 0)) < len(packed):
             raise LoweringError(f"{len(packed)} weight-only linear were promised and the file has {built} MatMulNBits "
                                 f"among {', '.join(site.label for site in packed)}")  # fmt: skip
         for fault in faults(runner.model):
-            raise LoweringError(f"onnxruntime's CUDA provider would not run the file as it is meant: {fault}")
+            raise LoweringError(f"onnxruntime's CUDA provider would run the file slowly, or not at all: {fault}")
 
 
 class OrtCudaRunner(Runner):
@@ -111,14 +111,14 @@ class OrtCudaRunner(Runner):
 
 
 def faults(model: ir.Model) -> list[str]:
-    """What the CUDA provider runs slowly, or not at all: each with the name of the node."""
+    """What the CUDA provider runs slowly, or not at all: a sentence each, with the name of the node."""
     found = []
     for node in model.graph.all_nodes():
         types = {value.dtype for value in node.inputs if value is not None and value.dtype is not None}
         floats = types & {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
         stored = all(one is None or one.const_value is not None for one in node.inputs)
         if node.op_type == "DequantizeLinear" and stored:
-            found.append(f"{node.name} makes a stored weight float at each run")
+            found.append(f"{node.name} dequantizes a stored weight at each run")
         if node.domain == "com.microsoft" and len(floats) > 1:
             found.append(f"{node.name} ({node.op_type}) reads {', '.join(sorted(one.name for one in floats))} at once")
         if node.op_type == "MatMulNBits" and node.attributes["block_size"].as_int() not in BLOCKS:
@@ -139,27 +139,22 @@ def _packed_weight(site: Node) -> Node | None:
     return maker if maker is not None and maker.kind == "dequantize" else None
 
 
-def _why_not_packed(site: Node) -> str | None:
-    """Why a linear is not one that reads packed integers."""
+def _reads_packed_weight(site: Node) -> bool:
+    """Whether a linear has a weight that MatMulNBits reads in integers."""
     maker = _packed_weight(site)
-    if maker is None or not all(value is None or value.is_constant for value in maker.operands):
-        return "weight is not stored in integers"
-    attributes, scale = maker.attributes, maker.required("scale")
-    if maker.required("x").rank != 2 or attributes["bits"] not in (4, 8):
-        return f"weights of {attributes['bits']} bits have no kernel"
-    if attributes["block"] and (attributes["axis"] != 1 or attributes["block"] not in BLOCKS):
-        return f"blocks of {attributes['block']} along axis {attributes['axis']} have no kernel"
-    return "a scale for each input has no kernel" if not attributes["block"] and scale.rank == 1 and (
-        attributes["axis"] == 1) else None  # fmt: skip
-
-
-def _linear(op: Recorder, x: str, weight: str, bias: str | None = None) -> Pattern:
-    return op.linear(x, weight, bias)
+    if maker is None or not is_stored(maker) or maker.required("x").rank != 2:
+        return False
+    bits, block, axis = (maker.attributes[name] for name in ("bits", "block", "axis"))
+    if block:
+        return bits in (4, 8) and axis == 1 and block in BLOCKS
+    return bits in (4, 8) and not (axis == 1 and maker.required("scale").rank == 1)
 
 
 def _matmul_nbits(op: Builder, m: Match) -> Value:
-    """Integers are unpacked where they are multiplied: decoding reads 2 to 4 times fewer bytes. The kernel has no bias
-    on GPUs."""
+    """Integers are unpacked where they are multiplied: decoding reads 2 to 4 times fewer bytes.
+
+    The kernel takes no bias on GPUs.
+    """
     maker = _packed_weight(m.root)
     assert maker is not None
     integers, scale, zero_point = (None if v is None else op.graph.constant(v) for v in (*maker.operands, None)[:3])
@@ -182,11 +177,11 @@ def _norm_between_casts(op: Recorder, x: str, weight: str, bias: str | None = No
     return op.cast(op.layer_norm(op.cast(x, bind="widened"), weight, bias, bind="norm"))
 
 
-def _is_island(m: Match) -> bool:
+def _is_norm_in_float32(m: Match) -> bool:
     """Whether a norm in float32 stands between values of 16 bits: its kernel computes in float32 anyway."""
     stored = all(value is None or value.is_constant for value in (m.weight, m.bias))
-    narrow = m.x.dtype in NARROW and m.root.result.dtype == m.x.dtype
-    return stored and narrow and m.norm.result.dtype is torch.float32
+    in_16_bits = m.x.dtype in FLOATS_16 and m.root.result.dtype == m.x.dtype
+    return stored and in_16_bits and m.norm.result.dtype is torch.float32
 
 
 def _norm_in_16_bits(op: Builder, m: Match) -> Value:
@@ -205,7 +200,7 @@ def _skip_norm(op: Builder, m: Match) -> Value:
     """One kernel adds and normalizes; a sum that others read too does not match."""
     same = m.x.shape is not None and "?" not in m.x.shape and m.x.shape == m.residual.shape
     if not same or m.x.rank not in (2, 3) or m.weight.rank != 1:
-        raise Declined("the kernel takes two values (batch, length, width) of one shape, normalized over the width")
+        raise Declined("residual_norm_unsupported", x=m.x.shape, residual=m.residual.shape)
     operands = m.x, m.residual, m.weight, m.bias
     return op("com.microsoft.SkipLayerNormalization", *operands, epsilon=m.root.attributes["eps"])
 
@@ -213,19 +208,15 @@ def _skip_norm(op: Builder, m: Match) -> Value:
 # --- attention -----------------------------------------------------------------------------------------------------
 
 
-def _attention(op: Recorder, query: str, key: str, value: str, mask: str | None = None) -> Pattern:
-    return op.attention(query, key, value, mask)
-
-
 def _group_query_attention(op: Builder, m: Match) -> Value:
-    """Of fewer keys than queries: the kernel masks what comes later, and is told each sequence's length less 1."""
+    """With fewer heads of keys than of queries. The kernel masks later positions, and is told each length less 1."""
     given = m.root.attributes
     if not given["heads"] or given["kv_heads"] in (0, given["heads"]):
-        raise Declined("it has as many heads of keys as of queries, or they are split before it")
+        raise Declined("key_heads_not_shared")
     if not given["causal"] or m.mask is not None:
-        raise Declined("it is not causal, or has a mask")
+        raise Declined("attention_not_causal")
     if m.query.shape is None or m.key.shape is None or m.query.shape[1] != m.key.shape[1] or "?" in m.key.shape[1:2]:
-        raise Declined("queries and keys are not of one length")
+        raise Declined("lengths_differ")
     one = op.constant(torch.tensor([1]))
     length = op("onnx.Shape", m.key, start=1, end=2)
     last = op("onnx.Expand", op.sub(length, one), op("onnx.Shape", m.key, start=0, end=1))
@@ -237,18 +228,14 @@ def _group_query_attention(op: Builder, m: Match) -> Value:
     return op("com.microsoft.GroupQueryAttention", *operands, **attributes)
 
 
-def _attention_forms() -> Choice:
-    """For one graph. MultiHeadAttention first: its flash kernels take 16 bits with and without a mask."""
-    forms = {
-        "GroupQueryAttention": _group_query_attention,
-        "MultiHeadAttention": onnxruntime_attention.Forms().multi_head,
-        "Attention": None,
-    }
-    return Choice("attention", _attention, forms)
-
-
-NORM_16 = Rule("norm-in-16-bits", _norm_between_casts, _norm_in_16_bits, check=_is_island)
+ATTENTION = Choice(
+    "attention",
+    attention,
+    {"GroupQueryAttention": _group_query_attention, "MultiHeadAttention": multi_head, "Attention": None},
+)
+"""MultiHeadAttention before Attention: its flash kernels take 16 bits with and without a mask."""
+NORM_16 = Rule("norm-in-16-bits", _norm_between_casts, _norm_in_16_bits, check=_is_norm_in_float32)
 SKIP_NORM = Choice(
     "residual-norm", _skip_norm_pattern, {"SkipLayerNormalization": _skip_norm, "LayerNormalization": None}
 )
-PACKED = Rule("matmul-nbits", _linear, _matmul_nbits, check=lambda m: _why_not_packed(m.root) is None)
+PACKED = Rule("matmul-nbits", linear, _matmul_nbits, check=lambda m: _reads_packed_weight(m.root))

@@ -47,7 +47,7 @@ class OpenVino(QdqTarget):
     }
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4), "embedding": (8, 4)}
     placement: ClassVar[Placement | None] = Placement()
-    """A quantize right behind a conv would part it from the activation that is else fused into it."""
+    """Quantized regions are not closed: a quantize right behind a conv would keep the activation from being fused."""
     floats: ClassVar[tuple[str, ...]] = ("float16",)
     """Stored so, and computed in float32: files are smaller, not faster."""
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
@@ -95,9 +95,9 @@ class Layer:
     kind: str
     name: str
     precision: str
-    """Of what it reads, such as u8 and f32; of its weights where those alone are integers."""
+    """Of its input, such as u8 and f32; of its weights where only those are integers."""
     is_int8: bool
-    """Whether it multiplies integers: a layer that only stores its weights so computes in floats."""
+    """Whether it multiplies integers: with integers as weights alone, it computes in floats."""
 
 
 def layers(compiled: Any) -> list[Layer]:

@@ -116,7 +116,7 @@ def emit(graph: OnnxGraph, opset: int | None = None) -> gs.Graph:
             node.inputs = [_float_bias(value) for value in node.inputs]
     surgical.cleanup().toposort()
     for fault in faults(surgical):
-        raise LoweringError(f"TensorRT would not take the file as it is meant: {fault}")
+        raise LoweringError(f"TensorRT would not run the file as intended: {fault}")
     return surgical
 
 
@@ -133,7 +133,7 @@ def _float_bias(value: gs.Tensor) -> gs.Tensor:
 
 
 def faults(graph: gs.Graph) -> Iterator[str]:
-    """What breaks TensorRT's rules for explicit quantization: each with the name of the node and the way out."""
+    """What breaks TensorRT's rules for explicit quantization: a sentence each, with the node and what to do."""
     for node in [*graph.nodes, *(node for inner in graph.subgraphs(recursive=True) for node in inner.nodes)]:
         for fault in _faults(node):
             yield f"{node.name} ({node.op}) {fault}"

@@ -1,4 +1,4 @@
-"""The target `onnxruntime`: ONNX Runtime on the CPU, a file a group of its operators."""
+"""The target `onnxruntime`: ONNX Runtime on the CPU. A file for each group of its operators."""
 
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 

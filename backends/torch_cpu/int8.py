@@ -7,10 +7,9 @@ apart; with several, those of each. Measurement picks, or the order stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Replace, Rule, scalar
 from graphopt.lowering.backend import max_abs
+from graphopt.lowering.merging import has_stored_bias, merge, merge_key
 
 POSTS = ("relu", "gelu", "silu", "hard_swish", "tanh")
 """The activations that some engine computes inside a linear."""
@@ -230,7 +230,7 @@ def stages(engines: Sequence[Engine]) -> Sequence[Sequence[Rule | Choice]]:
     """For one graph: linears are merged, then taken with what stands behind them, then all that is left."""
     alone = {engine.name: partial(_alone, engine) for engine in engines}
     return (
-        (_merge(),),
+        (MERGED,),
         _behind_linears(engines, *((post, "quantize") for post in POSTS), ("quantize",)),
         _behind_linears(engines, *((post,) for post in POSTS), ("add",)),
         (
@@ -327,74 +327,12 @@ def _around(m: Match) -> list[Node]:
 # --- merging -------------------------------------------------------------------------------------------------------
 
 
-def _merge() -> Choice:
-    """linear(x, V), linear(x, W) -> slices of linear(x, [V; W]), by one rule for one graph: it remembers the merged."""
-    merged = _Merged()
-    return Choice(
-        "merge-linears", _linear, {"merged": merged.slice, "apart": None}, check=merged.is_in_company, around=_around
-    )
-
-
-@dataclass
-class _Merged:
-    """The linears that were merged, by the integers that they read."""
-
-    made: dict[tuple[Any, ...], tuple[Value, dict[Node, int]]] = field(default_factory=dict)
-
-    def is_in_company(self, m: Match) -> bool:
-        key = _key(m.linear)
-        known = self.made.get(key)
-        if known is not None:
-            return m.linear in known[1]
-        return len(_siblings(m.linear)) > 1
-
-    def slice(self, op: Builder, m: Match) -> Value:
-        key = _key(m.linear)
-        if key not in self.made:
-            self.made[key] = _merge_all(op, _siblings(m.linear))
-        value, starts = self.made[key]
-        start = starts[m.linear]
-        return op.slice(value, axis=-1, start=start, end=start + _rows(m.linear))
-
-
-def _key(node: Node) -> tuple[Any, ...]:
-    return node.graph, node.input, *map(node.required, ("scale", "zero_point"))
-
-
-def _rows(node: Node) -> int:
-    shape = node.required("weight").shape
-    assert shape is not None
-    return int(shape[0])
-
-
-def _siblings(node: Node) -> set[Node]:
-    """The linears that read the same integers by the same numbers, and hold only constants."""
-    return {
-        other
-        for other in node.input.users
-        if other.kind == "linear_int8"
-        and _key(other) == _key(node)
-        and all(value is None or value.is_constant for value in other.operands[3:])
-        and other.required("weight_scale").rank == 1
-    }
-
-
-def _merge_all(op: Builder, siblings: Collection[Node]) -> tuple[Value, dict[Node, int]]:
-    graph = op.graph
-    group = [node for node in graph.nodes if node in siblings]
-
-    def joined(name: str) -> Value:
-        return op.constant(torch.cat([_tensor(graph, node.required(name)) for node in group]))
-
-    biases = [torch.zeros(_rows(node)) if node.bias is None else _tensor(graph, node.bias) for node in group]
-    bias = op.constant(torch.cat(biases)) if any(node.bias is not None for node in group) else None
-    operands = (*group[0].operands[:3], joined("weight"), joined("weight_scale"), bias)
-    made = graph.emit("linear_int8", *operands, at=group[0])
-    ends = torch.tensor(list(map(_rows, group))).cumsum(0).tolist()
-    return made, dict(zip(group, [0, *ends[:-1]], strict=True))
-
-
-def _tensor(graph: Graph, value: Value) -> torch.Tensor:
-    tensor = graph.constant(value)
-    assert tensor is not None  # as checked
-    return tensor
+MERGED = Choice(
+    "merge-linears",
+    _linear,
+    {"merged": lambda op, m: merge([one.root for one in m.group]), "apart": None},
+    check=lambda m: has_stored_bias(m.root),
+    around=_around,
+    group_by=lambda m: merge_key(m.root),
+)
+"""linear(x, V), linear(x, W) -> slices of linear(x, [V; W])."""

@@ -21,15 +21,14 @@ import torch
 import graphopt
 from benchmarks.case import Settings, checked, table
 from benchmarks.cases.corpus import REFUSALS, Feeds, accepted_feeds, line, plain_session
-from graphopt.backends.onnxruntime import weights as onnxruntime_weights
-from graphopt.backends.onnxruntime.target import INT8_KERNELS
+from graphopt.backends.onnxruntime.kernel_counts import INT8_KERNELS, WEIGHT_ONLY_KERNELS
 from graphopt.errors import GraphError, PassError, UsageError
 from graphopt.numerics import metrics
 
 SCHEMES = ("dynamic", "static")
 CALIBRATING, JUDGING = 4, 2
 """Feeds of each kind."""
-KERNELS = {kernel for kernels in INT8_KERNELS.values() for kernel in kernels} | {*onnxruntime_weights.KERNELS.values()}
+KERNELS = {kernel for kernels in INT8_KERNELS.values() for kernel in kernels} | {*WEIGHT_ONLY_KERNELS.values()}
 
 
 @dataclass(frozen=True)

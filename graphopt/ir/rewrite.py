@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +40,9 @@ class Recorder:
 class Builder:
     """Stands for `op` in a replacement: op.linear(x, w) emits at the matched node."""
 
-    def __init__(self, graph: Graph, at: Node) -> None:
+    def __init__(self, graph: Graph, at: Node, emitted: dict[Hashable, Value] | None = None) -> None:
         self.graph, self.at = graph, at
+        self._emitted = {} if emitted is None else emitted
 
     def __getattr__(self, kind: str) -> Callable[..., Value]:
         return lambda *operands, **attributes: self.graph.emit(kind, *operands, at=self.at, **attributes)
@@ -53,6 +54,15 @@ class Builder:
     def constant(self, tensor: Any) -> Value:
         return self.graph.add_constant(tensor)
 
+    def once(self, key: Hashable, emit: Callable[[], Value]) -> Value:
+        """The value that an earlier replacement in this round of the driver emitted for a key, else that of `emit`.
+
+        key: all that the value depends on.
+        """
+        if key not in self._emitted:
+            self._emitted[key] = emit()
+        return self._emitted[key]
+
 
 @dataclass
 class Match:
@@ -61,17 +71,31 @@ class Match:
     root: Node
     bound: dict[str, Any] = field(default_factory=dict)
     interior: list[Node] = field(default_factory=list)
+    siblings: tuple[Match, ...] = ()
+    """Of a rule with `group_by`: the matches behind this one that are rewritten with it."""
+
+    @property
+    def group(self) -> tuple[Match, ...]:
+        """All matches that are rewritten together, in topological order of their roots: this one is the first."""
+        return self, *self.siblings
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """All that the pattern covers, in topological order."""
-        return *reversed(self.interior), self.root
+        """All that the pattern covers, in the whole group, in topological order."""
+        return tuple(dict.fromkeys(node for one in self.group for node in (*reversed(one.interior), one.root)))
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["bound"][name]
         except KeyError:
             raise AttributeError(name) from None
+
+
+Replacement = Value | Mapping[Value, Value] | None
+"""What a rule puts in place of a match: a value for the root's result; or, for a rule that replaces several nodes, a
+value for each of their results; or None, to leave the match to the rules behind."""
+
+Replace = Callable[[Builder, Match], Replacement]
 
 
 @dataclass(frozen=True)
@@ -84,15 +108,28 @@ class Rule:
 
     name: str
     pattern: Callable[..., Pattern]
-    replace: Callable[[Builder, Match], Value]
+    replace: Replace
     shared: bool = False
     check: Callable[[Match], bool] | None = None
+    group_by: Callable[[Match], Hashable | None] | None = None
+    """Where given, matches with equal keys are rewritten together, such as linears that read one input.
+
+    `replace` gets the first of them, whose `group` holds all, and emits at the first root: what it reads must stand
+    before that. A match whose key is None, or that is alone with its key, is left as it is.
+    """
 
     def recorded(self) -> tuple[Pattern, frozenset[str]]:
         """The pattern as data, and the variables that may be left out."""
         parameters = list(inspect.signature(self.pattern).parameters.values())[1:]
         pattern = self.pattern(Recorder(), *(p.name for p in parameters))
         return pattern, frozenset(p.name for p in parameters if p.default is None)
+
+    def matches(self, graph: Graph) -> list[Match]:
+        """Where the rule fits, in topological order; of a group, the first match."""
+        matcher = _Matcher(self)
+        matcher.group(graph.nodes)
+        found = [matcher.match(node) for node in graph.nodes]
+        return [match for match in found if match is not None]
 
 
 @dataclass
@@ -103,9 +140,6 @@ class RuleLog:
     hits: int = 0
     seconds: float = 0.0
     declined: dict[str, Decline] = field(default_factory=dict)
-
-
-Replace = Callable[[Builder, Match], Value]
 
 
 @dataclass(frozen=True)
@@ -121,98 +155,151 @@ class Choice:
     """The nodes that are measured together, in topological order: all whose cost the form decides."""
     shared: bool = False
     """Whether values inside the pattern may have other users, as in a rule."""
+    group_by: Callable[[Match], Hashable | None] | None = None
+    """Which matches are rewritten together, as in a rule: one form is taken for the whole group."""
 
     def rule(self, form: Callable[[Match], str] | None = None) -> Rule:
         """The rule that takes the form which `form` names for a match; without it, or where that declines, the first.
 
         Every later one follows in order; the reason of the first to decline is kept where none is legal.
         """
-        first = next(iter(self.forms))
 
-        def takes(match: Match) -> bool:
-            fits = self.check is None or self.check(match)
-            return fits and self.forms[form(match) if form else first] is not None
-
-        def replace(op: Builder, match: Match) -> Value:
-            chosen = form(match) if form else first
-            reasons: list[Decline] = []
-            for name in dict.fromkeys([chosen, *self.forms]):
-                made = self.forms[name]
-                if made is None:
-                    raise Declined(reasons[0])
+        def replace(op: Builder, match: Match) -> Replacement:
+            order = [form(match), *self.forms] if form else self.forms
+            declines: list[Decline] = []
+            for name in dict.fromkeys(order):
+                emit = self.forms[name]
                 try:
-                    return made(op, match)
+                    if emit is not None:
+                        return emit(op, match)
                 except Declined as reason:
-                    reasons.append(reason.decline)
-            raise Declined(reasons[0])
+                    declines.append(reason.decline)
+                else:
+                    break  # the ops stay as they are
+            if declines:
+                raise Declined(declines[0])
+            return None
 
-        return Rule(self.name, self.pattern, replace, shared=self.shared, check=takes)
+        return self._rule(replace)
 
     def only(self, form: str) -> Rule:
         """The rule of one form, which declines where that is not legal."""
-        made = self.forms[form]
-
-        def replace(op: Builder, match: Match) -> Value:
-            assert made is not None  # where ops stay, nothing is tried
-            return made(op, match)
-
-        check = self.check if made is not None else lambda m: False
-        return Rule(self.name, self.pattern, replace, shared=self.shared, check=check)
+        return self._rule(self.forms[form] or (lambda op, match: None))
 
     def matches(self, graph: Graph) -> list[Match]:
-        """Where the pattern fits, in topological order."""
-        pattern, optional = self.rule().recorded()
-        nodes = [node for node in graph.nodes if node.kind == pattern.kind]
-        found = [match_node(pattern, node, optional, self.shared) for node in nodes]
-        return [match for match in found if match is not None and (self.check is None or self.check(match))]
+        """Where the pattern fits, in topological order; of a group, the first match."""
+        return self.rule().matches(graph)
+
+    def _rule(self, replace: Replace) -> Rule:
+        return Rule(self.name, self.pattern, replace, self.shared, self.check, self.group_by)
 
 
 def rewrite(graph: Graph, rules: Iterable[Rule]) -> dict[str, RuleLog]:
-    """Apply rules greedily, earlier rules first, until none matches. Linear in the graph for each round."""
-    rules = list(rules)
-    logs = {rule.name: RuleLog() for rule in rules}
-    by_root: dict[str, list[tuple[Rule, Pattern, frozenset[str]]]] = defaultdict(list)
-    for rule in rules:
-        pattern, optional = rule.recorded()
-        by_root[pattern.kind].append((rule, pattern, optional))
+    """Apply rules greedily, earlier rules first, until none matches. Linear in the graph for each round.
+
+    Only the driver changes the graph: a replacement emits, and returns what stands for the old values.
+    """
+    matchers = [_Matcher(rule) for rule in rules]
+    logs = {matcher.rule.name: RuleLog() for matcher in matchers}
+    by_root: dict[str, list[_Matcher]] = defaultdict(list)
+    for matcher in matchers:
+        by_root[matcher.pattern.kind].append(matcher)
     for _ in range(ROUNDS):
-        before = graph.version
+        before, nodes = graph.version, graph.nodes
+        emitted: dict[Hashable, Value] = {}  # of one round, in which later sites stand behind earlier ones
         erased: set[Node] = set()
-        for node in graph.nodes:
-            for rule, pattern, optional in by_root.get(node.kind, ()) if node not in erased else ():
-                if _try(graph, rule, pattern, optional, node, logs[rule.name], erased):
+        for matcher in matchers:
+            matcher.group(nodes)
+        for node in nodes:
+            for matcher in by_root.get(node.kind, ()) if node not in erased else ():
+                if _try(matcher, Builder(graph, node, emitted), logs[matcher.rule.name], erased):
                     break
         if graph.version == before:
             return logs
-    raise GraphError(f"rules still change the graph after {ROUNDS} rounds: {', '.join(r.name for r in rules)}")
+    names = ", ".join(matcher.rule.name for matcher in matchers)
+    raise GraphError(f"rules still change the graph after {ROUNDS} rounds: {names}")
 
 
-def _try(
-    graph: Graph, rule: Rule, pattern: Pattern, optional: frozenset[str], node: Node, log: RuleLog, erased: set[Node]
-) -> bool:
+class _Matcher:
+    """A rule with its pattern as data, and the groups of one round."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.pattern, self.optional = rule.recorded()
+        self._groups: dict[Node, list[Node]] = {}
+        """By root, the roots with its key, itself among them, in topological order."""
+
+    def group(self, nodes: Iterable[Node]) -> None:
+        """Note which nodes have equal keys. nodes: all of a graph, in topological order."""
+        by_key: dict[Hashable, list[Node]] = defaultdict(list)
+        for node in nodes if self.rule.group_by is not None else ():
+            found = self._fit(node)
+            if found is not None and (key := self._key(found)) is not None:
+                by_key[key].append(node)
+        self._groups = {node: group for group in by_key.values() for node in group}
+
+    def match(self, node: Node, erased: Collection[Node] = ()) -> Match | None:
+        """The match at a node; of a rule that groups, with its siblings, and only at the first root of a group."""
+        found = self._fit(node)
+        if found is None or self.rule.group_by is None:
+            return found
+        key = self._key(found)
+        fits = [self._fit(root) for root in self._groups.get(node, ()) if root not in erased]
+        group = [one for one in fits if one is not None and self._key(one) == key]  # others may have been rewritten
+        if len(group) < 2 or group[0].root != node:
+            return None
+        found.siblings = tuple(group[1:])
+        return found
+
+    def _fit(self, node: Node) -> Match | None:
+        found = match_node(self.pattern, node, self.optional, self.rule.shared)
+        fits = found is not None and (self.rule.check is None or self.rule.check(found))
+        return found if fits else None
+
+    def _key(self, match: Match) -> Hashable | None:
+        return None if self.rule.group_by is None else self.rule.group_by(match)
+
+
+def _try(matcher: _Matcher, op: Builder, log: RuleLog, erased: set[Node]) -> bool:
+    """Rewrite at the builder's node where a rule matches; whether it did."""
     start = time.perf_counter()
     log.tries += 1
+    match = None
     try:
-        match = match_node(pattern, node, optional, shared=rule.shared)
-        if match is None or (rule.check is not None and not rule.check(match)):
+        match = matcher.match(op.at, erased)
+        replacement = None if match is None else matcher.rule.replace(op, match)
+        if match is None or replacement is None:
             return False
-        new = rule.replace(Builder(graph, node), match)
-        if _differ(node.result.shape, new.shape):  # such as a factor of 1 that adds an axis
-            raise Declined(f"the shape would go from {node.result.shape} to {new.shape}")
-        graph.replace(node, new)
-        erased.add(node)
-        for inner in match.interior:  # recorded from the root downwards, so users go first
-            if not any(result.users or result.is_output for result in inner.results):
-                graph.erase(inner)
-                erased.add(inner)
-        log.hits += 1
-        log.declined.pop(node.label, None)
+        erased |= _substitute(op.graph, match, replacement)
+        log.hits += len(match.group)
+        for one in match.group:
+            log.declined.pop(one.root.label, None)
         return True
     except Declined as reason:
-        log.declined[node.label] = reason.decline
+        roots = [op.at] if match is None else [one.root for one in match.group]
+        log.declined |= {root.label: reason.decline for root in roots}
         return False
     finally:
         log.seconds += time.perf_counter() - start
+
+
+def _substitute(graph: Graph, match: Match, replacement: Value | Mapping[Value, Value]) -> set[Node]:
+    """Put a replacement in the place of a match; the nodes that are gone. Raises Declined where a shape differs."""
+    values = {match.root.result: replacement} if isinstance(replacement, Value) else replacement
+    for old, new in values.items():
+        if _differ(old.shape, new.shape):  # such as a factor of 1 that adds an axis
+            raise Declined("shape_changes", before=old.shape, after=new.shape)
+    replaced = dict.fromkeys(old.producer for old in values)
+    gone: set[Node] = set()
+    for node in replaced:
+        assert node is not None  # values of inputs and constants are not replaced
+        graph.replace(node, *(values[result] for result in node.results if result in values))
+        gone.add(node)
+    for inner in (inner for one in match.group for inner in one.interior):  # from the root downwards: users go first
+        if inner not in gone and not any(result.users or result.is_output for result in inner.results):
+            graph.erase(inner)
+            gone.add(inner)
+    return gone
 
 
 def _differ(shape: Shape | None, other: Shape | None) -> bool:

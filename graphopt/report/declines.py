@@ -18,8 +18,52 @@ SENTENCES = {
     # quantize, smooth
     # cast, approximate, simplify
     # merge-linear, fold-int8
+    "bias_computed": "its bias is computed by the graph",
+    "weight_tied": "its weight is tied with {op} {site}",
+    "alone_on_input": "no other linear on its input can be merged",
     # rules of dialects
     # rules of targets: ONNX Runtime
+    "shape_changes": "its shape would go from {before} to {after}",  # any rule
+    "residual_shapes_differ": "the two inputs of the residual add differ in shape",
+    "residual_norm_unsupported": "the kernel takes two values (batch, length, width) of one shape, normalized over the "
+    "width, not {x} and {residual}",
+    "heads_unknown": "it is not known that its heads are split from, and joined to, the last axis",
+    "heads_split_or_shared": "its heads are split by the graph, or queries share heads of keys",
+    "head_size_unknown": "the size of its heads is not known",
+    "key_heads_shared": "several heads of queries share one of keys",
+    "key_heads_not_shared": "it has as many heads of keys as of queries, or the graph splits them",
+    "attention_causal": "it is causal: two products would need a mask of its length",
+    "attention_not_causal": "it is not causal, or has a mask",
+    "lengths_unnamed": "its lengths have no names, so that the mask may have others",
+    "lengths_differ": "queries and keys are not of one length",
+    "mask_unsupported": "its mask is not {expected}",
+    "mask_shape_unknown": "the shape of its mask is not known",
+    "projections_missing": "its query, key and value are not three linears",
+    "projections_of_several_inputs": "its query, key and value are not computed from one input",
+    "projections_read_elsewhere": "another node reads its query, key or value",
+    "projections_computed": "a weight or a bias of its projections is computed by the graph",
+    "projections_of_other_kind": "its projections are {found}, not {expected}",
+    "projections_differ_in_width": "its query, key and value have the widths {widths}, which should be equal",
+    "width_lost": "two axes have no fixed size, and the engine would lose the width that a split or attention needs",
+    "int8_weight_computed": "its int8 weight is computed by the graph",
+    "quantized_input_shared": "several linears share its quantized input",
+    "quantized_input_not_shared": "no other linear reads its quantized input",
+    "bias_too_large": "its bias, in steps of its products, leaves their sums no room in 32 bits",
+    "scales_computed": "its scales are computed by the graph",
+    "scales_or_bias_computed": "its scales or its bias are computed by the graph",
+    "one_image": "the batch has one image",
+    "padding_beyond_window": "it is padded by {padding} rows, more than the {window} of a window beyond its first",
+    "window_of_pixels": "its window has more than one pixel, or it is strided or padded",
+    "weight_not_in_integers": "its weight is not stored in integers",
+    "weight_unsupported": "its weight has rank {rank} and {dtype}; the kernel takes a matrix of int8 or uint8",
+    "blocks_unsupported": "no kernel takes blocks of {block} along axis {axis}",
+    "scale_per_input": "no kernel takes a scale for each input",
+    "activations_in_integers": "its activations are integers too",
+    "activations_not_float32": "its activations are {dtype}, not float32",
+    "ids_unsupported": "its ids are {dtype}, not int32 or int64",
+    "rows_not_gathered": "ONNX gathers no rows of less than a byte, nor with such scales",
+    "result_not_uint8": "its result is not quantized to uint8 with one scale",
+    "several_zero_points": "its weight has several zero points",
     # rules of targets: PyTorch on the CPU, CUDA
 }
 """By code; `str.format` fills in the decline's values. A code of another package has no sentence here and is shown as

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import graphopt
 from graphopt import UsageError
-from graphopt.backends.onnxruntime.target import OnnxRuntime, OrtRunner
+from graphopt.backends.onnxruntime.runner import OrtRunner
+from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.lowering import never_slower
 from graphopt.lowering.backend import Runner
 from graphopt.lowering.never_slower import RERUNS, judge, losers

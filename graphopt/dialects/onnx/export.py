@@ -200,12 +200,11 @@ def _quantized_at_run_time(op: Recorder, x: str, scale: str, zero_point: str) ->
     return op.quantize(x, scale, zero_point)
 
 
-def _dynamic_quantize_linear(op: Builder, m: Match) -> Value:
+def _dynamic_quantize_linear(op: Builder, m: Match) -> Mapping[Value, Value]:
     """choose_qparams and quantize of one value are one standard operator."""
-    ranges = m.scale.producer
-    steps, scale, zero_point = op.graph.emit_all("onnx.DynamicQuantizeLinear", m.x, at=ranges, _outputs=3)
-    op.graph.replace(ranges, scale, zero_point)
-    return steps
+    at = m.scale.producer
+    steps, scale, zero_point = op.graph.emit_all("onnx.DynamicQuantizeLinear", m.x, at=at, _outputs=3)
+    return {m.scale: scale, m.zero_point: zero_point, m.root.result: steps}
 
 
 def _is_chosen_from_x(m: Match) -> bool:

@@ -1,8 +1,8 @@
-"""Int8 weights as uint8 on onnxruntime, for CPUs that add two products of uint8 and int8 in 16 bits.
+"""Int8 weights as uint8 on onnxruntime, for CPUs whose sums of uint8 x int8 products saturate at 16 bits.
 
-Those are x86 with AVX2 or AVX-512 and without VNNI. Of 8 bits, two products are up to 255 * 127 * 2, and what does not
-fit in 16 bits is cut off. uint8 x uint8 is added there in 32 bits, and takes as long (1024x384x1536 on AVX2: 16.4 ms,
-with int8 16.8). With VNNI nothing saturates, and int8 is faster.
+Those are x86 with AVX2 or AVX-512 and without VNNI: they add two products in 16 bits, and two of 8 bits may be as large
+as 2 * 255 * 127. Products of uint8 and uint8 are added in 32 bits there, and take as long (1024x384x1536 on AVX2:
+16.4 ms, with int8 16.8). With VNNI nothing saturates, and int8 is faster.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def _attention(op: Recorder, x: str, weight: str, bias: str, scale: str, weight_
 
 
 def _may_saturate(m: Match) -> bool:
-    """Whether it has int8 weights too large, and a stored scale.
+    """Whether its int8 weights may saturate, and its activations' scale is stored.
 
-    Of scales made at each run the ops' own products saturate too, and what they are compared with: quantize uses 7
-    bits there.
+    Dynamic scales are left alone: quantize uses weights of 7 bits for them on such CPUs.
     """
     if not all(value is None or value.is_constant for value in (m.weight, m.weight_zero)):
         return False
@@ -59,22 +58,23 @@ def _may_saturate(m: Match) -> bool:
 
 
 def _unsigned(op: Builder, m: Match) -> Value:
-    """The same products: weight and zero point are both 128 higher."""
+    """Weight and zero point are both 128 higher, so that the products stay the same."""
     weight, scales = op.graph.constant(m.weight), op.graph.constant(m.weight_scale)
     zero = op.graph.constant(m.weight_zero) if m.weight_zero is not None else None
     assert weight is not None and scales is not None  # stored, as in all forms
     zero = torch.zeros_like(scales, dtype=torch.int8) if zero is None else zero
-    operands = list(m.root.operands) + [None] * (_PLACES[m.root.kind] + 1 - len(m.root.operands))
-    for place, tensor in ((operands.index(m.weight), weight), (_PLACES[m.root.kind], zero)):
-        operands[place] = op.constant((tensor.short() + _OFFSET).to(torch.uint8))
+    zero_index = _ZERO_POINTS[m.root.kind]
+    operands = list(m.root.operands) + [None] * (zero_index + 1 - len(m.root.operands))
+    for index, tensor in ((operands.index(m.weight), weight), (zero_index, zero)):
+        operands[index] = op.constant((tensor.short() + _OFFSET).to(torch.uint8))
     return op.graph.emit(m.root, *operands, at=op.at)
 
 
-_PLACES = {
+_ZERO_POINTS = {
     "com.microsoft.MatMulIntegerToFloat": 5, "com.microsoft.QGemm": 5, "onnx.QLinearConv": 5,
     "com.microsoft.QLinearConv": 5, "com.microsoft.QAttention": 7,
 }  # fmt: skip
-"""Where the zero point of the weight stands among the operands."""
+"""By operator, the index of the weight's zero point among the operands."""
 
 _PATTERNS: dict[str, Callable[..., Pattern]] = {
     "unsigned-linear": _linear,
@@ -84,4 +84,4 @@ _PATTERNS: dict[str, Callable[..., Pattern]] = {
     "unsigned-attention": _attention,
 }
 RULES = tuple(Rule(name, pattern, _unsigned, check=_may_saturate) for name, pattern in _PATTERNS.items())
-"""Last: they read what every other rule has emitted."""
+"""The last stage: these rules match what all others have emitted."""

@@ -1,7 +1,8 @@
 """Int8 convolutions of few channels on onnxruntime: in a form that its fastest kernel takes.
 
-That kernel reads windows in place and rounds as it goes, but takes channels in multiples of 4 only. An image network's
-first convolution, with 3, falls to one that gathers its windows a pixel at a time, at a fifth of the speed.
+That kernel reads windows in place and rounds as it goes, but takes channels in multiples of 4 only. The first
+convolution of an image network has 3, and runs in another kernel, which copies its windows a pixel at a time first:
+it reaches a fifth of the speed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from graphopt.backends.onnxruntime import conv as onnxruntime_conv
+from graphopt.backends.onnxruntime import conv_int8
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder, Choice, Match
 
@@ -21,8 +22,8 @@ CHANNELS = 4
 FEWEST = 16
 
 
-def _is_shallow(m: Match) -> bool:
-    """Whether a convolution has too few channels for the kernel, and its columns can make up for that."""
+def _has_few_channels(m: Match) -> bool:
+    """Whether the channels are no multiple of CHANNELS, and channels of several columns together are one."""
     weight, x, y = m.weight.shape, m.x.shape, m.root.result.shape
     site = m.root.attributes
     if weight is None or x is None or y is None or len(weight) < 3 or site["groups"] != 1 or m.weight_scale.rank != 1:
@@ -37,17 +38,17 @@ def _is_shallow(m: Match) -> bool:
 
 
 def _together(channels: int, stride: int) -> int:
-    """Columns to take as channels: enough for the kernel, and whole steps of the stride."""
+    """How many neighbouring columns become channels: enough for the kernel, and whole steps of the stride."""
     return math.lcm(stride, CHANNELS // math.gcd(CHANNELS, channels))
 
 
 def _columns_as_channels(op: Builder, m: Match) -> Value:
-    """Channels last, neighbouring columns lie side by side: each few are read as one of many channels, and written so.
+    """With channels last, neighbouring columns lie side by side in memory: several are read as one with more channels.
 
-    The same sums: zeros fill the windows up. For 3 channels and a 7x7 window at stride 2, 1.7 times the multiplications
-    take half the time.
+    The sums stay the same: zeros fill the windows up. For 3 channels and a 7x7 window at stride 2, 1.7 times the
+    multiplications take half the time.
     """
-    weight, weight_scale, bias = onnxruntime_conv.stored_parameters(op, m)
+    weight, weight_scale, bias = conv_int8.stored_parameters(op, m)
     site, rank = dict(m.root.attributes), weight.dim()
     together, stride = _together(weight.shape[1], site["stride"][-1]), site["stride"][-1]
     several, before, after = columns_as_channels(weight, stride, site["padding"][rank - 3], together)
@@ -59,13 +60,13 @@ def _columns_as_channels(op: Builder, m: Match) -> Value:
     shape, result = m.x.shape, m.root.result.shape
     assert shape is not None and result is not None  # as checked
     rows, width = shape[2:-1], shape[-1]
-    x = onnxruntime_conv.channels_last(op, m.x, rank)
+    x = conv_int8.channels_last(op, m.x, rank)
     x = _reshape(op, x, rows, width // together, together * weight.shape[1])
     bias = bias if bias is None else bias.repeat(times)
     stored = op.constant(several), op.constant(weight_scale.repeat(times))
-    y = onnxruntime_conv.emit(op, m, "com.microsoft.QLinearConv", x, *stored, bias, site, channels_last=1)
+    y = conv_int8.emit(op, m, "com.microsoft.QLinearConv", x, *stored, bias, site, channels_last=1)
     y = _reshape(op, y, result[2:-1], width // stride, weight.shape[0])
-    return onnxruntime_conv.channels_first(op, y, rank)
+    return conv_int8.channels_first(op, y, rank)
 
 
 def _reshape(op: Builder, x: Value, rows: tuple[int | str, ...], *last: int) -> Value:
@@ -77,9 +78,9 @@ def _reshape(op: Builder, x: Value, rows: tuple[int | str, ...], *last: int) -> 
 def columns_as_channels(weight: Tensor, stride: int, before: int, together: int) -> tuple[Tensor, int, int]:
     """The weight of the same convolution, where `together` columns are read as channels, and together / stride written.
 
-    weight: (out, in, *rows, columns), whose first column lies `before` columns in front of the first output's place.
-    Returns (together / stride · out, together · in, *rows, columns of the new kind), and how many of those lie before
-    and behind the output's place; channels and outputs of one column stay side by side.
+    weight: (out, in, *rows, columns); `before` is its padding on the left. Returns a weight of the same dtype,
+    (together / stride * out, together * in, *rows, wide columns), and its padding on the left and on the right, in
+    wide columns; channels and outputs of one column stay side by side.
     """
     columns, each = weight.shape[-1], together // stride
     first = -(-before // together)
@@ -92,9 +93,9 @@ def columns_as_channels(weight: Tensor, stride: int, before: int, together: int)
     return split.flatten(2, 3).flatten(0, 1).contiguous(), first, last
 
 
-SHALLOW = Choice(
-    "shallow-conv",
-    onnxruntime_conv.pattern,
-    {"columns as channels": _columns_as_channels, "QLinearConv": onnxruntime_conv.qlinear_conv},
-    check=_is_shallow,
+FEW_CHANNELS = Choice(
+    "conv-of-few-channels",
+    conv_int8.pattern,
+    {"columns as channels": _columns_as_channels, "QLinearConv": conv_int8.qlinear_conv},
+    check=_has_few_channels,
 )

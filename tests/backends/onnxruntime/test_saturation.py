@@ -5,21 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphopt.backends.onnxruntime import (
-    attention as onnxruntime_attention,
-)
-from graphopt.backends.onnxruntime import (
-    conv as onnxruntime_conv,
-)
-from graphopt.backends.onnxruntime import (
-    linear as onnxruntime_linear,
-)
-from graphopt.backends.onnxruntime import (
-    linear_int8 as onnxruntime_linear_int8,
-)
-from graphopt.backends.onnxruntime import (
-    unsigned as onnxruntime_unsigned,
-)
+from graphopt.backends.onnxruntime import attention, conv_int8, linear_int8, saturation
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, rewrite
@@ -48,14 +34,14 @@ CHAIN = """
     j = quantize(b[24,6], S, Z)
     y = matmul(dequantize(i, S, Z), dequantize(j, S, Z))"""
 
-closing = onnxruntime_linear_int8.to_integers(onnxruntime_linear.Rows())
+closing = linear_int8.TO_INTEGERS
 CASES: dict[str, tuple[str, Choice, str, str]] = {
-    "MatMulIntegerToFloat": (LINEAR, onnxruntime_linear_int8.STATIC, "MatMulIntegerToFloat",
+    "MatMulIntegerToFloat": (LINEAR, linear_int8.STATIC, "MatMulIntegerToFloat",
                              "com.microsoft.MatMulIntegerToFloat"),
     "QGemm": (CLOSED, closing, "QGemm", "com.microsoft.QGemm"),
-    "QLinearConv": (CONV, onnxruntime_conv.SMALL, "QLinearConv", "onnx.QLinearConv"),
-    "one tall image": (CONV, onnxruntime_conv.SMALL, "one tall image", "com.microsoft.QLinearConv"),
-    "QAttention": (ATTENTION, onnxruntime_attention.Forms().choice(), "QAttention", "com.microsoft.QAttention"),
+    "QLinearConv": (CONV, conv_int8.SMALL, "QLinearConv", "onnx.QLinearConv"),
+    "one tall image": (CONV, conv_int8.SMALL, "one tall image", "com.microsoft.QLinearConv"),
+    "QAttention": (ATTENTION, attention.FORMS, "QAttention", "com.microsoft.QAttention"),
 }  # fmt: skip
 
 
@@ -106,7 +92,7 @@ def test_a_zero_point_of_weights_moves_with_them() -> None:
     operands = f"i, W[32,16]{WEIGHT}, S, V[16]:values(0.01,0.02), Z, N[16]:values(9):int8"
     graph = build("onnx", f"i = quantize(x[5,32], {X})\ny = com.microsoft.MatMulIntegerToFloat({operands})")
     feeds, low = extreme(graph), graph.clone()
-    rewrite(low, onnxruntime_unsigned.RULES)
+    rewrite(low, saturation.RULES)
     (node,) = low.sites("com.microsoft.MatMulIntegerToFloat")
     stored = [low.constant(node.operands[place]) for place in (1, 5)]  # type: ignore[arg-type]
     assert all(one is not None and one.dtype is torch.uint8 for one in stored)

@@ -10,18 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphopt.backends.onnxruntime import (
-    conv as onnxruntime_conv,
-)
-from graphopt.backends.onnxruntime import (
-    conv_shallow as onnxruntime_conv_shallow,
-)
-from graphopt.backends.onnxruntime import (
-    linear as onnxruntime_linear,
-)
-from graphopt.backends.onnxruntime import (
-    linear_int8 as onnxruntime_linear_int8,
-)
+from graphopt.backends.onnxruntime import conv_int8, linear_int8
+from graphopt.backends.onnxruntime.conv_int8_few_channels import FEW_CHANNELS, columns_as_channels
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
@@ -49,7 +39,7 @@ def test_columns_as_channels_is_the_same_convolution(
     weight = torch.randint(-9, 9, (5, channels, kernel, kernel), generator=generator).double()
     expected = F.conv2d(F.pad(x, (padding, 99, padding, padding)), weight, stride=stride)[..., : 12 // stride]
 
-    several, first, last = onnxruntime_conv_shallow.columns_as_channels(weight, stride, padding, together)
+    several, first, last = columns_as_channels(weight, stride, padding, together)
     assert several.shape[:3] == (together // stride * 5, together * channels, kernel)
     side_by_side = x.permute(0, 2, 3, 1).reshape(2, 8, 12 // together, -1).permute(0, 3, 1, 2)
     y = F.conv2d(F.pad(side_by_side, (first, last, padding, padding)), several, stride=(stride, 1))
@@ -57,7 +47,7 @@ def test_columns_as_channels_is_the_same_convolution(
     assert torch.equal(found, expected)
 
 
-def lowered(text: str, form: str, choice: Choice = onnxruntime_conv_shallow.SHALLOW) -> OnnxGraph:
+def lowered(text: str, form: str, choice: Choice = FEW_CHANNELS) -> OnnxGraph:
     """The graph with its convolutions in one form, and all else as the target lowers it."""
     graph = build("onnx", text).clone()
     (log,) = rewrite(graph, [choice.only(form)]).values()
@@ -88,7 +78,7 @@ def test_both_forms_give_the_same_integers(size: int, kernel: int, stride: int, 
     x = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     found = [
         ran(lowered(text, form), x, level)
-        for form in onnxruntime_conv_shallow.SHALLOW.forms
+        for form in FEW_CHANNELS.forms
         for level in ("disable", "all")
     ]
     assert found[0].float().std() > 20  # not all saturated
@@ -117,7 +107,7 @@ def test_the_engine_keeps_columns_as_channels(level: str, tmp_path: Path) -> Non
     ],
 )
 def test_other_convolutions_stay_as_they_are(text: str) -> None:
-    assert not onnxruntime_conv_shallow.SHALLOW.matches(build("onnx", text))
+    assert not FEW_CHANNELS.matches(build("onnx", text))
 
 
 def test_the_first_convolution_of_a_network_takes_its_columns_as_channels() -> None:
@@ -126,7 +116,7 @@ def test_the_first_convolution_of_a_network_takes_its_columns_as_channels() -> N
     graph = build("onnx", f"q = quantize(x[n,3,16,16], S[]:values(0.02), Z[]:values(114):uint8)\n{text}\n"
                           "y = max_pool(c, kernel=[3,3], stride=[2,2], padding=[1,1,1,1])")  # fmt: skip
     made, logs = OnnxRuntime().lower(graph)
-    assert logs["shallow-conv"].hits == 1 and logs["qlinear-conv"].hits == 0
+    assert logs["conv-of-few-channels"].hits == 1 and logs["qlinear-conv"].hits == 0
     assert isinstance(made, OnnxGraph) and made.outputs[0].shape == ("n", 16, 4, 4)
     feeds = {"x": torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))}
     (expected,) = graph.evaluate(feeds, graph.outputs)
@@ -167,9 +157,9 @@ def images(text: str) -> torch.Tensor:
 def test_several_images_as_one_give_the_same_integers(geometry: str) -> None:
     text = SMALL.format(**{**POINTWISE, **GEOMETRIES[geometry]})
     x = images(text)
-    expected = ran(lowered(text, "QLinearConv", onnxruntime_conv.SMALL), x, "disable")
+    expected = ran(lowered(text, "QLinearConv", conv_int8.SMALL), x, "disable")
     assert expected.float().std() > 10 and expected.shape[0] == 3
-    tall = lowered(text, "one tall image", onnxruntime_conv.SMALL)
+    tall = lowered(text, "one tall image", conv_int8.SMALL)
     for level in ("disable", "all"):
         assert torch.equal(ran(tall, x, level), expected)
     if geometry != "no batch axis that is open":
@@ -191,11 +181,11 @@ def test_small_images_of_one_and_three_axes(x: str, weight: str, space: str) -> 
         f"V[16]:values(0.01,0.02), T[]:values(0.2), U[]:values(100):uint8, {space}, groups=1)"
     )
     steps = images(text)
-    expected = ran(lowered(text, "QLinearConv", onnxruntime_conv.SMALL), steps, "disable")
+    expected = ran(lowered(text, "QLinearConv", conv_int8.SMALL), steps, "disable")
     assert expected.float().std() > 10
-    assert torch.equal(ran(lowered(text, "one tall image", onnxruntime_conv.SMALL), steps), expected)
+    assert torch.equal(ran(lowered(text, "one tall image", conv_int8.SMALL), steps), expected)
     if "padding=[0,0]" in space or "padding=[0,0,0,0,0,0]" in space:
-        product = ran(lowered(text, "QGemm", onnxruntime_conv.SMALL), steps)
+        product = ran(lowered(text, "QGemm", conv_int8.SMALL), steps)
         assert product.shape == expected.shape and (product.int() - expected.int()).abs().max() <= 1
 
 
@@ -206,12 +196,12 @@ def test_products_of_linears_do_not_count_as_convolutions() -> None:
         z = linear_int8(j, S, Z, N[8,16]:int8, O[8]:values(0.01))"""
     conv = SMALL.format(**{**POINTWISE, **GEOMETRIES["3x3"]}).replace("S[]:values(0.02), Z[]:values(114):uint8", "S, Z")
     pointwise = SMALL.format(**POINTWISE).replace("S[]:values(0.02), Z[]:values(114):uint8", "S, Z")
-    target, closing = OnnxRuntime(), onnxruntime_linear_int8.to_integers(onnxruntime_linear.Rows())
+    target, closing = OnnxRuntime(), linear_int8.TO_INTEGERS
     alone, three, one = (build("onnx", f"{linears}{more}") for more in
                          ("", f"\n{conv}\nreturn y, z", f"\n{pointwise}\nreturn y, z"))  # fmt: skip
     made, both = alone.clone(), one.clone()
     rewrite(made, [closing.only("QGemm")])
-    rewrite(both, [closing.only("QGemm"), onnxruntime_conv.SMALL.only("QGemm")])
+    rewrite(both, [closing.only("QGemm"), conv_int8.SMALL.only("QGemm")])
     target.check(alone, target.compile(target.lower(made)[0]))
     target.check(one, target.compile(target.lower(both)[0]))
     for without in (three, one):
@@ -223,9 +213,9 @@ def test_products_of_linears_do_not_count_as_convolutions() -> None:
 def test_a_pointwise_convolution_as_a_product(n: int | str) -> None:
     text = SMALL.format(**{**POINTWISE, "n": n})
     x = images(text)
-    expected = ran(lowered(text, "QLinearConv", onnxruntime_conv.SMALL), x, "disable")
+    expected = ran(lowered(text, "QLinearConv", conv_int8.SMALL), x, "disable")
     for level in ("disable", "all"):
-        found = ran(lowered(text, "QGemm", onnxruntime_conv.SMALL), x, level)
+        found = ran(lowered(text, "QGemm", conv_int8.SMALL), x, level)
         assert found.shape == expected.shape and (found.int() - expected.int()).abs().max() <= 1
         assert (found == expected).float().mean() > 0.99
 
@@ -240,7 +230,7 @@ def test_a_pointwise_convolution_as_a_product(n: int | str) -> None:
 @pytest.mark.parametrize("level", ["basic", "extended", "all"])
 def test_the_engine_keeps_the_form_of_small_images(form: str, kernels: list[str], level: str, tmp_path: Path) -> None:
     geometry = GEOMETRIES["3x3"] if form == "one tall image" else {}
-    graph = lowered(SMALL.format(**{**POINTWISE, **geometry}), form, onnxruntime_conv.SMALL)
+    graph = lowered(SMALL.format(**{**POINTWISE, **geometry}), form, conv_int8.SMALL)
     assert [node.op_type for node in dumped(graph, level, tmp_path)] == kernels
 
 
@@ -254,7 +244,7 @@ def test_the_engine_keeps_the_form_of_small_images(form: str, kernels: list[str]
     ],
 )
 def test_other_images_are_convolved_one_by_one(geometry: dict[str, int | str]) -> None:
-    assert not onnxruntime_conv.SMALL.matches(build("onnx", SMALL.format(**{**POINTWISE, **geometry})))
+    assert not conv_int8.SMALL.matches(build("onnx", SMALL.format(**{**POINTWISE, **geometry})))
 
 
 @pytest.mark.parametrize(
@@ -266,10 +256,10 @@ def test_other_images_are_convolved_one_by_one(geometry: dict[str, int | str]) -
         dict(s=8, p="1,0,0,0"),
     ],
 )
-def test_padding_beyond_the_reach_of_windows_fits_no_gap(geometry: dict[str, int | str]) -> None:
+def test_padding_beyond_a_window_fits_no_gap(geometry: dict[str, int | str]) -> None:
     graph = build("onnx", SMALL.format(**{**POINTWISE, **geometry}))
-    (log,) = rewrite(graph, [onnxruntime_conv.SMALL.only("one tall image")]).values()
-    assert list(log.declined.values()) == ["it is padded with more than its windows reach"]
+    (log,) = rewrite(graph, [conv_int8.SMALL.only("one tall image")]).values()
+    assert [decline.code for decline in log.declined.values()] == ["padding_beyond_window"]
 
 
 def test_transposes_between_small_convolutions_cancel_out(tmp_path: Path) -> None:
@@ -289,7 +279,7 @@ def test_transposes_between_small_convolutions_cancel_out(tmp_path: Path) -> Non
         pointwise = match.weight.shape[-1] == 1
         return "QLinearConv" if not pointwise else "one tall image" if match.x == read else "QGemm"
 
-    rewrite(graph, [onnxruntime_conv.SMALL.rule(form)])
+    rewrite(graph, [conv_int8.SMALL.rule(form)])
     made, _ = OnnxRuntime().lower(graph)
     assert isinstance(made, OnnxGraph)
     kernels = [node.op_type for node in dumped(made, "all", tmp_path)]

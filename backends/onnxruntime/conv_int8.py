@@ -1,7 +1,8 @@
-"""Int8 convolutions on onnxruntime: one image after the other, several as one, or as a product of matrices.
+"""Int8 convolutions on onnxruntime: one image after the other, several images as one, or a product of matrices.
 
-Its kernel takes a few pixels at a time, and reads all of the weights for them: 4 or 6 of a small image, more only where
-an image has more than 5 times that for each thread. Where multiplying is fast, reading takes longer.
+The kernel computes a few pixels at a time, and reads the whole weight for them: 4 or 6 pixels of a small image, more
+only where an image has more than 5 times as many for each thread. On a CPU that multiplies fast, a small image takes
+as long as the weight takes to be read.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.backends.onnxruntime import weights as onnxruntime_weights
-from graphopt.backends.onnxruntime.linear_int8 import quantized_gemm
+from graphopt.backends.onnxruntime.linear_int8 import bias_steps, quantized_gemm
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule, scalar
 
-MOST = 256
-"""Pixels of a result up to which other forms than the plain one are tried: of larger ones it takes enough at once."""
+SMALL_IMAGE = 256
+"""Pixels of a result up to which other forms than the plain one are tried."""
 
 
 def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
@@ -30,20 +29,24 @@ def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weig
 
 
 def stored_parameters(op: Builder, m: Match) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weight, its scales, and the bias in int32 steps of scale · weight_scale (ONNX QLinearConv)."""
+    """Weight (int8), its scales (float32), and the bias in `bias_steps`. Raises Declined where one is computed."""
     weight, scale, weight_scale = (op.graph.constant(one) for one in (m.weight, m.scale, m.weight_scale))
     if weight is None or scale is None or weight_scale is None:
-        raise Declined("its scales are not constant")
+        raise Declined("scales_computed")
     bias = op.graph.constant(m.bias) if m.bias is not None else None
     if m.bias is not None and bias is None:
-        raise Declined("its bias is computed by the graph")
-    return weight, weight_scale, None if bias is None else onnxruntime_weights.bias_steps(bias, scale, weight_scale)
+        raise Declined("bias_computed")
+    return weight, weight_scale, None if bias is None else bias_steps(bias, scale, weight_scale)
 
 
 def emit(
     op: Builder, m: Match, kind: str, x: Value, weight: Value, weight_scale: Value, bias: Tensor | None,
     site: Mapping[str, Any], **attributes: Any,
 ) -> Value:  # fmt: skip
+    """A QLinearConv with the scales and zero points of a match. site: attributes as a conv_int8 has them.
+
+    kind: onnx.QLinearConv, or com.microsoft.QLinearConv, which takes channels_last.
+    """
     scales = op.graph.constant(weight_scale)
     assert scales is not None  # as stored
     zero = op.constant(torch.zeros_like(scales, dtype=torch.int8))
@@ -55,6 +58,7 @@ def emit(
 
 
 def qlinear_conv(op: Builder, m: Match) -> Value:
+    """The plain form."""
     _, _, bias = stored_parameters(op, m)
     return emit(op, m, "onnx.QLinearConv", m.x, m.weight, m.weight_scale, bias, m.root.attributes)
 
@@ -71,43 +75,44 @@ def channels_first(op: Builder, y: Value, rank: int) -> Value:
 
 
 def _is_small(m: Match) -> bool:
-    """Whether an image is so small, and its size so far known, that several or a product may be faster."""
+    """Whether images are small, of known size, and several of them, or else pointwise: other forms may be faster."""
     x, y = m.x.shape, m.root.result.shape
     if x is None or y is None or len(x) < 3 or not isinstance(x[2], int) or m.root.attributes["groups"] != 1:
-        return False  # in groups there are few weights
+        return False  # a weight in groups is small
     sizes = [size for size in y[2:] if isinstance(size, int)]
-    return len(sizes) == len(y) - 2 and math.prod(sizes) <= MOST and (x[0] != 1 or _is_pointwise(m))
+    return len(sizes) == len(y) - 2 and math.prod(sizes) <= SMALL_IMAGE and (x[0] != 1 or _is_pointwise(m))
 
 
 def _is_pointwise(m: Match) -> bool:
-    """Whether each pixel of the result is of the one pixel of the input that is at its place."""
+    """Whether each pixel of the result depends on one pixel of the input, at the same place."""
     site, kernel = m.root.attributes, m.weight.shape[2:]
     return {*kernel, *site["stride"]} == {1} and not any(site["padding"])
 
 
-def _shape(m: Match) -> tuple[int, ...]:
-    """Of the result, as checked: its batch may have a name."""
+def _result_shape(m: Match) -> tuple[int, ...]:
+    """Known, as `_is_small` has checked; only the batch may have a name."""
     return tuple(m.root.result.shape or ())  # type: ignore[arg-type]
 
 
 def _one_tall_image(op: Builder, m: Match) -> Value:
-    """Several images below each other, as one. Rows of the zero point in between are the padding of both neighbours.
+    """Several images below each other as one, so that more pixels are computed for one reading of the weight.
 
-    The first axis of space is that of rows. A gap is as wide as the padding, and makes an image with its gap a whole
-    number of strides high; what is computed from gaps is cut off.
+    Between two images is a gap: rows of the zero point, which are the padding of both. A gap is as high as the padding
+    at least, and makes the height of an image with its gap a multiple of the stride. Rows that are computed at gaps are
+    cut off. Rows are the first spatial axis.
     """
     if m.x.shape[0] == 1:
-        raise Declined("there is one image")
+        raise Declined("one_image")
     weight, _, bias = stored_parameters(op, m)
-    site, rank, rows, (_, _, written, *_) = m.root.attributes, weight.dim(), m.x.shape[2], _shape(m)
-    stride, reach = site["stride"][0], (weight.shape[2] - 1) * site["dilation"][0]
+    site, rank, rows, (_, _, result_rows, *_) = m.root.attributes, weight.dim(), m.x.shape[2], _result_shape(m)
+    stride, window = site["stride"][0], (weight.shape[2] - 1) * site["dilation"][0]
     padding = list(site["padding"])
     top, bottom = padding[0], padding[rank - 2]
     gap = max(top, bottom)
     gap += -(rows + gap) % stride
-    if top > reach:
-        raise Declined("it is padded with more than its windows reach")
-    padding[rank - 2] = max(0, reach + 1 - stride - top)
+    if top > window:
+        raise Declined("padding_beyond_window", padding=top, window=window)
+    padding[rank - 2] = max(0, window + 1 - stride - top)
     each = (rows + gap) // stride
 
     x = channels_last(op, m.x, rank)
@@ -115,42 +120,27 @@ def _one_tall_image(op: Builder, m: Match) -> Value:
         around = [0] * 2 * rank
         around[rank + 1] = gap
         x = op.pad(x, padding=tuple(around), value=scalar(op.graph, m.zero_point))
-    rest = [0] * (rank - 2)  # of a reshape: as they are
+    rest = [0] * (rank - 2)  # a 0 tells Reshape to keep an axis
     x = op("onnx.Reshape", x, op.constant(torch.tensor([1, -1, *rest])))
     y = emit(op, m, "com.microsoft.QLinearConv", x, m.weight, m.weight_scale, bias,
              {**site, "padding": tuple(padding)}, channels_last=1)  # fmt: skip
     y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, each, *rest])))
-    if each > written:
-        y = op.slice(y, axis=1, start=0, end=written)
+    if each > result_rows:
+        y = op.slice(y, axis=1, start=0, end=result_rows)
     return channels_first(op, y, rank)
 
 
 def _product(op: Builder, m: Match) -> Value:
-    """Each pixel is a row: the kernel of products shares the outputs among threads, and reads each weight once."""
+    """Each pixel is a row of a matrix: QGemm divides the outputs among threads, and reads each weight once."""
     if not _is_pointwise(m):
-        raise Declined("its windows are more than a pixel")
+        raise Declined("window_of_pixels")
     weight, weight_scale, bias = stored_parameters(op, m)
     rank, (outputs, channels) = weight.dim(), weight.shape[:2]
     x = op("onnx.Reshape", channels_last(op, m.x, rank), op.constant(torch.tensor([-1, channels])))
     matrix = weight.reshape(outputs, channels)
     y = quantized_gemm(op, (x, m.scale, m.zero_point), matrix, weight_scale, bias, (m.y_scale, m.y_zero_point))
-    y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, *_shape(m)[2:], outputs])))
+    y = op("onnx.Reshape", y, op.constant(torch.tensor([-1, *_result_shape(m)[2:], outputs])))
     return channels_first(op, y, rank)
-
-
-def products(model: ir.Model) -> int:
-    """How many pointwise convolutions of a lowered model are products: their rows were channels that came first."""
-    return sum(node.op_type == "QGemm" and _reads_pixels(node) for node in model.graph)
-
-
-def _reads_pixels(node: ir.Node) -> bool:
-    reshape = node.inputs[0].producer() if node.inputs[0] is not None else None
-    source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
-    transpose = source.producer() if source is not None else None
-    if transpose is None or transpose.op_type != "Transpose":
-        return False
-    order = transpose.attributes["perm"].as_ints()
-    return list(order) == [0, *range(2, len(order)), 1]
 
 
 # --- padding -------------------------------------------------------------------------------------------------------

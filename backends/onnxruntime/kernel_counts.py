@@ -1,0 +1,97 @@
+"""Kernel counts: whether onnxruntime built as many kernels for integers as a folded graph promises."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from graphopt.backends.onnxruntime import weight_only
+from graphopt.backends.onnxruntime.qlinear import QLINEAR, qlinear_op, reads_uint8
+from graphopt.backends.onnxruntime.runner import OrtRunner
+from graphopt.errors import LoweringError
+from graphopt.ir.graph import Graph, Node
+from graphopt.lowering.backend import Runner
+
+INT8_KERNELS = {
+    "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits", "QAttention"),
+    "conv_int8": ("QLinearConv",),
+    "add_int8": ("QLinearAdd",),
+    **{op: (kernel,) for op, kernel in QLINEAR.items()},
+}
+"""The kernels that count as int8, by op."""
+
+WEIGHT_ONLY_KERNELS = {"linear": "MatMulNBits", "embedding": "GatherBlockQuantized"}
+"""By op, the kernel that reads its weight in integers."""
+
+
+def require_kernels(folded: Graph, runner: Runner) -> None:
+    """Raise LoweringError where the engine built fewer kernels for integers than `folded` promises."""
+    built = _as_promised(Counter(runner.kernels()), folded, runner)
+    promised = promised_int8(folded)
+    for op, kernels in INT8_KERNELS.items():
+        kinds = " and ".join(dict.fromkeys(site.kind for site in promised[op]))
+        _require(built, kinds, kernels, promised[op])
+    for op, kernel in WEIGHT_ONLY_KERNELS.items():
+        sites = [site for site in folded.sites(op) if weight_only.why_not(site) is None]
+        _require(built, f"weight-only {op}", (kernel,), sites)
+
+
+def promised_int8(folded: Graph) -> Mapping[str, Sequence[Node]]:
+    """The sites that are to have a kernel for integers, by op; matmuls with a float result share that of linears."""
+    found: dict[str, list[Node]] = defaultdict(list)
+    inside = [op for op in map(qlinear_op, folded.sites("quantize")) if op is not None]
+    for site in [*folded.sites("linear_int8", "conv_int8", "add_int8"), *inside]:
+        found[site.kind].append(site)
+    found["linear_int8"] += [site for site in folded.sites("matmul") if reads_uint8(site) and site not in inside]
+    return found
+
+
+def _as_promised(built: Counter[str], folded: Graph, runner: Runner) -> Counter[str]:
+    """Kernel counts by what was promised: one that computes several sites, or one of another op, counts as those."""
+    built["QAttention"] *= 3  # it holds the projections of query, key and value
+    if isinstance(runner, OrtRunner):
+        merged = _split_parts(runner.model) - sum(len(site.results) - 1 for site in folded.sites("onnx.Split"))
+        pointwise = pointwise_products(runner.model)
+        built["MatMulIntegerToFloat"] += merged
+        built["QGemm"] -= pointwise
+        built["QLinearConv"] += pointwise
+        built["GatherBlockQuantized"] += _gathers_of_integers(runner.model)
+    return built
+
+
+def _require(built: Mapping[str, int], what: str, kernels: Sequence[str], sites: Sequence[Node]) -> None:
+    count = sum(built.get(kernel, 0) for kernel in kernels)
+    if count < len(sites):
+        raise LoweringError(
+            f"{len(sites)} {what} were promised and onnxruntime built {count} int8 kernels "
+            f"({', '.join(kernels)}) among {', '.join(site.label for site in sites)}"
+        )
+
+
+def _split_parts(model: ir.Model) -> int:
+    """How many results its Split nodes have beyond one each: as many linears were merged into others."""
+    return sum(len(node.outputs) - 1 for node in model.graph if node.op_type == "Split")
+
+
+def pointwise_products(model: ir.Model) -> int:
+    """How many pointwise convolutions are products of matrices: their rows are pixels, with channels moved last."""
+    return sum(node.op_type == "QGemm" and _reads_pixels(node) for node in model.graph)
+
+
+def _reads_pixels(node: ir.Node) -> bool:
+    reshape = node.inputs[0].producer() if node.inputs[0] is not None else None
+    source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    transpose = source.producer() if source is not None else None
+    if transpose is None or transpose.op_type != "Transpose":
+        return False
+    order = transpose.attributes["perm"].as_ints()
+    return list(order) == [0, *range(2, len(order)), 1]
+
+
+def _gathers_of_integers(model: ir.Model) -> int:
+    """How many Gathers read rows of stored integers, in the place of GatherBlockQuantized."""
+    integers = (ir.DataType.INT8, ir.DataType.UINT8)
+    tables = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
+    return sum(one is not None and one.const_value is not None and one.const_value.dtype in integers for one in tables)

@@ -1,0 +1,37 @@
+"""Linears on onnxruntime that read one input: separate, or one product and a Split of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from graphopt.backends.onnxruntime.linear import linear
+from graphopt.backends.onnxruntime.linear_int8 import linear_int8
+from graphopt.ir.graph import Node, Value
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern
+from graphopt.lowering.merging import has_stored_bias, merge, merge_key
+
+
+def _merged(op: Builder, m: Match) -> Mapping[Value, Value]:
+    """Fewer calls, and a copy of the result."""
+    return merge([one.root for one in m.group], _split)
+
+
+def _split(product: Value, linears: Sequence[Node], widths: Sequence[int]) -> Sequence[Value]:
+    graph, sizes = linears[0].graph, linears[0].graph.add_constant(torch.tensor(widths))
+    return graph.emit_all("onnx.Split", product, sizes, at=linears[0], axis=-1, _outputs=len(widths))
+
+
+def _choice(name: str, pattern: Callable[..., Pattern]) -> Choice:
+    return Choice(
+        name,
+        pattern,
+        {"separate": None, "merged": _merged},
+        check=lambda m: m.weight.is_constant and has_stored_bias(m.root),
+        group_by=lambda m: merge_key(m.root),
+    )
+
+
+FLOAT = _choice("linears-on-one-input", linear)
+INT8 = _choice("int8-linears-on-one-input", linear_int8)

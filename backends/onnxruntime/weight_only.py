@@ -1,0 +1,177 @@
+"""Weight-only quantization on onnxruntime: linears by MatMulNBits, embeddings by GatherBlockQuantized.
+
+Both read packed integers in blocks along the last axis. A scale of each row, or of all, is repeated for each block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.dialects.onnx import export as onnx_export
+from graphopt.ir.decline import Decline, Declined
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.ops import OPS
+from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
+from graphopt.numerics.quantize import BLOCKS, pack
+
+LARGEST_BLOCK = 128
+"""Rows with one scale are cut into blocks of this: larger ones are no faster, and activations are rounded by block."""
+
+ACCURACY_LEVEL = 4
+"""Activations are rounded to int8 by block; without it, the kernel for 8 bits dequantizes the weight at each run."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix of integers (rows, columns) in the kernels' form."""
+
+    packed: Tensor
+    """uint8 (rows, blocks, bytes of one block), the last block filled up with zeros."""
+    scale: Tensor
+    """float32 (rows, blocks)."""
+    zero_point: Tensor | None
+    """uint8 (rows, bytes), packed like the integers; None: 2**(bits-1) in each block."""
+    bits: int
+    block: int
+
+
+def why_not(site: Node) -> Decline | None:
+    """Why a linear or embedding has no kernel that reads its weight in integers; None where it has one."""
+    producer = site.required("weight" if site.kind == "linear" else "table").producer
+    if producer is None or not is_stored(producer):
+        return Decline("weight_not_in_integers")
+    integers, scale = producer.required("x"), producer.required("scale")
+    axis, block = producer.attributes["axis"], producer.attributes["block"]
+    if integers.rank != 2 or integers.dtype not in (torch.int8, torch.uint8):
+        return Decline("weight_unsupported", rank=integers.rank, dtype=str(integers.dtype))
+    if block and (axis != 1 or block not in BLOCKS):
+        return Decline("blocks_unsupported", block=block, axis=axis)
+    if not block and axis == 1 and scale.rank == 1:
+        return Decline("scale_per_input")
+    if site.kind == "linear":
+        return _why_not_activations(site.input)
+    ids = site.required("ids").dtype
+    return None if ids in (torch.int32, torch.int64) else Decline("ids_unsupported", dtype=str(ids))
+
+
+def _why_not_activations(x: Value) -> Decline | None:
+    if x.producer is not None and x.producer.kind == "dequantize":
+        return Decline("activations_in_integers")  # the kernel would quantize them a second time
+    return None if x.dtype is torch.float32 else Decline("activations_not_float32", dtype=str(x.dtype))
+
+
+def is_stored(node: Node) -> bool:
+    """Whether a node is the dequantize of constants."""
+    return node.kind == "dequantize" and all(value is None or value.is_constant for value in node.operands)
+
+
+def _blocks(graph: Graph, node: Node, least_bits: int) -> Blocks:
+    """The matrix of a stored dequantize in the kernels' form, in `least_bits` or more."""
+    integers, scale, zero_point = (None if v is None else graph.constant(v) for v in (*node.operands, None)[:3])
+    assert integers is not None and scale is not None  # as stored
+    block = node.attributes["block"]
+    if zero_point is None and integers.dtype is torch.uint8:
+        zero_point = torch.zeros_like(scale, dtype=torch.uint8)
+    bits = next(size for size in (2, 4, 8) if size >= max(node.attributes["bits"], least_bits))
+    return in_blocks(integers, scale, zero_point, bits=bits, block=block)
+
+
+def in_blocks(
+    integers: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int = 8, block: int | None = None
+) -> Blocks:
+    """A matrix of integers (rows, columns) in the kernels' form.
+
+    scale, zero_point: (rows, blocks) of `block` columns each; without `block`, (rows,) or () for all.
+    """
+    if not block:
+        block = next((size for size in BLOCKS if size >= integers.shape[1]), LARGEST_BLOCK)
+        block = min(block, LARGEST_BLOCK)
+        count = -(-integers.shape[1] // block)
+        scale = scale.reshape(-1, 1).expand(integers.shape[0], count)
+        zero_point = None if zero_point is None else zero_point.reshape(-1, 1).expand(integers.shape[0], count)
+    filled = torch.nn.functional.pad(integers, (0, -integers.shape[1] % block))
+    packed = pack(filled.reshape(integers.shape[0], -1, block), bits)
+    return Blocks(packed, scale.contiguous(), None if zero_point is None else pack(zero_point, bits), bits, block)
+
+
+def _linear(
+    op: Recorder, x: str, q: str, scale: str, zero_point: str | None = None, bias: str | None = None
+) -> Pattern:
+    return op.linear(x, op.dequantize(q, scale, zero_point, bind="weight"), bias)
+
+
+def _table(op: Recorder, ids: str, q: str, scale: str, zero_point: str | None = None) -> Pattern:
+    return op.embedding(op.dequantize(q, scale, zero_point, bind="table"), ids)
+
+
+def _stored(op: Recorder, q: str, scale: str, zero_point: str | None = None) -> Pattern:
+    return op.dequantize(q, scale, zero_point)
+
+
+def _matmul_nbits(op: Builder, m: Match) -> Value:
+    """Weights stay packed in memory, and are unpacked in registers, where they are multiplied."""
+    _require_kernel(m.root)
+    out, into = (int(size) for size in m.weight.result.shape)
+    return emit_matmul_nbits(op, m.x, _blocks(op.graph, m.weight, least_bits=2), (out, into), m.bias)
+
+
+def emit_matmul_nbits(op: Builder, x: Value, weight: Blocks, shape: tuple[int, int], bias: Value | None) -> Value:
+    """MatMulNBits of a float input and a packed weight. shape: of the weight, (out, in)."""
+    sizes = {"N": shape[0], "K": shape[1], "bits": weight.bits, "block_size": weight.block}
+    operands = _constants(op, weight)
+    return op("com.microsoft.MatMulNBits", x, *operands, None, bias, **sizes, accuracy_level=ACCURACY_LEVEL)
+
+
+def _gather_integers(op: Builder, m: Match) -> Value:
+    """Only the rows that are asked for are dequantized; a Gather of a dequantized table needs all of them."""
+    _require_kernel(m.root)
+    found = _blocks(op.graph, m.table, least_bits=4)
+    rows, width = (int(size) for size in m.table.result.shape)
+    flat = found.packed.reshape(rows, -1)[:, : -(-width * found.bits // 8)]
+    packed, scale, zero_point = _constants(op, found, flat.contiguous())
+    where: dict[str, Any] = {"gather_axis": 0, "quantize_axis": 1, "block_size": found.block, "bits": found.bits}
+    return op("com.microsoft.GatherBlockQuantized", packed, m.ids, scale, zero_point, **where)
+
+
+def _gather_rows(op: Builder, m: Match) -> Value:
+    """Gather, and standard operators that dequantize its rows."""
+    _require_kernel(m.root)
+    rows = onnx_export.gathered(op.graph, m.root)
+    if rows is None:
+        raise Declined("rows_not_gathered")
+    return rows
+
+
+def _require_kernel(site: Node) -> None:
+    if (decline := why_not(site)) is not None:
+        raise Declined(decline)
+
+
+def _constants(op: Builder, found: Blocks, packed: Tensor | None = None) -> list[Value | None]:
+    tensors = (found.packed if packed is None else packed, found.scale, found.zero_point)
+    return [None if tensor is None else op.constant(tensor) for tensor in tensors]
+
+
+def _fold(op: Builder, m: Match) -> Value:
+    """The engine would dequantize a stored weight at each run: it does not fold a DequantizeLinear."""
+    tensors = [None if value is None else op.graph.constant(value) for value in m.root.operands]
+    return op.constant(OPS["dequantize"].reference(*tensors, **m.root.attributes))
+
+
+EMBEDDING = Choice(
+    "embedding-of-integers",
+    _table,
+    {"GatherBlockQuantized": _gather_integers, "Gather": _gather_rows},
+    check=lambda m: is_stored(m.table),
+    shared=True,
+)
+RULES = (
+    Rule("matmul-nbits", _linear, _matmul_nbits, shared=True, check=lambda m: is_stored(m.weight)),
+    EMBEDDING,
+)
+FOLDED = (Rule("float-weights", _stored, _fold, check=lambda m: is_stored(m.root)),)
+"""Behind all rules that read integers: what none of them has found a kernel for."""
