@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.signature import Signature
 from graphopt.capture.trace import DynamicAxes, Feeds, Traced, as_tensor, on_cpu, several, trace
 from graphopt.dialects.raising import raise_ops
-from graphopt.errors import CaptureError, GraphError, first_line
+from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.constants import fold_constants
 from graphopt.ir.graph import Graph, Value
@@ -44,6 +44,7 @@ class Captured:
     """An ONNX model as it was handed in, for timing; None of a module, whose input is the captured graph."""
 
 
+@outer_door(CaptureError, "the model cannot be captured")
 def capture(
     model: Any,
     dialect: str,
