@@ -8,7 +8,7 @@ from __future__ import annotations
 from graphopt.lowering.backend import Backend
 from graphopt.pipeline.registry import Registry
 
-TARGETS = Registry(
+TARGETS: Registry[Backend] = Registry(
     "graphopt.backends",
     "target",
     Backend,

@@ -114,4 +114,4 @@ def nearest(name: str, names: Sequence[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class where it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip() if lines else type(error).__name__

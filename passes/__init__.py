@@ -40,7 +40,7 @@ _BUILT_IN = {
     "fold-int8": "graphopt.passes.fold_int8:FoldInt8",
 }
 
-REGISTRY = Registry("graphopt.passes", "pass", Pass, _BUILT_IN)
+REGISTRY: Registry[Pass] = Registry("graphopt.passes", "pass", Pass, _BUILT_IN)
 """The class of each pass; `REGISTRY["quantize"]` imports it."""
 
 

@@ -23,47 +23,76 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a model takes, returns and consists of, as the passes see it."""
-    from graphopt.analysis.groups import groups
     from graphopt.capture.sources import capture
-    from graphopt.ir.cost import Cost
-    from graphopt.ir.ops import OPS
-    from graphopt.report import text
-    from graphopt.report.records import count_kinds
 
     require_file(model)
     captured = capture(model, "onnx")
-    graph, cost = captured.graph, Cost.of(captured.graph)
-    if show_groups:  # as prune finds them, behind simplify
-        found = groups(_simplified(captured))
-        if as_json:
-            keys = "name", "kind", "size", "locked"
-            print_json([{key: getattr(group, key) for key in keys} for group in found])
-        else:
-            typer.echo(text.groups(found))
-        return
-    kinds = count_kinds(graph.nodes)
-    ops = {kind: number for kind, number in kinds.items() if kind in OPS}
-    opaque = {kind: number for kind, number in kinds.items() if kind not in OPS}
+    if show_groups:
+        _show_groups(captured, as_json)
+    elif as_json:
+        _print_facts(captured, full)
+    else:
+        _show_facts(captured, full)
+
+
+def _show_groups(captured: Captured, as_json: bool) -> None:
+    """The groups as prune finds them: after simplify."""
+    from graphopt.analysis.groups import groups
+    from graphopt.passes import REGISTRY
+    from graphopt.pipeline.context import Context
+    from graphopt.pipeline.text import parse
+    from graphopt.report import text
+
+    simplified = parse("simplify", REGISTRY).apply(captured.graph, Context(feeds=captured.feeds))
+    found = groups(simplified)
     if as_json:
-        facts: dict[str, Any] = {
-            "inputs": {value.name: _type_text(value) for value in graph.inputs},
-            "outputs": {value.name: _type_text(value) for value in graph.outputs},
-            "ops": ops,
-            "opaque": opaque,
-            "parameters": cost.parameters,
-            "bytes": cost.bytes,
-            "flops": cost.flops,
-            "notes": captured.notes,
-        }
-        print_json(facts | ({"listing": graph.text().splitlines()} if full else {}))
-        return
+        keys = "name", "kind", "size", "locked"
+        print_json([{key: getattr(group, key) for key in keys} for group in found])
+    else:
+        typer.echo(text.groups(found))
+
+
+def _print_facts(captured: Captured, full: bool) -> None:
+    from graphopt.ir.cost import Cost
+
+    graph, cost = captured.graph, Cost.of(captured.graph)
+    ops, opaque = _kinds(graph)
+    facts: dict[str, Any] = {
+        "inputs": {value.name: _type_text(value) for value in graph.inputs},
+        "outputs": {value.name: _type_text(value) for value in graph.outputs},
+        "ops": ops,
+        "opaque": opaque,
+        "parameters": cost.parameters,
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "notes": captured.notes,
+    }
+    print_json(facts | ({"listing": graph.text().splitlines()} if full else {}))
+
+
+def _show_facts(captured: Captured, full: bool) -> None:
+    from graphopt.ir.cost import Cost
+    from graphopt.report import text
+
+    graph, cost = captured.graph, Cost.of(captured.graph)
+    ops, opaque = _kinds(graph)
     lines = [f"input    {value.name} {_type_text(value)}" for value in graph.inputs]
     lines += [f"output   {value.name} {_type_text(value)}" for value in graph.outputs]
     lines.append(f"weights  {text.count(cost.parameters)} parameters, {text.size(cost.bytes)}")
     lines += [] if cost.flops is None else [f"FLOPs    {text.count(cost.flops)}"]
-    lines += [f"ops    {text.counts(ops) or 'none'}", f"opaque   {text.counts(opaque) or 'none'}"]
+    lines += [f"ops      {text.counts(ops) or 'none'}", f"opaque   {text.counts(opaque) or 'none'}"]
     lines += [f"note     {note}" for note in captured.notes]
     typer.echo("\n".join(lines + ([f"\n{graph.text()}"] if full else [])))
+
+
+def _kinds(graph: Graph) -> tuple[dict[str, int], dict[str, int]]:
+    """How many nodes there are of each op, and of each kind that is no op."""
+    from graphopt.ir.ops import OPS
+    from graphopt.report.records import count_kinds
+
+    kinds = count_kinds(graph.nodes)
+    opaque = {kind: number for kind, number in kinds.items() if kind not in OPS}
+    return {kind: number for kind, number in kinds.items() if kind in OPS}, opaque
 
 
 def diff(
@@ -85,14 +114,6 @@ def diff(
         show(terminal.diff(found, context))
     else:
         typer.echo(found.text(context))
-
-
-def _simplified(captured: Captured) -> Graph:
-    from graphopt.passes import REGISTRY
-    from graphopt.pipeline.context import Context
-    from graphopt.pipeline.text import parse
-
-    return parse("simplify", REGISTRY).apply(captured.graph, Context(feeds=captured.feeds))
 
 
 def _type_text(value: Value) -> str:

@@ -11,7 +11,7 @@ import typer
 from graphopt.cli.options import CalibrationSteps, Cpu, Json, Measure, Passes, Target, Threads
 from graphopt.cli.printing import print_json, show
 from graphopt.cli.reading import arrays, require_file, require_writable
-from graphopt.errors import UsageError
+from graphopt.errors import GraphError, UsageError, outer_door
 
 
 def optimize(
@@ -68,7 +68,8 @@ def optimize(
     )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if report is not None:
-        html.write(report, small.report, small.diff(), f"{model.name} by graphopt")
+        with outer_door(GraphError, f"{report} cannot be written"):
+            html.write(report, small.report, small.diff(), f"{model.name} by graphopt")
         written.append(report)
     if as_json:
         print_json(small.report.to_dict() | {"written": [str(path) for path in written]})

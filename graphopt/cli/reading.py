@@ -1,4 +1,4 @@
-"""What the user named on the command line: files are looked at before anything heavy is imported."""
+"""What the user named on the command line: are the files there, can the others be written, what do they hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import UsageError
+from graphopt.errors import LoweringError, UsageError, outer_door
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def require_file(path: Path) -> None:
-
+    """Raise UsageError where there is no such file."""
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
 
 
 def require_writable(model: Path, output: Path | None, report: Path | None) -> None:
-    """What is written is no folder, nor the model, nor a file of its weights, nor written twice."""
+    """Raise UsageError where a file to write is a folder, the model, a file of its weights, or written twice."""
     from graphopt.dialects.onnx.load import external_files
 
     files = [] if output is None else [output, *(output.with_name(output.name + end) for end in (".json", ".data"))]
@@ -44,6 +44,7 @@ def require_writable(model: Path, output: Path | None, report: Path | None) -> N
 
 
 def graph_of(path: Path) -> Graph:
+    """The captured graph of an ONNX file."""
     from graphopt.capture.sources import capture
 
     require_file(path)
@@ -51,23 +52,25 @@ def graph_of(path: Path) -> Graph:
 
 
 def session_of(path: Path, threads: int | None) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
-    """The file as it is, in ONNX Runtime at its default options."""
+    """The file as it is, in ONNX Runtime at its default options. Raises LoweringError where that does not load it."""
     from graphopt.dialects.onnx import run as onnx_run
     from graphopt.dialects.onnx.load import read_model
 
-    session = onnx_run.session(read_model(path), level="all", threads=threads)
+    with outer_door(LoweringError, f"onnxruntime cannot load {path}"):
+        session = onnx_run.session(read_model(path), level="all", threads=threads)
     return partial(onnx_run.run, session)
 
 
 def arrays(path: Path) -> dict[str, Any]:
-    """The arrays of an .npz file. Pickled objects are refused: they can run code."""
+    """The arrays of an .npz file. Raises UsageError for another file, and for pickled objects, which can run code."""
     import zipfile
 
     import numpy as np
 
     require_file(path)
-    try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path} is not an .npz file of plain arrays: {error}") from error
+    with (
+        outer_door(UsageError, f"{path} is not an .npz file of plain arrays"),
+        zipfile.ZipFile(path),  # which refuses what np.load reads besides: .npy, and pickles
+        np.load(path, allow_pickle=False) as archive,
+    ):
+        return {name: archive[name] for name in archive.files}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.errors import UsageError
+from graphopt.errors import LoweringError, UsageError, outer_door
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,17 +30,21 @@ def reproduce(
 
     if not (folder / "pass.json").is_file():
         raise UsageError(f"{folder} is no reproducer: it has no pass.json")
-    account = json.loads((folder / "pass.json").read_text(encoding="utf-8"))
-    graph = _load_graph(folder / f"graph.{account['dialect']}", account["dialect"])
-    feeds, batches = _saved_feeds(folder / "feeds"), _saved_feeds(folder / "calibration")
-    context = Context(
-        target=target(account["target"]) if account["target"] else AnyTarget(),
-        feeds=feeds,
-        calibration=Calibration(batches, graph.inputs) if batches else None,
-        instruments=[Verify(), Agree(graph, feeds)],
-    )
-    parse(account["pass"], REGISTRY).apply(graph, context)
-    typer.echo(f"{account['pass']} runs without an error now")
+    with outer_door(UsageError, f"{folder} is a damaged reproducer"):
+        failed = json.loads((folder / "pass.json").read_text(encoding="utf-8"))
+        graph = _load_graph(folder / f"graph.{failed['dialect']}", failed["dialect"])
+        feeds, batches = _saved_feeds(folder / "feeds"), _saved_feeds(folder / "calibration")
+        backend = target(failed["target"]) if failed["target"] else AnyTarget()
+        pipeline = parse(failed["pass"], REGISTRY)
+    with outer_door(LoweringError, f"the graph in {folder} does not run"):
+        context = Context(
+            target=backend,
+            feeds=feeds,
+            calibration=Calibration(batches, graph.inputs) if batches else None,
+            instruments=[Verify(), Agree(graph, feeds)],
+        )
+        pipeline.apply(graph, context)
+    typer.echo(f"{failed['pass']} runs without an error now")
 
 
 def _load_graph(path: Path, dialect: str) -> Graph:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from graphopt.cli.options import Json, Model, Passes, Threads
 from graphopt.cli.printing import print_json
 from graphopt.cli.reading import arrays, graph_of, require_file, session_of
-from graphopt.errors import UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from graphopt.errors import LoweringError, UsageError, outer_door
 
 
 def bench(
@@ -36,6 +33,7 @@ def bench(
     from graphopt.measure.machine import environment, header
     from graphopt.measure.timing import paired
     from graphopt.report.records import BenchResult, plain
+    from graphopt.result import shapes_text
 
     for path in filter(None, (model, other)):
         require_file(path)
@@ -47,31 +45,28 @@ def bench(
         feeds, _ = captured.signature.bind((arrays(inputs),), {})
     elif not feeds:
         raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
-    baseline = session_of(model, threads)
-    candidate: Callable[[Mapping[str, Tensor]], list[Tensor]]
+    first = session_of(model, threads)
     if other is None:
-        candidate, name = run(model, passes, threads=threads).runner, "optimized"
+        second, name = run(model, passes, threads=threads).runner, "optimized"
     else:
-        candidate, name = session_of(other, threads), other.name if other.name != model.name else str(other)
-        names = {value.name for value in graph_of(other).inputs}
-        if names != set(feeds):
-            raise UsageError(f"the models take different inputs: {', '.join(feeds)} and {', '.join(sorted(names))}")
-    ratios = paired(
-        {
-            model.name: lambda: baseline(feeds),
-            name: lambda: candidate(feeds),
-            "control": lambda: baseline(feeds),
-        },
-        baseline=model.name,
-        rounds=rounds,
-    )
-    shapes = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in feeds.items())
+        _require_inputs(other, set(feeds))
+        second, name = session_of(other, threads), other.name if other.name != model.name else str(other)
+    calls = {model.name: first, name: second, "control": first}
+    with outer_door(LoweringError, f"{shapes_text(feeds)}: one of the models does not run on that"):
+        ratios = paired({key: partial(call, feeds) for key, call in calls.items()}, baseline=model.name, rounds=rounds)
     row = {key: ratios[key] for key in (name, "control")}
     machine = environment()
     if as_json:
-        print_json(plain({"environment": machine, "inputs": shapes, "ratios": row}))
+        print_json(plain({"environment": machine, "inputs": shapes_text(feeds), "ratios": row}))
     else:
-        typer.echo(str(BenchResult(header(machine, threads or int(machine["cores"])), [(shapes, row)])))
+        typer.echo(str(BenchResult(header(machine, threads or int(machine["cores"])), [(shapes_text(feeds), row)])))
+
+
+def _require_inputs(path: Path, names: set[str]) -> None:
+    """Raise UsageError where a model takes other inputs."""
+    takes = {value.name for value in graph_of(path).inputs}
+    if takes != names:
+        raise UsageError(f"the models take different inputs: {', '.join(sorted(names))} and {', '.join(sorted(takes))}")
 
 
 def cache(

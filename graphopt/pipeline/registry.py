@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from graphopt.errors import UsageError, nearest, outer_door
 
@@ -25,7 +25,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     A name of graphopt's own always stands for graphopt's class; where a package registers it too, a warning says so.
     """
 
-    def __init__(self, group: str, kind: str, base: type[T], built_in: Mapping[str, str]) -> None:
+    def __init__(self, group: str, kind: str, base: type[Any], built_in: Mapping[str, str]) -> None:
         """group: of the entry points. kind: what one is called in messages. base: what a class must derive from.
 
         built_in: "module:class" by name.

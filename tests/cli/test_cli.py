@@ -224,7 +224,7 @@ def test_inspect(model: Path) -> None:
     shown = done("inspect", model).splitlines()
     assert shown[:2] == ["input    x [batch, 16] float32", "output   y [batch, 4] float32"]
     assert "weights  672 parameters, 2.69 kB" in shown
-    assert "ops    linear 2, relu 1" in shown and "opaque   none" in shown
+    assert "ops      linear 2, relu 1" in shown and "opaque   none" in shown
     assert "return %2[batch,4]" in done("inspect", model, "--full").splitlines()
 
 
@@ -330,11 +330,17 @@ def test_targets() -> None:
     assert "onnxruntime  (onnx)" in done("targets")
 
 
-def test_a_target_whose_engine_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt import backends
+def test_a_target_whose_engine_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.backends import TARGETS
 
-    monkeypatch.setitem(backends.TARGETS, "absent", ("graphopt.backends.absent", "Absent"))
-    assert "absent  (not installed: No module named 'graphopt.backends.absent')" in done("targets")
+    monkeypatch.setitem(TARGETS.built_in, "absent", "graphopt.backends.absent:Absent")  # type: ignore[arg-type]
+    assert (
+        "absent  (broken: target 'absent' cannot be imported: ModuleNotFoundError: No module named "
+        "'graphopt.backends.absent')"
+    ) in done("targets")
+    assert refused(2, "optimize", write_model(tmp_path / "m.onnx"), "--dry-run", "--target", "absent").startswith(
+        "target 'absent' cannot be imported"
+    )
 
 
 def test_reproduce_refuses_another_folder(tmp_path: Path) -> None:
