@@ -51,7 +51,7 @@ def outer_door(kind: Callable[[str], GraphoptError], doing: str | Callable[[], s
     """Let nothing but a GraphoptError out of a public function: use it as a `with` block, or as a decorator.
 
     kind: the class that other exceptions (of onnx, torch.export, an engine, the file system) become. They stay the
-    `__cause__`, and their first line ends the message. doing: what failed, and what to do; a function where that text
+    `__cause__`, and their text ends the message. doing: what failed, and what to do; a function where that text
     takes work. A GraphoptError passes unchanged, and so does what is no Exception, such as KeyboardInterrupt.
 
     The user's own code (calibration batches, `evaluate`, `loss`) has a door of its own, `user_code`.
@@ -93,14 +93,13 @@ def user_batches(what: str, batches: Iterable[T]) -> Iterator[T]:
 
 
 def described(error: BaseException) -> str:
-    """An exception of another library in one line: its class, the beginning of its message, the file it is about."""
-    message = first_line(error)
+    """An exception of another library in one line: its class, and the beginning of its message."""
+    message = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f" ({error.filename})" if error.filename else "")
     if len(message) > LONGEST:
         message = message[:LONGEST].rstrip() + " ..."
-    name = type(error).__name__
-    return message if message == name else f"{name}: {message}"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

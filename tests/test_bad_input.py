@@ -436,7 +436,7 @@ def test_a_full_disk_leaves_what_was_there(step: str, tmp_path: Path, monkeypatc
             full()
 
         monkeypatch.setattr(onnx_ir, "save", half)
-    with pytest.raises(GraphError, match="out.onnx cannot be written: OSError: No space left"):
+    with pytest.raises(GraphError, match=r"out\.onnx cannot be written: OSError: No space left"):
         result.export(path, external_data=step == "data")
     monkeypatch.undo()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -18,7 +18,7 @@ TARGETS = {"onnx": "onnxruntime", "fx": "torch-cpu"}
 PRUNE, QUANTIZE = "prune{neurons=0.25}", "quantize{scheme=static smooth=false}"
 
 
-@pytest.fixture(scope="module", params=TARGETS.values(), ids=TARGETS)
+@pytest.fixture(scope="module", params=list(TARGETS.values()), ids=list(TARGETS))
 def pruned(request: pytest.FixtureRequest) -> Optimized:
     options: dict[str, Any] = {"target": request.param, "calibration": [INPUTS]}
     return graphopt.optimize(seeded(Encoder), PRUNE, example_inputs=INPUTS, **options)

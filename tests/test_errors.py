@@ -44,9 +44,9 @@ def test_the_family() -> None:
 
 
 def test_a_door_chains_what_is_not_graphopts() -> None:
-    with pytest.raises(LoweringError, match="a.onnx cannot be lowered: KeyError: 'w'") as caught:
-        with outer_door(LoweringError, "a.onnx cannot be lowered"):
-            raise KeyError("w")
+    message = "it cannot be lowered: KeyError: 'w'"
+    with pytest.raises(LoweringError, match=message) as caught, outer_door(LoweringError, "it cannot be lowered"):
+        raise KeyError("w")
     assert isinstance(caught.value.__cause__, KeyError)
 
 
@@ -91,6 +91,7 @@ def test_code_of_the_user_is_named() -> None:
 def test_one_line_of_an_error() -> None:
     assert first_line(ValueError("\n first \nsecond")) == "first"
     assert first_line(ValueError()) == described(ValueError()) == "ValueError"
+    assert described(RuntimeError("the engine\n  says no")) == "RuntimeError: the engine says no"
     assert described(RuntimeError("x" * 1000)) == "RuntimeError: " + "x" * LONGEST + " ..."
     assert nearest("quantise", ["quantize", "prune"]) == "; did you mean 'quantize'?"
     assert nearest("zzz", ["b", "a"]) == "; there are a, b"
@@ -149,7 +150,7 @@ class FailsLate(nn.Module):
 
 
 def test_capture(tmp_path: Path) -> None:
-    with pytest.raises(CaptureError, match="FailsLate fails on the example inputs .*FileNotFoundError: no table"):
+    with pytest.raises(CaptureError, match=r"FailsLate fails on the example inputs .*FileNotFoundError: no table"):
         capture(FailsLate(), "fx", example_inputs=X)
     with pytest.raises(CaptureError, match="there is no file"):
         capture(tmp_path, "onnx")
@@ -265,7 +266,7 @@ def mutated(content: bytes) -> st.SearchStrategy[bytes]:
 def without_weights() -> bytes:
     """A model that is structure more than weights, so that changes hit something."""
     weight = torch.eye(2)
-    return model(TEXT.replace("8", "2"), {"W": weight}).SerializeToString()
+    return bytes(model(TEXT.replace("8", "2"), {"W": weight}).SerializeToString())
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -283,8 +284,8 @@ def test_a_damaged_file_raises_a_graphopt_error_or_is_optimized(content: bytes, 
 
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.text(max_size=5), st.binary(max_size=5),
-    st.just(X), st.just(X.numpy()), st.lists(st.integers(0, 2), max_size=2), st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
-    st.just(nn.ReLU()), st.just(len),
+    st.just(X), st.just(X.numpy()), st.just(nn.ReLU()), st.just(len), st.lists(st.integers(0, 2), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
 )  # fmt: skip
 OPTIONS = [
     "passes", "target", "example_inputs", "dynamic_shapes", "calibration", "calibration_steps", "loss", "evaluate",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,9 @@ from graphopt.cli.options import Json, Model, Passes, Threads
 from graphopt.cli.printing import print_json
 from graphopt.cli.reading import arrays, graph_of, require_file, session_of
 from graphopt.errors import LoweringError, UsageError, outer_door
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def bench(
@@ -46,6 +50,7 @@ def bench(
     elif not feeds:
         raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
     first = session_of(model, threads)
+    second: Callable[[Mapping[str, Tensor]], list[Tensor]]
     if other is None:
         second, name = run(model, passes, threads=threads).runner, "optimized"
     else:

@@ -333,7 +333,7 @@ def test_targets() -> None:
 def test_a_target_whose_engine_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graphopt.backends import TARGETS
 
-    monkeypatch.setitem(TARGETS.built_in, "absent", "graphopt.backends.absent:Absent")  # type: ignore[arg-type]
+    monkeypatch.setitem(TARGETS.built_in, "absent", "graphopt.backends.absent:Absent")
     assert (
         "absent  (broken: target 'absent' cannot be imported: ModuleNotFoundError: No module named "
         "'graphopt.backends.absent')"

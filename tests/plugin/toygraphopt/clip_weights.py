@@ -23,7 +23,7 @@ class ClipWeights(Pass):
 
     limit: Annotated[float, Range(0, open_low=True)] = 1.0
     """Largest magnitude of a weight."""
-    targets: Selector = Selector("linear")
+    targets: Selector = Selector("linear")  # noqa: RUF009
     """Ops, module paths or patterns."""
 
     def run(self, graph: Graph, context: Context) -> None:
