@@ -154,7 +154,7 @@ def test_capture(tmp_path: Path) -> None:
         capture(FailsLate(), "fx", example_inputs=X)
     with pytest.raises(CaptureError, match="there is no file"):
         capture(tmp_path, "onnx")
-    with pytest.raises(CaptureError, match="the model cannot be captured: AttributeError"):
+    with pytest.raises(CaptureError, match="the Linear cannot be captured: AttributeError"):
         capture(nn.Linear(8, 8), "fx", example_inputs=X, dynamic_shapes=3)  # type: ignore[arg-type]
 
 
