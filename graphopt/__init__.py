@@ -1,7 +1,7 @@
 """graphopt: a small compiler for shrinking neural networks.
 
 `graphopt.optimize(model, passes=[...])` is the one call; `graphopt.passes` holds the passes, `graphopt.backends` the
-targets. Names here are imported when first used, so that `import graphopt` costs nothing.
+targets. Names here are imported when first used, so that `import graphopt` imports neither torch nor an engine.
 """
 
 from __future__ import annotations
@@ -12,23 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.api import optimize
-    from graphopt.capture.sources import CaptureError
     from graphopt.comparing import compare
-    from graphopt.errors import GraphError, PassError, UsageError
+    from graphopt.errors import CaptureError, GraphError, GraphoptError, LoweringError, PassError, UsageError
     from graphopt.result import Optimized
     from graphopt.sensitivities import sensitivity
 
-# From 1.29 on onnxruntime reports its sessions to its maker, with names and hashes of models; it looks here once, when
-# it is imported.
+# From 1.29 on, onnxruntime reports its sessions to Microsoft, with names and hashes of models. It reads this variable
+# once, when it is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or "1"
 
 __version__ = "0.1.0"
 __all__ = [
-    "CaptureError", "GraphError", "Optimized", "PassError", "UsageError", "__version__", "compare", "optimize",
-    "sensitivity",
+    "CaptureError", "GraphError", "GraphoptError", "LoweringError", "Optimized", "PassError", "UsageError",
+    "__version__", "compare", "optimize", "sensitivity",
 ]  # fmt: skip
 
-_HOMES = {
+_MODULES = {  # where each public name is defined
     "CaptureError": "errors",
     "GraphError": "errors",
     "GraphoptError": "errors",
@@ -43,8 +42,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
-    found = getattr(import_module(f"graphopt.{_HOMES[name]}"), name)
+    found = getattr(import_module(f"graphopt.{_MODULES[name]}"), name)
     globals()[name] = found
     return found

@@ -8,16 +8,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from graphopt.capture.sources import capture
-from graphopt.errors import UsageError
+from graphopt.backends import target as target_of
+from graphopt.capture.sources import Captured, capture
+from graphopt.capture.trace import several
+from graphopt.errors import CaptureError, LoweringError, UsageError, outer_door, user_code
 from graphopt.lowering.backend import Backend
+from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Loss
 from graphopt.pipeline.instruments import Instrument
 from graphopt.pipeline.loss import cross_entropy
 from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.runner import Pipeline
+from graphopt.pipeline.text import parse
 from graphopt.result import Optimized
-from graphopt.run import Run, whole_pipeline
+from graphopt.run import Run
 
 
 def optimize(
@@ -40,49 +45,133 @@ def optimize(
 ) -> Optimized:
     """Make a model smaller and faster on a target.
 
-    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx or
-    .pt2; it is not changed. passes: as text or objects; None only simplifies and lowers, which loses nothing.
+    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx or
+    .pt2, or what an earlier call returned (below); it is not changed. passes: as text or objects; None only simplifies
+    and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
     example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; needed for
     modules. dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
-    calibration: any iterable of batches, for passes that look at activations. loss: (what the model returns, the
-    batch) -> one number, for passes that follow gradients; None is the cross-entropy to the labels in the batches.
-    evaluate: (a model that is called like the original) -> how good it is, more is better, for goals in that measure.
+    cache: capture the decode step of a language model, with its key-value cache.
+    calibration: any iterable of batches, for passes that read activations; calibration_steps: most batches to use.
+    loss: (what the model returns, the batch) -> one number, for passes that follow gradients; None is the
+    cross-entropy to the labels in the batches. evaluate: (a model that is called like the original) -> how good it is,
+    more is better, for goals in that measure.
     threads: of the engine, None for its default.
     agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
-    that is not run at all unless asked, or calibrated, and then a section of its layers at a time; its weights are read
-    one by one: memory holds a few copies of the largest.
-    measure: time the forms that a pattern may take at the example inputs, and the result against the input: what makes
-    it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given: the CPU that
-    the result is for, where it is another one (avx2, avx512, avx512_vnni). Unmeasured, forms have a fixed order.
+    that is run only where agree=True or calibration asks for it, and then in sections of its layers; its weights are
+    read one by one, and memory holds a few copies of the largest.
+    measure: time the forms that a pattern may take at the example inputs, and the result against the input; what makes
+    it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given. Without
+    measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
+    (avx2, avx512, avx512_vnni).
     instruments: further watchers of the pipeline, such as Dump or Progress.
 
+    An `Optimized` goes on where it stands: its transformed graph is what comes in, with its signature and, unless
+    others are given, its example inputs. `optimize(optimize(m, "prune{...}"), "quantize")` does what
+    `optimize(m, "prune{...},quantize")` does; the passes of all calls together must be in the order of the stages. The
+    target may be another one of the same dialect. Figures of the report are against the model of this call.
+
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
-    LoweringError when the engine builds less than promised, or the lowered graph computes something else.
+    LoweringError when the engine builds less than promised, or the lowered graph computes something else; nothing but
+    a GraphoptError. An exception of the user's own code (calibration batches, loss, evaluate) becomes a UsageError that
+    names it, with the exception as its `__cause__`.
     """
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise UsageError(f"threads is {threads!r}; give a whole number, at least 1")
-    backend = _target(target, cpu)
-    backend.accept(model, example_inputs)
-    measures = _measures(measure, backend)
-    pipeline = whole_pipeline(passes, backend)
+    earlier = model.applied if isinstance(model, Optimized) else ()
+    with outer_door(UsageError, "optimize cannot use its arguments"):
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise UsageError(f"threads is {threads!r}; give a whole number, at least 1")
+        backend = target_of(target, cpu)
+        backend.accept(model, example_inputs)
+        measures = _measures(measure, backend)
+        pipeline = whole_pipeline(passes, backend, earlier)
     with _few_collections():
-        captured = capture(
-            model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
-            run=agree or None,
-        )  # fmt: skip
-        data = None
-        if calibration is not None:
-            data = Calibration(calibration, captured.graph.inputs, calibration_steps, instruments)
-        if measure and not captured.feeds:
-            raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
-        job = Run(captured, pipeline, backend, data, loss or cross_entropy, evaluate, threads, agree,
-                   measures, instruments)  # fmt: skip
-        return job.never_slower()
+        if isinstance(model, Optimized):
+            captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
+        else:
+            captured = capture(
+                model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
+                run=agree or None,
+            )  # fmt: skip
+        with outer_door(UsageError, "optimize cannot use its arguments"):
+            batches = None
+            if calibration is not None:
+                batches = Calibration(calibration, captured.graph.inputs, calibration_steps, instruments)
+            if measure and not captured.feeds:
+                raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
+        run = Run(
+            captured,
+            pipeline,
+            backend,
+            fallback=whole_pipeline(None, backend, earlier),
+            earlier=earlier,
+            calibration=batches,
+            loss=cross_entropy if loss is None else user_code("loss function", loss),
+            evaluate=None if evaluate is None else user_code("evaluate function", evaluate),
+            threads=threads,
+            agree=agree,
+            measure=measures,
+            instruments=instruments,
+        )
+        with outer_door(LoweringError, f"{captured.source} cannot be optimized by {pipeline} for {backend.name}"):
+            return run.result()
+
+
+def whole_pipeline(
+    passes: str | Pass | Iterable[Pass] | None, backend: Backend, earlier: Sequence[Pass] = ()
+) -> Pipeline:
+    """Simplify, the passes that were asked for, then the target's own.
+
+    earlier: what earlier calls did to the model, which counts for the order of stages; what is simplified already is
+    not simplified first. Raises UsageError for what is no pass, and where the stages are out of order.
+    """
+    chosen: Iterable[Pass] = ()
+    if isinstance(passes, str):
+        chosen = parse(passes, REGISTRY).passes if passes.strip() else ()
+    elif isinstance(passes, Pass):
+        chosen = [passes]
+    elif isinstance(passes, Iterable):
+        chosen = list(passes)
+    elif passes is not None:
+        raise UsageError(f"passes: {passes!r} is a {type(passes).__name__}; give pass objects, or one text")
+    for one in chosen:
+        if not isinstance(one, Pass):
+            raise UsageError(f"passes: {one!r} is a {type(one).__name__}; give pass objects, or one text")
+    simplify = parse("simplify", REGISTRY).passes
+    first = () if simplify[0] in (*earlier, next(iter(chosen), None)) else simplify
+    asked = [*first, *chosen, *parse(backend.pipeline(), REGISTRY).passes]
+    Pipeline([*earlier, *asked])  # which checks the order
+    return Pipeline(asked)
+
+
+@outer_door(CaptureError, "the optimized model cannot be captured again")
+def _continued(
+    small: Optimized, backend: Backend, example_inputs: Any, dynamic_shapes: object, cache: bool
+) -> Captured:
+    """An optimized model as what comes in: its transformed graph, from which it is lowered again."""
+    for option, given in (("dynamic_shapes", dynamic_shapes is not None), ("cache", cache)):
+        if given:
+            raise UsageError(f"{option} says how a module is captured, and an Optimized is captured: leave it out")
+    if small.transformed.dialect != backend.dialect:
+        raise UsageError(
+            f"what was optimized for {small.backend.name} is an {small.transformed.dialect} graph, and {backend.name} "
+            f"takes {backend.dialect}: optimize the original for {backend.name}"
+        )
+    feeds = small.feeds
+    if example_inputs is not None:
+        examples = several(example_inputs)
+        feeds = [small.signature.bind(one if isinstance(one, tuple) else (one,), {})[0] for one in examples]
+    same_engine = (small.backend.name, small.backend.cpu) == (backend.name, backend.cpu)
+    return Captured(
+        small.transformed.clone(),
+        small.signature,
+        feeds,
+        f"{small.report.source}, optimized by graphopt: {','.join(map(str, small.own_passes))}",
+        untouched=(lambda: small.lowered) if same_engine else None,
+    )
 
 
 @contextmanager
 def _few_collections() -> Iterator[None]:
-    """Graphs are millions of small objects that live long: the collector's walks over them take a third of the time."""
+    """Collect garbage rarely: it takes a third of the time, as graphs are millions of small objects that live long."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, 50, 100)
     try:
@@ -100,9 +189,3 @@ def _measures(asked: bool | None, backend: Backend) -> bool:
     if asked is None:
         return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.times()
     return asked
-
-
-def _target(name: str, cpu: str | None = None) -> Backend:
-    from graphopt.backends import target
-
-    return target(name, cpu)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.analysis.propagation import propagate
-from graphopt.errors import UsageError
+from graphopt.capture.sources import capture
+from graphopt.errors import GraphError, UsageError, outer_door, user_batches
 from graphopt.ir.graph import Graph, Value
 from graphopt.numerics import metrics
+from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.text import parse
@@ -31,9 +33,18 @@ def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bo
     results of the sites inside too (`propagation.propagate`), of models that are graphs; both are simplified first, so
     that what a pass folds does not stand apart. That runs over the batches several times.
     Outputs are paired by name where the names are the same, else in order. A module runs in the mode that it is in.
-    Raises UsageError when there is no batch or the outputs do not pair.
+
+    Raises UsageError when there is no batch, the outputs do not pair, or a model does not run on a batch; CaptureError
+    where a file cannot be read; nothing but a GraphoptError.
     """
-    first, second = _Runner(a), _Runner(b)
+    with outer_door(GraphError, "the models cannot be compared"):
+        return _compared(a, b, batches, steps, sites)
+
+
+def _compared(a: Any, b: Any, batches: Any, steps: int | None, sites: bool) -> Comparison:
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise UsageError(f"steps is {steps!r}; give a whole number, at least 1")
+    first, second = _Runner(a, "the first model"), _Runner(b, "the second model")
     if sites and (first.graph is None or second.graph is None):
         which = a if first.graph is None else b
         raise UsageError(
@@ -60,8 +71,6 @@ def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bo
 
 
 def _simplified(graph: Graph) -> Graph:
-    from graphopt.passes import REGISTRY
-
     return parse("simplify", REGISTRY).apply(graph, Context())
 
 
@@ -89,13 +98,13 @@ def _paired(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[tuple[
 class _Runner:
     """One model as a function from a batch to its outputs by name."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, label: str) -> None:
+        """label: what messages call it."""
+        self._label = label
         self.inputs: tuple[Value, ...] = ()
         self.graph: Graph | None = None
         self._names: tuple[str, ...] | None = None
         if isinstance(model, str | Path):
-            from graphopt.capture.sources import capture
-
             model = capture(model, "onnx").graph
         if isinstance(model, Graph):
             self.graph, self.inputs, self._names = model, model.inputs, tuple(value.name for value in model.outputs)
@@ -111,7 +120,7 @@ class _Runner:
             )
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), outer_door(UsageError, f"{self._label} does not run on a batch"):
             if isinstance(batch, Mapping):
                 result = self._call(*batch.values()) if self._positional(batch) else self._call(**batch)
             else:
@@ -147,7 +156,7 @@ def _leaves(path: str, result: Any) -> Iterator[tuple[str, Tensor]]:
 def _limited(batches: Any, steps: int | None) -> Iterator[Any]:
     if isinstance(batches, Tensor | np.ndarray | Mapping | str) or not isinstance(batches, Iterable):
         raise UsageError(f"batches must be an iterable of batches, not one {type(batches).__qualname__}")
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(user_batches("batches", batches)):
         if steps is not None and index >= steps:
             return
         yield batch

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LONGEST = 300
+"""Most characters of another library's message: an engine's may hold the whole model."""
 
 
 class GraphoptError(Exception):
@@ -23,7 +30,7 @@ class GraphError(GraphoptError):
 
 
 class PassError(GraphoptError):
-    """A pass failed. The user's model is untouched.
+    """A pass failed. The user's model is unchanged.
 
     pass_name, node (with its module path, "" when unknown) and reproducer (a folder, or None) say where.
     """
@@ -39,6 +46,62 @@ class LoweringError(GraphoptError):
     """The engine did not build what was promised, or the lowered graph computes something else; says where and why."""
 
 
+@contextmanager
+def outer_door(kind: Callable[[str], GraphoptError], doing: str | Callable[[], str]) -> Iterator[None]:
+    """Let nothing but a GraphoptError out of a public function: use it as a `with` block, or as a decorator.
+
+    kind: the class that other exceptions (of onnx, torch.export, an engine, the file system) become. They stay the
+    `__cause__`, and their text ends the message. doing: what failed, and what to do; a function where that text
+    takes work. A GraphoptError passes unchanged, and so does what is no Exception, such as KeyboardInterrupt.
+
+    The user's own code (calibration batches, `evaluate`, `loss`) has a door of its own, `user_code`.
+    """
+    try:
+        yield
+    except GraphoptError:
+        raise
+    except Exception as error:
+        what = doing if isinstance(doing, str) else doing()
+        raise kind(f"{what}: {described(error)}") from error
+
+
+def user_code(what: str, function: Callable[..., T]) -> Callable[..., T]:
+    """A function of the user's whose exceptions become a UsageError that names it, with the exception as `__cause__`.
+
+    A UsageError because it is no fault of the pass that called the function: nothing is written to reproduce it. A
+    GraphoptError passes unchanged.
+    """
+
+    def call(*args: object, **kwargs: object) -> T:
+        with outer_door(UsageError, f"your {what} failed"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def user_batches(what: str, batches: Iterable[T]) -> Iterator[T]:
+    """The batches of an iterable of the user's; its exceptions become a UsageError, like those of `user_code`."""
+    with outer_door(UsageError, f"your {what} failed"):
+        remaining = iter(batches)
+    while True:
+        with outer_door(UsageError, f"your {what} failed"):
+            try:
+                batch = next(remaining)
+            except StopIteration:
+                return
+        yield batch
+
+
+def described(error: BaseException) -> str:
+    """An exception of another library in one line: its class, and the beginning of its message."""
+    message = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror + (f" ({error.filename})" if error.filename else "")
+    if len(message) > LONGEST:
+        message = message[:LONGEST].rstrip() + " ..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """ '; did you mean ...', or the whole list where nothing is near and the list is short."""
     close = difflib.get_close_matches(name, names, 1, 0.5)
@@ -50,4 +113,4 @@ def nearest(name: str, names: Sequence[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class where it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip() if lines else type(error).__name__

@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from graphopt.capture.signature import Signature
 from graphopt.capture.sources import Feeds
-from graphopt.errors import GraphError, UsageError
+from graphopt.errors import GraphError, LoweringError, UsageError, outer_door
 from graphopt.ir.graph import Graph, digest
 from graphopt.lowering.backend import Backend, Runner
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import BenchResult, Report
+
+if TYPE_CHECKING:
+    from graphopt.measure.timing import Ratio
 
 _VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
 @dataclass
 class Optimized:
-    """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it."""
+    """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it.
+
+    `optimize` takes it again, for more passes or for another target of the same dialect.
+    """
 
     captured: Graph
-    """As it came in, in ops: before any pass."""
+    """As it came in, in ops: before any pass of this call."""
     transformed: Graph
-    """After the passes that were asked for: quantize and dequantize stand around float ops. `module` is made of it."""
+    """After the passes that were asked for: quantize and dequantize stand around float ops.
+
+    `module` is made of it, and it is what a further `optimize` starts from."""
     folded: Graph
     """After the target's own passes too, still in ops."""
     lowered: Graph
@@ -41,6 +52,20 @@ class Optimized:
     signature: Signature
     feeds: list[Feeds]
     threads: int | None = None
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    """The passes of this call, the target's own among them."""
+    earlier: tuple[Pass, ...] = ()
+    """The passes of earlier calls, where this one went on from what `optimize` had returned; first to last."""
+
+    @property
+    def own_passes(self) -> tuple[Pass, ...]:
+        """The passes of this call that made `transformed`, first to last."""
+        return tuple(pass_ for pass_ in self.pipeline.leaves() if pass_.stage is not Stage.LOWER)
+
+    @property
+    def applied(self) -> tuple[Pass, ...]:
+        """The passes of all calls that made `transformed`, first to last."""
+        return (*self.earlier, *self.own_passes)
 
     @cached_property
     def runner(self) -> Runner:
@@ -69,12 +94,27 @@ class Optimized:
         return self.transformed.module(self.signature.rebuild)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the target: inputs and result as the original model has them; numpy in gives numpy out."""
+        """Run on the target: inputs and result as the original model has them; numpy in gives numpy out.
+
+        Raises CaptureError where an input is missing, unknown or no tensor, UsageError where the engine does not run
+        on what is given, and LoweringError where it does not load the model (`runner`).
+        """
         feeds, numpy = self.signature.bind(args, kwargs)
-        results: list[Any] = self.runner(feeds)
-        if numpy:
-            results = [np.asarray(result) if isinstance(result, Tensor) else result for result in results]
-        return self.signature.rebuild(results)
+        runner = self.runner
+        with outer_door(UsageError, partial(self._does_not_run, feeds)):
+            results: list[Any] = runner(feeds)
+            if numpy:
+                results = [np.asarray(result) if isinstance(result, Tensor) else result for result in results]
+            return self.signature.rebuild(results)
+
+    def _does_not_run(self, feeds: Feeds) -> str:
+        """What was given, and what would be right."""
+        takes = ", ".join(
+            f"{value.name} [{', '.join(map(str, value.shape or ('?',)))}] {dtype_text(value.dtype)}"
+            for value in self.lowered.inputs
+        )
+        given = ", ".join(f"{name} {list(one.shape)} {dtype_text(one.dtype)}" for name, one in feeds.items())
+        return f"the model does not run on {given}; it takes {takes}"
 
     def diff(self) -> GraphDiff:
         """The graph before and after, to print (text), to show in a terminal (rich) or in a notebook (html)."""
@@ -83,31 +123,45 @@ class Optimized:
     def bench(self, inputs: Any = None, *, rounds: int = 15) -> BenchResult:
         """Time against the original graph on the same engine, paired and interleaved, at each example shape.
 
-        inputs: a batch or a list of batches; the example inputs by default. Raises UsageError without either, and
-        where the engine does not run here.
+        inputs: a batch or a list of batches; the example inputs by default. rounds: of the two, one after the other,
+        at least 1. Raises UsageError without inputs, where these are not the model's, and where the engine does not
+        run here.
         """
         from graphopt.measure.machine import environment, header
-        from graphopt.measure.timing import paired
 
         self.backend.require_runs()
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise UsageError(f"rounds is {rounds!r}; give a whole number, at least 1")
         several = inputs if isinstance(inputs, list) else [] if inputs is None else [inputs]
         batches = [self.signature.bind((one,) if not isinstance(one, tuple) else one, {})[0] for one in several]
         if not (batches or self.feeds):
             raise UsageError("bench needs inputs: pass bench(inputs=<a batch>)")
-        original = self.backend.compile(self.captured, self.threads)
+        with outer_door(LoweringError, f"{self.backend.name} does not load the original"):
+            original = self.backend.compile(self.captured, self.threads)
         machine = environment()
         result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
-            placed = self.backend.place(feeds)
-            calls = {name: partial(run, placed) for name, run in
-                     {"original": original, "control": original, "optimized": self.runner}.items()}  # fmt: skip
-            ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
-            result.rows.append((shapes_text(feeds), {name: ratios[name] for name in ("optimized", "control")}))
+            with outer_door(UsageError, partial(self._does_not_run, feeds)):
+                result.rows.append((shapes_text(feeds), self._ratios(original, feeds, rounds)))
         return result
 
+    def _ratios(self, original: Runner, feeds: Feeds, rounds: int) -> dict[str, Ratio]:
+        """How many times faster than the original this is at one example shape; the control is the original again."""
+        from graphopt.measure.timing import paired
+
+        placed = self.backend.place(feeds)
+        runners = {"original": original, "control": original, "optimized": self.runner}
+        calls = {name: partial(runner, placed) for name, runner in runners.items()}
+        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
+        return {name: ratios[name] for name in ("optimized", "control")}
+
     def graphsurgeon(self) -> Any:
-        """The deployable model as an onnx_graphsurgeon.Graph, for surgery by hand; `optimize` takes it back."""
-        return self.backend.graphsurgeon(self.lowered)
+        """The deployable model as an onnx_graphsurgeon.Graph, for surgery by hand; `optimize` takes it back.
+
+        Raises GraphError where the target deploys no ONNX.
+        """
+        with outer_door(GraphError, "the model cannot become an onnx_graphsurgeon.Graph"):
+            return self.backend.graphsurgeon(self.lowered)
 
     def export(
         self,
@@ -125,11 +179,16 @@ class Optimized:
         by keyword; it needs a C++ compiler, and an example input.
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
         target). external_data: keep weights in NAME.data; None decides by size. The same input, pipeline and versions
-        give the same bytes. Raises GraphError where there is no folder, or one in a file's place, and naming the node
-        that has no spelling at `opset`, and OSError where the disk is full; then nothing is written, and what was there
-        stays.
+        give the same bytes.
+
+        Raises UsageError for options that don't go together or that the target does not have; GraphError where there
+        is no folder, or one in a file's place, where a node has no spelling at `opset` (naming it), and where the file
+        cannot be written, such as on a full disk. Then nothing is written, and what was there stays.
         """
-        path = Path(path)
+        with outer_door(GraphError, f"{path} cannot be written"):
+            return self._export(Path(path), opset, portable, external_data, aot)
+
+    def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
         if not path.parent.is_dir():
             raise GraphError(f"there is no folder {path.parent}; make it first")
         manifest = path.with_name(path.name + ".json")
@@ -157,6 +216,7 @@ class Optimized:
         """What stands in the file itself: all that decides its bytes, and no measured figure."""
         return {
             "graphopt.pipeline": self.report.pipeline,
+            **({"graphopt.earlier": ",".join(map(str, self.earlier))} if self.earlier else {}),
             "graphopt.target": self.report.target + (" (portable)" if portable else ""),
             "graphopt.versions": json.dumps(self.report.versions, sort_keys=True),
             "graphopt.input": digest(self.captured),
@@ -166,6 +226,10 @@ class Optimized:
 
 def shapes_text(feeds: Feeds) -> str:
     return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
+
+
+def dtype_text(dtype: torch.dtype | None) -> str:
+    return "of unknown dtype" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def versions() -> dict[str, str]:

@@ -1,35 +1,35 @@
-"""One run: passes, lowering, checks, and the way back where the result is slower."""
+"""One run: captured -> transformed -> folded -> lowered -> checked -> timed, and the way back where that is slower."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from graphopt.capture.signature import as_model
 from graphopt.capture.sources import Captured, Feeds
-from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line
+from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, digest
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, Trial, Verdict
+from graphopt.measure import cache, machine
 from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context, Loss
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
-from graphopt.pipeline.text import parse
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, count_kinds
 from graphopt.result import Optimized, shapes_text, versions
 
 
 @dataclass(frozen=True)
-class _Input:
-    """What came in, to compare with: a graph, how it runs if it does, and what the user should know of that."""
+class _Baseline:
+    """What came in, to time against: a graph, its runner where it runs here, and what the user should know of that."""
 
     graph: Graph
     runner: Runner | None
@@ -37,12 +37,25 @@ class _Input:
 
 
 @dataclass
+class _Attempt:
+    """A result that was timed, and why it is not what was asked for, where it is not."""
+
+    small: Optimized
+    verdict: Verdict
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Run:
-    """One call of `optimize`: what it was asked for, and the pipeline with all that follows it."""
+    """One call of `optimize`: what it was asked for, and the phases that follow from it."""
 
     captured: Captured
     pipeline: Pipeline
     backend: Backend
+    fallback: Pipeline
+    """Without the passes that were asked for, where these make the model slower."""
+    earlier: tuple[Pass, ...]
+    """What earlier calls of a chain did to the model."""
     calibration: Calibration | None
     loss: Loss
     evaluate: Callable[[Any], float] | None
@@ -51,191 +64,112 @@ class Run:
     measure: bool
     instruments: Sequence[Instrument]
 
-    def never_slower(self) -> Optimized:
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def result(self) -> Optimized:
         """The result; where it is slower than the input, sites that lose are reverted, and in the end all of them."""
-        if not self._times():
-            return self.run(self.pipeline)
+        if not self._is_timed:
+            return self._optimized(self.pipeline)
         if self.calibration is not None:  # the pipeline may run again
             self.calibration = Remembered(self.calibration, digest)
-        made = self.run(self.pipeline)
-        feeds, notes = self.captured.feeds, list(self._input.notes)
-        untouched, baseline = self._input.graph, self._input.runner
-        if baseline is None:
-            made.report.notes += notes
-            return made
-        trial = self._trial(baseline)
-        verdict = trial.verdict(made.runner, digest(made.lowered))
-        reverted: dict[str, Decline] = {}
-        for _ in range(RERUNS):
-            lost = self._losers(trial, made, verdict)
-            if not lost:
-                break
-            reverted |= lost
-            try:
-                made = self.run(self.pipeline, reverted)
-            except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites
-                notes.append(f"without the sites that made the model slower: {error}")
-                break
-            verdict = trial.verdict(made.runner, digest(made.lowered))
-        simpler = ("the simplified float model", whole_pipeline(None, self.backend), None)
-        for what, pipeline, lowered in (simpler, ("the input as it was", Pipeline([]), untouched)):
-            if not verdict.slower:
-                break
-            if str(pipeline) == made.report.pipeline:
-                continue
-            speed, shapes = min((verdict.ratios[index].median, shapes_text(feeds[index])) for index in verdict.slower)
-            besides = f", even with {len(made.report.reverted)} sites as they were" if made.report.reverted else ""
-            notes.append(f"{made.report.pipeline} makes the model slower here{besides}: it runs {speed:.2f} times as "
-                         f"fast as the input at {shapes}. This is {what}")  # fmt: skip
-            made = self.run(pipeline, lowered=lowered)
-            verdict = trial.verdict(made.runner, digest(made.lowered))
-        made.forget_state()
-        made.report.notes += notes
-        made.report.speed = [
-            {"shapes": shapes_text(one), "median": ratio.median, "low": ratio.low, "high": ratio.high,
+        small = self._optimized(self.pipeline)
+        if self._baseline.runner is None:
+            small.report.notes += self._baseline.notes
+            return small
+        trial = self._trial(self._baseline.runner)
+        attempt = self._timed(trial, small, list(self._baseline.notes))
+        attempt = self._without_losers(trial, attempt)
+        attempt = self._without_passes(trial, attempt)
+        small = attempt.small
+        small.forget_state()
+        small.report.notes += attempt.notes
+        small.report.speed = [
+            {"shapes": shapes_text(feeds), "median": ratio.median, "low": ratio.low, "high": ratio.high,
              "rounds": ratio.rounds, "steady": ratio.steady}
-            for one, ratio in zip(feeds, verdict.ratios, strict=True)
+            for feeds, ratio in zip(self.captured.feeds, attempt.verdict.ratios, strict=True)
         ]  # fmt: skip
-        return made
+        return small
 
-    def _times(self) -> bool:
-        return bool(self.measure and self.captured.feeds and not self._unasked_for_its_size())
-
-    @cached_property
-    def _input(self) -> _Input:
-        """The input as it was handed in; as it was captured, where the engine does not run that."""
-        captured, notes = self.captured, list[str]()
-        attempts: list[tuple[str, Callable[[], Graph]]] = [("the captured model", lambda: captured.graph)]
-        if captured.untouched is not None:
-            attempts.insert(0, ("the input itself", captured.untouched))
-        for what, make in attempts:
-            try:
-                graph = make()
-                runner = self._captured if graph is captured.graph else self.backend.compile(graph, self.threads)
-                for one in self._examples:
-                    runner(one)
-                return _Input(graph, runner, notes)
-            except Exception as error:  # the engine's own have no base of theirs
-                notes.append(f"the speed is not over {what}, which does not run here ({first_line(error)})")
-        return _Input(captured.graph, None, notes)
-
-    @cached_property
-    def _captured(self) -> Runner:
-        return self.backend.compile(self.captured.graph, self.threads)
-
-    def _trial(self, baseline: Runner) -> Trial:
-        from graphopt.measure import cache, machine
-
-        setting = {"graphopt": versions()["graphopt"], "engine": self.backend.engine(), "machine": machine.machine(),
-                   "threads": self.threads, "input": digest(self._input.graph)}  # fmt: skip
-        feeds = [self.backend.place(one) for one in self._examples]
-        return Trial(baseline, lambda: self._captured, feeds, setting, cache.opened(), self.backend.clock)
-
-    @property
-    def _examples(self) -> list[Feeds]:
-        """The example inputs, to be run: copies where the model writes to its inputs, for they belong to the user."""
-        feeds = self.captured.feeds
-        if not self.captured.graph.stateful:
-            return feeds
-        return [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
-
-    def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, Decline]:
-        """The sites to revert, by label, and why. Against the captured model, whose nodes have the sites' names."""
-        if not verdict.slower:
-            return {}
-        lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
-        records = [record for record in made.report.passes if record.name not in lossless]
-        lost = trial.losers(made.runner, digest(made.lowered), verdict.slower, records)
-        return {label: Decline("slower", before=1e6 * before, after=1e6 * after)
-                for label, (before, after) in lost.items()}  # fmt: skip
-
-    def run(
+    def _optimized(
         self, pipeline: Pipeline, reverted: Mapping[str, Decline] | None = None, *, lowered: Graph | None = None
     ) -> Optimized:
-        """Passes, lowering, the engine, and the account of it all. lowered: what the target is to run as it is."""
-        captured, backend, original = self.captured, self.backend, self.captured.graph
-        reverted, as_it_was = reverted or {}, lowered is not None
+        """All phases but timing, once. lowered: what the target is to run as it is, where nothing is to be lowered."""
+        report = self._report(pipeline, reverted or {})
+        reference = self._reference(report)
+        transformed, folded = self._transformed(pipeline, report, reference, reverted or {})
+        as_it_came = lowered is not None
+        if lowered is None:
+            lowered = self._lowered(folded, report)
+        self._check_outputs(folded, lowered, reference)
+        if self._is_held_by_sites(pipeline) and not as_it_came:
+            self._check_sites(folded, report)
+        small = Optimized(
+            self.captured.graph, transformed, folded, lowered, report, self.backend, self.captured.signature,
+            self.captured.feeds, self.threads, pipeline, self.earlier,
+        )  # fmt: skip
+        if not self._is_too_large_to_run:
+            self._check_kernels(small, reference, promised=not as_it_came)
+        return small
+
+    # --- captured -> transformed -> folded ---------------------------------------------------------------------------
+
+    def _report(self, pipeline: Pipeline, reverted: Mapping[str, Decline]) -> Report:
+        """The report as far as it is known before any pass."""
+        backend, captured = self.backend, self.captured
         target = backend.name if backend.cpu is None else f"{backend.name} ({backend.cpu})"
         report = Report(target=target, source=captured.source, pipeline=str(pipeline), versions=versions())
         report.notes += [*captured.notes, *backend.notes()]
         report.reverted = {label: Reason.of(why) for label, why in reverted.items()}
-        large = self._is_large
-        transformed = _Transformed()
-        watchers: list[Instrument] = [*([] if large else [Reproduce()]), Verify(), *self.instruments, transformed]
-        if large:
-            reproducer = "instruments=[Reproduce(folder)] does"
-            report.notes.append(f"above 2 GB: a pass that fails leaves no reproducer ({reproducer})")
-        if self.measure and self._unasked_for_its_size():
+        if self._is_large:
+            report.notes.append("above 2 GB: a pass that fails leaves no reproducer "
+                                "(instruments=[Reproduce(folder)] does)")  # fmt: skip
+        if self.measure and self._is_too_large_to_run:
             report.notes.append("above 2 GB: nothing is timed, and forms have a fixed order (agree=True times them)")
-        reference = _agree(captured, large, self.agree, report, lambda: self._input.runner)
-        if reference is not None:
-            watchers.append(reference)
-        evaluate = self.evaluate
+        if self._is_too_large_to_run:
+            report.notes.append("above 2 GB: outputs are not compared with the original, nor kernels counted "
+                                "(agree=True does both)")  # fmt: skip
+        return report
+
+    def _reference(self, report: Report) -> Agree | None:
+        """The original's outputs, for comparing with; None where nothing is to be compared."""
+        captured = self.captured
+        if self._is_too_large_to_run or self.agree is False or not captured.feeds:
+            return None
+        with outer_door(LoweringError, f"{captured.source} does not run on its example inputs (or pass agree=False)"):
+            return Agree(captured.graph, captured.feeds, captured.signature.outputs, lambda: self._baseline.runner)
+
+    def _transformed(
+        self, pipeline: Pipeline, report: Report, reference: Agree | None, reverted: Mapping[str, Decline]
+    ) -> tuple[Graph, Graph]:
+        """The graph after the passes that were asked for, and after the target's own."""
+        kept = _BeforeLowering()
+        watchers: list[Instrument] = [] if self._is_large else [Reproduce()]
+        watchers += [Verify(), *self.instruments, kept]
+        watchers += [] if reference is None else [reference]
+        captured, loss, evaluate = self.captured, self.loss, self.evaluate
         context = Context(
-            target=backend,
+            target=self.backend,
             report=report,
             feeds=captured.feeds,
             calibration=self.calibration,
-            loss=lambda outputs, batch: self.loss(captured.signature.rebuild(outputs), batch),
+            loss=lambda outputs, batch: loss(captured.signature.rebuild(outputs), batch),
             evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
             instruments=watchers,
             threads=self.threads,
             reverted=reverted,
         )
-        report.cost_before, report.ops_before = context.cost(original), count_kinds(original.nodes)
-        folded = pipeline.apply(original, context)
-        if lowered is None:
-            lowered = self._lower(folded, report)
-        if reference is not None:
-            try:
-                reference.hold(lowered, folded)
-            except GraphError as error:
-                what = f"lowered for {backend.name}, the graph computes something else: {error}"
-                raise LoweringError(what) from error
-        if self._relowers(pipeline, large) and not as_it_was:
-            self._hold_sites(folded, report)
+        report.cost_before, report.ops_before = context.cost(captured.graph), count_kinds(captured.graph.nodes)
+        folded = pipeline.apply(captured.graph, context)
         report.cost_after, report.ops_after = context.cost(folded), count_kinds(folded.nodes)
-        made = Optimized(
-            original, transformed.graph or folded, folded, lowered, report, backend, captured.signature, captured.feeds,
-            self.threads,
-        )  # fmt: skip
-        if self._unasked_for_its_size():
-            return made
-        if not as_it_was:  # else nothing was promised
-            backend.check(folded, made.runner)
-        report.kernels = made.runner.kernels()
-        if reference is not None:
-            report.agreement = reference.compare(made.run_anew)
-        made.forget_state()
-        return made
+        return kept.graph or folded, folded
 
-    def _relowers(self, pipeline: Pipeline, large: bool) -> bool:
-        """Whether what came in quantized is to come out with the same numbers, and can be held to that here.
+    # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 
-        Files that others quantized are ONNX; a program of torch.export is held as a whole.
-        """
-        if self.backend.dialect != "onnx":
-            return False
-        runs = self.captured.feeds and self.backend.runs and self.agree is not False and (self.agree or not large)
-        lossless = all(one.lossless for one in pipeline.leaves())
-        return bool(runs) and lossless and relower.rounds_activations(self.captured.graph)
-
-    def _hold_sites(self, folded: Graph, report: Report) -> None:
-        """Each site by itself, at the first example inputs."""
-        report.relowering = found = relower.compare(
-            self.captured.graph, folded, self.backend, self.captured.feeds[0]
-        )
-        report.notes.append(str(found))
-        try:
-            relower.require_steps(found)
-        except GraphError as error:
-            what = f"re-lowered for {self.backend.name}, the file computes something else: {error}"
-            raise LoweringError(what) from error
-
-    def _lower(self, folded: Graph, report: Report) -> Graph:
-        """The target's own operations, in the forms that run fastest here where that is measured."""
-        chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._times() else None
-        lowered, logs = self.backend.lower(folded, chooser)
+    def _lowered(self, folded: Graph, report: Report) -> Graph:
+        """The target's own operators, in the forms that run fastest here where that is measured."""
+        chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._is_timed else None
+        with outer_door(LoweringError, f"the graph cannot be lowered for {self.backend.name}"):
+            lowered, logs = self.backend.lower(folded, chooser)
         found = {} if chooser is None else chooser.found
         report.notes += [] if chooser is None else chooser.notes
         report.choices += [
@@ -250,53 +184,163 @@ class Run:
         ]
         return lowered
 
+    def _check_outputs(self, folded: Graph, lowered: Graph, reference: Agree | None) -> None:
+        """Raise LoweringError where lowering moved an output further than rounding explains."""
+        if reference is None:
+            return
+        with outer_door(LoweringError, f"lowered for {self.backend.name}, the graph does not run"):
+            try:
+                reference.hold(lowered, folded)
+            except GraphError as error:
+                what = f"lowered for {self.backend.name}, the graph computes something else: {error}"
+                raise LoweringError(what) from error
+
+    def _is_held_by_sites(self, pipeline: Pipeline) -> bool:
+        """Whether the model came in quantized, is to come out with the same numbers, and can be held to that here.
+
+        That is for ONNX files, which others quantized; a program of torch.export is held as a whole.
+        """
+        asked = self.agree is not False and (self.agree or not self._is_large)
+        if self.backend.dialect != "onnx" or not (self.captured.feeds and self.backend.runs and asked):
+            return False
+        return all(one.lossless for one in pipeline.leaves()) and relower.rounds_activations(self.captured.graph)
+
+    def _check_sites(self, folded: Graph, report: Report) -> None:
+        """Hold each quantized site by itself to what it was, at the first example inputs. Raises LoweringError."""
+        with outer_door(LoweringError, f"re-lowered for {self.backend.name}, a site does not run by itself"):
+            report.relowering = relower.compare(self.captured.graph, folded, self.backend, self.captured.feeds[0])
+        report.notes.append(str(report.relowering))
+        try:
+            relower.require_steps(report.relowering)
+        except GraphError as error:
+            what = f"re-lowered for {self.backend.name}, the file computes something else: {error}"
+            raise LoweringError(what) from error
+
+    def _check_kernels(self, small: Optimized, reference: Agree | None, *, promised: bool) -> None:
+        """Compile, count the kernels that the engine built, and compare its outputs with the original's.
+
+        promised: whether fewer int8 kernels than the graph promises are an error. Raises LoweringError.
+        """
+        report = small.report
+        with outer_door(LoweringError, f"{self.backend.name} does not run the lowered graph"):
+            if promised:
+                self.backend.check(small.folded, small.runner)
+            report.kernels = small.runner.kernels()
+            if reference is not None:
+                report.agreement = reference.compare(small.run_anew)
+            small.forget_state()
+
+    # --- timed -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _is_timed(self) -> bool:
+        return bool(self.measure and self.captured.feeds and not self._is_too_large_to_run)
+
+    def _timed(self, trial: Trial, small: Optimized, notes: list[str]) -> _Attempt:
+        return _Attempt(small, trial.verdict(small.runner, digest(small.lowered)), notes)
+
+    def _without_losers(self, trial: Trial, attempt: _Attempt) -> _Attempt:
+        """Run again without the sites that make the model slower, while there are some, up to RERUNS times."""
+        reverted: dict[str, Decline] = {}
+        for _ in range(RERUNS):
+            lost = self._losers(trial, attempt)
+            if not lost:
+                break
+            reverted |= lost
+            try:
+                small = self._optimized(self.pipeline, reverted)
+            except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites
+                attempt.notes.append(f"without the sites that made the model slower: {error}")
+                break
+            attempt = self._timed(trial, small, attempt.notes)
+        return attempt
+
+    def _without_passes(self, trial: Trial, attempt: _Attempt) -> _Attempt:
+        """While the result is slower than the input: the fallback pipeline, and then the input as it was."""
+        simpler = (
+            ("the simplified float model", self.fallback, None),
+            ("the input as it was", Pipeline(), self._baseline.graph),
+        )
+        for what, pipeline, lowered in simpler:
+            small, verdict = attempt.small, attempt.verdict
+            if not verdict.slower:
+                break
+            if str(pipeline) == small.report.pipeline:
+                continue
+            index = min(verdict.slower, key=lambda index: verdict.ratios[index].median)
+            speed, shapes = verdict.ratios[index].median, shapes_text(self.captured.feeds[index])
+            reverted = f", even with {len(small.report.reverted)} sites as they were" if small.report.reverted else ""
+            attempt.notes.append(
+                f"{small.report.pipeline} makes the model slower here{reverted}: it runs {speed:.2f} times as "
+                f"fast as the input at {shapes}. This is {what}"
+            )
+            attempt = self._timed(trial, self._optimized(pipeline, lowered=lowered), attempt.notes)
+        return attempt
+
+    @cached_property
+    def _baseline(self) -> _Baseline:
+        """The input as it was handed in; as it was captured, where the engine does not run that."""
+        captured, notes = self.captured, list[str]()
+        candidates: list[tuple[str, Callable[[], Graph]]] = [("the captured model", lambda: captured.graph)]
+        if captured.untouched is not None:
+            candidates.insert(0, ("the input itself", captured.untouched))
+        for what, make in candidates:
+            try:
+                graph = make()
+                runner = self._captured_runner if graph is captured.graph else self.backend.compile(graph, self.threads)
+                for feeds in self._examples:
+                    runner(feeds)
+                return _Baseline(graph, runner, notes)
+            except Exception as error:  # exceptions of engines have no class in common
+                notes.append(f"the speed is not over {what}, which does not run here ({first_line(error)})")
+        return _Baseline(captured.graph, None, notes)
+
+    @cached_property
+    def _captured_runner(self) -> Runner:
+        return self.backend.compile(self.captured.graph, self.threads)
+
+    def _trial(self, baseline: Runner) -> Trial:
+        setting = {"graphopt": versions()["graphopt"], "engine": self.backend.engine(), "machine": machine.machine(),
+                   "threads": self.threads, "input": digest(self._baseline.graph)}  # fmt: skip
+        feeds = [self.backend.place(one) for one in self._examples]
+        return Trial(baseline, lambda: self._captured_runner, feeds, setting, cache.opened(), self.backend.clock)
+
+    @property
+    def _examples(self) -> list[Feeds]:
+        """The example inputs, to be run: copies where the model writes to its inputs, for they belong to the user."""
+        feeds = self.captured.feeds
+        if not self.captured.graph.stateful:
+            return feeds
+        return [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
+
+    def _losers(self, trial: Trial, attempt: _Attempt) -> dict[str, Decline]:
+        """The sites to revert, by label, and why. Against the captured model, whose nodes have the sites' names."""
+        small, slower = attempt.small, attempt.verdict.slower
+        if not slower:
+            return {}
+        lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
+        records = [record for record in small.report.passes if record.name not in lossless]
+        lost = trial.losers(small.runner, digest(small.lowered), slower, records)
+        return {label: Decline("slower", before=1e6 * before, after=1e6 * after)
+                for label, (before, after) in lost.items()}  # fmt: skip
+
+    # --- size --------------------------------------------------------------------------------------------------------
+
     @cached_property
     def _is_large(self) -> bool:
         return cost.Cost.of(self.captured.graph).bytes > cost.LARGE
 
-    def _unasked_for_its_size(self) -> bool:
-        """Whether the model is too large to be run unless that is asked for."""
+    @property
+    def _is_too_large_to_run(self) -> bool:
+        """Whether the model is so large that it runs only where agree=True asks for that."""
         return self._is_large and not self.agree
 
 
-class _Transformed(Instrument):
-    """Keeps the graph as it is before the first lowering pass."""
+class _BeforeLowering(Instrument):
+    """Keeps the graph as it is before the first lowering pass: the transformed graph."""
 
     graph: Graph | None = None
 
     def before(self, pass_: Pass, graph: Graph, context: Context) -> None:
         if self.graph is None and pass_.stage is Stage.LOWER:
             self.graph = graph.clone()  # shares the weights
-
-
-def whole_pipeline(passes: str | Pass | Iterable[Pass] | None, backend: Backend) -> Pipeline:
-    """Simplify, the user's passes, then the target's own lowering."""
-    from graphopt.passes import REGISTRY
-
-    chosen: Iterable[Pass] = ()
-    if isinstance(passes, str):
-        chosen = parse(passes, REGISTRY).passes if passes.strip() else ()
-    elif isinstance(passes, Pass):
-        chosen = [passes]
-    elif isinstance(passes, Iterable):
-        chosen = list(passes)
-    elif passes is not None:
-        raise UsageError(f"passes: {passes!r} is a {type(passes).__name__}; give pass objects, or one text")
-    for one in chosen:
-        if not isinstance(one, Pass):
-            raise UsageError(f"passes: {one!r} is a {type(one).__name__}; give pass objects, or one text")
-    first = parse("simplify", REGISTRY).passes
-    own = [] if next(iter(chosen), None) == first[0] else first
-    return Pipeline([*own, *chosen, *parse(backend.pipeline(), REGISTRY).passes])
-
-
-def _agree(
-    captured: Captured, large: bool, agree: bool | None, report: Report, engine: Callable[[], Runner | None]
-) -> Agree | None:
-    if large and not agree:
-        what = "outputs are not compared with the original, nor kernels counted"
-        report.notes.append(f"above 2 GB: {what} (agree=True does both)")
-        return None
-    if agree is False or not captured.feeds:
-        return None
-    return Agree(captured.graph, captured.feeds, captured.signature.outputs, engine)

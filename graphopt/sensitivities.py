@@ -5,22 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from graphopt.backends import target as target_of
 from graphopt.capture.signature import as_model
+from graphopt.capture.sources import capture
+from graphopt.errors import PassError, UsageError, outer_door, user_code
+from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context, Loss
 from graphopt.pipeline.damage import STEPS, scan
 from graphopt.pipeline.instruments import Instrument
+from graphopt.pipeline.loss import cross_entropy
 from graphopt.pipeline.passes import Pass
-from graphopt.pipeline.runner import Pipeline
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.text import parse
 from graphopt.report.records import Sensitivity
-
-if TYPE_CHECKING:
-
-    pass
 
 
 def sensitivity(
@@ -39,38 +39,40 @@ def sensitivity(
     loss: Loss | None = None,
     instruments: Sequence[Instrument] = (),
 ) -> Sensitivity:
-    """How much the outputs of a model suffer from a change of each site alone.
+    """Measure how much the outputs of a model suffer when each site alone is changed.
 
     model, target, example_inputs, dynamic_shapes, calibration, calibration_steps, loss: as `optimize` takes them.
     settings: passes with a `targets` option, as objects or text; each is tried on every site by itself.
     evaluate: (a model that is called like the original) -> how good it is, more is better; without it the order is
     that of the SQNR. sites: ops, module paths or patterns in place of the settings' own targets. steps: most batches
     to compare outputs on; passes see all of the calibration. cache: a file that keeps what was measured, see `scan`.
-    Raises what `optimize` and `scan` raise.
+    Raises what `optimize` and `scan` raise: nothing but a GraphoptError.
     """
-    from graphopt.backends import target as backend_of
-    from graphopt.capture.sources import capture
-    from graphopt.passes import REGISTRY
-    from graphopt.pipeline.loss import cross_entropy
-
-    given = [settings] if isinstance(settings, str | Pass) else list(settings)
-    passes = [leaf for one in given for leaf in (parse(one, REGISTRY).passes if isinstance(one, str) else [one])]
-    backend, follow = backend_of(target), loss or cross_entropy
+    with outer_door(UsageError, "sensitivity cannot use its arguments"):
+        given = [settings] if isinstance(settings, str | Pass) else list(settings)
+        passes = [leaf for one in given for leaf in (parse(one, REGISTRY).passes if isinstance(one, str) else [one])]
+        backend = target_of(target)
+        follow = cross_entropy if loss is None else user_code("loss function", loss)
+        score = None if evaluate is None else user_code("evaluate function", evaluate)
     captured = capture(model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     signature = captured.signature
-    context = Context(target=backend, feeds=captured.feeds, instruments=instruments)
-    context.loss = lambda outputs, batch: follow(signature.rebuild(outputs), batch)
-    context.record.name = "sensitivity"
-    if calibration is not None:
-        context.calibration = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
-    graph = Pipeline(parse("simplify", REGISTRY).passes).apply(captured.graph, dataclasses.replace(context))
+    with outer_door(_failed, f"{captured.source} cannot be scanned"):
+        context = Context(target=backend, feeds=captured.feeds, instruments=instruments)
+        context.loss = lambda outputs, batch: follow(signature.rebuild(outputs), batch)
+        context.record.name = "sensitivity"
+        if calibration is not None:
+            context.calibration = Calibration(calibration, captured.graph.inputs, calibration_steps=calibration_steps)
+        graph = parse("simplify", REGISTRY).apply(captured.graph, dataclasses.replace(context))
+        return scan(
+            graph,
+            passes,
+            context,
+            sites=None if sites is None else Selector(sites),
+            steps=steps,
+            evaluate=None if score is None else lambda changed: score(as_model(changed, signature)),
+            cache=None if cache is None else Path(cache),
+        )
 
-    return scan(
-        graph,
-        passes,
-        context,
-        sites=None if sites is None else Selector(sites),
-        steps=steps,
-        evaluate=None if evaluate is None else lambda changed: evaluate(as_model(changed, signature)),
-        cache=None if cache is None else Path(cache),
-    )
+
+def _failed(reason: str) -> PassError:
+    return PassError("sensitivity", reason)

@@ -1,12 +1,14 @@
-"""The passes, by name. Importing this module imports none of them; `REGISTRY["quantize"]` does."""
+"""The passes, by name. Importing this module imports none of them; `REGISTRY["quantize"]` does.
+
+A package adds its own by an entry point of the group `graphopt.passes` (`graphopt.pipeline.registry`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.registry import Registry
 
 if TYPE_CHECKING:
     from graphopt.passes.approximate import Approximate
@@ -25,44 +27,25 @@ __all__ = [
     "Sparsify",
 ]  # fmt: skip
 
-_HOMES = {
-    "simplify": ("graphopt.passes.simplify", "Simplify"),
-    "approximate": ("graphopt.passes.approximate", "Approximate"),
-    "prune": ("graphopt.passes.prune", "Prune"),
-    "sparsify": ("graphopt.passes.sparsify", "Sparsify"),
-    "low-rank": ("graphopt.passes.low_rank", "LowRank"),
-    "smooth": ("graphopt.passes.quantize", "Smooth"),
-    "quantize": ("graphopt.passes.quantize", "Quantize"),
-    "cast": ("graphopt.passes.cast", "Cast"),
-    "merge-linear": ("graphopt.passes.merge_linear", "MergeLinear"),
-    "fold-int8": ("graphopt.passes.fold_int8", "FoldInt8"),
+_BUILT_IN = {
+    "simplify": "graphopt.passes.simplify:Simplify",
+    "approximate": "graphopt.passes.approximate:Approximate",
+    "prune": "graphopt.passes.prune:Prune",
+    "sparsify": "graphopt.passes.sparsify:Sparsify",
+    "low-rank": "graphopt.passes.low_rank:LowRank",
+    "smooth": "graphopt.passes.quantize:Smooth",
+    "quantize": "graphopt.passes.quantize:Quantize",
+    "cast": "graphopt.passes.cast:Cast",
+    "merge-linear": "graphopt.passes.merge_linear:MergeLinear",
+    "fold-int8": "graphopt.passes.fold_int8:FoldInt8",
 }
-"""Module and class of each pass."""
 
-
-class _Registry(Mapping[str, type[Pass]]):
-    """Pass classes by name, imported when looked up."""
-
-    def __getitem__(self, name: str) -> type[Pass]:
-        module, class_name = _HOMES[name]
-        found: type[Pass] = getattr(import_module(module), class_name)
-        return found
-
-    def __contains__(self, name: object) -> bool:
-        return name in _HOMES
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(_HOMES)
-
-    def __len__(self) -> int:
-        return len(_HOMES)
-
-
-REGISTRY = _Registry()
+REGISTRY: Registry[Pass] = Registry("graphopt.passes", "pass", Pass, _BUILT_IN)
+"""The class of each pass; `REGISTRY["quantize"]` imports it."""
 
 
 def __getattr__(name: str) -> type[Pass]:
-    for kebab, (_, class_name) in _HOMES.items():
-        if class_name == name:
-            return REGISTRY[kebab]
+    for pass_name, home in _BUILT_IN.items():
+        if home.endswith(f":{name}"):
+            return REGISTRY[pass_name]
     raise AttributeError(f"module 'graphopt.passes' has no attribute {name!r}")

@@ -97,7 +97,7 @@ def test_figures_of_the_report(encoder: onnx.ModelProto) -> None:
     assert report.cost_before.bytes - report.cost_after.bytes > 2.5 * linears  # 4 bytes a weight become 1
     assert report.ops_before["linear"] == report.ops_after["linear_int8"] == 12
     assert set(report.versions) >= {"graphopt", "torch", "onnx", "onnxruntime"}
-    assert "quantize" in str(report) and report.to_dict()["kernel counts"]["DynamicQuantizeMatMul"] == 6
+    assert "quantize" in str(report) and report.to_dict()["kernels"]["DynamicQuantizeMatMul"] == 6
 
 
 def test_every_example_shape_is_compared(encoder: onnx.ModelProto) -> None:

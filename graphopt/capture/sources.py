@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.signature import Signature
 from graphopt.capture.trace import DynamicAxes, Feeds, Traced, as_tensor, on_cpu, several, trace
 from graphopt.dialects.raising import raise_ops
-from graphopt.errors import CaptureError, GraphError, first_line
+from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.constants import fold_constants
 from graphopt.ir.graph import Graph, Value
@@ -61,8 +61,21 @@ def capture(
     axis 0 of every input and axis 1 of integer inputs. cache: capture the decode step of a language model.
     Both are for modules, which are traced; anything else has its axes already. run: whether an ONNX model is run, to
     see that what is made of it computes the same; None does so up to `cost.LARGE`. The model is not changed.
-    Raises CaptureError.
+    Raises CaptureError, and nothing but a GraphoptError.
     """
+    what = model if isinstance(model, str | Path) else f"the {type(model).__name__}"
+    with outer_door(CaptureError, f"{what} cannot be captured"):
+        return _capture(model, dialect, example_inputs, dynamic_shapes, cache, run)
+
+
+def _capture(
+    model: Any,
+    dialect: str,
+    example_inputs: Any,
+    dynamic_shapes: Mapping[str, Mapping[int, str]] | None,
+    cache: bool,
+    run: bool | None,
+) -> Captured:
     kind = type(model)
     if isinstance(model, str | Path):
         _refuse_options("a file", dynamic_shapes, cache)

@@ -1,1 +1,1 @@
-"""The command line: one file a group of commands."""
+"""The command line: `app` holds the commands, and the other files one group of them each."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
-from graphopt.errors import UsageError, nearest
+from graphopt.errors import UsageError, nearest, user_batches
 from graphopt.ir.graph import Flow, Graph, Shape, Value
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ class Calibration:
                 "the calibration batches are needed again, and a generator gives them once; pass a list or a DataLoader"
             )
         self._used, number = True, -1
-        for number, batch in enumerate(itertools.islice(self._batches, self.steps)):
+        batches = user_batches("calibration batches", self._batches)
+        for number, batch in enumerate(itertools.islice(batches, self.steps)):
             yield self._feeds(batch, f"calibration batch {number}"), batch
         if number < 0:
             used_up = " (a generator that was used up before? pass a list or a DataLoader)" if self.once else ""

@@ -330,11 +330,17 @@ def test_targets() -> None:
     assert "onnxruntime  (onnx)" in done("targets")
 
 
-def test_a_target_whose_engine_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt import backends
+def test_a_target_whose_engine_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphopt.backends import TARGETS
 
-    monkeypatch.setitem(backends.TARGETS, "absent", ("graphopt.backends.absent", "Absent"))
-    assert "absent  (not installed: No module named 'graphopt.backends.absent')" in done("targets")
+    monkeypatch.setitem(TARGETS.built_in, "absent", "graphopt.backends.absent:Absent")
+    assert (
+        "absent  (broken: target 'absent' cannot be imported: ModuleNotFoundError: No module named "
+        "'graphopt.backends.absent')"
+    ) in done("targets")
+    assert refused(2, "optimize", write_model(tmp_path / "m.onnx"), "--dry-run", "--target", "absent").startswith(
+        "target 'absent' cannot be imported"
+    )
 
 
 def test_reproduce_refuses_another_folder(tmp_path: Path) -> None:

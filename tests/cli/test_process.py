@@ -65,7 +65,7 @@ def test_nothing_is_reported_to_the_maker_of_an_engine(first: str, model: Path, 
 
 def test_help_imports_nothing_heavy() -> None:
     probe = (
-        "import sys; from typer.testing import CliRunner; from graphopt import cli; "
+        "import sys; from typer.testing import CliRunner; from graphopt.cli import app as cli; "
         "found = CliRunner().invoke(cli.app, ['optimize', '--help']); "
         "print(found.exit_code, '--dry-run' in found.output, "
         "sorted({'torch', 'onnx', 'onnxruntime', 'numpy', 'jinja2'} & set(sys.modules)))"

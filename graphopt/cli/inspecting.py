@@ -1,0 +1,121 @@
+"""The commands that show graphs: inspect and diff."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphopt.cli.options import Json, Model
+from graphopt.cli.printing import print_json, show
+from graphopt.cli.reading import graph_of, require_file
+
+if TYPE_CHECKING:
+    from graphopt.capture.sources import Captured
+    from graphopt.ir.graph import Graph, Value
+
+
+def inspect(
+    model: Model,
+    full: Annotated[bool, typer.Option("--full", help="Print the whole listing.")] = False,
+    show_groups: Annotated[bool, typer.Option("--groups", help="List what prune may cut, and what is locked.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model takes, returns and consists of, as the passes see it."""
+    from graphopt.capture.sources import capture
+
+    require_file(model)
+    captured = capture(model, "onnx")
+    if show_groups:
+        _show_groups(captured, as_json)
+    elif as_json:
+        _print_facts(captured, full)
+    else:
+        _show_facts(captured, full)
+
+
+def _show_groups(captured: Captured, as_json: bool) -> None:
+    """The groups as prune finds them: after simplify."""
+    from graphopt.analysis.groups import groups
+    from graphopt.passes import REGISTRY
+    from graphopt.pipeline.context import Context
+    from graphopt.pipeline.text import parse
+    from graphopt.report import text
+
+    simplified = parse("simplify", REGISTRY).apply(captured.graph, Context(feeds=captured.feeds))
+    found = groups(simplified)
+    if as_json:
+        keys = "name", "kind", "size", "locked"
+        print_json([{key: getattr(group, key) for key in keys} for group in found])
+    else:
+        typer.echo(text.groups(found))
+
+
+def _print_facts(captured: Captured, full: bool) -> None:
+    from graphopt.ir.cost import Cost
+
+    graph, cost = captured.graph, Cost.of(captured.graph)
+    ops, opaque = _kinds(graph)
+    facts: dict[str, Any] = {
+        "inputs": {value.name: _type_text(value) for value in graph.inputs},
+        "outputs": {value.name: _type_text(value) for value in graph.outputs},
+        "ops": ops,
+        "opaque": opaque,
+        "parameters": cost.parameters,
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "notes": captured.notes,
+    }
+    print_json(facts | ({"listing": graph.text().splitlines()} if full else {}))
+
+
+def _show_facts(captured: Captured, full: bool) -> None:
+    from graphopt.ir.cost import Cost
+    from graphopt.report import figures
+
+    graph, cost = captured.graph, Cost.of(captured.graph)
+    ops, opaque = _kinds(graph)
+    lines = [f"input    {value.name} {_type_text(value)}" for value in graph.inputs]
+    lines += [f"output   {value.name} {_type_text(value)}" for value in graph.outputs]
+    lines.append(f"weights  {figures.count(cost.parameters)} parameters, {figures.size(cost.bytes)}")
+    lines += [] if cost.flops is None else [f"FLOPs    {figures.count(cost.flops)}"]
+    lines += [f"ops      {figures.counts(ops) or 'none'}", f"opaque   {figures.counts(opaque) or 'none'}"]
+    lines += [f"note     {note}" for note in captured.notes]
+    typer.echo("\n".join(lines + ([f"\n{graph.text()}"] if full else [])))
+
+
+def _kinds(graph: Graph) -> tuple[dict[str, int], dict[str, int]]:
+    """How many nodes there are of each op, and of each kind that is no op."""
+    from graphopt.ir.ops import OPS
+    from graphopt.report.records import count_kinds
+
+    kinds = count_kinds(graph.nodes)
+    opaque = {kind: number for kind, number in kinds.items() if kind not in OPS}
+    return {kind: number for kind, number in kinds.items() if kind in OPS}, opaque
+
+
+def diff(
+    before: Model,
+    after: Model,
+    full: Annotated[bool, typer.Option("--full", help="Print unchanged lines too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show how two models differ, as graphs."""
+    from graphopt.report import terminal
+    from graphopt.report.diff import GraphDiff
+
+    found = GraphDiff.of(graph_of(before), graph_of(after))
+    context = None if full else 3
+    if as_json:
+        lines = [line.mark + line.text for line in found.lines if full or line.mark != " "]
+        print_json({"removed": found.removed, "added": found.added, "kinds": found.kinds, "lines": lines})
+    elif sys.stdout.isatty():
+        show(terminal.diff(found, context))
+    else:
+        typer.echo(found.text(context))
+
+
+def _type_text(value: Value) -> str:
+    shape = "[?]" if value.shape is None else "[" + ", ".join(str(size) for size in value.shape) + "]"
+    return f"{shape} {str(value.dtype).removeprefix('torch.')}"

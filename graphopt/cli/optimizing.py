@@ -1,0 +1,87 @@
+"""The commands that make models: optimize, and the demo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphopt.cli.options import CalibrationSteps, Cpu, Json, Measure, Passes, Target, Threads
+from graphopt.cli.printing import print_json, show
+from graphopt.cli.reading import arrays, require_file, require_writable
+from graphopt.errors import GraphError, UsageError, outer_door
+
+
+def optimize(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="An .onnx file, or for targets of PyTorch a torch.export archive (.pt2).", show_default=False
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
+    passes: Passes = None,
+    target: Target = "onnxruntime",
+    calibration: Annotated[
+        Path | None, typer.Option(help="An .npz file: one array an input, samples along axis 0.")
+    ] = None,
+    calibration_steps: CalibrationSteps = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what each pass would do, and why not; write nothing.")
+    ] = False,
+    as_json: Json = False,
+    threads: Threads = None,
+    measure: Measure = None,
+    cpu: Cpu = None,
+    opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="An .html file for the report and the graph diff.")] = None,
+) -> None:
+    """Make a model smaller and faster."""
+    from graphopt.api import optimize as run
+    from graphopt.pipeline.instruments import Progress
+    from graphopt.report import html
+
+    require_file(model)
+    if dry_run and (output or report):
+        raise UsageError("--dry-run writes nothing; leave out --output and --report")
+    if not dry_run and output is None:
+        raise UsageError("say where to write: -o FILE, or --dry-run")
+    require_writable(model, output, report)
+    batches = None if calibration is None else arrays(calibration)
+    quiet = as_json or not sys.stderr.isatty()
+    small = run(
+        model,
+        passes,
+        target=target,
+        calibration=batches,
+        calibration_steps=calibration_steps,
+        threads=threads,
+        measure=measure,
+        cpu=cpu,
+        instruments=() if quiet else [Progress()],
+    )
+    written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
+    if report is not None:
+        with outer_door(GraphError, f"{report} cannot be written"):
+            html.write(report, small.report, small.diff(), f"{model.name} by graphopt")
+        written.append(report)
+    if as_json:
+        print_json(small.report.to_dict() | {"written": [str(path) for path in written]})
+        return
+    show(small.report)
+    typer.echo("\ndry run: nothing was written" if dry_run else f"\nwritten: {', '.join(map(str, written))}")
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder for what it writes.")] = Path("demo-output"),
+) -> None:
+    """Optimize a sentence encoder with its real weights, verify and time it."""
+    from graphopt.cli.demo import main as run
+
+    run(output)

@@ -1,0 +1,35 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[Path, typer.Argument(help="An .onnx file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own default without it.", min=1)]
+Measure = Annotated[
+    bool | None,
+    typer.Option(
+        "--measure/--no-measure",
+        help="Time the forms that operators may take, and the result against the input. Done without this too, unless "
+        "--cpu or GRAPHOPT_MEASURE=0 say otherwise.",
+        show_default=False,
+    ),
+]
+Cpu = Annotated[
+    str | None,
+    typer.Option(help="The CPU that the result is for, where not this one: avx2, avx512, avx512_vnni."),
+]
+Target = Annotated[str, typer.Option(help="What the model will run on; see `graphopt targets`.")]
+CalibrationSteps = Annotated[int | None, typer.Option(help="Most calibration batches to use.", min=1)]
+Passes = Annotated[
+    str | None,
+    typer.Option(
+        help='As text, such as "sparsify{amount=0.5},low-rank{energy=0.95},quantize{scheme=static}"; see '
+        "`graphopt passes`. Without it nothing is lost: simplify, and lowering to the target.",
+        show_default=False,
+    ),
+]

@@ -1,0 +1,76 @@
+"""What the user named on the command line: are the files there, can the others be written, what do they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graphopt.errors import LoweringError, UsageError, outer_door
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from graphopt.ir.graph import Graph
+
+
+def require_file(path: Path) -> None:
+    """Raise UsageError where there is no such file."""
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+
+
+def require_writable(model: Path, output: Path | None, report: Path | None) -> None:
+    """Raise UsageError where a file to write is a folder, the model, a file of its weights, or written twice."""
+    from graphopt.dialects.onnx.load import external_files
+
+    files = [] if output is None else [output, *(output.with_name(output.name + end) for end in (".json", ".data"))]
+    files += [] if report is None else [report]
+    for path in files:
+        if not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent} to write {path.name} into")
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder; name a file")
+        if path.resolve() == model.resolve():
+            raise UsageError(f"{path} is the model itself; write to another file")
+    if report is not None and report.resolve() in [path.resolve() for path in files[:-1]]:
+        raise UsageError(f"{report} is what --output writes; write the report to another file")
+    there = [path for path in files if path.exists()]
+    weights = {path.resolve() for path in external_files(model)} if there and model.suffix != ".pt2" else set()
+    for path in there:
+        if path.resolve() in weights:
+            raise UsageError(f"{path} holds weights of the model; write to another file")
+
+
+def graph_of(path: Path) -> Graph:
+    """The captured graph of an ONNX file."""
+    from graphopt.capture.sources import capture
+
+    require_file(path)
+    return capture(path, "onnx").graph
+
+
+def session_of(path: Path, threads: int | None) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
+    """The file as it is, in ONNX Runtime at its default options. Raises LoweringError where that does not load it."""
+    from graphopt.dialects.onnx import run as onnx_run
+    from graphopt.dialects.onnx.load import read_model
+
+    with outer_door(LoweringError, f"onnxruntime cannot load {path}"):
+        session = onnx_run.session(read_model(path), level="all", threads=threads)
+    return partial(onnx_run.run, session)
+
+
+def arrays(path: Path) -> dict[str, Any]:
+    """The arrays of an .npz file. Raises UsageError for another file, and for pickled objects, which can run code."""
+    import zipfile
+
+    import numpy as np
+
+    require_file(path)
+    with (
+        outer_door(UsageError, f"{path} is not an .npz file of plain arrays"),
+        zipfile.ZipFile(path),  # which refuses what np.load reads besides: .npy, and pickles
+        np.load(path, allow_pickle=False) as archive,
+    ):
+        return {name: archive[name] for name in archive.files}

@@ -1,0 +1,101 @@
+"""The commands about speed: bench, and the cache of what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from graphopt.cli.options import Json, Model, Passes, Threads
+from graphopt.cli.printing import print_json
+from graphopt.cli.reading import arrays, graph_of, require_file, session_of
+from graphopt.errors import LoweringError, UsageError, outer_door
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def bench(
+    model: Model,
+    other: Annotated[
+        Path | None, typer.Argument(help="A second .onnx file; without it, MODEL optimized.", show_default=False)
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz file with one batch; made from the input types without it.")
+    ] = None,
+    passes: Passes = None,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time two models in one interleaved run, with the first against itself as control."""
+    from graphopt.api import optimize as run
+    from graphopt.capture.sources import capture
+    from graphopt.measure.machine import environment, header
+    from graphopt.measure.timing import paired
+    from graphopt.report.records import BenchResult, plain
+    from graphopt.result import shapes_text
+
+    for path in filter(None, (model, other)):
+        require_file(path)
+    if other is not None and passes is not None:
+        raise UsageError("--passes optimizes MODEL, and a second file is given to compare it with; leave out one")
+    captured = capture(model, "onnx")
+    feeds = captured.feeds[0] if captured.feeds else {}
+    if inputs is not None:
+        feeds, _ = captured.signature.bind((arrays(inputs),), {})
+    elif not feeds:
+        raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
+    first = session_of(model, threads)
+    second: Callable[[Mapping[str, Tensor]], list[Tensor]]
+    if other is None:
+        second, name = run(model, passes, threads=threads).runner, "optimized"
+    else:
+        _require_inputs(other, set(feeds))
+        second, name = session_of(other, threads), other.name if other.name != model.name else str(other)
+    calls = {model.name: first, name: second, "control": first}
+    with outer_door(LoweringError, f"{shapes_text(feeds)}: one of the models does not run on that"):
+        ratios = paired({key: partial(call, feeds) for key, call in calls.items()}, baseline=model.name, rounds=rounds)
+    row = {key: ratios[key] for key in (name, "control")}
+    machine = environment()
+    if as_json:
+        print_json(plain({"environment": machine, "inputs": shapes_text(feeds), "ratios": row}))
+    else:
+        typer.echo(str(BenchResult(header(machine, threads or int(machine["cores"])), [(shapes_text(feeds), row)])))
+
+
+def _require_inputs(path: Path, names: set[str]) -> None:
+    """Raise UsageError where a model takes other inputs."""
+    takes = {value.name for value in graph_of(path).inputs}
+    if takes != names:
+        raise UsageError(f"the models take different inputs: {', '.join(sorted(names))} and {', '.join(sorted(takes))}")
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Forget everything.")] = False,
+    latest: Annotated[int, typer.Option(help="How many contests to show, the latest first.", min=1)] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show what was measured on this machine, and where that is kept."""
+    from graphopt.measure.cache import opened
+    from graphopt.report import figures, tables, text
+
+    kept = opened()
+    if clear:
+        number = kept.clear()
+        typer.echo(f"{number} {'entry' if number == 1 else 'entries'} forgotten, of {kept.path}")
+        return
+    entries = kept.entries()
+    in_bytes = kept.path.stat().st_size if kept.path.is_file() else 0
+    if as_json:
+        from graphopt.report.records import plain
+
+        contests = [key | value for key, value in entries[:latest]]
+        print_json(plain({"path": kept.path, "entries": len(entries), "bytes": in_bytes, "latest": contests}))
+        return
+    typer.echo(f"{kept.path}: {figures.count(len(entries))} entries, {figures.size(in_bytes)}")
+    if entries:
+        typer.echo("\n" + text.table(tables.contest_rows(entries[:latest])))

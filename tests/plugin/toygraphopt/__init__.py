@@ -1,0 +1,1 @@
+"""An example of a package that adds a pass and a target to graphopt."""

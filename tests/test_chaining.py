@@ -1,0 +1,90 @@
+"""optimize() of what optimize() returned: the passes of both calls do what they do in one call."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graphopt
+from graphopt import CaptureError, Optimized, UsageError
+from tests.models import Encoder, padding, seeded, tokens
+
+INPUTS = {"ids": tokens(), "mask": padding()}
+TARGETS = {"onnx": "onnxruntime", "fx": "torch-cpu"}
+PRUNE, QUANTIZE = "prune{neurons=0.25}", "quantize{scheme=static smooth=false}"
+
+
+@pytest.fixture(scope="module", params=list(TARGETS.values()), ids=list(TARGETS))
+def pruned(request: pytest.FixtureRequest) -> Optimized:
+    options: dict[str, Any] = {"target": request.param, "calibration": [INPUTS]}
+    return graphopt.optimize(seeded(Encoder), PRUNE, example_inputs=INPUTS, **options)
+
+
+def test_two_calls_do_what_one_does(pruned: Optimized) -> None:
+    target = pruned.report.target
+    options: dict[str, Any] = {"target": target, "calibration": [INPUTS]}
+    at_once = graphopt.optimize(seeded(Encoder), f"{PRUNE},{QUANTIZE}", example_inputs=INPUTS, **options)
+    chained = graphopt.optimize(pruned, QUANTIZE, **options)
+    assert chained.report.kernels == at_once.report.kernels
+    assert chained.lowered.text() == at_once.lowered.text()
+    expected, found = (list(one.lowered.constants()) for one in (at_once, chained))
+    for (_, a), (_, b) in zip(expected, found, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert torch.equal(chained(**INPUTS), at_once(**INPUTS))
+
+
+def test_signature_examples_and_provenance_are_kept(pruned: Optimized, tmp_path: Path) -> None:
+    before = pruned.transformed.text()
+    chained = graphopt.optimize(pruned, "quantize{scheme=dynamic}", target=pruned.report.target)
+    assert chained.signature is pruned.signature and chained.feeds is pruned.feeds
+    assert chained.report.source == f"tests.models.Encoder, optimized by graphopt: simplify,{PRUNE}"
+    assert chained.report.pipeline == "quantize{scheme=dynamic},fold-int8"
+    assert [pass_.name for pass_ in chained.applied] == ["simplify", "prune", "quantize"]
+    assert chained.captured.text() == before == pruned.transformed.text()
+    third = graphopt.optimize(chained, target=pruned.report.target, example_inputs=[{**INPUTS}])
+    assert third.report.source.endswith(f"simplify,{PRUNE}, optimized by graphopt: quantize{{scheme=dynamic}}")
+    assert third.report.kernels == chained.report.kernels and third.feeds is not pruned.feeds
+    third.export(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out.json").read_text())
+    assert manifest["source"] == third.report.source
+
+
+def test_the_order_of_stages_holds_over_all_calls(pruned: Optimized) -> None:
+    quantized = graphopt.optimize(pruned, "quantize{scheme=dynamic}", target=pruned.report.target)
+    with pytest.raises(UsageError, match=r"prune \(PRUNE\) cannot stand after quantize \(QUANTIZE\); the right order"):
+        graphopt.optimize(quantized, PRUNE, target=pruned.report.target)
+
+
+def test_another_target_of_the_same_dialect(pruned: Optimized) -> None:
+    if pruned.backend.dialect != "fx":
+        pytest.skip("there is one engine of ONNX everywhere")
+    moved = graphopt.optimize(pruned, "quantize{scheme=dynamic}", target="fbgemm")
+    assert moved.report.target == "fbgemm"
+    torch.testing.assert_close(moved(**INPUTS), pruned(**INPUTS), rtol=0.1, atol=0.1)
+
+
+def test_what_cannot_go_on(pruned: Optimized) -> None:
+    (other,) = set(TARGETS.values()) - {pruned.report.target}
+    with pytest.raises(UsageError, match=f"optimized for {pruned.report.target} is an? .*, and {other} takes"):
+        graphopt.optimize(pruned, target=other)
+    with pytest.raises(UsageError, match="dynamic_shapes says how a module is captured, and an Optimized is captured"):
+        graphopt.optimize(pruned, target=pruned.report.target, dynamic_shapes={})
+    with pytest.raises(CaptureError, match="the model has no input 'idz'; did you mean 'ids'"):
+        graphopt.optimize(pruned, target=pruned.report.target, example_inputs={"idz": tokens()})
+
+
+def test_metadata_names_the_earlier_passes(tmp_path: Path) -> None:
+    import onnx
+
+    from tests.models import model
+
+    proto = model("g (float[n,8] x) => (float[n,8] y) { y = MatMul(x, W) }", {"W": torch.eye(8)})
+    chained = graphopt.optimize(graphopt.optimize(proto, "sparsify{amount=0.5}"), "quantize{scheme=dynamic}")
+    written = onnx.load(chained.export(tmp_path / "out.onnx"))
+    stored = {entry.key: entry.value for entry in written.metadata_props}
+    assert stored["graphopt.earlier"] == "simplify,sparsify{amount=0.5}"
+    assert stored["graphopt.pipeline"] == "quantize{scheme=dynamic},fold-int8"
