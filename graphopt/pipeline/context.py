@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -52,19 +52,17 @@ class Context:
     """How the account calls the sites: their label, with the node's name where several share that (a shared module)."""
 
     def sites(self, graph: Graph, targets: Selector, ignore: Selector = Selector()) -> list[Node]:
-        """The nodes that `targets` selects and `ignore` does not, counted as eligible.
+        """The nodes that `targets` selects and `ignore` does not, recorded as eligible; without those that
+        `reverts` declines.
 
         Raises UsageError where a term that the user wrote selects nothing, naming the nearest path.
         """
         nodes = graph.nodes
-        options = {f.name: f.default for f in fields(self.current)} if self.current else {}
-        values = {name: getattr(self.current, name) for name in options}
-        chosen_by_user = [value for name, value in values.items() if value != options[name]]
-        for selector in (targets, ignore):
-            for term in selector.terms if selector in chosen_by_user else ():
-                if not any(selector.matches(node, term) for node in nodes):
-                    names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
-                    raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
+        given = list(self.current.given().values()) if self.current else []
+        for term in (term for selector in (targets, ignore) if selector in given for term in selector.terms):
+            if not any(node in Selector(term) for node in nodes):
+                names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
+                raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
         often = Counter(node.label for node in chosen)
         for node in chosen:

@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from graphopt.errors import PassError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import Range, check_options
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.report.records import PassRecord
 
@@ -54,14 +55,13 @@ class Repeat(Pipeline):
 
     name: ClassVar[str] = "repeat"
 
-    times: int = 10
+    times: Annotated[int, Range(1)] = 10
     """Most rounds, at least 1."""
 
     def __init__(self, passes: Iterable[Pass] = (), times: int = 10) -> None:
         super().__init__(passes)
-        if not isinstance(times, int) or isinstance(times, bool) or times < 1:
-            raise UsageError(f"repeat: times is {times!r}; give a whole number, at least 1")
         object.__setattr__(self, "times", times)
+        check_options(self.name, self)
         stages = {leaf.stage for leaf in self.leaves()}
         if times > 1 and len(stages if Stage.LOWER in stages else stages - {Stage.SIMPLIFY}) > 1:
             names = ", ".join(f"{leaf.name} ({leaf.stage.name})" for leaf in self.leaves())
