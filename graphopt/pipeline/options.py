@@ -40,7 +40,7 @@ class Range:
     def __str__(self) -> str:
         """Such as `of at least 0 and below 1`."""
         low = None if self.low is None else f"{'above' if self.open_low else 'of at least'} {self.low:g}"
-        high = None if self.high is None else f"{'below' if self.open_high else 'of at most'} {self.high:g}"
+        high = None if self.high is None else f"{'below' if self.open_high else 'at most'} {self.high:g}"
         return " and ".join(filter(None, (low, high)))
 
 

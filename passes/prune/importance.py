@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from graphopt.analysis.groups import Axis, Group
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics import importance
 from graphopt.numerics.finite import require_finite
@@ -55,7 +56,7 @@ def weigh(graph: Graph, context: Context, groups: Sequence[Group], criterion: st
         raise UsageError(f"{context.record.name}: importance={name} cannot weigh any of them: {_UNWEIGHED[name]}")
     for group in groups:
         if group not in found:
-            context.record.decline(group.name, f"importance={name} cannot weigh it: {_UNWEIGHED[name]}")
+            context.record.decline(group.name, Decline("not_weighed", importance=name, why=_UNWEIGHED[name]))
     return {group: found[group] for group in groups if group in found}
 
 
