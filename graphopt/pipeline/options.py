@@ -50,7 +50,8 @@ def check_options(name: str, options: Any) -> None:
 
     name: of the pass. Raises UsageError with the pass, the option, the value, and what the option takes.
     """
-    for option, kind in _types(type(options)).items():
+    cls: type = type(options)
+    for option, kind in _types(cls).items():
         value = getattr(options, option)
         try:
             accepted = _accept(kind, value)

@@ -51,7 +51,7 @@ class Pipeline(Pass):
 
 @dataclass(frozen=True, init=False)
 class Repeat(Pipeline):
-    """Passes again and again, until nothing changes any more or `times` is reached."""
+    """Passes in order, repeated until a round changes nothing or `times` rounds have run."""
 
     name: ClassVar[str] = "repeat"
 
@@ -83,12 +83,10 @@ def check_order(pipeline: Pipeline) -> None:
     leaves = list(pipeline.leaves())
     latest: Pass | None = None
     for leaf in leaves:
-        late = latest is not None and (
+        if latest is not None and (
             latest.stage is Stage.LOWER if leaf.stage is Stage.SIMPLIFY else leaf.stage < latest.stage
-        )
-        if late and leaf.stage is not Stage.LOWER:
-            assert latest is not None
-            ordered = sorted((p for p in leaves), key=lambda p: p.stage)
+        ):
+            ordered = sorted(leaves, key=lambda p: p.stage)
             raise UsageError(
                 f"{leaf.name} ({leaf.stage.name}) cannot stand after {latest.name} ({latest.stage.name}); "
                 f"the right order is {','.join(p.name for p in ordered)}"
@@ -98,14 +96,17 @@ def check_order(pipeline: Pipeline) -> None:
 
 
 def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
-    """Run one pass between the instruments' `before` and `after`, and keep its account in the report."""
+    """Run one pass between the instruments' `before` and `after`, and add its record to the report.
+
+    Raises UsageError for what the user can mend, PassError for any other failure of the pass or an instrument.
+    """
     if graph.dialect not in pass_.dialects:
         raise UsageError(
             f"{pass_.name} works on {' or '.join(pass_.dialects)} graphs, and this target's dialect is {graph.dialect}"
         )
     record = PassRecord(pass_.name, str(pass_), stage=pass_.stage.name)
     record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
-    context.record, context.current, context.labels = record, pass_, {}
+    context.begin(pass_, record)
     active = [instrument for instrument in context.instruments if instrument.should_run(pass_)]
     for instrument in active:
         instrument.before(pass_, graph, context)

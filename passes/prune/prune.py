@@ -10,8 +10,9 @@ from graphopt.errors import UsageError
 from graphopt.ir.cost import sizes
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
-from graphopt.passes.prune import budget, sizing
-from graphopt.passes.prune.budget import Candidate, CostModel, Sizes
+from graphopt.passes.prune import sizing
+from graphopt.passes.prune.budget import Candidate, Sizes
+from graphopt.passes.prune.costs import CostModel, cut
 from graphopt.passes.prune.importance import weigh
 from graphopt.passes.prune.refit import compensate
 from graphopt.passes.prune.selection import open_groups
@@ -120,7 +121,7 @@ class Prune(Pass):
         names = [group.name for group in groups(graph)]
         if compensates:
             compensate(graph, context, {candidate.group: candidate.units(size) for candidate, size in smaller.items()})
-        budget.cut(graph, smaller, names)
+        cut(graph, smaller, names)
 
     def _groups(self, graph: Graph, context: Context) -> list[Group]:
         """The groups that may be cut; of each kind that has a share there must be one."""
@@ -146,5 +147,5 @@ class Prune(Pass):
         chosen = sizing.by_shares(context, candidates, {kind: getattr(self, kind) for kind in KINDS}, together)
         model = CostModel(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
         if model.flops and any(size < candidate.group.size for candidate, size in chosen.items()):
-            context.note(f"{model.share('flops')(chosen):.3f} of the FLOPs stay")
+            context.note(f"{model.share_left('flops')(chosen):.3f} of the FLOPs stay")
         return chosen

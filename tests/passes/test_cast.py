@@ -1,5 +1,7 @@
 """cast: 16 bits wherever numbers fit."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ TEXT = """
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float16", 2e-3), ("bfloat16", 2e-2)])
-def test_ops_and_weights_in_16_bits(dialect: str, dtype: str, rtol: float) -> None:
+def test_ops_and_weights_in_16_bits(dialect: str, dtype: Any, rtol: float) -> None:
     graph = build(dialect, TEXT)
     original = graph.clone()
     run(Cast(dtype=dtype), graph)
@@ -81,7 +83,7 @@ def test_attention_with_a_float_mask_stays_in_float32(dialect: str) -> None:
 
 def test_refuses_other_types(dialect: str) -> None:
     with pytest.raises(UsageError, match="cast: dtype is 'int8'; give float16 or bfloat16"):
-        Cast(dtype="int8")
+        Cast(dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="toy has no kernels in bfloat16; there is float16"):
         run(Cast(dtype="bfloat16"), build(dialect, TEXT), target=FakeTarget(floats=("float16",)))
 

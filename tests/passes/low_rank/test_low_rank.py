@@ -54,7 +54,13 @@ class Target(FakeTarget):
     asked: list[Any] = field(default_factory=list)
 
     def ratios(
-        self, graph: Graph, baseline: Graph, feeds: Sequence[Mapping[str, Tensor]], *, threads: int | None
+        self,
+        graph: Graph,
+        baseline: Graph,
+        feeds: Sequence[Mapping[str, Tensor]],
+        *,
+        threads: int | None = None,
+        rounds: int = 15,
     ) -> list[Ratio]:
         graph.verify()
         self.asked.append((len(feeds), threads))
@@ -249,7 +255,7 @@ def test_convs_of_one_axis_and_of_none_split_by_channel(dialect: str, shape: str
         ),
     ],
 )  # fmt: skip
-def test_declines_a_conv(dialect: str, text: str, conv: str, why: Decline) -> None:
+def test_declines_a_conv(dialect: str, text: str, conv: Any, why: Decline) -> None:
     assert declines(run(LowRank(rank=why.values.get("rank", 1), conv=conv), build(dialect, f"y = {text}"))) == [why]
 
 
@@ -545,7 +551,7 @@ def test_refuses_what_contradicts(options: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("conv", ["channel", "spatial"])
 @pytest.mark.parametrize("name", ["onnxruntime", "fbgemm"])
-def test_pairs_of_convs_run_on_the_target(name: str, conv: str) -> None:
+def test_pairs_of_convs_run_on_the_target(name: str, conv: Any) -> None:
     backend = target(name)
     captured = capture(models.seeded(models.ConvNet), backend.dialect, example_inputs=models.images())
     graph = captured.graph.clone()

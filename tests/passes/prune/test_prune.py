@@ -60,7 +60,7 @@ def test_removes_the_weakest_neurons_whole(dialect: str) -> None:
 
 
 @pytest.mark.parametrize(("importance", "order"), [("l1", 1), ("l2", 2)])
-def test_norms_are_those_of_all_weights_of_a_unit(dialect: str, importance: str, order: int) -> None:
+def test_norms_are_those_of_all_weights_of_a_unit(dialect: str, importance: Any, order: int) -> None:
     graph = build(dialect, "y = linear(relu(linear(x[2,3], W[4,3])), V[2,4])")
     weights = torch.cat([weight_of(graph.nodes[0]), weight_of(graph.nodes[2]).T], 1).double()
     kept = weight_of(graph.nodes[0])[weights.norm(order, dim=1).argsort()[1:].sort().values].clone()
@@ -381,7 +381,7 @@ def test_text_form() -> None:
 
 
 @pytest.mark.parametrize("importance", ["l2", "random"])
-def test_nan_names_the_site(dialect: str, importance: str) -> None:
+def test_nan_names_the_site(dialect: str, importance: Any) -> None:
     graph = build(dialect, "y = linear(relu(linear(x[2,4], W[8,4]:values(1,nan))), V[3,8])")
     reason = rf"pass prune failed.*the weight of {graph.nodes[0].label} has 16 of 32 values NaN"
     with pytest.raises(PassError, match=reason):

@@ -77,7 +77,7 @@ def test_declines_what_is_no_stored_float_weight(dialect: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_a_pattern_that_matches_all_prunes_linears_and_convs_only(dialect: str, scope: str) -> None:
+def test_a_pattern_that_matches_all_prunes_linears_and_convs_only(dialect: str, scope: Any) -> None:
     text = "h = linear(x[2,8], W[8,8])\nn = layer_norm(h, G[8]:seed3, B[8])\ny = rms_norm(n, R[8]:seed4)"
     graph = build(dialect, text)
     norms = [weight_of(node).clone() for node in graph.nodes[1:]]
@@ -142,7 +142,7 @@ def sites_of(graph: Graph) -> list[Node]:
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda", "sparsegpt"])
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
-def test_of_every_m_input_channels_n_stay(dialect: str, criterion: str, n: int, m: int) -> None:
+def test_of_every_m_input_channels_n_stay(dialect: str, criterion: Any, n: int, m: int) -> None:
     graph = build(dialect, BOTH)
     context = run(Sparsify(pattern=f"{n}:{m}", criterion=criterion), graph, calibration=images())
     assert context.record.changed == 2
@@ -155,7 +155,7 @@ def test_of_every_m_input_channels_n_stay(dialect: str, criterion: str, n: int, 
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda"])
 @pytest.mark.parametrize(("text", "rows", "columns"), [("4x1", 4, 1), ("1x4", 1, 4)])
 def test_blocks_lie_along_outputs_or_inputs(
-    dialect: str, criterion: str, text: str, rows: int, columns: int
+    dialect: str, criterion: Any, text: str, rows: int, columns: int
 ) -> None:
     graph = build(dialect, BOTH)
     run(Sparsify(pattern=text, criterion=criterion, amount=1 / 3), graph, calibration=images())
@@ -299,7 +299,7 @@ def by_gradient(pass_: Sparsify, graph: Graph, batches: list[dict[str, Tensor]],
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-def test_gradient_is_the_first_order_change_of_the_loss(scope: str) -> None:
+def test_gradient_is_the_first_order_change_of_the_loss(scope: Any) -> None:
     graph = build("fx", TWO.replace("x[2,8]", "x[batch,8]"))
     draw = torch.Generator().manual_seed(0)
     batches = [{"x": torch.randn(3, 8, generator=draw), "target": torch.randn(3, 4, generator=draw)} for _ in range(3)]
@@ -430,7 +430,7 @@ def test_says_what_zeros_bring(dialect: str) -> None:
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
-def test_needs_calibration(dialect: str, criterion: str) -> None:
+def test_needs_calibration(dialect: str, criterion: Any) -> None:
     with pytest.raises(UsageError, match="sparsify needs calibration data: pass calibration="):
         run(Sparsify(criterion=criterion), build(dialect, TWO))
     with pytest.raises(UsageError, match="sparsify needs calibration data: pass calibration="):
