@@ -327,7 +327,8 @@ def test_a_singular_covariance_is_damped_and_named(dialect: str) -> None:
 
 def test_calibrated_twins_are_equal_to_the_bit() -> None:
     """From the statistics that one dialect saw."""
-    for name, conv in (("bert", "channel"), ("decoder", "channel"), ("convs", "channel"), ("convs", "spatial")):
+    splits: Any = ("bert", "channel"), ("decoder", "channel"), ("convs", "channel"), ("convs", "spatial")
+    for name, conv in splits:
         captured = twins.captured(name, "fx")
         recorded = Recorded(captured.graph, captured.feeds[0])
         for pass_ in (LowRank(error=0.3, conv=conv), LowRank(rank=0.25, conv=conv)):
