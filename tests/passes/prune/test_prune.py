@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import onnx
@@ -18,6 +18,7 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.measure.timing import Ratio
 from graphopt.passes import REGISTRY, Prune
+from graphopt.passes.prune.importance import IMPORTANCE
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.runner import run_pass
@@ -263,6 +264,10 @@ def test_a_share_that_rounds_to_nothing_is_declined(dialect: str) -> None:
     assert context.record.declined[name].code == "no_units_go"
     assert declines(context)[-1] == Decline("no_units_go", size=16, kind="neurons")
     assert_unchanged(Prune(neurons=0.01), graph)
+
+
+def test_the_option_names_every_criterion() -> None:
+    assert get_type_hints(Prune)["importance"] == Literal["auto", *IMPORTANCE]
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -1,7 +1,7 @@
 """sparsify: weights become zero where they matter least."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.numerics.sparsity import Pattern, as_matrix
 from graphopt.passes import Quantize, Sparsify
+from graphopt.passes.sparsify.criteria import CRITERIA
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.runner import Pipeline, run_pass
 from graphopt.pipeline.selectors import Selector
@@ -424,6 +425,10 @@ def test_says_what_zeros_bring(dialect: str) -> None:
     assert run(Sparsify(pattern="2:4"), build(dialect, text), target=able).record.notes[1] == "toy: skipped by kernels"
     other = run(Sparsify(pattern="1:4"), build(dialect, text), target=able).record.notes[1]
     assert "1:4 zeros make nothing faster on toy, which has kernels for 2:4 only" in other
+
+
+def test_the_option_names_every_criterion() -> None:
+    assert get_type_hints(Sparsify)["criterion"] == Literal[*CRITERIA]
 
 
 # --- what cannot be asked for --------------------------------------------------------------------------------------
