@@ -63,7 +63,7 @@ def pass_page(cls: type[Pass]) -> str:
     parts = [f"# {cls.name}", f"    {' '.join(change.split())}", _reference(cls), f"Stage {cls.stage.name}. {effect}"]
     helps = _option_helps(cls)
     rows = [
-        (f"`{option.name}`", _cell(allowed(option.name, cls)), _default(option), _cell(helps.get(option.name, "")))
+        (f"`{option.name}`", _cell(allowed(cls, option.name)), _default(option), _cell(helps.get(option.name, "")))
         for option in fields(cls)
     ]
     if rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
@@ -12,10 +13,10 @@ from graphopt.pipeline.selectors import Selector
 
 @dataclass(frozen=True)
 class Approximate(Pass):
-    """Take a formula that is cheaper on many CPUs in place of an exact one; never done unless it is asked for.
+    """Replace an exact function by an approximation that is cheaper on many CPUs. Runs only where it is asked for.
 
-    Of gelu, the tanh form of Hendrycks & Gimpel (2016) in place of erf: it is at most 4.8e-4 away, whatever x is.
-    Declined: a gelu that has that form already.
+    gelu by erf becomes the tanh form of Hendrycks & Gimpel (2016), whose absolute error is at most 4.8e-4 for any x.
+    Declined: a gelu in that form already, and any other op.
     """
 
     name = "approximate"
@@ -30,8 +31,8 @@ class Approximate(Pass):
     def run(self, graph: Graph, context: Context) -> None:
         for site in context.sites(graph, self.targets, self.ignore):
             if site.kind != "gelu":
-                context.decline(site, f"there is no approximation of {site.kind}")
-            elif site.attributes["approximate"] != "none":
-                context.decline(site, f"it is approximated by {site.attributes['approximate']} already")
+                context.decline(site, Decline("no_approximation", op=site.kind))
+            elif (form := site.attributes["approximate"]) != "none":
+                context.decline(site, Decline("already_approximate", form=form))
             else:
                 graph.replace(site, graph.emit("gelu", site.input, at=site, approximate="tanh"))

@@ -1,4 +1,4 @@
-"""The same function with fewer nodes: nothing that is known, or changes nothing, or is computed twice."""
+"""The same function with fewer nodes, by small rewrites that make room for each other."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from graphopt.ir.bypass import bypass
 from graphopt.ir.constants import fold_constants, static_sizes
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
+from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, RuleLog, rewrite
 from graphopt.numerics.fold import fold_batch_norm
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 
-_SMALL = 64
-"""Most elements of constants that are compared by value when looking for common subexpressions."""
-
 _ROUNDS = 8
-"""Most rounds: one step makes room for another (nodes that are shared form a chain), but seldom more than twice."""
+"""Most rounds: a rewrite may enable one before it (merged nodes form a chain to bypass), seldom more than twice."""
+
+_SMALL = 64
+"""Most elements of a constant that is compared by value when equal nodes are looked for."""
 
 
 @dataclass(frozen=True)
 class Simplify(Pass):
-    """Fold constants and batch norms, drop dead code and what changes nothing, and compute equal things once.
+    """Drop dead nodes, fold constants, bypass what changes nothing, merge equal nodes and fold batch norms.
 
-    Random and stateful nodes and those with subgraphs are left as they are, and so are constants that would make the
-    model larger (see `graphopt.ir.constants`).
+    Left as they are: random and stateful nodes, nodes with subgraphs, and constants whose folding would make the model
+    larger (see `graphopt.ir.constants`). A batch norm is declined where its neighbour's weight cannot take it up.
     """
 
     name = "simplify"
@@ -38,50 +38,61 @@ class Simplify(Pass):
     def run(self, graph: Graph, context: Context) -> None:
         for _ in range(_ROUNDS):
             before = graph.version
-            _erase_dead(graph)
+            erase_dead(graph)
             fold_constants(graph)
             bypass(graph)
-            _share(graph)
-            context.record.rules.update(rewrite(graph, BATCH_NORM))
+            merge_equal(graph)
+            context.record.rules.update(fold_batch_norms(graph))
             graph.sweep()
             if graph.version == before:
                 return
 
 
-def _erase_dead(graph: Graph) -> None:
+# --- dead nodes ----------------------------------------------------------------------------------------------------
+
+
+def erase_dead(graph: Graph) -> None:
+    """Erase nodes without side effects whose results nobody reads."""
     for node in reversed(graph.nodes):
         if node.signature is not None and not any(result.users or result.is_output for result in node.results):
             graph.erase(node)
 
 
-# --- what is computed twice ----------------------------------------------------------------------------------------
+# --- equal nodes ---------------------------------------------------------------------------------------------------
 
 
-def _share(graph: Graph) -> None:
-    """Let equal nodes on equal operands be one: the first."""
-    first: dict[Hashable, Node] = {}
+def merge_equal(graph: Graph) -> None:
+    """Merge nodes that compute the same of the same operands into the first (common subexpressions)."""
+    firsts: dict[Hashable, Node] = {}
     for node in graph.nodes:
         if node.signature is None:
             continue
         key = node.signature, tuple(_identity(graph, value) for value in node.operands)
-        known = first.setdefault(key, node)
-        pairs = list(zip(known.results, node.results, strict=True))
-        if known != node and not any(old.is_output and new.is_output for new, old in pairs):
-            graph.replace(node, *known.results)
+        first = firsts.setdefault(key, node)
+        both_returned = any(
+            ours.is_output and theirs.is_output for ours, theirs in zip(node.results, first.results, strict=True)
+        )
+        if first != node and not both_returned:
+            graph.replace(node, *first.results)
 
 
 def _identity(graph: Graph, value: Value | None) -> Hashable:
-    """What makes an operand the same as another: the value itself, or the content of a small constant."""
+    """What equal operands have in common: the value itself, or the content of a small constant."""
     if value is None or not value.is_constant:
         return value
     sizes = static_sizes(value.shape)
     tensor = graph.constant(value) if sizes is not None and math.prod(sizes) <= _SMALL else None
     if tensor is None:
         return value
-    return tensor.dtype, tuple(tensor.shape), str(tensor.flatten().tolist())  # as text: 0.0 is not -0.0
+    return tensor.dtype, tuple(tensor.shape), str(tensor.flatten().tolist())  # as text, 0.0 differs from -0.0
 
 
-# --- batch norm ----------------------------------------------------------------------------------------------------
+# --- batch norms ---------------------------------------------------------------------------------------------------
+
+
+def fold_batch_norms(graph: Graph) -> dict[str, RuleLog]:
+    """Fold each batch norm into the conv or linear before it; what became of the rules, by name."""
+    return rewrite(graph, FOLD_BATCH_NORM)
 
 
 def conv_then_norm(
@@ -97,15 +108,15 @@ def linear_then_norm(
 
 
 def fold_norm(op: Builder, m: Match) -> Value:
-    """The norm scales and shifts each output channel, and so can the weight and the bias."""
+    """The weight and the bias take up the factor and the shift of each output channel."""
     before: Node = m.before
     if before.kind == "linear" and m.norm.result.rank != 2:
-        raise Declined("the norm's axis 1 is not the linear's outputs")
+        raise Declined("norm_not_on_outputs")
     if len(m.weight.users) > 1:
-        raise Declined("another node reads the weight too")
+        raise Declined("weight_read_twice")
     given = [value for value in (m.weight, m.bias, m.gamma, m.beta, m.mean, m.var) if value is not None]
     if not all(value.is_constant for value in given):
-        raise Declined("a weight of the pair is computed by the graph")
+        raise Declined("pair_computed")
     known: dict[Value, Any] = {value: op.graph.constant(value) for value in given}
     gamma, beta, mean, var = (known[value] for value in (m.gamma, m.beta, m.mean, m.var))
     folded = fold_batch_norm(known[m.weight], known.get(m.bias), gamma, beta, mean, var, m.norm.attributes["eps"])
@@ -113,7 +124,7 @@ def fold_norm(op: Builder, m: Match) -> Value:
     return op.graph.emit(before.kind, m.x, weight, bias, at=before, **before.attributes)  # there, to keep its path
 
 
-BATCH_NORM = (
+FOLD_BATCH_NORM = (
     Rule("fold-batch-norm-into-conv", conv_then_norm, fold_norm),
     Rule("fold-batch-norm-into-linear", linear_then_norm, fold_norm),
 )

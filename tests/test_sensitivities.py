@@ -165,7 +165,7 @@ def test_a_change_that_moves_nothing_is_equal(dialect: str) -> None:
 def test_nan_in_an_output_is_the_worst() -> None:
     graph = build("fx", TWO)
     first, second = graph.sites("linear")
-    amounts = PerSite({f"node:{first.name}": 0.9, f"node:{second.name}": math.nan})
+    amounts = PerSite({f"node:{first.name}": 0.9, f"node:{second.name}": math.inf})
     found = scan(graph, [Damp(amounts)], context_of(graph))
     worst = found.ranking()[0]
     assert worst.nodes == (second.name,) and worst.damage is not None and math.isnan(worst.damage.sqnr)
@@ -174,7 +174,7 @@ def test_nan_in_an_output_is_the_worst() -> None:
 def test_the_outputs_of_the_reference_need_not_be_kept(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = build(dialect, TWO)
     kept = scan(graph, [Damp()], context_of(graph))
-    monkeypatch.setattr("graphopt.pipeline.damage.MEMORY", 0)
+    monkeypatch.setattr("graphopt.pipeline.reference.MEMORY", 0)
     assert scan(graph, [Damp()], context_of(graph)).rows == kept.rows
 
 
@@ -482,7 +482,7 @@ def test_a_damaged_cache_is_measured_again_with_one_warning(dialect: str, tmp_pa
 
 def test_infinity_and_nan_survive_the_cache(tmp_path: Path) -> None:
     graph = build("fx", TWO)
-    settings = [Damp(0.0), Damp(math.nan)]
+    settings = [Damp(0.0), Damp(math.inf)]
     found = scan(graph, settings, context_of(graph), cache=tmp_path / "cache")
     again = scan(graph, settings, context_of(graph), cache=tmp_path / "cache")
     assert repr(again) == repr(found) and "inf" in repr(found) and "nan" in repr(found)

@@ -81,11 +81,12 @@ class Pattern:
         """The share of zeros, where the pattern alone says it."""
         return 1 - self.keep / self.columns if self.keep else None
 
-    def why_not(self, shape: Sequence[int]) -> str | None:
-        """Why a weight (out, in, *kernel) of this shape cannot be cut up, or None where it can."""
+    def undivided_axis(self, shape: Sequence[int]) -> tuple[str, int, int] | None:
+        """The first axis of a weight (out, in, *kernel) that blocks do not divide, as (output or input, its size, the
+        size of a block along it); None where they divide both."""
         for name, size, part in (("output", shape[0], self.rows), ("input", shape[1], self.columns)):
             if size % part:
-                return f"{size} along the {name} axis is no multiple of {part}"
+                return name, size, part
         return None
 
     def masks(self, scores: Iterable[Tensor], amount: float) -> list[Tensor]:

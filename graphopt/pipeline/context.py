@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -31,40 +31,46 @@ class Context:
     """What a pass may ask of its surroundings while it runs."""
 
     target: Target = field(default_factory=AnyTarget)
-    """What the graph is made for: `schemes` says which ops may be int8, and how."""
+    """What the graph is to run on."""
     threads: int | None = None
     """Of the engine, where a pass measures; None for its default."""
     report: Report = field(default_factory=Report)
+    """Where the records of all passes go."""
     feeds: Sequence[Mapping[str, Tensor]] = ()
     """The example inputs, by input name, one mapping for each shape."""
     calibration: Calibration | None = None
+    """The calibration batches, where the user gave any."""
     loss: Callable[[list[Tensor], Any], Tensor] | None = None
     """(the graph's outputs in order, the batch) -> one number; for criteria that follow gradients."""
     evaluate: Callable[[Graph], float] | None = None
-    """A graph -> how good it is, more is better; for goals that are set in the user's own measure."""
+    """A graph -> its metric, more is better; for goals in the user's own metric."""
     instruments: Sequence[Instrument] = ()
-    record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
-    """The account of the pass that runs now."""
-    current: Pass | None = None
+    """What is called around every pass."""
     reverted: Mapping[str, Decline] = field(default_factory=dict)
-    """By label, sites that passes which lose accuracy leave as they are, and why: there they made the model slower."""
+    """By label, sites that lossy passes must decline, and why: changing them made the model slower."""
+    current: Pass | None = None
+    """The pass that runs now."""
+    record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
+    """The record of the pass that runs now."""
     labels: dict[Node, str] = field(default_factory=dict)
-    """How the account calls the sites: their label, with the node's name where several share that (a shared module)."""
+    """How the record names sites: by label, with the node's name where several share one (a module called twice)."""
+
+    def begin(self, pass_: Pass, record: PassRecord) -> None:
+        """A pass starts, and this is its record."""
+        self.current, self.record, self.labels = pass_, record, {}
 
     def sites(self, graph: Graph, targets: Selector, ignore: Selector = Selector()) -> list[Node]:
-        """The nodes that `targets` selects and `ignore` does not, counted as eligible.
+        """The nodes that `targets` selects and `ignore` does not, recorded as eligible; without those that
+        `reverts` declines.
 
         Raises UsageError where a term that the user wrote selects nothing, naming the nearest path.
         """
         nodes = graph.nodes
-        options = {f.name: f.default for f in fields(self.current)} if self.current else {}
-        values = {name: getattr(self.current, name) for name in options}
-        chosen_by_user = [value for name, value in values.items() if value != options[name]]
-        for selector in (targets, ignore):
-            for term in selector.terms if selector in chosen_by_user else ():
-                if not any(selector.matches(node, term) for node in nodes):
-                    names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
-                    raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
+        given = list(self.current.given().values()) if self.current else []
+        for term in (term for selector in (targets, ignore) if selector in given for term in selector.terms):
+            if not any(node in Selector(term) for node in nodes):
+                names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
+                raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
         often = Counter(node.label for node in chosen)
         for node in chosen:
@@ -73,7 +79,7 @@ class Context:
         return [node for node in chosen if not self.reverts(self.labels[node])]
 
     def reverts(self, label: str) -> bool:
-        """Whether a site stays as it is because the model was slower with it changed; it is then declined."""
+        """Whether the current pass must leave a site as it is (`reverted`); the site is then declined."""
         if label not in self.reverted or self.current is None or self.current.lossless:
             return False
         self.record.decline(label, self.reverted[label])
@@ -96,22 +102,22 @@ class Context:
         return {node: values[term] for node, term in terms.items()}
 
     def decline(self, site: Node, why: Decline | str) -> None:
-        """Leave a site as it is, and say why: by a code and its values, or as a sentence."""
+        """Record that a site stays as it is, and why."""
         self.record.decline(self.labels.get(site, site.label), why)
 
     def note(self, text: str) -> None:
-        """Tell the user something about this pass as a whole."""
+        """Record something that the user should know about this pass."""
         self.record.notes.append(text)
 
     def statistics(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
-        """What the calibration batches do to values: each with a fresh statistic to fill, given back in order.
+        """Fill a fresh statistic of each value over the calibration batches, and yield them in order.
 
-        The graph must stay as it is until the last (`Calibration.observe`). Raises UsageError without calibration.
+        The graph must not change until the last (`Calibration.observe`). Raises UsageError without calibration.
         """
         return self.batches().observe(graph, wanted)
 
     def gradients(self, graph: Graph, values: Sequence[Value]) -> Iterator[list[Tensor]]:
-        """d loss / d values, batch by batch of the calibration.
+        """The gradients of the loss with respect to values, one list for each calibration batch.
 
         Raises UsageError without calibration or a loss, and where the dialect has no gradients.
         """
@@ -143,5 +149,5 @@ class Context:
         return ", or use scheme=dynamic" if scheme is not None else ""
 
     def cost(self, graph: Graph) -> Cost:
-        """What a graph costs at the sizes of the first example."""
+        """The cost of a graph at the sizes of the first example."""
         return Cost.of(graph, sizes(graph, self.feeds[0]) if self.feeds else {})

@@ -1,11 +1,10 @@
-"""What flows into weights on the calibration batches: second moments, shared by all that multiply the same rows."""
+"""Moments of the inputs of weights on the calibration batches, computed once for weights that read the same input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from graphopt.errors import UsageError
@@ -19,7 +18,7 @@ S = TypeVar("S", Norm, Mean, Covariance, Met)
 
 
 def unexercised(what: str) -> str:
-    """What to say of values that no batch has a number of: all of it padding, or empty."""
+    """What to tell the user of values that are all padding, or empty, in every batch."""
     return f"no calibration batch has numbers for {what}; add batches that do, or name what reads it in ignore"
 
 
@@ -87,19 +86,29 @@ def _observed(
         several = [one for one in [next(seen) for _ in inputs] if one.count]
         if not several:
             raise UsageError(unexercised(f"the input of {reading[0].sites[0].label}"))
-        total = sum(one.count for one in several)
-        moments = mean(several[0]) if len(several) == 1 else sum(mean(one) * (one.count / total) for one in several)
-        assert isinstance(moments, torch.Tensor)
+        moments = _weighted_mean(several, mean)
         several.clear()  # each may be as large as the moments
         for weight in reading:
             yield weight, moments
 
 
+def _weighted_mean(statistics: Sequence[S], mean: Callable[[S], Tensor]) -> Tensor:
+    """The mean over the rows of all statistics, by their counts."""
+    if len(statistics) == 1:
+        return mean(statistics[0])
+    total = sum(statistic.count for statistic in statistics)
+    parts = (mean(statistic) * (statistic.count / total) for statistic in statistics)
+    found = next(parts)
+    for part in parts:
+        found = found + part
+    return found
+
+
 def _rows(site: Node) -> Rows | None:
+    """How a conv cuts its input into rows; None for a linear, whose input has rows."""
     if site.kind != "conv":
         return None
-    shape, attributes = site.required("weight").shape, site.attributes
-    assert shape is not None
-    kernel = tuple(int(size) for size in shape[2:])
+    attributes = site.attributes
+    kernel = tuple(int(size) for size in (site.required("weight").shape or ())[2:])
     stride, padding, dilation = (tuple(attributes[name]) for name in ("stride", "padding", "dilation"))
     return kernel, stride, padding, dilation, int(attributes["groups"])

@@ -1,17 +1,20 @@
-"""Options of passes: what the type of a field allows, checked in one place.
+"""Options of passes: the type of a field says which values the option takes.
 
     rounding: Literal["auto", "nearest", "gptq"] = "auto"
-    amount: Annotated[float, Range(0, 1, open_end=True)] | Mapping[str, float] | None = None
+    amount: Annotated[float, Range(0, 1, open_high=True)] | Mapping[str, float] | None = None
+    kinds: tuple[Literal["neurons", "channels"], ...] = ("neurons",)
     targets: Selector = Selector("linear")
 
-A string or a sequence of them becomes a Selector, a mapping a PerSite, and one value a tuple where the field says so.
+Three types take more than one spelling: a Selector may be given as a string or a list of them, a `Mapping` becomes a
+PerSite, and a tuple may be given as a list or as its only element. A bool is never taken for a number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cache
+from math import isnan
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,160 +25,148 @@ from graphopt.pipeline.spelling import value_text
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from low to high that an option may be; None is no bound, and an open end is left out."""
+    """The numbers between two bounds, for use in Annotated. None is no bound; an open bound is itself left out."""
 
     low: float | None = None
     high: float | None = None
     open_low: bool = False
     open_high: bool = False
 
-    def holds(self, number: float) -> bool:
-        """Whether a number lies inside; NaN never does."""
-        above = self.low is None or (number > self.low if self.open_low else number >= self.low)
-        below = self.high is None or (number < self.high if self.open_high else number <= self.high)
-        return number == number and above and below
+    def __contains__(self, number: float) -> bool:
+        above = self.low is None or number > self.low or (number == self.low and not self.open_low)
+        below = self.high is None or number < self.high or (number == self.high and not self.open_high)
+        return above and below
 
     def __str__(self) -> str:
+        """Such as `of at least 0 and below 1`."""
         low = None if self.low is None else f"{'above' if self.open_low else 'of at least'} {self.low:g}"
-        high = None if self.high is None else f"{'below' if self.open_high else 'of at most'} {self.high:g}"
+        high = None if self.high is None else f"{'below' if self.open_high else 'at most'} {self.high:g}"
         return " and ".join(filter(None, (low, high)))
 
 
-def checked(pass_name: str, options: Any) -> None:
-    """Check the fields of a frozen dataclass, and put Selector, PerSite and tuples in place of what stands for them.
+def check_options(name: str, options: Any) -> None:
+    """Check every field of a frozen dataclass against its type, and store Selector, PerSite and tuple in place of what
+    was given for them.
 
-    Raises UsageError naming the pass, the option, the value, and what it may be.
+    name: of the pass. Raises UsageError with the pass, the option, the value, and what the option takes.
     """
     cls: type = type(options)
-    types = _types(cls)
-    for option in fields(options):
-        given = getattr(options, option.name)
+    for option, kind in _types(cls).items():
+        value = getattr(options, option)
         try:
-            taken = _taken(types[option.name], given)
+            accepted = _accept(kind, value)
         except _Refused as refused:
-            shown = repr(given if refused.value is _WHOLE else refused.value)
-            raise UsageError(f"{pass_name}: {option.name} is {shown}; give {allowed(option.name, cls)}") from None
-        if taken is not given:
-            object.__setattr__(options, option.name, taken)
+            wanted = _either(list(dict.fromkeys(_choices(refused.kind))))
+            raise UsageError(f"{name}: {option} is {refused.value!r}; give {wanted}") from None
+        object.__setattr__(options, option, accepted)
 
 
-def allowed(option: str, cls: type) -> str:
-    """What an option may be: `a number of at least 0 and below 1`."""
-    return _either([*dict.fromkeys(_allowed(_types(cls)[option]))])
+def allowed(cls: type, option: str) -> str:
+    """What an option takes: `a number of at least 0 and below 1`."""
+    return _either(list(dict.fromkeys(_choices(_types(cls)[option]))))
 
 
-def is_selector(option: Field[Any], cls: type) -> bool:
-    """Whether an option selects sites."""
-    return _types(cls)[option.name] is Selector
-
-
-class _Refused(Exception):
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-_WHOLE = object()
-"""Stands for the value of the option, where no part of it is to blame."""
+def takes_sites(cls: type, option: str) -> bool:
+    """Whether an option is a Selector, or may be one."""
+    kind = _types(cls)[option]
+    return Selector in (kind, *get_args(kind))
 
 
 @cache
 def _types(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, include_extras=True)
+    """The types of the options of a dataclass."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {option.name: hints[option.name] for option in fields(cls)}
 
 
-def _taken(kind: Any, value: Any) -> Any:
-    """The value as the field holds it. Raises _Refused with the part of it that the type does not allow."""
+# --- which values a type takes -------------------------------------------------------------------------------------
+
+
+class _Refused(Exception):
+    def __init__(self, kind: Any, value: Any) -> None:
+        """A type, and the value that it does not take: the option's, or a part of it."""
+        self.kind, self.value = kind, value
+
+
+def _accept(kind: Any, value: Any) -> Any:
+    """The value as an option of this type stores it. Raises _Refused where the type does not take it."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return _one_of(arguments, value)
-    if origin is Annotated:
-        taken = _taken(arguments[0], value)
-        for limit in arguments[1:]:
-            if isinstance(limit, Range) and not limit.holds(taken):
-                raise _Refused(value)
-        return taken
-    if origin is Literal:
-        if not any(type(one) is type(value) and one == value for one in arguments):
-            raise _Refused(value)
-        return value
-    if kind is Selector:
-        return _selector(value)
-    if origin in (Mapping, dict) or (isinstance(origin, type) and issubclass(origin, Mapping)):
-        return _by_site(arguments[1], value)
+        return _accept_one_of(kind, value)
     if origin is tuple:
-        several = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        return tuple(_taken(arguments[0], one) for one in several)
-    return _plain(kind, value)
-
-
-def _one_of(kinds: Sequence[Any], value: Any) -> Any:
-    """By the first type that takes the value; where none does, the part that one of them refuses is to blame."""
-    blamed: Any = _WHOLE
-    for kind in kinds:
-        try:
-            return _taken(kind, value)
-        except _Refused as refused:
-            if refused.value is not _WHOLE and refused.value is not value:
-                blamed = refused.value
-    raise _Refused(blamed)
-
-
-def _selector(value: Any) -> Selector:
-    if isinstance(value, Selector):
-        return value
-    terms = [value] if isinstance(value, str) else value
-    if not isinstance(terms, list | tuple) or not all(isinstance(term, str) for term in terms):
-        raise _Refused(_WHOLE)
-    return Selector(*terms)
-
-
-def _by_site(kind: Any, value: Any) -> PerSite:
-    if not isinstance(value, Mapping):
-        raise _Refused(_WHOLE)
-    return PerSite({term: _taken(kind, one) for term, one in value.items()})
-
-
-def _plain(kind: Any, value: Any) -> Any:
-    """None, bool, int, float (which an int is, and a bool is not) or str."""
-    fits: Callable[[], bool] = {
-        NoneType: lambda: value is None,
-        bool: lambda: isinstance(value, bool),
-        int: lambda: isinstance(value, int) and not isinstance(value, bool),
-        float: lambda: isinstance(value, int | float) and not isinstance(value, bool),
-        str: lambda: isinstance(value, str),
-    }.get(kind, lambda: isinstance(value, kind))
-    if not fits():
-        raise _Refused(_WHOLE)
+        elements = value if isinstance(value, list | tuple) else (value,)
+        return tuple(_accept(arguments[0], element) for element in elements)
+    if origin is Mapping and isinstance(value, Mapping):
+        return PerSite({term: _accept(arguments[1], element) for term, element in value.items()})
+    if kind is Selector and _are_terms(value):
+        return Selector(value)
+    if not _holds(kind, value):
+        raise _Refused(kind, value)
     return value
 
 
-# --- saying what may be given ---------------------------------------------------------------------------------------
+def _accept_one_of(union: Any, value: Any) -> Any:
+    """By the first type that takes the value. Where none does, and one refuses only a part of it, that is to blame."""
+    blamed = _Refused(union, value)
+    for kind in get_args(union):
+        try:
+            return _accept(kind, value)
+        except _Refused as refused:
+            blamed = blamed if refused.value is value else refused
+    raise blamed
 
 
-def _allowed(kind: Any) -> Iterator[str]:
-    """What a type allows, in parts: words of a choice, `a number of at least 0 and below 1`."""
+def _holds(kind: Any, value: Any) -> bool:
+    """Whether a value is of a plain type, a Literal, or one of them within the Range of an Annotated."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        limits = [limit for limit in arguments[1:] if isinstance(limit, Range)]
+        return _holds(arguments[0], value) and all(value in limit for limit in limits)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments)
+    if kind is float:  # an int is one, NaN is no number
+        return isinstance(value, int | float) and not isinstance(value, bool) and not isnan(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def _are_terms(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value))
+
+
+# --- what to give instead ------------------------------------------------------------------------------------------
+
+_NAMES = {
+    NoneType: ("none",),
+    bool: ("true", "false"),
+    int: ("a whole number",),
+    float: ("a number",),
+    str: ("a text",),
+    Selector: ("ops, module paths or patterns",),
+}
+
+
+def _choices(kind: Any) -> Iterator[str]:
+    """What a type takes, in words: each choice of a Literal, `a number of at least 0 and below 1`."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        for one in arguments:
-            yield from _allowed(one)
+        for argument in arguments:
+            yield from _choices(argument)
     elif origin is Annotated:
-        limits = " ".join(str(one) for one in arguments[1:] if isinstance(one, Range))
-        yield from (f"{text} {limits}" for text in _allowed(arguments[0]))
+        limits = "".join(f" {limit}" for limit in arguments[1:] if isinstance(limit, Range))
+        yield from (choice + limits for choice in _choices(arguments[0]))
     elif origin is Literal:
         yield from map(value_text, arguments)
-    elif kind is Selector:
-        yield "ops, module paths or patterns"
     elif origin is tuple:
-        yield from _allowed(arguments[0])
-    elif origin is not None and issubclass(origin, Mapping):
+        yield from _choices(arguments[0])
+    elif origin is Mapping:
         yield "a value for each site"
     else:
-        yield {NoneType: "none", bool: "true", int: "a whole number", float: "a number", str: "a text"}.get(
-            kind, getattr(kind, "__name__", str(kind))
-        )
-        if kind is bool:
-            yield "false"
+        yield from _NAMES.get(kind, (getattr(kind, "__name__", str(kind)),))
 
 
-def _either(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} or {parts[-1]}"
+def _either(choices: Sequence[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    *others, last = choices
+    return f"{', '.join(others)} or {last}" if others else last

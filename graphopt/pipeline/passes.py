@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
-from graphopt.pipeline.options import checked
+from graphopt.pipeline.options import check_options
 from graphopt.pipeline.spelling import value_text
 
 if TYPE_CHECKING:
@@ -28,11 +28,12 @@ class Stage(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Pass:
-    """A rewrite. Subclasses are frozen dataclasses: class-level facts, and fields that are the options.
+    """A transformation of a graph. Subclasses are frozen dataclasses, whose fields are the options.
 
-    The type of a field says what the option may be (`graphopt.pipeline.options`), the docstring under it is its help,
-    and `contradiction` says which do not go together. `run` changes the graph by the graph's own methods only,
-    keeps no state on self, and accounts for every site: changed, or declined with a reason.
+    The type of a field says which values the option takes (`graphopt.pipeline.options`), the docstring under it is its
+    help, and `contradiction` says which options exclude each other. `run` changes the graph only through the graph's
+    own methods, keeps no state on self, and accounts for every site: it is changed, or declined with a reason.
+    Raises UsageError where an option has a value that it does not take, and where two options contradict each other.
     """
 
     name: ClassVar[str]
@@ -42,20 +43,23 @@ class Pass:
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
 
     def __post_init__(self) -> None:
-        checked(self.name, self)
-        if wrong := self.contradiction():
-            raise UsageError(f"{self.name}: {wrong}")
+        check_options(self.name, self)
+        if reason := self.contradiction():
+            raise UsageError(f"{self.name}: {reason}")
 
     def contradiction(self) -> str | None:
-        """What is wrong with options that are fine by themselves and do not go together, and the way out."""
+        """Which options exclude each other though each is valid by itself, and what to give instead; None where none
+        do. Called when every option has been checked against its type."""
         return None
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     def run(self, graph: Graph, context: Context) -> None:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        """The text form: the name and the options that differ from their defaults."""
-        options = [
-            f"{f.name}={value_text(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
-        ]
-        return self.name + ("{" + " ".join(options) + "}" if options else "")
+        """The text form: the name, and the options that differ from their defaults."""
+        options = " ".join(f"{name}={value_text(value)}" for name, value in self.given().items())
+        return f"{self.name}{{{options}}}" if options else self.name

@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from graphopt.errors import PassError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import Range, check_options
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.report.records import PassRecord
 
@@ -50,18 +51,17 @@ class Pipeline(Pass):
 
 @dataclass(frozen=True, init=False)
 class Repeat(Pipeline):
-    """Passes again and again, until nothing changes any more or `times` is reached."""
+    """Passes in order, repeated until a round changes nothing or `times` rounds have run."""
 
     name: ClassVar[str] = "repeat"
 
-    times: int = 10
+    times: Annotated[int, Range(1)] = 10
     """Most rounds, at least 1."""
 
     def __init__(self, passes: Iterable[Pass] = (), times: int = 10) -> None:
         super().__init__(passes)
-        if not isinstance(times, int) or isinstance(times, bool) or times < 1:
-            raise UsageError(f"repeat: times is {times!r}; give a whole number, at least 1")
         object.__setattr__(self, "times", times)
+        check_options(self.name, self)
         stages = {leaf.stage for leaf in self.leaves()}
         if times > 1 and len(stages if Stage.LOWER in stages else stages - {Stage.SIMPLIFY}) > 1:
             names = ", ".join(f"{leaf.name} ({leaf.stage.name})" for leaf in self.leaves())
@@ -83,12 +83,10 @@ def check_order(pipeline: Pipeline) -> None:
     leaves = list(pipeline.leaves())
     latest: Pass | None = None
     for leaf in leaves:
-        late = latest is not None and (
+        if latest is not None and (
             latest.stage is Stage.LOWER if leaf.stage is Stage.SIMPLIFY else leaf.stage < latest.stage
-        )
-        if late and leaf.stage is not Stage.LOWER:
-            assert latest is not None
-            ordered = sorted((p for p in leaves), key=lambda p: p.stage)
+        ):
+            ordered = sorted(leaves, key=lambda p: p.stage)
             raise UsageError(
                 f"{leaf.name} ({leaf.stage.name}) cannot stand after {latest.name} ({latest.stage.name}); "
                 f"the right order is {','.join(p.name for p in ordered)}"
@@ -98,14 +96,17 @@ def check_order(pipeline: Pipeline) -> None:
 
 
 def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
-    """Run one pass between the instruments' `before` and `after`, and keep its account in the report."""
+    """Run one pass between the instruments' `before` and `after`, and add its record to the report.
+
+    Raises UsageError for what the user can mend, PassError for any other failure of the pass or an instrument.
+    """
     if graph.dialect not in pass_.dialects:
         raise UsageError(
             f"{pass_.name} works on {' or '.join(pass_.dialects)} graphs, and this target's dialect is {graph.dialect}"
         )
     record = PassRecord(pass_.name, str(pass_), stage=pass_.stage.name)
     record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
-    context.record, context.current, context.labels = record, pass_, {}
+    context.begin(pass_, record)
     active = [instrument for instrument in context.instruments if instrument.should_run(pass_)]
     for instrument in active:
         instrument.before(pass_, graph, context)

@@ -10,13 +10,11 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from graphopt.errors import UsageError, nearest
+from graphopt.pipeline.options import takes_sites
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import Pipeline, Repeat
-from graphopt.pipeline.selectors import PerSite, Selector
 
-# --- the text form -------------------------------------------------------------------------------------------------
-
-_TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<op>[^\s{}()\[\],="]+)|(?P<mark>[{}()\[\],=]))""")
+_TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}()\[\],="]+)|(?P<mark>[{}()\[\],=]))""")
 
 
 def parse(text: str, registry: Mapping[str, Any]) -> Pipeline:
@@ -47,7 +45,7 @@ class _Parser:
         )
 
     def take(self, expected: str) -> str:
-        """The next token, which must be of this kind (op, end) or this mark."""
+        """The next token, which must be of this kind (word, end) or be this mark."""
         kind, token, position = self.tokens[0]
         if expected != (token if kind == "mark" else kind):
             raise self.error(position)
@@ -61,16 +59,16 @@ class _Parser:
     def passes(self) -> list[Pass]:
         if self.tokens[0][1] in ("", ")"):
             return []
-        passes = [self.one()]
+        passes = [self.pass_()]
         while self.tokens[0][1] == ",":
             self.take(",")
-            passes.append(self.one())
+            passes.append(self.pass_())
         return passes
 
-    def one(self) -> Pass:
+    def pass_(self) -> Pass:
         if self.tokens[0][1] == "(":
             return Pipeline(self.group())
-        name = self.take("op")
+        name = self.take("word")
         options = self.options() if self.tokens[0][1] == "{" else {}
         if name == "repeat":
             return _construct(Repeat, options | {"passes": tuple(self.group())})
@@ -85,12 +83,12 @@ class _Parser:
         return passes
 
     def options(self, quoted: bool = False) -> dict[str, Any]:
-        """What stands in braces; quoted: names may be strings, as the terms of a value by site are."""
+        """What stands in braces, by name. quoted: a name may be a string, as the terms of values by site may."""
         options: dict[str, Any] = {}
         self.take("{")
         while self.tokens[0][1] != "}":
             kind, _, position = self.tokens[0]
-            name = str(self.value()) if quoted and kind == "string" else self.take("op")
+            name = str(self.value()) if quoted and kind == "string" else self.take("word")
             if name in options:
                 raise UsageError(f"pipeline text, at character {position + 1}: {name} is given twice in {self.text!r}")
             self.take("=")
@@ -101,7 +99,7 @@ class _Parser:
         return options
 
     def value(self) -> Any:
-        """A string, a _Bare op, a tuple of values, or values by term."""
+        """A string, a bare word (_Bare), a tuple of values, or a dict of values by term."""
         kind, token, position = self.tokens[0]
         if token == "{":
             return self.options(quoted=True)
@@ -117,13 +115,14 @@ class _Parser:
         if kind == "string":
             with suppress(ValueError):
                 return json.loads(token)
-        if kind != "op":
+        if kind != "word":
             raise self.error(position)
         return _Bare(token)
 
 
 class _Bare(str):
-    """A value without quotes: a number or a constant where the option isn't a selector (a module may be called 0)."""
+    """A value without quotes. A selector reads it as a string (a module may be called 0); other options read numbers,
+    true, false and none as what they spell."""
 
     def literal(self) -> Any:
         if self in ("true", "false", "none"):
@@ -135,33 +134,27 @@ class _Bare(str):
 
 
 def _literal(value: Any) -> Any:
+    """The value with every bare word read, at any depth."""
     if isinstance(value, tuple):
-        return tuple(_literal(item) for item in value)
+        return tuple(map(_literal, value))
     if isinstance(value, dict):
-        return PerSite({term: _literal(item) for term, item in value.items()})
+        return {term: _literal(item) for term, item in value.items()}
     return value.literal() if isinstance(value, _Bare) else value
 
 
-def _selector(cls: type[Pass], name: str, value: Any) -> Selector:
-    terms = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(term, str) for term in terms):
-        kind = "a value by site" if isinstance(value, dict) else "a list of lists"
-        raise UsageError(f"{cls.name}: {name} is {kind}; give ops, module paths or patterns")
-    return Selector(*(str(term) for term in terms))
+def _strings(value: Any) -> Any:
+    """The value with every bare word as a string: the terms of a selector."""
+    return tuple(map(_strings, value)) if isinstance(value, tuple) else str(value) if isinstance(value, str) else value
 
 
 def _construct(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
-    known = {f.name: f for f in fields(cls)}
-    chosen = {}
-    for name, value in options.items():
+    """A pass with these options, as they were written."""
+    known = [field.name for field in fields(cls)]
+    for name in options:
         if name not in known:
-            raise UsageError(f"{cls.name} has no option {name!r}{nearest(name, list(known))}")
-        default = known[name].default
-        chosen[name] = _selector(cls, name, value) if isinstance(default, Selector) else _literal(value)
-    missing = [f.name for f in known.values() if f.default is MISSING and f.name not in chosen and f.init]
-    if missing and cls is not Repeat:
+            raise UsageError(f"{cls.name} has no option {name!r}{nearest(name, known)}")
+    if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in options]:
         raise UsageError(f"{cls.name} needs {', '.join(missing)}")
-    try:
-        return cls(**chosen)
-    except TypeError as error:
-        raise UsageError(f"{cls.name}: {error}") from error
+    return cls(**{
+        name: _strings(value) if takes_sites(cls, name) else _literal(value) for name, value in options.items()
+    })  # fmt: skip

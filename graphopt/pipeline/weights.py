@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from graphopt.errors import GraphError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.finite import require_finite
 from graphopt.pipeline.context import Context
@@ -15,35 +17,37 @@ from graphopt.pipeline.selectors import Selector
 
 @dataclass(frozen=True)
 class Weight:
-    """A stored float weight, as its sites see it, and the sites that read it, in order."""
+    """A stored float weight and the sites that read it, in the order of the graph."""
 
     value: Value
     sites: list[Node]
 
     @property
     def tensor(self) -> Tensor:
-        """Read anew each time: a weight that lies in a file is in memory as long as somebody holds this."""
+        """(out, in, ...), as its sites see it. Loaded at each access: a weight of a file is in memory only while a
+        caller holds this."""
         tensor = self.sites[0].graph.constant(self.value)
-        assert tensor is not None  # `why_fixed`
+        if tensor is None:
+            raise GraphError(f"the weight of {self.sites[0].label} is not stored")
         return tensor
 
 
-def why_fixed(site: Node) -> str | None:
+def why_fixed(site: Node) -> Decline | None:
     """Why the weight of a site cannot be changed, or None where it is a stored float tensor."""
     weight = site.weight
     if weight is not None:
-        kind = str(weight.dtype).removeprefix("torch.")
-        return None if weight.is_floating_point() else f"weight is {kind}, not float"
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return None if weight.is_floating_point() else Decline("weight_not_float", dtype=dtype)
     value = site.operand("weight") if site.op is not None and "weight" in site.op.operands else None
     if value is None:
-        return f"{site.kind} has no weight"
+        return Decline("no_weight", op=site.kind)
     if value.producer is not None and value.producer.kind == "dequantize":
-        return "already quantized"
-    return "weight is computed by the graph"
+        return Decline("already_quantized")
+    return Decline("weight_computed")
 
 
 def already_quantized(graph: Graph) -> str:
-    """What to add where a model has nothing to change, as its weights are integers; empty where they are not."""
+    """What to tell the user of a model without float weights if it is quantized; empty where it is not."""
     for node in graph.nodes:
         if any(mark in node.kind.lower() for mark in ("quantize", "int8", "qlinear", "integer")):
             return "; it is quantized already: change the float model, and quantize it after"
@@ -51,7 +55,7 @@ def already_quantized(graph: Graph) -> str:
 
 
 def selected(graph: Graph, context: Context, targets: Selector, ignore: Selector) -> list[Node]:
-    """`Context.sites`, with a note where there is none, and on whether the model is quantized already."""
+    """`Context.sites`; where there is none, a note says so, and whether the model is quantized already."""
     sites = context.sites(graph, targets, ignore)
     if not sites:
         left = " that ignore leaves" if ignore.terms else ""
@@ -60,27 +64,25 @@ def selected(graph: Graph, context: Context, targets: Selector, ignore: Selector
 
 
 def changeable(sites: Iterable[Node], context: Context) -> list[Weight]:
-    """The weights of `sites` that can be changed for all of their readers at once; the other sites are declined.
+    """The weights of `sites` that can be changed for all their readers together; the other sites are declined.
 
-    A weight that a node outside `sites` reads too (a tied embedding) is left as it is: to change it for some readers
-    would untie it, and store it twice. Raises ValueError, naming the site, where a weight holds NaN or infinity.
+    A weight that a node outside `sites` reads too (a tied embedding) is declined: changing it for some of its readers
+    would untie it and store it twice. Raises ValueError, naming the site, where a weight holds NaN or infinity.
     """
-    found: dict[Value, list[Node]] = {}
+    readers: dict[Value, list[Node]] = {}
     for site in sites:
-        reason = why_fixed(site)
-        if reason is not None:
-            context.decline(site, reason)
+        if why := why_fixed(site):
+            context.decline(site, why)
         else:
-            found.setdefault(site.required("weight"), []).append(site)
-    kept = []
-    for value, readers in found.items():
-        others = [user for user in value.users if user not in readers]
-        for site in readers if others else ():
-            other = others[0]
-            called = other.kind if other.label == other.kind else f"{other.kind} {other.label}"
-            context.decline(site, f"weight is tied with {called}")
-        tensor = readers[0].weight
-        if tensor is not None and not others:
-            require_finite(tensor, f"the weight of {readers[0].label}")
-            kept.append(Weight(value, readers))
-    return kept
+            readers.setdefault(site.required("weight"), []).append(site)
+    weights = []
+    for weight in (Weight(value, nodes) for value, nodes in readers.items()):
+        other = next((user for user in weight.value.users if user not in weight.sites), None)
+        if other is None:
+            require_finite(weight.tensor, f"the weight of {weight.sites[0].label}")
+            weights.append(weight)
+            continue
+        reader = other.kind if other.label == other.kind else f"{other.kind} {other.label}"
+        for site in weight.sites:
+            context.decline(site, Decline("weight_tied", reader=reader))
+    return weights

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from graphopt.ir import cost
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.numerics.factor import Spectrum, decompose
 from graphopt.numerics.split import Split
@@ -24,11 +25,11 @@ class Candidate:
     spectrum: Spectrum
     """Up to the largest rank that gains."""
     work: float
-    """Multiply-adds of the pair for each rank, over those of the whole."""
+    """Multiply-adds of a pair of rank 1, relative to those of the original."""
     flops: int | None
-    """Of all its sites, whole; None where sizes are not known."""
+    """Of all its sites as they are; None where sizes are not known."""
     step: int
-    """Ranks that the target runs fast are multiples of it."""
+    """Ranks that the target runs fast are multiples of this."""
 
     @property
     def most(self) -> int:
@@ -44,14 +45,15 @@ class Candidate:
         """The ranks that gain: multiples of the step, or all of them where none is so large."""
         return list(range(self.step, self.most + 1, self.step)) or list(range(1, self.most + 1))
 
-    def why_no_gain(self, rank: int) -> str:
-        whole, shape = math.prod(self.split.shape), list(self.split.shape)
-        if self.split.numbers(rank) >= whole:
-            return f"rank {rank} holds {self.split.numbers(rank)} numbers, no fewer than the {whole} of {shape}"
-        return f"rank {rank} takes {rank * self.work:.2f} times the multiply-adds of {shape}"
+    def why_no_gain(self, rank: int) -> Decline:
+        """Why a pair of a rank above `most` is of no use."""
+        pair, whole, shape = self.split.numbers(rank), math.prod(self.split.shape), list(self.split.shape)
+        if pair >= whole:
+            return Decline("pair_not_smaller", rank=rank, pair=pair, whole=whole, shape=shape)
+        return Decline("pair_not_cheaper", rank=rank, factor=rank * self.work, shape=shape)
 
-    def put(self, graph: Graph, sites: Sequence[Node], rank: int) -> None:
-        """Split `sites` of a graph: the candidate's own, or the same ones in a clone."""
+    def apply(self, graph: Graph, sites: Sequence[Node], rank: int) -> None:
+        """Replace sites by pairs of a rank. sites: the candidate's own, or those of the same names in a clone."""
         name = self.weight.value.name
         inner, outer = (graph.add_constant(half, name) for half in self.split.halves(*self.spectrum.cut(rank)))
         for site in sites:
@@ -60,20 +62,20 @@ class Candidate:
             graph.replace(site, graph.emit(site.kind, thin, outer, site.bias, at=site, **second))
 
 
-def split_of(site: Node, conv: str) -> Split | str:
+def split_of(site: Node, conv: str) -> Split | Decline:
     """How a site can be split, or why it cannot. conv: as the option of the pass."""
     if site.kind not in ("linear", "conv"):
-        return f"{site.kind} is neither linear nor conv"
+        return Decline("not_linear_or_conv", op=site.kind)
     if in_pair(site):
-        return "half of a pair already"
+        return Decline("half_of_pair")
     shape = site.required("weight").shape
     sizes = tuple(size for size in shape or () if isinstance(size, int))
     groups = site.attributes.get("groups", 1)
     if groups > 1:
-        return f"a conv of {groups} groups: each kernel reads {sizes[1]} of its channels"
+        return Decline("grouped_conv", groups=groups, channels=sizes[1])
     two_axes = len(sizes) == 4 and min(sizes[2:]) > 1
     if conv == "spatial" and site.kind == "conv" and not two_axes:
-        return f"a kernel {list(sizes[2:])} has no two axes to split; conv=channel splits it"
+        return Decline("kernel_of_one_axis", kernel=list(sizes[2:]))
     return Split(sizes, conv != "channel" and two_axes)
 
 
@@ -95,38 +97,38 @@ def _is_pair(inner: Node, outer: Node) -> bool:
 
 
 def candidates(
-    graph: Graph, context: Context, weights: Sequence[Weight], *, conv: str, outputs: bool
+    graph: Graph, context: Context, weights: Sequence[tuple[Weight, Split]], *, outputs: bool
 ) -> list[Candidate]:
-    """Each weight with its spectrum: of the weight, or of what it computes on the calibration batches (`outputs`).
+    """Each weight with its spectrum: that of the weight, or of its outputs on the calibration batches (`outputs`).
 
     A spatial split is fitted to what each column of its kernel adds to the output: their sum has no closed form.
     """
     step = context.target.round_to.get("rank", 1)
     sizes = cost.sizes(graph, context.feeds[0]) if context.feeds else {}
+    splits = {weight.value: split for weight, split in weights}
+    several = [weight for weight, _ in weights]
     found: list[Candidate] = []
     damped: list[str] = []
-    seen = covariances(graph, context, weights) if outputs else ((weight, None) for weight in weights)
-    for weight, moments in seen:
-        split = split_of(weight.sites[0], conv)
-        assert isinstance(split, Split), split
+    for weight, moments in covariances(graph, context, several) if outputs else ((weight, None) for weight in several):
+        split = splits[weight.value]
         work = split.work(**_lengths(weight.sites[0], sizes))
         metric = None if moments is None else split.moments(moments[0])
         spectrum = decompose(split.matrix(weight.tensor), metric, most=max(1, split.most(work)))
         if spectrum.damped:
-            damped += [one.label for one in weight.sites]
-        flops = [cost.flops(one, sizes) for one in weight.sites]
-        total = None if None in flops else sum(n for n in flops if n is not None)
+            damped += [site.label for site in weight.sites]
+        flops = [cost.flops(site, sizes) for site in weight.sites]
+        total = None if None in flops else sum(count for count in flops if count is not None)
         found.append(Candidate(weight, split, spectrum, work, total, step))
     if damped:
         context.note(
-            "the calibration batches reach only some directions of the input, and the rest counts by a thousandth of "
-            f"the mean; give more batches where it matters: {', '.join(damped)}"
+            "the calibration batches span only some directions of the input, and the others count a thousandth of the "
+            f"mean; give more batches for these sites: {', '.join(damped)}"
         )
     return found
 
 
 def _lengths(site: Node, sizes: dict[str, int]) -> dict[str, int]:
-    """The last axis of input and result; where that is not known, as a conv that keeps it but for its stride."""
+    """Sizes of the last axis before and after a site; where they are not known, in the ratio of its stride."""
     ends = (site.input.shape or ("?",))[-1], (site.result.shape or ("?",))[-1]
     before, after = (end if isinstance(end, int) else sizes.get(end) for end in ends)
     if before is None or after is None:

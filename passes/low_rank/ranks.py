@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Shape
 from graphopt.numerics.allocate import spend
 from graphopt.numerics.split import Split
@@ -17,14 +18,14 @@ from graphopt.pipeline.context import Context
 if TYPE_CHECKING:
     from graphopt.measure.timing import Ratio
 
-Choice = int | str
+Choice = int | Decline
 """The rank of a pair, or why its sites stay whole."""
 
 
 def within_budget(found: Sequence[Candidate], graph: Graph, context: Context, kind: str, share: float) -> list[Choice]:
-    """Ranks with the least squared error, relative to each output and summed, for `share` of the model's cost.
+    """Ranks with the least squared error, relative to each output and summed, that keep `share` of the model's cost.
 
-    kind: params or flops. Raises UsageError where sizes are not known, and where no ranks are so cheap.
+    kind: params or flops. Raises UsageError where sizes are not known, and where even the smallest ranks cost more.
     """
     cost = context.cost(graph)
     model = cost.parameters if kind == "params" else cost.flops
@@ -59,19 +60,19 @@ def within_budget(found: Sequence[Candidate], graph: Graph, context: Context, ki
     ]
 
 
-def _why_whole(one: Candidate, kind: str) -> str:
-    if not one.most:
-        return one.why_no_gain(1)
-    rank = one.ranks()[-1]
-    error = float(one.spectrum.errors()[rank].sqrt())
-    return f"whole, it is worth its {kind}: rank {rank} of {list(one.split.shape)} has an error of {error:.2g}"
+def _why_whole(candidate: Candidate, kind: str) -> Decline:
+    if not candidate.most:
+        return candidate.why_no_gain(1)
+    rank = candidate.ranks()[-1]
+    error = float(candidate.spectrum.errors()[rank].sqrt())
+    return Decline("worth_its_cost", budget=kind, rank=rank, shape=list(candidate.split.shape), error=error)
 
 
 def break_even(found: Sequence[Candidate], graph: Graph, context: Context) -> list[Choice]:
-    """The largest ranks that the target surely runs faster than the original, at every example shape.
+    """The largest ranks that the target runs faster than the original at every example shape, by a confidence bound.
 
-    Weights of one form, on inputs of one shape, are split together and the whole model is timed, once lowered, against
-    the original; by bisection over the ranks. Raises UsageError without a target or examples.
+    Weights that split alike and read inputs of one shape are split together, and the whole model is lowered and timed
+    against the original, by bisection over the ranks. Raises UsageError without a target or examples.
     """
     if not (context.target.runs and context.feeds):
         raise UsageError("low-rank: rank=break-even is measured; give a target and example_inputs")
@@ -87,26 +88,26 @@ def _form(one: Candidate) -> tuple[Split, tuple[Shape | None, ...]]:
 
 
 def _fastest(several: Sequence[Candidate], graph: Graph, context: Context) -> Choice:
-    """The largest rank at which the model is faster with all of these split, or that there is none."""
-    ranks, times = several[0].ranks(), dict[int, float]()
+    """The largest rank at which the model is faster with all of these split; a Decline where there is none."""
+    ranks, measured = several[0].ranks(), dict[int, float]()
     if not ranks:
         return several[0].why_no_gain(1)
     faster, slower = -1, len(ranks)
     while slower - faster > 1:
         middle = (faster + slower) // 2
         ratios = _timed(several, ranks[middle], graph, context)
-        times[ranks[middle]] = min(ratio.median for ratio in ratios)
+        measured[ranks[middle]] = min(ratio.median for ratio in ratios)
         faster, slower = (middle, slower) if min(ratio.low for ratio in ratios) > 1 else (faster, middle)
-    measured = ", ".join(f"{time:.3f} at rank {rank}" for rank, time in sorted(times.items()))
-    shape = f"{list(several[0].split.shape)} (x{len(several)})"
-    context.note(f"times as fast as the original with {shape} split: {measured}")
-    return ranks[faster] if faster >= 0 else f"no rank of {shape} is faster: {measured}"
+    speedups = ", ".join(f"{speedup:.3f} at rank {rank}" for rank, speedup in sorted(measured.items()))
+    shape, count = list(several[0].split.shape), len(several)
+    context.note(f"times as fast as the original with {shape} (x{count}) split: {speedups}")
+    return ranks[faster] if faster >= 0 else Decline("no_rank_faster", shape=shape, count=count, speedups=speedups)
 
 
 def _timed(several: Sequence[Candidate], rank: int, graph: Graph, context: Context) -> list[Ratio]:
     trial = graph.clone()
     named = {node.name: node for node in trial.nodes}
     for one in several:
-        one.put(trial, [named[site.name] for site in one.weight.sites], rank)
+        one.apply(trial, [named[site.name] for site in one.weight.sites], rank)
     trial.sweep()
     return context.target.ratios(trial, graph, context.feeds, threads=context.threads)

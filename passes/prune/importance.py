@@ -1,4 +1,4 @@
-"""How much the units of groups matter: the criteria of `prune`, by name."""
+"""The importance of the units of groups: the criteria of `prune`, by name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from graphopt.analysis.groups import Axis, Group
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics import importance
 from graphopt.numerics.finite import require_finite
@@ -18,10 +19,10 @@ from graphopt.pipeline.weights import Weight, why_fixed
 from torch import Tensor
 
 Scores = dict[Group, Tensor]
-"""A number for each unit of a group, at least 0: float64 (size,). Left out are groups that a criterion cannot weigh."""
+"""The importance of each unit, at least 0: float64 (size,). Without groups that the criterion cannot weigh."""
 
 _STATISTICS = ("mean", "var", "scale", "zero_point", "condition", "mask")
-"""Operands of ops that are no weights: what a batch norm has seen, scales of integers, masks."""
+"""Operands that are no weights: running statistics of a batch norm, quantization parameters, masks."""
 
 _UNWEIGHED = {
     "activation": "no linear or conv with a stored float weight reads it; use importance=l2",
@@ -55,14 +56,14 @@ def weigh(graph: Graph, context: Context, groups: Sequence[Group], criterion: st
         raise UsageError(f"{context.record.name}: importance={name} cannot weigh any of them: {_UNWEIGHED[name]}")
     for group in groups:
         if group not in found:
-            context.record.decline(group.name, f"importance={name} cannot weigh it: {_UNWEIGHED[name]}")
+            context.record.decline(group.name, Decline("not_weighed", importance=name, why=_UNWEIGHED[name]))
     return {group: found[group] for group in groups if group in found}
 
 
 def l1(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
     """The sum of the magnitudes of a unit's weights (Li et al. 2017), in producers, consumers and what is between.
 
-    Biases and norms count; what a batch norm has seen, masks and scales of integers do not.
+    Biases and norms count; running statistics, masks and quantization parameters do not.
     """
     return _norms(graph, groups, 1)
 
@@ -73,7 +74,7 @@ def l2(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Sc
 
 
 def random(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
-    """Any may go: drawn from the seed and the group's name, so that one group's draw is not another's affair."""
+    """At random, by the seed and the group's name, so that no group's draw depends on the others."""
     draws = {group: zlib.crc32(f"{seed} {group.name}".encode()) for group in groups}
     return {
         group: torch.rand(group.size, generator=torch.Generator().manual_seed(drawn), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Consumers that make up for the units that go: their weights solved again, in the shape they have."""
+"""Compensation for units that are removed: the weights of their consumers are solved again, in their old shape."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _Reader:
-    """A weight that reads units that go, and which positions of its input axis stay (bool)."""
+    """A weight that reads units to be removed, and which positions of its input axis stay (bool)."""
 
     weight: Weight
     keep: Tensor
 
 
 def compensate(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> None:
-    """Refit what reads the units that go, on the calibration batches, with zeros in the columns that are to be cut.
+    """Solve the weights of consumers again on the calibration batches, with zeros in the columns that will be cut.
 
-    cuts: the units that stay, by group. The graph computes nearly what it did before, and `shrink` then changes nothing
-    of that; its groups must be found anew. Left as they are, and noted: consumers in a group with norms, whose other
-    inputs change, and weights that something else reads too. Raises UsageError without calibration.
+    cuts: the units that stay, by group. Afterwards the graph computes nearly what it did, and `shrink` does not change
+    its outputs; its groups must be found again. Not solved, with a note: consumers in a group with norms, whose other
+    inputs change, and weights that another node reads too. Raises UsageError without calibration.
     """
     readers = {reader.weight.value: reader for reader in _readers(graph, context, cuts)}
     solved: list[tuple[Weight, Tensor, dict[Node, Tensor | None]]] = []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from graphopt.analysis.groups import Group, groups
 from graphopt.errors import UsageError, nearest
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.ir.ops import OPS
 from graphopt.pipeline.context import Context
@@ -60,13 +61,13 @@ def open_groups(
         if not hits(term):
             for node in graph.nodes if term in targets.terms else ():
                 if node in Selector(term):
-                    context.decline(node, f"in no group of {' or '.join(kinds)}")
+                    context.decline(node, Decline("no_group", kinds=" or ".join(kinds)))
             near = nearest(term, [group.name for group in found])
             raise UsageError(f"{name}: {term!r} selects no group of {' or '.join(kinds)}{near}")
     for term in targets.terms if named else ():
         if all(group.locked for group in hits(term)):
             group = hits(term)[0]
-            context.record.decline(group.name, f"it {group.locked}")
+            context.record.decline(group.name, Decline("locked", why=group.locked))
             raise UsageError(f"{name}: {group.name} ({group.kind}) cannot shrink: it {group.locked}")
     ignored = {group for term in ignore.terms for group in hits(term)}
     wanted = {group for term in targets.terms for group in hits(term)} - ignored
@@ -74,7 +75,7 @@ def open_groups(
     context.record.eligible.extend(group.name for group in chosen)
     for group in chosen:
         if group.locked:
-            context.record.decline(group.name, f"it {group.locked}")
+            context.record.decline(group.name, Decline("locked", why=group.locked))
     left = [group for group in chosen if not (group.locked or context.reverts(group.name))]
     for several in [[kind] for kind in required] or [list(kinds)]:
         if not any(group.kind in several for group in left):

@@ -1,4 +1,4 @@
-"""How many units of each group stay, by shares of each kind or one budget for all, and what to tell of it."""
+"""How many units of each group stay, by a share for each kind or one budget for all, with notes for the user."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from graphopt.errors import UsageError
 from graphopt.ir.cost import sizes
 from graphopt.ir.graph import Graph
 from graphopt.passes.prune import budget
-from graphopt.passes.prune.budget import Candidate, CostModel, Sizes
+from graphopt.passes.prune.budget import Candidate, Sizes
+from graphopt.passes.prune.costs import CostModel, latency_left
 from graphopt.pipeline.context import Context
 
 
 def by_shares(context: Context, candidates: Sequence[Candidate], shares: Mapping[str, float], together: bool) -> Sizes:
-    """Sizes without the share of the units of each kind that `shares` says; noted where that is not what goes."""
+    """Sizes that leave out a share of the units of each kind; a note says so where the shares cannot be met."""
     found: dict[Candidate, int] = {}
     for kind, share in shares.items():
         of_kind = [one for one in candidates if one.group.kind == kind]
@@ -37,31 +38,31 @@ def _why_coarse(candidates: Sequence[Candidate]) -> str:
 def within_budget(
     graph: Graph, context: Context, candidates: Sequence[Candidate], of: str, share: float, together: bool
 ) -> Sizes:
-    """Sizes for which this share of the model's flops, params or latency stays.
+    """Sizes that leave this share of the model's flops, params or latency.
 
-    Raises UsageError where that is not known or measured, and where no sizes are small enough.
+    Raises UsageError where these cannot be counted or measured, and where even the smallest sizes leave more.
     """
     name = context.record.name
     if of != "params" and not context.feeds:
         raise UsageError(f"{name}: {of}={share:g} needs the sizes of the inputs: pass example_inputs=<a batch>")
-    bill = CostModel(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
-    if of == "flops" and bill.uncounted:
-        node = bill.uncounted[0]
+    model = CostModel(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
+    if of == "flops" and model.uncounted:
+        node = model.uncounted[0]
         raise UsageError(
             f"{name}: flops={share:g} cannot be counted, as the sizes at {node.label} ({node.kind}) are not known; use "
             "params="
         )
-    price = bill.price("flops" if bill.flops and of != "params" else "params")
+    unit_cost = model.unit_cost("flops" if model.flops and of != "params" else "params")
     try:
         if of == "latency":
             if not context.target.runs:
                 raise UsageError(f"{name}: latency is measured, and {context.target.name} does not run here")
-            cost = budget.measured(graph, context.target, context.feeds, context.threads)
-            path = budget.ranked(candidates, price) if together else budget.evenly(candidates)
+            cost = latency_left(graph, context.target, context.feeds, context.threads)
+            path = budget.ranked(candidates, unit_cost) if together else budget.evenly(candidates)
             chosen = budget.bracket(path, cost, share, budget.MEASURING)[1]
         else:
-            cost = bill.share(of)
-            chosen = budget.fit(candidates, cost, share, price, together)
+            cost = model.share_left(of)
+            chosen = budget.fit(candidates, cost, share, unit_cost, together)
     except budget.Unreachable as error:
         raise UsageError(
             f"{name}: {of}={share:g} cannot be reached: with every group that may be cut at its smallest, "
@@ -72,7 +73,7 @@ def within_budget(
     missed = ""
     if of != "latency" and abs(left - share) > budget.TOLERANCE * share:
         single = [replace(one, round_to=1) for one in candidates]
-        path = budget.ranked(single, price) if together else budget.evenly(single)
+        path = budget.ranked(single, unit_cost) if together else budget.evenly(single)
         above, below = budget.bracket(path, cost, share)
         missed = f": the next sizes leave {cost(below if left > share else above):.3f}"
     context.note(f"{left:.3f} of the {of} stay, of {share:g} that the budget leaves{missed}")

@@ -1,4 +1,4 @@
-"""How much of each weight goes, where only the total is given: more where the outputs suffer less."""
+"""The amount of each weight where only the total is given: more where the model's outputs suffer less."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ _STEPS = 60
 def by_sensitivity(evenly: Pass, graph: Graph, context: Context, request: Request) -> Request:
     """The request with the amounts that hurt the outputs least, for the same number of zeros in all.
 
-    evenly: the pass, as it is where each weight gets its `amount`; it is tried on each weight alone, at half of the
-    amount that the request has for all, at that, and halfway from there to everything. In between, the noise of the
-    outputs is taken for a power of the amount, and the noises of several weights for their sum; the rest is a matter
-    of spending a budget (`numerics.allocate`).
+    evenly: the pass with allocate=evenly. It is tried on each weight alone with three amounts: half of the total, the
+    total, and halfway from there to 1. Between these the output noise is interpolated as a power of the amount, and the
+    noises of several weights are taken to add up; `numerics.allocate` then spends the budget.
     """
     total = max(request.shares.values())
     amounts = [total / 2, total, (1 + total) / 2]

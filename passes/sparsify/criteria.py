@@ -1,4 +1,4 @@
-"""Which weights go to zero, and what becomes of the others: the criteria of `sparsify`, by name."""
+"""Which weights become zero, and how the others change: the criteria of `sparsify`, by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sparse:
-    """A weight, what becomes of its tensor, and where that stays (bool, True = kept)."""
+    """A weight, its new tensor, and which of its elements stay (bool, True = kept)."""
 
     weight: Weight
     tensor: Tensor
@@ -52,7 +52,7 @@ def threshold(graph: Graph, context: Context, request: Request) -> Iterator[Spar
 
 
 def random(graph: Graph, context: Context, request: Request) -> Iterator[Sparse]:
-    """Any may go: drawn from the seed and the site's label, so that one site's draw is not another's affair."""
+    """At random, by the seed and the site's label, so that no site's draw depends on the others."""
 
     def scores() -> Iterator[Tensor]:
         for weight in request.weights:
@@ -63,7 +63,7 @@ def random(graph: Graph, context: Context, request: Request) -> Iterator[Sparse]
 
 
 def gradient(graph: Graph, context: Context, request: Request) -> Iterator[Sparse]:
-    """Those go whose going changes the loss least, to first order: |w · dL/dw|, the mean over the batches.
+    """Those that change the loss least when zeroed, to first order: |w · dL/dw|, the mean over the batches.
 
     Holds the gradients of all weights at once. Source: Molchanov et al. 2017, section 2.2, for single weights.
     """
@@ -89,7 +89,7 @@ def wanda(graph: Graph, context: Context, request: Request) -> Iterator[Sparse]:
 
 
 def sparsegpt(graph: Graph, context: Context, request: Request) -> Iterator[Sparse]:
-    """What the layer's squared output error misses least goes, and the others make up for it (`numerics.obs`)."""
+    """Those that add least to the squared error of the layer's output; the others compensate (`numerics.obs`)."""
     dead, singular = list[tuple[Weight, int, int]](), list[str]()
     for weight, covariance in inputs.covariances(graph, context, request.weights):
         shape = weight.tensor.shape

@@ -1,4 +1,4 @@
-"""What zeros in weights are worth: how many there are, how small they get, and what the target makes of them."""
+"""What zeros in weights bring: how many there are, how far they compress, and whether the target skips them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Zeros:
-    """The weights of one pass before and after, as sums."""
+    """Counts over all weights of one pass, before and after."""
 
     def __init__(self) -> None:
         self.weights = self.elements = self.zeros = self.bytes = 0
@@ -24,7 +24,7 @@ class Zeros:
         self.compressed_after += compressed_share(after) * after.nbytes
 
     def notes(self, target: Target, pattern: str) -> list[str]:
-        """What the user should know: the zeros and their bytes, and what they bring on the target ."""
+        """Notes for the user: how many zeros, in how many bytes, and whether the target has kernels that skip them."""
         if not self.weights:
             return []
         found = [

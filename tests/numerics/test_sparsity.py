@@ -187,9 +187,9 @@ def test_patterns_that_cannot_be(text: str, message: str) -> None:
 
 def test_patterns_say_how_much_goes_and_what_they_divide() -> None:
     assert Pattern.parse("1:4").amount == 0.75 and Pattern.parse("4x1").amount is None
-    assert Pattern.parse("2:4").why_not((6, 8, 3, 3)) is None
-    assert Pattern.parse("2:4").why_not((8, 6)) == "6 along the input axis is no multiple of 4"
-    assert Pattern.parse("4x1").why_not((6, 8)) == "6 along the output axis is no multiple of 4"
+    assert Pattern.parse("2:4").undivided_axis((6, 8, 3, 3)) is None
+    assert Pattern.parse("2:4").undivided_axis((8, 6)) == ("input", 6, 4)
+    assert Pattern.parse("4x1").undivided_axis((6, 8)) == ("output", 6, 4)
 
 
 @pytest.mark.parametrize("text", ["unstructured", "2:4", "4x1"])

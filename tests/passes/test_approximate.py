@@ -3,9 +3,10 @@
 import torch
 
 import graphopt
+from graphopt.ir.decline import Decline
 from graphopt.passes import Approximate
 from graphopt.pipeline.selectors import Selector
-from tests.language import assert_unchanged, build, declined, listing, run
+from tests.language import assert_unchanged, build, declines, listing, run
 from tests.models import Encoder, padding, seeded, tokens
 
 
@@ -24,12 +25,12 @@ def test_takes_the_tanh_form(dialect: str) -> None:
 
 def test_what_is_approximated_already_is_declined(dialect: str) -> None:
     graph = build(dialect, "y = gelu(x[2,8], approximate=tanh)")
-    assert declined(run(Approximate(), graph)) == ["it is approximated by tanh already"]
+    assert declines(run(Approximate(), graph)) == [Decline("already_approximate", form="tanh")]
 
 
 def test_what_has_no_approximation_is_declined(dialect: str) -> None:
     graph = build(dialect, "y = relu(x[2,8])")
-    assert declined(run(Approximate(targets=Selector("relu")), graph)) == ["there is no approximation of relu"]
+    assert declines(run(Approximate(targets=Selector("relu")), graph)) == [Decline("no_approximation", op="relu")]
 
 
 def test_the_two_are_as_near_as_the_pass_says() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from graphopt.ir.decline import Decline
 from graphopt.passes import LowRank, Sparsify
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import Selector
-from tests.language import build, declined, run
+from tests.language import build, declines, run
 
 
 @pytest.mark.parametrize("pass_", [Sparsify(), LowRank()], ids=str)
@@ -27,7 +28,7 @@ def test_a_tied_weight_names_its_other_reader_once(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[2,8], W[8,8])\nb = linear(a, W)")
     first, second = graph.nodes
     called = "linear" if first.label == "linear" else f"linear {first.label}"
-    assert declined(run(Sparsify(targets=Selector.of(second)), graph)) == [f"weight is tied with {called}"]
+    assert declines(run(Sparsify(targets=Selector.of(second)), graph)) == [Decline("weight_tied", reader=called)]
 
 
 def test_says_that_ignore_leaves_nothing(dialect: str) -> None:

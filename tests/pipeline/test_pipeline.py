@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,8 +55,8 @@ class Shrink(Pass):
     sizes: tuple[int, ...] = ()
     """Some sizes."""
 
-    shares: PerSite | None = None
-    """Some number for some sites."""
+    shares: Mapping[str, float | str | None] | None = None
+    """A number for some sites."""
 
     targets: Selector = Selector("linear")
     """Sites."""
@@ -166,10 +167,10 @@ def test_reads(text: str, expected: Pipeline) -> None:
         ("repaet(tidy)", "did you mean 'repeat'?"),
         ("shrink{amuont=0.5}", "shrink has no option 'amuont'; did you mean 'amount'?"),
         ("round", "round needs bits"),
-        ("repeat{times=0}(tidy)", "times is 0"),
+        ("repeat{times=0}(tidy)", "repeat: times is 0; give a whole number of at least 1"),
         ("repeat{times=true}(tidy)", "times is True"),
-        ("shrink{targets=[[a]]}", "targets is a list of lists"),
-        ("shrink{targets={a=1}}", "targets is a value by site"),
+        ("shrink{targets=[[a]]}", "targets is (('a',),); give ops, module paths or patterns"),
+        ("shrink{targets={a=1}}", "targets is {'a': '1'}; give ops, module paths or patterns"),
         ("shrink{shares={a}}", "at character 17: cannot read '}}'"),
         ("shrink{shares={a=1", "at character 19: cannot read ''"),
         ('shrink{shares={a=1 "a"=2}}', "at character 20: a is given twice"),

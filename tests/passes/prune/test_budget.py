@@ -1,4 +1,4 @@
-"""budget: sizes of groups by a share, or by a budget; and the bill, against graphs that are really cut."""
+"""Sizes of groups by a share or by a budget, and the cost model against graphs that are really cut."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from graphopt.analysis.groups import Group, groups
 from graphopt.ir.cost import Cost
 from graphopt.ir.graph import Graph
 from graphopt.measure.timing import Ratio
-from graphopt.passes.prune import budget
-from graphopt.passes.prune.budget import Candidate, CostModel, Sizes, Unreachable
-from tests.language import build, feeds
+from graphopt.passes.prune import budget, costs
+from graphopt.passes.prune.budget import Candidate, Sizes, Unreachable
+from graphopt.passes.prune.costs import CostModel
+from tests.language import FakeTarget, build, feeds
 
 
 def group(name: str, size: int, kind: str = "neurons") -> Group:
@@ -114,20 +115,21 @@ def candidates(graph: Graph, round_to: int = 1) -> list[Candidate]:
             if one.locked is None]  # fmt: skip
 
 
-def test_the_bill_is_that_of_the_graph_once_cut(dialect: str) -> None:
+def test_the_cost_model_counts_as_the_graph_once_cut(dialect: str) -> None:
     graph = build(dialect, TEXT)
     named = {"batch": 2, "seq": 3}
     several = candidates(graph)
     assert [one.group.size for one in several] == [16, 6, 12]
-    bill = CostModel(graph, several, named)
+    model = CostModel(graph, several, named)
     sizes = dict(zip(several, (10, 4, 12), strict=True))
     before = Cost.of(graph, named)
-    assert bill.flops == before.flops == 2 * 6 * (8 * 16 + 16 * 6 + 6 * 12 + 12 * 5)
-    flops, parameters, share = bill.flops_saved(sizes), bill.parameters_saved(sizes), bill.share("params")(sizes)
-    budget.cut(graph, sizes, [one.name for one in groups(graph)])
+    assert model.flops == before.flops == 2 * 6 * (8 * 16 + 16 * 6 + 6 * 12 + 12 * 5)
+    flops, parameters = model.flops_saved(sizes), model.parameters_saved(sizes)
+    share = model.share_left("params")(sizes)
+    costs.cut(graph, sizes, [one.name for one in groups(graph)])
     graph.verify()
     after = Cost.of(graph, named)
-    assert after.flops == 2 * 6 * (8 * 10 + 10 * 4 + 4 * 12 + 12 * 5) == bill.flops - flops
+    assert after.flops == 2 * 6 * (8 * 10 + 10 * 4 + 4 * 12 + 12 * 5) == model.flops - flops
     assert after.parameters == before.parameters - parameters == share * before.parameters
 
 
@@ -135,7 +137,7 @@ def test_sizes_are_those_of_a_graph_with_the_same_groups(dialect: str) -> None:
     graph = build(dialect, TEXT)
     sizes = dict.fromkeys(candidates(graph), 4)
     with pytest.raises(ValueError, match=r"sizes were chosen for 1 groups, and the graph now has \d"):
-        budget.cut(graph, sizes, [groups(graph)[0].name])
+        costs.cut(graph, sizes, [groups(graph)[0].name])
 
 
 def test_convs_and_attention_cost_what_they_compute(dialect: str) -> None:
@@ -147,9 +149,9 @@ def test_convs_and_attention_cost_what_they_compute(dialect: str) -> None:
         """,
     )
     (one,) = candidates(graph)
-    bill = CostModel(graph, [one], {})
-    assert bill.flops == 2 * 2 * 64 * (8 * 27 + 4 * 8)
-    assert bill.price("flops")(one) == 2 * 2 * 64 * (27 + 4) and bill.price("params")(one) == 27 + 1 + 4
+    model = CostModel(graph, [one], {})
+    assert model.flops == 2 * 2 * 64 * (8 * 27 + 4 * 8)
+    assert model.unit_cost("flops")(one) == 2 * 2 * 64 * (27 + 4) and model.unit_cost("params")(one) == 27 + 1 + 4
 
 
 def test_flattened_names_have_a_number(dialect: str) -> None:
@@ -159,24 +161,26 @@ def test_flattened_names_have_a_number(dialect: str) -> None:
 
 
 def test_latency_is_measured_once_for_each_size() -> None:
-    graph = build("onnx", TEXT)
-    several = candidates(graph)
+    whole = build("onnx", TEXT)
+    several = candidates(whole)
     seen: list[int] = []
 
-    class Timed:
-        def ratios(self, small: Graph, whole: Graph, feeds: Any, *, threads: int | None, rounds: int) -> list[Ratio]:
-            assert whole is graph and threads == 2
-            share = Cost.of(small).parameters / Cost.of(whole).parameters
-            seen.append(Cost.of(small).parameters)
+    class Timed(FakeTarget):
+        def ratios(
+            self, graph: Graph, baseline: Graph, feeds: Any, *, threads: int | None = None, rounds: int = 15
+        ) -> list[Ratio]:
+            assert baseline is whole and threads == 2
+            share = Cost.of(graph).parameters / Cost.of(baseline).parameters
+            seen.append(Cost.of(graph).parameters)
             return [Ratio(1 / share**2, 0, 9, rounds, 0, {}), Ratio(1.0, 0, 9, rounds, 0, {})]
 
-    batches: list[Mapping[str, Tensor]] = [feeds(graph), feeds(graph, batch=4)]
-    cost = budget.measured(graph, Timed(), batches, 2)
+    batches: list[Mapping[str, Tensor]] = [feeds(whole), feeds(whole, batch=4)]
+    cost = costs.latency_left(whole, Timed(), batches, 2)
     sizes = dict(zip(several, (8, 6, 6), strict=True))
     share = cost(sizes)
     assert cost(sizes) == share and len(seen) == 1
-    assert share == pytest.approx(seen[0] / Cost.of(graph).parameters)  # the geometric mean of share² and 1
-    assert Cost.of(graph).parameters != seen[0]
+    assert share == pytest.approx(seen[0] / Cost.of(whole).parameters)  # the geometric mean of share² and 1
+    assert Cost.of(whole).parameters != seen[0]
 
 
 def test_bracket_ends_where_the_budget_lies() -> None:

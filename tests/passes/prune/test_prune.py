@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 import onnx
@@ -14,15 +14,28 @@ import torch
 from graphopt import optimize
 from graphopt.errors import PassError, UsageError
 from graphopt.ir.cost import Cost
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.measure.timing import Ratio
 from graphopt.passes import REGISTRY, Prune
+from graphopt.passes.prune.importance import IMPORTANCE
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.runner import run_pass
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.text import parse
-from tests.language import assert_unchanged, build, feeds, listing, outputs, run, stored, weight_of
+from tests.language import (
+    FakeTarget,
+    assert_unchanged,
+    build,
+    declines,
+    feeds,
+    listing,
+    outputs,
+    run,
+    stored,
+    weight_of,
+)
 from tests.models import ConvNet, Encoder, images, padding, seeded, tokens
 
 MLP = """
@@ -48,7 +61,7 @@ def test_removes_the_weakest_neurons_whole(dialect: str) -> None:
 
 
 @pytest.mark.parametrize(("importance", "order"), [("l1", 1), ("l2", 2)])
-def test_norms_are_those_of_all_weights_of_a_unit(dialect: str, importance: str, order: int) -> None:
+def test_norms_are_those_of_all_weights_of_a_unit(dialect: str, importance: Any, order: int) -> None:
     graph = build(dialect, "y = linear(relu(linear(x[2,3], W[4,3])), V[2,4])")
     weights = torch.cat([weight_of(graph.nodes[0]), weight_of(graph.nodes[2]).T], 1).double()
     kept = weight_of(graph.nodes[0])[weights.norm(order, dim=1).argsort()[1:].sort().values].clone()
@@ -179,13 +192,13 @@ def test_the_parameter_budget_counts_what_is_stored(dialect: str) -> None:
     assert context.record.notes[0] == "0.634 of the params stay, of 0.63 that the budget leaves"
 
 
-class Timed:
+class Timed(FakeTarget):
     """A target whose time is the number of parameters."""
 
-    name, schemes, round_to = "timed", dict[str, Any](), {"neurons": 1}
-
-    def ratios(self, small: Graph, whole: Graph, feeds: Any, *, threads: int | None, rounds: int) -> list[Ratio]:
-        share = Cost.of(small).parameters / Cost.of(whole).parameters
+    def ratios(
+        self, graph: Graph, baseline: Graph, feeds: Any, *, threads: int | None = None, rounds: int = 15
+    ) -> list[Ratio]:
+        share = Cost.of(graph).parameters / Cost.of(baseline).parameters
         return [Ratio(1 / share, 0, 9, rounds, 0, {}) for _ in feeds]
 
 
@@ -207,7 +220,8 @@ def test_locked_groups_are_declined_with_the_lock(dialect: str) -> None:
     graph = build(dialect, MLP)
     last = graph.nodes[2].label
     context = run(Prune(neurons=0.5), graph)
-    assert context.record.declined == {last: f"it is the model's output '{'y'}'"}
+    assert list(context.record.declined) == [last]
+    assert declines(context) == [Decline("locked", why="is the model's output 'y'")]
     with pytest.raises(UsageError, match=rf"prune: {last} \(neurons\) cannot shrink: it is the model's output"):
         run(Prune(neurons=0.5, targets=Selector(last)), build(dialect, MLP))
 
@@ -247,26 +261,32 @@ def test_a_share_that_rounds_to_nothing_is_declined(dialect: str) -> None:
     graph = build(dialect, MLP)
     name = graph.nodes[0].label
     context = run(Prune(neurons=0.01), graph)
-    assert context.record.declined[name] == "all of its 16 neurons stay"
+    assert context.record.declined[name].code == "no_units_go"
+    assert declines(context)[-1] == Decline("no_units_go", size=16, kind="neurons")
     assert_unchanged(Prune(neurons=0.01), graph)
+
+
+def test_the_option_names_every_criterion() -> None:
+    assert get_type_hints(Prune)["importance"] == Literal["auto", *IMPORTANCE]
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({}, r"give shares by kind \(neurons, heads, channels, width\), or one budget \(flops, params, latency\)$"),
-    ({"neurons": 1.0}, "neurons is 1.0; give a number at least 0 and below 1"),
-    ({"heads": -0.1}, "heads is -0.1; give a number at least 0"),
+    ({"neurons": 1.0}, "neurons is 1.0; give a number of at least 0 and below 1"),
+    ({"heads": -0.1}, "heads is -0.1; give a number of at least 0"),
     ({"channels": "half"}, "channels is 'half'"),
     ({"flops": 0}, "flops is 0; give a number above 0 and below 1"),
     ({"params": 1.0}, "params is 1.0; give a number above 0"),
     ({"flops": 0.5, "params": 0.5}, "and not flops and params"),
     ({"neurons": 0.5, "latency": 0.5}, "and not neurons and latency"),
-    ({"neurons": 0.5, "importance": "size"}, "importance is 'size'; give auto, l1, l2, activation, taylor, random"),
-    ({"neurons": 0.5, "scope": "local"}, "scope is 'local'; give layer, global"),
-    ({"flops": 0.5, "kinds": ["rows"]}, r"kinds is \['rows'\]; give some of neurons, heads, channels, width"),
+    ({"neurons": 0.5, "importance": "size"}, "importance is 'size'; give auto, l1, l2, activation, taylor or random"),
+    ({"neurons": 0.5, "scope": "local"}, "scope is 'local'; give layer or global"),
+    ({"flops": 0.5, "kinds": ["rows"]}, "kinds is 'rows'; give neurons, heads, channels or width"),
+    ({"flops": 0.5, "kinds": []}, "kinds is empty; give some of neurons, heads, channels, width"),
     ({"neurons": 0.5, "round_to": 0}, "round_to is 0; give a whole number of at least 1"),
     ({"neurons": 0.5, "round_to": True}, "round_to is True; give a whole number of at least 1"),
-    ({"neurons": 0.5, "compensate": "maybe"}, "compensate is 'maybe'; give none, true, false"),
-    ({"neurons": 0.5, "compensate": 1}, "compensate is 1; give none, true, false"),
+    ({"neurons": 0.5, "compensate": "maybe"}, "compensate is 'maybe'; give true, false or none"),
+    ({"neurons": 0.5, "compensate": 1}, "compensate is 1; give true, false or none"),
     ({"neurons": 0.5, "importance": "random", "seed": "abc"}, "seed is 'abc'; give a whole number"),
     ({"neurons": 0.5, "seed": 1}, "seed is for importance=random, and importance is auto"),
     ({"neurons": 0.5, "kinds": "heads"}, "kinds are those that a budget cuts; give a share for each instead"),
@@ -355,7 +375,7 @@ def test_flops_that_cannot_be_counted_name_the_node() -> None:
 
 def test_latency_needs_a_target(dialect: str) -> None:
     graph = build(dialect, MLP)
-    with pytest.raises(UsageError, match="latency is measured on a target, and there is none"):
+    with pytest.raises(UsageError, match="latency is measured, and no target in particular does not run here"):
         run_pass(Prune(latency=0.5), graph, Context(feeds=[feeds(graph)]))
 
 
@@ -366,7 +386,7 @@ def test_text_form() -> None:
 
 
 @pytest.mark.parametrize("importance", ["l2", "random"])
-def test_nan_names_the_site(dialect: str, importance: str) -> None:
+def test_nan_names_the_site(dialect: str, importance: Any) -> None:
     graph = build(dialect, "y = linear(relu(linear(x[2,4], W[8,4]:values(1,nan))), V[3,8])")
     reason = rf"pass prune failed.*the weight of {graph.nodes[0].label} has 16 of 32 values NaN"
     with pytest.raises(PassError, match=reason):

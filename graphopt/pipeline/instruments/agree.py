@@ -1,0 +1,171 @@
+"""Whether the outputs agree with the original's after each pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graphopt.analysis.masks import mask_inputs, real_positions
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Graph
+from graphopt.numerics import metrics
+from graphopt.pipeline.instruments.instrument import Instrument
+from graphopt.report.agreements import Agreement, agreement, worst
+
+if TYPE_CHECKING:
+    from graphopt.pipeline.context import Context
+    from graphopt.pipeline.passes import Pass
+
+Feeds = Mapping[str, Tensor]
+
+QUANTIZED_RTOL = 2 / 255
+"""Relative tolerance of a lossless pass in a quantized graph: one step of an 8-bit range, at most 2 max|a| wide.
+
+A float that differs in its last bit may be rounded to the next integer, which moves an output by about one step.
+"""
+
+QUANTIZED_MARGIN = 6.0
+"""dB by which the SQNR against the original may fall beyond that tolerance: at most twice the distance from it.
+
+Over many layers, roundings that fall the other way add up to as much as the quantization noise itself.
+"""
+
+QUANTIZED_SQNR = 30.0
+"""SQNR (dB) that is enough where the original rounds activations already: its output without that noise is not known.
+
+Less is enough where the network itself amplifies such roundings, as one that flips makes more flip in the next layer:
+QUANTIZED_MARGIN below the noise floor. A quantized transformer of 6 layers agrees to 27 dB with what the engine's
+optimizer makes of it, an untrained MobileNetV2 to 20 dB with itself for an input perturbed by PERTURBATION.
+"""
+
+QUANTIZED_FLOOR = 10.0
+"""SQNR (dB) that is always required: noise of a third of the signal does not come from rounding."""
+
+PERTURBATION = 8
+"""Relative perturbation of the inputs, in units of the last place at 1, by which the noise floor is measured."""
+
+
+class Agree(Instrument):
+    """Compares the outputs on the example inputs with the original's after every pass that changed something.
+
+    The record gets the worst figures over the examples; padding is left out where an input is a mask. Raises GraphError
+    where a pass changes an output's shape, and where a lossless pass moves an output from what the last lossy pass (or
+    the original) gave by more than the tolerance: `numerics.metrics.tolerance`; in a quantized graph QUANTIZED_RTOL,
+    QUANTIZED_MARGIN or QUANTIZED_SQNR; integers must stay equal.
+    """
+
+    def __init__(
+        self,
+        original: Graph,
+        feeds: Sequence[Feeds],
+        names: Sequence[str] | None = None,
+        engine: Callable[[], Callable[[Feeds], Sequence[Any]] | None] | None = None,
+    ) -> None:
+        """names: of the outputs, in order, as the user knows them; by default the graph's own.
+
+        engine: returns a function that runs the original as it would be deployed; called where the original rounds
+        activations, for the noise floor.
+        """
+        self._engine = engine
+        self.feeds = list(feeds)
+        self.names = list(names) if names is not None else [value.name for value in original.outputs]
+        self._shapes = [value.shape for value in original.outputs]
+        self._masks = mask_inputs(original.inputs)
+        self._rounds = any(node.kind == "quantize" for node in original.nodes)
+        self._given = original.clone() if self._rounds else None
+        self.original = self._outputs(original)
+        self._accepted = self._latest = self.original
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        if not context.record.changes:
+            return
+        outputs = self._outputs(graph)
+        context.record.agreement = self._agreements(outputs)
+        if not pass_.lossless:
+            self._accepted = outputs
+        elif (moved := self._moved(self._accepted, outputs, graph)) is not None:
+            raise GraphError(f"this pass is declared lossless, and {moved}")
+        self._latest = outputs
+
+    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> list[Agreement]:
+        """The original's outputs compared with those of `run` for the same feeds."""
+        return self._agreements([list(run(feeds)) for feeds in self.feeds])
+
+    def hold(self, lowered: Graph, graph: Graph) -> None:
+        """Hold a lowered graph to the tolerance of a lossless pass, against `graph`, which the last pass left.
+
+        Raises GraphError. A graph that does not agree with itself is random, and is not held to anything.
+        """
+        moved = self._moved(self._latest, self._outputs(lowered), graph)
+        if moved is not None and self._moved(self._latest, self._outputs(graph), graph) is None:
+            raise GraphError(moved)
+
+    def _outputs(self, graph: Graph) -> list[list[Any]]:
+        return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
+
+    def _agreements(self, outputs: list[list[Any]]) -> list[Agreement]:
+        """One for each output that is a tensor (an ONNX model may also return sequences)."""
+        by_output: dict[str, list[Agreement]] = {}
+        for feeds, expected, found in zip(self.feeds, self.original, outputs, strict=True):
+            for name, shape, a, b in zip(self.names, self._shapes, expected, found, strict=True):
+                if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+                    continue
+                if a.shape != b.shape:
+                    raise GraphError(f"the shape of output {name!r} went from {list(a.shape)} to {list(b.shape)}")
+                real = real_positions(shape, a, self._masks, feeds)
+                kept = (a, b) if real is None else (a[real], b[real])
+                by_output.setdefault(name, []).append(agreement(name, *kept))
+        return [worst(several) for several in by_output.values()]
+
+    def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:
+        """The first output of `graph` that moves by more than rounding explains, and by how much; None where none."""
+        rtol = QUANTIZED_RTOL if _is_quantized(graph) else None
+        for number, (expected, found) in enumerate(zip(before, after, strict=True)):
+            for name, a, b, first in zip(self.names, expected, found, self.original[number], strict=True):
+                if not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
+                    continue
+                if rtol is not None and metrics.sqnr(first, b) > metrics.sqnr(first, a) - QUANTIZED_MARGIN:
+                    continue
+                if self._rounds and a.is_floating_point() and metrics.sqnr(a, b) > self._least:
+                    continue
+                allowed = f"{rtol or metrics.tolerance(a.dtype)[0]:.2g}" if a.is_floating_point() else "equal values"
+                largest = float(torch.nan_to_num(a.double()).abs().max())
+                return (
+                    f"on example {number} it moves output {name!r} by {metrics.max_error(a, b):.3g}, "
+                    f"of at most {largest:.3g} (relative tolerance: {allowed})"
+                )
+        return None
+
+    @cached_property
+    def _least(self) -> float:
+        """Least SQNR (dB) of an output in floats, where the original rounds activations."""
+        return max(QUANTIZED_FLOOR, min(QUANTIZED_SQNR, self._noise_floor() - QUANTIZED_MARGIN))
+
+    def _noise_floor(self) -> float:
+        """The least SQNR (dB) of the original against its run by the engine, and against itself on perturbed inputs."""
+        run = self._engine() if self._engine is not None else None
+        runs = [] if run is None else [[list(run(feeds)) for feeds in self.feeds]]
+        if self._given is not None and any(one.is_floating_point() for feeds in self.feeds for one in feeds.values()):
+            for ulps in (PERTURBATION, -PERTURBATION):
+                given = self._given.clone()  # a run may write to its graph
+                runs.append([given.evaluate(_perturbed(feeds, ulps), given.outputs) for feeds in self.feeds])
+        found = [metrics.sqnr(a, b) for one in runs for before, after in zip(self.original, one, strict=True)
+                 for a, b in zip(before, after, strict=True)
+                 if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape]  # fmt: skip
+        return min(found, default=math.inf)
+
+
+def _perturbed(feeds: Feeds, ulps: int) -> Feeds:
+    """Float inputs multiplied by 1 plus so many units in the last place; the others as they are."""
+    return {name: tensor * (1 + ulps * torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
+            for name, tensor in feeds.items()}  # fmt: skip
+
+
+def _is_quantized(graph: Graph) -> bool:
+    """Whether a graph has weights of at most 16 bits, and so rounds what it computes."""
+    return any(tensor.dtype.itemsize < 4 and tensor.dtype is not torch.bool for _, tensor in graph.constants())

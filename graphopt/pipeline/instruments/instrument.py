@@ -1,0 +1,38 @@
+"""What is called around every pass of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from graphopt.ir.graph import Graph
+
+if TYPE_CHECKING:
+    from graphopt.pipeline.context import Context
+    from graphopt.pipeline.passes import Pass
+
+
+class Instrument:
+    """Called around every pass that it wants to see; each method does nothing unless overridden."""
+
+    def should_run(self, pass_: Pass) -> bool:
+        return True
+
+    def before(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        """Called before the pass, with the graph that it will change."""
+
+    def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
+        """Called after the pass, whose record is `context.record`. An error raised here fails the pass."""
+
+    def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
+        """Called where the pass, or an instrument after it, failed. May return the folder of a reproducer."""
+        return None
+
+    @contextmanager
+    def watch(self, what: str, steps: int | None) -> Iterator[Callable[[str], None]]:
+        """Entered around long work inside a pass, which calls what this yields after each step, with what it has done.
+
+        steps: how many there will be, None where that is not known.
+        """
+        yield lambda step: None

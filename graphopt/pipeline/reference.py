@@ -1,0 +1,95 @@
+"""How far the outputs of a changed graph are from those of the unchanged one, on a few batches."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from graphopt.analysis.masks import mask_inputs, real_positions
+from graphopt.errors import UsageError
+from graphopt.ir.graph import Graph, Value
+from graphopt.numerics import metrics
+from graphopt.pipeline.calibration import MEMORY
+from graphopt.report.records import Damage
+
+Feeds = Mapping[str, Tensor]
+Evaluate = Callable[[Graph], float]
+"""A graph -> its metric; more is better."""
+
+
+class Reference:
+    """The outputs of a graph on a few batches, with which those of the changed graph are compared."""
+
+    def __init__(self, graph: Graph, batches: Sequence[Feeds], evaluate: Evaluate | None = None) -> None:
+        """Outputs of at most MEMORY bytes are kept; those of further batches are computed again when needed.
+
+        Raises UsageError where `evaluate` gives no number for `graph`.
+        """
+        self.graph, self.batches, self._evaluate = graph, batches, evaluate
+        self._masks = mask_inputs(graph.inputs)
+        floats = [index for index, value in enumerate(graph.outputs) if value.dtype and value.dtype.is_floating_point]
+        self._compared = floats or list(range(len(graph.outputs)))
+        self._kept: dict[int, list[Tensor]] = {}
+        self._bytes = 0
+        self.baseline = None if evaluate is None else _metric(evaluate, graph, "the unchanged model")
+        """The metric of the unchanged model."""
+
+    def damage(self, changed: Graph, what: str = "the changed model") -> Damage:
+        """How far the outputs of a changed graph are from the reference. what: its name in errors.
+
+        Raises UsageError where `evaluate` gives no number for it.
+        """
+        count = len(self._compared)
+        signal, noise, cosines = [0.0] * count, [0.0] * count, [list[float]() for _ in range(count)]
+        for number, feeds in enumerate(self.batches):
+            pairs = zip(self._expected(number), self._outputs(changed, feeds), strict=True)
+            for index, (expected, found) in enumerate(pairs):
+                energies = metrics.energies(expected, found)
+                signal[index] += energies[0]
+                noise[index] += energies[1]
+                cosines[index].append(metrics.cosine(expected, found))
+        return Damage(
+            sqnr=_least(map(metrics.decibels, signal, noise)),
+            cosine=_least(sum(several) / len(several) for several in cosines),
+            worst_cosine=_least(figure for several in cosines for figure in several),
+            metric=None if self._evaluate is None else _metric(self._evaluate, changed, what),
+        )
+
+    def _expected(self, number: int) -> list[Tensor]:
+        if number in self._kept:
+            return self._kept[number]
+        outputs = self._outputs(self.graph, self.batches[number])
+        size = sum(output.nbytes for output in outputs)
+        if self._bytes + size <= MEMORY:
+            self._kept[number] = outputs
+            self._bytes += size
+        return outputs
+
+    def _outputs(self, graph: Graph, feeds: Feeds) -> list[Tensor]:
+        """The outputs that are compared, without padding."""
+        found = []
+        for index, tensor in zip(self._compared, graph.evaluate(feeds, self._fetched(graph)), strict=True):
+            real = real_positions(self.graph.outputs[index].shape, tensor, self._masks, feeds)
+            found.append(tensor if real is None else tensor[real])
+        return found
+
+    def _fetched(self, graph: Graph) -> list[Value]:
+        return [graph.outputs[index] for index in self._compared]
+
+
+def _metric(evaluate: Evaluate, graph: Graph, what: str) -> float:
+    figure: Any = evaluate(graph)
+    if isinstance(figure, Tensor) and figure.numel() == 1:
+        figure = figure.item()
+    if isinstance(figure, bool) or not isinstance(figure, numbers.Real) or math.isnan(figure):
+        raise UsageError(f"evaluate gives {figure!r} for {what}; it must return one number, larger where better")
+    return float(figure)
+
+
+def _least(figures: Iterable[float]) -> float:
+    """The smallest, where NaN is smaller than any number."""
+    return min(figures, key=lambda figure: -math.inf if math.isnan(figure) else figure)

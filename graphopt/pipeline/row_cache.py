@@ -1,0 +1,86 @@
+"""Rows of a sensitivity table that were measured before, in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from graphopt.errors import UsageError
+from graphopt.ir.graph import Graph, digest, raw_bytes
+from graphopt.measure.machine import version
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.reference import Evaluate, Feeds
+from graphopt.report.records import Damage, Row, plain
+
+
+def cache_key(graph: Graph, batches: Sequence[Feeds], context: Context, evaluate: Evaluate | None) -> str:
+    """A digest of all that a cached row depends on."""
+    compared = _batches_digest(batches)
+    calibration = context.batches()
+    seen = compared if calibration.once else _batches_digest(calibration)
+    target = context.target.name
+    facts = [version("graphopt"), digest(graph), compared, seen, target, evaluate is not None]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _batches_digest(batches: Iterable[Feeds]) -> str:
+    found = hashlib.sha256()
+    for feeds in batches:
+        for name, tensor in sorted(feeds.items()):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            found.update(raw_bytes(tensor))
+    return found.hexdigest()
+
+
+class RowCache:
+    """Rows in a file of JSON lines. Each is written when it is measured, so that an interrupted scan can go on."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        """Reads the rows of `key`. Raises UsageError where the path is a folder, or in none."""
+        if path.is_dir() or not path.parent.is_dir():
+            raise UsageError(f"{path} cannot be a cache: " + ("it is a folder" if path.is_dir() else "no such folder"))
+        self.path, self.key = path, key
+        self.rows: dict[tuple[str, tuple[str, ...]], Row] = {}
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        damaged = 0
+        for line in lines:
+            try:
+                found, row = _read(line)
+            except (ValueError, TypeError, KeyError):
+                damaged += 1
+                continue
+            if found == key:
+                self.rows[row.setting, row.nodes] = row
+        if damaged:
+            text = f"{path}: {damaged} of {len(lines)} rows cannot be read; they are measured again"
+            warnings.warn(text, stacklevel=4)
+        if lines and not path.read_bytes().endswith(b"\n"):  # the last writer was cut off
+            self._append("\n")
+
+    def add(self, row: Row) -> None:
+        self.rows[row.setting, row.nodes] = row
+        self._append(json.dumps({"key": self.key, **plain(row)}) + "\n")
+
+    def _append(self, text: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _read(line: str) -> tuple[str, Row]:
+    """The key and the row of a line. Raises ValueError, TypeError or KeyError where it is something else."""
+    facts = json.loads(line)
+    damage = facts["damage"]
+    figures = None if damage is None else {name: None if one is None else float(one) for name, one in damage.items()}
+    row = Row(
+        site=str(facts["site"]),
+        nodes=tuple(map(str, facts["nodes"])),
+        setting=str(facts["setting"]),
+        damage=None if figures is None else Damage(**figures),  # type: ignore[arg-type]  # a bad one fails below
+        declined=str(facts["declined"]),
+    )
+    if row.damage is not None and None in (row.damage.sqnr, row.damage.cosine, row.damage.worst_cosine):
+        raise ValueError("a figure is missing")
+    return str(facts["key"]), row
