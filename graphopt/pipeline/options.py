@@ -156,7 +156,7 @@ def _allowed(kind: Any) -> Iterator[str]:
             yield from _allowed(one)
     elif origin is Annotated:
         limits = " ".join(str(one) for one in arguments[1:] if isinstance(one, Range))
-        yield from (f"{text} {limits}" for text in _allowed(arguments[0]))
+        yield from (f"{text} {limits}".rstrip() for text in _allowed(arguments[0]))
     elif origin is Literal:
         yield from map(value_text, arguments)
     elif kind is Selector:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
@@ -49,6 +49,10 @@ class Pass:
     def contradiction(self) -> str | None:
         """What is wrong with options that are fine by themselves and do not go together, and the way out."""
         return None
+
+    def alone(self) -> Self:
+        """The pass as it runs at one site alone, as `sensitivity` does: without what it does to other nodes besides."""
+        return self
 
     def run(self, graph: Graph, context: Context) -> None:
         raise NotImplementedError

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.qdq.regions import end_of
 from graphopt.pipeline.calibration import Remembered
@@ -30,17 +31,6 @@ class Goal:
     """Least cosine of the worst output, the mean over the batches."""
     max_drop: float | None = None
     """Most that the user's `evaluate` may fall below that of the unchanged model."""
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for what no model can be."""
-        ranges = {"sqnr": (-math.inf, math.inf), "cosine": (-1.0, 1.0), "max_drop": (0.0, math.inf)}
-        for name, (low, high) in ranges.items():
-            given: Any = getattr(self, name)
-            if given is None:
-                continue
-            if isinstance(given, bool) or not isinstance(given, int | float) or not low <= given <= high:
-                bounds = {"sqnr": "a number of dB", "cosine": "a number up to 1", "max_drop": "a number, at least 0"}
-                raise UsageError(f"{name} is {given!r}; give {bounds[name]}")
 
     @property
     def asked(self) -> bool:
@@ -77,12 +67,12 @@ class Unit:
     """Of the worst output where these sites alone are changed, in dB."""
 
 
-def keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> dict[Node, str]:
+def sites_to_keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> dict[Node, Decline]:
     """The sites that stay as they are so that `setting`, a pass with `targets` and `ignore`, meets the goal, and why.
 
     Sites are ranked by `rank`, and the fewest of the worst that meet the goal are found by bisection. For n sites that
     takes, on the calibration batches, one evaluation of the unchanged model, two for the ranking where they hold n
-    samples or more, and 1 + log2(n). What was tried stands in the account of the pass; the graph is not changed.
+    samples or more, and 1 + log2(n). What was tried is noted in the report of the pass; the graph does not change.
     Raises UsageError without calibration, for `max_drop` without `evaluate`, and what the pass raises.
     """
     if context.calibration is None:
@@ -111,21 +101,21 @@ def keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> dict[Node
         while fewest - low > 1:
             middle = (low + fewest) // 2
             low, fewest = (low, middle) if meets(middle) else (middle, fewest)
-    _account(context, goal, ranked, fewest, tried, reference)
+    _note_trials(context, goal, ranked, fewest, tried, reference)
     return {
-        node: f"stays in higher precision for {goal}: changed alone, it leaves the worst output {unit.sqnr:.1f} dB"
+        node: Decline("kept_for_goal", goal=str(goal), sqnr=unit.sqnr)
         for unit in ranked[:fewest] for node in unit.nodes
     }  # fmt: skip
 
 
 def remember(context: Context) -> Context:
-    """The same, with what calibration says kept for the trials of `keep`, and for the pass itself behind them."""
+    """The same, with the statistics of calibration kept for the trials of `sites_to_keep`, and for the pass that follows."""
     if context.calibration is None or isinstance(context.calibration, Remembered):
         return context
     return dataclasses.replace(context, calibration=Remembered(context.calibration))
 
 
-def _account(
+def _note_trials(
     context: Context, goal: Goal, ranked: Sequence[Unit], fewest: int, tried: Mapping[int, Damage], reference: Reference
 ) -> None:
     steps = [f"{kept}: {goal.figures(damage)}" for kept, damage in sorted(tried.items())]
@@ -206,7 +196,7 @@ def _dealt(graph: Graph, batches: Sequence[Feeds], hands: int) -> Iterator[list[
 
 
 def _run(setting: Pass, graph: Graph, context: Context) -> set[Node]:
-    """Run a pass without a trace in the account; the sites that it declined."""
+    """Run a pass without a record in the report; the sites that it declined."""
     alone = dataclasses.replace(
         context, report=Report(), record=PassRecord(setting.name, ""), instruments=(), labels={}, current=setting
     )

@@ -1,4 +1,4 @@
-"""g(f(x), W)  ->  g(f(x) / s, W s), with the division inside f: channels of like size, for a scale that all share."""
+"""g(f(x), W)  ->  g(f(x) / s, W s), with the division inside f: channels of similar size, for one scale of all."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class Smooth(Pass):
     lossless = True
 
     targets: Selector = Selector("linear", "conv")
-    """Sites whose inputs are to be evened: ops, module paths or patterns."""
+    """Sites whose inputs are smoothed: ops, module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave as they are."""
 
     def run(self, graph: Graph, context: Context) -> None:
-        for site, reason in smooth_channels(graph, context, context.sites(graph, self.targets, self.ignore)).items():
-            context.decline(site, reason)
+        sites = context.sites(graph, self.targets, self.ignore)
+        for site, why in smooth_channels(graph, context, sites).items():
+            context.decline(site, why)
