@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.lowering.backend import saturates
 from graphopt.measure.machine import environment
@@ -215,8 +216,13 @@ def run(pass_: Pass, graph: Graph, *, target: Target | None = None, calibration:
 
 
 def declined(context: Context) -> list[str]:
-    """The reasons of the last pass, in the order of its sites."""
-    return list(context.record.declined.values())
+    """The codes of what the last pass declined, in the order of its sites."""
+    return [reason.code for reason in context.record.declined.values()]
+
+
+def declines(context: Context) -> list[Decline]:
+    """What the last pass declined, with the values that make the case, in the order of its sites."""
+    return [Decline(reason.code, **reason.values) for reason in context.record.declined.values()]
 
 
 def listing(graph: Graph) -> list[str]:

@@ -51,6 +51,15 @@ SENTENCES = {
     "parameters_not_own": "the weight or bias of {op} {site} is not a stored one of its own",
     # cast, approximate, simplify
     # merge-linear, fold-int8
+    "input_not_uint8": "its input is not quantized to uint8 with one scale",
+    "side_not_uint8": "one side is not quantized to uint8 with one scale",
+    "output_not_uint8": "its result is not quantized to uint8 with one scale",
+    "weight_not_int8": "its weight is not stored in int8 with a scale for each output channel",
+    "weight_zero_points": "its weight has zero points, which no int8 op has: a target with a kernel for them takes it "
+    "as it is",
+    "conv_scale_at_run_time": "conv has no int8 form with a scale chosen at run time",
+    "conv_bias_computed": "conv has no int8 form with a bias that is computed",
+    "bound_within_integers": "its result goes through a {op} that cuts off more than the integers do",
     # rules of dialects
     # rules of targets: ONNX Runtime
     # rules of targets: PyTorch on the CPU, CUDA

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from graphopt.errors import UsageError
@@ -13,11 +14,20 @@ from graphopt.ir.graph import Graph, Node
 from graphopt.passes.quantize import schemes
 from graphopt.passes.quantize.regions import Regions, closed_regions, read_regions
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.selectors import PerSite
 from graphopt.report.declines import Reason
 
 if TYPE_CHECKING:
     from graphopt.passes.quantize.quantize import Quantize
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options say of a site."""
+
+    scheme: str
+    """Auto, static, dynamic or weight-only."""
+    bits: int | None
+    """Of its weight; None for the default."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +83,16 @@ class QuantizationPlan:
 
 
 def plan_of(
-    graph: Graph, sites: Collection[Node], options: Quantize, context: Context, kept: Mapping[Node, Decline]
+    graph: Graph, asked: Mapping[Node, Asked | Decline], options: Quantize, context: Context,
+    kept: Mapping[Node, Decline] = MappingProxyType({}),
 ) -> QuantizationPlan:
-    """Decide how each of the sites is quantized, and what joins them. The graph does not change.
+    """Decide how each site is quantized, and what joins them. The graph does not change.
 
-    kept: sites that stay in higher precision, and why. Raises UsageError where bits or blocks that were asked for are
-    possible at no site.
+    asked: by site, in the order of the graph, what the options say of it, or why they say nothing. kept: sites that
+    stay in higher precision, and why. Raises UsageError where bits or blocks that were asked for are possible at no
+    site.
     """
-    chosen, declined = _sites(graph, sites, options, context, kept)
+    chosen, declined = _sites(asked, options, context, kept)
     softmaxes = [site for site in chosen if site.kind == "softmax"]
     planned = {site: plan for site, plan in chosen.items() if site.kind != "softmax"}
     tied = _tied_tables(planned)
@@ -110,23 +122,15 @@ def plan_of(
 
 
 def _sites(
-    graph: Graph, sites: Collection[Node], options: Quantize, context: Context, kept: Mapping[Node, Decline]
+    asked: Mapping[Node, Asked | Decline], options: Quantize, context: Context, kept: Mapping[Node, Decline]
 ) -> tuple[dict[Node, SitePlan], dict[Node, Decline | str]]:
     """The plan of each site by itself, and why the others stay float."""
-    asked: dict[str, Mapping[Node, Any]] = {}
-    for option in ("scheme", "bits"):
-        value = getattr(options, option)
-        by_site = isinstance(value, PerSite)
-        asked[option] = context.per_site(graph, f"quantize: {option}", value, options.targets) if by_site \
-            else dict.fromkeys(sites, value)  # fmt: skip
     chosen: dict[Node, SitePlan] = {}
     declined: dict[Node, Decline | str] = {}
-    for site in sites:
-        unmatched = next((option for option, values in asked.items() if site not in values), None)
-        why = kept.get(site) or schemes.why_not(site)
-        if why is None and unmatched is not None:
-            why = Decline("no_term_matches", option=unmatched)
-        planned = why or _site(site, asked["scheme"][site], asked["bits"][site], options, context)
+    for site, form in asked.items():
+        planned = kept.get(site) or schemes.why_not(site) or form
+        if isinstance(planned, Asked):
+            planned = _site(site, planned, options, context)
         if isinstance(planned, SitePlan):
             chosen[site] = planned
         else:
@@ -138,16 +142,14 @@ def _sites(
     return chosen, declined
 
 
-def _site(
-    site: Node, asked: str, asked_bits: int | None, options: Quantize, context: Context
-) -> SitePlan | Decline | str:
-    """The plan of a site by the scheme and the bits that were asked for, or why there is none."""
-    scheme = schemes.scheme_of(site.kind, asked, context)
+def _site(site: Node, asked: Asked, options: Quantize, context: Context) -> SitePlan | Decline | str:
+    """The plan of a site by what was asked for, or why there is none."""
+    scheme = schemes.scheme_of(site.kind, asked.scheme, context)
     if why := schemes.why_no_kernel(site, scheme, options.dtype, context):
         return why
     if site.kind in ("matmul", "softmax"):
         return SitePlan(scheme, None)
-    bits = schemes.bits_of(site.kind, scheme, asked_bits, context)
+    bits = schemes.bits_of(site.kind, scheme, asked.bits, context)
     block = schemes.block_of(site, scheme, bits, options.block)
     if why := schemes.why_wrong_bits(site.kind, scheme, bits, context) or schemes.why_no_block(site, block):
         return why

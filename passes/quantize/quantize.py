@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
@@ -15,14 +15,14 @@ from graphopt.numerics.observe import OBSERVERS
 from graphopt.passes.quantize import schemes
 from graphopt.passes.quantize.emit import emit
 from graphopt.passes.quantize.mixed import Goal, remember, sites_to_keep
-from graphopt.passes.quantize.plan import QuantizationPlan, plan_of
+from graphopt.passes.quantize.plan import Asked, QuantizationPlan, plan_of
 from graphopt.passes.quantize.ranges import calibrate
 from graphopt.passes.quantize.smoothing import smooth_channels
 from graphopt.passes.quantize.weights import solve
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
-from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.selectors import PerSite, Selector
 
 Scheme = Literal["auto", "static", "dynamic", "weight-only"]
 
@@ -102,24 +102,56 @@ class Quantize(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         schemes.require_type(self.dtype, context)
+        asked = self._asked(graph, context)
         if self.smooth and self.dtype == "int8" and context.calibration is not None:
-            sites = (site for site in graph.sites("linear", "conv") if site in self.targets and site not in self.ignore)
-            smooth_channels(graph, context, schemes.static(sites, self.scheme, context))
+            asked = self._smoothed(graph, context, asked)
         goal, kept = Goal(self.sqnr, self.cosine, self.max_drop), dict[Node, Decline]()
         if goal.asked:
             context = remember(context)
-            trial = replace(self.alone(), sqnr=None, cosine=None, max_drop=None)
-            kept = sites_to_keep(graph, trial, goal, context)
-        plan = plan_of(graph, self._sites(graph, context), self, context, kept)
+            kept = sites_to_keep(graph, self._trial(asked), goal, context)
+        plan = plan_of(graph, asked, self, context, kept)
         self._account(plan, context)
         parameters = calibrate(graph, context, plan, OBSERVERS[self.observer])
         weights = solve(graph, context, plan, parameters)
         emit(graph, plan, parameters, weights)
 
-    def _sites(self, graph: Graph, context: Context) -> list[Node]:
+    def _asked(self, graph: Graph, context: Context) -> dict[Node, Asked | Decline]:
+        """What the options say of each site. Raises UsageError where no node of the model is selected."""
+        values = {
+            option: context.per_site(graph, f"quantize: {option}", value, self.targets)
+            if isinstance(value := getattr(self, option), PerSite) else dict.fromkeys(graph.nodes, value)
+            for option in ("scheme", "bits")
+        }  # fmt: skip
         if not any(node in self.targets for node in graph.nodes):
             raise UsageError(f"quantize: the model has no site in {self.targets}, and nothing else becomes integers")
-        return context.sites(graph, self.targets, self.ignore)
+        asked: dict[Node, Asked | Decline] = {}
+        for site in context.sites(graph, self.targets, self.ignore):
+            missing = next((option for option, by_site in values.items() if site not in by_site), None)
+            by_option = {option: by_site.get(site) for option, by_site in values.items()}
+            asked[site] = Asked(**by_option) if missing is None else Decline("no_term_matches", option=missing)
+        return asked
+
+    def _smoothed(
+        self, graph: Graph, context: Context, asked: Mapping[Node, Asked | Decline]
+    ) -> dict[Node, Asked | Decline]:
+        """Smooth the channels that static sites read; what was asked of the sites, by the nodes in their place."""
+        static = [
+            site for site, form in asked.items() if site.kind in ("linear", "conv") and isinstance(form, Asked)
+            and schemes.scheme_of(site.kind, form.scheme, context) == "static"
+        ]  # fmt: skip
+        replaced, _ = smooth_channels(graph, context, static)
+        context.labels |= {new: context.labels[old] for old, new in replaced.items() if old in asked}
+        return {replaced.get(site, site): form for site, form in asked.items()}
+
+    def _trial(self, asked: Mapping[Node, Asked | Decline]) -> Quantize:
+        """The same without goals, on the nodes that stand in the graph after smoothing."""
+        sites = {site: form for site, form in asked.items() if isinstance(form, Asked)}
+        by_site: dict[str, Any] = {
+            option: PerSite({Selector.of(site).terms[0]: getattr(form, option) for site, form in sites.items()})
+            for option in ("scheme", "bits") if isinstance(getattr(self, option), PerSite)
+        }  # fmt: skip
+        alone = self.alone()
+        return replace(alone, sqnr=None, cosine=None, max_drop=None, targets=Selector.of(*sites), **by_site)
 
     def _account(self, plan: QuantizationPlan, context: Context) -> None:
         """Count what joins quantized regions as sites, say why others stay float, and note what the weights need."""

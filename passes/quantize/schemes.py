@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Node, Value
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.selectors import PerSite
 from graphopt.pipeline.weights import why_fixed
 
 TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
@@ -51,17 +50,6 @@ def require_type(dtype: str, context: Context) -> None:
     known = context.target.types
     if dtype not in known:
         raise UsageError(f"quantize: {context.target.name} has no kernels in {dtype}; there is {', '.join(known)}")
-
-
-def static(sites: Iterable[Node], asked: str | Mapping[str, str], context: Context) -> list[Node]:
-    """Of linears and convs, those that are to be static, but for what was reverted."""
-    found = []
-    for site in sites:
-        term = asked.term_of(site) if isinstance(asked, PerSite) else None
-        scheme = asked if isinstance(asked, str) else asked[term] if term else ""
-        if scheme_of(site.kind, scheme, context) == "static" and site.label not in context.reverted:
-            found.append(site)
-    return found
 
 
 def bits_of(op: str, scheme: str, asked: int | None, context: Context) -> int:

@@ -33,5 +33,6 @@ class Smooth(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         sites = context.sites(graph, self.targets, self.ignore)
-        for site, why in smooth_channels(graph, context, sites).items():
+        _, declined = smooth_channels(graph, context, sites)
+        for site, why in declined.items():
             context.decline(site, why)

@@ -57,11 +57,11 @@ class Scalable:
         return found | {alpha: smooth_factors(activations, largest.amax(0), alpha) for alpha in ALPHAS}
 
 
-def smooth_channels(graph: Graph, context: Context, sites: Iterable[Node]) -> dict[Node, Decline | str]:
+def smooth_channels(graph: Graph, context: Context, sites: Iterable[Node]) -> tuple[dict[Node, Node], dict[Node, Decline | str]]:
     """Divide channels of what linears and convs read by the factors that help, and multiply their weights.
 
-    Returns why each of the other sites is left as it is; the share alpha of each value is noted. A site that changes is
-    another node afterwards. Raises UsageError without calibration.
+    Returns the nodes that stand in place of others now (sites, and what makes the values that they read), and why each
+    of the other sites stays as it is. The share alpha of each value is noted. Raises UsageError without calibration.
     """
     groups: dict[Value, tuple[Scalable, list[Node]]] = {}
     declined: dict[Node, Decline | str] = {}
@@ -78,8 +78,7 @@ def smooth_channels(graph: Graph, context: Context, sites: Iterable[Node]) -> di
             declined |= dict.fromkeys(readers, Decline("smoothing_no_gain"))
         else:
             chosen.append((one, factors))
-    rescale(graph, chosen)
-    return declined
+    return rescale(graph, chosen), declined
 
 
 def _factors(graph: Graph, context: Context, groups: Mapping[Value, Scalable]) -> dict[Value, Tensor | None]:
@@ -114,9 +113,9 @@ def error_of(weight: Tensor, covariance: Tensor, low: Tensor, high: Tensor, fact
     return expected_error([flat], covariance, *sides)
 
 
-def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> None:
-    """Divide what each maker makes by factors (channels,), and multiply the weights that read it."""
-    rows, columns = dict[Node, Tensor](), dict[Node, Tensor]()
+def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> dict[Node, Node]:
+    """Divide what each maker makes by factors (channels,), and multiply the weights that read it: old node -> new."""
+    rows, columns, replaced = dict[Node, Tensor](), dict[Node, Tensor](), dict[Node, Node]()
     for one, factors in chosen:
         rows[one.maker] = factors
         columns |= dict.fromkeys(one.readers, factors)
@@ -132,7 +131,11 @@ def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> None:
             bias = None if bias is None or held is None else graph.add_constant(held / rows[node], bias.name)
         stored = graph.add_constant(weight, node.required("weight").name)
         operands = (node.input, stored) if node.kind == "rms_norm" else (node.input, stored, bias)
-        graph.replace(node, graph.emit(node, *operands, at=node))
+        scaled = graph.emit(node, *operands, at=node)
+        graph.replace(node, scaled)
+        assert scaled.producer is not None
+        replaced[node] = scaled.producer
+    return replaced
 
 
 def _along(factors: Tensor, axis: int, weight: Tensor) -> Tensor:
