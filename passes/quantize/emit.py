@@ -86,8 +86,9 @@ class _Emitter:
         if dtype is None:
             return self._quantized(x, *self.graph.emit_all("choose_qparams", x, at=at), at=at)
         scale = self.graph.emit("row_scale", x, at=at, largest=quantize.largest(dtype))
-        # A quantize without a zero point makes int8; another type is told by the zero point.
-        zero_point = None if dtype == torch.int8 else self.graph.add_constant(torch.zeros((), dtype=dtype), "zero_point")
+        zero_point = None  # with which a quantize makes int8; another type is told by the zero point
+        if dtype != torch.int8:
+            zero_point = self.graph.add_constant(torch.zeros((), dtype=dtype), "zero_point")
         integers = self.graph.emit("quantize", x, scale, zero_point, at=at)
         return self.graph.emit("dequantize", integers, scale, at=at)
 

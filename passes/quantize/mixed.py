@@ -109,7 +109,7 @@ def sites_to_keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> 
 
 
 def remember(context: Context) -> Context:
-    """The same, with the statistics of calibration kept for the trials of `sites_to_keep`, and for the pass that follows."""
+    """The same, with the statistics of calibration kept for the trials of `sites_to_keep` and the pass after them."""
     if context.calibration is None or isinstance(context.calibration, Remembered):
         return context
     return dataclasses.replace(context, calibration=Remembered(context.calibration))

@@ -83,7 +83,10 @@ class QuantizationPlan:
 
 
 def plan_of(
-    graph: Graph, asked: Mapping[Node, Asked | Decline], options: Quantize, context: Context,
+    graph: Graph,
+    asked: Mapping[Node, Asked | Decline],
+    options: Quantize,
+    context: Context,
     kept: Mapping[Node, Decline] = MappingProxyType({}),
 ) -> QuantizationPlan:
     """Decide how each site is quantized, and what joins them. The graph does not change.

@@ -57,7 +57,9 @@ class Scalable:
         return found | {alpha: smooth_factors(activations, largest.amax(0), alpha) for alpha in ALPHAS}
 
 
-def smooth_channels(graph: Graph, context: Context, sites: Iterable[Node]) -> tuple[dict[Node, Node], dict[Node, Decline | str]]:
+def smooth_channels(
+    graph: Graph, context: Context, sites: Iterable[Node]
+) -> tuple[dict[Node, Node], dict[Node, Decline | str]]:
     """Divide channels of what linears and convs read by the factors that help, and multiply their weights.
 
     Returns the nodes that stand in place of others now (sites, and what makes the values that they read), and why each

@@ -49,9 +49,7 @@ class Weights:
     """The corrected bias (out,) of each site that has one."""
 
 
-def solve(
-    graph: Graph, context: Context, plan: QuantizationPlan, parameters: Mapping[Value, Parameters]
-) -> Weights:
+def solve(graph: Graph, context: Context, plan: QuantizationPlan, parameters: Mapping[Value, Parameters]) -> Weights:
     """Round the weights of the plan to integers, and correct biases.
 
     Integers are added to the constants of the graph as they are found, so that they need not fit memory together; no

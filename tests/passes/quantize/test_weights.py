@@ -185,7 +185,9 @@ def test_what_no_weight_can_have_is_an_error(dialect: str, options: Any, reason:
 
 def test_a_block_that_divides_some_weights_declines_the_others(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[2,64], W[4,64])\nb = linear(z[2,48], V[4,48])\nreturn a, b")
-    assert declines(run(Quantize(scheme="weight-only", block=32), graph)) == [Decline("block_not_dividing", block=32, inputs=48)]
+    assert declines(run(Quantize(scheme="weight-only", block=32), graph)) == [
+        Decline("block_not_dividing", block=32, inputs=48)
+    ]
 
 
 def test_where_the_others_made_the_model_slower_nothing_is_quantized(dialect: str) -> None:
