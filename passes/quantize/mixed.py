@@ -1,4 +1,4 @@
-"""Which sites stay in higher precision so that a goal is met: one ranking of all, then bisection over how many."""
+"""Mixed precision: rank the sites by their damage, then find by bisection how many must stay in higher precision."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Goal:
         return drop and all(least is None or found >= least for least, found in asked)
 
     def figures(self, damage: Damage) -> str:
-        """What damage is, in the terms of the goal."""
+        """The figures of a damage that the goal asks for, as text."""
         parts = [
             f"SQNR {damage.sqnr:.1f} dB" if self.sqnr is not None else "",
             f"cosine {damage.cosine:.5f}" if self.cosine is not None else "",
@@ -131,11 +131,11 @@ def _note_trials(
 
 
 def rank(graph: Graph, setting: Pass, context: Context, batches: Sequence[Feeds]) -> list[Unit]:
-    """The sites that `setting` changes, those first whose change alone does the outputs most harm, by one pass.
+    """The sites that `setting` changes, those first whose change alone harms the outputs most.
 
-    The samples of all batches are dealt out, each to one site, and meet the change of that site only: together they
-    are computed once unchanged, and once changed. Where axis 0 of the inputs is fixed, or is not of one size, whole
-    batches are dealt out. With fewer of them than sites, a sample serves several.
+    Each site is changed alone, and measured on its own share of the samples of all batches: in all, every sample runs
+    once through the unchanged graph and once through a changed one. Where axis 0 of the inputs is fixed, or differs
+    between inputs, the shares are whole batches. With fewer samples than sites, several sites measure the same one.
     """
     probe = graph.clone()
     groups = [(label, nodes) for label, nodes, _, _ in units(graph, [setting], None, context)]
@@ -144,29 +144,29 @@ def rank(graph: Graph, setting: Pass, context: Context, batches: Sequence[Feeds]
     changed = [(label, tuple(node for node in nodes if twins[node] not in declined)) for label, nodes in groups]
     changed = [(label, nodes) for label, nodes in changed if nodes]
     found = []
-    for (label, nodes), dealt in zip(changed, _dealt(graph, batches, len(changed)), strict=True):
+    for (label, nodes), share in zip(changed, _shares(graph, batches, len(changed)), strict=True):
         alone = probe.clone()
-        here = {node.name: node for node in alone.nodes}
+        by_name = {node.name: node for node in alone.nodes}
         for node in nodes:
-            end, both = (here[name] for name in shown[node])
+            end, both = (by_name[name] for name in shown[node])
             form = both.operands[1]
             assert form is not None
             alone.replace(end, form)
         alone.sweep()
-        found.append(Unit(nodes, label, Reference(graph, dealt).damage(alone).sqnr))
+        found.append(Unit(nodes, label, Reference(graph, share).damage(alone).sqnr))
     return sorted(found, key=lambda unit: -math.inf if math.isnan(unit.sqnr) else unit.sqnr)
 
 
 def _with_twins(graph: Graph, sites: Sequence[Node]) -> tuple[dict[Node, Node], dict[Node, tuple[str, str]]]:
-    """Put a second form of each site into a clone of its graph, which reads the same.
+    """Add a twin of each site to a clone of its graph: a node that computes the same from the same operands.
 
-    The twin by site; and by site two names: of the node whose result its change shows in (a relu behind it), and of one
-    that reads both forms of that, the twin's last.
+    Returns the twin by site, and by site two names: of the node that `end_of` gives for the site (it, or the relu that
+    follows), and of a `sub` of that node's result and the same result computed from the twin.
     """
-    here = {node.name: node for node in graph.nodes}
+    by_name = {node.name: node for node in graph.nodes}
     twins, shown = dict[Node, Node](), dict[Node, tuple[str, str]]()
     for node in sites:
-        site = here[node.name]
+        site = by_name[node.name]
         end = end_of(site)
         form = graph.emit(site, *site.operands, at=site)
         both = graph.emit("sub", end.result, form if end == site else graph.emit(end, form, at=end))
@@ -175,21 +175,21 @@ def _with_twins(graph: Graph, sites: Sequence[Node]) -> tuple[dict[Node, Node], 
     return twins, shown
 
 
-def _dealt(graph: Graph, batches: Sequence[Feeds], hands: int) -> Iterator[list[Feeds]]:
-    """The samples of all batches in turns, as batches again; no hand is empty, so one may be in several."""
+def _shares(graph: Graph, batches: Sequence[Feeds], count: int) -> Iterator[list[Feeds]]:
+    """The samples of all batches, given to `count` shares in turn. No share is empty: a sample may be in several."""
     divisible = all(value.shape and isinstance(value.shape[0], str) for value in graph.inputs)
     divisible = divisible and all(len({len(feed) for feed in feeds.values()}) == 1 for feeds in batches)
     sizes = [len(next(iter(feeds.values()))) if divisible else 1 for feeds in batches]
     total = sum(sizes)
-    for hand in range(hands):
-        mine = range(hand % total, total, hands)
-        dealt, first = list[Feeds](), 0
+    for number in range(count):
+        places = range(number % total, total, count)
+        share, first = list[Feeds](), 0
         for feeds, size in zip(batches, sizes, strict=True):
-            rows = [place - first for place in range(first, first + size) if place in mine]
+            rows = [place - first for place in range(first, first + size) if place in places]
             if rows:
-                dealt.append({name: feed[rows] for name, feed in feeds.items()} if divisible else feeds)
+                share.append({name: feed[rows] for name, feed in feeds.items()} if divisible else feeds)
             first += size
-        yield dealt
+        yield share
 
 
 # --- the pass on a part of the sites -------------------------------------------------------------------------------
@@ -205,13 +205,13 @@ def _run(setting: Pass, graph: Graph, context: Context) -> set[Node]:
 
 
 def _without(setting: Any, nodes: Sequence[Node]) -> Pass:
-    """The pass, told to leave these nodes too."""
+    """The pass, with these nodes ignored too."""
     changed: Pass = dataclasses.replace(setting, ignore=Selector(setting.ignore.terms, Selector.of(*nodes).terms))
     return changed
 
 
 def _for_twins(setting: Any, twins: Mapping[Node, Node]) -> Pass:
-    """The pass on the twins of nodes only, with what it says of the nodes by site."""
+    """The pass on the twins alone, with the values that its options by site give the nodes."""
     changes: dict[str, Any] = {"targets": Selector.of(*twins.values()), "ignore": Selector()}
     for option in dataclasses.fields(setting):
         value = getattr(setting, option.name)

@@ -15,7 +15,7 @@ from graphopt.pipeline.selectors import Selector
 class Smooth(Pass):
     """Move outlier channels of activations into weights, before a `quantize` (Xiao et al., 2023; Nagel et al., 2019).
 
-    A norm, linear or conv divides by the factors with its own weight, through activations that keep multiples, and the
+    A norm, linear or conv divides by the factors with its own weight, through homogeneous activations, and the
     weights that read it multiply: nothing is added to the graph. The share of the difficulty that weights take over is
     searched for each value, by the output error that 8 bits would make. Declined: a value that others read too, or that
     nothing can scale, and one that no factors help.

@@ -1,5 +1,5 @@
-"""Values whose channels can be scaled for free: what makes them absorbs the factors, and so do the weights that read
-them."""
+"""Channels of activations scaled at no cost: the node that computes a value and the weights that read it absorb the
+factors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from graphopt.pipeline.weights import Weight, why_fixed
 from torch import Tensor
 
 _HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}
-"""Ops that do the same to a channel and to a positive multiple of it, by the op that reads their result: pools work
-along the last axis, where a linear's channels are."""
+"""Ops with f(a x) = a f(x) for a > 0 in each channel, by the op that reads their result. Pools work along the last axis,
+which holds the channels of a linear."""
 
 
 @dataclass(frozen=True)
 class Scalable:
-    """A value, what reads it (linears or convs), and what makes it."""
+    """A value whose channels can be scaled, the linears or convs that read it, and the node that absorbs the factors."""
 
     value: Value
     readers: Sequence[Node]
@@ -42,7 +42,7 @@ class Scalable:
         return any(site.kind == "conv" and site.attributes["groups"] > 1 for site in self.readers)
 
     def candidates(self, low: Tensor, high: Tensor) -> dict[float | None, Tensor]:
-        """Factors (channels,) by the share of the difficulty that weights take over; None is to leave all as it is.
+        """Factors (channels,) by alpha, the share of the difficulty that weights take over; None: no smoothing.
 
         low, high: (channels,), the ranges. The weights of a depthwise conv have a scale for each channel and lose
         nothing by any factors: they take all of it.
@@ -60,7 +60,7 @@ class Scalable:
 def smooth_channels(
     graph: Graph, context: Context, sites: Iterable[Node]
 ) -> tuple[dict[Node, Node], dict[Node, Decline | str]]:
-    """Divide channels of what linears and convs read by the factors that help, and multiply their weights.
+    """Divide the channels that linears and convs read by factors that lower the error, and multiply their weights.
 
     Returns the nodes that stand in place of others now (sites, and what makes the values that they read), and why each
     of the other sites stays as it is. The share alpha of each value is noted. Raises UsageError without calibration.
@@ -84,7 +84,7 @@ def smooth_channels(
 
 
 def _factors(graph: Graph, context: Context, groups: Mapping[Value, Scalable]) -> dict[Value, Tensor | None]:
-    """The factors of each value that are expected to make the least error, None where it is best left alone."""
+    """The factors of each value with the least expected error, None where no smoothing is best."""
     wanted = [(value, ChannelMinMax(one.channels, one.axis)) for value, one in groups.items()]
     ranges = dict(zip(groups, context.statistics(graph, wanted), strict=True)) if groups else {}
     candidates = {value: one.candidates(ranges[value].low, ranges[value].high) for value, one in groups.items()
@@ -116,7 +116,10 @@ def error_of(weight: Tensor, covariance: Tensor, low: Tensor, high: Tensor, fact
 
 
 def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> dict[Node, Node]:
-    """Divide what each maker makes by factors (channels,), and multiply the weights that read it: old node -> new."""
+    """Divide the result of each maker by factors (channels,), and multiply the weights that read it.
+
+    Returns the new node in place of each old one.
+    """
     rows, columns, replaced = dict[Node, Tensor](), dict[Node, Tensor](), dict[Node, Node]()
     for one, factors in chosen:
         rows[one.maker] = factors
@@ -145,7 +148,7 @@ def _along(factors: Tensor, axis: int, weight: Tensor) -> Tensor:
 
 
 def scalable(site: Node) -> Scalable | Decline | str:
-    """What a linear or conv reads, if its channels can be scaled for free, or why not."""
+    """The input of a linear or conv, if its channels can be scaled at no cost, or why not."""
     value, readers = site.input, list(site.input.users)
     if value.is_output:
         return Decline("input_returned")
@@ -182,7 +185,7 @@ def _alone(value: Value, node: Node) -> bool:
 
 
 def _keeps_rows(node: Node, reader: str) -> bool:
-    """Whether a node reshapes the axes before the last one, along which a linear's channels are, and only those."""
+    """Whether a node reshapes only axes before the last one, which holds the channels of a linear."""
     if node.kind != "reshape" or reader != "linear":
         return False
     before, after = node.input.shape, node.result.shape
@@ -192,7 +195,7 @@ def _keeps_rows(node: Node, reader: str) -> bool:
 
 
 def _maker(value: Value, reader: str) -> Node | Decline:
-    """The norm, linear or conv that makes a value, at most through ops that keep multiples, read by nobody else."""
+    """The norm, linear or conv that a value comes from, through homogeneous ops that nobody else reads."""
     node = value.producer
     while node is not None and (node.kind in (*_HOMOGENEOUS[reader], "mul") or _keeps_rows(node, reader)):
         if node.kind == "mul":

@@ -74,6 +74,20 @@ def test_a_site_alone_is_not_smoothed_however_it_is_selected(dialect: str, spell
         assert torch.equal(weight_of(graph.sites("layer_norm")[0]), before) != smoothed and context.record.changed
 
 
+def test_options_by_name_hold_after_smoothing(dialect: str) -> None:
+    """Smoothing puts other nodes in place of the sites, and of the other readers of their inputs."""
+    graph = build(dialect, GATED)
+    first, before = graph.sites("linear")[0], weight_of(graph.sites("layer_norm")[0])
+    by_name = {Selector.of(first).terms[0]: "static", "linear": "dynamic"}
+    for goal in (None, -100.0):
+        smoothed = graph.clone()
+        context = run(Quantize(scheme=by_name, sqnr=goal), smoothed, calibration=[feeds(graph)])
+        assert not torch.equal(weight_of(smoothed.sites("layer_norm")[0]), before)
+        assert context.record.eligible == [site.label for site in graph.sites("linear")]
+        assert context.record.changed == 3 and declined(context) == []
+        assert len(smoothed.sites("quantize")) == 3 and len(smoothed.sites("choose_qparams")) == 2
+
+
 def test_channels_of_a_depthwise_conv_reach_equally_far(dialect: str) -> None:
     graph = build(dialect, DEPTHWISE)
     batches = [feeds(graph, seed) for seed in range(3)]
