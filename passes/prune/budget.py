@@ -279,9 +279,9 @@ def _numel(shape: Shape | None) -> int:
     return torch.Size([size for size in shape or () if isinstance(size, int)]).numel()
 
 
-def measured(
-    graph: Graph, target: Any, feeds: Sequence[Mapping[str, Tensor]], threads: int | None
-) -> Callable[[Sizes], float]:
+def measured(graph: Graph, target: Any, feeds: Sequence[Mapping[str, Tensor]], threads: int | None) -> Callable[
+    [Sizes], float
+]:
     """How long a graph takes on a target with such sizes, as a share of its time as it is.
 
     The geometric mean over feeds. Each measurement cuts a clone, lowers and compiles it, and is remembered.

@@ -28,12 +28,7 @@ class _Emitter:
     def __init__(
         self, graph: Graph, plan: QuantizationPlan, parameters: Mapping[Value, Parameters], weights: Weights
     ) -> None:
-        self.graph, self.plan, self.weights = graph, plan, weights
-        constants = {
-            one: (graph.add_constant(one.scale, "scale"), graph.add_constant(one.zero_point, "zero_point"))
-            for one in dict.fromkeys(parameters.values())
-        }
-        self.parameters = {value: constants[one] for value, one in parameters.items()}
+        self.graph, self.plan, self.parameters, self.weights = graph, plan, parameters, weights
         self.activations: dict[tuple[Value, str], Value] = {}
         """The dequantized form of a value, by scheme."""
         self.dequantized: dict[Stored, Value] = {}
@@ -63,7 +58,7 @@ class _Emitter:
         end = end_of(node)
         if end != node:
             value = self.graph.emit(end, value, at=end)
-        self.graph.replace(end, self._quantized(value, *self.parameters[end.result], at=end))
+        self.graph.replace(end, self._static(value, end.result, at=end))
         if end != node:
             self.graph.erase(node)
 
@@ -75,10 +70,13 @@ class _Emitter:
             return x
         if (planned, scheme) not in self.activations:
             static = scheme == "static"
-            self.activations[planned, scheme] = (
-                self._quantized(x, *self.parameters[planned], at=at) if static else self._dynamic(x, at)
-            )
+            self.activations[planned, scheme] = self._static(x, planned, at) if static else self._dynamic(x, at)
         return self.activations[planned, scheme]
+
+    def _static(self, x: Value, planned: Value, at: Node) -> Value:
+        """dequantize(quantize(x)) with the parameters of the planned value."""
+        found = self.parameters[planned]
+        return self._quantized(x, found.scale, found.zero_point, at=at)
 
     def _dynamic(self, x: Value, at: Node) -> Value:
         """dequantize(quantize(x)) with the range that x has at each run."""

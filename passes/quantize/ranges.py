@@ -14,28 +14,21 @@ from graphopt.numerics.observe import OUTLIER, ChannelMinMax, Observer, oddity
 from graphopt.passes.quantize.plan import QuantizationPlan
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import unexercised
-from torch import Tensor
 
 _SOFTMAX = 1 / 256, 0
 """Scale and zero point of a softmax in integers: its results are between 0 and 1, and need no calibration."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Parameters:
-    """Scale and zero point of an activation. Values that keep the scale of another share one object."""
+    """Scale and zero point of an activation, among the constants of the graph."""
 
-    scale: Tensor
+    scale: Value
     """Float32, (), > 0, in units of activation per step."""
-    zero_point: Tensor
+    zero_point: Value
     """(); its dtype is that of the quantized activation. 0 of int8 and float8, which are symmetric about zero."""
-
-    def grid(self) -> quantize.Grid | None:
-        """The values that the activation may take; None of float8, whose steps are not equal."""
-        if self.zero_point.dtype.is_floating_point:
-            return None
-        if self.zero_point.dtype == torch.int8:
-            return quantize.Grid(self.scale, None, -128, 127, axis=None)
-        return quantize.Grid(self.scale, self.zero_point, 0, 255, axis=None)
+    grid: quantize.Grid | None
+    """The values that the activation may take; None of float8, whose steps are not equal."""
 
 
 def calibrate(
@@ -43,7 +36,7 @@ def calibrate(
 ) -> Mapping[Value, Parameters]:
     """The parameters of each value that is quantized with a calibrated range.
 
-    Ranges of a single number, and outliers among channels, are noted. Raises UsageError without calibration, and where
+    They are added to the constants of the graph; no node changes. Ranges of a single number, and outliers among channels, are noted. Raises UsageError without calibration, and where
     calibration never exercised a value; ValueError, naming the node, where a range is not finite.
     """
     found: dict[Value, Parameters] = {}
@@ -52,14 +45,23 @@ def calibrate(
             scale, zero_point = _scale_and_zero_point(seen, plan.static_dtype)
         except ValueError as error:
             raise ValueError(f"activation of {label_of(value)}: {error}") from error
-        found[value] = Parameters(torch.tensor(scale), torch.tensor(zero_point, dtype=plan.static_dtype))
+        found[value] = _stored(graph, scale, zero_point, plan.static_dtype)
     for node in plan.regions.joined:
         if node.kind == "softmax":
-            scale, zero_point = _SOFTMAX
-            found[node.result] = Parameters(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8))
+            found[node.result] = _stored(graph, *_SOFTMAX, torch.uint8)
     for value, source in plan.regions.inherited.items():
         found[value] = found[source]
     return found
+
+
+def _stored(graph: Graph, scale: float, zero_point: int, dtype: torch.dtype) -> Parameters:
+    step, zero = torch.tensor(scale), torch.tensor(zero_point, dtype=dtype)
+    grid = None
+    if not dtype.is_floating_point:
+        signed = dtype == torch.int8
+        low, high = (-128, 127) if signed else (0, 255)
+        grid = quantize.Grid(step, None if signed else zero, low, high, axis=None)
+    return Parameters(graph.add_constant(step, "scale"), graph.add_constant(zero, "zero_point"), grid)
 
 
 def _scale_and_zero_point(seen: Observer, dtype: torch.dtype) -> tuple[float, int]:

@@ -19,13 +19,13 @@ from graphopt.pipeline.weights import Weight, why_fixed
 from torch import Tensor
 
 _HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}
-"""Ops with f(a x) = a f(x) for a > 0 in each channel, by the op that reads their result. Pools work along the last axis,
-which holds the channels of a linear."""
+"""Ops with f(a x) = a f(x) for a > 0 in each channel, by the op that reads their result. Pools work along the last
+axis, which holds the channels of a linear."""
 
 
 @dataclass(frozen=True)
 class Scalable:
-    """A value whose channels can be scaled, the linears or convs that read it, and the node that absorbs the factors."""
+    """A value whose channels can be scaled, the linears or convs that read it, and the node that makes it."""
 
     value: Value
     readers: Sequence[Node]

@@ -58,7 +58,7 @@ def solve(graph: Graph, context: Context, plan: QuantizationPlan, parameters: Ma
     """
     plans = {site: one.weight for site, one in plan.sites.items() if one.weight is not None}
     grids = {site: grid for site in plan.static("linear", "conv")
-             if site.input in parameters and (grid := parameters[site.input].grid()) is not None}  # fmt: skip
+             if site.input in parameters and (grid := parameters[site.input].grid) is not None}  # fmt: skip
     stored: dict[tuple[Value, WeightPlan], Stored] = {}
     shifts: dict[Node, Tensor] = {}
     for how in dict.fromkeys(how for how in plans.values() if how.needs_inputs):

@@ -142,3 +142,4 @@ def _note_dead(context: Context, dead: Sequence[tuple[Weight, int, int]]) -> Non
     found = [f"{weight.sites[0].label} ({count} of {all_})" for weight, count, all_ in dead if count]
     if found:
         context.note(f"inputs that are zero in every calibration batch, whose weights go first: {', '.join(found)}")
+

@@ -395,7 +395,9 @@ def test_a_budget_is_spent_where_it_buys_most(dialect: str) -> None:
         pairs = [(float(spectrum.errors()[rank]), rank * (rows + 10.0)) for rank in range(1, 10)]
         return [*(pair for pair in pairs if pair[1] < rows * 10), (0.0, rows * 10.0)]
 
-    best = min(a[0] + b[0] for a in options(spectra[0], 10) for b in options(spectra[1], 12) if a[1] + b[1] <= budget)
+    best = min(
+        a[0] + b[0] for a in options(spectra[0], 10) for b in options(spectra[1], 12) if a[1] + b[1] <= budget
+    )
     run(LowRank(params=0.6), graph)
     found = 0.0
     for spectrum, inner in zip(spectra, graph.sites("linear")[::2], strict=True):

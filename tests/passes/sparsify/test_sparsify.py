@@ -152,7 +152,9 @@ def test_of_every_m_input_channels_n_stay(dialect: str, criterion: str, n: int, 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda"])
 @pytest.mark.parametrize(("text", "rows", "columns"), [("4x1", 4, 1), ("1x4", 1, 4)])
-def test_blocks_lie_along_outputs_or_inputs(dialect: str, criterion: str, text: str, rows: int, columns: int) -> None:
+def test_blocks_lie_along_outputs_or_inputs(
+    dialect: str, criterion: str, text: str, rows: int, columns: int
+) -> None:
     graph = build(dialect, BOTH)
     run(Sparsify(pattern=text, criterion=criterion, amount=1 / 3), graph, calibration=images())
     for site in sites_of(graph):
