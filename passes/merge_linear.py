@@ -58,4 +58,4 @@ def _why_not(site: Node) -> Decline | None:
         return Decline("bias_computed")
     own = {site, site.required("weight").producer}
     others = [user for value in weight_values(site) for user in value.users if user not in own]
-    return Decline("weight_tied", op=others[0].kind, site=others[0].label) if others else None
+    return Decline("weight_shared", op=others[0].kind, site=others[0].label) if others else None

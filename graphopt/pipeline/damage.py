@@ -143,7 +143,7 @@ def _narrowed(setting: Pass, nodes: Sequence[Node]) -> Pass | None:
             if term is None:
                 return None
             changes[option.name] = value[term]
-    return _with(setting, **changes)
+    return _with(setting.alone(), **changes)
 
 
 def _with(setting: Pass, **options: Any) -> Pass:

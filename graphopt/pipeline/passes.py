@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
@@ -55,6 +55,10 @@ class Pass:
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    def alone(self) -> Self:
+        """The pass as it runs at one site alone, as `sensitivity` does: without what it does to other nodes besides."""
+        return self
 
     def run(self, graph: Graph, context: Context) -> None:
         raise NotImplementedError

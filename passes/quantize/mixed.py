@@ -1,4 +1,4 @@
-"""Which sites stay in higher precision so that a goal is met: one ranking of all, then bisection over how many."""
+"""Mixed precision: rank the sites by their damage, then find by bisection how many must stay in higher precision."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.qdq.regions import end_of
 from graphopt.pipeline.calibration import Remembered
@@ -31,17 +32,6 @@ class Goal:
     max_drop: float | None = None
     """Most that the user's `evaluate` may fall below that of the unchanged model."""
 
-    def __post_init__(self) -> None:
-        """Raises UsageError for what no model can be."""
-        ranges = {"sqnr": (-math.inf, math.inf), "cosine": (-1.0, 1.0), "max_drop": (0.0, math.inf)}
-        for name, (low, high) in ranges.items():
-            given: Any = getattr(self, name)
-            if given is None:
-                continue
-            if isinstance(given, bool) or not isinstance(given, int | float) or not low <= given <= high:
-                bounds = {"sqnr": "a number of dB", "cosine": "a number up to 1", "max_drop": "a number, at least 0"}
-                raise UsageError(f"{name} is {given!r}; give {bounds[name]}")
-
     @property
     def asked(self) -> bool:
         return self != Goal()
@@ -54,7 +44,7 @@ class Goal:
         return drop and all(least is None or found >= least for least, found in asked)
 
     def figures(self, damage: Damage) -> str:
-        """What damage is, in the terms of the goal."""
+        """The figures of a damage that the goal asks for, as text."""
         parts = [
             f"SQNR {damage.sqnr:.1f} dB" if self.sqnr is not None else "",
             f"cosine {damage.cosine:.5f}" if self.cosine is not None else "",
@@ -77,12 +67,12 @@ class Unit:
     """Of the worst output where these sites alone are changed, in dB."""
 
 
-def keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> dict[Node, str]:
+def sites_to_keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> dict[Node, Decline]:
     """The sites that stay as they are so that `setting`, a pass with `targets` and `ignore`, meets the goal, and why.
 
     Sites are ranked by `rank`, and the fewest of the worst that meet the goal are found by bisection. For n sites that
     takes, on the calibration batches, one evaluation of the unchanged model, two for the ranking where they hold n
-    samples or more, and 1 + log2(n). What was tried stands in the account of the pass; the graph is not changed.
+    samples or more, and 1 + log2(n). What was tried is noted in the report of the pass; the graph does not change.
     Raises UsageError without calibration, for `max_drop` without `evaluate`, and what the pass raises.
     """
     if context.calibration is None:
@@ -111,21 +101,21 @@ def keep(graph: Graph, setting: Pass, goal: Goal, context: Context) -> dict[Node
         while fewest - low > 1:
             middle = (low + fewest) // 2
             low, fewest = (low, middle) if meets(middle) else (middle, fewest)
-    _account(context, goal, ranked, fewest, tried, reference)
+    _note_trials(context, goal, ranked, fewest, tried, reference)
     return {
-        node: f"stays in higher precision for {goal}: changed alone, it leaves the worst output {unit.sqnr:.1f} dB"
+        node: Decline("kept_for_goal", goal=str(goal), sqnr=unit.sqnr)
         for unit in ranked[:fewest] for node in unit.nodes
     }  # fmt: skip
 
 
 def remember(context: Context) -> Context:
-    """The same, with what calibration says kept for the trials of `keep`, and for the pass itself behind them."""
+    """The same, with the statistics of calibration kept for the trials of `sites_to_keep` and the pass after them."""
     if context.calibration is None or isinstance(context.calibration, Remembered):
         return context
     return dataclasses.replace(context, calibration=Remembered(context.calibration))
 
 
-def _account(
+def _note_trials(
     context: Context, goal: Goal, ranked: Sequence[Unit], fewest: int, tried: Mapping[int, Damage], reference: Reference
 ) -> None:
     steps = [f"{kept}: {goal.figures(damage)}" for kept, damage in sorted(tried.items())]
@@ -141,11 +131,11 @@ def _account(
 
 
 def rank(graph: Graph, setting: Pass, context: Context, batches: Sequence[Feeds]) -> list[Unit]:
-    """The sites that `setting` changes, those first whose change alone does the outputs most harm, by one pass.
+    """The sites that `setting` changes, those first whose change alone harms the outputs most.
 
-    The samples of all batches are dealt out, each to one site, and meet the change of that site only: together they
-    are computed once unchanged, and once changed. Where axis 0 of the inputs is fixed, or is not of one size, whole
-    batches are dealt out. With fewer of them than sites, a sample serves several.
+    Each site is changed alone, and measured on its own share of the samples of all batches: in all, every sample runs
+    once through the unchanged graph and once through a changed one. Where axis 0 of the inputs is fixed, or differs
+    between inputs, the shares are whole batches. With fewer samples than sites, several sites measure the same one.
     """
     probe = graph.clone()
     groups = [(label, nodes) for label, nodes, _, _ in units(graph, [setting], None, context)]
@@ -154,29 +144,29 @@ def rank(graph: Graph, setting: Pass, context: Context, batches: Sequence[Feeds]
     changed = [(label, tuple(node for node in nodes if twins[node] not in declined)) for label, nodes in groups]
     changed = [(label, nodes) for label, nodes in changed if nodes]
     found = []
-    for (label, nodes), dealt in zip(changed, _dealt(graph, batches, len(changed)), strict=True):
+    for (label, nodes), share in zip(changed, _shares(graph, batches, len(changed)), strict=True):
         alone = probe.clone()
-        here = {node.name: node for node in alone.nodes}
+        by_name = {node.name: node for node in alone.nodes}
         for node in nodes:
-            end, both = (here[name] for name in shown[node])
+            end, both = (by_name[name] for name in shown[node])
             form = both.operands[1]
             assert form is not None
             alone.replace(end, form)
         alone.sweep()
-        found.append(Unit(nodes, label, Reference(graph, dealt).damage(alone).sqnr))
+        found.append(Unit(nodes, label, Reference(graph, share).damage(alone).sqnr))
     return sorted(found, key=lambda unit: -math.inf if math.isnan(unit.sqnr) else unit.sqnr)
 
 
 def _with_twins(graph: Graph, sites: Sequence[Node]) -> tuple[dict[Node, Node], dict[Node, tuple[str, str]]]:
-    """Put a second form of each site into a clone of its graph, which reads the same.
+    """Add a twin of each site to a clone of its graph: a node that computes the same from the same operands.
 
-    The twin by site; and by site two names: of the node whose result its change shows in (a relu behind it), and of one
-    that reads both forms of that, the twin's last.
+    Returns the twin by site, and by site two names: of the node that `end_of` gives for the site (it, or the relu that
+    follows), and of a `sub` of that node's result and the same result computed from the twin.
     """
-    here = {node.name: node for node in graph.nodes}
+    by_name = {node.name: node for node in graph.nodes}
     twins, shown = dict[Node, Node](), dict[Node, tuple[str, str]]()
     for node in sites:
-        site = here[node.name]
+        site = by_name[node.name]
         end = end_of(site)
         form = graph.emit(site, *site.operands, at=site)
         both = graph.emit("sub", end.result, form if end == site else graph.emit(end, form, at=end))
@@ -185,28 +175,28 @@ def _with_twins(graph: Graph, sites: Sequence[Node]) -> tuple[dict[Node, Node], 
     return twins, shown
 
 
-def _dealt(graph: Graph, batches: Sequence[Feeds], hands: int) -> Iterator[list[Feeds]]:
-    """The samples of all batches in turns, as batches again; no hand is empty, so one may be in several."""
+def _shares(graph: Graph, batches: Sequence[Feeds], count: int) -> Iterator[list[Feeds]]:
+    """The samples of all batches, given to `count` shares in turn. No share is empty: a sample may be in several."""
     divisible = all(value.shape and isinstance(value.shape[0], str) for value in graph.inputs)
     divisible = divisible and all(len({len(feed) for feed in feeds.values()}) == 1 for feeds in batches)
     sizes = [len(next(iter(feeds.values()))) if divisible else 1 for feeds in batches]
     total = sum(sizes)
-    for hand in range(hands):
-        mine = range(hand % total, total, hands)
-        dealt, first = list[Feeds](), 0
+    for number in range(count):
+        places = range(number % total, total, count)
+        share, first = list[Feeds](), 0
         for feeds, size in zip(batches, sizes, strict=True):
-            rows = [place - first for place in range(first, first + size) if place in mine]
+            rows = [place - first for place in range(first, first + size) if place in places]
             if rows:
-                dealt.append({name: feed[rows] for name, feed in feeds.items()} if divisible else feeds)
+                share.append({name: feed[rows] for name, feed in feeds.items()} if divisible else feeds)
             first += size
-        yield dealt
+        yield share
 
 
 # --- the pass on a part of the sites -------------------------------------------------------------------------------
 
 
 def _run(setting: Pass, graph: Graph, context: Context) -> set[Node]:
-    """Run a pass without a trace in the account; the sites that it declined."""
+    """Run a pass without a record in the report; the sites that it declined."""
     alone = dataclasses.replace(
         context, report=Report(), record=PassRecord(setting.name, ""), instruments=(), labels={}, current=setting
     )
@@ -215,13 +205,13 @@ def _run(setting: Pass, graph: Graph, context: Context) -> set[Node]:
 
 
 def _without(setting: Any, nodes: Sequence[Node]) -> Pass:
-    """The pass, told to leave these nodes too."""
+    """The pass, with these nodes ignored too."""
     changed: Pass = dataclasses.replace(setting, ignore=Selector(setting.ignore.terms, Selector.of(*nodes).terms))
     return changed
 
 
 def _for_twins(setting: Any, twins: Mapping[Node, Node]) -> Pass:
-    """The pass on the twins of nodes only, with what it says of the nodes by site."""
+    """The pass on the twins alone, with the values that its options by site give the nodes."""
     changes: dict[str, Any] = {"targets": Selector.of(*twins.values()), "ignore": Selector()}
     for option in dataclasses.fields(setting):
         value = getattr(setting, option.name)

@@ -1,32 +1,86 @@
-"""What calibration says of the activations that become integers, and what of it is worth a word to the user."""
+"""Calibration of activations: the scale and the zero point of each value that becomes integers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import torch
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.qdq.regions import label_of
+from graphopt.numerics import quantize
 from graphopt.numerics.observe import OUTLIER, ChannelMinMax, Observer, oddity
-from graphopt.passes.quantize.islands import Islands
+from graphopt.passes.quantize.plan import QuantizationPlan
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import unexercised
 
+_SOFTMAX = 1 / 256, 0
+"""Scale and zero point of a softmax in integers: its results are between 0 and 1, and need no calibration."""
 
-def observe(
-    graph: Graph, context: Context, islands: Islands, observer: Callable[[], Observer]
-) -> Mapping[Value, Observer]:
-    """The range of each value that islands observe; those of one number, and outliers among channels, are noted.
 
-    Raises UsageError where calibration never exercised a value.
+@dataclass(frozen=True)
+class Parameters:
+    """Scale and zero point of an activation, among the constants of the graph."""
+
+    scale: Value
+    """Float32, (), > 0, in units of activation per step."""
+    zero_point: Value
+    """(); its dtype is that of the quantized activation. 0 of int8 and float8, which are symmetric about zero."""
+    grid: quantize.Grid | None
+    """The values that the activation may take; None of float8, whose steps are not equal."""
+
+
+def calibrate(
+    graph: Graph, context: Context, plan: QuantizationPlan, observer: Callable[[], Observer]
+) -> Mapping[Value, Parameters]:
+    """The parameters of each value that is quantized with a calibrated range.
+
+    They are added to the constants of the graph; no node changes. Ranges of a single number, and outliers among channels, are noted. Raises UsageError without calibration, and where
+    calibration never exercised a value; ValueError, naming the node, where a range is not finite.
     """
-    values = islands.observed()
+    found: dict[Value, Parameters] = {}
+    for value, seen in _observe(graph, context, plan, observer).items():
+        try:
+            scale, zero_point = _scale_and_zero_point(seen, plan.static_dtype)
+        except ValueError as error:
+            raise ValueError(f"activation of {label_of(value)}: {error}") from error
+        found[value] = _stored(graph, scale, zero_point, plan.static_dtype)
+    for node in plan.regions.joined:
+        if node.kind == "softmax":
+            found[node.result] = _stored(graph, *_SOFTMAX, torch.uint8)
+    for value, source in plan.regions.inherited.items():
+        found[value] = found[source]
+    return found
+
+
+def _stored(graph: Graph, scale: float, zero_point: int, dtype: torch.dtype) -> Parameters:
+    step, zero = torch.tensor(scale), torch.tensor(zero_point, dtype=dtype)
+    grid = None
+    if not dtype.is_floating_point:
+        signed = dtype == torch.int8
+        low, high = (-128, 127) if signed else (0, 255)
+        grid = quantize.Grid(step, None if signed else zero, low, high, axis=None)
+    return Parameters(graph.add_constant(step, "scale"), graph.add_constant(zero, "zero_point"), grid)
+
+
+def _scale_and_zero_point(seen: Observer, dtype: torch.dtype) -> tuple[float, int]:
+    if dtype == torch.uint8:
+        return quantize.activation_parameters(*seen.range())
+    return quantize.symmetric_scale(*seen.range(), largest=quantize.largest(dtype)), 0
+
+
+def _observe(
+    graph: Graph, context: Context, plan: QuantizationPlan, observer: Callable[[], Observer]
+) -> Mapping[Value, Observer]:
+    """The range of each value that the plan observes."""
+    values = plan.regions.observed
     if not values:
         return {}
-    axes = {site.input: 1 if site.kind == "conv" else -1 for site in islands.static("linear", "conv")}
+    axes = {site.input: 1 if site.kind == "conv" else -1 for site in plan.static("linear", "conv")}
     channels = {value: value.shape[axis] for value, axis in axes.items() if value in values and value.shape is not None}
-    wide = {value: ChannelMinMax(size, axes[value]) for value, size in channels.items() if isinstance(size, int)}
-    wanted: list[tuple[Value, Observer]] = [*((value, observer()) for value in values), *wide.items()]
+    by_channel = {value: ChannelMinMax(size, axes[value]) for value, size in channels.items() if isinstance(size, int)}
+    wanted: list[tuple[Value, Observer]] = [*((value, observer()) for value in values), *by_channel.items()]
     seen = list(context.statistics(graph, wanted))
     found = dict(zip(values, seen, strict=False))
     if silent := [label_of(value) for value, one in found.items() if not one.count]:
@@ -34,13 +88,13 @@ def observe(
     strange = [f"{label_of(value)} is {what}" for value, one in found.items() if (what := oddity(one))]
     if strange:
         context.note(f"ranges that say little, as calibration saw nothing else: {', '.join(strange)}")
-    _note_outliers(context, wide)
+    _note_outliers(context, by_channel)
     return found
 
 
-def _note_outliers(context: Context, wide: Mapping[Value, ChannelMinMax]) -> None:
+def _note_outliers(context: Context, by_channel: Mapping[Value, ChannelMinMax]) -> None:
     parts = []
-    for value, one in wide.items():
+    for value, one in by_channel.items():
         if one.count and (channels := one.outliers()):
             sizes = one.magnitudes()
             times = float(sizes.max() / sizes[sizes > 0].median())

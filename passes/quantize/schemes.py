@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Node, Value
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.selectors import PerSite
 from graphopt.pipeline.weights import why_fixed
 
 TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
@@ -17,6 +17,9 @@ TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 OPS = ("linear", "conv", "matmul", "softmax", "embedding")
 """What may be asked for; other ops become integers where they stand between these. A softmax is asked for by name,
 and becomes integers behind a static matmul only."""
+
+WRONG = ("bits_unsupported", "block_not_dividing")
+"""Codes of declines that other options would avoid."""
 
 _BLOCKS = (32, 16)
 """Blocks that are taken, the first that divides, where none is asked for."""
@@ -49,23 +52,6 @@ def require_type(dtype: str, context: Context) -> None:
         raise UsageError(f"quantize: {context.target.name} has no kernels in {dtype}; there is {', '.join(known)}")
 
 
-def names_nodes(*terms: object) -> bool:
-    """Whether options name single nodes (node:...), as measures of sensitivity do; terms: of selectors, or by site."""
-    several = [one for one in terms if isinstance(one, tuple | PerSite)]
-    return any(term.startswith("node:") for one in several for term in one)
-
-
-def static(sites: Iterable[Node], asked: str | Mapping[str, str], context: Context) -> list[Node]:
-    """Of linears and convs, those that are to be static, but for what was reverted."""
-    found = []
-    for site in sites:
-        term = asked.term_of(site) if isinstance(asked, PerSite) else None
-        scheme = asked if isinstance(asked, str) else asked[term] if term else ""
-        if scheme_of(site.kind, scheme, context) == "static" and site.label not in context.reverted:
-            found.append(site)
-    return found
-
-
 def bits_of(op: str, scheme: str, asked: int | None, context: Context) -> int:
     """Bits of a weight: as asked; else 8, or 7 where products of 8 saturate on the target."""
     if op == "embedding" and asked == 7:  # which is about products
@@ -82,10 +68,10 @@ def block_of(site: Node, scheme: str, bits: int, asked: int | None) -> int | Non
     return next((block for block in _BLOCKS if _width(site) % block == 0), _BLOCKS[0])
 
 
-def why_not(site: Node) -> str | None:
+def why_not(site: Node) -> Decline | str | None:
     """Why a site stays float on any target."""
     if site.kind not in OPS:
-        return f"{site.kind} has no form in integers of its own"
+        return Decline("no_integer_form", op=site.kind)
     if site.kind == "matmul":
         return _why_not_product(site)
     if site.kind == "softmax":
@@ -94,61 +80,63 @@ def why_not(site: Node) -> str | None:
         return _why_not_table(site)
     weight = site.weight
     if weight is not None and weight.is_floating_point() and weight.dtype != torch.float32:
-        return f"weight is {str(weight.dtype).removeprefix('torch.')}, not float32"
+        return not_float32("weight", weight.dtype)
     return why_fixed(site)
 
 
-def _why_not_product(site: Node) -> str | None:
+def not_float32(name: str, dtype: torch.dtype | None) -> Decline:
+    """That a value, a weight or a table is of another type."""
+    return Decline("not_float32", name=name, dtype="of unknown type" if dtype is None else _dtype_text(dtype))
+
+
+def _why_not_product(site: Node) -> Decline | None:
     sides = site.required("a"), site.required("b")
     if any(side.is_constant for side in sides):
-        return "matmul has a form in integers for two activations, and one side is stored"
-    return next((reason for side in sides if (reason := _why_not_float32(side))), None)
+        return Decline("matmul_side_stored")
+    return next((why for side in sides if (why := _why_not_float32(side))), None)
 
 
-def _why_not_float32(value: Value) -> str | None:
-    if value.dtype is torch.float32:
-        return None
-    dtype = "of unknown type" if value.dtype is None else str(value.dtype).removeprefix("torch.")
-    return f"{value.name} is {dtype}, not float32"
+def _why_not_float32(value: Value) -> Decline | None:
+    return None if value.dtype is torch.float32 else not_float32(value.name, value.dtype)
 
 
-def _why_not_table(site: Node) -> str | None:
+def _why_not_table(site: Node) -> Decline | None:
     table = site.required("table")
     if not table.is_constant:
         dequantized = table.producer is not None and table.producer.kind == "dequantize"
-        return "already quantized" if dequantized else "table is computed by the graph"
-    return None if table.dtype == torch.float32 else f"table is {str(table.dtype).removeprefix('torch.')}, not float32"
+        return Decline("table_quantized" if dequantized else "table_computed")
+    return None if table.dtype == torch.float32 else not_float32("table", table.dtype)
 
 
-def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> str | None:
+def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> Decline | str | None:
     """Why the target does not run a site so."""
-    op, known = site.kind, legal(site.kind, context)
+    known = legal(site.kind, context)
     if scheme in known:
         if dtype != "int8" and scheme == "weight-only":
-            return f"{dtype} is for products of two sides: give scheme=static, dynamic or auto"
+            return Decline("dtype_weight_only", dtype=dtype)
         return context.target.why_float(site, scheme, dtype)
-    name = context.target.name
-    more = "; static needs calibration" if "static" in known and context.calibration is None else ""
-    return f"{name} has no fast {scheme} {op}{more}"
+    uncalibrated = "static" in known and context.calibration is None
+    code = "no_kernel_uncalibrated" if uncalibrated else "no_kernel"
+    return Decline(code, target=context.target.name, scheme=scheme, op=site.kind)
 
 
-def why_wrong_bits(op: str, scheme: str, bits: int, context: Context) -> str | None:
+def why_wrong_bits(op: str, scheme: str, bits: int, context: Context) -> Decline | None:
     """Why a weight cannot have so many bits."""
-    if scheme != "weight-only":
-        known: tuple[int, ...] = (8, 7)
-    else:
-        known = context.target.weight_bits.get(op, ())
+    known = (8, 7) if scheme != "weight-only" else context.target.weight_bits.get(op, ())
     if bits in known:
         return None
-    numbers = " or ".join(map(str, known))
-    return f"a {scheme} {op} has weights of {numbers} bits here, not {bits}"
+    return Decline("bits_unsupported", scheme=scheme, op=op, known=" or ".join(map(str, known)), bits=bits)
 
 
-def why_no_block(site: Node, block: int | None) -> str | None:
+def why_no_block(site: Node, block: int | None) -> Decline | None:
     """Why scales cannot be shared so."""
     if block is None or _width(site) % block == 0:
         return None
-    return f"block {block} does not divide {_width(site)} inputs"
+    return Decline("block_not_dividing", block=block, inputs=_width(site))
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _width(site: Node) -> int:

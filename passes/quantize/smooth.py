@@ -1,4 +1,4 @@
-"""g(f(x), W)  ->  g(f(x) / s, W s), with the division inside f: channels of like size, for a scale that all share."""
+"""g(f(x), W)  ->  g(f(x) / s, W s), with the division inside f: channels of similar size, for one scale of all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graphopt.pipeline.selectors import Selector
 class Smooth(Pass):
     """Move outlier channels of activations into weights, before a `quantize` (Xiao et al., 2023; Nagel et al., 2019).
 
-    A norm, linear or conv divides by the factors with its own weight, through activations that keep multiples, and the
+    A norm, linear or conv divides by the factors with its own weight, through homogeneous activations, and the
     weights that read it multiply: nothing is added to the graph. The share of the difficulty that weights take over is
     searched for each value, by the output error that 8 bits would make. Declined: a value that others read too, or that
     nothing can scale, and one that no factors help.
@@ -26,11 +26,13 @@ class Smooth(Pass):
     lossless = True
 
     targets: Selector = Selector("linear", "conv")
-    """Sites whose inputs are to be evened: ops, module paths or patterns."""
+    """Sites whose inputs are smoothed: ops, module paths or patterns."""
 
     ignore: Selector = Selector()
     """Sites to leave as they are."""
 
     def run(self, graph: Graph, context: Context) -> None:
-        for site, reason in smooth_channels(graph, context, context.sites(graph, self.targets, self.ignore)).items():
-            context.decline(site, reason)
+        sites = context.sites(graph, self.targets, self.ignore)
+        _, declined = smooth_channels(graph, context, sites)
+        for site, why in declined.items():
+            context.decline(site, why)

@@ -1,5 +1,5 @@
-"""Values whose channels can be scaled for free: what makes them absorbs the factors, and so do the weights that read
-them."""
+"""Channels of activations scaled at no cost: the node that computes a value and the weights that read it absorb the
+factors."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import label_of
 from graphopt.numerics.observe import ChannelMinMax
 from graphopt.numerics.smooth import ALPHAS, expected_error, smooth_factors
+from graphopt.passes.quantize.schemes import not_float32
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import covariances
 from graphopt.pipeline.weights import Weight, why_fixed
 from torch import Tensor
 
 _HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}
-"""Ops that do the same to a channel and to a positive multiple of it, by the op that reads their result: pools work
-along the last axis, where a linear's channels are."""
+"""Ops with f(a x) = a f(x) for a > 0 in each channel, by the op that reads their result. Pools work along the last
+axis, which holds the channels of a linear."""
 
 
 @dataclass(frozen=True)
 class Scalable:
-    """A value, what reads it (linears or convs), and what makes it."""
+    """A value whose channels can be scaled, the linears or convs that read it, and the node that makes it."""
 
     value: Value
     readers: Sequence[Node]
@@ -40,7 +42,7 @@ class Scalable:
         return any(site.kind == "conv" and site.attributes["groups"] > 1 for site in self.readers)
 
     def candidates(self, low: Tensor, high: Tensor) -> dict[float | None, Tensor]:
-        """Factors (channels,) by the share of the difficulty that weights take over; None is to leave all as it is.
+        """Factors (channels,) by alpha, the share of the difficulty that weights take over; None: no smoothing.
 
         low, high: (channels,), the ranges. The weights of a depthwise conv have a scale for each channel and lose
         nothing by any factors: they take all of it.
@@ -55,33 +57,34 @@ class Scalable:
         return found | {alpha: smooth_factors(activations, largest.amax(0), alpha) for alpha in ALPHAS}
 
 
-def smooth_channels(graph: Graph, context: Context, sites: Iterable[Node]) -> dict[Node, str]:
-    """Divide channels of what linears and convs read by the factors that help, and multiply their weights.
+def smooth_channels(
+    graph: Graph, context: Context, sites: Iterable[Node]
+) -> tuple[dict[Node, Node], dict[Node, Decline | str]]:
+    """Divide the channels that linears and convs read by factors that lower the error, and multiply their weights.
 
-    Returns why each of the other sites is left as it is; the share alpha of each value is noted. A site that changes is
-    another node afterwards. Raises UsageError without calibration.
+    Returns the nodes that stand in place of others now (sites, and what makes the values that they read), and why each
+    of the other sites stays as it is. The share alpha of each value is noted. Raises UsageError without calibration.
     """
     groups: dict[Value, tuple[Scalable, list[Node]]] = {}
-    declined: dict[Node, str] = {}
+    declined: dict[Node, Decline | str] = {}
     for site in sites:
-        one = scalable(site) if site.kind in ("linear", "conv") else f"{site.kind} has no weight to take factors"
-        if isinstance(one, str):
-            declined[site] = one
+        found = scalable(site) if site.kind in ("linear", "conv") else Decline("no_weight_to_scale", op=site.kind)
+        if isinstance(found, Scalable):
+            groups.setdefault(found.value, (found, []))[1].append(site)
         else:
-            groups.setdefault(one.value, (one, []))[1].append(site)
+            declined[site] = found
     chosen = []
     for value, factors in _factors(graph, context, {value: one for value, (one, _) in groups.items()}).items():
         one, readers = groups[value]
         if factors is None:
-            declined |= dict.fromkeys(readers, "no factors lower the error that 8 bits are expected to make")
+            declined |= dict.fromkeys(readers, Decline("smoothing_no_gain"))
         else:
             chosen.append((one, factors))
-    rescale(graph, chosen)
-    return declined
+    return rescale(graph, chosen), declined
 
 
 def _factors(graph: Graph, context: Context, groups: Mapping[Value, Scalable]) -> dict[Value, Tensor | None]:
-    """The factors of each value that are expected to make the least error, None where it is best left alone."""
+    """The factors of each value with the least expected error, None where no smoothing is best."""
     wanted = [(value, ChannelMinMax(one.channels, one.axis)) for value, one in groups.items()]
     ranges = dict(zip(groups, context.statistics(graph, wanted), strict=True)) if groups else {}
     candidates = {value: one.candidates(ranges[value].low, ranges[value].high) for value, one in groups.items()
@@ -112,9 +115,12 @@ def error_of(weight: Tensor, covariance: Tensor, low: Tensor, high: Tensor, fact
     return expected_error([flat], covariance, *sides)
 
 
-def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> None:
-    """Divide what each maker makes by factors (channels,), and multiply the weights that read it."""
-    rows, columns = dict[Node, Tensor](), dict[Node, Tensor]()
+def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> dict[Node, Node]:
+    """Divide the result of each maker by factors (channels,), and multiply the weights that read it.
+
+    Returns the new node in place of each old one.
+    """
+    rows, columns, replaced = dict[Node, Tensor](), dict[Node, Tensor](), dict[Node, Node]()
     for one, factors in chosen:
         rows[one.maker] = factors
         columns |= dict.fromkeys(one.readers, factors)
@@ -130,45 +136,47 @@ def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> None:
             bias = None if bias is None or held is None else graph.add_constant(held / rows[node], bias.name)
         stored = graph.add_constant(weight, node.required("weight").name)
         operands = (node.input, stored) if node.kind == "rms_norm" else (node.input, stored, bias)
-        graph.replace(node, graph.emit(node, *operands, at=node))
+        scaled = graph.emit(node, *operands, at=node)
+        graph.replace(node, scaled)
+        assert scaled.producer is not None
+        replaced[node] = scaled.producer
+    return replaced
 
 
 def _along(factors: Tensor, axis: int, weight: Tensor) -> Tensor:
     return factors.reshape([-1 if i == axis else 1 for i in range(weight.dim())])
 
 
-def scalable(site: Node) -> Scalable | str:
-    """What a linear or conv reads, if its channels can be scaled for free, or why not."""
+def scalable(site: Node) -> Scalable | Decline:
+    """The input of a linear or conv, if its channels can be scaled at no cost, or why not."""
     value, readers = site.input, list(site.input.users)
     if value.is_output:
-        return "the graph returns its input"
+        return Decline("input_returned")
     other = next((node for node in readers if node.kind != site.kind or node.input != value), None)
     if other is not None:
-        return f"{other.kind} {other.label} reads its input too"
+        return Decline("input_shared", op=other.kind, site=other.label)
     for node in readers:
-        reason = why_fixed(node) or _why_not_float32(node) or _why_shared(node)
-        if reason:
-            return reason
+        if why := why_fixed(node) or _why_not_float32(node) or _why_shared(node):
+            return why
     shapes = [node.required("weight").shape for node in readers]
     groups = {node.attributes["groups"] if node.kind == "conv" else 1 for node in readers}
     channels = int(shapes[0][0 if groups != {1} else 1]) if shapes[0] else 0
     if groups != {1} and (groups != {channels} or any(shape is None or shape[1] != 1 for shape in shapes)):
-        return "it is a conv in groups of several channels"
+        return Decline("conv_grouped")
     maker = _maker(value, site.kind)
-    if isinstance(maker, str):
+    if isinstance(maker, Decline):
         return maker
     return Scalable(value, readers, maker, channels)
 
 
-def _why_not_float32(node: Node) -> str | None:
-    weight = node.weight
-    dtype = None if weight is None else weight.dtype
-    return None if dtype is torch.float32 else f"weight is {str(dtype).removeprefix('torch.')}, not float32"
+def _why_not_float32(node: Node) -> Decline | None:
+    dtype = None if node.weight is None else node.weight.dtype
+    return None if dtype is torch.float32 else not_float32("weight", dtype)
 
 
-def _why_shared(node: Node) -> str | None:
+def _why_shared(node: Node) -> Decline | None:
     others = [user for user in node.required("weight").users if user != node]
-    return f"weight is tied with {others[0].kind} {others[0].label}" if others else None
+    return Decline("weight_shared", op=others[0].kind, site=others[0].label) if others else None
 
 
 def _alone(value: Value, node: Node) -> bool:
@@ -177,7 +185,7 @@ def _alone(value: Value, node: Node) -> bool:
 
 
 def _keeps_rows(node: Node, reader: str) -> bool:
-    """Whether a node reshapes the axes before the last one, along which a linear's channels are, and only those."""
+    """Whether a node reshapes only axes before the last one, which holds the channels of a linear."""
     if node.kind != "reshape" or reader != "linear":
         return False
     before, after = node.input.shape, node.result.shape
@@ -186,23 +194,25 @@ def _keeps_rows(node: Node, reader: str) -> bool:
     return isinstance(before[-1], int) and before[-1] == after[-1]
 
 
-def _maker(value: Value, reader: str) -> Node | str:
-    """The norm, linear or conv that makes a value, at most through ops that keep multiples, read by nobody else."""
+def _maker(value: Value, reader: str) -> Node | Decline:
+    """The norm, linear or conv that a value comes from, through homogeneous ops that nobody else reads."""
     node = value.producer
     while node is not None and (node.kind in (*_HOMOGENEOUS[reader], "mul") or _keeps_rows(node, reader)):
         if node.kind == "mul":
             found = [_maker(side, reader) for side in node.operands if side is not None and _alone(side, node)]
-            makers = [one for one in found if not isinstance(one, str)]
-            return makers[0] if makers else f"neither side of mul {node.label} can absorb factors"
+            makers = [one for one in found if not isinstance(one, Decline)]
+            return makers[0] if makers else Decline("mul_cannot_absorb", site=node.label)
         if not _alone(node.input, node):
-            return f"others read what {node.kind} {node.label} before it does"
+            return Decline("read_before", op=node.kind, site=node.label)
         node = node.input.producer
     kinds = ("conv",) if reader == "conv" else ("layer_norm", "rms_norm", "linear")
-    if node is None or node.kind not in kinds:
-        return f"{'an input' if node is None else f'{node.kind} {node.label}'} cannot absorb factors"
+    if node is None:
+        return Decline("input_cannot_absorb")
+    if node.kind not in kinds:
+        return Decline("cannot_absorb", op=node.kind, site=node.label)
     if node.kind in ("layer_norm", "rms_norm") and node.required("weight").rank != 1:
-        return f"{node.kind} {node.label} is over several axes"
+        return Decline("norm_over_several_axes", op=node.kind, site=node.label)
     bias = node.operand("bias") if node.kind != "rms_norm" else None
     if node.weight is None or (bias is not None and not bias.is_constant) or _why_shared(node):
-        return f"the weight or bias of {node.kind} {node.label} is not its own stored one"
+        return Decline("parameters_not_own", op=node.kind, site=node.label)
     return node

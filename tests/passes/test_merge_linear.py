@@ -69,4 +69,4 @@ def test_leaves_a_tied_weight_tied(dialect: str) -> None:
     graph = build(dialect, "h = embedding(T[9,8], ids[2]:int64)\na = linear(h, T)\nb = linear(h, W[4,8])\nreturn a, b")
     context = run(MergeLinear(), graph)
     (tied, _) = context.record.declined.values()
-    assert (tied.code, tied.values["op"]) == ("weight_tied", "embedding") and context.record.changes == 0
+    assert (tied.code, tied.values["op"]) == ("weight_shared", "embedding") and context.record.changes == 0

@@ -1,4 +1,4 @@
-"""Quantized regions: which ops compute in integers what they read in integers, and how to tell that a value is one."""
+"""Quantized regions: the ops that compute in integers what they read in integers, and the values that are integers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ one in floats.
 """
 
 MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
-"""Ops whose result holds what the input does, at most zeros besides: it keeps the input's scale."""
+"""Ops whose result holds the numbers of the input, and zeros at most besides: it keeps the scale of the input."""
 
 
 def is_global(mean: Node) -> bool:
@@ -25,17 +25,19 @@ def is_global(mean: Node) -> bool:
 
 
 def label_of(value: Value) -> str:
+    """How reports call a value: by the label of the node that computes it, or by its own name."""
     return value.producer.label if value.producer is not None else value.name
 
 
 def is_dequantized(value: Value) -> bool:
+    """Whether a dequantize computes a value."""
     return value.producer is not None and value.producer.kind == "dequantize"
 
 
 def end_of(node: Node) -> Node:
-    """The relu, or clip of a range that holds 0, that alone reads a conv or what joins; else the node itself.
+    """The relu, or clip of a range that holds 0, that alone reads a conv or an add; else the node itself.
 
-    Saturating integers do the same: their range lies within what calibration saw behind it.
+    The saturation of integers does the same, as their range lies within what calibration saw behind the relu or clip.
     """
     user = node.result.only_user
     if node.kind not in ("conv", "add") or user is None:

@@ -19,7 +19,7 @@ from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.numerics.observe import MinMax
 from graphopt.passes import Quantize
-from graphopt.passes.quantize.mixed import Goal, keep, rank
+from graphopt.passes.quantize.mixed import Goal, rank, sites_to_keep
 from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.damage import Reference, scan
@@ -79,14 +79,14 @@ def test_exactly_the_planted_layer_stays_within_twelve_evaluations(dialect: str,
     graph = chain(dialect)
     before, context = graph.text(), context_of(graph)
     setting = Quantize(scheme="static", smooth=False, targets=Selector("linear"))
-    kept = keep(graph, setting, Goal(sqnr=15.0), context)
+    kept = sites_to_keep(graph, setting, Goal(sqnr=15.0), context)
     assert [node.name for node in kept] == [graph.sites("linear")[BAD].name]
     assert graph.text() == before
     assert counted.samples <= 12 * 64  # two of them to calibrate
     assert "sqnr=15.0: 1 of 50 sites stay in higher precision" in context.record.notes[0]
     assert "0: SQNR" in context.record.notes[0] and "1: SQNR" in context.record.notes[0]
-    (reason,) = kept.values()
-    assert reason.startswith("stays in higher precision for sqnr=15.0: changed alone, it leaves the worst output ")
+    (decline,) = kept.values()
+    assert decline.code == "kept_for_goal" and decline.values["goal"] == "sqnr=15.0" and decline.values["sqnr"] < 15
 
 
 def test_the_ranking_is_that_of_each_site_alone(dialect: str) -> None:
@@ -126,7 +126,7 @@ def batches_of(context: Context) -> list[dict[str, Tensor]]:
 
 def test_sites_of_one_weight_stay_together(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[batch,16], V[16,16])\nb = linear(relu(a), W[16,16])\ny = linear(b, V)")
-    kept = keep(graph, Quantize(scheme="static", smooth=False), Goal(sqnr=200.0), context_of(graph))
+    kept = sites_to_keep(graph, Quantize(scheme="static", smooth=False), Goal(sqnr=200.0), context_of(graph))
     assert set(kept) == set(graph.sites("linear"))
     context = context_of(graph)
     ranked = rank(graph, Quantize(scheme="static", smooth=False), context, batches_of(context))
@@ -136,7 +136,7 @@ def test_sites_of_one_weight_stay_together(dialect: str) -> None:
 def test_nothing_stays_where_the_goal_is_met_and_declined_sites_are_no_candidates(dialect: str) -> None:
     graph = build(dialect, "a = linear(x[batch,16], V[16,16])\ny = linear(a, relu(W[16,16]))")
     context = context_of(graph)
-    assert keep(graph, Quantize(scheme="static", smooth=False), Goal(cosine=0.9), context) == {}
+    assert sites_to_keep(graph, Quantize(scheme="static", smooth=False), Goal(cosine=0.9), context) == {}
     assert "cosine=0.9: 0 of 1 sites" in context.record.notes[0]
 
 
@@ -160,7 +160,7 @@ def test_the_users_measure_decides(dialect: str) -> None:
         return 1 - float(sum(((a - b).norm() / a.norm()) for a, b in zip(expected, found, strict=True)))
 
     context.evaluate = evaluate
-    kept = keep(graph, Quantize(scheme="static", smooth=False), Goal(max_drop=0.5), context)
+    kept = sites_to_keep(graph, Quantize(scheme="static", smooth=False), Goal(max_drop=0.5), context)
     assert list(kept) == [graph.sites("linear")[3]]
     assert "(metric of the unchanged model 1)" in context.record.notes[0]
 
@@ -178,24 +178,24 @@ def test_goals() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sqnr": "high"}, "sqnr is 'high'; give a number of dB"),
+        ({"sqnr": "high"}, "sqnr is 'high'; give a number or none"),
         ({"sqnr": math.nan}, "sqnr is nan"),
-        ({"cosine": 1.5}, "cosine is 1.5; give a number up to 1"),
-        ({"max_drop": -1}, "max_drop is -1; give a number, at least 0"),
+        ({"cosine": 1.5}, "cosine is 1.5; give a number of at least -1 and of at most 1 or none"),
+        ({"max_drop": -1}, "max_drop is -1; give a number of at least 0 or none"),
         ({"max_drop": True}, "max_drop is True"),
     ],
 )
 def test_no_such_goal(options: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Goal(**options)
+        Quantize(**options)
 
 
 def test_refuses_a_goal_that_nothing_measures() -> None:
     graph = chain("onnx", layers=2, bad=None)
     with pytest.raises(UsageError, match="quantize: sqnr=30 is measured on batches: pass calibration="):
-        keep(graph, Quantize(), Goal(sqnr=30), Context())
+        sites_to_keep(graph, Quantize(), Goal(sqnr=30), Context())
     with pytest.raises(UsageError, match="quantize: max_drop=1 needs a measure of quality: pass evaluate="):
-        keep(graph, Quantize(), Goal(max_drop=1), context_of(graph))
+        sites_to_keep(graph, Quantize(), Goal(max_drop=1), context_of(graph))
 
 
 def test_statistics_are_remembered_for_clones() -> None:
@@ -224,7 +224,7 @@ def test_quantize_leaves_the_planted_layer_in_float_and_says_why(dialect: str, c
     assert str(setting) == "quantize{scheme=static smooth=false sqnr=15}"
     record = context.report.passes[0]
     assert list(record.declined) == [site.label]
-    assert record.declined[site.label].startswith("stays in higher precision for sqnr=15: changed alone")
+    assert record.declined[site.label].code == "kept_for_goal"
     assert len(record.eligible) == 8 and record.changed == 7
     assert Reference(original, batches_of(context)).damage(graph).sqnr >= 15
     assert len(graph.sites("quantize")) == 7

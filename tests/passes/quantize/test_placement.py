@@ -9,7 +9,7 @@ from graphopt.passes import Quantize
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.target import Placement
-from tests.language import FakeTarget, assert_outputs_equal, build, declined, feeds, run, stored
+from tests.language import FakeTarget, assert_outputs_equal, build, declined, declines, feeds, run, stored
 
 STATIC = dict.fromkeys(("linear", "conv", "matmul", "add"), ("static",))
 RESIDUAL = """
@@ -86,11 +86,11 @@ def test_integers_are_as_the_target_wants_them(dialect: str, signed: bool) -> No
 
 def test_adds_that_stay_float_have_their_reasons(dialect: str) -> None:
     graph = build(dialect, "y = add(conv(x[1,4,6,6], W[4,4,1,1]), C[4,6,6])")
-    (reason,) = declined(quantized(graph, Placement()))
-    assert reason.lower() == "one side is stored: c"
+    (decline,) = declines(quantized(graph, Placement()))
+    assert decline.code == "side_stored" and decline.values["value"].lower() == "c"
     graph = build(dialect, RESIDUAL)
     ignoring = Quantize(observer="minmax", ignore=Selector("add"))
-    assert declined(quantized(graph, Placement(), ignoring)) == ["it is to stay float"]
+    assert declined(quantized(graph, Placement(), ignoring)) == ["ignored"]
     assert kinds(graph)[kinds(graph).index("add") - 1] == "conv"
 
 

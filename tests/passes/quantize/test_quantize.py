@@ -1,22 +1,29 @@
 """quantize: quantize and dequantize around float ops."""
 
 import re
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import torch
 
 from graphopt.errors import PassError, UsageError
+from graphopt.ir.decline import Decline
 from graphopt.numerics import quantize
 from graphopt.numerics.metrics import cosine
-from graphopt.numerics.quantize import quantize_weight
+from graphopt.numerics.observe import OBSERVERS
+from graphopt.numerics.quantize import BLOCKS, quantize_weight
 from graphopt.passes import Quantize
+from graphopt.passes.quantize.plan import Asked, SitePlan, WeightPlan, plan_of
+from graphopt.pipeline.calibration import Calibration
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
 from tests.language import (
     FakeTarget,
     assert_unchanged,
     build,
     declined,
+    declines,
     feeds,
     listing,
     output_names,
@@ -83,7 +90,7 @@ def test_sites_on_one_value_share_its_integers(dialect: str, scheme: str) -> Non
     assert len(graph.sites("dequantize")) == 3  # x, W (read twice) and V
 
 
-def test_static_convs_and_their_add_are_a_closed_island(dialect: str) -> None:
+def test_static_convs_and_their_add_are_a_closed_region(dialect: str) -> None:
     graph = build(dialect, BLOCK)
     original = graph.clone()
     add = graph.sites("add")[0]
@@ -125,7 +132,7 @@ def test_the_result_of_a_static_linear_stays_float_for_others(dialect: str) -> N
 def test_an_add_of_a_float_value_stays_float(dialect: str) -> None:
     graph = build(dialect, "c = conv(x[1,4,6,6], V[4,4,1,1])\ny = add(c, z[1,4,6,6])")
     context = run(Quantize(), graph, calibration=[feeds(graph)])
-    assert producer(graph.outputs[0]).kind == "add" and declined(context) == ["one side stays float: z"]
+    assert producer(graph.outputs[0]).kind == "add" and declines(context) == [Decline("side_in_float", value="z")]
 
 
 def test_an_add_that_the_target_has_no_kernel_for_stays_float(dialect: str) -> None:
@@ -133,7 +140,7 @@ def test_an_add_that_the_target_has_no_kernel_for_stays_float(dialect: str) -> N
     target = FakeTarget(schemes={"conv": ("static",)})
     context = run(Quantize(), graph, target=target, calibration=[feeds(graph)])
     assert producer(graph.outputs[0]).kind == "relu"
-    assert declined(context) == ["the target has no fast static form of it"]
+    assert declined(context) == ["no_static_kernel"]
 
 
 @pytest.mark.parametrize("calibrated", [True, False])
@@ -153,13 +160,12 @@ def test_auto_takes_what_the_target_has(dialect: str) -> None:
 def test_declines_ops_without_a_kernel(dialect: str) -> None:
     graph = build(dialect, "h = linear(x[1,8], W[4,8])\nc = conv(z[1,4,6,6], V[4,4,1,1])\nreturn h, c")
     target = FakeTarget(schemes={"conv": ("static",)})
-    assert declined(run(Quantize(), graph, target=target)) == [
-        "toy has no fast dynamic linear",
-        "toy has no fast dynamic conv; static needs calibration",
+    assert declines(run(Quantize(), graph, target=target)) == [
+        Decline("no_kernel", target="toy", scheme="dynamic", op="linear"),
+        Decline("no_kernel_uncalibrated", target="toy", scheme="dynamic", op="conv"),
     ]
-    assert declined(run(Quantize(targets=Selector("relu")), build(dialect, "y = relu(x[2])"))) == [
-        "relu has no form in integers of its own"
-    ]
+    context = run(Quantize(targets=Selector("relu")), build(dialect, "y = relu(x[2])"))
+    assert declines(context) == [Decline("no_integer_form", op="relu")]
 
 
 def test_declines_what_is_no_stored_float_weight(dialect: str) -> None:
@@ -172,11 +178,9 @@ def test_declines_what_is_no_stored_float_weight(dialect: str) -> None:
         return a, b, c
         """,
     )
-    assert declined(run(Quantize(), graph)) == [
-        "weight is computed by the graph",
-        "already quantized",
-        "weight is float16, not float32",
-    ]
+    context = run(Quantize(), graph)
+    assert declined(context)[2:] == ["not_float32"] and context.record.changed == 0
+    assert list(context.record.declined.values())[:2] == ["weight is computed by the graph", "already quantized"]
 
 
 def test_a_tied_table_is_stored_once(dialect: str) -> None:
@@ -191,7 +195,7 @@ def test_a_table_stays_float_with_the_linear_that_reads_it(dialect: str) -> None
     graph = build(dialect, "h = embedding(T[9,8], ids[2]:int64)\ny = linear(h, T)")
     last = graph.sites("linear")[0]
     context = run(Quantize(ignore=Selector("linear")), graph)
-    assert declined(context) == [f"table is tied with linear {last.label}, which stays float"]
+    assert declines(context) == [Decline("table_tied", site=last.label)]
     assert context.record.changes == 0
 
 
@@ -229,17 +233,52 @@ def test_static_needs_calibration(dialect: str) -> None:
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"scheme": "int8"}, "scheme is 'int8'; give auto, static, dynamic or weight-only"),
-        ({"scheme": {"linear": "int8"}}, "scheme is 'int8'; give auto, static, dynamic or weight-only"),
-        ({"observer": "max"}, "observer is 'max'; give minmax, percentile, mse or entropy"),
-        ({"bits": 3}, "bits is 3; give none, 8, 7, 4 or 2"),
-        ({"bits": 8.0}, "bits is 8.0; give none, 8, 7, 4 or 2"),
-        ({"block": 24}, "block is 24; give none, 16, 32, 64, 128 or 256"),
-        ({"rounding": "gptq"}, "rounding is 'gptq'; give auto, nearest or gptq"),
-        ({"clip": "False"}, "clip is 'False'; give none, true or false"),
+        ({"scheme": "int8"}, "scheme is 'int8'; give auto, static, dynamic, weight-only or a value for each site"),
+        ({"scheme": {"linear": "int8"}}, "scheme is 'int8'; give auto, static, dynamic, weight-only or a value for"),
+        ({"observer": "max"}, "observer is 'max'; give mse, percentile, minmax or entropy"),
+        ({"bits": 3}, "bits is 3; give 8, 7, 4, 2, a value for each site or none"),
+        ({"bits": 8.0}, "bits is 8.0; give 8, 7, 4, 2"),
+        ({"bits": {"conv": 8, "linear": 3}}, "bits is 3; give 8, 7, 4, 2"),
+        ({"block": 24}, "block is 24; give 16, 32, 64, 128, 256 or none"),
+        ({"rounding": "best"}, "rounding is 'best'; give auto, nearest or gptq"),
+        ({"clip": "False"}, "clip is 'False'; give true, false or none"),
         ({"symmetric": None}, "symmetric is None; give true or false"),
     ],
 )
 def test_refuses_unknown_options(options: Any, reason: str) -> None:
     with pytest.raises(UsageError, match=re.escape(f"quantize: {reason}")):
         Quantize(**options)
+
+
+def test_options_name_what_there_is() -> None:
+    """The choices of options are those of the numerics."""
+    types = get_type_hints(Quantize)
+    assert set(get_args(types["observer"])) == set(OBSERVERS)
+    assert {*get_args(types["block"])} == {Literal[16, 32, 64, 128, 256], type(None)}
+    assert BLOCKS == (16, 32, 64, 128, 256)
+
+
+def test_the_old_name_of_gptq_is_accepted() -> None:
+    with pytest.warns(DeprecationWarning, match="second-order is called gptq"):
+        old: Any = {"rounding": "second-order"}
+        assert Quantize(**old) == Quantize(rounding="gptq")
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_made_before_anything_changes(dialect: str) -> None:
+    graph = build(dialect, BLOCK)
+    before, context = graph.text(), Context(calibration=Calibration([feeds(graph)], graph.inputs))
+    first, second = graph.sites("conv")
+    (add,), (relu, end) = graph.sites("add"), graph.sites("relu")
+    plan = plan_of(graph, {first: Asked("auto", 7), second: Asked("static", None)}, Quantize(clip=True), context)
+    fitted = WeightPlan(clip=True, gptq=True, bias_correction=True)
+    assert plan.sites == {first: SitePlan("static", replace(fitted, bits=7)), second: SitePlan("static", fitted)}
+    assert plan.regions.joined == (add,) and plan.regions.closed == {first, second, add}
+    assert plan.regions.observed == (graph.inputs[0], relu.result, second.result, end.result)
+    assert plan.declined == {} and graph.text() == before
+    kept = Decline("kept_for_goal", goal="sqnr=30", sqnr=20.0)
+    plan = plan_of(graph, {first: Asked("auto", 7), second: Asked("static", None)}, Quantize(), context, {second: kept})
+    assert plan.declined == {second: kept, add: Decline("side_in_float", value=second.label)}
+    assert list(plan.sites) == [first] and plan.regions.observed == (graph.inputs[0], relu.result)

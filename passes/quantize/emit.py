@@ -1,0 +1,110 @@
+"""The planned quantize and dequantize nodes, put around the ops of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.qdq.regions import end_of, is_dequantized
+from graphopt.numerics import quantize
+from graphopt.passes.quantize.plan import QuantizationPlan
+from graphopt.passes.quantize.ranges import Parameters
+from graphopt.passes.quantize.weights import Stored, Weights
+
+
+def emit(graph: Graph, plan: QuantizationPlan, parameters: Mapping[Value, Parameters], weights: Weights) -> None:
+    """Change the graph as planned, in its order. All that read a value in integers share one quantize of it."""
+    nodes = plan.sites.keys() | {*plan.regions.joined, *plan.regions.moves}
+    planned = [(node, node.operands) for node in graph.nodes if node in nodes]
+    emitter = _Emitter(graph, plan, parameters, weights)
+    for node, operands in planned:
+        emitter.emit(node, operands)
+
+
+class _Emitter:
+    """What was emitted so far. Values are those of the graph as it was planned, before anything was replaced."""
+
+    def __init__(
+        self, graph: Graph, plan: QuantizationPlan, parameters: Mapping[Value, Parameters], weights: Weights
+    ) -> None:
+        self.graph, self.plan, self.parameters, self.weights = graph, plan, parameters, weights
+        self.activations: dict[tuple[Value, str], Value] = {}
+        """The dequantized form of a value, by scheme."""
+        self.dequantized: dict[Stored, Value] = {}
+        """The dequantized form of a weight."""
+
+    def emit(self, node: Node, planned: Sequence[Value | None]) -> None:
+        """Put the planned form in place of a node. planned: its operands as they were planned."""
+        scheme = self.plan.sites[node].scheme if node in self.plan.sites else "static"
+        if node in self.plan.regions.moves:
+            value = self.graph.emit(node, *node.operands, at=node)
+        elif node.kind == "embedding":
+            value = self.graph.emit(node, self._weight(node), node.required("ids"), at=node)
+        elif node.kind in ("linear", "conv"):
+            x, weight = self._activation(planned[0], node.input, scheme, node), self._weight(node)
+            value = self.graph.emit(node.kind, x, weight, self._bias(node), at=node, **node.attributes)
+        else:
+            sides = zip(planned, node.operands, strict=True)
+            operands = [self._activation(before, now, scheme, node) for before, now in sides]
+            value = self.graph.emit(node, *operands, at=node)
+        if node in self.plan.regions.closed:
+            self._close(node, value)
+        else:
+            self.graph.replace(node, value)
+
+    def _close(self, node: Node, value: Value) -> None:
+        """Put a quantized result in place of a node, and of the relu or clip that follows it."""
+        end = end_of(node)
+        if end != node:
+            value = self.graph.emit(end, value, at=end)
+        self.graph.replace(end, self._static(value, end.result, at=end))
+        if end != node:
+            self.graph.erase(node)
+
+    def _activation(self, planned: Value | None, x: Value | None, scheme: str, at: Node) -> Value | None:
+        """What a node reads in place of x, which stands now where `planned` was."""
+        if planned is None or x is None or planned in self.plan.regions.floats or is_dequantized(x):
+            return x
+        if scheme == "weight-only":
+            return x
+        if (planned, scheme) not in self.activations:
+            static = scheme == "static"
+            self.activations[planned, scheme] = self._static(x, planned, at) if static else self._dynamic(x, at)
+        return self.activations[planned, scheme]
+
+    def _static(self, x: Value, planned: Value, at: Node) -> Value:
+        """dequantize(quantize(x)) with the parameters of the planned value."""
+        found = self.parameters[planned]
+        return self._quantized(x, found.scale, found.zero_point, at=at)
+
+    def _dynamic(self, x: Value, at: Node) -> Value:
+        """dequantize(quantize(x)) with the range that x has at each run."""
+        dtype = self.plan.row_dtype
+        if dtype is None:
+            return self._quantized(x, *self.graph.emit_all("choose_qparams", x, at=at), at=at)
+        scale = self.graph.emit("row_scale", x, at=at, largest=quantize.largest(dtype))
+        zero_point = None  # with which a quantize makes int8; another type is told by the zero point
+        if dtype != torch.int8:
+            zero_point = self.graph.add_constant(torch.zeros((), dtype=dtype), "zero_point")
+        integers = self.graph.emit("quantize", x, scale, zero_point, at=at)
+        return self.graph.emit("dequantize", integers, scale, at=at)
+
+    def _quantized(self, x: Value, scale: Value, zero_point: Value, *, at: Node) -> Value:
+        """dequantize(quantize(x))."""
+        integers = self.graph.emit("quantize", x, scale, zero_point, at=at)
+        return self.graph.emit("dequantize", integers, scale, zero_point, at=at)
+
+    def _weight(self, site: Node) -> Value:
+        """The weight or the table of a site, dequantized."""
+        stored = self.weights.stored[site]
+        if stored not in self.dequantized:
+            operands = stored.integers, stored.scale, stored.zero_point
+            self.dequantized[stored] = self.graph.emit("dequantize", *operands, at=site, **stored.attributes)
+        return self.dequantized[stored]
+
+    def _bias(self, site: Node) -> Value | None:
+        if site not in self.weights.biases:
+            return site.bias
+        name = "bias" if site.bias is None else site.bias.name
+        return self.graph.add_constant(self.weights.biases[site], name)

@@ -1,0 +1,184 @@
+"""The plan of a quantization: per site how it becomes integers, or why not, and where integers go between sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
+from graphopt.ir.graph import Graph, Node
+from graphopt.passes.quantize import schemes
+from graphopt.passes.quantize.regions import Regions, closed_regions, read_regions
+from graphopt.pipeline.context import Context
+from graphopt.report.declines import Reason
+
+if TYPE_CHECKING:
+    from graphopt.passes.quantize.quantize import Quantize
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options say of a site."""
+
+    scheme: str
+    """Auto, static, dynamic or weight-only."""
+    bits: int | None
+    """Of its weight; None for the default."""
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """How a weight becomes integers. Sites that share a weight and its plan share what is stored."""
+
+    dtype: torch.dtype = torch.int8
+    """Integers (in bits), or a float of 8 bits, which has no blocks and no GPTQ."""
+    bits: int = 8
+    block: int | None = None
+    """Weights along the input that share a scale; None for all of an output."""
+    symmetric: bool = True
+    clip: bool = False
+    """Whether scales are searched for the least squared error of the weight (by GPTQ, weighted by the mean squares of
+    its inputs), or cover all of it."""
+    gptq: bool = False
+    """Whether weights not yet rounded compensate the error of each rounded one, or each goes to its nearest integer."""
+    bias_correction: bool = False
+    """Whether the bias compensates the mean error of the outputs."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.gptq or self.bias_correction
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How a site becomes integers."""
+
+    scheme: str
+    """Of its activations: static, dynamic or weight-only."""
+    weight: WeightPlan | None
+    """None of a matmul, which multiplies two activations."""
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """All that is decided before anything is calibrated or changed."""
+
+    sites: Mapping[Node, SitePlan]
+    """The linears, convs, matmuls and embeddings that become integers, in the order of the graph."""
+    regions: Regions
+    declined: Mapping[Node, Decline | str]
+    """Sites and other ops that stay float, and why."""
+    static_dtype: torch.dtype = torch.uint8
+    """Of activations with a calibrated range: uint8 with a zero point, or int8 or float8 symmetric about zero."""
+    row_dtype: torch.dtype | None = None
+    """Of activations with the range of each run: a type symmetric about zero, with a scale for each row; None: uint8
+    with a zero point, one scale for the whole value."""
+
+    def static(self, *kinds: str) -> Iterator[Node]:
+        return (site for site, plan in self.sites.items() if plan.scheme == "static" and site.kind in kinds)
+
+
+def plan_of(
+    graph: Graph,
+    asked: Mapping[Node, Asked | Decline],
+    options: Quantize,
+    context: Context,
+    kept: Mapping[Node, Decline] = MappingProxyType({}),
+) -> QuantizationPlan:
+    """Decide how each site is quantized, and what joins them. The graph does not change.
+
+    asked: by site, in the order of the graph, what the options say of it, or why they say nothing. kept: sites that
+    stay in higher precision, and why. Raises UsageError where bits or blocks that were asked for are possible at no
+    site.
+    """
+    chosen, declined = _sites(asked, options, context, kept)
+    softmaxes = [site for site in chosen if site.kind == "softmax"]
+    planned = {site: plan for site, plan in chosen.items() if site.kind != "softmax"}
+    tied = _tied_tables(planned)
+    for table, linear in tied.items():
+        if linear in planned:
+            planned[table] = SitePlan(planned[table].scheme, planned[linear].weight)
+        else:
+            del planned[table]
+            declined[table] = Decline("table_tied", site=linear.label)
+
+    def legal(op: str) -> bool:
+        return "static" in schemes.legal(op, context)
+
+    def stays(node: Node) -> Decline | None:
+        return Decline("ignored") if node in options.ignore else context.reverted.get(node.label)
+
+    by_site = {site: plan.scheme for site, plan in planned.items()}
+    placement, dtype = context.target.placement, schemes.TYPES[options.dtype]
+    if placement is None:
+        regions = closed_regions(graph, by_site, legal, stays, softmaxes)
+        return QuantizationPlan(planned, regions, {**declined, **regions.declined})
+    regions = read_regions(graph, by_site, legal, stays, fuses_sum=placement.fuses_sum)
+    return QuantizationPlan(
+        planned, regions, {**declined, **regions.declined},
+        static_dtype=dtype if placement.signed else torch.uint8, row_dtype=dtype if placement.rows else None,
+    )  # fmt: skip
+
+
+def _sites(
+    asked: Mapping[Node, Asked | Decline], options: Quantize, context: Context, kept: Mapping[Node, Decline]
+) -> tuple[dict[Node, SitePlan], dict[Node, Decline | str]]:
+    """The plan of each site by itself, and why the others stay float."""
+    chosen: dict[Node, SitePlan] = {}
+    declined: dict[Node, Decline | str] = {}
+    for site, form in asked.items():
+        planned = kept.get(site) or schemes.why_not(site) or form
+        if isinstance(planned, Asked):
+            planned = _site(site, planned, options, context)
+        if isinstance(planned, SitePlan):
+            chosen[site] = planned
+        else:
+            declined[site] = planned
+    wrong = [(site, why) for site, why in declined.items() if isinstance(why, Decline) and why.code in schemes.WRONG]
+    if wrong and not (chosen or kept or context.reverted):
+        site, why = wrong[0]
+        raise UsageError(f"quantize: nothing is left to quantize ({context.labels[site]}: {Reason.of(why)})")
+    return chosen, declined
+
+
+def _site(site: Node, asked: Asked, options: Quantize, context: Context) -> SitePlan | Decline | str:
+    """The plan of a site by what was asked for, or why there is none."""
+    scheme = schemes.scheme_of(site.kind, asked.scheme, context)
+    if why := schemes.why_no_kernel(site, scheme, options.dtype, context):
+        return why
+    if site.kind in ("matmul", "softmax"):
+        return SitePlan(scheme, None)
+    bits = schemes.bits_of(site.kind, scheme, asked.bits, context)
+    block = schemes.block_of(site, scheme, bits, options.block)
+    if why := schemes.why_wrong_bits(site.kind, scheme, bits, context) or schemes.why_no_block(site, block):
+        return why
+    clip = bits < 7 if options.clip is None else options.clip
+    symmetric = options.symmetric or scheme != "weight-only"
+    if site.kind == "embedding":
+        return SitePlan(scheme, WeightPlan(bits=bits, block=block, symmetric=symmetric, clip=clip))
+    calibrated = context.calibration is not None
+    corrects = calibrated if options.bias_correction is None else options.bias_correction
+    corrects = corrects and (site.bias is None or site.bias.is_constant)
+    if options.dtype != "int8":
+        return SitePlan(scheme, WeightPlan(schemes.TYPES[options.dtype], bias_correction=corrects))
+    gptq = calibrated if options.rounding == "auto" else options.rounding == "gptq"
+    return SitePlan(scheme, WeightPlan(bits=bits, block=block, symmetric=symmetric, clip=clip, gptq=gptq,
+                                       bias_correction=corrects))  # fmt: skip
+
+
+def _tied_tables(planned: Mapping[Node, SitePlan]) -> dict[Node, Node]:
+    """By embedding whose table linears read too, the linear that decides: one that stays float, else the first.
+
+    A tied table is stored once, as for the linear; where the linear stays float, so does the table.
+    """
+    tied = {}
+    for site in planned:
+        if site.kind == "embedding":
+            linears = [user for user in site.required("table").users if user.kind == "linear"]
+            if linears:
+                tied[site] = next((linear for linear in linears if linear not in planned), linears[0])
+    return tied
