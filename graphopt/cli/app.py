@@ -497,7 +497,7 @@ def _require_file(path: Path) -> None:
 
 def _require_writable(model: Path, output: Path | None, report: Path | None) -> None:
     """What is written is no folder, nor the model, nor a file of its weights, nor written twice."""
-    from graphopt.dialects.onnx.load import external_files
+    from graphopt.dialects.onnx.reading import external_files
     from graphopt.errors import UsageError
 
     files = [] if output is None else [output, *(output.with_name(output.name + end) for end in (".json", ".data"))]
@@ -528,7 +528,7 @@ def _graph(path: Path) -> Graph:
 def _session(path: Path, threads: int | None) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The file as it is, in ONNX Runtime at its default options."""
     from graphopt.dialects.onnx import run as onnx_run
-    from graphopt.dialects.onnx.load import read_model
+    from graphopt.dialects.onnx.reading import read_model
 
     session = onnx_run.session(read_model(path), level="all", threads=threads)
     return functools.partial(onnx_run.run, session)

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from graphopt.analysis.masks import labels
-from graphopt.dialects.fx import ops as fx_ops
+from graphopt.dialects.fx import spellings as fx_spellings
 from graphopt.dialects.fx import run as fx_run
-from graphopt.dialects.fx.load import Loader, functional
+from graphopt.dialects.fx.reading import Loader, functional
 from graphopt.dialects.fx.native import (
     Native,
     computes,
@@ -42,8 +42,8 @@ from graphopt.dialects.fx.native import (
     target_name,
     tensors_read,
 )
-from graphopt.dialects.fx.ops import Literal, Sizes
-from graphopt.dialects.fx.write import NodeWriter
+from graphopt.dialects.fx.spellings import Literal, Sizes
+from graphopt.dialects.fx.writer import NodeWriter
 from graphopt.errors import GraphError, first_line
 from graphopt.ir.graph import Flow, Graph, Node, Seen, Shape, Value
 from graphopt.ir.ops import OPS
@@ -189,8 +189,8 @@ class FxNode(Node):
             return None
         return target, frozen(self.native.args), frozen(self.native.kwargs)
 
-    def _read(self) -> fx_ops.Read | None:
-        return fx_ops.read(self.native, self.owner.native.tensor)
+    def _read(self) -> fx_spellings.Read | None:
+        return fx_spellings.read(self.native, self.owner.native.tensor)
 
 
 class FxGraph(Graph):
@@ -330,7 +330,7 @@ class FxGraph(Graph):
         raws = [None if value is None else _raw(value) for value in operands]
         writer = NodeWriter(self.native, None if at is None else _native(at))
         if isinstance(kind, Node):
-            read = fx_ops.read(_native(kind), self.native.tensor)
+            read = fx_spellings.read(_native(kind), self.native.tensor)
             if read is None:
                 node = writer.copy(_native(kind), raws, attributes)
             else:
@@ -345,7 +345,7 @@ class FxGraph(Graph):
         self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
     ) -> FxValue:
         native, (x, *_) = _native(node), operands
-        arguments = fx_ops.arguments(native)
+        arguments = fx_spellings.arguments(native)
         name = next((name for name in ("size", "shape") if name in arguments), None)
         if x is None or name is None:
             raise GraphError(f"{node.kind} is told no shape ({node.label})")
@@ -483,9 +483,9 @@ class FxGraph(Graph):
 
     def save(self, path: str | Path) -> None:
         """Write a torch.export archive (.pt2) of the graph as it is, with its names."""
-        from graphopt.dialects.fx import save as fx_save
+        from graphopt.dialects.fx import archive
 
-        fx_save.save(self, path)
+        archive.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -493,11 +493,11 @@ class FxGraph(Graph):
 
         One that holds pickles is refused; what is left is still a program: load only files that you trust.
         """
-        from graphopt.dialects.fx import save as fx_save
+        from graphopt.dialects.fx import archive
 
-        program, names = fx_save.load(path)
+        program, names = archive.load(path)
         graph = cls._from_functional(program, names["inputs"], names["outputs"], {})
-        graph.axis_names, graph.returns = names["axes"], fx_save.returned(program)
+        graph.axis_names, graph.returns = names["axes"], archive.returned(program)
         return graph
 
 

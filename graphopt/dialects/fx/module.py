@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source
-from graphopt.dialects.fx.ops import arguments, quantized_decomposed
+from graphopt.dialects.fx.spellings import arguments, quantized_decomposed
 from graphopt.ir.qdq.integer_forms import unfold
 from graphopt.ir.structure import Output
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from graphopt.dialects.fx import operators as fx_operators
+from graphopt.dialects.fx import custom_operators
 from graphopt.dialects.fx.native import Native, meta, module_path
-from graphopt.dialects.fx.ops import arguments, quantized_decomposed
-from graphopt.dialects.fx.save import to_program
+from graphopt.dialects.fx.spellings import arguments, quantized_decomposed
+from graphopt.dialects.fx.archive import to_program
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, LoweringError, first_line
 from graphopt.ir.graph import Graph
@@ -56,7 +56,7 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     try:
         # With gradients enabled inductor freezes nothing.
         with torch.no_grad(), quiet("torch._inductor", "torch._export", "torch.export"):
-            own = {getattr(torch.ops.graphopt, name).default: OPS[name].reference for name in fx_operators.NAMES}
+            own = {getattr(torch.ops.graphopt, name).default: OPS[name].reference for name in custom_operators.NAMES}
             torch._inductor.aoti_compile_and_package(
                 program.run_decompositions(own),
                 package_path=str(part),

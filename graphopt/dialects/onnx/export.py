@@ -17,8 +17,8 @@ import torch
 
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
-from graphopt.dialects.onnx.load import MAP_TYPE
-from graphopt.dialects.onnx.ops import DOMAIN
+from graphopt.dialects.onnx.reading import MAP_TYPE
+from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError, first_line
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite

@@ -12,7 +12,7 @@ import re
 import onnx
 import onnx_ir as ir
 
-from graphopt.dialects.onnx.ops import DOMAIN
+from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError
 
 _CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @group"

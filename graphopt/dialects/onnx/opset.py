@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph
-from graphopt.dialects.onnx.ops import STANDARD
+from graphopt.dialects.onnx.spellings import STANDARD
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.rewrite import Builder

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
-from graphopt.dialects.onnx.ops import STANDARD, spatial, window
+from graphopt.dialects.onnx.spellings import STANDARD, spatial, window
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.numerics import quantize

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from graphopt.errors import GraphError
 from graphopt.numerics import quantize
 
-_ONNX_DTYPES = {
-    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float64: ir.DataType.DOUBLE, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
-    torch.int16: ir.DataType.INT16, torch.uint16: ir.DataType.UINT16, torch.int32: ir.DataType.INT32,
-    torch.uint32: ir.DataType.UINT32, torch.int64: ir.DataType.INT64, torch.uint64: ir.DataType.UINT64,
-    torch.bool: ir.DataType.BOOL,
+TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {
+    from_torch_dtype(dtype): dtype
+    for dtype in (
+        torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.uint16,
+        torch.int32, torch.uint32, torch.int64, torch.uint64, torch.bool,
+    )
 }  # fmt: skip
-TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {onnx_dtype: dtype for dtype, onnx_dtype in _ONNX_DTYPES.items()}
+"""The element types that graphopt reads and writes; onnx-ir knows more (float8, complex)."""
 
 NARROW = {
     ir.DataType.INT4: torch.int8, ir.DataType.UINT4: torch.uint8,
@@ -39,9 +39,9 @@ def packed(tensor: Tensor, bits: int, name: str) -> ir.PackedTensor[np.ndarray[A
 
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
     """The ONNX element type; GraphError where there is none."""
-    if dtype not in _ONNX_DTYPES:
+    if dtype not in TORCH_DTYPES.values():
         raise GraphError(f"{dtype} has no element type in ONNX that graphopt writes")
-    return _ONNX_DTYPES[dtype]
+    return from_torch_dtype(dtype)
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -78,9 +78,5 @@ class _Writeable:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return bits
-    array: np.ndarray[Any, Any] = tensor.numpy()
-    return array
+    """The array of a tensor, row by row; a tensor on the CPU that lies so shares its memory."""
+    return TorchTensor(tensor.contiguous()).numpy()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from graphopt.dialects.fx import operators as fx_operators
+from graphopt.dialects.fx import custom_operators
 from graphopt.dialects.fx.native import meta
 from graphopt.errors import GraphError
 from graphopt.ir.ops import OPS
@@ -458,7 +458,7 @@ _READERS: dict[str, Reader] = {
     "quantized_decomposed.dequantize_per_channel.default": _read_quantize("dequantize", True),
     "quantized_decomposed.dequantize_per_channel_group.default": _read_groups,
     **{f"aten.{op}.default": _reader(op, "self") for op in _UNARY},
-    **{f"graphopt.{op}.default": _read_own(op) for op in fx_operators.NAMES},
+    **{f"graphopt.{op}.default": _read_own(op) for op in custom_operators.NAMES},
 }
 
 
@@ -473,7 +473,7 @@ def write(writer: Writer, op: str, operands: Sequence[Raw], attributes: Mapping[
     if spell is not None:
         return spell(writer, *operands, **attributes)
     nodes = [writer.tensor(raw) for raw in operands]
-    if op in fx_operators.NAMES:
+    if op in custom_operators.NAMES:
         return writer.call(getattr(torch.ops.graphopt, op).default, *nodes, **attributes)
     return writer.call(getattr(aten, op).default, *nodes, **attributes)
 

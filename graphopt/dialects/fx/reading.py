@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from graphopt.dialects.fx.native import ORIGIN, identifier, is_constant, meta, module_path, source, with_nodes
-from graphopt.dialects.fx.ops import arguments
+from graphopt.dialects.fx.spellings import arguments
 from graphopt.errors import GraphError
 
 aten = torch.ops.aten

@@ -28,9 +28,9 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from graphopt.dialects.fx import operators as fx_operators  # noqa: F401  (an archive may hold its operators)
+from graphopt.dialects.fx import custom_operators  # noqa: F401  (an archive may hold its operators)
 from graphopt.dialects.fx.native import meta
-from graphopt.dialects.fx.ops import quantized_decomposed
+from graphopt.dialects.fx.spellings import quantized_decomposed
 from graphopt.errors import GraphError
 from graphopt.ir.structure import Output
 

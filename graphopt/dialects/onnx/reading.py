@@ -1,4 +1,4 @@
-"""Reading an ONNX model in: parsing files safely, putting a model in order, and raising its spellings of linear."""
+"""From a file or a model to an ir.Model in the order that `OnnxGraph` asks for; files are checked before they are read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from graphopt.dialects.onnx import quantized as onnx_quantized
 from graphopt.dialects.onnx.files import open_weights
-from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxNode, OnnxValue
-from graphopt.dialects.onnx.ops import DOMAIN, STANDARD, repeats_over_queries
-from graphopt.dialects.onnx.tensors import FLOATS, TORCH_DTYPES
+from graphopt.dialects.onnx.spellings import DOMAIN
+from graphopt.dialects.onnx.tensors import TORCH_DTYPES
+from graphopt.dialects.onnx.views import PATH
 from graphopt.errors import GraphError, first_line
-from graphopt.ir.graph import Shape
 
 MAP_TYPE = "graphopt.map_type"
 """Where the type of an output that holds a map is kept, as a TypeProto."""
@@ -182,87 +180,3 @@ def _listed(text: str) -> list[Any]:
     except (ValueError, SyntaxError):
         return []
     return listed if isinstance(listed, list) else []
-
-
-def raise_spellings(graph: OnnxGraph) -> None:
-    """Spellings that one node alone does not show: MatMul with a constant, Gemm, and an Add behind, are linear.
-
-    An attention whose mask has one row for all queries is emitted anew, in a spelling that onnxruntime runs.
-    """
-    onnx_quantized.raise_quantized(graph)
-    for native in list(graph.model.graph):
-        node = OnnxNode(graph, native)
-        if native.domain in STANDARD and native.op_type in ("MatMul", "Gemm"):
-            _raise_linear(graph, node)
-        elif native.op_type == "Attention" and node.kind == "attention" and repeats_over_queries(*node.operands):
-            graph.replace(node, graph.emit("attention", *node.operands, at=node, **node.attributes))
-        elif node.kind == "linear" and node.bias is None:  # of integers, raised before
-            weight = node.required("weight")
-            if (behind := _bias_behind(graph, node, (weight.shape or ("?",))[:1])) is not None:
-                graph.replace(behind[0], graph.emit("linear", node.input, weight, behind[1], at=node))
-                graph.erase(node)
-
-
-def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:
-    """MatMul(x, W) and Gemm(x, W, b), with a bias added behind, as linear; W stays as it is stored."""
-    x, stored, *rest = graph.values(node.native.inputs)
-    weight = _constant_view(graph, stored.native if stored is not None else None)
-    bias, kn = rest[0] if rest else None, True
-    if x is None or x.is_constant:
-        return
-    if node.native.op_type == "MatMul":
-        if x.rank is None or x.rank < 2:
-            return
-    else:
-        attributes = _GEMM | {a.name: a.value for a in node.native.attributes.values()}
-        if attributes["alpha"] != 1 or attributes["beta"] != 1 or attributes["transA"]:
-            return
-        kn = not attributes["transB"]
-    if weight is None:
-        weight = onnx_quantized.dequantized_weight(graph, stored, kn, node)
-    elif kn:
-        weight = weight.transpose()
-    if weight is None or weight.rank != 2 or weight.dtype not in FLOATS:
-        return
-    width = (weight.shape or ("?",))[:1]
-    if bias is not None and bias.shape != width:
-        return
-    site = node
-    if bias is None and (behind := _bias_behind(graph, node, width)) is not None:
-        site, bias = behind
-    graph.replace(site, graph.emit("linear", x, weight, bias, at=node))
-    if site is not node:
-        graph.erase(node)
-
-
-_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-
-
-def _constant_view(graph: OnnxGraph, native: ir.Value | None) -> OnnxValue | None:
-    """A constant, or a constant behind Transpose, as a view."""
-    if native is None:
-        return None
-    producer = native.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.domain in STANDARD:
-        inner = producer.inputs[0]
-        perm = producer.attributes.get("perm")
-        if inner is not None and len(inner.shape or ()) == 2 and (perm is None or list(perm.as_ints()) == [1, 0]):
-            view = OnnxValue(graph, inner)
-            return view.transpose() if view.is_constant else None
-        return None
-    view = OnnxValue(graph, native)
-    return view if view.is_constant else None
-
-
-def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: Shape) -> tuple[OnnxNode, OnnxValue] | None:
-    """The Add of a constant (width,) that is the only user, and that constant."""
-    user = node.result.only_user
-    if not isinstance(user, OnnxNode):
-        return None
-    native = user.native
-    if native.graph is not graph.model.graph or native.op_type != "Add" or native.domain not in STANDARD:
-        return None
-    for value in graph.values(native.inputs):
-        if value is not None and value.is_constant and value.shape == width:
-            return user, value
-    return None
