@@ -57,10 +57,13 @@ class Adapter(Protocol):
         """Whether a graph is written in an older version than the one that has all ops."""
 
     def lift(self, model: Any) -> Graph:
-        """The graph of a model, converted to the version that has all ops. Raises GraphError where it does not convert."""
+        """The graph of a model, converted to the version that has all ops.
+
+        Raises GraphError where it does not convert.
+        """
 
     def raise_(self, graph: Graph) -> dict[str, int]:
-        """Find ops in what exporters wrote out, in place; returns, by rule, how often it changed something. [changes]"""
+        """Find ops in what exporters wrote out in several operators; returns, by rule, how often it did. [changes]"""
 
     def notes(self, model: Any, graph: Graph) -> list[str]:
         """What a report says of a model that was handed in: how it is quantized, where it is."""

@@ -3,7 +3,7 @@
 Exporters, and people, write gelu, silu, the norms and attention out in elementary operators. Each form here is one
 pattern. A rule emits the op only where the shapes allow it; where it declines, the graph stays as it was.
 
-The whole list of a dialect's stages, in order, is in its own folder: `dialects/onnx/raising.py`, `dialects/fx/raising.py`.
+All stages of a dialect, in order, are listed in its own folder: `dialects/onnx/raising.py`, `dialects/fx/raising.py`.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def attention_guarded(op: Recorder, scores: Any, value: Any) -> Pattern:
 
 
 def to_attention(op: Builder, m: Match) -> Value:
-    """softmax(q kᵀ · scale + mask) v (Vaswani et al., 2017); the scale may stand at the queries, the keys or the scores."""
+    """softmax(q kᵀ · scale + mask) v (Vaswani et al., 2017); queries, keys or scores may be what is scaled."""
     axis, rank = m.softmax.attributes["axis"], m.scores.rank
     if rank != 4 or axis not in (-1, 3):
         raise Declined("attention_scores_unfit", rank=rank, axis=axis)

@@ -19,12 +19,10 @@ SENTENCES = {
     # cast, approximate, simplify
     # merge-linear, fold-int8
     # rules of dialects
-    "attention_mask_unfit": "the mask has {rank} axes, or more entries than the scores: attention takes one of 2 to 4 axes "
-    "that does not enlarge the scores",
+    "attention_mask_unfit": "the mask has {rank} axes, or enlarges the scores; attention takes 2 to 4 that fit",
     "attention_operands_broadcast": "queries, keys and values differ in batch or heads",
     "attention_operands_not_4d": "queries, keys or values are not 4-D",
-    "attention_scores_unfit": "the softmax is over axis {axis} of scores with {rank} axes; attention has it over the last "
-    "of 4 axes",
+    "attention_scores_unfit": "the softmax is over axis {axis} of {rank}; attention has it over the last of 4",
     "attention_without_product": "the softmax does not read a product of queries and keys",
     "linear_rows_regrouped": "the reshapes group rows differently: {before} becomes {after}",
     "linear_shapes_unknown": "the shapes around the linear are not known",

@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from graphopt.dialects.fx import custom_operators
+from graphopt.dialects.fx.archive import to_program
 from graphopt.dialects.fx.native import Native, meta, module_path
 from graphopt.dialects.fx.spellings import arguments, quantized_decomposed
-from graphopt.dialects.fx.archive import to_program
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, LoweringError, first_line
 from graphopt.ir.graph import Graph

@@ -1,4 +1,4 @@
-"""The ONNX dialect for capture: programs go through torch's exporter, models are lifted to the opset that has all ops."""
+"""The ONNX dialect for capture: programs go through torch's exporter, models are lifted to a new opset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch's exporter writes around linears: reshapes that flatten rows and restore them, splits by way of a sequence."""
+"""What torch's exporter writes around linears: reshapes that flatten rows and restore them, splits into sequences."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _only_reader(m: Match) -> bool:
 
 
 def _linear(op: Builder, m: Match) -> Value:
-    """A linear on x as it was, where its leading axes are restored and its trailing axes were joined to what it reads."""
+    """A linear on x itself, where its leading axes are restored behind and its trailing axes were joined before."""
     x, rows, y = m.x.shape, m.linear.input.shape, m.root.result.shape
     if x is None or y is None or rows is None or not isinstance(rows[-1], int) or "?" in (*x, *y):
         raise Declined("linear_shapes_unknown")

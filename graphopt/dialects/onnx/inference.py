@@ -67,11 +67,11 @@ class Inference:
     def _types(self, node: ir.Node, inputs: Mapping[str, onnx.TypeProto]) -> list[onnx.TypeProto | None]:
         if node.domain == DOMAIN:
             if node.op_type not in self._functions:
-                body = function(node.op_type, self.opset)
-                self._functions[node.op_type] = ir.serde.serialize_function(body)
+                self._functions[node.op_type] = ir.serde.serialize_function(function(node.op_type, self.opset))
             given = [inputs[value.name or ""] for value in node.inputs if value is not None]
             attributes = [ir.serde.serialize_attribute(a) for a in node.attributes.values()]
-            return list(onnx.shape_inference.infer_function_output_types(self._functions[node.op_type], given, attributes))
+            body = self._functions[node.op_type]
+            return list(onnx.shape_inference.infer_function_output_types(body, given, attributes))
         if node.domain not in STANDARD:
             return [None] * len(node.outputs)
         try:

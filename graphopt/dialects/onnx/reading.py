@@ -1,4 +1,4 @@
-"""From a file or a model to an ir.Model in the order that `OnnxGraph` asks for; files are checked before they are read."""
+"""A file or a model -> an ir.Model in the order that `OnnxGraph` asks for. Files are checked before they are read."""
 
 from __future__ import annotations
 
