@@ -1,4 +1,4 @@
-"""The decode step of a Hugging Face language model as a module of plain tensors: cache in, logits and cache out."""
+"""The decode step of a Hugging Face language model as a module of plain tensors: cache in; logits and cache out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 PAST, PRESENT = "past_key_values", "present"
 NEW_TOKENS = 2
-"""In the example that is traced: one would be fixed at one."""
+"""New tokens in the example that is traced: torch.export fixes an axis of size 1."""
 
 
 class DecodeStep(nn.Module):
@@ -25,7 +25,7 @@ class DecodeStep(nn.Module):
         super().__init__()
         self.model = model
         self.public_names = {_argument(name): name for name in inputs}
-        """The names that the captured graph's inputs get, by argument name: those have no dots."""
+        """The names of the captured graph's inputs, by argument name, which cannot have dots."""
 
         def forward(**inputs: Tensor) -> dict[str, Tensor]:
             return self.step({self.public_names[name]: value for name, value in inputs.items()})
@@ -81,7 +81,7 @@ class DecodeStep(nn.Module):
 
     @staticmethod
     def of_one_token(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The example with one new token, which is what a decoder runs, and what is worth timing."""
+        """The example with one new token: what a decoder runs, and so what is timed."""
         ids, mask = example["input_ids"], example["attention_mask"]
         return {**example, "input_ids": ids[:, :1], "attention_mask": mask[:, : 1 - NEW_TOKENS]}
 
@@ -91,7 +91,7 @@ def _argument(name: str) -> str:
 
 
 def _entries(cache: Any, prefix: str) -> dict[str, Tensor]:
-    """A cache's tensors by name."""
+    """The tensors of a cache, by name."""
     return {
         f"{prefix}.{number}.{name}": tensor
         for number, layer in enumerate(cache.layers)

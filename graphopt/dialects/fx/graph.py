@@ -1,7 +1,7 @@
-"""Graph over torch.fx: aten operations, functional, with the weights as stored tensors.
+"""Graph over torch.fx: aten operations without in-place writes, and weights as stored tensors.
 
-Nodes are calls between placeholders and one flat output, and carry a fake tensor in meta["val"], which gives shapes
-(dynamic ones too) and dtypes. A GraphModule is made only when one is asked for.
+Nodes are calls between placeholders and one flat output. Each carries a fake tensor in meta["val"], which has its shape
+(with symbols for dynamic axes) and dtype. `module` makes a GraphModule.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FxGraph(Graph):
         self.axis_names: dict[str, str] = dict(axis_names or {})
         """Names of dynamic axes by their symbol."""
         self.returns: Any = tuple(map(Output, range(len(self.output_names))))
-        """What the model returns: tuples, lists and dicts, with an `Output` for each of `outputs`."""
+        """What the model returns, as tuples, lists and dicts with an `Output` for each of `outputs`."""
 
     @classmethod
     def from_program(
@@ -71,12 +71,11 @@ class FxGraph(Graph):
         output_names: Sequence[str] | None = None,
         axis_names: Mapping[str, Mapping[int, str]] | None = None,
     ) -> Self:
-        """The graph of an exported module: inputs flat by name, results a flat tuple of the tensors it returns.
+        """The graph of an exported module, whose results are a flat tuple of the tensors that it returns.
 
         input_names and output_names default to the program's own; axis_names gives dynamic axes of inputs their names.
-        The program is made functional first; linear, conv, norms, attention and activations stay whole.
-        Raises GraphError where the module writes to something else than its buffers and inputs, or a name is missing
-        or too many.
+        The program is made functional first; linear, conv, norms, attention and activations are not decomposed.
+        Raises GraphError where the module writes to anything but its buffers and inputs, or names do not fit.
         """
         return cls._from_functional(functional(program), input_names, output_names, axis_names or {})
 
@@ -132,7 +131,7 @@ class FxGraph(Graph):
         return graph
 
     def set_outputs(self, outputs: Mapping[str, Value]) -> None:
-        """What the graph returns, by name."""
+        """Set what the graph returns, by name."""
         writer = NodeWriter(self.native)
         self.native.output.args = (tuple(writer.tensor(raw_of(value)) for value in outputs.values()),)
         self.output_names = list(outputs)
@@ -167,7 +166,7 @@ class FxGraph(Graph):
         return ((name, thing.detach()) for name, thing in self.native.stored.items() if isinstance(thing, Tensor))
 
     def axis(self, size: Any) -> int | str:
-        """A size as Shape has it: a number, or the name of a dynamic axis."""
+        """A size as in `Shape`: a number, or the name of a dynamic axis."""
         if isinstance(size, int):
             return size
         name = re.sub(r"[su]\d+", lambda symbol: self.axis_names.get(symbol[0], symbol[0]), str(size))
@@ -179,8 +178,8 @@ class FxGraph(Graph):
         return FxValue(self, self.native.add_constant(tensor, name))
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> FxValue:
-        """As in Graph. A dialect's own operation is named as torch.ops has it: "aten.topk.default"; its operands are
-        the first arguments, its attributes keywords. A transposed constant is a constant: it has no producer."""
+        """As in Graph. An operation of the dialect has its name in torch.ops, such as "aten.topk.default"; operands are
+        its first arguments, attributes its keyword arguments. A transposed constant is a constant without producer."""
         raws = [None if value is None else raw_of(value) for value in operands]
         writer = NodeWriter(self.native, None if at is None else native_node(at))
         if isinstance(kind, Node):
@@ -203,9 +202,9 @@ class FxGraph(Graph):
         name = next((name for name in ("size", "shape") if name in arguments), None)
         if x is None or name is None:
             raise GraphError(f"{node.kind} is told no shape ({node.label})")
-        told = [size if size == -1 else sizes.get(axis, size) for axis, size in enumerate(arguments[name])]
+        given = [size if size == -1 else sizes.get(axis, size) for axis, size in enumerate(arguments[name])]
         writer = NodeWriter(self.native, None if at is None else native_node(at))
-        return FxValue(self, writer.copy(native, [raw_of(x), *tensors_read(native)[1:]], {name: told}))
+        return FxValue(self, writer.copy(native, [raw_of(x), *tensors_read(native)[1:]], {name: given}))
 
     def replace(self, node: Node, *values: Value) -> None:
         old = results(native_node(node))
@@ -268,7 +267,7 @@ class FxGraph(Graph):
         return _Steps(self, batches)
 
     def require_inputs(self, feeds: Mapping[str, Tensor]) -> None:
-        """Raise GraphError where something is fed that is no input."""
+        """Raise GraphError where a feed is no input of the graph."""
         names = self.input_names
         if unknown := [name for name in feeds if name not in names]:
             raise GraphError(f"feeds for {unknown}, which are no inputs; the graph's inputs are {names}")
@@ -286,7 +285,7 @@ class FxGraph(Graph):
 
     def clone(self) -> Self:
         native = Native(copied(self.native.graph), dict(self.native.stored), self.native.fake)
-        for node in filter(is_state, native.graph.nodes):  # what is written to is each graph's own
+        for node in filter(is_state, native.graph.nodes):  # a tensor that runs write to is not shared
             native.stored[str(node.target)] = native.stored[str(node.target)].detach().clone()
         clone = type(self)(native, self.output_names, self.axis_names)
         clone.version, clone.returns = self.version, self.returns
@@ -339,9 +338,9 @@ class FxGraph(Graph):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises GraphError for any other file.
+        """Read what `save` wrote. Raises GraphError for any other file, and for one with pickles.
 
-        One that holds pickles is refused; what is left is still a program: load only files that you trust.
+        Load only files that you trust (see `archive.read_program`).
         """
         program, names = archive.load(path)
         graph = cls._from_functional(program, names["inputs"], names["outputs"], {})
@@ -350,7 +349,7 @@ class FxGraph(Graph):
 
 
 class _Steps(Flow):
-    """Values are handed out as they are computed: of a batch, those are held that are still to be read."""
+    """Yields values as soon as they are computed; of a batch, only the values that are still needed are in memory."""
 
     graph: FxGraph
 
@@ -368,7 +367,7 @@ class _Steps(Flow):
 
 
 _HINTS = (7, 11, 13, 17, 19, 23)
-"""Sizes that stand in for dynamic axes where shapes are compared: no two alike, none that broadcasts."""
+"""Example sizes of dynamic axes: all different, and none of them 1, so that no two broadcast or seem equal."""
 
 
 def _dynamic_size(shape_env: Any, name: str, hint: int) -> Any:

@@ -1,7 +1,7 @@
-"""An `FxGraph` as a torch.fx.GraphModule to read, to call like the model, to train further and to export again.
+"""An `FxGraph` as a torch.fx.GraphModule, to read, to call like the model, to train further and to export again.
 
-Integers become what they stand for: a weight is a float parameter, and a `Rounded` beside it rounds it at each call to
-the integers it was stored in; activations are rounded likewise. Dropout and batch norms are modules, as they were.
+A quantized weight becomes a float parameter and a `Rounded` module, which rounds it at each call to the integers that
+it was stored in; activations are rounded in the same way. Dropout and batch norms are modules, as in the model.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _LEARNED = ("weight", "bias", "table")
-"""Operands of ops that hold parameters."""
+"""The operands of ops that become parameters."""
 _NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-"""Batch norms by the rank of what they read."""
+"""The batch norm module by the rank of its input."""
 
 
 class Rounded(nn.Module):
-    """dequantize(quantize(x)). The gradient passes where x is within the range of the integers, as if nothing were
-    rounded (straight through: Bengio et al. 2013)."""
+    """dequantize(quantize(x)), with a straight-through gradient (Bengio et al. 2013): that of the identity where x is
+    within the range of the integers, and 0 elsewhere."""
 
     scale: Tensor | None
     zero_point: Tensor | None
@@ -40,8 +40,8 @@ class Rounded(nn.Module):
         self, scale: Tensor | None, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype,
         axis: int | None = None, block: int = 0,
     ) -> None:  # fmt: skip
-        """scale: a number, or one for each index along `axis` (and each block of `block` along axis 1), float32; None
-        chooses it and the zero point from each x. low and high: the least and the largest integer."""
+        """scale: float32, one number, or one for each index along `axis` (and for each `block` entries along axis 1);
+        None chooses scale and zero point from each x. low and high: the least and the largest integer."""
         super().__init__()
         if scale is not None and zero_point is None:
             zero_point = torch.zeros(scale.shape, dtype=dtype if axis is None else torch.int64)
@@ -64,7 +64,7 @@ class Rounded(nn.Module):
     def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         ops, limits, numbers = quantized_decomposed(), (self.low, self.high, self.dtype), (scale, zero_point)
         y: Tensor
-        if self.block:  # torch has a quantize of groups for narrower integers only
+        if self.block:  # torch quantizes groups only to integers of less than 8 bits
             steps = (x / self._along(scale, x)).round() + self._along(zero_point, x)
             steps = steps.clamp(self.low, self.high).to(self.dtype)
             y = ops.dequantize_per_channel_group(steps, *numbers, *limits, self.block, torch.float32)
@@ -91,9 +91,9 @@ class Rounded(nn.Module):
 def as_module(graph: FxGraph, rebuild: Callable[[list[Any]], Any] | None = None) -> fx.GraphModule:
     """The graph as a module in eval mode, on copies of its tensors.
 
-    Its forward takes the graph's inputs in order or by name (an underscore for what is no letter in it), and returns
-    what `rebuild` makes of the outputs; without it, a dict for any mapping that the model returned.
-    Floating weights and biases are parameters, by the module path of what reads them.
+    Its forward takes the graph's inputs in order or by name (with an underscore for each character that Python does not
+    allow), and returns what `rebuild` makes of the outputs; without it, a dict for any mapping that the model returned.
+    Weights and biases in floats are parameters, named by the module path of the node that reads them.
     """
     graph = graph.clone()
     unfold(graph)
@@ -120,7 +120,7 @@ class _Builder:
             self._store(node)
         self._name()
         for node in list(self.program.nodes):
-            if node.target is aten.copy_.default:  # state is no part of what is differentiated
+            if node.target is aten.copy_.default:  # state is not differentiated
                 with self.program.inserting_before(node):
                     node.update_arg(1, self.program.call_function(aten.detach.default, (node.args[1],)))
         self._return(rebuild)
@@ -129,7 +129,7 @@ class _Builder:
         return module
 
     def _name(self) -> None:
-        """Call nodes with weights by their module paths, and read attributes where they are used."""
+        """Name nodes with weights by their module paths, and move each get_attr to its first use."""
         for node, view in self.views.items():
             if view.path and view.op is not None and not {"weight", "table"}.isdisjoint(view.op.operands):
                 node._rename(identifier(view.path))
@@ -140,7 +140,7 @@ class _Builder:
     # --- rounding
 
     def _round(self, node: fx.Node) -> None:
-        """One `Rounded` in place of a quantize and the dequantizes of it, or of a dequantize of stored integers."""
+        """Replace a quantize and its dequantizes, or a dequantize of stored integers, by one `Rounded`."""
         if not str(node.target).startswith("quantized_decomposed.dequantize"):
             return
         given = arguments(node)
@@ -163,7 +163,7 @@ class _Builder:
                 self._replace(node, rounded, made["input"], f"{path}.input_rounded")
 
     def _rounded(self, given: Mapping[str, Any]) -> Rounded | None:
-        """None where a scale is computed by something else than choose_qparams."""
+        """The module for these arguments; None where anything but choose_qparams computes the scale."""
         scale, zero = (given[name] if name in given else given[f"{name}s"] for name in ("scale", "zero_point"))
         limits = given["quant_min"], given["quant_max"], given["dtype"]
         axis = given.get("axis", 1 if "group_size" in given else None)
@@ -176,7 +176,7 @@ class _Builder:
         return Rounded(self._number(scale), self._number(zero), *limits, axis, given.get("group_size", 0))
 
     def _same(self, a: Any, b: Any) -> bool:
-        """Whether two scales, or zero points, are one value or equal numbers."""
+        """Whether two scales, or two zero points, are the same value or equal constants."""
         stored = all(isinstance(one, fx.Node) and is_constant(one) for one in (a, b))
         return a is b or a == b or (stored and torch.equal(self._constant(a), self._constant(b)))
 
@@ -226,7 +226,7 @@ class _Builder:
     # --- tensors
 
     def _store(self, node: fx.Node) -> None:
-        """Give a constant its attribute, just before its first use: a parameter where an op learns it."""
+        """Give a constant its attribute: a parameter where an op reads it as weight, bias or table."""
         thing = self.graph.native.stored.get(str(node.target))
         if "attribute" in node.meta:
             return
@@ -241,7 +241,7 @@ class _Builder:
         node._rename(identifier(node.target))
 
     def _read_as(self, node: fx.Node) -> tuple[str, bool]:
-        """The module path and operand that a constant is read as, and whether that is a parameter."""
+        """The name of a constant, by module path and operand of the node that reads it; whether it is a parameter."""
         readers = [user for one in (node, *filter(is_constant, node.users)) for user in one.users]
         for user in readers:
             view = self.views.get(user)
@@ -270,7 +270,7 @@ class _Builder:
         return node
 
     def _tensor(self, node: fx.Node) -> Tensor:
-        """What a dequantize makes of stored integers."""
+        """The floats that a dequantize computes from stored integers."""
         args, kwargs = fx.node.map_aggregate(
             (node.args, node.kwargs), lambda one: self._constant(one) if isinstance(one, fx.Node) else one
         )
@@ -281,7 +281,7 @@ class _Builder:
         if node.op == "get_attr":
             tensor: Tensor = self.graph.native.stored[str(node.target)]
             return tensor.detach()
-        if node.target is aten._to_copy.default:  # as zero points are widened
+        if node.target is aten._to_copy.default:  # the cast of a zero point to int64
             return self._constant(source(node)).to(torch.int64)
         return self._constant(source(node)).permute(node.args[1])  # type: ignore[arg-type]
 
@@ -290,7 +290,7 @@ class _Builder:
         return "" if view is None else view.path
 
     def _free(self, name: str) -> str:
-        """The name, or the first of name_1, name_2 ... that nothing has, nor has something inside it."""
+        """The first of name, name_1, name_2 ... that is no attribute yet, nor the path of one."""
         name = name.lstrip(".")
         tried = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
         return next(one for one in tried if not any(f"{other}.".startswith(f"{one}.") for other in self.attributes))
@@ -298,7 +298,7 @@ class _Builder:
     # --- results
 
     def _return(self, rebuild: Callable[[list[Any]], Any] | None) -> None:
-        """What the model returned: mappings other than a dict are made by calling their type."""
+        """Return what the model returned. A mapping that is no dict is made by a call of its type."""
         output = next(iter(reversed(self.program.nodes)))
         results = list(output.args[0])
         if rebuild is None:

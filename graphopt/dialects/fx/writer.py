@@ -1,4 +1,4 @@
-"""Puts nodes into an `FxGraph`: ops, copies of nodes, calls of any operator."""
+"""Inserts nodes into an `FxGraph`: ops, copies of nodes, calls of any operator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graphopt.ir.ops import OPS
 
 
 class NodeWriter:
-    """Puts nodes just before `at` (at the end without it), under its module path; see fx_spellings.Writer."""
+    """Inserts nodes just before `at` (at the end without it), under its module path. A `spellings.Writer`."""
 
     def __init__(self, native: Native, at: fx.Node | None = None) -> None:
         self._native, self._at = native, native.output if at is None else at
@@ -37,7 +37,7 @@ class NodeWriter:
         return fx_spellings.write(self, name, complete, dict(op.attributes) | dict(attributes))
 
     def copy(self, node: fx.Node, raws: Sequence[Raw], changed: Mapping[str, Any] = MappingProxyType({})) -> fx.Node:
-        """The same operation on other values, in the order in which it reads them, with some arguments changed."""
+        """The same operation on other values, in the order in which it reads them; `changed`: other arguments."""
         if len(raws) != len(tensors_read(node)):
             raise GraphError(f"{target_name(node)} reads {len(tensors_read(node))} values, not {len(raws)}")
         waiting = iter(raws)

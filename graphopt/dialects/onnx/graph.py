@@ -1,4 +1,4 @@
-"""Graph over onnx-ir: weights stay where they are (memory-mapped for external data), nodes are views of ir.Node."""
+"""Graph over onnx-ir. Weights stay where they are: external data is memory-mapped."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from graphopt.ir.ops import OPS
 __all__ = ["OPSET", "PATH", "OnnxGraph", "OnnxNode", "OnnxValue"]
 
 OPSET = 23
-"""The opset that modules are captured at and files are lifted to: the first with attention whole."""
+"""The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
 
 MANY_NODES = 5000
-"""Nodes above which the engine's own optimizer takes longer than it saves when a graph is evaluated."""
+"""Nodes above which the engine's own optimizer costs more time than it saves in an evaluation."""
 
 
 class OnnxGraph(Graph):
@@ -42,7 +42,7 @@ class OnnxGraph(Graph):
     dialect = "onnx"
 
     def __init__(self, model: ir.Model, scratch: onnx_files.Scratch | None = None) -> None:
-        """scratch: where weights that are added go, for a model that is not to be held in memory."""
+        """scratch: the file for weights that are added to a model too large for memory."""
         self.model = model
         self.scratch = scratch
         self.version = 0
@@ -90,7 +90,7 @@ class OnnxGraph(Graph):
         return cls(ir.Model(native, ir_version=10))
 
     def set_outputs(self, outputs: Mapping[str, Value]) -> None:
-        """What the graph returns, by name."""
+        """Set what the graph returns, by name."""
         self.model.graph.outputs.clear()
         for name, value in outputs.items():
             native = self.native(value)
@@ -123,7 +123,7 @@ class OnnxGraph(Graph):
         return tuple(None if native is None else OnnxValue(self, native) for native in natives)
 
     def holder(self, native: ir.Node) -> ir.Node | None:
-        """The node of this graph that a node is, or stands inside of; None for one of a subgraph that is gone."""
+        """The node of this graph that a node is or is inside of; None where that was removed."""
         if native.graph is self.model.graph:
             return native
         holder = self._holders.get(native.graph)
@@ -161,7 +161,7 @@ class OnnxGraph(Graph):
         return self._store(native, ir.Tensor(array, dtype=dtype, name=name))
 
     def narrowed(self, value: OnnxValue, bits: int) -> OnnxValue:
-        """A constant of int8 or uint8 whose integers have 2 or 4 bits, stored packed."""
+        """A constant of int8 or uint8 whose integers fit `bits` (2 or 4), stored packed."""
         if value.native.dtype in NARROW and not value.transposed:
             return value
         tensor = self.constant(value)
@@ -205,7 +205,7 @@ class OnnxGraph(Graph):
             self.model.graph.append(native)
         self._fresh[native] = None
         if isinstance(kind, OnnxNode) and not attributes and _has_the_shapes_of(kind, operands):
-            native.outputs[0].shape = kind.native.outputs[0].shape  # a file may know more of it than inference
+            native.outputs[0].shape = kind.native.outputs[0].shape  # a file may state more than inference finds
         return OnnxValue(self, native.outputs[0])
 
     def emit_sized(
@@ -220,19 +220,19 @@ class OnnxGraph(Graph):
         return value
 
     def _with_sizes(self, shape: Value, sizes: Mapping[int, int], rank: int, at: Node | None) -> Value:
-        """A tensor of sizes with other numbers at some places, which count as in the result of rank `rank`."""
+        """A tensor of sizes with other numbers for some axes of the result, which has rank `rank`."""
         length = shape.shape[0] if shape.shape else 0
         if not isinstance(length, int):
             raise GraphError(f"'{shape.name}' holds sizes, and it is not known how many")
         tensor = self.constant(shape)
         numbers = torch.zeros(length, dtype=torch.int64) if tensor is None else tensor.clone()
-        told = torch.tensor([axis + rank - length in sizes for axis in range(length)])
+        given = torch.tensor([axis + rank - length in sizes for axis in range(length)])
         for axis, size in sizes.items():
             if axis >= rank - length and numbers[axis - rank + length] != -1:
                 numbers[axis - rank + length] = size
         if tensor is not None:
             return self.add_constant(numbers, shape.name)
-        return self.emit("where", self.add_constant(told), self.add_constant(numbers), shape, at=at)
+        return self.emit("where", self.add_constant(given), self.add_constant(numbers), shape, at=at)
 
     def _spell(
         self, kind: str, operands: Sequence[Value | None], attributes: Mapping[str, Any]
@@ -304,7 +304,7 @@ class OnnxGraph(Graph):
         native = self._own(node)
         for old, value in zip(native.outputs, values, strict=False):
             new = self.native(value)
-            if new.shape is None or new.dtype is None:  # operators that shape inference does not know
+            if new.shape is None or new.dtype is None:  # of an operator that shape inference does not know
                 new.shape, new.type = new.shape or old.shape, new.type or old.type
             elif old.shape is not None and len(old.shape) == len(new.shape):
                 new.shape = _with_names(new.shape, old.shape)
@@ -334,7 +334,7 @@ class OnnxGraph(Graph):
         producers = {value.producer() for value in native.inputs if value is not None}
         self.model.graph.remove(native, safe=True)
         self._fresh.pop(native, None)
-        # What only this node read is now unused: the next sweep looks there first.
+        # Values that only this node read are unused now: the next sweep starts from their producers.
         self._fresh |= {p: None for p in producers if p is not None and p.graph is self.model.graph}
 
     def sweep(self) -> int:
@@ -441,9 +441,9 @@ class OnnxGraph(Graph):
         return cls(model, onnx_files.scratch_for(model))
 
     def refine_shapes(self) -> None:
-        """Infer shapes again where they are open: constants, and ops raised since, tell more than the file did.
+        """Infer unknown shapes again: constants, and ops that were raised, tell more than the file did.
 
-        Sizes that the graph computes from its own shapes become constants where they are known as numbers.
+        Sizes that the graph computes from its shapes become constants where they are known as numbers. [changes]
         """
         for native, numbers in onnx_shapes.refine(self.model, self.inference.infer).items():
             value = OnnxValue(self, native.outputs[0])
@@ -465,7 +465,7 @@ class OnnxGraph(Graph):
 
 
 def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
-    """A shape whose axes of unknown size have the names by which they were known."""
+    """A shape whose axes without a name have the names that they had before."""
     return ir.Shape([
         old if not isinstance(new, int) and new.value is None and not isinstance(old, int) else new
         for new, old in zip(shape, known, strict=True)
@@ -476,9 +476,9 @@ def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
 
 
 def _has_the_shapes_of(node: OnnxNode, operands: Sequence[Value | None]) -> bool:
-    """Whether an op of one result, computed on these operands, has a result of the shape that it has as it stands.
+    """Whether an op with one result, computed on these operands, has a result of the shape that `node` has.
 
-    Floats may be others of the same shape; integers may be sizes, and are the same.
+    Floats may be other values of the same shape. Integers may be sizes, and must be the same values.
     """
     if node.op is None or len(node.native.outputs) != 1 or len(operands) != len(node.operands):
         return False

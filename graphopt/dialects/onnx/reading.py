@@ -21,7 +21,7 @@ from graphopt.dialects.onnx.views import PATH
 from graphopt.errors import GraphError, first_line
 
 MAP_TYPE = "graphopt.map_type"
-"""Where the type of an output that holds a map is kept, as a TypeProto."""
+"""The key in `meta` for the type (a TypeProto) of an output that holds a map."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -113,7 +113,7 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def parsed(proto: onnx.ModelProto) -> ir.Model:
-    """The model in onnx-ir, which knows no maps: the types of outputs that hold one are kept aside in `meta`."""
+    """The model in onnx-ir. That has no map types: of outputs that hold a map, the type is kept in `meta`."""
     maps = {output.name: output.type for output in proto.graph.output if "map_type" in str(output.type)}
     if not maps:
         return ir.from_proto(proto)
@@ -130,7 +130,11 @@ def parsed(proto: onnx.ModelProto) -> ir.Model:
 
 
 def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
-    """A copy of the model, sorted, constants as initializers and not as inputs, functions inlined, shapes inferred."""
+    """A copy of the model as `OnnxGraph` wants it.
+
+    Nodes are sorted; constants become initializers, and initializers are no inputs; model-local functions are inlined
+    (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are missing.
+    """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)
     model = parsed(model) if isinstance(model, onnx.ModelProto) else model.clone()
@@ -151,7 +155,7 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
             node.metadata_props[PATH] = path
     for value in graph.initializers.values():
         if isinstance(value.const_value, ir.serde.TensorProtoTensor) and value.const_value.dtype in TORCH_DTYPES:
-            # protobuf hands out a new copy of its bytes at every access; this one stays
+            # protobuf returns a new copy of its bytes at every access; this copy stays
             tensor = value.const_value
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
         if value.const_value is not None and value.shape is None:
@@ -169,12 +173,12 @@ def _path_of(node: ir.Node) -> str:
         listed = _listed(scopes)
         scope = str(listed[-2]) if len(listed) > 1 else ""
         return "" if scope.startswith("_empty_nn_module_stack") else scope
-    *path, _ = (node.name or "").strip("/").split("/")  # also graphopt's own names: encoder.layer.0/MatMul
+    *path, _ = (node.name or "").strip("/").split("/")  # also names of graphopt, such as encoder.layer.0/MatMul
     return ".".join(path)
 
 
 def _listed(text: str) -> list[Any]:
-    """The list that a text spells; empty where it spells none: metadata is nothing to fail on."""
+    """The list that a text spells; empty for other text, for metadata must not make a model fail."""
     try:
         listed = ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -26,7 +26,7 @@ NARROW = {
     ir.DataType.INT4: torch.int8, ir.DataType.UINT4: torch.uint8,
     ir.DataType.INT2: torch.int8, ir.DataType.UINT2: torch.uint8,
 }  # fmt: skip
-"""Integers of less than a byte, stored packed, and what holds one each once they are read."""
+"""Integers of less than a byte, which are stored packed, and the dtype that holds each of them unpacked."""
 READABLE: dict[ir.DataType, torch.dtype] = TORCH_DTYPES | NARROW
 
 
@@ -58,19 +58,23 @@ def to_torch(tensor: ir.TensorProtocol | None) -> Tensor | None:
 
 
 def array_to_torch(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-    """A view of a numpy array (also a read-only, memory-mapped one); bfloat16 is carried by its bits."""
+    """A tensor that shares the memory of a numpy array, also of a read-only, memory-mapped one.
+
+    An array of bfloat16 is viewed by its bits, as torch does not read that dtype of numpy.
+    """
     if dtype is torch.bfloat16:
         return array_to_torch(array.view(np.int16), torch.int16).view(torch.bfloat16)
     if array.flags.writeable:
         return torch.from_numpy(array)
     if array.size <= 64:
         return torch.from_numpy(array.copy())
-    # torch has no read-only tensors, and from_numpy warns of it; the waist forbids writing to constants.
+    # torch has no read-only tensors, and from_numpy warns of them; `Graph.constant` forbids writing to them.
     return torch.from_numpy(np.asarray(_Writeable(array)))
 
 
 class _Writeable:
-    """A read-only array by its address; it dies with the last tensor over it, and no later: so may its mapping."""
+    """A read-only array, shown as writeable by its address. It lives as long as the last tensor over it, as does its
+    mapping."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self.owner = array

@@ -28,7 +28,7 @@ _KNOWN_DOMAINS = (*STANDARD, "ai.onnx.ml", "com.microsoft", DOMAIN)
 
 @dataclass(frozen=True)
 class OnnxValue(Value):
-    """A view of an ir.Value; `transposed` sees a 2-D one with its axes swapped, without a copy."""
+    """A view of an ir.Value. `transposed`: the view of a matrix has its axes swapped, without a copy."""
 
     graph: OnnxGraph
     native: ir.Value
@@ -137,10 +137,10 @@ class OnnxNode(Node):
             return None
         if any(holds_graph(attribute) for attribute in native.attributes.values()):
             return None
-        if any(output.dtype in NARROW for output in native.outputs):  # the engine cannot hand out what it computes
+        if any(output.dtype in NARROW for output in native.outputs):  # the engine does not return values of this type
             return None
         attributes = tuple(sorted((a.name, _frozen(a)) for a in native.attributes.values()))
-        # An op may have attributes where ONNX has operands (the bounds of a slice).
+        # The op may have attributes where the operator has inputs, such as the bounds of a slice.
         read = repr(sorted(self.attributes.items())) if self.op is not None else ""
         return native.domain, native.op_type, len(native.outputs), attributes, read
 
