@@ -127,13 +127,14 @@ def _require_shapes(graph: Graph, example: Feeds) -> None:
 
 
 def _capture_program(
-    program: torch.export.ExportedProgram, dialect: Adapter, example_inputs: Any, *, made: bool = False
+    program: torch.export.ExportedProgram, dialect: Adapter, example_inputs: Any, *, make_feeds: bool = False
 ) -> Captured:
-    """made: whether to make feeds from the input types where there are no examples."""
+    """make_feeds: whether to make feeds from the input types where there are no examples."""
     program, notes = on_cpu(program)
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     names = [str(n) for n in program.graph_signature.user_inputs if isinstance(placeholders.get(str(n)), Tensor)]
-    feeds = [_program_feeds(names, one) for one in several(example_inputs)] if example_inputs is not None else []
+    examples = several(example_inputs) if example_inputs is not None else []
+    feeds = [_program_feeds(names, example) for example in examples]
     if not feeds and program.example_inputs:
         flat = [leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor)]
         feeds = [dict(zip(names, flat, strict=True))]
@@ -148,7 +149,7 @@ def _capture_program(
     returned = structure(pytree.tree_unflatten(leaves, tree) if tree is not None else tuple(leaves))
     signature = Signature(tuple(names), returned.names, returned.rebuild)
     graph = dialect.from_program(program, signature.inputs, axes, returned)
-    if made and not feeds:
+    if make_feeds and not feeds:
         feeds = [_made_feeds(graph.inputs, notes)]
     graph = _raised(dialect, graph, feeds, _reference(graph, feeds, notes) if feeds else None, notes)
     return Captured(graph, signature, feeds, "torch.export.ExportedProgram", notes)
@@ -170,7 +171,7 @@ def _capture_file(path: Path, dialect: Adapter, example_inputs: Any, run: bool |
     try:
         if path.suffix == ".pt2":
             program = adapter("fx").read(path)
-            return replace(_capture_program(program, dialect, example_inputs, made=True), source=str(path))
+            return replace(_capture_program(program, dialect, example_inputs, make_feeds=True), source=str(path))
         model = adapter("onnx").read(path)
     except GraphError as error:
         raise CaptureError(str(error)) from error
@@ -192,7 +193,8 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     if example_inputs is None:
         feeds = [_made_feeds(graph.inputs, notes)] if all(v.dtype is not None for v in graph.inputs) else []
     else:
-        feeds = [signature.bind(one if isinstance(one, tuple) else (one,), {})[0] for one in several(example_inputs)]
+        calls = [example if isinstance(example, tuple) else (example,) for example in several(example_inputs)]
+        feeds = [signature.bind(call, {})[0] for call in calls]
     size = cost.Cost.of(graph).bytes
     if not (size <= cost.LARGE if run is None else run):
         stays = f", and stays at {dialect.version(graph)}" if dialect.is_liftable(graph) else ""
@@ -284,8 +286,8 @@ def _made_feeds(inputs: Sequence[Value], notes: list[str]) -> Feeds:
             feeds[value.name] = torch.randn(sizes, generator=generator).to(dtype)
         else:
             feeds[value.name] = torch.randint(0, 2, sizes, generator=generator).to(dtype)
-    made = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
-    notes.append(f"no example inputs: feeds were made from the input types ({made})")
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
+    notes.append(f"no example inputs: feeds were made from the input types ({shapes})")
     return feeds
 
 
@@ -301,8 +303,8 @@ def _reference(graph: Graph, feeds: Sequence[Feeds], notes: list[str]) -> Output
 def _all_equal(expected: Outputs, found: Outputs) -> bool:
     return all(
         metrics.within_tolerance(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else repr(a) == repr(b)
-        for one, other in zip(expected, found, strict=True)
-        for a, b in zip(one, other, strict=True)
+        for outputs, others in zip(expected, found, strict=True)
+        for a, b in zip(outputs, others, strict=True)
     )
 
 

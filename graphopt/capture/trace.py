@@ -50,21 +50,18 @@ def trace(
         if cache:
             if dynamic_shapes is not None:
                 raise CaptureError("cache=True names the axes of the decode step itself: leave out dynamic_shapes")
-            try:
-                module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
-            except ValueError as error:
-                raise CaptureError(str(error)) from error
-        home = _home(module)
-        examples = [{key: value.to(home) for key, value in _arguments(module, one).items()}
-                    for one in several(example_inputs)]  # fmt: skip
+            module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
+        device = _device(module)
+        examples = [{key: value.to(device) for key, value in _arguments(module, example).items()}
+                    for example in several(example_inputs)]  # fmt: skip
         constants: dict[str, Any] = {}
         result = _run(module, examples[0])
         if _holds_cache(result) and _accepts(module, "use_cache"):
             constants = {"use_cache": False}
             result = _run(module, examples[0] | constants)
             notes.append("captured with use_cache=False; for the decode step with its cache, pass cache=True")
-        for one in examples[1:]:
-            _run(module, one | constants)
+        for example in examples[1:]:
+            _run(module, example | constants)
         axes = _dynamic_axes(examples[0], dynamic_shapes)
         traced = {key: _at_least_two(value, axes.get(key, {})) for key, value in examples[0].items()}
         if any(traced[key].shape != examples[0][key].shape for key in traced):
@@ -74,12 +71,12 @@ def trace(
         except Exception as error:
             raise CaptureError(_trace_failure(module, error)) from error
         if isinstance(module, DecodeStep):
-            examples = [module.of_one_token(one) for one in examples]
+            examples = [module.of_one_token(example) for example in examples]
             result = _run(module, examples[0])
     notes += _specialized(program, axes)
     program, moved = on_cpu(program)
     notes += moved
-    examples = [{key: value.cpu() for key, value in one.items()} for one in examples]
+    examples = [{key: value.cpu() for key, value in example.items()} for example in examples]
     public = getattr(module, "public_names", {})
     examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]
     axes = {public.get(name, name): named for name, named in axes.items()}
@@ -87,19 +84,19 @@ def trace(
     return Traced(program, examples, axes, structure(result), expected, notes)
 
 
-def _home(module: nn.Module) -> torch.device:
+def _device(module: nn.Module) -> torch.device:
     """The device of a module: that of its first parameter or buffer."""
-    return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def on_cpu(program: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, list[str]]:
     """A program with its weights on the CPU, where graphs are changed and checked; a note where they were copied."""
-    held = [*program.state_dict.values(), *(one for one in program.constants.values() if isinstance(one, Tensor))]
-    devices = {str(one.device) for one in held} - {"cpu"}
+    stored = [*program.state_dict.values(), *program.constants.values()]
+    devices = {str(tensor.device) for tensor in stored if isinstance(tensor, Tensor)} - {"cpu"}
     if not devices:
         return program, []
     moved = torch.export.passes.move_to_device_pass(program, "cpu")
-    return moved, [f"the model is on {', '.join(sorted(devices))}; what is made of it begins with a copy on the CPU"]
+    return moved, [f"the model is on {', '.join(sorted(devices))}; graphopt changes a copy on the CPU"]
 
 
 @contextmanager

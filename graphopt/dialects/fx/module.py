@@ -112,7 +112,10 @@ class _Builder:
         for node in list(self.program.nodes):
             self._round(node)
         for node in list(self.program.nodes):
-            self._keep_training(node)
+            if "dropout" in node.meta and node.op == "call_function":
+                self._restore_dropout(node)
+            if node.target is aten.batch_norm.default and node in self.views and self.views[node].kind == "batch_norm":
+                self._restore_batch_norm(node)
         for node in reversed(list(self.program.nodes)):
             if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
                 self.program.erase_node(node)
@@ -154,13 +157,13 @@ class _Builder:
             parameter = self._attribute(nn.Parameter(tensor), f"{path}.weight", node)
             self._replace(node, rounded, parameter, f"{path}.weight_rounded")
         elif str(x.target).startswith("quantized_decomposed.quantize_per"):
-            made = arguments(x)
-            names = ("scale", "zero_point") if "scale" in made else ("scales", "zero_points")
-            if not all(self._same(made[name], given.get(name)) for name in names):
+            quantize = arguments(x)
+            names = ("scale", "zero_point") if "scale" in quantize else ("scales", "zero_points")
+            if not all(self._same(quantize[name], given.get(name)) for name in names):
                 return
             rounded = self._rounded(given)
             if rounded is not None:
-                self._replace(node, rounded, made["input"], f"{path}.input_rounded")
+                self._replace(node, rounded, quantize["input"], f"{path}.input_rounded")
 
     def _rounded(self, given: Mapping[str, Any]) -> Rounded | None:
         """The module for these arguments; None where anything but choose_qparams computes the scale."""
@@ -177,7 +180,7 @@ class _Builder:
 
     def _same(self, a: Any, b: Any) -> bool:
         """Whether two scales, or two zero points, are the same value or equal constants."""
-        stored = all(isinstance(one, fx.Node) and is_constant(one) for one in (a, b))
+        stored = all(isinstance(value, fx.Node) and is_constant(value) for value in (a, b))
         return a is b or a == b or (stored and torch.equal(self._constant(a), self._constant(b)))
 
     def _number(self, raw: Any) -> Tensor | None:
@@ -203,25 +206,27 @@ class _Builder:
 
     # --- what differs in training
 
-    def _keep_training(self, node: fx.Node) -> None:
-        if "dropout" in node.meta and node.op == "call_function":
-            rate, path = node.meta["dropout"]
-            with self.program.inserting_after(node):
-                call = self.program.call_module(self._free(path or "dropout"), (node,))
-            self.attributes[str(call.target)] = nn.Dropout(rate)
-            call.meta = {key: value for key, value in node.meta.items() if key != "dropout"}
-            node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        if node.target is aten.batch_norm.default and node in self.views and self.views[node].kind == "batch_norm":
-            given = arguments(node)
-            kept = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
-            if not all(map(is_constant, kept)):
-                return
-            weight, bias, mean, var = (self._constant(one).clone() for one in kept)
-            norm = _NORMS[meta(node).dim()](len(weight), eps=given["eps"], momentum=given["momentum"] or 0.1)
-            norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
-            norm.running_mean, norm.running_var = mean, var
-            node.replace_all_uses_with(self._call(norm, self._path(node) or "batch_norm", given["input"], node))
-            self.program.erase_node(node)
+    def _restore_dropout(self, node: fx.Node) -> None:
+        """Put a Dropout module behind a node that carries the mark of one."""
+        rate, path = node.meta["dropout"]
+        with self.program.inserting_after(node):
+            call = self.program.call_module(self._free(path or "dropout"), (node,))
+        self.attributes[str(call.target)] = nn.Dropout(rate)
+        call.meta = {key: value for key, value in node.meta.items() if key != "dropout"}
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+
+    def _restore_batch_norm(self, node: fx.Node) -> None:
+        """Replace a batch norm with stored statistics by its module, which updates them in training."""
+        given = arguments(node)
+        stored = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+        if not all(map(is_constant, stored)):
+            return
+        weight, bias, mean, var = (self._constant(value).clone() for value in stored)
+        norm = _NORMS[meta(node).dim()](len(weight), eps=given["eps"], momentum=given["momentum"] or 0.1)
+        norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
+        norm.running_mean, norm.running_var = mean, var
+        node.replace_all_uses_with(self._call(norm, self._path(node) or "batch_norm", given["input"], node))
+        self.program.erase_node(node)
 
     # --- tensors
 
@@ -242,7 +247,7 @@ class _Builder:
 
     def _read_as(self, node: fx.Node) -> tuple[str, bool]:
         """The name of a constant, by module path and operand of the node that reads it; whether it is a parameter."""
-        readers = [user for one in (node, *filter(is_constant, node.users)) for user in one.users]
+        readers = [user for constant in (node, *filter(is_constant, node.users)) for user in constant.users]
         for user in readers:
             view = self.views.get(user)
             if view is None or view.op is None or view.op.variadic:
@@ -272,7 +277,7 @@ class _Builder:
     def _tensor(self, node: fx.Node) -> Tensor:
         """The floats that a dequantize computes from stored integers."""
         args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda one: self._constant(one) if isinstance(one, fx.Node) else one
+            (node.args, node.kwargs), lambda item: self._constant(item) if isinstance(item, fx.Node) else item
         )
         tensor: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         return tensor.contiguous()
@@ -293,7 +298,7 @@ class _Builder:
         """The first of name, name_1, name_2 ... that is no attribute yet, nor the path of one."""
         name = name.lstrip(".")
         tried = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
-        return next(one for one in tried if not any(f"{other}.".startswith(f"{one}.") for other in self.attributes))
+        return next(free for free in tried if not any(f"{used}.".startswith(f"{free}.") for used in self.attributes))
 
     # --- results
 
@@ -302,13 +307,13 @@ class _Builder:
         output = next(iter(reversed(self.program.nodes)))
         results = list(output.args[0])
         if rebuild is None:
-            made = pytree.tree_map(
+            returned = pytree.tree_map(
                 lambda leaf: results[leaf.index] if isinstance(leaf, Output) else leaf, self.graph.returns
             )
         else:
             with self.program.inserting_before(output):
-                made = self._written(rebuild(results))
-        output.args = (made,)
+                returned = self._written(rebuild(results))
+        output.args = (returned,)
 
     def _written(self, value: Any) -> Any:
         if isinstance(value, Mapping):

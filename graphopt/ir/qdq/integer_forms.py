@@ -137,7 +137,7 @@ def _take_factor(graph: Graph, node: Node) -> None:
 def _factor(graph: Graph, node: Node) -> tuple[Value, float] | None:
     """Of a mul or div by one positive number: x and the factor. None for other ops, and where x is broadcast."""
     sides = {"mul": [(0, 1), (1, 0)], "div": [(0, 1)]}.get(node.kind, [])
-    for x, number in ((node.operands[one], scalar(graph, node.operands[other])) for one, other in sides):
+    for x, number in ((node.operands[side], scalar(graph, node.operands[other])) for side, other in sides):
         if x is not None and number is not None and number > 0 and x.shape == node.result.shape:
             return x, number if node.kind == "mul" else 1 / number
     return None

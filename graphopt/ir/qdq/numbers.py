@@ -17,8 +17,8 @@ def stored(graph: Graph, value: Value | None) -> Tensor | None:
     maker = value.producer if value is not None else None
     if maker is None or maker.kind != "dequantize":
         return None if value is None else graph.constant(value)
-    parts = [None if one is None else graph.constant(one) for one in maker.operands]
-    if any(one is not None and part is None for one, part in zip(maker.operands, parts, strict=True)):
+    parts = [None if operand is None else graph.constant(operand) for operand in maker.operands]
+    if any(operand is not None and part is None for operand, part in zip(maker.operands, parts, strict=True)):
         return None
     floats: Tensor = OPS["dequantize"].reference(*parts, **maker.attributes)
     return floats
