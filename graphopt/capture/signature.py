@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from graphopt.capture.trace import Feeds, as_tensor
+from graphopt.capture.tracing import Feeds, as_tensor
 from graphopt.errors import CaptureError, nearest
 from graphopt.ir.graph import Graph
 

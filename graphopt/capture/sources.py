@@ -19,12 +19,12 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.signature import Signature
-from graphopt.capture.trace import DynamicAxes, Feeds, Traced, as_tensor, on_cpu, several, trace
+from graphopt.capture.tracing import DynamicAxes, Feeds, Traced, as_tensor, on_cpu, several, trace
 from graphopt.dialects.adapter import Adapter, adapter
 from graphopt.errors import CaptureError, GraphError, first_line
 from graphopt.ir import cost
 from graphopt.ir.graph import Graph, Value
-from graphopt.ir.structure import structure
+from graphopt.ir.structure import structure_of
 from graphopt.numerics import metrics
 
 Outputs = Sequence[Sequence[Any]]
@@ -146,7 +146,7 @@ def _capture_program(
     tree = program.call_spec.out_spec
     results = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     leaves = [result.value if isinstance(result, ConstantArgument) else torch.empty(0) for result in results]
-    returned = structure(pytree.tree_unflatten(leaves, tree) if tree is not None else tuple(leaves))
+    returned = structure_of(pytree.tree_unflatten(leaves, tree) if tree is not None else tuple(leaves))
     signature = Signature(tuple(names), returned.names, returned.rebuild)
     graph = dialect.from_program(program, signature.inputs, axes, returned)
     if make_feeds and not feeds:

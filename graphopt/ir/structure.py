@@ -42,7 +42,7 @@ def plain_structure(rebuild: Callable[[list[Any]], Any], count: int) -> Any:
     return plain(rebuild([Output(index) for index in range(count)]))
 
 
-def structure(result: Any) -> Structure:
+def structure_of(result: Any) -> Structure:
     """The structure of what a model returned. Raises CaptureError when there is no tensor in it."""
     leaves, tree = pytree.tree_flatten_with_path(result)
     places = [index for index, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor)]

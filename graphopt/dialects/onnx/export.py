@@ -17,6 +17,7 @@ import torch
 
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx.opset import lower_opset
 from graphopt.dialects.onnx.reading import MAP_TYPE
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError, first_line
@@ -44,8 +45,6 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     if model.functions:
         _inline(model)
     if opset is not None and opset != graph.opset:
-        from graphopt.dialects.onnx.opset import lower_opset
-
         lower_opset(graph, opset)
     _spell_zero_points(model)
     ir_passes.RemoveUnusedOpsetsPass()(model)

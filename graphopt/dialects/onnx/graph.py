@@ -378,7 +378,7 @@ class OnnxGraph(Graph):
         return [found[value] for value in fetch]
 
     def _run(self, feeds: Mapping[str, Tensor], wanted: Sequence[Value]) -> Mapping[Value, Tensor]:
-        from graphopt.dialects.onnx import run as onnx_run
+        from graphopt.dialects.onnx import run as onnx_run  # which imports onnxruntime
         from graphopt.dialects.onnx import sections as onnx_sections
 
         key = (self.version, len(self.model.graph), tuple(value.name for value in wanted))

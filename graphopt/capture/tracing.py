@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.decode import DecodeStep
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line, nearest
-from graphopt.ir.structure import Structure, structure
+from graphopt.ir.structure import Structure, structure_of
 
 Feeds = dict[str, Tensor]
 DynamicAxes = dict[str, dict[int, str]]
@@ -81,7 +81,7 @@ def trace(
     examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]
     axes = {public.get(name, name): named for name, named in axes.items()}
     expected = [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Traced(program, examples, axes, structure(result), expected, notes)
+    return Traced(program, examples, axes, structure_of(result), expected, notes)
 
 
 def _device(module: nn.Module) -> torch.device:
