@@ -10,7 +10,7 @@ from typing import Any
 
 from graphopt.backends import target as target_of
 from graphopt.capture.sources import Captured, capture
-from graphopt.capture.trace import several
+from graphopt.capture.tracing import several
 from graphopt.errors import CaptureError, LoweringError, UsageError, outer_door, user_code
 from graphopt.lowering.backend import Backend
 from graphopt.passes import REGISTRY

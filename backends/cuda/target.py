@@ -19,10 +19,10 @@ from torch import Tensor, fx
 
 from graphopt.backends.cuda import kernels as cuda_kernels
 from graphopt.backends.cuda.kernels import MULTIPLE, SPARSE
-from graphopt.dialects.fx import save as fx_save
+from graphopt.dialects.fx import archive
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.native import copied
-from graphopt.dialects.fx.ops import arguments
+from graphopt.dialects.fx.spellings import arguments
 from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
@@ -182,7 +182,7 @@ class Cuda(Backend):
         assert isinstance(graph, FxGraph)
         if opset is not None or external_data is not None:
             raise UsageError("cuda writes a torch.export archive; opset and external_data are for ONNX targets")
-        fx_save.save(graph, path, metadata)
+        archive.save(graph, path, metadata)
 
 
 # --- which linears have kernels ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.backends.torch_cpu import int8 as fx_int8
 from graphopt.backends.torch_cpu.runner import FxRunner, Pack
-from graphopt.dialects.fx import save as fx_save
+from graphopt.dialects.fx import archive
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph
@@ -97,7 +97,7 @@ class FxTarget(Backend):
         assert isinstance(graph, FxGraph)
         if opset is not None or external_data is not None:
             raise UsageError(f"{self.name} writes a torch.export archive; opset and external_data are for ONNX targets")
-        fx_save.save(graph, path, metadata)
+        archive.save(graph, path, metadata)
 
 
 def require_engines(target: str, engines: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphopt.backends.torch_cpu import bindings as fx_bindings
 from graphopt.dialects.fx.graph import FxGraph, FxNode
 from graphopt.dialects.fx.native import ORIGIN, copied, meta
-from graphopt.dialects.fx.ops import arguments
+from graphopt.dialects.fx.spellings import arguments
 from graphopt.errors import LoweringError
 from graphopt.lowering.backend import Runner
 

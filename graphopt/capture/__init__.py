@@ -1,4 +1,4 @@
-"""A source of any kind (module, program, ONNX model, file) -> a Graph, and how it is called."""
+"""From a source of any kind (module, program, ONNX model, file) to a Graph, and how it is called."""
 
 from graphopt.capture.signature import Signature
 from graphopt.capture.sources import Captured, capture

@@ -1,4 +1,4 @@
-"""The decode step of a Hugging Face language model as a module of plain tensors: cache in, logits and cache out."""
+"""The decode step of a Hugging Face language model as a module of plain tensors: cache in; logits and cache out."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphopt.errors import CaptureError
+
 PAST, PRESENT = "past_key_values", "present"
 NEW_TOKENS = 2
-"""In the example that is traced: one would be fixed at one."""
+"""New tokens in the example that is traced: torch.export fixes an axis of size 1."""
 
 
 class DecodeStep(nn.Module):
@@ -25,7 +27,7 @@ class DecodeStep(nn.Module):
         super().__init__()
         self.model = model
         self.public_names = {_argument(name): name for name in inputs}
-        """The names that the captured graph's inputs get, by argument name: those have no dots."""
+        """The names of the captured graph's inputs, by argument name, which cannot have dots."""
 
         def forward(**inputs: Tensor) -> dict[str, Tensor]:
             return self.step({self.public_names[name]: value for name, value in inputs.items()})
@@ -51,22 +53,22 @@ class DecodeStep(nn.Module):
     def around(
         cls, model: nn.Module, prompt: Any
     ) -> tuple[DecodeStep, dict[str, Tensor], dict[str, dict[int, str]]]:
-        """The wrapped model, an example of its arguments made by running `prompt`, and their dynamic axes.
+        """The wrapped model, an example of its arguments that running `prompt` gives, and their dynamic axes.
 
-        prompt: a dict with input_ids (batch, length), and at most an attention_mask of ones: the cache that it fills is
-        of one length. Raises ValueError for any other, and for a model that returns no cache.
+        prompt: a dict with input_ids (batch, length), and at most an attention_mask of ones, so that all rows fill the
+        cache to the same length. Raises CaptureError for other prompts, and for a model that returns no cache.
         """
         if not isinstance(prompt, Mapping) or "input_ids" not in prompt:
-            raise ValueError("cache=True needs example_inputs as a dict with input_ids: a prompt that fills the cache")
+            raise CaptureError("cache=True needs example_inputs: a dict with input_ids, a prompt that fills the cache")
         for name, value in prompt.items():
             if name not in ("input_ids", "attention_mask"):
-                raise ValueError(f"cache=True takes input_ids and attention_mask as the prompt, and no {name!r}")
+                raise CaptureError(f"cache=True takes input_ids and attention_mask as the prompt, and no {name!r}")
             if name == "attention_mask" and not bool(torch.as_tensor(value).all()):
-                raise ValueError("cache=True needs a prompt without padding: its attention_mask has zeros")
+                raise CaptureError("cache=True needs a prompt without padding: its attention_mask has zeros")
         ids = torch.as_tensor(prompt["input_ids"])
         result = model(input_ids=ids, use_cache=True)
         if not (isinstance(result, Mapping) and PAST in result and hasattr(result[PAST], "layers")):
-            raise ValueError(f"{type(model).__name__} returns no {PAST}: capture it without cache=True")
+            raise CaptureError(f"{type(model).__name__} returns no {PAST}: capture it without cache=True")
         past = _entries(result[PAST], PAST)
         batch, length = ids.shape
         example = {
@@ -81,7 +83,7 @@ class DecodeStep(nn.Module):
 
     @staticmethod
     def of_one_token(example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The example with one new token, which is what a decoder runs, and what is worth timing."""
+        """The example with one new token: what a decoder runs, and so what is timed."""
         ids, mask = example["input_ids"], example["attention_mask"]
         return {**example, "input_ids": ids[:, :1], "attention_mask": mask[:, : 1 - NEW_TOKENS]}
 
@@ -91,7 +93,7 @@ def _argument(name: str) -> str:
 
 
 def _entries(cache: Any, prefix: str) -> dict[str, Tensor]:
-    """A cache's tensors by name."""
+    """The tensors of a cache, by name."""
     return {
         f"{prefix}.{number}.{name}": tensor
         for number, layer in enumerate(cache.layers)

@@ -9,30 +9,32 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from graphopt.capture.trace import Feeds, as_tensor
+from graphopt.capture.tracing import Feeds, as_tensor
 from graphopt.errors import CaptureError, nearest
 from graphopt.ir.graph import Graph
 
 
 def as_model(graph: Graph, signature: Signature) -> Callable[..., Any]:
-    """The graph, called like the model that it was captured from; numpy in gives numpy out."""
+    """A function that is called like the model and runs the graph; for numpy inputs it returns numpy arrays."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         feeds, numpy = signature.bind(args, kwargs)
         results: list[Any] = graph.evaluate(feeds, graph.outputs)
-        return signature.rebuild([one.numpy() if numpy and isinstance(one, Tensor) else one for one in results])
+        if numpy:
+            results = [result.numpy() if isinstance(result, Tensor) else result for result in results]
+        return signature.rebuild(results)
 
     return call
 
 
 @dataclass(frozen=True)
 class Signature:
-    """How the model is called: input names in order, output names, and the structure it returns."""
+    """How a model is called: the names of its inputs in order and of its outputs, and the structure that it returns."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     rebuild: Callable[[list[Any]], Any]
-    """From the graph's outputs to what the model returned."""
+    """Makes what the model returns from the graph's outputs."""
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Feeds, bool]:
         """Arguments as feeds, and whether they were numpy (then so is the result). Raises CaptureError on misuse."""

@@ -121,7 +121,7 @@ def _verify(module: nn.Module, small: Optimized, batch: dict[str, Tensor]) -> st
 def time_against_exports(module: nn.Module, small: Optimized, batch: dict[str, Tensor]) -> BenchResult:
     """Ours against what torch.onnx.export(dynamo=True) writes, at default session options, in one interleaved run."""
     from graphopt.dialects.onnx import run as onnx_run
-    from graphopt.dialects.onnx.load import read_model
+    from graphopt.dialects.onnx.reading import read_model
     from graphopt.measure.machine import environment, header
     from graphopt.measure.timing import paired
 

@@ -23,7 +23,7 @@ def require_file(path: Path) -> None:
 
 def require_writable(model: Path, output: Path | None, report: Path | None) -> None:
     """Raise UsageError where a file to write is a folder, the model, a file of its weights, or written twice."""
-    from graphopt.dialects.onnx.load import external_files
+    from graphopt.dialects.onnx.reading import external_files
 
     files = [] if output is None else [output, *(output.with_name(output.name + end) for end in (".json", ".data"))]
     files += [] if report is None else [report]
@@ -54,7 +54,7 @@ def graph_of(path: Path) -> Graph:
 def session_of(path: Path, threads: int | None) -> Callable[[Mapping[str, Tensor]], list[Tensor]]:
     """The file as it is, in ONNX Runtime at its default options. Raises LoweringError where that does not load it."""
     from graphopt.dialects.onnx import run as onnx_run
-    from graphopt.dialects.onnx.load import read_model
+    from graphopt.dialects.onnx.reading import read_model
 
     with outer_door(LoweringError, f"onnxruntime cannot load {path}"):
         session = onnx_run.session(read_model(path), level="all", threads=threads)

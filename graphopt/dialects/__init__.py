@@ -1,1 +1,1 @@
-"""One adapter a framework: each shows its native graph through the narrow waist of graphopt.graph."""
+"""The two graphs, torch.fx and onnx-ir, behind the interface of graphopt.ir.graph; `adapter` makes them."""

@@ -1,19 +1,54 @@
-"""Decomposed forms -> ops, as rules over elementary ops that hold in either dialect. Runs once, at capture.
+"""Stages of raising, and those that both dialects share: decomposed forms -> ops, as rules over elementary ops.
 
 Exporters, and people, write gelu, silu, the norms and attention out in elementary operators. Each form here is one
-pattern; what it becomes is emitted only where its shapes allow, so a rule that declines leaves the graph as it was.
+pattern. A rule emits the op only where the shapes allow it; where it declines, the graph stays as it was.
+
+All stages of a dialect, in order, are listed in its own folder: `dialects/onnx/raising.py`, `dialects/fx/raising.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from graphopt.errors import GraphError
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite, scalar
+from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, RuleLog, rewrite, scalar
+
+# --- stages --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of raising: a function that changes a graph in place and keeps what it computes."""
+
+    name: str
+    apply: Callable[[Any], Mapping[str, RuleLog] | None]
+    """Takes a graph of the dialect; returns the log of each rule where the stage consists of rules."""
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def of_rules(cls, name: str, *rules: Rule) -> Stage:
+        """The stage that applies these rules until none of them matches."""
+        return cls(name, lambda graph: rewrite(graph, rules), rules)
+
+
+def run_stages(stages: Iterable[Stage], graph: Graph) -> dict[str, int]:
+    """Apply stages to a graph in order; returns, by rule, how often a rule changed something."""
+    hits: dict[str, int] = {}
+    for stage in stages:
+        logs = stage.apply(graph) or {}
+        hits |= {name: log.hits for name, log in logs.items() if log.hits}
+    return hits
+
+
+def sweep(graph: Graph) -> None:
+    """Remove what nobody uses, as a stage."""
+    graph.sweep()
+
 
 SQRT2 = math.sqrt(2.0)
 GELU_TANH = math.sqrt(2.0 / math.pi)
@@ -85,14 +120,14 @@ def _over_last_axis(m: Match, *means: Node) -> float:
     eps = scalar(m.root.graph, m.eps)
     rank = m.x.rank
     if eps is None or rank is None:
-        raise Declined("the epsilon is not a constant number, or the rank is unknown")
+        raise Declined("norm_epsilon_or_rank_unknown")
     if any(tuple(axis % rank for axis in mean.attributes["axes"]) != (rank - 1,) for mean in means):
-        raise Declined("the mean is not over the last axis alone")
+        raise Declined("norm_not_over_last_axis")
     if not all(mean.attributes["keepdim"] for mean in means):
-        raise Declined("the mean loses its axis, so it lies along another one")
+        raise Declined("norm_mean_without_axis")
     width = m.x.shape[-1]
     if not m.weight.is_constant or m.weight.shape != (width,):
-        raise Declined("the weight is not a constant of the last axis' size")
+        raise Declined("norm_weight_unfit", width=width)
     return eps
 
 
@@ -105,7 +140,7 @@ def to_layer_norm(op: Builder, m: Match) -> Value:
     """Ba, Kiros & Hinton, 2016, with the biased variance."""
     eps = _over_last_axis(m, m.mean, m.variance)
     if not m.bias.is_constant or m.bias.shape != m.weight.shape:
-        raise Declined("the bias is not a constant of the weight's shape")
+        raise Declined("norm_bias_unfit", shape=list(m.weight.shape))
     return _emit(op, "layer_norm", m.x, m.weight, m.bias, eps=eps)
 
 
@@ -114,7 +149,7 @@ def _emit(op: Builder, kind: str, *operands: Value | None, **attributes: Any) ->
     try:
         return op(kind, *operands, **attributes)
     except GraphError as error:
-        raise Declined(str(error)) from error
+        raise Declined("not_spelled", op=kind, reason=str(error)) from error
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -125,35 +160,35 @@ def attention_plain(op: Recorder, scores: Any, value: Any) -> Pattern:
 
 
 def attention_guarded(op: Recorder, scores: Any, value: Any) -> Pattern:
-    """Exporters put zeros where a whole row is masked, as torch does."""
+    """With zeros in place of NaN where a whole row is masked, as torch computes it and its exporter writes it out."""
     return op.matmul(op.where(op.isnan(op.softmax(scores, bind="softmax")), 0.0, "softmax"), value)
 
 
 def to_attention(op: Builder, m: Match) -> Value:
-    """softmax(q kᵀ · scale + mask) v (Vaswani et al., 2017), its scale taken from wherever it was multiplied in."""
+    """softmax(q kᵀ · scale + mask) v (Vaswani et al., 2017); queries, keys or scores may be what is scaled."""
     axis, rank = m.softmax.attributes["axis"], m.scores.rank
     if rank != 4 or axis not in (-1, 3):
-        raise Declined("the scores are not 4-D with a softmax over the keys")
+        raise Declined("attention_scores_unfit", rank=rank, axis=axis)
     scores, mask = _peel_mask(m.scores)
     scores, scale = _peel_scale(op.graph, scores)
     product = scores.producer
     if product is None or product.kind != "matmul" or _is_shared(scores, m.scores):
-        raise Declined("no product of queries and keys behind the softmax")
+        raise Declined("attention_without_product")
     query, query_scale = _peel_scale(op.graph, product.required("a"))
     transposed, key_scale = _peel_scale(op.graph, product.required("b"))
     key = _untranspose(op, transposed)
     if m.value.rank != 4 or query.rank != 4 or key.rank != 4:
-        raise Declined("queries, keys or values are not 4-D")
-    if _is_spread(query, key, 2) or _is_spread(query, m.value, 2):
-        raise Declined("queries, keys and values differ in batch or heads")
-    if mask is not None and (mask.rank not in (2, 3, 4) or _is_spread(scores, m.scores, 4)):
-        raise Declined("the mask has more entries than the scores, or fewer than two axes")
+        raise Declined("attention_operands_not_4d")
+    if _broadcasts(query, key, 2) or _broadcasts(query, m.value, 2):
+        raise Declined("attention_operands_broadcast")
+    if mask is not None and (mask.rank not in (2, 3, 4) or _broadcasts(scores, m.scores, 4)):
+        raise Declined("attention_mask_unfit", rank=mask.rank)
     scale *= query_scale * key_scale
     return _emit(op, "attention", query, key, m.value, _as_allowed(op.graph, mask), scale=scale)
 
 
-def _is_spread(value: Value, other: Value, axes: int) -> bool:
-    """Whether one of two values is repeated along one of the leading axes to fit the other; names tell nothing."""
+def _broadcasts(value: Value, other: Value, axes: int) -> bool:
+    """Whether broadcasting repeats one of two values along a leading axis; two axes with names are taken as equal."""
     sizes = list(zip(value.shape or (), other.shape or (), strict=False))[:axes]
     return any(a != b and (1 in (a, b) or (isinstance(a, int) and isinstance(b, int))) for a, b in sizes)
 
@@ -172,7 +207,7 @@ def _is_shared(value: Value, scores: Value) -> bool:
 
 
 def _peel_mask(scores: Value) -> tuple[Value, Value | None]:
-    """The scores before an added mask, and the mask: the operand that is no chain of products."""
+    """The scores before a mask is added, and the mask: the operand that does not come from a product."""
     node = scores.producer
     if node is None or node.kind != "add":
         return scores, None
@@ -205,7 +240,7 @@ def _peel_scale(graph: Graph, value: Value) -> tuple[Value, float]:
 
 
 def _untranspose(op: Builder, value: Value) -> Value:
-    """k of kᵀ = the value, its last two axes swapped: by undoing a transpose, or else by one more."""
+    """k, where the value is kᵀ: without the transpose that made the value, or else behind one more transpose."""
     node = value.producer
     if node is None or node.kind != "transpose" or value.rank != 4:
         return op.transpose(value, perm=(0, 1, 3, 2))
@@ -220,10 +255,10 @@ def softmax_guarded(op: Recorder, scores: Any, allowed: Any, low: Any) -> Patter
 
 
 def without_guard(op: Builder, m: Match) -> Value:
-    """Softmax where the mask is finite: a row that is masked as a whole has equal weights then, and none is NaN."""
+    """The softmax alone, where the mask is finite: then a row that is wholly masked has equal weights and no NaN."""
     low = scalar(op.graph, m.low)
     if low is None or math.isinf(low):
-        raise Declined("a row that is masked as a whole may be NaN")
+        raise Declined("softmax_row_may_be_nan")
     result: Value = m.softmax.result
     return result
 
@@ -233,12 +268,12 @@ def transpose_in_batches(op: Recorder, x: Any, flat: Any, shape: Any) -> Pattern
 
 
 def to_transpose(op: Builder, m: Match) -> Value:
-    """Exporters swap the last two axes of 4-D values in 3-D."""
+    """One transpose of the last two axes of a 4-D value, which exporters write as a transpose in 3-D."""
     before, flat, after = m.x.shape, m.flat_x.result.shape, m.root.result.shape
     if None in (before, flat, after) or len(before) != 4 or "?" in before:
-        raise Declined("the shapes are not known as 4-D")
+        raise Declined("transpose_shapes_unknown")
     if flat[1:] != before[2:] or after != (before[0], before[1], before[3], before[2]):
-        raise Declined("the reshapes do more than merge the batch axes and split them again")
+        raise Declined("transpose_reshapes_differ")
     return op.transpose(m.x, perm=(0, 1, 3, 2))
 
 
@@ -250,30 +285,26 @@ def _to_gelu(approximate: str) -> Callable[[Builder, Match], Value]:
     return lambda op, m: _emit(op, "gelu", m.x, approximate=approximate)
 
 
-LAYER_NORM = (_rule(layer_norm_affine, to_layer_norm, shared=True),)
-"""First: a layer norm holds a root mean square of centred values."""
-
-OTHERS = (
-    _rule(gelu_erf_outer, _to_gelu("none")),
-    _rule(gelu_erf_inner, _to_gelu("none")),
-    _rule(gelu_erf_half, _to_gelu("none")),
-    _rule(gelu_erf_multiplied, _to_gelu("none")),
-    _rule(gelu_tanh, _to_gelu("tanh")),
-    _rule(gelu_tanh_products, _to_gelu("tanh")),
-    _rule(silu, lambda op, m: op.silu(m.x)),
-    _rule(rms_norm_rsqrt, to_rms_norm),
-    _rule(rms_norm_reciprocal, to_rms_norm),
-    _rule(rms_norm_divided, to_rms_norm),
-    _rule(transpose_in_batches, to_transpose),
-    _rule(attention_guarded, to_attention, shared=True),
-    _rule(attention_plain, to_attention),
+FORMS = (
+    # First: a layer norm holds the root mean square of centred values, which is an rms norm by itself.
+    Stage.of_rules("layer norms", _rule(layer_norm_affine, to_layer_norm, shared=True)),
+    Stage.of_rules(
+        "activations, rms norms, attention",
+        _rule(gelu_erf_outer, _to_gelu("none")),
+        _rule(gelu_erf_inner, _to_gelu("none")),
+        _rule(gelu_erf_half, _to_gelu("none")),
+        _rule(gelu_erf_multiplied, _to_gelu("none")),
+        _rule(gelu_tanh, _to_gelu("tanh")),
+        _rule(gelu_tanh_products, _to_gelu("tanh")),
+        _rule(silu, lambda op, m: op.silu(m.x)),
+        _rule(rms_norm_rsqrt, to_rms_norm),
+        _rule(rms_norm_reciprocal, to_rms_norm),
+        _rule(rms_norm_divided, to_rms_norm),
+        _rule(transpose_in_batches, to_transpose),
+        _rule(attention_guarded, to_attention, shared=True),
+        _rule(attention_plain, to_attention),
+    ),
+    # Last: a guarded softmax that no attention took in, such as one between quantized products.
+    Stage.of_rules("guarded softmax", _rule(softmax_guarded, without_guard, shared=True)),
 )
-
-LEFT = (_rule(softmax_guarded, without_guard, shared=True),)
-"""Last: what is no attention, as that between quantized products."""
-
-
-def raise_ops(graph: Graph) -> dict[str, int]:
-    """Apply the rules; returns how often each one did something."""
-    logs = rewrite(graph, LAYER_NORM) | rewrite(graph, OTHERS) | rewrite(graph, LEFT)
-    return {name: log.hits for name, log in logs.items() if log.hits}
+"""Decomposed forms of ops, in both dialects."""

@@ -1,4 +1,4 @@
-"""Exporters' talk, which is not for the user."""
+"""Silences the warnings and log messages of exporters, which say nothing that a user could act on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """No warnings, and nothing below critical from these loggers: an exporter's talk is not for the user."""
+    """Within the block, no warnings, and of these loggers only critical messages."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:

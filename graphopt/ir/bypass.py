@@ -1,4 +1,4 @@
-"""Nodes that have a shorter equal: what changes nothing, chains of two that one operation can do."""
+"""Shorter equals of nodes: the input of a node that changes nothing, one op in place of a chain of two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def bypass(graph: Graph) -> None:
-    """Let the users of each node that has a shorter equal read that."""
+    """Replace each node that has a shorter equal."""
     for node in graph.nodes:
         shorter = _shorter(graph, node)
         if shorter is not None and _may_stand_for(shorter, node.result):
@@ -20,20 +20,20 @@ def bypass(graph: Graph) -> None:
 
 
 def _may_stand_for(value: Value, result: Value) -> bool:
-    """A graph returns each value once, and under its own name: not an input, a constant or a second output."""
+    """Whether a graph may return `value` in place of `result`: each output is computed, and is returned once."""
     return not result.is_output or (value.producer is not None and not value.is_constant and not value.is_output)
 
 
 def _shorter(graph: Graph, node: Node) -> Value | None:
-    """The value that a node only passes on, or one operation in place of a chain of two."""
+    """The value that a node passes on as it is, or that of one op in place of a chain of two; None of other nodes."""
     match node.kind:
         case "identity":
             written = graph.stateful and any(user.signature is None for user in node.input.users)
-            return None if written else node.input  # a copy of what is written to later
+            return None if written else node.input  # an identity keeps a copy of what is written to later
         case "add" | "mul":
             a, b = node.required("a"), node.required("b")
-            neutral = 0 if node.kind == "add" else 1
-            return _unchanged(node, a, b, neutral) or _unchanged(node, b, a, neutral)
+            number = 0 if node.kind == "add" else 1
+            return _unchanged(node, a, b, number) or _unchanged(node, b, a, number)
         case "sub" | "div":
             return _unchanged(node, node.required("a"), node.required("b"), 0 if node.kind == "sub" else 1)
         case "cast":
@@ -52,18 +52,18 @@ def _shorter(graph: Graph, node: Node) -> Value | None:
             return None
 
 
-def _unchanged(node: Node, x: Value, other: Value, neutral: int) -> Value | None:
-    """x, where `other` is exactly the neutral number and neither widens x nor changes its dtype."""
+def _unchanged(node: Node, x: Value, other: Value, number: int) -> Value | None:
+    """x, where `other` is exactly the number that changes nothing, and neither broadcasts x nor changes its dtype."""
     if x.rank is None or other.rank is None or other.rank > x.rank or x.dtype is None or x.dtype != node.result.dtype:
         return None
-    return x if scalar(node.graph, other) == neutral else None
+    return x if scalar(node.graph, other) == number else None
 
 
 def _shorter_cast(graph: Graph, node: Node) -> Value | None:
     x, dtype = node.input, node.attributes["dtype"]
     if x.dtype == dtype:
         return x
-    inner = _feeder(node)
+    inner = _producer_of_same_kind(node)
     if inner is None or not _holds(x.dtype, inner.input.dtype):
         return None
     return inner.input if inner.input.dtype == dtype else graph.emit("cast", inner.input, at=node, dtype=dtype)
@@ -73,7 +73,7 @@ def _shorter_transpose(graph: Graph, node: Node) -> Value | None:
     perm = node.attributes["perm"]
     if list(perm) == sorted(perm):
         return node.input
-    inner = _feeder(node)
+    inner = _producer_of_same_kind(node)
     if inner is None:
         return None
     both = tuple(inner.attributes["perm"][axis] for axis in perm)
@@ -81,7 +81,7 @@ def _shorter_transpose(graph: Graph, node: Node) -> Value | None:
 
 
 def _shorter_reshape(graph: Graph, node: Node) -> Value | None:
-    inner = _feeder(node)
+    inner = _producer_of_same_kind(node)
     x = node.input if inner is None else inner.input
     if x.shape is not None and x.shape == node.result.shape and "?" not in x.shape:  # equal names are equal sizes
         return x
@@ -98,15 +98,15 @@ def _without_zeros(graph: Graph, node: Node) -> Value | None:
 
 
 def _cast_to_known(graph: Graph, node: Node) -> Value | None:
-    """A cast in place of ONNX's CastLike, which reads its second operand for the dtype only."""
+    """A cast in place of ONNX's CastLike, which reads its second operand only for the dtype."""
     x, like = node.operands
     return graph.emit("cast", x, at=node, dtype=like.dtype) if like is not None and like.dtype is not None else None
 
 
 def _spread(graph: Graph, node: Node) -> Value | None:
-    """One number over the shape of the indices, in place of a gather from a constant that holds no other.
+    """One number expanded to the shape of the indices, in place of a gather from a constant of equal entries.
 
-    Exported BERTs look up token types so, where none are given.
+    Exporters of BERT write the token types so when none are given.
     """
     source, indices = node.operands
     tensor = graph.constant(source) if source is not None else None
@@ -116,14 +116,14 @@ def _spread(graph: Graph, node: Node) -> Value | None:
     return graph.emit("onnx.Expand", graph.add_constant(tensor.flatten()[0].clone()), shape, at=node)
 
 
-def _feeder(node: Node) -> Node | None:
+def _producer_of_same_kind(node: Node) -> Node | None:
     """The producer of a node's input, where it is of the same kind."""
     producer = node.input.producer
     return producer if producer is not None and producer.kind == node.kind else None
 
 
 def _holds(wide: torch.dtype | None, narrow: torch.dtype | None) -> bool:
-    """Whether every number of dtype `narrow` has its exact place in `wide`."""
+    """Whether dtype `wide` represents every number of dtype `narrow` exactly."""
     if wide is None or narrow is None:
         return False
     if narrow in _FLOATS:

@@ -1,10 +1,13 @@
-"""What can be known before a run: nodes that read only constants become constants."""
+"""Constant folding: nodes that read only constants become constants."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from graphopt.errors import GraphError, first_line
 from graphopt.ir.cost import nbytes
 from graphopt.ir.graph import Graph, Node, Shape, Value
 
@@ -17,6 +20,7 @@ def fold_constants(graph: Graph) -> None:
 
     Left as they are: what is random or holds subgraphs, the dequantize of a stored weight, a transpose that linears and
     convs read their weight through, what the graph returns, and a result over 1 MB that is larger than its operands.
+    Raises GraphError where the graph's engine cannot run a node.
     """
     for node in graph.nodes:
         shape = _static_shape(node) if node.kind == "onnx.Shape" else None
@@ -30,13 +34,24 @@ def fold_constants(graph: Graph) -> None:
             known.update(node.results)
     edge = [node for node in folded if any(user not in folded for result in node.results for user in result.users)]
     fetch = [result for node in edge for result in node.results]
-    values = dict(zip(fetch, graph.evaluate({}, fetch), strict=True)) if fetch else {}
+    values = _evaluated(graph, fetch)
     for node in edge:
         tensors = [values[result] for result in node.results]
         if all(isinstance(tensor, Tensor) for tensor in tensors):  # an engine may return sequences or strings
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             if not _outgrows(node, size):
                 graph.replace(node, *(graph.add_constant(tensor, node.name) for tensor in tensors))
+
+
+def _evaluated(graph: Graph, fetch: Sequence[Value]) -> dict[Value, Tensor]:
+    if not fetch:
+        return {}
+    try:
+        return dict(zip(fetch, graph.evaluate({}, fetch), strict=True))
+    except Exception as error:  # whatever the engine raises
+        raise GraphError(
+            f"what the model computes of its constants cannot be run: {first_line(error)}"
+        ) from error
 
 
 def _is_foldable(node: Node, known: set[Value]) -> bool:

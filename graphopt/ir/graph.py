@@ -265,10 +265,6 @@ class Graph(ABC):
     def clone(self) -> Self:
         """An independent graph that shares the tensors."""
 
-    def raise_own(self) -> int:
-        """Put simpler forms in place of what exporters to this dialect alone leave: how many. [changes]"""
-        return 0
-
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Graph:
         """A graph of what lies between some values, of the same names; it shares the weights."""
         raise GraphError(f"the {self.dialect} dialect cannot cut a part out of a graph")

@@ -1,4 +1,4 @@
-"""What a model returns: the names of its tensors, and how to build it again from them."""
+"""What a model returns: the names of its tensors, and how to rebuild the result from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphopt.errors import CaptureError
 
 @dataclass(frozen=True)
 class Structure:
-    """What a model returns: its tensors' names, how to build it again from them, and their places among its leaves."""
+    """What a model returns: its tensors' names, how to rebuild the result from them, their places among its leaves."""
 
     names: tuple[str, ...]
     rebuild: Callable[[list[Any]], Any]
@@ -23,13 +23,13 @@ class Structure:
 
 @dataclass(frozen=True)
 class Output:
-    """Stands for an output of a graph in the structure of what a model returns."""
+    """A placeholder for output `index` of a graph, in the structure of what a model returns."""
 
     index: int
 
 
 def plain_structure(rebuild: Callable[[list[Any]], Any], count: int) -> Any:
-    """What a model returns, as tuples, lists and dicts (for any mapping, such as a ModelOutput) of `Output`."""
+    """What a model returns, with an `Output` for each tensor; mappings such as ModelOutput become dicts."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -42,16 +42,16 @@ def plain_structure(rebuild: Callable[[list[Any]], Any], count: int) -> Any:
     return plain(rebuild([Output(index) for index in range(count)]))
 
 
-def structure(result: Any) -> Structure:
+def structure_of(result: Any) -> Structure:
     """The structure of what a model returned. Raises CaptureError when there is no tensor in it."""
     leaves, tree = pytree.tree_flatten_with_path(result)
     places = [index for index, (_, leaf) in enumerate(leaves) if isinstance(leaf, Tensor)]
     if not places:
         raise CaptureError(f"the model returns a {type(result).__name__} without a tensor in it")
-    fixed = [None if isinstance(leaf, Tensor) else leaf for _, leaf in leaves]
+    constants = [None if isinstance(leaf, Tensor) else leaf for _, leaf in leaves]
 
     def rebuild(outputs: list[Any]) -> Any:
-        filled = list(fixed)
+        filled = list(constants)
         for place, output in zip(places, outputs, strict=True):
             filled[place] = output
         return pytree.tree_unflatten(filled, tree)

@@ -92,6 +92,22 @@ SENTENCES = {
     "conv_bias_computed": "conv has no int8 form with a bias that is computed",
     "bound_within_integers": "its result goes through a {op} that cuts off more than the integers do",
     # rules of dialects
+    "attention_mask_unfit": "the mask has {rank} axes, or enlarges the scores; attention takes 2 to 4 that fit",
+    "attention_operands_broadcast": "queries, keys and values differ in batch or heads",
+    "attention_operands_not_4d": "queries, keys or values are not 4-D",
+    "attention_scores_unfit": "the softmax is over axis {axis} of {rank}; attention has it over the last of 4",
+    "attention_without_product": "the softmax does not read a product of queries and keys",
+    "linear_rows_regrouped": "the reshapes group rows differently: {before} becomes {after}",
+    "linear_shapes_unknown": "the shapes around the linear are not known",
+    "norm_bias_unfit": "the bias is not a constant of shape {shape}, as the weight is",
+    "norm_epsilon_or_rank_unknown": "the epsilon is not a constant number, or the rank is unknown",
+    "norm_mean_without_axis": "the mean drops its axis, so it broadcasts along another one",
+    "norm_not_over_last_axis": "the mean is not over the last axis alone",
+    "norm_weight_unfit": "the weight is not a constant of shape [{width}], the size of the last axis",
+    "not_spelled": "{op} cannot be written here: {reason}",
+    "softmax_row_may_be_nan": "a row that is masked as a whole may be NaN",
+    "transpose_reshapes_differ": "the reshapes do more than merge the batch axes and split them again",
+    "transpose_shapes_unknown": "the shapes are not known to be 4-D",
     # rules of targets: ONNX Runtime
     "shape_changes": "its shape would go from {before} to {after}",  # any rule
     "residual_shapes_differ": "the two inputs of the residual add differ in shape",

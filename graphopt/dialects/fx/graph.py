@@ -1,16 +1,14 @@
-"""Graph over torch.fx: aten operations, functional, with the weights as stored tensors.
+"""Graph over torch.fx: aten operations without in-place writes, and weights as stored tensors.
 
-Nodes are calls between placeholders and one flat output, and carry a fake tensor in meta["val"], which gives shapes
-(dynamic ones too) and dtypes. A GraphModule is made only when one is asked for.
+Nodes are calls between placeholders and one flat output. Each carries a fake tensor in meta["val"], which has its shape
+(with symbols for dynamic axes) and dtype. `module` makes a GraphModule.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Self, cast
 
 import torch
@@ -19,178 +17,34 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from graphopt.analysis.masks import labels
-from graphopt.dialects.fx import ops as fx_ops
+from graphopt.dialects.fx import archive
+from graphopt.dialects.fx import module as fx_module
 from graphopt.dialects.fx import run as fx_run
-from graphopt.dialects.fx.load import Loader, functional
+from graphopt.dialects.fx import spellings as fx_spellings
 from graphopt.dialects.fx.native import (
     Native,
     computes,
     copied,
-    frozen,
     has_effect,
     identifier,
-    is_constant,
     is_result,
     is_state,
     keep_dropout,
     meta,
-    module_path,
     needed,
-    plain_arguments,
     results,
-    source,
     target_name,
     tensors_read,
 )
-from graphopt.dialects.fx.ops import Literal, Sizes
-from graphopt.dialects.fx.write import NodeWriter
+from graphopt.dialects.fx.reading import Loader, functional
+from graphopt.dialects.fx.views import FxNode, FxValue, native_node, raw_of
+from graphopt.dialects.fx.writer import NodeWriter
 from graphopt.errors import GraphError, first_line
-from graphopt.ir.graph import Flow, Graph, Node, Seen, Shape, Value
+from graphopt.ir.graph import Flow, Graph, Node, Seen, Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.structure import Output
 
-
-@dataclass(frozen=True, eq=False)
-class FxValue(Value):
-    """A view of an fx.Node, or of a number or a shape in a node's arguments."""
-
-    graph: FxGraph
-    native: fx.Node | Literal | Sizes
-
-    def __hash__(self) -> int:
-        return hash(self.native)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FxValue) and self.native == other.native
-
-    @property
-    def name(self) -> str:
-        if isinstance(self.native, fx.Node):
-            if "input_name" in self.native.meta:
-                return str(self.native.meta["input_name"])
-            return self.graph.output_names[self.graph.outputs.index(self)] if self.is_output else self.native.name
-        if isinstance(self.native, Literal):
-            return str(self.native.number)
-        return "(" + ",".join(str(item) for item in self.native.items) + ")"
-
-    @property
-    def shape(self) -> Shape | None:
-        if isinstance(self.native, Literal):
-            return ()
-        if isinstance(self.native, Sizes):
-            return (len(self.native.items),)
-        value = meta(self.native)
-        if isinstance(value, Tensor):
-            return tuple(self.graph.axis(size) for size in value.shape)
-        return () if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float) else None
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        if isinstance(self.native, Literal):
-            return self.native.dtype
-        if isinstance(self.native, Sizes):
-            return torch.int64
-        value = meta(self.native)
-        if isinstance(value, Tensor):
-            return value.dtype
-        return torch.int64 if isinstance(value, torch.SymInt | int) else None
-
-    @property
-    def producer(self) -> Node | None:
-        native = self.native
-        if not isinstance(native, fx.Node) or native.op in ("placeholder", "get_attr") or is_constant(native):
-            return None
-        return FxNode(self.graph, source(native) if is_result(native) else native)
-
-    @property
-    def users(self) -> tuple[Node, ...]:
-        """Of a constant, also those that read it transposed."""
-        return tuple(FxNode(self.graph, user) for user in dict.fromkeys(self._readers()))
-
-    def _readers(self) -> Iterator[fx.Node]:
-        native = self.native
-        if not isinstance(native, fx.Node):
-            return
-        while is_constant(native) and native.op != "get_attr":
-            native = source(native)
-        waiting = [native]
-        while waiting:
-            for user in waiting.pop().users:
-                if is_constant(user):
-                    waiting.append(user)
-                elif user.op != "output":
-                    yield user
-
-    @property
-    def is_output(self) -> bool:
-        return isinstance(self.native, fx.Node) and any(user.op == "output" for user in self.native.users)
-
-    @property
-    def is_constant(self) -> bool:
-        if isinstance(self.native, fx.Node):
-            return is_constant(self.native)
-        return isinstance(self.native, Literal) or all(isinstance(item, int) for item in self.native.items)
-
-
-@dataclass(frozen=True, eq=False)
-class FxNode(Node):
-    """A view of an fx.Node that computes something."""
-
-    owner: FxGraph
-    native: fx.Node
-
-    def __hash__(self) -> int:
-        return hash(self.native)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FxNode) and self.native is other.native
-
-    @property
-    def graph(self) -> FxGraph:
-        return self.owner
-
-    @property
-    def name(self) -> str:
-        return self.native.name
-
-    @property
-    def path(self) -> str:
-        return module_path(self.native)
-
-    @property
-    def kind(self) -> str:
-        read = self._read()
-        return read.op if read is not None else target_name(self.native)
-
-    @property
-    def operands(self) -> tuple[Value | None, ...]:
-        read = self._read()
-        raws = read.operands if read is not None else tensors_read(self.native)
-        return tuple(None if raw is None else FxValue(self.owner, raw) for raw in raws)
-
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        read = self._read()
-        if read is not None:
-            return MappingProxyType(dict(OPS[read.op].attributes) | read.attributes)
-        return MappingProxyType(plain_arguments(self.native))
-
-    @property
-    def results(self) -> tuple[Value, ...]:
-        return tuple(FxValue(self.owner, result) for result in results(self.native))
-
-    @property
-    def signature(self) -> Hashable | None:
-        target = self.native.target
-        if isinstance(target, torch._ops.OpOverload):
-            if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags:
-                return None
-        elif self.native.op != "call_function" or getattr(target, "__module__", "") not in ("_operator", "math"):
-            return None
-        return target, frozen(self.native.args), frozen(self.native.kwargs)
-
-    def _read(self) -> fx_ops.Read | None:
-        return fx_ops.read(self.native, self.owner.native.tensor)
+__all__ = ["FxGraph", "FxNode", "FxValue"]
 
 
 class FxGraph(Graph):
@@ -206,7 +60,7 @@ class FxGraph(Graph):
         self.axis_names: dict[str, str] = dict(axis_names or {})
         """Names of dynamic axes by their symbol."""
         self.returns: Any = tuple(map(Output, range(len(self.output_names))))
-        """What the model returns: tuples, lists and dicts, with an `Output` for each of `outputs`."""
+        """What the model returns, as tuples, lists and dicts with an `Output` for each of `outputs`."""
 
     @classmethod
     def from_program(
@@ -217,12 +71,11 @@ class FxGraph(Graph):
         output_names: Sequence[str] | None = None,
         axis_names: Mapping[str, Mapping[int, str]] | None = None,
     ) -> Self:
-        """The graph of an exported module: inputs flat by name, results a flat tuple of the tensors it returns.
+        """The graph of an exported module, whose results are a flat tuple of the tensors that it returns.
 
         input_names and output_names default to the program's own; axis_names gives dynamic axes of inputs their names.
-        The program is made functional first; linear, conv, norms, attention and activations stay whole.
-        Raises GraphError where the module writes to something else than its buffers and inputs, or a name is missing
-        or too many.
+        The program is made functional first; linear, conv, norms, attention and activations are not decomposed.
+        Raises GraphError where the module writes to anything but its buffers and inputs, or names do not fit.
         """
         return cls._from_functional(functional(program), input_names, output_names, axis_names or {})
 
@@ -278,9 +131,9 @@ class FxGraph(Graph):
         return graph
 
     def set_outputs(self, outputs: Mapping[str, Value]) -> None:
-        """What the graph returns, by name."""
+        """Set what the graph returns, by name."""
         writer = NodeWriter(self.native)
-        self.native.output.args = (tuple(writer.tensor(_raw(value)) for value in outputs.values()),)
+        self.native.output.args = (tuple(writer.tensor(raw_of(value)) for value in outputs.values()),)
         self.output_names = list(outputs)
         self.returns = tuple(map(Output, range(len(outputs))))
 
@@ -307,13 +160,13 @@ class FxGraph(Graph):
         return any(has_effect(node) for node in self.native.graph.nodes)
 
     def constant(self, value: Value) -> Tensor | None:
-        return NodeWriter(self.native).constant(_raw(value))
+        return NodeWriter(self.native).constant(raw_of(value))
 
     def constants(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, thing.detach()) for name, thing in self.native.stored.items() if isinstance(thing, Tensor))
 
     def axis(self, size: Any) -> int | str:
-        """A size as Shape has it: a number, or the name of a dynamic axis."""
+        """A size as in `Shape`: a number, or the name of a dynamic axis."""
         if isinstance(size, int):
             return size
         name = re.sub(r"[su]\d+", lambda symbol: self.axis_names.get(symbol[0], symbol[0]), str(size))
@@ -325,14 +178,14 @@ class FxGraph(Graph):
         return FxValue(self, self.native.add_constant(tensor, name))
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> FxValue:
-        """As in Graph. A dialect's own operation is named as torch.ops has it: "aten.topk.default"; its operands are
-        the first arguments, its attributes keywords. A transposed constant is a constant: it has no producer."""
-        raws = [None if value is None else _raw(value) for value in operands]
-        writer = NodeWriter(self.native, None if at is None else _native(at))
+        """As in Graph. An operation of the dialect has its name in torch.ops, such as "aten.topk.default"; operands are
+        its first arguments, attributes its keyword arguments. A transposed constant is a constant without producer."""
+        raws = [None if value is None else raw_of(value) for value in operands]
+        writer = NodeWriter(self.native, None if at is None else native_node(at))
         if isinstance(kind, Node):
-            read = fx_ops.read(_native(kind), self.native.tensor)
+            read = fx_spellings.read(native_node(kind), self.native.tensor)
             if read is None:
-                node = writer.copy(_native(kind), raws, attributes)
+                node = writer.copy(native_node(kind), raws, attributes)
             else:
                 node = writer.op(read.op, raws, read.attributes | attributes)
         elif kind in OPS:
@@ -344,28 +197,28 @@ class FxGraph(Graph):
     def emit_sized(
         self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
     ) -> FxValue:
-        native, (x, *_) = _native(node), operands
-        arguments = fx_ops.arguments(native)
+        native, (x, *_) = native_node(node), operands
+        arguments = fx_spellings.arguments(native)
         name = next((name for name in ("size", "shape") if name in arguments), None)
         if x is None or name is None:
             raise GraphError(f"{node.kind} is told no shape ({node.label})")
-        told = [size if size == -1 else sizes.get(axis, size) for axis, size in enumerate(arguments[name])]
-        writer = NodeWriter(self.native, None if at is None else _native(at))
-        return FxValue(self, writer.copy(native, [_raw(x), *tensors_read(native)[1:]], {name: told}))
+        given = [size if size == -1 else sizes.get(axis, size) for axis, size in enumerate(arguments[name])]
+        writer = NodeWriter(self.native, None if at is None else native_node(at))
+        return FxValue(self, writer.copy(native, [raw_of(x), *tensors_read(native)[1:]], {name: given}))
 
     def replace(self, node: Node, *values: Value) -> None:
-        old = results(_native(node))
+        old = results(native_node(node))
         if len(values) != len(old):
             raise GraphError(f"{node.name} has {len(old)} results, and {len(values)} values replace them")
         writer = NodeWriter(self.native)
         for result, value in zip(old, values, strict=True):
-            new = cast(fx.Node, writer.tensor(_raw(value)))
+            new = cast(fx.Node, writer.tensor(raw_of(value)))
             keep_dropout(result, new)
             result.replace_all_uses_with(new)
         self.erase(node)
 
     def erase(self, node: Node) -> None:
-        native = _native(node)
+        native = native_node(node)
         if any(result.users for result in results(native)):
             raise GraphError(f"{node.name} is still used")
         self.native.remove(native)
@@ -395,7 +248,7 @@ class FxGraph(Graph):
 
         values: floating point, any in the graph. Raises GraphError where the loss is not one element.
         """
-        wanted = {_raw(value) for value in values}
+        wanted = {raw_of(value) for value in values}
 
         def mark(node: fx.Node, value: Any) -> Any:
             return value.detach().requires_grad_() if node in wanted and not value.requires_grad else value
@@ -414,27 +267,25 @@ class FxGraph(Graph):
         return _Steps(self, batches)
 
     def require_inputs(self, feeds: Mapping[str, Tensor]) -> None:
-        """Raise GraphError where something is fed that is no input."""
+        """Raise GraphError where a feed is no input of the graph."""
         names = self.input_names
         if unknown := [name for name in feeds if name not in names]:
             raise GraphError(f"feeds for {unknown}, which are no inputs; the graph's inputs are {names}")
 
     def _run(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value], mark: fx_run.Mark | None) -> list[Any]:
         self.require_inputs(feeds)
-        raws = [_raw(value) for value in fetch]
+        raws = [raw_of(value) for value in fetch]
         computed = fx_run.run(self.native, feeds, [raw for raw in raws if isinstance(raw, fx.Node)], mark)
         return [computed[r] if isinstance(r, fx.Node) else self.constant(v) for r, v in zip(raws, fetch, strict=True)]
 
     def module(self, rebuild: Callable[[list[Any]], Any] | None = None) -> fx.GraphModule:
-        from graphopt.dialects.fx import module as fx_module
-
         return fx_module.as_module(self, rebuild)
 
     # --- the whole graph
 
     def clone(self) -> Self:
         native = Native(copied(self.native.graph), dict(self.native.stored), self.native.fake)
-        for node in filter(is_state, native.graph.nodes):  # what is written to is each graph's own
+        for node in filter(is_state, native.graph.nodes):  # a tensor that runs write to is not shared
             native.stored[str(node.target)] = native.stored[str(node.target)].detach().clone()
         clone = type(self)(native, self.output_names, self.axis_names)
         clone.version, clone.returns = self.version, self.returns
@@ -442,7 +293,7 @@ class FxGraph(Graph):
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FxGraph:
         """As in Graph. Raises GraphError where a value is a computed shape, or depends on an input left out."""
-        raws = [_raw(value) for value in (*inputs, *outputs)]
+        raws = [raw_of(value) for value in (*inputs, *outputs)]
         if not all(isinstance(raw, fx.Node) for raw in raws):
             raise GraphError("a shape that is computed cannot be cut out of an fx graph")
         part, env = fx.Graph(), dict[fx.Node, fx.Node]()
@@ -477,38 +328,34 @@ class FxGraph(Graph):
             raise GraphError(f"{len(self.outputs)} outputs have {len(self.output_names)} names")
 
     def package(self, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
-        from graphopt.dialects.fx import package as fx_package
+        from graphopt.dialects.fx import package as fx_package  # which imports inductor
 
         return fx_package.compile_package(self, path, feeds, metadata)
 
     def save(self, path: str | Path) -> None:
         """Write a torch.export archive (.pt2) of the graph as it is, with its names."""
-        from graphopt.dialects.fx import save as fx_save
-
-        fx_save.save(self, path)
+        archive.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote. Raises GraphError for any other file.
+        """Read what `save` wrote. Raises GraphError for any other file, and for one with pickles.
 
-        One that holds pickles is refused; what is left is still a program: load only files that you trust.
+        Load only files that you trust (see `archive.read_program`).
         """
-        from graphopt.dialects.fx import save as fx_save
-
-        program, names = fx_save.load(path)
+        program, names = archive.load(path)
         graph = cls._from_functional(program, names["inputs"], names["outputs"], {})
-        graph.axis_names, graph.returns = names["axes"], fx_save.returned(program)
+        graph.axis_names, graph.returns = names["axes"], archive.returned(program)
         return graph
 
 
 class _Steps(Flow):
-    """Values are handed out as they are computed: of a batch, those are held that are still to be read."""
+    """Yields values as soon as they are computed; of a batch, only the values that are still needed are in memory."""
 
     graph: FxGraph
 
     @torch.no_grad()
     def through(self, fetch: Sequence[Value]) -> Iterator[Seen]:
-        raws = {_raw(value): value for value in fetch}
+        raws = {raw_of(value): value for value in fetch}
         nodes = [raw for raw in raws if isinstance(raw, fx.Node)]
         others = [value for raw, value in raws.items() if not isinstance(raw, fx.Node)]
         for number, feeds in enumerate(self.batches):
@@ -519,20 +366,8 @@ class _Steps(Flow):
                 yield number, feeds, {raws[node]: torch.as_tensor(tensor)}
 
 
-def _raw(value: Value) -> fx.Node | Literal | Sizes:
-    if not isinstance(value, FxValue):
-        raise GraphError(f"{value!r} is no value of an fx graph")
-    return value.native
-
-
-def _native(node: Node) -> fx.Node:
-    if not isinstance(node, FxNode):
-        raise GraphError(f"{node!r} is no node of an fx graph")
-    return node.native
-
-
 _HINTS = (7, 11, 13, 17, 19, 23)
-"""Sizes that stand in for dynamic axes where shapes are compared: no two alike, none that broadcasts."""
+"""Example sizes of dynamic axes: all different, and none of them 1, so that no two broadcast or seem equal."""
 
 
 def _dynamic_size(shape_env: Any, name: str, hint: int) -> Any:

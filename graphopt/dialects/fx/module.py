@@ -1,7 +1,7 @@
-"""An `FxGraph` as a torch.fx.GraphModule to read, to call like the model, to train further and to export again.
+"""An `FxGraph` as a torch.fx.GraphModule, to read, to call like the model, to train further and to export again.
 
-Integers become what they stand for: a weight is a float parameter, and a `Rounded` beside it rounds it at each call to
-the integers it was stored in; activations are rounded likewise. Dropout and batch norms are modules, as they were.
+A quantized weight becomes a float parameter and a `Rounded` module, which rounds it at each call to the integers that
+it was stored in; activations are rounded in the same way. Dropout and batch norms are modules, as in the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source
-from graphopt.dialects.fx.ops import arguments, quantized_decomposed
+from graphopt.dialects.fx.spellings import arguments, quantized_decomposed
 from graphopt.ir.qdq.integer_forms import unfold
 from graphopt.ir.structure import Output
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 _LEARNED = ("weight", "bias", "table")
-"""Operands of ops that hold parameters."""
+"""The operands of ops that become parameters."""
 _NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
-"""Batch norms by the rank of what they read."""
+"""The batch norm module by the rank of its input."""
 
 
 class Rounded(nn.Module):
-    """dequantize(quantize(x)). The gradient passes where x is within the range of the integers, as if nothing were
-    rounded (straight through: Bengio et al. 2013)."""
+    """dequantize(quantize(x)), with a straight-through gradient (Bengio et al. 2013): that of the identity where x is
+    within the range of the integers, and 0 elsewhere."""
 
     scale: Tensor | None
     zero_point: Tensor | None
@@ -40,8 +40,8 @@ class Rounded(nn.Module):
         self, scale: Tensor | None, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype,
         axis: int | None = None, block: int = 0,
     ) -> None:  # fmt: skip
-        """scale: a number, or one for each index along `axis` (and each block of `block` along axis 1), float32; None
-        chooses it and the zero point from each x. low and high: the least and the largest integer."""
+        """scale: float32, one number, or one for each index along `axis` (and for each `block` entries along axis 1);
+        None chooses scale and zero point from each x. low and high: the least and the largest integer."""
         super().__init__()
         if scale is not None and zero_point is None:
             zero_point = torch.zeros(scale.shape, dtype=dtype if axis is None else torch.int64)
@@ -64,7 +64,7 @@ class Rounded(nn.Module):
     def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         ops, limits, numbers = quantized_decomposed(), (self.low, self.high, self.dtype), (scale, zero_point)
         y: Tensor
-        if self.block:  # torch has a quantize of groups for narrower integers only
+        if self.block:  # torch quantizes groups only to integers of less than 8 bits
             steps = (x / self._along(scale, x)).round() + self._along(zero_point, x)
             steps = steps.clamp(self.low, self.high).to(self.dtype)
             y = ops.dequantize_per_channel_group(steps, *numbers, *limits, self.block, torch.float32)
@@ -91,9 +91,9 @@ class Rounded(nn.Module):
 def as_module(graph: FxGraph, rebuild: Callable[[list[Any]], Any] | None = None) -> fx.GraphModule:
     """The graph as a module in eval mode, on copies of its tensors.
 
-    Its forward takes the graph's inputs in order or by name (an underscore for what is no letter in it), and returns
-    what `rebuild` makes of the outputs; without it, a dict for any mapping that the model returned.
-    Floating weights and biases are parameters, by the module path of what reads them.
+    Its forward takes the graph's inputs in order or by name (with an underscore for each character that Python does not
+    allow), and returns what `rebuild` makes of the outputs; without it, a dict for any mapping that the model returned.
+    Weights and biases in floats are parameters, named by the module path of the node that reads them.
     """
     graph = graph.clone()
     unfold(graph)
@@ -112,7 +112,10 @@ class _Builder:
         for node in list(self.program.nodes):
             self._round(node)
         for node in list(self.program.nodes):
-            self._keep_training(node)
+            if "dropout" in node.meta and node.op == "call_function":
+                self._restore_dropout(node)
+            if node.target is aten.batch_norm.default and node in self.views and self.views[node].kind == "batch_norm":
+                self._restore_batch_norm(node)
         for node in reversed(list(self.program.nodes)):
             if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
                 self.program.erase_node(node)
@@ -120,7 +123,7 @@ class _Builder:
             self._store(node)
         self._name()
         for node in list(self.program.nodes):
-            if node.target is aten.copy_.default:  # state is no part of what is differentiated
+            if node.target is aten.copy_.default:  # state is not differentiated
                 with self.program.inserting_before(node):
                     node.update_arg(1, self.program.call_function(aten.detach.default, (node.args[1],)))
         self._return(rebuild)
@@ -129,7 +132,7 @@ class _Builder:
         return module
 
     def _name(self) -> None:
-        """Call nodes with weights by their module paths, and read attributes where they are used."""
+        """Name nodes with weights by their module paths, and move each get_attr to its first use."""
         for node, view in self.views.items():
             if view.path and view.op is not None and not {"weight", "table"}.isdisjoint(view.op.operands):
                 node._rename(identifier(view.path))
@@ -140,7 +143,7 @@ class _Builder:
     # --- rounding
 
     def _round(self, node: fx.Node) -> None:
-        """One `Rounded` in place of a quantize and the dequantizes of it, or of a dequantize of stored integers."""
+        """Replace a quantize and its dequantizes, or a dequantize of stored integers, by one `Rounded`."""
         if not str(node.target).startswith("quantized_decomposed.dequantize"):
             return
         given = arguments(node)
@@ -154,16 +157,16 @@ class _Builder:
             parameter = self._attribute(nn.Parameter(tensor), f"{path}.weight", node)
             self._replace(node, rounded, parameter, f"{path}.weight_rounded")
         elif str(x.target).startswith("quantized_decomposed.quantize_per"):
-            made = arguments(x)
-            names = ("scale", "zero_point") if "scale" in made else ("scales", "zero_points")
-            if not all(self._same(made[name], given.get(name)) for name in names):
+            quantize = arguments(x)
+            names = ("scale", "zero_point") if "scale" in quantize else ("scales", "zero_points")
+            if not all(self._same(quantize[name], given.get(name)) for name in names):
                 return
             rounded = self._rounded(given)
             if rounded is not None:
-                self._replace(node, rounded, made["input"], f"{path}.input_rounded")
+                self._replace(node, rounded, quantize["input"], f"{path}.input_rounded")
 
     def _rounded(self, given: Mapping[str, Any]) -> Rounded | None:
-        """None where a scale is computed by something else than choose_qparams."""
+        """The module for these arguments; None where anything but choose_qparams computes the scale."""
         scale, zero = (given[name] if name in given else given[f"{name}s"] for name in ("scale", "zero_point"))
         limits = given["quant_min"], given["quant_max"], given["dtype"]
         axis = given.get("axis", 1 if "group_size" in given else None)
@@ -176,8 +179,8 @@ class _Builder:
         return Rounded(self._number(scale), self._number(zero), *limits, axis, given.get("group_size", 0))
 
     def _same(self, a: Any, b: Any) -> bool:
-        """Whether two scales, or zero points, are one value or equal numbers."""
-        stored = all(isinstance(one, fx.Node) and is_constant(one) for one in (a, b))
+        """Whether two scales, or two zero points, are the same value or equal constants."""
+        stored = all(isinstance(value, fx.Node) and is_constant(value) for value in (a, b))
         return a is b or a == b or (stored and torch.equal(self._constant(a), self._constant(b)))
 
     def _number(self, raw: Any) -> Tensor | None:
@@ -203,30 +206,32 @@ class _Builder:
 
     # --- what differs in training
 
-    def _keep_training(self, node: fx.Node) -> None:
-        if "dropout" in node.meta and node.op == "call_function":
-            rate, path = node.meta["dropout"]
-            with self.program.inserting_after(node):
-                call = self.program.call_module(self._free(path or "dropout"), (node,))
-            self.attributes[str(call.target)] = nn.Dropout(rate)
-            call.meta = {key: value for key, value in node.meta.items() if key != "dropout"}
-            node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-        if node.target is aten.batch_norm.default and node in self.views and self.views[node].kind == "batch_norm":
-            given = arguments(node)
-            kept = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
-            if not all(map(is_constant, kept)):
-                return
-            weight, bias, mean, var = (self._constant(one).clone() for one in kept)
-            norm = _NORMS[meta(node).dim()](len(weight), eps=given["eps"], momentum=given["momentum"] or 0.1)
-            norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
-            norm.running_mean, norm.running_var = mean, var
-            node.replace_all_uses_with(self._call(norm, self._path(node) or "batch_norm", given["input"], node))
-            self.program.erase_node(node)
+    def _restore_dropout(self, node: fx.Node) -> None:
+        """Put a Dropout module behind a node that carries the mark of one."""
+        rate, path = node.meta["dropout"]
+        with self.program.inserting_after(node):
+            call = self.program.call_module(self._free(path or "dropout"), (node,))
+        self.attributes[str(call.target)] = nn.Dropout(rate)
+        call.meta = {key: value for key, value in node.meta.items() if key != "dropout"}
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+
+    def _restore_batch_norm(self, node: fx.Node) -> None:
+        """Replace a batch norm with stored statistics by its module, which updates them in training."""
+        given = arguments(node)
+        stored = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+        if not all(map(is_constant, stored)):
+            return
+        weight, bias, mean, var = (self._constant(value).clone() for value in stored)
+        norm = _NORMS[meta(node).dim()](len(weight), eps=given["eps"], momentum=given["momentum"] or 0.1)
+        norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
+        norm.running_mean, norm.running_var = mean, var
+        node.replace_all_uses_with(self._call(norm, self._path(node) or "batch_norm", given["input"], node))
+        self.program.erase_node(node)
 
     # --- tensors
 
     def _store(self, node: fx.Node) -> None:
-        """Give a constant its attribute, just before its first use: a parameter where an op learns it."""
+        """Give a constant its attribute: a parameter where an op reads it as weight, bias or table."""
         thing = self.graph.native.stored.get(str(node.target))
         if "attribute" in node.meta:
             return
@@ -241,8 +246,8 @@ class _Builder:
         node._rename(identifier(node.target))
 
     def _read_as(self, node: fx.Node) -> tuple[str, bool]:
-        """The module path and operand that a constant is read as, and whether that is a parameter."""
-        readers = [user for one in (node, *filter(is_constant, node.users)) for user in one.users]
+        """The name of a constant, by module path and operand of the node that reads it; whether it is a parameter."""
+        readers = [user for constant in (node, *filter(is_constant, node.users)) for user in constant.users]
         for user in readers:
             view = self.views.get(user)
             if view is None or view.op is None or view.op.variadic:
@@ -270,9 +275,9 @@ class _Builder:
         return node
 
     def _tensor(self, node: fx.Node) -> Tensor:
-        """What a dequantize makes of stored integers."""
+        """The floats that a dequantize computes from stored integers."""
         args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda one: self._constant(one) if isinstance(one, fx.Node) else one
+            (node.args, node.kwargs), lambda item: self._constant(item) if isinstance(item, fx.Node) else item
         )
         tensor: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
         return tensor.contiguous()
@@ -281,7 +286,7 @@ class _Builder:
         if node.op == "get_attr":
             tensor: Tensor = self.graph.native.stored[str(node.target)]
             return tensor.detach()
-        if node.target is aten._to_copy.default:  # as zero points are widened
+        if node.target is aten._to_copy.default:  # the cast of a zero point to int64
             return self._constant(source(node)).to(torch.int64)
         return self._constant(source(node)).permute(node.args[1])  # type: ignore[arg-type]
 
@@ -290,25 +295,25 @@ class _Builder:
         return "" if view is None else view.path
 
     def _free(self, name: str) -> str:
-        """The name, or the first of name_1, name_2 ... that nothing has, nor has something inside it."""
+        """The first of name, name_1, name_2 ... that is no attribute yet, nor the path of one."""
         name = name.lstrip(".")
         tried = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
-        return next(one for one in tried if not any(f"{other}.".startswith(f"{one}.") for other in self.attributes))
+        return next(free for free in tried if not any(f"{used}.".startswith(f"{free}.") for used in self.attributes))
 
     # --- results
 
     def _return(self, rebuild: Callable[[list[Any]], Any] | None) -> None:
-        """What the model returned: mappings other than a dict are made by calling their type."""
+        """Return what the model returned. A mapping that is no dict is made by a call of its type."""
         output = next(iter(reversed(self.program.nodes)))
         results = list(output.args[0])
         if rebuild is None:
-            made = pytree.tree_map(
+            returned = pytree.tree_map(
                 lambda leaf: results[leaf.index] if isinstance(leaf, Output) else leaf, self.graph.returns
             )
         else:
             with self.program.inserting_before(output):
-                made = self._written(rebuild(results))
-        output.args = (made,)
+                returned = self._written(rebuild(results))
+        output.args = (returned,)
 
     def _written(self, value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
 """The native side of an FxGraph: a torch.fx.Graph, the tensors that it names, and what its nodes are.
 
-Three kinds of native nodes are no operations: get_attr and a permute of one (both constants), and getitem, a result
-of an operation with several.
+Three kinds of native nodes are no operations: get_attr, a permute of one (both are constants), and getitem, which is
+one result of an operation with several.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from graphopt.errors import GraphError, first_line
 
 ORIGIN = ("nn_module_stack", "stack_trace")
-"""What a node's meta says about where it came from, which nodes put in its place inherit."""
+"""The keys of a node's meta that say where it came from; the nodes that replace it inherit them."""
 
 
 def meta(node: fx.Node) -> Any:
@@ -38,7 +38,7 @@ def with_nodes(arguments: Any, change: Callable[[fx.Node], Any]) -> Any:
 
 
 def is_constant(node: fx.Node) -> bool:
-    """Whether a node is a stored tensor, or a view of one with its axes in another order; state is none."""
+    """Whether a node is a stored tensor, or a permute of one, that no run writes to."""
     if node.op == "get_attr":
         return isinstance(meta(node), Tensor) and not is_state(node)
     return node.target is torch.ops.aten.permute.default and is_constant(source(node))
@@ -61,14 +61,14 @@ def is_result(node: fx.Node) -> bool:
 
 
 def results(node: fx.Node) -> list[fx.Node]:
-    """The nodes that carry what an operation computes: itself, or its getitems in order."""
+    """The nodes of an operation's results: itself, or its getitems in order."""
     if not isinstance(meta(node), tuple | list):
         return [node]
     return sorted(node.users, key=lambda user: cast(int, user.args[1]))
 
 
 def computes(node: fx.Node) -> bool:
-    """Whether a native node is an operation, and so a node of the waist."""
+    """Whether a native node is an operation, and so a node of the `FxGraph`."""
     return node.op not in ("placeholder", "get_attr", "output") and not is_result(node) and not is_constant(node)
 
 
@@ -95,7 +95,7 @@ def _nodes_in(arguments: Any) -> list[fx.Node]:
 
 
 def plain_arguments(node: fx.Node) -> dict[str, Any]:
-    """What an opaque operation was given beside values, by name."""
+    """The arguments of an opaque operation that hold no values, by name."""
     if isinstance(node.target, torch._ops.OpOverload):
         names = [parameter.name for parameter in node.target._schema.arguments]
     else:
@@ -105,14 +105,14 @@ def plain_arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def target_name(node: fx.Node) -> str:
-    """What an operation calls: aten.topk.default, operator.mul, cond."""
+    """The name of what an operation calls: aten.topk.default, operator.mul, cond."""
     if isinstance(node.target, str | torch._ops.OpOverload | torch._ops.HigherOrderOperator):
         return str(node.target)
     return f"{getattr(node.target, '__module__', '?').strip('_')}.{getattr(node.target, '__name__', node.target)}"
 
 
 def frozen(argument: Any) -> Hashable:
-    """Arguments as something hashable that keeps 1, 1.0, True and -0.0 apart, and stored tensors together: whoever
+    """Arguments as a hashable value in which 1, 1.0, True and -0.0 differ. All stored tensors are equal in it, for who
     compares signatures compares the operands too."""
     if isinstance(argument, fx.Node) and is_constant(argument):
         return "stored"
@@ -128,7 +128,7 @@ def frozen(argument: Any) -> Hashable:
 def needed(fetch: Sequence[fx.Node], given: Collection[fx.Node] = ()) -> list[fx.Node]:
     """The nodes that these values are computed from, themselves included, in topological order.
 
-    given: values that are known, and so not computed from anything.
+    given: values that are known, so that nothing before them is needed.
     """
     found, waiting = set(fetch), [node for node in fetch if node not in given]
     while waiting:
@@ -146,9 +146,9 @@ def copied(graph: fx.Graph) -> fx.Graph:
 
 
 def keep_dropout(old: fx.Node, new: fx.Node) -> None:
-    """Let what takes the place of a value keep the dropout of it (a rate and a module path), for a module that trains.
+    """Let the node that replaces a value keep the dropout mark of it (rate, module path), for a module that trains.
 
-    It is lost where others read the value too.
+    The mark is lost where other nodes read the new value too.
     """
     mark = old.meta.get("dropout")
     if mark is not None and new.op == "call_function" and all(user is old for user in new.users):
@@ -161,7 +161,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path, _ = next(reversed(stack.values()))
-    if path.startswith("_empty_nn_module_stack"):  # torch's mark for nodes that no module made
+    if path.startswith("_empty_nn_module_stack"):  # torch's mark of nodes that belong to no module
         return ""
     return re.sub(r"@\d+", "", re.sub(r"^L\['self'\]\.?", "", path))
 
@@ -185,7 +185,7 @@ class Native:
         return None if inner is None else inner.permute(cast(list[int], node.args[1]))
 
     def add_constant(self, tensor: Tensor, name: str = "") -> fx.Node:
-        """A get_attr node for a tensor, before everything else, so that any node may read it."""
+        """A get_attr node for a tensor, first in the graph, so that any node may read it."""
         with self.graph.inserting_before(None):
             node = self.graph.create_node("get_attr", identifier(name or "constant"))
         target = node.name
@@ -221,13 +221,13 @@ class Native:
     def _infer(self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         fake_args, fake_kwargs = with_nodes((tuple(args), dict(kwargs)), meta)
         try:
-            with enable_python_dispatcher(), self.fake, torch.no_grad():  # C++ kernels fix sizes that are symbols
+            with enable_python_dispatcher(), self.fake, torch.no_grad():  # C++ kernels would specialize symbolic sizes
                 return target(*fake_args, **fake_kwargs)
         except Exception as error:
             raise GraphError(f"{target} does not take these operands: {first_line(error)}") from error
 
     def _complete(self, node: fx.Node) -> None:
-        """Give every result of an operation with several its getitem, and only one."""
+        """Give each result of an operation with several results exactly one getitem."""
         values = meta(node)
         if node.op != "call_function" or not isinstance(values, tuple | list):
             return

@@ -1,8 +1,8 @@
 """An `FxGraph` as an AOTInductor package: compiled here, and run by plain PyTorch, without graphopt.
 
-What is compiled is the graph of ops with quantize and dequantize around float ops. Inductor's freezing makes one
-oneDNN kernel of `dequantize -> linear or conv -> post-op [-> quantize]` and keeps only the packed weight. It is told
-what it needs for that: scales of activations as numbers, weights dequantized per channel, no operator of ours.
+The graph that is compiled has quantize and dequantize around float ops. Inductor's freezing makes one oneDNN kernel of
+`dequantize -> linear or conv -> post-op [-> quantize]` and keeps only the packed weight. For that it needs scales of
+activations as numbers, weights dequantized per channel, and no custom operators.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from graphopt.dialects.fx import operators as fx_operators
+from graphopt.dialects.fx import custom_operators
+from graphopt.dialects.fx.archive import to_program
 from graphopt.dialects.fx.native import Native, meta, module_path
-from graphopt.dialects.fx.ops import arguments, quantized_decomposed
-from graphopt.dialects.fx.save import to_program
+from graphopt.dialects.fx.spellings import arguments, quantized_decomposed
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, LoweringError, first_line
 from graphopt.ir.graph import Graph
@@ -29,15 +29,15 @@ from graphopt.ir.qdq.integer_forms import unfold
 from graphopt.ir.structure import Output
 
 INT8_KERNELS = ("onednn.qlinear_pointwise", "onednn.qconv2d_pointwise", "onednn.qconv_pointwise")
-"""What inductor makes of a quantized linear or conv, by the beginning of the operator's name."""
+"""The operators that inductor makes of a quantized linear or conv, by the beginning of their names."""
 
 
 def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
-    """Write a package that `torch._inductor.aoti_load_package` runs: complete and checked, or not at all.
+    """Write a package that `torch._inductor.aoti_load_package` runs, or nothing where it cannot be complete.
 
-    graph: an FxGraph of ops. feeds: an example, for the compiler. Inputs are given by keyword; the result is what the
-    model returned, with a dict for any mapping, without numbers and None in it. Returns how many kernels of each name
-    inductor made.
+    graph: an FxGraph of ops. feeds: an example, for the compiler. The package takes inputs by keyword and returns what
+    the model returned, with a dict for any mapping, and without entries that are numbers or None. Returns how many
+    kernels of each name inductor made.
     Raises LoweringError without a C++ compiler, and, naming the sites, where a quantized linear or conv did not become
     an int8 kernel; GraphError where torch cannot compile an operation.
     """
@@ -56,7 +56,7 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     try:
         # With gradients enabled inductor freezes nothing.
         with torch.no_grad(), quiet("torch._inductor", "torch._export", "torch.export"):
-            own = {getattr(torch.ops.graphopt, name).default: OPS[name].reference for name in fx_operators.NAMES}
+            own = {getattr(torch.ops.graphopt, name).default: OPS[name].reference for name in custom_operators.NAMES}
             torch._inductor.aoti_compile_and_package(
                 program.run_decompositions(own),
                 package_path=str(part),
@@ -78,7 +78,8 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
 
 
 def tensors_only(returns: Any) -> Any:
-    """What a package returns: no dict holds what is no tensor. Raises GraphError where a tuple or list does."""
+    """What a package returns: dicts without entries that are no tensors. Raises GraphError for such entries of a tuple
+    or list."""
     if isinstance(returns, dict):
         kept = {key: tensors_only(item) for key, item in returns.items()}
         return {key: item for key, item in kept.items() if item is not None}
@@ -116,12 +117,12 @@ def promises(graph: Graph) -> dict[str, str]:
 
 
 class KernelCounts(CustomGraphPass):
-    """Looks at the graph that inductor generates code from, behind freezing."""
+    """Counts the kernels in the graph that inductor generates code from, after freezing."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.left: list[str] = []
-        """The module paths of weights that are dequantized at run time, for a kernel in float."""
+        """The module paths of weights that are dequantized at run time for a float kernel."""
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
@@ -132,10 +133,10 @@ class KernelCounts(CustomGraphPass):
                 self.left.append(module_path(node) or node.name)
 
     def uuid(self) -> None:
-        """No caching: a cached result was never looked at."""
+        """None: the pass must see every compilation, so inductor may not cache its result."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KernelCounts:
-        """torch copies its options, and what is found must be found here."""
+        """Itself: torch copies its options, and the counts are read from this object."""
         return self
 
     def require(self, promised: Mapping[str, str]) -> None:
@@ -150,8 +151,8 @@ class KernelCounts(CustomGraphPass):
 
 
 def spell(native: Native) -> None:
-    """Put quantize and dequantize as inductor matches them: stored scales and zero points of activations as numbers,
-    zero points of weights as a tensor."""
+    """Spell quantize and dequantize as inductor matches them: stored scales and zero points of activations as numbers,
+    zero points of weights as a tensor. [changes]"""
     ops = quantized_decomposed()
     for node in list(native.graph.nodes):
         if node.target in (ops.quantize_per_tensor.tensor, ops.dequantize_per_tensor.tensor):

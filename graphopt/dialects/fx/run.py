@@ -1,4 +1,4 @@
-"""Runs a native fx graph node by node, for the values asked for and no others."""
+"""Runs a native fx graph node by node, as far as the fetched values need it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from graphopt.dialects.fx.native import Native, needed, target_name, with_nodes
 from graphopt.errors import GraphError
 
 Mark = Callable[[fx.Node, Any], Any]
-"""Sees each node with its value, and gives the value to go on with."""
+"""Called with each node and its value; returns the value to go on with."""
 
 
 def run(
     native: Native, feeds: Mapping[str, Tensor], fetch: Sequence[fx.Node], mark: Mark | None = None
 ) -> dict[fx.Node, Any]:
-    """As `steps`, all values together."""
+    """As `steps`, with all values at once."""
     return dict(steps(native, feeds, fetch, mark))
 
 
 def steps(
     native: Native, feeds: Mapping[str, Tensor], fetch: Sequence[fx.Node], mark: Mark | None = None
 ) -> Iterator[tuple[fx.Node, Any]]:
-    """The values of the nodes in `fetch`, each as soon as it is computed; all are let go after their last use.
+    """The values of the nodes in `fetch`, each as soon as it is computed. Each value is freed after its last use.
 
-    feeds: by input name; those that `fetch` does not depend on may be left out. Raises GraphError where one is missing,
-    and, naming the node, where an operation fails.
+    feeds: by input name; inputs that `fetch` does not depend on may be left out. Raises GraphError where one is
+    missing, and, naming the node, where an operation fails.
     """
-    order, asked = needed(fetch), set(fetch)
+    order, fetched = needed(fetch), set(fetch)
     inputs = [str(node.meta["input_name"]) for node in order if node.op == "placeholder"]
     if missing := [name for name in inputs if name not in feeds]:
         raise GraphError(f"no feed for the inputs {missing}")
@@ -38,7 +38,7 @@ def steps(
     for node in order:
         value = _compute(native, node, values, feeds)
         values[node] = value if mark is None else mark(node, value)
-        if node in asked:
+        if node in fetched:
             yield node, values[node]
         for read in (*node.all_input_nodes, node):
             if last.get(read, node) is node:

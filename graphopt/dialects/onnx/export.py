@@ -1,4 +1,4 @@
-"""From a graph of ops to a deployable ONNX model and file: each op in its spelling, no domain `graphopt` left."""
+"""From a graph of ops to a deployable ONNX model and file: each op in operators that engines know."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import torch
 
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
-from graphopt.dialects.onnx.load import MAP_TYPE
-from graphopt.dialects.onnx.ops import DOMAIN
+from graphopt.dialects.onnx.opset import lower_opset
+from graphopt.dialects.onnx.reading import MAP_TYPE
+from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError, first_line
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
@@ -27,10 +28,10 @@ _EXPORTERS = ("pkg.torch.onnx.", "pkg.torch.export.")
 
 
 def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
-    """The model with ops spelled in standard operators (and the contrib ones that a backend put in).
+    """The model, its ops in standard operators and in the contrib operators that a backend put in.
 
-    opset: the version of the standard operators, the graph's own by default. Raises GraphError naming the node that
-    has no spelling there.
+    opset: the version of the standard operators, the graph's own by default. Raises GraphError naming a node that
+    has no spelling in it. No node of domain `graphopt` is left.
     """
     graph = graph.clone()
     rewrite(graph, [DYNAMIC_QUANTIZE])
@@ -44,8 +45,6 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     if model.functions:
         _inline(model)
     if opset is not None and opset != graph.opset:
-        from graphopt.dialects.onnx.opset import lower_opset
-
         lower_opset(graph, opset)
     _spell_zero_points(model)
     ir_passes.RemoveUnusedOpsetsPass()(model)
@@ -56,9 +55,9 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
 
 
 def _spell_zero_points(model: ir.Model) -> None:
-    """Give int8 activations their zero point, which is 0 where it is left out.
+    """Give int8 activations that leave out their zero point a stored one of 0.
 
-    onnxruntime rewrites such activations to uint8, and fails where `output_dtype` alone tells their type.
+    ONNX Runtime rewrites such activations to uint8, and fails where only `output_dtype` states their type.
     """
     zero: ir.Value | None = None
     for native in model.graph.all_nodes():
@@ -87,7 +86,7 @@ def _free_name(model: ir.Model, hint: str) -> str:
 
 
 def _strip(model: ir.Model) -> None:
-    """Drop what the exporter wrote beside the model: scopes, and stack traces with the paths of somebody's files."""
+    """Drop the metadata of the exporter: scopes, and stack traces, which hold paths of the user's files."""
     nodes = list(model.graph.all_nodes())
     graphs = dict.fromkeys([model.graph, *(native.graph for native in nodes if isinstance(native.graph, ir.Graph))])
     stored = [value for graph in graphs for value in (*graph.inputs, *graph.initializers.values())]
@@ -101,7 +100,7 @@ def _strip(model: ir.Model) -> None:
 
 
 def _name_by_path(model: ir.Model) -> None:
-    """Name each node PATH/LAST, with the last part of its name: engines and graphsurgeon show names, not metadata."""
+    """Name each node PATH/LAST, by its module path and the last part of its name: engines show names, not metadata."""
     taken: set[str] = set()
     counts: Counter[str] = Counter()
     for native in model.graph.all_nodes():
@@ -121,7 +120,7 @@ def _inline(model: ir.Model) -> None:
     before = set(model.graph)
     ir_passes.InlinePass()(model)
     owner: tuple[str | None, dict[str, str]] = ("", {})
-    # Inlined nodes stand in order, the last one of each call defines the call's output.
+    # onnx-ir names inlined nodes by the function. They stand in order; the last one of a call defines its output.
     for node in reversed(list(model.graph)):
         if node in before:
             continue
@@ -145,25 +144,25 @@ def _spell_linear(graph: OnnxGraph, node: Node) -> None:
 
 
 def _dequantized_kn(graph: OnnxGraph, weight: OnnxValue, node: Node) -> Value | None:
-    """The transpose of a stored weight that is dequantized, by dequantizing integers that are stored (in, out)."""
+    """A weight (out, in) that is dequantized, as (in, out): its integers are stored transposed."""
     maker = weight.producer
     if maker is None or maker.kind != "dequantize" or not all(v is None or v.is_constant for v in maker.operands):
         return None
-    turned = [None if value is None else _turned(graph, value) for value in maker.operands]
+    transposed = [None if value is None else _transposed(graph, value) for value in maker.operands]
     axis = maker.attributes["axis"]
-    return graph.emit(maker, *turned, at=node, axis=None if axis is None else 1 - axis)
+    return graph.emit(maker, *transposed, at=node, axis=None if axis is None else 1 - axis)
 
 
-def _turned(graph: OnnxGraph, value: Value) -> Value:
-    """A constant matrix stored the other way round; anything else as it is."""
+def _transposed(graph: OnnxGraph, value: Value) -> Value:
+    """A constant matrix, stored transposed; anything else as it is."""
     tensor = graph.constant(value) if value.rank == 2 else None
     return value if tensor is None else graph.add_constant(tensor.t().contiguous(), f"{value.name}.T")
 
 
 def gathered(graph: Graph, node: Node) -> Value | None:
-    """Rows of a stored table of integers, dequantized once they are gathered: not all of the table at each run.
+    """An embedding of a quantized table that gathers rows of integers and dequantizes these, not the whole table.
 
-    None where there are no such rows, or they hold integers of less than a byte, which ONNX does not gather.
+    None where the table is not stored in integers, or these are of less than a byte, which ONNX cannot gather.
     """
     maker, ids = node.required("table").producer, node.required("ids")
     if maker is None or maker.kind != "dequantize" or maker.attributes["bits"] < 8 or ids.rank is None:
@@ -176,21 +175,21 @@ def gathered(graph: Graph, node: Node) -> Value | None:
         return None
     rows = graph.emit("onnx.Gather", integers, ids, at=node)
     if axis is None:
-        found = graph.emit("dequantize", rows, scale, zero_point, at=node)
+        result = graph.emit("dequantize", rows, scale, zero_point, at=node)
     elif block:
-        parts = [one and graph.emit("onnx.Gather", one, ids, at=node) for one in (scale, zero_point)]
-        found = graph.emit("dequantize", rows, *parts, at=node, axis=ids.rank, block=block)
-    else:  # DequantizeLinear has no scale for each row where rows have more than one axis
-        found = graph.emit("cast", rows, at=node, dtype=torch.float32)
+        parts = [part and graph.emit("onnx.Gather", part, ids, at=node) for part in (scale, zero_point)]
+        result = graph.emit("dequantize", rows, *parts, at=node, axis=ids.rank, block=block)
+    else:  # DequantizeLinear has no scales per row where ids have several axes
+        result = graph.emit("cast", rows, at=node, dtype=torch.float32)
         if zero_point is not None:
             shift = graph.emit("cast", _gather_column(graph, zero_point, ids, node), at=node, dtype=torch.float32)
-            found = graph.emit("sub", found, shift, at=node)
-        found = graph.emit("mul", found, _gather_column(graph, scale, ids, node), at=node)
-    return found
+            result = graph.emit("sub", result, shift, at=node)
+        result = graph.emit("mul", result, _gather_column(graph, scale, ids, node), at=node)
+    return result
 
 
 def _gather_column(graph: Graph, vector: Value, ids: Value, node: Node) -> Value:
-    """Entries of a stored vector, with an axis of 1 behind those of the ids."""
+    """Entries of a stored vector, gathered, with an axis of size 1 behind those of the ids."""
     tensor = graph.constant(vector)
     assert tensor is not None
     return graph.emit("onnx.Gather", graph.add_constant(tensor.unsqueeze(1), vector.name), ids, at=node)
@@ -221,9 +220,9 @@ DYNAMIC_QUANTIZE = Rule(
 def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_data: bool | None = None) -> None:
     """Write the file under a temporary name in its folder, check it, and rename it.
 
-    external_data: weights beside the file as NAME.onnx.data, one at a time in memory; None does so where they do not
-    fit one file, or were not held in memory before. Raises GraphError where the folder is not there, or stands in a
-    file's place, and OSError where the disk is full; then nothing is left behind.
+    external_data: whether weights go to NAME.onnx.data beside the file, one at a time in memory; None does so where
+    they do not fit one file, or were not held in memory before. Raises GraphError where the folder is missing, or a
+    folder has the file's name, and OSError where the disk is full; then nothing is left behind.
     """
     if not path.parent.is_dir():
         raise GraphError(f"there is no folder {path.parent}; make it first")
@@ -249,7 +248,7 @@ def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_dat
 
 
 def _check(model: ir.Model, written: Path) -> None:
-    """Raise GraphError where the file is not valid ONNX, but for outputs of unknown rank, which engines load."""
+    """Raise GraphError where the file is not valid ONNX. Outputs of unknown rank are allowed: engines load them."""
     if any(output.shape is None for output in model.graph.outputs):
         return
     try:
@@ -259,14 +258,14 @@ def _check(model: ir.Model, written: Path) -> None:
 
 
 def graphsurgeon(model: ir.Model) -> Any:
-    """A deployable model as an onnx_graphsurgeon.Graph. It drops metadata: module paths travel in the nodes' names."""
+    """A deployable model as an onnx_graphsurgeon.Graph. That drops metadata; node names still hold the module paths."""
     import onnx_graphsurgeon
 
     return onnx_graphsurgeon.import_onnx(ir.to_proto(model))
 
 
 def _restore_maps(model: ir.Model, written: Path) -> None:
-    """Give outputs that hold a map their type again, which onnx-ir cannot write."""
+    """Write the types of outputs that hold a map, which onnx-ir cannot write."""
     maps = {output.name: output.meta[MAP_TYPE] for output in model.graph.outputs if MAP_TYPE in output.meta}
     if maps:
         proto = onnx.load(written, load_external_data=False)

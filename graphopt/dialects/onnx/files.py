@@ -1,7 +1,7 @@
 """Weights that stay in files, for models larger than memory.
 
-A weight is mapped anew at each reading and nobody keeps it: when the tensor that was read dies, its pages leave memory.
-What a graph adds to such a model goes to a file too.
+A weight is mapped again at each reading, and no mapping is kept: when the tensor that was read dies, its pages leave
+memory. What a graph adds to such a model goes to a file too.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ import onnx_ir as ir
 from graphopt.ir import cost
 
 SMALL = 2**16
-"""Bytes up to which a weight is held in memory: a mapping of its own would cost more than it saves."""
+"""Bytes up to which a weight is held in memory, as a mapping of its own would cost more than it saves."""
 
 INSIDE = 2**31 - 2**24
 """Bytes of weights that fit a model's own file (protobuf's limit, less room for the graph)."""
 
 INLINE = 2**10
-"""Bytes up to which a weight stands in the model's own file, also where the others lie beside it."""
+"""Bytes up to which a weight is stored in the model's own file, also where the others lie in a file beside it."""
 
 _ALIGNMENT = 64
-"""Of what is written: the widest registers that engines read a mapped weight with."""
+"""Bytes to which weights are aligned in a file: the widest registers that engines read a mapped weight with."""
 _WITHOUT_BYTES = (ir.DataType.STRING, ir.DataType.UNDEFINED)
 
 
 class WeightFile:
-    """A file of weights, held open: what it holds stays, also when another file takes its name, or it is removed."""
+    """A file of weights, held open: it stays readable when it is removed, or another file takes its name."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
 
     def read(self, offset: int, dtype: ir.DataType, shape: ir.Shape) -> ir.TensorProtocol:
-        """A tensor over a mapping of its own, which goes with its array."""
+        """A tensor over a mapping of its own, which is closed when the array dies."""
         size = int(np.prod(shape.numpy(), dtype=np.int64))
         length = -(-size * dtype.bitwidth // 8)
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
@@ -63,17 +63,21 @@ class FileTensor(ir.LazyTensor):
 
 
 class SpilledTensor(FileTensor):
-    """A tensor that was made on the way, and put into a `Scratch`."""
+    """A tensor that a graph added, and that was written to a `Scratch`."""
 
 
 class Scratch(WeightFile):
-    """A nameless temporary file for what a graph adds: it goes with the last graph that reads it, and at a crash."""
+    """A nameless temporary file for the weights that a graph adds. It is gone with the last graph that reads it, and
+    after a crash."""
 
     def __init__(self) -> None:
         super().__init__(tempfile.TemporaryFile(prefix="graphopt-"))  # noqa: SIM115  # open as long as it is read
 
     def store(self, tensor: ir.TensorProtocol) -> SpilledTensor:
-        """Take a tensor's bytes out of memory. Raises OSError where the disk is full, naming the folder."""
+        """Write a tensor to the file, and return a tensor that reads it from there.
+
+        Raises OSError, naming the folder, where the disk is full.
+        """
         with no_room("the weights of a large model"):
             offset = append(self.file, tensor)
             self.file.flush()
@@ -83,7 +87,7 @@ class Scratch(WeightFile):
 
 @contextmanager
 def no_room(what: str) -> Iterator[None]:
-    """Where a temporary file does not fit its disk, OSError says for what there is no room, and names the folder."""
+    """Within the block, an OSError of a full disk says what there is no room for, and names the folder."""
     try:
         yield
     except OSError as error:
@@ -95,16 +99,16 @@ def no_room(what: str) -> Iterator[None]:
 
 
 def return_freed_memory() -> None:
-    """Let the C library give back what was freed.
+    """Let the C library return freed memory to the system.
 
-    glibc keeps freed blocks of up to 32 MB below anything that lives: over many layers that was more than a gigabyte.
+    glibc keeps freed blocks of up to 32 MB that lie below any live one: over many layers, more than a gigabyte.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def append(file: BinaryIO, tensor: ir.TensorProtocol) -> int:
-    """Write a tensor's bytes at the end of a file, and return where they begin; at most this one is in memory."""
+    """Write a tensor's bytes at the end of a file, and return their offset. Only this tensor is in memory."""
     end = file.seek(0, 2)
     offset = file.seek(-(-end // _ALIGNMENT) * _ALIGNMENT)
     array = tensor.numpy() if tensor.dtype.bitwidth >= 8 else None
@@ -113,7 +117,7 @@ def append(file: BinaryIO, tensor: ir.TensorProtocol) -> int:
 
 
 def open_weights(model: ir.Model, folder: Path) -> None:
-    """Let a parsed model's external tensors be read from the files in its folder; small ones are read here."""
+    """Make a parsed model read its external tensors from the files in its folder; small ones are read now."""
     files: dict[Path, WeightFile] = {}
 
     def opened(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
@@ -138,25 +142,25 @@ def open_weights(model: ir.Model, folder: Path) -> None:
 
 
 def scratch_for(model: ir.Model) -> Scratch | None:
-    """A place for what will be added, where most of the model lies in files and is large."""
+    """A file for the weights that will be added, for a model with more than `cost.LARGE` bytes in files; else None."""
     held = (value.const_value for value in model.graph.initializers.values())
     outside = sum(tensor.nbytes for tensor in held if isinstance(tensor, FileTensor))
     return Scratch() if outside > cost.LARGE else None
 
 
 def size(model: ir.Model) -> int:
-    """Bytes of a model's weights."""
+    """The bytes of a model's weights."""
     held = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 def is_spilled(model: ir.Model) -> bool:
-    """Whether a model holds weights that were made on the way and were not to be held in memory."""
+    """Whether a model holds weights that were added and are too large to be held in memory."""
     return any(isinstance(value.const_value, SpilledTensor) for value in model.graph.initializers.values())
 
 
 def save(model: ir.Model, path: Path, data: str | None) -> None:
-    """Write a model; `data` names a file beside it for its weights, written one after the other."""
+    """Write a model. `data` names a file beside it for its weights, which are written one after the other."""
     values = [value for value in model.graph.initializers.values() if value.const_value is not None]
     held = {value: value.const_value for value in values}
     try:

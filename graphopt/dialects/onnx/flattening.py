@@ -1,4 +1,4 @@
-"""Detours of torch's exporter around linears: rows flattened before and cut up again behind, parts in a sequence."""
+"""What torch's exporter writes around linears: reshapes that flatten rows and restore them, splits into sequences."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import torch
 
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
+from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, RuleLog, rewrite
 
 
-def raise_detours(graph: Graph) -> None:
-    """Let linears read what was flattened for them, and put one Split in place of a sequence that is read by items."""
+def raise_sequence_splits(graph: Graph) -> None:
+    """Put one Split in place of a sequence whose items are read one by one."""
     for node in graph.nodes:
         if node.kind == "onnx.SplitToSequence":
             _split(graph, node)
-    rewrite(graph, [Rule("flattened-linear", _flattened, _linear, shared=True, check=_only_reader)])
+
+
+def raise_flattened_linears(graph: Graph) -> dict[str, RuleLog]:
+    """Let linears read values whose rows were flattened for them, and drop the two reshapes."""
+    return rewrite(graph, [Rule("flattened-linear", _flattened, _linear, shared=True, check=_only_reader)])
 
 
 def _flattened(op: Recorder, x: Any, flat: Any, weight: Any, shape: Any, bias: Any = None) -> Pattern:
@@ -29,15 +33,15 @@ def _only_reader(m: Match) -> bool:
 
 
 def _linear(op: Builder, m: Match) -> Value:
-    """The leading axes of x come back behind the linear; its trailing ones, joined, are what the linear reads."""
+    """A linear on x itself, where its leading axes are restored behind and its trailing axes were joined before."""
     x, rows, y = m.x.shape, m.linear.input.shape, m.root.result.shape
     if x is None or y is None or rows is None or not isinstance(rows[-1], int) or "?" in (*x, *y):
-        raise Declined("shapes are not known")
+        raise Declined("linear_shapes_unknown")
     leading = len(y) - 1
     trailing = x[leading:]
     joined = all(isinstance(size, int) for size in trailing) and math.prod(map(int, trailing)) == rows[-1]
     if x[:leading] != y[:-1] or not trailing or not joined:
-        raise Declined("the rows behind are not those before")
+        raise Declined("linear_rows_regrouped", before=list(x), after=list(y))
     value = m.x
     if len(trailing) > 1:
         value = op("onnx.Reshape", value, op.constant(torch.tensor([*[0] * leading, rows[-1]])))
@@ -45,7 +49,7 @@ def _linear(op: Builder, m: Match) -> Value:
 
 
 def _split(graph: Graph, node: Node) -> None:
-    """SplitToSequence whose items are read one by one, by stored numbers, is Split."""
+    """SplitToSequence is Split, where each item is read by a stored index."""
     x, sizes = node.operands[0], _stored(graph, node, 1)
     axis = int(node.attributes.get("axis", 0))
     items = node.result.users
@@ -60,7 +64,7 @@ def _split(graph: Graph, node: Node) -> None:
         sizes = torch.tensor([min(size, whole - start) for start in range(0, whole, size)])
     parts = graph.emit_all("onnx.Split", x, graph.add_constant(sizes), at=node, axis=axis, _outputs=len(sizes))
     for item, index in zip(items, read, strict=True):
-        assert index is not None  # as looked at above
+        assert index is not None  # checked above
         graph.replace(item, parts[int(index)])
 
 

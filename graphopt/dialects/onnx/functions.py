@@ -1,8 +1,8 @@
-"""Bodies of the ops that ONNX has no operator for: one a variant, so `linear__bias_kn` is linear with a bias and a
-weight stored (in, out).
+"""Function bodies of the ops that ONNX has no operator for.
 
-There is one body for each arity and stored weight layout: an omitted operand fails in a function, and a Transpose of
-the weight would cost a copy at each run.
+An op has one body per variant: `linear__bias_kn` is linear with a bias and a weight that is stored as (in, out).
+Variants are needed because a function cannot leave out an operand, and because a Transpose of the weight would copy it
+at each run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import onnx
 import onnx_ir as ir
 
-from graphopt.dialects.onnx.ops import DOMAIN
+from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError
 
 _CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @group"
@@ -42,7 +42,7 @@ def _linear_int8_body(bias: bool, kn: bool, form: str) -> tuple[str, str]:
 
 
 def function(op_type: str, opset: int) -> ir.Function:
-    """The body of a node of domain graphopt, for an opset."""
+    """The function that a node of domain graphopt calls, at an opset. Raises GraphError for an unknown op."""
     name, _, suffix = op_type.partition("__")
     variant = suffix.split("_")
     bias, kn = "bias" in variant, "kn" in variant
@@ -86,7 +86,7 @@ _BLOCKS = (
     "xb = Reshape(x, cut) xf = Cast<to=1>(xb) s = Unsqueeze(scale, last) {z} "
 )
 _JOINED = " m = Mul(d, s) shape = Shape(x) y = Reshape(m, shape)"
-"""A matrix, its rows cut into blocks and joined again."""
+"""The rows of a matrix, cut into blocks, and joined again behind."""
 
 _ROW_SCALE = (
     "(x) => (scale)",

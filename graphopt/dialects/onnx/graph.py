@@ -1,11 +1,10 @@
-"""Graph over onnx-ir: weights stay where they are (memory-mapped for external data), nodes are views of ir.Node."""
+"""Graph over onnx-ir. Weights stay where they are: external data is memory-mapped."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,155 +13,27 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from graphopt.dialects.onnx import (
-    files as onnx_files,
-)
-from graphopt.dialects.onnx import (
-    functions as onnx_functions,
-)
-from graphopt.dialects.onnx import (
-    ops as onnx_ops,
-)
-from graphopt.dialects.onnx import (
-    shapes as onnx_shapes,
-)
-from graphopt.dialects.onnx.ops import DOMAIN, STANDARD
-from graphopt.dialects.onnx.tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch
+from graphopt.dialects.onnx import files as onnx_files
+from graphopt.dialects.onnx import functions as onnx_functions
+from graphopt.dialects.onnx import reading as onnx_reading
+from graphopt.dialects.onnx import shapes as onnx_shapes
+from graphopt.dialects.onnx import spellings as onnx_spellings
+from graphopt.dialects.onnx.inference import Inference, error_at
+from graphopt.dialects.onnx.spellings import DOMAIN
+from graphopt.dialects.onnx.tensors import NARROW, onnx_dtype, packed, to_numpy, to_torch
+from graphopt.dialects.onnx.views import PATH, OnnxNode, OnnxValue, holds_graph
+from graphopt.dialects.raising import run_stages
 from graphopt.errors import GraphError
-from graphopt.ir.graph import Flow, Graph, Node, Shape, Value
+from graphopt.ir.graph import Flow, Graph, Node, Value
 from graphopt.ir.ops import OPS
 
+__all__ = ["OPSET", "PATH", "OnnxGraph", "OnnxNode", "OnnxValue"]
+
 OPSET = 23
-"""The opset that modules are captured at and files are lifted to: the first with attention whole."""
+"""The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
 
 MANY_NODES = 5000
-"""Nodes above which the engine's own optimizer takes longer than it saves when a graph is evaluated."""
-
-PATH = "graphopt.path"
-"""The metadata key that carries a node's module path."""
-_RANDOM = {
-    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout",
-}  # fmt: skip
-_KNOWN_DOMAINS = (*STANDARD, "ai.onnx.ml", "com.microsoft", DOMAIN)
-
-
-@dataclass(frozen=True)
-class OnnxValue(Value):
-    """A view of an ir.Value; `transposed` sees a 2-D one with its axes swapped, without a copy."""
-
-    graph: OnnxGraph
-    native: ir.Value
-    transposed: bool = False
-
-    def __hash__(self) -> int:
-        return hash((self.native, self.transposed))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OnnxValue) and self.native is other.native and self.transposed == other.transposed
-
-    def transpose(self) -> OnnxValue:
-        return OnnxValue(self.graph, self.native, not self.transposed)
-
-    @property
-    def name(self) -> str:
-        return self.native.name or ""
-
-    @property
-    def shape(self) -> Shape | None:
-        shape = self.native.shape
-        if shape is None:
-            return None
-        sizes = tuple(size if isinstance(size, int) else (size.value or "?") for size in shape)
-        return sizes[::-1] if self.transposed else sizes
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return READABLE.get(self.native.dtype) if self.native.dtype is not None else None
-
-    @property
-    def producer(self) -> Node | None:
-        producer = self.native.producer()
-        return OnnxNode(self.graph, producer) if producer is not None and not self.transposed else None
-
-    @property
-    def users(self) -> tuple[Node, ...]:
-        holders = (self.graph.holder(use.node) for use in self.native.uses())
-        return tuple(OnnxNode(self.graph, node) for node in dict.fromkeys(holders) if node is not None)
-
-    @property
-    def is_output(self) -> bool:
-        return self.native.is_graph_output()
-
-    @property
-    def is_constant(self) -> bool:
-        native = self.native
-        return native.const_value is not None and native.is_initializer() and native.dtype in READABLE
-
-
-@dataclass(frozen=True)
-class OnnxNode(Node):
-    """A view of an ir.Node."""
-
-    owner: OnnxGraph
-    native: ir.Node
-
-    def __hash__(self) -> int:
-        return hash(self.native)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, OnnxNode) and self.native is other.native
-
-    @property
-    def graph(self) -> OnnxGraph:
-        return self.owner
-
-    @property
-    def name(self) -> str:
-        return self.native.name or ""
-
-    @property
-    def path(self) -> str:
-        return self.native.metadata_props.get(PATH, "")
-
-    @property
-    def kind(self) -> str:
-        op = onnx_ops.read(self.owner, self.native)
-        if op is not None:
-            return op[0]
-        domain = "onnx" if self.native.domain in STANDARD else self.native.domain
-        return f"{domain}.{self.native.op_type}"
-
-    @property
-    def operands(self) -> tuple[Value | None, ...]:
-        op = onnx_ops.read(self.owner, self.native)
-        return op[1] if op is not None else self.owner.values(self.native.inputs)
-
-    @property
-    def attributes(self) -> Mapping[str, Any]:
-        op = onnx_ops.read(self.owner, self.native)
-        if op is not None:
-            return op[2]
-        return {a.name: a.value for a in self.native.attributes.values() if not _holds_graph(a)}
-
-    @property
-    def results(self) -> tuple[Value, ...]:
-        op = onnx_ops.read(self.owner, self.native)
-        count = len(OPS[op[0]].results) if op is not None else len(self.native.outputs)
-        return tuple(OnnxValue(self.owner, output) for output in self.native.outputs[:count])
-
-    @property
-    def signature(self) -> Hashable | None:
-        native = self.native
-        if native.op_type in _RANDOM or native.domain not in _KNOWN_DOMAINS:
-            return None
-        if any(_holds_graph(attribute) for attribute in native.attributes.values()):
-            return None
-        if any(output.dtype in NARROW for output in native.outputs):  # the engine cannot hand out what it computes
-            return None
-        attributes = tuple(sorted((a.name, _frozen(a)) for a in native.attributes.values()))
-        # An op may have attributes where ONNX has operands (the bounds of a slice).
-        read = repr(sorted(self.attributes.items())) if self.op is not None else ""
-        return native.domain, native.op_type, len(native.outputs), attributes, read
+"""Nodes above which the engine's own optimizer costs more time than it saves in an evaluation."""
 
 
 class OnnxGraph(Graph):
@@ -171,7 +42,7 @@ class OnnxGraph(Graph):
     dialect = "onnx"
 
     def __init__(self, model: ir.Model, scratch: onnx_files.Scratch | None = None) -> None:
-        """scratch: where weights that are added go, for a model that is not to be held in memory."""
+        """scratch: the file for weights that are added to a model too large for memory."""
         self.model = model
         self.scratch = scratch
         self.version = 0
@@ -181,25 +52,22 @@ class OnnxGraph(Graph):
         names = {value.name for node in model.graph.all_nodes() for value in node.outputs}
         self._names: set[str | None] = names | set(model.graph.initializers) | {v.name for v in model.graph.inputs}
         self._node_names: set[str | None] = {node.name for node in model.graph.all_nodes()}
-        self._protos: dict[str, onnx.FunctionProto] = {}
+        self.inference = Inference(model)
         self._holders: dict[ir.Graph | ir.Function | None, ir.Node] = {}
 
     # --- making one
 
     @classmethod
     def from_model(cls, model: ir.Model | onnx.ModelProto) -> OnnxGraph:
-        """Put a model in order and raise its operators to ops. The model handed in is not changed.
+        """A graph of a model, put in order (see `reading.in_order`), its operators read as ops.
 
-        Nodes are sorted; constants become initializers, and initializers stop being inputs; model-local functions are
-        inlined; shapes are inferred where they are missing.
+        The model handed in is not changed. Raises GraphError for what is no valid model.
         """
-        from graphopt.dialects.onnx import load as onnx_load
+        from graphopt.dialects.onnx.raising import OPERATORS  # whose stages work on this class
 
-        ordered = onnx_load.in_order(model)
+        ordered = onnx_reading.in_order(model)
         graph = cls(ordered, onnx_files.scratch_for(ordered))
-        graph.refine_shapes()
-        onnx_load.raise_spellings(graph)
-        graph.sweep()
+        run_stages(OPERATORS, graph)
         graph.version = 0
         return graph
 
@@ -209,9 +77,7 @@ class OnnxGraph(Graph):
 
         Raises GraphError for what is not a readable ONNX model.
         """
-        from graphopt.dialects.onnx import load as onnx_load
-
-        return cls.from_model(onnx_load.read_model(path))
+        return cls.from_model(onnx_reading.read_model(path))
 
     @classmethod
     def empty(cls, inputs: Mapping[str, tuple[Sequence[int | str], torch.dtype]]) -> OnnxGraph:
@@ -224,7 +90,7 @@ class OnnxGraph(Graph):
         return cls(ir.Model(native, ir_version=10))
 
     def set_outputs(self, outputs: Mapping[str, Value]) -> None:
-        """What the graph returns, by name."""
+        """Set what the graph returns, by name."""
         self.model.graph.outputs.clear()
         for name, value in outputs.items():
             native = self.native(value)
@@ -238,7 +104,7 @@ class OnnxGraph(Graph):
     @property
     def opset(self) -> int:
         """The version of the standard operators."""
-        return self.model.graph.opset_imports.get("", self.model.graph.opset_imports.get("ai.onnx", 1))
+        return self.inference.opset
 
     @property
     def nodes(self) -> Sequence[Node]:
@@ -257,7 +123,7 @@ class OnnxGraph(Graph):
         return tuple(None if native is None else OnnxValue(self, native) for native in natives)
 
     def holder(self, native: ir.Node) -> ir.Node | None:
-        """The node of this graph that a node is, or stands inside of; None for one of a subgraph that is gone."""
+        """The node of this graph that a node is or is inside of; None where that was removed."""
         if native.graph is self.model.graph:
             return native
         holder = self._holders.get(native.graph)
@@ -265,7 +131,7 @@ class OnnxGraph(Graph):
             self._holders = {
                 node.graph: top
                 for top in self.model.graph
-                for held in top.attributes.values() if _holds_graph(held)
+                for held in top.attributes.values() if holds_graph(held)
                 for graph in ([held.as_graph()] if held.type is ir.AttributeType.GRAPH else held.as_graphs())
                 for node in graph.all_nodes()
             }  # fmt: skip
@@ -295,7 +161,7 @@ class OnnxGraph(Graph):
         return self._store(native, ir.Tensor(array, dtype=dtype, name=name))
 
     def narrowed(self, value: OnnxValue, bits: int) -> OnnxValue:
-        """A constant of int8 or uint8 whose integers have 2 or 4 bits, stored packed."""
+        """A constant of int8 or uint8 whose integers fit `bits` (2 or 4), stored packed."""
         if value.native.dtype in NARROW and not value.transposed:
             return value
         tensor = self.constant(value)
@@ -313,10 +179,10 @@ class OnnxGraph(Graph):
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
         path = at.path if at is not None else ""
-        if isinstance(kind, OnnxNode) and kind.op is not None and kind.native.op_type not in onnx_ops.KEPT:
+        if isinstance(kind, OnnxNode) and kind.op is not None and kind.native.op_type not in onnx_spellings.KEPT:
             spelled = self._spell(kind.kind, operands, {**kind.attributes, **attributes})
         elif isinstance(kind, OnnxNode):
-            spelled = onnx_ops.Spelled(
+            spelled = onnx_spellings.Spelled(
                 kind.native.op_type,
                 _onnx_values(operands),
                 {a.name: a for a in kind.native.attributes.values()} | attributes,
@@ -329,7 +195,7 @@ class OnnxGraph(Graph):
             domain, op_type = kind.rsplit(".", 1)
             outputs = attributes.pop("_outputs", 1)
             domain = "" if domain == "onnx" else domain
-            spelled = onnx_ops.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
+            spelled = onnx_spellings.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
         else:
             raise GraphError(f"onnx cannot emit {kind!r}: it is no op, and no operation of the form domain.Op")
         native = self._make(spelled, path)
@@ -339,7 +205,7 @@ class OnnxGraph(Graph):
             self.model.graph.append(native)
         self._fresh[native] = None
         if isinstance(kind, OnnxNode) and not attributes and _has_the_shapes_of(kind, operands):
-            native.outputs[0].shape = kind.native.outputs[0].shape  # a file may know more of it than inference
+            native.outputs[0].shape = kind.native.outputs[0].shape  # a file may state more than inference finds
         return OnnxValue(self, native.outputs[0])
 
     def emit_sized(
@@ -354,23 +220,23 @@ class OnnxGraph(Graph):
         return value
 
     def _with_sizes(self, shape: Value, sizes: Mapping[int, int], rank: int, at: Node | None) -> Value:
-        """A tensor of sizes with other numbers at some places, which count as in the result of rank `rank`."""
+        """A tensor of sizes with other numbers for some axes of the result, which has rank `rank`."""
         length = shape.shape[0] if shape.shape else 0
         if not isinstance(length, int):
             raise GraphError(f"'{shape.name}' holds sizes, and it is not known how many")
         tensor = self.constant(shape)
         numbers = torch.zeros(length, dtype=torch.int64) if tensor is None else tensor.clone()
-        told = torch.tensor([axis + rank - length in sizes for axis in range(length)])
+        given = torch.tensor([axis + rank - length in sizes for axis in range(length)])
         for axis, size in sizes.items():
             if axis >= rank - length and numbers[axis - rank + length] != -1:
                 numbers[axis - rank + length] = size
         if tensor is not None:
             return self.add_constant(numbers, shape.name)
-        return self.emit("where", self.add_constant(told), self.add_constant(numbers), shape, at=at)
+        return self.emit("where", self.add_constant(given), self.add_constant(numbers), shape, at=at)
 
     def _spell(
         self, kind: str, operands: Sequence[Value | None], attributes: Mapping[str, Any]
-    ) -> onnx_ops.Spelled:
+    ) -> onnx_spellings.Spelled:
         op = OPS[kind]
         unknown = set(attributes) - set(op.attributes)
         names = op.names(len(operands))
@@ -387,9 +253,9 @@ class OnnxGraph(Graph):
             ones, zeros = (1,) * rank, (0,) * (2 * rank)
             filled |= {key: filled[key] or default
                        for key, default in (("stride", ones), ("dilation", ones), ("padding", zeros))}  # fmt: skip
-        return onnx_ops.write(self, kind, _onnx_values(operands), filled)
+        return onnx_spellings.write(self, kind, _onnx_values(operands), filled)
 
-    def _make(self, spelled: onnx_ops.Spelled, path: str) -> ir.Node:
+    def _make(self, spelled: onnx_spellings.Spelled, path: str) -> ir.Node:
         inputs = [None if value is None else self.native(value) for value in spelled.inputs]
         while inputs and inputs[-1] is None:
             inputs.pop()
@@ -411,7 +277,7 @@ class OnnxGraph(Graph):
         )
         for index, output in enumerate(node.outputs):
             output.name = self._unique(f"{name}_{index}" if index else name)
-        self._infer(node)
+        self.inference.infer(node)
         return node
 
     def native(self, value: Value) -> ir.Value:
@@ -423,7 +289,7 @@ class OnnxGraph(Graph):
         node = ir.Node("", "Transpose", [value.native], [ir.AttrInt64s("perm", [1, 0])])
         node.name = self._unique("Transpose", self._node_names)
         node.outputs[0].name = self._unique(node.name)
-        self._infer(node)
+        self.inference.infer(node)
         producer = value.native.producer()
         if producer is not None:
             producer.append(node)
@@ -438,7 +304,7 @@ class OnnxGraph(Graph):
         native = self._own(node)
         for old, value in zip(native.outputs, values, strict=False):
             new = self.native(value)
-            if new.shape is None or new.dtype is None:  # operators that shape inference does not know
+            if new.shape is None or new.dtype is None:  # of an operator that shape inference does not know
                 new.shape, new.type = new.shape or old.shape, new.type or old.type
             elif old.shape is not None and len(old.shape) == len(new.shape):
                 new.shape = _with_names(new.shape, old.shape)
@@ -468,7 +334,7 @@ class OnnxGraph(Graph):
         producers = {value.producer() for value in native.inputs if value is not None}
         self.model.graph.remove(native, safe=True)
         self._fresh.pop(native, None)
-        # What only this node read is now unused: the next sweep looks there first.
+        # Values that only this node read are unused now: the next sweep starts from their producers.
         self._fresh |= {p: None for p in producers if p is not None and p.graph is self.model.graph}
 
     def sweep(self) -> int:
@@ -492,10 +358,10 @@ class OnnxGraph(Graph):
     # --- running
 
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
-        """Run in ONNX Runtime at the BASIC level, or without its optimizer where there are very many nodes.
+        """Run in ONNX Runtime at the BASIC level, or without its optimizer where there are more than MANY_NODES nodes.
 
-        A model that lies in files and is large runs in sections (`onnx_sections`). Raises GraphError naming a missing
-        input.
+        A large model whose weights lie in files runs in sections (`sections.Sections`). Raises GraphError naming a
+        missing input.
         """
         found: dict[Value, Tensor] = {}
         by_name = {value.name: value for value in self.inputs}
@@ -512,7 +378,7 @@ class OnnxGraph(Graph):
         return [found[value] for value in fetch]
 
     def _run(self, feeds: Mapping[str, Tensor], wanted: Sequence[Value]) -> Mapping[Value, Tensor]:
-        from graphopt.dialects.onnx import run as onnx_run
+        from graphopt.dialects.onnx import run as onnx_run  # which imports onnxruntime
         from graphopt.dialects.onnx import sections as onnx_sections
 
         key = (self.version, len(self.model.graph), tuple(value.name for value in wanted))
@@ -537,15 +403,6 @@ class OnnxGraph(Graph):
     def clone(self) -> Self:
         return type(self)(self.model.clone(), self.scratch)
 
-    def raise_own(self) -> int:
-        from graphopt.dialects.onnx import flattening as onnx_flattening
-        from graphopt.dialects.onnx import positions as onnx_positions
-
-        before = self.version
-        onnx_positions.raise_positions(self)
-        onnx_flattening.raise_detours(self)
-        return self.version - before
-
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> OnnxGraph:
         """A graph of what lies between some values, of the same names; it shares the weights."""
         between = [[self.native(value) for value in values] for values in (inputs, outputs)]
@@ -560,14 +417,14 @@ class OnnxGraph(Graph):
         for node in graph:
             for value in node.inputs:
                 if value is not None and value not in known:
-                    raise _at(node, f"{node.op_type} reads {value.name!r} before anything defines it")
+                    raise error_at(node, f"{node.op_type} reads {value.name!r} before anything defines it")
             for output in node.outputs:
                 if output.name in names:
-                    raise _at(node, f"{node.op_type} defines {output.name!r} a second time")
+                    raise error_at(node, f"{node.op_type} defines {output.name!r} a second time")
                 names.add(output.name or "")
                 known.add(output)
             if node.domain == DOMAIN and (DOMAIN, node.op_type, "") not in self.model.functions:
-                raise _at(node, f"the op {node.op_type} has no function body in the model")
+                raise error_at(node, f"the op {node.op_type} has no function body in the model")
         for output in graph.outputs:
             if output not in known:
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
@@ -580,76 +437,19 @@ class OnnxGraph(Graph):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises GraphError where it is damaged, or has weights outside the file's folder."""
-        from graphopt.dialects.onnx import load as onnx_load
-
-        model = onnx_load.read_model(path)
+        model = onnx_reading.read_model(path)
         return cls(model, onnx_files.scratch_for(model))
 
     def refine_shapes(self) -> None:
-        """Infer shapes again where they are open: constants, and ops raised since, tell more than the file did.
+        """Infer unknown shapes again: constants, and ops that were raised, tell more than the file did.
 
-        Sizes that the graph computes from its own shapes become constants where they are known as numbers.
+        Sizes that the graph computes from its shapes become constants where they are known as numbers. [changes]
         """
-        for native, numbers in onnx_shapes.refine(self.model, self._infer).items():
+        for native, numbers in onnx_shapes.refine(self.model, self.inference.infer).items():
             value = OnnxValue(self, native.outputs[0])
             if value.shape is not None and value.dtype is not None and not value.is_output:
                 sizes = torch.tensor(numbers, dtype=value.dtype).reshape([int(size) for size in value.shape])
                 self.replace(OnnxNode(self, native), self.add_constant(sizes))
-
-    def _infer(self, node: ir.Node) -> None:
-        """Shapes and dtypes of a new node's outputs, by ONNX's own inference on that one node."""
-        first = node.inputs[0] if node.inputs else None
-        if (node.domain, node.op_type.partition("__")[0]) == (DOMAIN, "dequantize") and first is not None:
-            node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)  # inference loses shapes between two Reshapes
-            node.outputs[0].shape = None if first.shape is None else first.shape.copy()
-            return
-        inputs = {}
-        for value in node.inputs:
-            if value is not None and value.type is not None:
-                inputs[value.name or ""] = ir.serde.serialize_value(value).type
-        if len(inputs) < len({v for v in node.inputs if v is not None}):
-            return
-        try:
-            types = self._types(node, inputs)
-        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
-            raise _at(node, f"{node.op_type} does not fit its operands: {error}") from error
-        for output, found in zip(node.outputs, types, strict=True):
-            if found is not None and found.WhichOneof("value") == "tensor_type":
-                output.type = ir.TensorType(ir.DataType(found.tensor_type.elem_type))
-                if found.tensor_type.HasField("shape"):
-                    output.shape = ir.Shape([
-                        d.dim_value if d.HasField("dim_value") else (d.dim_param or None)
-                        for d in found.tensor_type.shape.dim
-                    ])  # fmt: skip
-            elif found is not None:  # a sequence: torch's exporter types that of SplitToSequence as a tensor
-                output.type, output.shape = ir.serde.deserialize_type_proto_for_type(found), None
-
-    def _types(self, node: ir.Node, inputs: Mapping[str, onnx.TypeProto]) -> list[onnx.TypeProto | None]:
-        if node.domain == DOMAIN:
-            if node.op_type not in self._protos:
-                body = onnx_functions.function(node.op_type, self.opset)
-                self._protos[node.op_type] = ir.serde.serialize_function(body)
-            given = [inputs[value.name or ""] for value in node.inputs if value is not None]
-            attributes = [ir.serde.serialize_attribute(a) for a in node.attributes.values()]
-            return list(onnx.shape_inference.infer_function_output_types(self._protos[node.op_type], given, attributes))
-        if node.domain not in STANDARD:
-            return [None] * len(node.outputs)
-        try:
-            schema = onnx.defs.get_schema(node.op_type, self.opset)
-        except onnx.defs.SchemaError:  # an operator that was experimental once; engines may still know it
-            return [None] * len(node.outputs)
-        small = {
-            v.name or "": ir.serde.serialize_tensor(v.const_value)
-            for v in node.inputs
-            if v is not None and v.const_value is not None and v.const_value.size <= 64
-        }
-        opsets = [onnx.helper.make_opsetid("", self.opset)]
-        found = onnx.shape_inference.infer_node_outputs(
-            schema, ir.serde.serialize_node(node), dict(inputs), small, opset_imports=opsets
-        )
-        if node.op_type == "GroupNormalization" and node.inputs[0] is not None:  # a function, which is not followed
-            return [inputs[node.inputs[0].name or ""]]
-        return [found.get(output.name or "") for output in node.outputs]
 
     def _unique(self, hint: str, taken: set[str | None] | None = None) -> str:
         taken = self._names if taken is None else taken
@@ -665,7 +465,7 @@ class OnnxGraph(Graph):
 
 
 def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
-    """A shape whose axes of unknown size have the names by which they were known."""
+    """A shape whose axes without a name have the names that they had before."""
     return ir.Shape([
         old if not isinstance(new, int) and new.value is None and not isinstance(old, int) else new
         for new, old in zip(shape, known, strict=True)
@@ -676,9 +476,9 @@ def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:
 
 
 def _has_the_shapes_of(node: OnnxNode, operands: Sequence[Value | None]) -> bool:
-    """Whether an op of one result, computed on these operands, has a result of the shape that it has as it stands.
+    """Whether an op with one result, computed on these operands, has a result of the shape that `node` has.
 
-    Floats may be others of the same shape; integers may be sizes, and are the same.
+    Floats may be other values of the same shape. Integers may be sizes, and must be the same values.
     """
     if node.op is None or len(node.native.outputs) != 1 or len(operands) != len(node.operands):
         return False
@@ -705,20 +505,3 @@ def _attribute(name: str, value: Any) -> ir.Attr:
     if isinstance(value, Tensor):
         return ir.AttrTensor(name, ir.Tensor(to_numpy(value)))
     return ir.convenience.convert_attribute(name, list(value) if isinstance(value, tuple) else value)
-
-
-def _holds_graph(attribute: ir.Attr) -> bool:
-    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-
-
-def _frozen(attribute: ir.Attr) -> Hashable:
-    value = attribute.value
-    if attribute.type is ir.AttributeType.TENSOR:
-        return str(value.dtype), tuple(value.shape), value.tobytes()
-    return repr(value)
-
-
-def _at(node: ir.Node, reason: str) -> GraphError:
-    error = GraphError(f"{reason} ({node.metadata_props.get(PATH) or node.name})")
-    error.node = node.metadata_props.get(PATH) or node.name  # type: ignore[attr-defined]
-    return error

@@ -1,4 +1,4 @@
-"""Spelling a deployable model at an older opset: operators that are younger are written out, or refused by name."""
+"""Write a deployable model at an older opset: a newer operator is written out in older ones, or refused by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph
-from graphopt.dialects.onnx.ops import STANDARD
+from graphopt.dialects.onnx.spellings import STANDARD
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.rewrite import Builder
@@ -20,13 +20,13 @@ OLDEST = 13
 
 
 def lower_opset(graph: OnnxGraph, opset: int) -> None:
-    """Rewrite in place so that every node is one of `opset`'s. Raises GraphError naming the node that cannot be."""
+    """Rewrite in place so that every node is an operator of `opset`. Raises GraphError naming a node that cannot be."""
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST <= opset <= newest:
         raise GraphError(f"cannot write opset {opset}; give {OLDEST} to {newest}")
-    graph.refine_shapes()  # nodes out of function bodies come without types
+    graph.refine_shapes()  # nodes of inlined function bodies have no types
     source = graph.opset
-    graph.model.graph.opset_imports[""] = opset  # of which is what is emitted from here on
+    graph.model.graph.opset_imports[""] = opset  # what is emitted from here on is spelled for it
     for node in graph.nodes:
         write_out = _WRITE_OUT.get(node.kind)
         if write_out is not None and opset < write_out[0]:
@@ -69,7 +69,7 @@ _TYPE_NAMES = {ir.DataType.FLOAT: "float", ir.DataType.DOUBLE: "double"}
 def _is_default(given: ir.Attr, attribute: onnx.defs.OpSchema.Attribute) -> bool:
     default = attribute.default_value
     if not default.name:
-        return given.name == "dilations" and set(given.as_ints()) == {1}  # a default that no schema says
+        return given.name == "dilations" and set(given.as_ints()) == {1}  # a default that the schema does not state
     return bool(ir.serde.deserialize_attribute(default).value == given.value)
 
 
@@ -133,7 +133,7 @@ def _split(op: Builder, x: Value, heads: int) -> Value:
 
 
 def _repeated(op: Builder, x: Value, heads: int | str, node: Node) -> Value:
-    """Keys or values (batch, kv heads, length, size), each head as often as queries share it (grouped query)."""
+    """Keys or values (batch, kv heads, length, size), each head repeated for the queries that share it."""
     shape = x.shape or ("?",) * 4
     if shape[1] == heads and heads != "?":
         return x
@@ -146,7 +146,7 @@ def _repeated(op: Builder, x: Value, heads: int | str, node: Node) -> Value:
 
 
 def _later_keys(op: Builder, scores: Value) -> Value:
-    """(queries, keys): the lowest number at keys behind their query, else 0; engines fold it where sizes are fixed."""
+    """(queries, keys): the lowest number for keys after their query, else 0; engines fold it where sizes are fixed."""
     two, four = (op.constant(torch.tensor([n])) for n in (2, 4))
     sizes = op("onnx.Slice", op("onnx.Shape", scores), two, four)
     dtype = scores.dtype or torch.float32
@@ -159,7 +159,7 @@ def _hard_swish(op: Builder, node: Node) -> Value:
 
 
 def _mean(op: Builder, node: Node) -> Value:
-    """The same, with its axes where the opset has them."""
+    """The same op: its axes are written as the opset has them, as an attribute."""
     return op.graph.emit(node, node.input, at=node)
 
 
@@ -170,4 +170,4 @@ _WRITE_OUT: dict[str, tuple[int, Callable[[Builder, Node], Value]]] = {
     "hard_swish": (14, _hard_swish),
     "mean": (18, _mean),
 }
-"""By op: the opset that has it as it is spelled now, and what stands for it before."""
+"""By op: the first opset that has its operator, and what writes it out for older ones."""

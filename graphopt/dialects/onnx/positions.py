@@ -1,8 +1,8 @@
-"""Gathers by positions in order -> the gathered value, or the first of its entries: what exporters make of masks.
+"""Attention masks that exporters write as arithmetic on positions -> the padding mask itself.
 
-A mask that a function of (batch, head, query, key) describes is exported as arithmetic on positions: aranges, one
-along each axis, that a padding mask is gathered by. Where every position comes once and in order, nothing is gathered,
-and a position is never below zero: what is left is the padding mask with axes of size 1.
+A mask that is given as a function of (batch, head, query, key) is exported as aranges, one along each axis, and a
+GatherND of the padding mask by them. Where the positions of an axis are 0, 1, 2, ..., the gather changes nothing, and a
+comparison `position >= 0` always holds: what remains is the padding mask with axes of size 1.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx.shapes import Size
 
 _FAR = 2**31 - 1
-"""Ends of slices from here on mean the end of the axis."""
+"""The end of a slice means the end of the axis from this number on."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """A value whose entries are their own index along one axis, counted from the last (-1)."""
+    """A value whose entries are their own index along one axis; axes count from the last (-1)."""
 
     axis: int
     size: Size
-    """How many there are, where that is known."""
+    """The size of that axis, where it is known."""
     limit: ir.Value
-    """The same as a scalar."""
+    """The same as a scalar of the graph."""
 
 
 def raise_positions(graph: OnnxGraph) -> None:
-    """Put values in place of gathers that change nothing, and leave comparisons out that always hold."""
+    """Replace each gather that changes nothing by its data, and drop comparisons that always hold. [changes]"""
     held = onnx_shapes.sizes_held(graph.model)
     positions: dict[ir.Value, Position] = {}
     always: set[ir.Value] = set()
@@ -45,14 +45,14 @@ def raise_positions(graph: OnnxGraph) -> None:
         elif _always_true(native, positions, always, held):
             always.add(native.outputs[0])
         elif native.op_type == "GatherND":
-            _gather_nothing(graph, native, positions)
+            _replace_gather(graph, native, positions)
         elif native.op_type == "Expand":
             _expand_one_side(graph, native, always, held)
 
 
 def _numbers(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
     producer = None if value is None or value in held else value.producer()
-    if producer is not None and producer.op_type == "CastLike":  # what an export makes of the bounds of an arange
+    if producer is not None and producer.op_type == "CastLike":  # an export casts the bounds of an arange so
         stored = producer.inputs[0].const_value if producer.inputs[0] is not None else None
         number = stored.numpy() if stored is not None and stored.size == 1 else None
         return [int(number)] if number is not None and int(number) == number else None
@@ -84,7 +84,7 @@ def _position(
             return replace(known, axis=kept[rank + known.axis] - rank - len(axes))
         case "Expand":
             return known
-        case "Add":  # of an offset: none, without a cache
+        case "Add":  # the number of cached positions, which is 0 without a cache
             return known if _numbers(native.inputs[1], held) == [0] else None
         case "Slice":
             bounds = [_numbers(value, held) for value in native.inputs[1:]]
@@ -110,12 +110,12 @@ def _always_true(
         return all(map(true, native.inputs))
     if native.op_type == "GreaterOrEqual" and native.inputs[0] in positions:
         bound = _numbers(native.inputs[1], held)
-        return bound is not None and all(isinstance(one, int) and one <= 0 for one in bound)
+        return bound is not None and all(isinstance(number, int) and number <= 0 for number in bound)
     return False
 
 
-def _gather_nothing(graph: OnnxGraph, native: ir.Node, positions: dict[ir.Value, Position]) -> None:
-    """GatherND(x, positions one along each axis of x, stacked) is x with axes of size 1 between its own."""
+def _replace_gather(graph: OnnxGraph, native: ir.Node, positions: dict[ir.Value, Position]) -> None:
+    """GatherND(x, stacked positions, one along each axis of x) is x with axes of size 1 between its own."""
     data, indices = native.inputs
     parts = _stacked(indices)
     shape = None if data is None else data.shape
@@ -142,7 +142,7 @@ def _gather_nothing(graph: OnnxGraph, native: ir.Node, positions: dict[ir.Value,
 
 
 def _first(graph: OnnxGraph, x: OnnxValue, count: ir.Value, axis: int, at: OnnxNode) -> OnnxValue:
-    """As many entries along an axis as a scalar says: an export may know two axes as equal only by their use."""
+    """The first `count` entries along an axis: an export may not know that two axes are of one size."""
     bounds = [graph.add_constant(torch.tensor([number])) for number in (0, axis)]
     end = graph.emit("reshape", OnnxValue(graph, count), graph.add_constant(torch.tensor([1])), at=at)
     return graph.emit("onnx.Slice", x, bounds[0], end, bounds[1], at=at)
@@ -169,7 +169,7 @@ def _stacked(indices: ir.Value | None) -> list[ir.Value] | None:
 def _expand_one_side(
     graph: OnnxGraph, native: ir.Node, always: set[ir.Value], held: dict[ir.Value, list[Size]]
 ) -> None:
-    """Expand(And(true, x), shape) is Expand(x, shape), where shape says every size by itself."""
+    """Expand(And(true, x), shape) is Expand(x, shape), where every size in `shape` is known."""
     x, shape = native.inputs
     both = x.producer() if x is not None else None
     sizes = _numbers(shape, held)

@@ -1,8 +1,8 @@
-"""Files that are quantized already: operators on integers become dequantize and quantize ops around a float op.
+"""Models that came in quantized: an operator on integers becomes dequantize, a float op and quantize.
 
-Read so: QOperator (QLinearConv and the like, QGemm), integer products with scales behind (MatMulInteger, ConvInteger),
-DynamicQuantizeLinear, and onnxruntime's contrib forms (DynamicQuantizeMatMul, MatMulIntegerToFloat, MatMulNBits,
-GatherBlockQuantized). What computes something else besides (QAttention) stays opaque.
+These are read: QOperator (QLinearConv and the like, QGemm), integer products with their scales multiplied in behind
+(MatMulInteger, ConvInteger), DynamicQuantizeLinear, and ONNX Runtime's contrib operators (DynamicQuantizeMatMul,
+MatMulIntegerToFloat, MatMulNBits, GatherBlockQuantized). QAttention, which computes more than one op, stays opaque.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
-from graphopt.dialects.onnx.ops import STANDARD, spatial, window
+from graphopt.dialects.onnx.spellings import STANDARD, spatial, window
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.numerics import quantize
@@ -29,9 +29,9 @@ Read = Callable[["_Site"], "Value | None"]
 
 
 def raise_quantized(graph: OnnxGraph) -> None:
-    """Put ops in place of operators on integers, and quantize and dequantize in the form that rules look for."""
+    """Replace operators on integers by ops; put quantize and dequantize in the form that rules look for. [changes]"""
     for native in list(graph.model.graph):
-        if native.graph is not graph.model.graph:  # it went with a chain
+        if native.graph is not graph.model.graph:  # erased with the chain of an earlier one
             continue
         node = OnnxNode(graph, native)
         if native.domain in (*STANDARD, CONTRIB) and (reader := _READERS.get(native.op_type)) is not None:
@@ -41,16 +41,16 @@ def raise_quantized(graph: OnnxGraph) -> None:
                 graph.replace(site.end, value)
                 site.erase_behind()
         elif node.kind in ("quantize", "dequantize"):
-            _tidy(graph, node)
+            _normalize(graph, node)
 
 
 class _Site:
-    """One operator on integers: its inputs by number, and ops emitted at it."""
+    """One operator on integers: access to its inputs by index, and to emitting ops at its place."""
 
     def __init__(self, graph: OnnxGraph, node: OnnxNode) -> None:
         self.graph, self.node = graph, node
         self.end = node
-        """The node whose result the ops replace: the last of a chain."""
+        """The node whose result the ops replace: the last one of a chain, such as the Mul behind MatMulInteger."""
         self.chain: list[OnnxNode] = []
         self.attributes: Mapping[str, Any] = {a.name: a.value for a in node.native.attributes.values()}
         self._inputs = graph.values(node.native.inputs)
@@ -60,7 +60,7 @@ class _Site:
 
     def required(self, index: int) -> OnnxValue:
         value = self.input(index)
-        assert value is not None  # which the operator's schema asks for
+        assert value is not None  # required by the operator's schema
         return value
 
     @property
@@ -71,29 +71,29 @@ class _Site:
         return self.graph.emit(kind, *operands, at=self.node, **attributes)
 
     def erase_behind(self) -> None:
-        """Erase the chain from its end, but for what somebody else reads."""
+        """Erase the nodes of the chain from its end, except those that others read."""
         for node in self.chain:
             if not any(result.users or result.is_output for result in node.results):
                 self.graph.erase(node)
 
     def activation(self, index: int) -> OnnxValue:
-        """Input `index` dequantized by the two inputs behind it."""
+        """Input `index`, dequantized with the scale and zero point that are the next two inputs."""
         return self.dequantized(self.required(index), self.required(index + 1), self.input(index + 2))
 
     def dequantized(self, x: Value, scale: Value, zero_point: Value | None) -> OnnxValue:
         return self.emit("dequantize", x, single(self.graph, scale), zero_point and single(self.graph, zero_point))
 
     def quantized(self, value: Value, scale: int) -> OnnxValue | None:
-        """A value quantized by the inputs `scale` and the one behind; None where there is no zero point."""
+        """A value, quantized with input `scale` and the zero point behind it; None without a zero point of 8 bits."""
         zero_point = self.input(scale + 1)
         if zero_point is None or zero_point.dtype not in _INTEGERS:
             return None
         return self.emit("quantize", value, single(self.graph, self.required(scale)), single(self.graph, zero_point))
 
     def weight(self, index: int, scale: Value | None, zero_point: Value | None, kn: bool = False) -> OnnxValue | None:
-        """Input `index`, a stored weight (out, in, ...), dequantized: a scale in all, or for each output.
+        """Input `index`, a stored weight (out, in, ...), dequantized with one scale or one per output.
 
-        kn: it is stored (in, out). None where it is computed, or has its scales along another axis.
+        kn: whether it is stored as (in, out). None for a computed weight, and for scales along another axis.
         """
         graph = self.graph
         integers = _constant(graph, self.input(index))
@@ -116,7 +116,10 @@ class _Site:
         return self.emit("dequantize", *stored, axis=0 if wide else None)
 
     def bias(self, index: int, scale: Value, weight_scale: Value) -> Value | None:
-        """Input `index`, int32 in steps of scale · weight_scale, in floats; None where there is none."""
+        """Input `index`, int32 in units of scale · weight_scale, as floats; None where the input is left out.
+
+        Raises _Computed where one of the three is computed by the graph.
+        """
         steps = self.input(index)
         if steps is None:
             return None
@@ -128,7 +131,7 @@ class _Site:
 
 
 class _Computed(Exception):
-    """What is stored as a rule is computed by the graph here."""
+    """A bias, or its scale, is not stored but computed by the graph."""
 
 
 def _constant(graph: OnnxGraph, value: Value | None) -> Tensor | None:
@@ -140,13 +143,13 @@ def _spread(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def single(graph: OnnxGraph, value: Value) -> Value:
-    """A stored parameter of one element as a scalar, which some files give as a vector of one."""
+    """A stored parameter of shape (1,), which some files have, as a scalar; any other as it is."""
     tensor = graph.constant(value) if value.shape == (1,) else None
     return value if tensor is None else graph.add_constant(tensor.reshape(()), value.name)
 
 
-def _tidy(graph: OnnxGraph, node: OnnxNode) -> None:
-    """Scalars as scalars, weights symmetric without a zero point, and stored int32 (biases) in floats."""
+def _normalize(graph: OnnxGraph, node: OnnxNode) -> None:
+    """Parameters of one element as scalars, weights without a zero point of 0, and int32 biases in floats."""
     if node.result.is_output:
         return
     tensors = [_constant(graph, value) for value in node.operands]
@@ -156,18 +159,18 @@ def _tidy(graph: OnnxGraph, node: OnnxNode) -> None:
         value = OPS["dequantize"].reference(*tensors, **node.attributes)
         graph.replace(node, graph.add_constant(value, node.name))
         return
-    tidied = [None if value is None else single(graph, value) for value in parameters]
+    normal = [None if value is None else single(graph, value) for value in parameters]
     if node.kind == "dequantize" and stored and x is not None and x.dtype is torch.int8 and len(tensors) == 3:
-        tidied[1] = None if tensors[2] is not None and not bool(tensors[2].any()) else tidied[1]
-    if tidied != list(parameters):
-        attributes = dict(node.attributes) | ({"axis": None} if tidied[0] is not None and tidied[0].rank == 0 else {})
-        graph.replace(node, graph.emit(node.kind, x, *tidied, at=node, **attributes))
+        normal[1] = None if tensors[2] is not None and not bool(tensors[2].any()) else normal[1]
+    if normal != list(parameters):
+        attributes = dict(node.attributes) | ({"axis": None} if normal[0] is not None and normal[0].rank == 0 else {})
+        graph.replace(node, graph.emit(node.kind, x, *normal, at=node, **attributes))
 
 
 def dequantized_weight(graph: OnnxGraph, value: OnnxValue | None, kn: bool, at: OnnxNode) -> OnnxValue | None:
-    """A stored matrix behind a DequantizeLinear, and at most a Transpose, as (out, in); None for anything else.
+    """A stored matrix that is read through a DequantizeLinear, and possibly Transposes, as (out, in); None for others.
 
-    kn: the reader takes it as (in, out); then its integers are stored the other way round.
+    kn: whether the reader takes it as (in, out); then its integers are stored again, transposed.
     """
     maker = value.native.producer() if value is not None else None
     while maker is not None and maker.op_type == "Transpose" and maker.domain in STANDARD:
@@ -184,8 +187,8 @@ def dequantized_weight(graph: OnnxGraph, value: OnnxValue | None, kn: bool, at: 
     if not kn:
         return value
     axis = node.attributes["axis"]
-    turned = [None if t is None else graph.add_constant(t.t().contiguous() if t.dim() == 2 else t) for t in tensors]
-    return graph.emit(node, *turned, at=at, axis=None if axis is None else 1 - axis)
+    parts = [None if t is None else graph.add_constant(t.t().contiguous() if t.dim() == 2 else t) for t in tensors]
+    return graph.emit(node, *parts, at=at, axis=None if axis is None else 1 - axis)
 
 
 # --- products ------------------------------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def _read_integer_product(site: _Site) -> Value | None:
 
 
 def _factors(graph: OnnxGraph, factor: OnnxValue | None) -> tuple[OnnxValue, OnnxValue] | None:
-    """Of scale · weight_scale: the one of activations, and the stored one of the weight."""
+    """The two factors of scale · weight_scale: the scale of activations, and the stored scale of the weight."""
     maker = factor.native.producer() if factor is not None else None
     if maker is None or maker.op_type != "Mul":
         return None
@@ -300,7 +303,7 @@ def _only_reader(node: OnnxNode, op_type: str) -> OnnxNode | None:
 
 
 def _read_dynamic_quantize(site: _Site) -> Value | None:
-    """Three results: the quantize replaces the first, ranges chosen at run time the others."""
+    """It has three results: quantize computes the first one, choose_qparams the scale and the zero point."""
     x = site.required(0)
     scale, zero_point = site.graph.emit_all("choose_qparams", x, at=site.node)
     steps = site.emit("quantize", x, scale, zero_point)
@@ -325,7 +328,7 @@ def _read_unary(op: str, **attributes: str) -> Read:
 
 
 def _read_softmax(site: _Site) -> Value | None:
-    """Before opset 13 it was over all axes from `axis` on, which is the op where that is the last."""
+    """Before opset 13 it was over all axes from `axis` on; that is the op only where `axis` is the last one."""
     rank, axis = site.required(0).rank, site.attributes.get("axis", -1)
     if site.attributes["opset"] < 13 and axis != -1 and (rank is None or axis != rank - 1):
         return None
@@ -359,7 +362,7 @@ def _read_global_average_pool(site: _Site) -> Value | None:
 def _read_nbits(site: _Site) -> Value | None:
     bits, block = site.attributes["bits"], site.attributes["block_size"]
     out, into = site.attributes["N"], site.attributes["K"]
-    if site.input(4) is not None or bits not in (2, 4, 8):  # columns in another order
+    if site.input(4) is not None or bits not in (2, 4, 8):  # g_idx: columns in another order
         return None
     blocks = -(-into // block)
     packed = _constant(site.graph, site.required(1))
@@ -387,7 +390,7 @@ def _read_gather_blocks(site: _Site) -> Value | None:
 def _blocks(
     site: _Site, integers: Tensor, blocks: int, scale: Value, zero_point: Value | None, bits: int, block: int
 ) -> OnnxValue | None:
-    """Unsigned integers (rows, columns) with scales in blocks, dequantized; packed zero points, or half the range."""
+    """Unsigned integers (rows, columns), dequantized in blocks; without packed zero points they are half the range."""
     graph, rows = site.graph, integers.shape[0]
     scales, zeros = _constant(graph, scale), _constant(graph, zero_point)
     if scales is None or scales.dtype is not torch.float32:
@@ -430,11 +433,11 @@ _FORMS = {
     "scales chosen at run time": {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "ConvInteger", "MatMulInteger"},
     "weights alone": {"MatMulNBits", "GatherBlockQuantized"},
 }
-"""The operators that tell how a file was quantized."""
+"""How a file was quantized, and the operators that show it."""
 
 
 def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
-    """What a report says of a file that is quantized already: how, and which ops read integers; None of any other."""
+    """What a report says of a model that came in quantized: how, and which ops read integers. None for other models."""
     native = model.graph.node if isinstance(model, onnx.ModelProto) else model.graph
     types = {node.op_type for node in native if node.domain in (*STANDARD, CONTRIB)}
     forms = [form for form, members in _FORMS.items() if types & members]
@@ -455,6 +458,6 @@ def _reads_integers(node: Node) -> bool:
 
 
 def _is_opaque(node: OnnxNode) -> bool:
-    """Whether a node computes on integers and is no op."""
+    """Whether a node is an operator on integers that is not read as an op."""
     known = {*_READERS, *set().union(*_FORMS.values()), "DequantizeLinear"}
     return node.op is None and node.native.op_type in known

@@ -1,4 +1,4 @@
-"""Running an onnx-ir model in ONNX Runtime: the reference (BASIC level), without a copy of the weights."""
+"""Runs an onnx-ir model in ONNX Runtime, at the BASIC level by default, without a copy of the weights."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 SHAREABLE = {dtype for dtype in TORCH_DTYPES if dtype is not ir.DataType.BFLOAT16}
-"""What goes in and out of a session as arrays of numpy."""
+"""Element types that go in and out of a session as numpy arrays."""
 _BY_NUMPY_NAME = {dtype.numpy().name: torch_dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 CPU = "CPUExecutionProvider"
 _LARGE = 1024
-"""Bytes above which a weight is handed over by address."""
+"""Bytes above which a session is given a weight by address, not in the model."""
 
 
 def session(
@@ -41,13 +41,14 @@ def session(
     options: ort.SessionOptions | None = None,
     providers: Sequence[str] = (CPU,),
 ) -> ort.InferenceSession:
-    """A session of the model (returning `outputs` in place of its own, where given) that shares its weights' memory.
+    """A session of the model that shares the memory of its weights.
 
-    On the CPU alone, what has no kernels there in 16 bits is computed in float32 between casts.
+    outputs: what it returns in place of the model's own outputs. level: one of LEVELS, the engine's own optimizations.
+    On the CPU alone, ops that have no kernels in 16 bits there are computed in float32 between casts.
     """
     options = options or ort.SessionOptions()
     options.graph_optimization_level = LEVELS[level]
-    options.log_severity_level = 4  # what fails is raised, and needs no second telling
+    options.log_severity_level = 4  # errors are raised; no need to log them too
     if threads is not None:
         options.intra_op_num_threads = threads
     weights, proto = _without_large_weights(model)
@@ -60,18 +61,18 @@ def session(
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
     if values:
         options.add_external_initializers(list(shared), values)
-    made = ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
-    made._graphopt_weights = (shared, values)  # they must live as long as the session
-    return made
+    created = ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
+    created._graphopt_weights = (shared, values)  # they must live as long as the session
+    return created
 
 
-def run(made: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+def run(session: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]:
     """Run on inputs by name and return every output. Raises GraphError naming inputs that are missing."""
-    missing = [value.name for value in made.get_inputs() if value.name not in feeds]
+    missing = [value.name for value in session.get_inputs() if value.name not in feeds]
     if missing:
         raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
-    arrays = {value.name: to_numpy(feeds[value.name]) for value in made.get_inputs()}
-    results = made.run(None, arrays)
+    arrays = {value.name: to_numpy(feeds[value.name]) for value in session.get_inputs()}
+    results = session.run(None, arrays)
     return [_from_result(result) for result in results]
 
 
@@ -83,7 +84,7 @@ def _from_result(result: Any) -> Any:
 
 
 def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol], onnx.ModelProto]:
-    """The weights that are worth it by name, not read yet, and the model, which only names them."""
+    """The larger weights by name, not read yet, and the model, which refers to them by name."""
     initializers = model.graph.initializers.values()
     held = {value: value.const_value for value in initializers if value.const_value is not None}
     weights = {}
@@ -102,7 +103,7 @@ def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol
 
 
 def _keep_only(graph: onnx.GraphProto, outputs: Sequence[ir.Value]) -> None:
-    """Cut a sorted graph down to what computes these values."""
+    """Reduce a sorted graph to the nodes that compute these values."""
     needed = {value.name or "" for value in outputs}
     kept = []
     for node in reversed(graph.node):
@@ -118,9 +119,9 @@ def _keep_only(graph: onnx.GraphProto, outputs: Sequence[ir.Value]) -> None:
 
 
 def _widen(graph: onnx.GraphProto) -> None:
-    """Let nodes on bfloat16, and contrib ones on float16, compute in float32, their results rounded as they were.
+    """Let nodes on bfloat16, and contrib nodes on float16, compute in float32 and round their results as before.
 
-    ONNX Runtime does so by itself for standard operators on float16.
+    ONNX Runtime does this by itself for standard operators on float16.
     """
     values = [*graph.input, *graph.output, *graph.value_info]
     types = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -135,7 +136,7 @@ def _widen(graph: onnx.GraphProto) -> None:
             nodes.append(node)
             continue
         given = [types[name] for name in node.input if types.get(name) in narrow]
-        if node.domain == "com.microsoft" and given:  # whose results nobody infers
+        if node.domain == "com.microsoft" and given:  # shape inference does not know its results
             types.setdefault(node.output[0], given[0])
         for index, name in enumerate(node.input):
             if types.get(name) not in narrow:
@@ -154,7 +155,7 @@ def _widen(graph: onnx.GraphProto) -> None:
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:
-    """The names that a node reads, its subgraphs included."""
+    """The names that a node reads, also inside its subgraphs."""
     names = set(node.input)
     for attribute in node.attribute:
         for graph in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:

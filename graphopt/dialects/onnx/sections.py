@@ -1,7 +1,7 @@
-"""Batches through a model that does not fit memory: a section of its nodes at a time, with all batches through each.
+"""Runs a model that does not fit memory, section by section: all batches go through one section before the next begins.
 
-What flows from one section to the next is kept, on disk where it is much; the weights of a section are mapped while it
-runs, and no longer.
+Values that flow from one section to the next are kept, on disk where they are many. The weights of a section are mapped
+only while it runs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 Feeds = Mapping[str, Tensor]
 
 MOST = 2**28
-"""Bytes of weights, and of values asked for, up to which nodes go in one section where weights are in files."""
+"""Most bytes of weights, and of fetched values, in one section of a model whose weights are in files."""
 
 STATISTICS = 2**28
-"""Bytes of statistics that are filled in one run, where weights are in files."""
+"""Most bytes of statistics that are gathered in one run of a model whose weights are in files."""
 
 _IN_MEMORY = 2**26
-"""Bytes of values that are kept without a file."""
+"""Bytes of values up to which they are kept in memory."""
 
 
 class Spool:
@@ -47,7 +47,7 @@ class Spool:
         return len(self._batches)
 
     def append(self, tensors: Feeds) -> None:
-        """Take in one batch. Raises OSError where the disk is full, naming the folder."""
+        """Add one batch. Raises OSError, naming the folder, where the disk is full."""
         with onnx_files.no_room("what flows between the sections of a large model"):
             self._file.seek(0, 2)
             for tensor in tensors.values():
@@ -66,12 +66,12 @@ class Spool:
 
 
 class Sections(Flow):
-    """A flow that stands still in front of a node, and goes on from there. The graph must not change meanwhile."""
+    """A flow that stops before a node and can go on from there. The graph must not change meanwhile."""
 
     graph: OnnxGraph
 
     def __init__(self, graph: OnnxGraph, batches: Iterable[Feeds], nodes: Sequence[ir.Node] | None = None) -> None:
-        """nodes: those that may be run, in order; all where None."""
+        """nodes: the nodes that may be run, in order; None for all of them."""
         super().__init__(graph, batches)
         self._nodes = list(graph.model.graph) if nodes is None else list(nodes)
         self._places = {node: place for place, node in enumerate(self._nodes)}
@@ -83,7 +83,7 @@ class Sections(Flow):
             self.memory = STATISTICS
 
     def through(self, fetch: Sequence[Value]) -> Iterator[Seen]:
-        """One section after the other, on all batches each, up to the last value that is asked for."""
+        """Run one section after the other, each on all batches, up to the last value that is fetched."""
         views = {self.graph.native(value): value for value in dict.fromkeys(fetch)}
         wanted = {native: view for native, view in views.items() if native.producer() is not None}
         known = [view for native, view in views.items() if native not in wanted]
@@ -109,7 +109,7 @@ class Sections(Flow):
             self._flowing.append({})
 
     def _section(self, end: int, wanted: Mapping[ir.Value, Value]) -> Iterator[Seen]:
-        """Run the nodes up to `end` on all batches, and stand still there."""
+        """Run the nodes up to `end` on all batches, and stop there."""
         read = {value for node in self._nodes[self._at : end] for value in reads(node)}
         given = [value for value in (*self.graph.model.graph.inputs, *self._live(self._at)) if value in read]
         kept, flowing = self._live(end), Spool()
@@ -127,7 +127,7 @@ class Sections(Flow):
         onnx_files.return_freed_memory()
 
     def _session(self, given: Sequence[ir.Value], asked: Sequence[ir.Value]) -> ort.InferenceSession:
-        """Of the nodes between some values: it runs a few times, and holds no more than the pages of its weights."""
+        """A session of the nodes between some values. It runs only a few times, so no weight is repacked or copied."""
         model = self.graph.model
         functions = [function.clone() for function in model.functions.values()]
         part = ir.convenience.extract(model.graph, given, asked)
@@ -137,13 +137,13 @@ class Sections(Flow):
         return onnx_run.session(ir.Model(part, ir_version=model.ir_version, functions=functions), options=options)
 
     def _live(self, place: int) -> list[ir.Value]:
-        """What is computed before a place and read from there on."""
+        """The values that are computed before a place and read from there on."""
         later = dict.fromkeys(value for node in self._nodes[place:] for value in reads(node))
         made = {value: self._places.get(producer) for value in later if (producer := value.producer()) is not None}
         return [value for value, at in made.items() if at is not None and at < place]
 
     def _end(self, start: int, stop: int, wanted: Mapping[ir.Value, Value]) -> int:
-        """Where the section that begins at `start` ends: where it is full, between values that can be kept."""
+        """Where the section that begins at `start` ends: where it is full, at a place whose values can be kept."""
         weights: set[ir.Value] = set()
         held = 0
         for place in range(start, stop):
@@ -152,23 +152,23 @@ class Sections(Flow):
             held += _bytes(new)
             held += sum(cost.nbytes(wanted[output], self._sizes) for output in self._nodes[place].outputs
                         if output in wanted)  # fmt: skip
-            if held > self._most and place > start and self._can_stand(place):
+            if held > self._most and place > start and self._can_stop(place):
                 return place
         return stop
 
-    def _can_stand(self, place: int) -> bool:
-        """Whether all that flows through a place can be kept there."""
+    def _can_stop(self, place: int) -> bool:
+        """Whether all values that flow through a place can be kept."""
         return all(value.dtype in onnx_run.SHAREABLE for value in self._live(place))
 
 
 def fit_together(nodes: Iterable[ir.Node]) -> bool:
-    """Whether the weights of nodes may be mapped at once."""
+    """Whether the weights of these nodes may all be mapped at once."""
     weights = {value for node in nodes for value in reads(node) if in_file(value)}
     return _bytes(weights) <= MOST
 
 
 def needed(graph: ir.Graph, values: Iterable[ir.Value]) -> list[ir.Node]:
-    """The nodes that some values depend on, in order."""
+    """The nodes that compute these values, in order."""
     pending, found = [value.producer() for value in values], set[ir.Node]()
     while pending:
         node = pending.pop()
@@ -179,7 +179,7 @@ def needed(graph: ir.Graph, values: Iterable[ir.Value]) -> list[ir.Node]:
 
 
 def reads(node: ir.Node) -> set[ir.Value]:
-    """What a node reads, its subgraphs included, and what these compute themselves not."""
+    """The values that a node reads, also inside its subgraphs, without those that the subgraphs compute."""
     graphs = [graph for attribute in node.attributes.values() for graph in _graphs(attribute)]
     inner = {value for graph in graphs for one in graph.all_nodes() for value in one.inputs}
     inner |= {value for graph in graphs for value in graph.outputs}

@@ -1,7 +1,7 @@
-"""Shapes that ONNX's inference leaves open: sizes computed by the graph itself, followed through Shape, Concat, ...
+"""Shapes that ONNX's inference leaves unknown, because the graph computes them: through Shape, Slice, Concat, ...
 
-Exported files compute the shape of a Reshape from sizes of other values. What such a tensor holds is known in part:
-numbers, or names of axes. With it, a reshape to (batch, length, 12, 32) has a known number of heads.
+Exported files compute the shape of a Reshape from sizes of other values. The entries of such a tensor of sizes are
+numbers or names of axes, in part unknown. With them, a reshape to (batch, length, 12, 32) has a known number of heads.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 
 
 def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, list[int]]:
-    """Improve output shapes in one walk in topological order. `infer` infers one node from its inputs, in place.
+    """Complete the shapes of all results in one walk in topological order. `infer` infers one node, in place.
 
-    Returns the nodes whose integer result is thereby known as numbers, such as a slice of the fixed end of a shape.
+    Returns the nodes whose integer results are known as numbers now, such as a slice of the fixed sizes of a shape.
     """
     held: dict[ir.Value, list[Size]] = {}
     for node in model.graph:
@@ -54,7 +54,7 @@ def _is_open(shape: ir.Shape | None) -> bool:
 
 
 def _merge(found: ir.Shape | None, known: ir.Shape | None) -> ir.Shape | None:
-    """What was found, completed by numbers and names that were known before."""
+    """The shape that was inferred, completed by numbers and names that were known before."""
     if found is None or known is None or len(found) != len(known):
         return found if found is not None else known
     sizes: list[Size] = []
@@ -70,7 +70,7 @@ def _sizes(shape: ir.Shape | None) -> list[Size]:
 
 
 def _follow(node: ir.Node, held: dict[ir.Value, list[Size]]) -> None:
-    """What a small integer tensor of rank 0 or 1 holds, where it is made of sizes; others are not followed."""
+    """Record the entries of a node's result, where it is an integer tensor of rank 0 or 1 that is made of sizes."""
     follow = _FOLLOW.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if follow is not None and _is_list(node.outputs[0].shape):
         result = follow(node, held)
@@ -83,7 +83,7 @@ def _is_list(shape: ir.Shape | None) -> bool:
 
 
 def sizes_held(model: ir.Model) -> dict[ir.Value, list[Size]]:
-    """What integer tensors of rank 0 or 1 hold, where they are made of sizes, by value."""
+    """By value, the entries of integer tensors of rank 0 or 1 that are made of sizes."""
     found: dict[ir.Value, list[Size]] = {}
     for node in model.graph:
         _follow(node, found)
@@ -91,7 +91,7 @@ def sizes_held(model: ir.Model) -> dict[ir.Value, list[Size]]:
 
 
 def held_in(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Size] | None:
-    """What a stored or computed tensor of sizes holds, or None where that is not known."""
+    """The entries of a stored or computed tensor of sizes, or None where they are not known."""
     if value is None:
         return None
     if value in held:
@@ -182,7 +182,7 @@ def _reshaped(x: list[Size] | None, sizes: list[Size], node: ir.Node) -> list[Si
 
 
 def _rest(x: list[Size] | None, others: list[Size]) -> Size:
-    """What -1 stands for: the sizes of x less the others, where names cancel."""
+    """The size that -1 stands for: the sizes of x divided by the others, where equal names cancel."""
     if x is None or None in x or None in others:
         return None
     left: list[Any] = list(x)

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from graphopt.errors import GraphError
 from graphopt.numerics import quantize
 
-_ONNX_DTYPES = {
-    torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
-    torch.float64: ir.DataType.DOUBLE, torch.int8: ir.DataType.INT8, torch.uint8: ir.DataType.UINT8,
-    torch.int16: ir.DataType.INT16, torch.uint16: ir.DataType.UINT16, torch.int32: ir.DataType.INT32,
-    torch.uint32: ir.DataType.UINT32, torch.int64: ir.DataType.INT64, torch.uint64: ir.DataType.UINT64,
-    torch.bool: ir.DataType.BOOL,
+TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {
+    from_torch_dtype(dtype): dtype
+    for dtype in (
+        torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.uint16,
+        torch.int32, torch.uint32, torch.int64, torch.uint64, torch.bool,
+    )
 }  # fmt: skip
-TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {onnx_dtype: dtype for dtype, onnx_dtype in _ONNX_DTYPES.items()}
+"""The element types that graphopt reads and writes; onnx-ir knows more (float8, complex)."""
 
 NARROW = {
     ir.DataType.INT4: torch.int8, ir.DataType.UINT4: torch.uint8,
     ir.DataType.INT2: torch.int8, ir.DataType.UINT2: torch.uint8,
 }  # fmt: skip
-"""Integers of less than a byte, stored packed, and what holds one each once they are read."""
+"""Integers of less than a byte, which are stored packed, and the dtype that holds each of them unpacked."""
 READABLE: dict[ir.DataType, torch.dtype] = TORCH_DTYPES | NARROW
 
 
@@ -39,9 +39,9 @@ def packed(tensor: Tensor, bits: int, name: str) -> ir.PackedTensor[np.ndarray[A
 
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
     """The ONNX element type; GraphError where there is none."""
-    if dtype not in _ONNX_DTYPES:
+    if dtype not in TORCH_DTYPES.values():
         raise GraphError(f"{dtype} has no element type in ONNX that graphopt writes")
-    return _ONNX_DTYPES[dtype]
+    return from_torch_dtype(dtype)
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -58,19 +58,23 @@ def to_torch(tensor: ir.TensorProtocol | None) -> Tensor | None:
 
 
 def array_to_torch(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-    """A view of a numpy array (also a read-only, memory-mapped one); bfloat16 is carried by its bits."""
+    """A tensor that shares the memory of a numpy array, also of a read-only, memory-mapped one.
+
+    An array of bfloat16 is viewed by its bits, as torch does not read that dtype of numpy.
+    """
     if dtype is torch.bfloat16:
         return array_to_torch(array.view(np.int16), torch.int16).view(torch.bfloat16)
     if array.flags.writeable:
         return torch.from_numpy(array)
     if array.size <= 64:
         return torch.from_numpy(array.copy())
-    # torch has no read-only tensors, and from_numpy warns of it; the waist forbids writing to constants.
+    # torch has no read-only tensors, and from_numpy warns of them; `Graph.constant` forbids writing to them.
     return torch.from_numpy(np.asarray(_Writeable(array)))
 
 
 class _Writeable:
-    """A read-only array by its address; it dies with the last tensor over it, and no later: so may its mapping."""
+    """A read-only array, shown as writeable by its address. It lives as long as the last tensor over it, as does its
+    mapping."""
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         self.owner = array
@@ -78,9 +82,5 @@ class _Writeable:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype is torch.bfloat16:
-        bits: np.ndarray[Any, Any] = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return bits
-    array: np.ndarray[Any, Any] = tensor.numpy()
-    return array
+    """The array of a tensor, row by row; a tensor on the CPU that lies so shares its memory."""
+    return TorchTensor(tensor.contiguous()).numpy()

@@ -1,11 +1,11 @@
-"""Activations with a scale for each channel, between a conv and a depthwise conv -> activations with one scale.
+"""Scales per channel of the activations between a conv and a depthwise conv -> one scale.
 
-Some quantizers give the input of a depthwise conv a scale a channel. No kernel computes that; but the channels do not
-meet in such a conv, so its weight can take over their scales, and the conv in front can give its outputs in steps:
+Some quantizers give the input of a depthwise conv one scale per channel. No kernel computes that. A depthwise conv
+never mixes channels, so its weight can take over the scales, and the conv before it can compute in units of one step:
 
     dw(dq(q(conv(x, W·w, b), s), s), V·v)  ->  dw(dq(q(conv(x, W·(w/s), b/s), 1), 1), V·(v·s))
 
-The integers between the two stay what they are.
+The integers between the two convs stay the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graphopt.ir.qdq.numbers import saturates, stored
 
 
 def share_one_scale(graph: Graph) -> None:
-    """Do so where stored int8 weights are on both sides, and saturation does the work of a clip between them."""
+    """Do so where both convs have stored int8 weights, and saturation makes a relu or clip between them superfluous."""
     for quantize in graph.sites("quantize"):
         scale, zero_point = (stored(graph, quantize.operand(name)) for name in ("scale", "zero_point"))
         if scale is None or scale.dim() != 1 or quantize.attributes["axis"] != 1 or zero_point is None:
@@ -33,7 +33,7 @@ def share_one_scale(graph: Graph) -> None:
 
 
 def _maker(graph: Graph, quantize: Node, scale: Tensor, step: float) -> Node | None:
-    """The conv that alone makes what is quantized, at most behind a relu or clip that cuts off what integers do."""
+    """The conv whose only reader is the quantize, also by way of a relu or clip that saturation makes superfluous."""
     node = quantize.input.producer
     if node is not None and node.kind in ("relu", "clip") and node.result.only_user is not None:
         if not saturates(node, scale, step):
@@ -45,7 +45,7 @@ def _maker(graph: Graph, quantize: Node, scale: Tensor, step: float) -> Node | N
 
 
 def _readers(graph: Graph, quantize: Node, scale: Tensor, step: Tensor) -> list[Node]:
-    """The depthwise convs that alone read what is quantized, through dequantizes of its scale; none if others do."""
+    """The depthwise convs behind a quantize and dequantizes of its scale; none where others read the integers."""
     convs: list[Node] = []
     for node in quantize.result.users:
         found, zero_point = (stored(graph, node.operand(name)) if node.kind == "dequantize" else None
@@ -61,30 +61,30 @@ def _readers(graph: Graph, quantize: Node, scale: Tensor, step: Tensor) -> list[
 
 
 def _rewrite(graph: Graph, quantize: Node, conv: Node, readers: list[Node], scale: Tensor, step: Tensor) -> None:
-    one, zero_point = graph.add_constant(torch.ones(())), graph.add_constant(step)
+    unit, zero_point = graph.add_constant(torch.ones(())), graph.add_constant(step)
     bias = None if conv.bias is None else stored(graph, conv.bias)
     scaled = graph.emit(
         conv, conv.input, _rescaled(graph, conv, 1 / scale),
         None if bias is None else graph.add_constant(bias / scale), at=conv,
     )  # fmt: skip
-    steps = graph.emit("quantize", scaled, one, zero_point, at=quantize)
+    steps = graph.emit("quantize", scaled, unit, zero_point, at=quantize)
     for reader in readers:
-        x = graph.emit("dequantize", steps, one, zero_point, at=reader)
+        x = graph.emit("dequantize", steps, unit, zero_point, at=reader)
         outputs = reader.required("weight").shape
-        assert outputs is not None  # of what is stored
+        assert outputs is not None  # a stored weight has a shape
         weight = _rescaled(graph, reader, scale.repeat_interleave(int(outputs[0]) // len(scale)))
         graph.replace(reader, graph.emit(reader, x, weight, reader.bias, at=reader))
 
 
 def _rescaled(graph: Graph, conv: Node, factors: Tensor) -> Value:
-    """The weight of a conv with other scales of its outputs."""
+    """The weight of a conv, its scale per output channel multiplied by `factors`."""
     held = _weight(graph, conv)
-    assert held is not None  # as looked at before
+    assert held is not None  # checked by _maker and _readers
     return graph.emit("dequantize", held[0], graph.add_constant(held[1] * factors), at=conv, axis=0)
 
 
 def _weight(graph: Graph, conv: Node) -> tuple[Value, Tensor] | None:
-    """The integers of a conv's weight, and the scale of each output; None of any other weight."""
+    """The integers of a conv's weight and its scale per output channel; None for a weight of another form."""
     maker = conv.required("weight").producer
     if maker is None or maker.kind != "dequantize" or maker.attributes["axis"] != 0 or maker.operand("zero_point"):
         return None

@@ -1,11 +1,12 @@
-"""What is quantized already, in the form that kernels take: activations in uint8, weights in int8 without zero points.
+"""A model that came in quantized, in the form that kernels take: activations in uint8, weights in int8 at zero point 0.
 
-quantize(x, s, z:int8) -> quantize(x, s, z + 128:uint8), and so what reads it.
-dequantize(W, s, z) -> dequantize(W - z, s for each output). Both are exact.
-quantize(x * c, s, z) -> quantize(x, s / c, z), the same but for the last bit of a float. Attention scales its sides so.
-A scale for each channel between a conv and a depthwise conv moves into their weights (`channel_scales`).
+quantize(x, s, z:int8) -> quantize(x, s, z + 128:uint8), and likewise each dequantize that reads it: exact.
+dequantize(W, s, z) -> dequantize(W - z, s per output channel): exact.
+quantize(x * c, s, z) -> quantize(x, s / c, z): the same up to the last bit of a float. (Exported attention scales
+its queries and keys so.)
+Scales per channel between a conv and a depthwise conv move into the weights of both (`channel_scales`).
 
-int8 ops, which are made of such, are opened again by `unfold`.
+`unfold` is the way back from int8 ops (linear_int8, ...) to dequantize, float op and quantize.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from graphopt.ir.qdq.channel_scales import share_one_scale
 from graphopt.ir.rewrite import scalar
 
 _MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity")
-"""Ops that let integers through as they are, whatever their sign."""
+"""Ops that move integers and do not compute with them, so that they commute with adding 128."""
 _HALF = 128
 
 
 def normalize(graph: Graph) -> None:
-    """Put integers into that form where it is exact, up to the last bit of floats that are rounded to integers.
+    """Rewrite integers to the form above wherever that is exact, up to the last bit of floats before rounding.
 
-    Left as they are: activations in int8 that something else than a dequantize reads, or that the graph returns, and
-    weights whose distance from the zero point is no int8.
+    These stay as they are: int8 activations that the graph returns, or that anything but a dequantize reads, and
+    weights for which W - z does not fit int8. [changes]
     """
     for node in [node for node in graph.nodes if _is_signed(node)]:
         if (behind := _behind(node.result)) is not None:
@@ -39,13 +40,13 @@ def normalize(graph: Graph) -> None:
 
 
 def unfold(graph: Graph) -> None:
-    """Put quantize and dequantize around float ops in place of int8 ops: what they mean. [changes]"""
+    """Replace int8 ops by what they mean: dequantize, the float op, quantize. [changes]"""
     floats: dict[tuple[Value, ...], Value] = {}
 
     def activation(site: Node, side: str) -> Value:
         names = (side, *(f"{side}_{name}" if site.kind == "add_int8" else name for name in ("scale", "zero_point")))
         key = tuple(site.required(name) for name in names)
-        if key not in floats:  # linears that read the same integers read the same floats
+        if key not in floats:  # linears that read the same integers share one dequantize
             floats[key] = graph.emit("dequantize", *key, at=site)
         return floats[key]
 
@@ -69,7 +70,7 @@ def unfold(graph: Graph) -> None:
 
 
 def _is_signed(node: Node) -> bool:
-    """Whether a quantize makes int8, with one scale and a stored zero point (0 where there is none)."""
+    """Whether a node is a quantize to int8 with one scale and a stored zero point (0 where it has none)."""
     if node.kind != "quantize" or node.result.dtype != torch.int8 or node.required("scale").rank != 0:
         return False
     zero_point = node.operand("zero_point")
@@ -77,7 +78,7 @@ def _is_signed(node: Node) -> bool:
 
 
 def _behind(integers: Value) -> list[Node] | None:
-    """What moves integers, and the dequantizes at the ends, in order; None where something else reads them."""
+    """The ops that move integers and the dequantizes that end each path, in order; None where others read them."""
     found: list[Node] = []
     if integers.is_output:
         return None
@@ -95,22 +96,22 @@ def _behind(integers: Value) -> list[Node] | None:
 
 
 def _shift(graph: Graph, node: Node, behind: list[Node]) -> None:
-    """Emit a quantize, and all behind it, anew: 128 higher."""
+    """Emit a quantize and all nodes behind it again, with integers that are 128 higher."""
     scale = node.required("scale")
     moved = {node.result: graph.emit("quantize", node.input, scale, _higher(graph, node), at=node)}
-    for one in behind:
-        x = moved[one.input]
-        if one.kind == "dequantize":
-            graph.replace(one, graph.emit("dequantize", x, one.required("scale"), _higher(graph, one), at=one))
+    for user in behind:
+        x = moved[user.input]
+        if user.kind == "dequantize":
+            graph.replace(user, graph.emit("dequantize", x, user.required("scale"), _higher(graph, user), at=user))
         else:
-            moved[one.result] = graph.emit(one, x, *one.operands[1:], at=one)
+            moved[user.result] = graph.emit(user, x, *user.operands[1:], at=user)
     for integers in reversed(moved):
         if integers.producer is not None:
             graph.erase(integers.producer)
 
 
 def _higher(graph: Graph, node: Node) -> Value:
-    """The zero point of a node in uint8: of the same meaning for integers that are 128 higher."""
+    """The zero point of a node plus 128, in uint8."""
     given = node.operand("zero_point")
     tensor = graph.constant(given) if given is not None else torch.zeros((), dtype=torch.int8)
     assert tensor is not None
@@ -118,7 +119,7 @@ def _higher(graph: Graph, node: Node) -> Value:
 
 
 def _take_factor(graph: Graph, node: Node) -> None:
-    """Scale by one number above 0 in the quantize, in place of an op before it, or before what only moves values."""
+    """Fold a mul or div by one positive number into the scale of a quantize behind it, or behind ops that move."""
     factor = node.input.producer
     while factor is not None and factor.kind in _MOVES and factor.result.only_user is not None:
         factor = factor.input.producer
@@ -129,14 +130,14 @@ def _take_factor(graph: Graph, node: Node) -> None:
     if x.dtype != scale.dtype or not bool((scale / number).isfinite().all() and (scale / number > 0).all()):
         return
     graph.replace(factor, x)
-    taken_in = graph.emit(node, node.input, graph.add_constant(scale / number), *node.operands[2:], at=node)
-    graph.replace(node, taken_in)
+    rescaled = graph.emit(node, node.input, graph.add_constant(scale / number), *node.operands[2:], at=node)
+    graph.replace(node, rescaled)
 
 
 def _factor(graph: Graph, node: Node) -> tuple[Value, float] | None:
-    """What a mul or div changes by one number above 0, and that number; None of any other op, or another shape."""
+    """Of a mul or div by one positive number: x and the factor. None for other ops, and where x is broadcast."""
     sides = {"mul": [(0, 1), (1, 0)], "div": [(0, 1)]}.get(node.kind, [])
-    for x, number in ((node.operands[one], scalar(graph, node.operands[other])) for one, other in sides):
+    for x, number in ((node.operands[side], scalar(graph, node.operands[other])) for side, other in sides):
         if x is not None and number is not None and number > 0 and x.shape == node.result.shape:
             return x, number if node.kind == "mul" else 1 / number
     return None
@@ -146,7 +147,7 @@ def _factor(graph: Graph, node: Node) -> tuple[Value, float] | None:
 
 
 def _is_weight(node: Node) -> bool:
-    """Whether a dequantize makes a stored 8-bit weight of linears and convs, with one scale an output or in all."""
+    """Whether a node dequantizes a stored 8-bit weight for linears and convs only, with one scale or one per output."""
     if node.kind != "dequantize" or not all(value is None or value.is_constant for value in node.operands):
         return False
     if node.required("x").dtype not in (torch.int8, torch.uint8) or node.result.is_output:
@@ -165,7 +166,7 @@ def _is_normal(node: Node) -> bool:
 
 
 def _center(graph: Graph, node: Node) -> None:
-    """Emit a weight anew without its zero point, with a scale for each output, where it fits int8."""
+    """Emit the dequantize of a weight without a zero point and with a scale per output, where W - z fits int8."""
     integers, scale, zero_point = (None if v is None else graph.constant(v) for v in (*node.operands, None)[:3])
     assert integers is not None and scale is not None
     steps = integers.to(torch.int16)
@@ -178,5 +179,5 @@ def _center(graph: Graph, node: Node) -> None:
 
 
 def _column(vector: Tensor, weight: Tensor) -> Tensor:
-    """One number, or one for each output, to broadcast over a weight (out, ...)."""
+    """One number, or one per output channel, shaped to broadcast over a weight (out, ...)."""
     return vector.reshape([-1, *[1] * (weight.dim() - 1)])

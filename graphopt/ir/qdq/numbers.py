@@ -1,4 +1,4 @@
-"""What integers stand for: the floats of stored ones, and what saturation cuts off."""
+"""What quantized integers stand for: the floats of stored integers, and the range that saturation clips to."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from torch import Tensor
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
 
-_NEAR = 0.5 + 1e-3
-"""Half a step, and the rounding of float32."""
+_HALF_STEP = 0.5 + 1e-3
+"""With room for the rounding of float32."""
 
 
 def stored(graph: Graph, value: Value | None) -> Tensor | None:
-    """A constant, or the floats of one that is kept in integers behind a dequantize; None of what is computed."""
+    """The tensor of a constant, or of a dequantize of constants in floats; None for a value that is computed."""
     maker = value.producer if value is not None else None
     if maker is None or maker.kind != "dequantize":
         return None if value is None else graph.constant(value)
-    parts = [None if one is None else graph.constant(one) for one in maker.operands]
-    if any(one is not None and part is None for one, part in zip(maker.operands, parts, strict=True)):
+    parts = [None if operand is None else graph.constant(operand) for operand in maker.operands]
+    if any(operand is not None and part is None for operand, part in zip(maker.operands, parts, strict=True)):
         return None
     floats: Tensor = OPS["dequantize"].reference(*parts, **maker.attributes)
     return floats
 
 
 def saturates(bounded: Node, scale: Tensor | float, zero_point: float) -> bool:
-    """Whether integers from 0 to 255 lie within the bounds of a relu or clip, to within half a step, by each scale."""
+    """Whether uint8 of a scale (or of each of several) saturates within the bounds of a relu or clip, to half a step.
+
+    Then the relu or clip changes nothing that quantization keeps.
+    """
     low, high = (0.0, None) if bounded.kind == "relu" else (bounded.attributes["low"], bounded.attributes["high"])
     scale = torch.as_tensor(scale, dtype=torch.float64)
-    below = low is None or bool((low / scale + zero_point <= _NEAR).all())
-    return below and (high is None or bool((high / scale + zero_point >= 255 - _NEAR).all()))
+    below = low is None or bool((low / scale + zero_point <= _HALF_STEP).all())
+    return below and (high is None or bool((high / scale + zero_point >= 255 - _HALF_STEP).all()))

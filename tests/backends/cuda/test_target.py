@@ -16,7 +16,7 @@ import graphopt
 from graphopt.backends.cuda import kernels as cuda_kernels
 from graphopt.backends.cuda import target as cuda
 from graphopt.backends.cuda.target import OPTIONS, Cuda, CudaRunner, Device, on_device
-from graphopt.capture.trace import on_cpu
+from graphopt.capture.tracing import on_cpu
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.errors import LoweringError, PassError, UsageError
 from graphopt.ir.graph import Graph

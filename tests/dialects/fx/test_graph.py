@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from graphopt.dialects.fx.graph import FxGraph
-from graphopt.dialects.fx.ops import quantized_decomposed
+from graphopt.dialects.fx.spellings import quantized_decomposed
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.ops import OPS

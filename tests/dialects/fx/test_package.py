@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import UsageError
 from graphopt.dialects.fx.graph import FxGraph
-from graphopt.dialects.fx.ops import quantized_decomposed
 from graphopt.dialects.fx.package import KernelCounts, promises
+from graphopt.dialects.fx.spellings import quantized_decomposed
 from graphopt.errors import GraphError, LoweringError
 from graphopt.ir.qdq.integer_forms import unfold
 from tests import models

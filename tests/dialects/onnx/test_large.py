@@ -225,7 +225,7 @@ def test_a_full_temporary_folder_is_named(large: Path, tmp_path: Path, monkeypat
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc is told to give memory back")
 def test_memory_freed_between_weights_is_given_back() -> None:
     """In a process of its own: what the C library keeps depends on all that a process did before."""
-    code = "from tests.dialects.test_onnx_large import freed; print(*freed())"
+    code = "from tests.dialects.onnx.test_large import freed; print(*freed())"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     kept, left = map(int, run.stdout.split())
     assert kept > 150e6 and left < 30e6

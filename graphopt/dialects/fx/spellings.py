@@ -1,7 +1,7 @@
-"""How torch.fx spells each op: what reads an aten node as an op, and what writes an op as aten nodes.
+"""How torch.fx spells each op: one reader of aten nodes and one writer per op.
 
-An op's operand that is no tensor in aten stays what it is there: a Python number is a `Literal`, the shape of a
-reshape is `Sizes`. Both are shown to passes as constant values.
+An operand that is no tensor in aten is not made one: a Python number is a `Literal`, the shape of a reshape is `Sizes`.
+Passes see both as constant values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from graphopt.dialects.fx import operators as fx_operators
+from graphopt.dialects.fx import custom_operators
 from graphopt.dialects.fx.native import meta
 from graphopt.errors import GraphError
 from graphopt.ir.ops import OPS
@@ -22,7 +22,7 @@ from graphopt.ir.ops import OPS
 
 @dataclass(frozen=True)
 class Literal:
-    """A Python number in a node's arguments, with the dtype that it has in the computation."""
+    """A Python number in a node's arguments, with the dtype that it is computed in."""
 
     number: float | int | bool
     dtype: torch.dtype
@@ -30,13 +30,13 @@ class Literal:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shape that a reshape asks for: integers, and nodes that compute a SymInt."""
+    """The shape argument of a reshape: integers, and nodes that compute a SymInt."""
 
     items: tuple[int | fx.Node, ...]
 
 
 Raw = fx.Node | Literal | Sizes | None
-"""An operand as the graph has it."""
+"""An operand as it stands in the graph."""
 
 Arguments = Mapping[str, Any]
 """A node's arguments by their names in the schema, defaults filled in."""
@@ -52,7 +52,7 @@ class Read:
 
 
 class Writer(Protocol):
-    """What a spelling needs to put nodes into a graph."""
+    """What the writer of an op needs to insert nodes."""
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new node, its meta inferred."""
@@ -161,7 +161,7 @@ def _read_pool(op: str, given: str = "self") -> Reader:
 
 
 def _read_adaptive(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-    """To one entry along each axis, it is a mean."""
+    """Pooling to one entry along each axis is a mean."""
     x, rank = meta(a["self"]), len(a["output_size"])
     if list(a["output_size"]) != [1] * rank or not x.is_floating_point():
         return None
@@ -213,7 +213,7 @@ def _read_concat(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None
 
 
 def _read_squeeze(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-    """aten passes over axes that are not of size 1; the op has none."""
+    """aten ignores axes that are not of size 1; the op does not allow them."""
     axes, sizes = a["dim"] if isinstance(a["dim"], list | tuple) else (a["dim"],), meta(a["self"]).shape
     ones = sizes and all(isinstance(sizes[axis], int) and sizes[axis] == 1 for axis in axes)
     return Read("squeeze", (a["self"],), {"axes": tuple(axes)}) if ones else None
@@ -259,7 +259,7 @@ def _read_mean(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
 
 
 def _read_clone(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-    """A copy changes strides only, which few operations look at (reshape is one spelling that does not)."""
+    """A copy changes only strides, on which few operations depend (reshape is written so that it does not)."""
     return None if any(str(user.target) in _STRIDED for user in node.users) else Read("identity", (a["self"],), {})
 
 
@@ -315,7 +315,7 @@ def _read_slice(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
 
 
 _LAST = 2**63 - 1
-"""What aten writes for a slice that ends with its axis."""
+"""The end that aten gives a slice that reaches to the end of its axis."""
 
 
 def _read_quantize(op: str, per_channel: bool) -> Reader:
@@ -335,7 +335,7 @@ def _read_quantize(op: str, per_channel: bool) -> Reader:
 
 
 def _read_groups(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-    """Groups along the last axis of a matrix, whose scales torch takes in any shape, and the op as a matrix."""
+    """Groups along the last axis of a matrix; torch takes their scales in any shape, the op as a matrix."""
     x, scale, block = meta(a["input"]), meta(a["scales"]), a["group_size"]
     zero_point = _zero_point("dequantize", a["zero_points"], a["dtype"], constant)
     if a["output_dtype"] != torch.float32 or scale.shape != (x.shape[0], x.shape[1] // block) or zero_point is False:
@@ -345,7 +345,7 @@ def _read_groups(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None
 
 
 def _bits(a: dict[str, Any]) -> int:
-    """How many bits hold the integers of a dequantize, by the range that it is told; 8 for those of no byte."""
+    """The bits of a dequantize's integers, by the range in its arguments; 8 where the dtype has no 8 bits."""
     if a["dtype"] not in (torch.int8, torch.uint8):
         return 8
     low, high = int(a["quant_min"]), int(a["quant_max"])
@@ -353,7 +353,7 @@ def _bits(a: dict[str, Any]) -> int:
 
 
 def _zero_point(op: str, raw: Any, dtype: torch.dtype, constant: Callable[[fx.Node], Tensor | None]) -> Any:
-    """The op's operand: None where it is zero and may be left out, False where its type is not the integers'."""
+    """The op's operand: None where it is 0 and may be left out, False where its dtype is not that of the integers."""
     optional = op == "dequantize" or dtype == torch.int8
     if raw is None:
         return None
@@ -458,7 +458,7 @@ _READERS: dict[str, Reader] = {
     "quantized_decomposed.dequantize_per_channel.default": _read_quantize("dequantize", True),
     "quantized_decomposed.dequantize_per_channel_group.default": _read_groups,
     **{f"aten.{op}.default": _reader(op, "self") for op in _UNARY},
-    **{f"graphopt.{op}.default": _read_own(op) for op in fx_operators.NAMES},
+    **{f"graphopt.{op}.default": _read_own(op) for op in custom_operators.NAMES},
 }
 
 
@@ -468,12 +468,12 @@ aten = torch.ops.aten
 
 
 def write(writer: Writer, op: str, operands: Sequence[Raw], attributes: Mapping[str, Any]) -> fx.Node:
-    """Put nodes that mean `op`; the one that computes its results. Operands and attributes are complete."""
+    """Insert nodes that mean `op`; returns the node of its results. Operands and attributes must be complete."""
     spell = _SPELLINGS.get(op)
     if spell is not None:
         return spell(writer, *operands, **attributes)
     nodes = [writer.tensor(raw) for raw in operands]
-    if op in fx_operators.NAMES:
+    if op in custom_operators.NAMES:
         return writer.call(getattr(torch.ops.graphopt, op).default, *nodes, **attributes)
     return writer.call(getattr(aten, op).default, *nodes, **attributes)
 
@@ -487,7 +487,7 @@ def _write_conv(
     if rank not in (1, 2, 3):
         raise GraphError(f"conv takes a weight of rank 3 to 5, not {rank + 2}")
     begin, end = tuple(padding[:rank]) or (0,) * rank, tuple(padding[rank:]) or (0,) * rank
-    if begin != end:  # aten pads both ends alike
+    if begin != end:  # aten pads both ends by the same
         x, begin = _write_pad(writer, x, padding=(*begin, *end), value=0.0), (0,) * rank
     target = (aten.conv1d, aten.conv2d, aten.conv3d)[rank - 1].default
     ones = [1] * rank
@@ -497,7 +497,7 @@ def _write_conv(
 
 
 def _write_pool(op: str) -> Callable[..., fx.Node]:
-    """aten pads both ends alike and by half the kernel at most; other pads take an operator of ours.
+    """aten pads both ends by the same, at most half the kernel; other pads need a custom operator.
 
     On the CPU its max_pool2d counts positions in the type of what is pooled, channels last: past 127 of them it refuses
     uint8, which the kernel for quantized tensors takes as well.
@@ -538,7 +538,7 @@ def _write_clip(writer: Writer, x: Raw, *, low: float | None, high: float | None
     if low is None and high is None:
         return writer.call(aten.alias.default, node)
     dtype = meta(node).dtype
-    if not dtype.is_floating_point:  # a float would make the result one
+    if not dtype.is_floating_point:  # a float bound would make the result float
         low, high = (None if bound is None else int(bound) for bound in (low, high))
     return writer.call(aten.clamp.default, node, low, high)
 
@@ -550,7 +550,7 @@ def _write_pad(writer: Writer, x: Raw, *, padding: Any, value: float) -> fx.Node
 
 
 def _write_unsqueeze(writer: Writer, x: Raw, *, axes: Any) -> fx.Node:
-    """One axis a node, which is all that aten adds at a time."""
+    """One node per axis, for aten adds one axis at a time."""
     node = writer.tensor(x)
     assert node is not None
     if not axes:
@@ -647,7 +647,7 @@ def _write_quantize(kind: str) -> Callable[..., fx.Node]:
         x, scale, zero = writer.tensor(x), writer.tensor(scale), writer.tensor(zero_point)
         assert x is not None and scale is not None
         dtype = meta(x).dtype if kind == "dequantize" else torch.int8 if zero is None else meta(zero).dtype
-        if dtype in _FLOAT8 or (axis is None and meta(scale).dim() > 0):  # torch has no operator for these
+        if dtype in _FLOAT8 or (axis is None and meta(scale).dim() > 0):  # torch has no operators for these
             own = {"block": block, "bits": bits} if kind == "dequantize" else {}
             return writer.call(getattr(torch.ops.graphopt, kind).default, x, scale, zero, axis=axis, **own)
         if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
@@ -656,7 +656,7 @@ def _write_quantize(kind: str) -> Callable[..., fx.Node]:
         if axis is None or meta(scale).dim() == 0:
             zero = zero if zero is not None else writer.add(torch.zeros((), dtype=dtype))
             return writer.call(getattr(ops, f"{kind}_per_tensor").tensor, x, scale, zero, low, high, dtype)
-        if zero is not None:  # aten subtracts in the type of the two, which would wrap around
+        if zero is not None:  # aten subtracts in the integers' own dtype, which would wrap around
             zero = writer.call(aten._to_copy.default, zero, dtype=torch.int64)
         elif kind == "quantize":
             zero = writer.add(torch.zeros(meta(scale).shape, dtype=torch.int64))
@@ -674,7 +674,7 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _range(dtype: torch.dtype, bits: int) -> tuple[int, int]:
-    """The integers of a dtype, or those of so many bits where it has 8."""
+    """The least and the largest integer of a dtype; of `bits` where the dtype has 8."""
     info = torch.iinfo(dtype)
     return (info.min >> (8 - bits), info.max >> (8 - bits)) if info.bits == 8 else (info.min, info.max)
 

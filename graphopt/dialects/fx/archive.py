@@ -28,9 +28,9 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from graphopt.dialects.fx import operators as fx_operators  # noqa: F401  (an archive may hold its operators)
+from graphopt.dialects.fx import custom_operators  # noqa: F401  (registered, for an archive may hold them)
 from graphopt.dialects.fx.native import meta
-from graphopt.dialects.fx.ops import quantized_decomposed
+from graphopt.dialects.fx.spellings import quantized_decomposed
 from graphopt.errors import GraphError
 from graphopt.ir.structure import Output
 
@@ -41,7 +41,7 @@ _NAMES = "graphopt.json"
 
 
 def save(graph: FxGraph, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the graph, its names, and texts about it, whole or not at all.
+    """Write the graph, its names and the texts in `metadata`; a file is complete or not written at all.
 
     Raises GraphError where torch cannot write an operation.
     """
@@ -73,9 +73,8 @@ def load(path: str | Path) -> tuple[ExportedProgram, dict[str, Any]]:
 def read_program(path: str | Path, extra: dict[str, str] | None = None) -> ExportedProgram:
     """Read an archive of torch.export.save, and the texts in it whose names are keys of `extra`.
 
-    torch unpickles what an archive says is a pickle, which can run code: one that holds any is refused. What is left is
-    still a program: torch reads sizes as Python expressions, so this is no reason to load what one does not trust.
-    Raises GraphError for any other file.
+    torch unpickles what an archive declares as a pickle, which can run code: one with a pickle is refused. Still,
+    load only files that you trust: torch evaluates sizes as Python expressions. Raises GraphError for other files.
     """
     quantized_decomposed()
     content = Path(path).read_bytes()
@@ -92,14 +91,14 @@ def read_program(path: str | Path, extra: dict[str, str] | None = None) -> Expor
 
 
 def _pickles(archive: bytes) -> list[str]:
-    """What torch.export.load would unpickle: all but raw tensors, and example inputs that are tensors only."""
+    """The entries that torch.export.load would unpickle, except example inputs that are tensors only."""
     with zipfile.ZipFile(io.BytesIO(archive)) as files:
         names = [name.partition("/")[2] for name in files.namelist()]
         root = files.namelist()[0].partition("/")[0]
         found = [name for name in names if re.match(r"data/(weights|constants)/.*(\.pt$|custom_obj|opaque)", name)]
-        # torch reads every model in an archive with its own configs, and the files of formats before this one
+        # torch reads each model in an archive with its own configs, and the files of older formats
         found += [name for name in names if re.match(r"models/(?!model\.json$).|serialized_", name)]
-        if "models/model.json" not in names:  # a format of before, of pickles all over
+        if "models/model.json" not in names:  # an older format, which consists of pickles
             return names
         for name in names:
             content = files.read(f"{root}/{name}")
@@ -126,10 +125,10 @@ def returned(program: ExportedProgram) -> Any:
 
 
 def to_program(graph: FxGraph, *, keywords: bool = False) -> ExportedProgram:
-    """The graph as an ExportedProgram: constants become lifted inputs, everything else stays as it is.
+    """The graph as an ExportedProgram, with constants as lifted inputs.
 
     It returns what the model does, with a dict in place of any other mapping. keywords: whether inputs are given by
-    keyword, or in order.
+    keyword rather than in order.
     """
     program, env = fx.Graph(), dict[fx.Node, fx.Node]()
     state: dict[str, Tensor] = {}
@@ -176,7 +175,7 @@ def to_program(graph: FxGraph, *, keywords: bool = False) -> ExportedProgram:
 
 
 def _write(env: Mapping[fx.Node, fx.Node], written: Any, value: Any) -> tuple[OutputSpec, fx.Node]:
-    """What a graph copies to a stored tensor or an input, as a program says it."""
+    """The output of a program that stands for a copy to a stored tensor or an input."""
     of_input = written.op == "placeholder"
     kind = OutputKind.USER_INPUT_MUTATION if of_input else OutputKind.BUFFER_MUTATION
     target = env[written].name if of_input else str(written.target)
@@ -190,7 +189,7 @@ def _argument(leaf: Any) -> TensorArgument | SymIntArgument | ConstantArgument:
 
 
 def _ranges(graph: fx.Graph) -> dict[Any, Any]:
-    """The range of every symbol that a shape in the graph depends on."""
+    """The range of every symbol in the shapes of the graph's inputs."""
     ranges: dict[Any, Any] = {}
     for node in graph.find_nodes(op="placeholder"):
         for size in meta(node).shape:

@@ -1,7 +1,7 @@
-"""How each op is spelled in ONNX: one reader and one writer an op.
+"""How ONNX spells each op: one reader and one writer per op.
 
-An op without a standard operator at the model's opset is a node of domain `graphopt` with a function body, so the
-model stays valid, and runs in any engine, all through a pipeline.
+An op that has no standard operator at the model's opset is a node of domain `graphopt` with a function body. So the
+model is valid ONNX, and any engine runs it, at every point of a pipeline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from graphopt.dialects.onnx.graph import OnnxGraph, OnnxValue
 
 DOMAIN = "graphopt"
-"""Of the nodes whose meaning is a function body (`graphopt.dialects.onnx.functions`)."""
+"""The domain of nodes whose meaning is a function body (`graphopt.dialects.onnx.functions`)."""
 STANDARD = ("", "ai.onnx")
 
 Read = tuple[str, tuple["OnnxValue | None", ...], dict[str, Any]]
@@ -33,7 +33,7 @@ Read = tuple[str, tuple["OnnxValue | None", ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Spelled:
-    """A node to be: operator, inputs and attributes, and how many results it has."""
+    """A node that is to be made: its operator, inputs and attributes, and its number of results."""
 
     op_type: str
     inputs: Sequence[OnnxValue | None]
@@ -53,10 +53,10 @@ _PLAIN_OPS = {kind: op_type for op_type, kind in _PLAIN.items()}
 
 
 KEPT = ("GlobalAveragePool",)
-"""Spellings that stay when a node is emitted anew, as they have kernels of their own (a mean's in integers)."""
+"""Operators that stay when a node is emitted again, as they have kernels of their own (an integer one of a mean)."""
 
 _SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization")
-"""Operators that may have further outputs; their readers see to it that nobody uses those."""
+"""Operators that may have further results; their readers check that nobody uses those."""
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def _read_conv(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None
 
 
 def spatial(node: ir.Node, weight: OnnxValue) -> dict[str, Any] | None:
-    """The attributes of a conv; None where the padding follows from the input's size, or the rank is not torch's."""
+    """The attributes of a conv; None where padding depends on the input's size, or torch has no conv of the rank."""
     shape = weight.shape
     if shape is None or len(shape) not in (3, 4, 5) or _text(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
@@ -163,7 +163,7 @@ def _read_average_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValu
 
 
 def window(node: ir.Node) -> dict[str, Any] | None:
-    """What both pools have; None where the padding follows from the input's size, or the kernel has no torch form."""
+    """The attributes that both pools have; None where padding depends on the input's size, or torch has none."""
     kernel, ceil = _integers(node, "kernel_shape"), bool(_integer(node, "ceil_mode", 0))
     auto_pad = _text(node, "auto_pad", "NOTSET")
     if len(kernel) not in (1, 2, 3) or auto_pad not in ("NOTSET", "VALID") or (ceil and auto_pad == "VALID"):
@@ -221,7 +221,7 @@ def _read_gather(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | No
 
 
 def _is_dequantized(graph: OnnxGraph, value: OnnxValue) -> bool:
-    """Whether a value is a stored tensor of integers, dequantized."""
+    """Whether a value is the dequantize of a stored tensor."""
     producer = value.native.producer()
     found = read(graph, producer) if producer is not None else None
     return found is not None and found[0] == "dequantize" and all(one is None or one.is_constant for one in found[1])
@@ -230,7 +230,7 @@ def _is_dequantized(graph: OnnxGraph, value: OnnxValue) -> bool:
 def _read_softmax(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
     old = graph.opset < 13
     axis, rank = _integer(node, "axis", 1 if old else -1), operands[0].rank if operands[0] is not None else None
-    if old and (rank is None or axis not in (-1, rank - 1)):  # it flattened to 2-D
+    if old and (rank is None or axis not in (-1, rank - 1)):  # it flattened x to 2-D
         return None
     return "softmax", operands, {"axis": axis}
 
@@ -263,7 +263,7 @@ def _read_clip(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None
 
 
 def _constant_number(graph: OnnxGraph, value: OnnxValue | None) -> float | None:
-    """The number in a constant of one element, where Python's floats hold it."""
+    """The number in a constant of one element, where a Python float holds it exactly."""
     tensor = graph.constant(value) if value is not None else None
     if tensor is None or tensor.numel() != 1:
         return None
@@ -309,7 +309,7 @@ def _constant_integers(graph: OnnxGraph, value: OnnxValue | None) -> tuple[int, 
 
 
 def _read_squeeze(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    """Without axes, Squeeze drops every axis of size 1: that depends on the sizes, so it stays opaque."""
+    """Without axes, Squeeze drops every axis of size 1. That depends on the sizes, so it stays opaque."""
     axes = _integers(node, "axes") if graph.opset < 13 else _constant_integers(graph, (*operands, None)[1])
     return (node.op_type.lower(), operands[:1], {"axes": axes}) if axes else None
 
@@ -436,7 +436,7 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
 
 
 def write(graph: OnnxGraph, op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-    """The node that means `op` at the graph's opset."""
+    """The node that means `op` at the graph's opset. Raises GraphError where that has no spelling of it."""
     if op in _PLAIN_OPS and (op != "hard_swish" or graph.opset >= 14):
         return Spelled(_PLAIN_OPS[op], operands, {})
     writer = _WRITERS.get(op)
@@ -500,7 +500,7 @@ def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], att
 
 
 def repeats_over_queries(query: Value | None, *others: Value | None) -> bool:
-    """Whether the mask has one row for all queries: ONNX allows it, and onnxruntime's kernel fails on it.
+    """Whether the mask has one row for all queries: ONNX allows that, and ONNX Runtime's kernel fails on it.
 
     others: the further operands of attention: key, value and, where it is given, mask.
     """
@@ -588,7 +588,7 @@ def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attr
 
 
 def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
-    """Raise GraphError where the opset is older than the operator: 10, or 13 with a scale for each slice of an axis."""
+    """Raise GraphError where the opset has no such operator: it needs 10, or 13 with scales along an axis."""
     needed = 10 if axis is None else 13
     if graph.opset < needed:
         several = "" if axis is None else f" with scales along axis {axis}"
@@ -618,7 +618,7 @@ def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], at
 
 
 _NARROW_SINCE = {4: 21, 2: 25}
-"""The first opset that has integers of so many bits; others, and before, lie in a byte each."""
+"""By bits, the first opset with such integers. At older opsets, and with other bits, each integer takes a byte."""
 
 
 _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {

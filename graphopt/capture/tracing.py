@@ -1,4 +1,4 @@
-"""A module, once through torch.export: its arguments, dynamic axes and results, and what to say when it fails."""
+"""Traces a module once with torch.export: arguments, dynamic axes, results, and errors that a user understands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.decode import DecodeStep
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line, nearest
-from graphopt.ir.structure import Structure, structure
+from graphopt.ir.structure import Structure, structure_of
 
 Feeds = dict[str, Tensor]
 DynamicAxes = dict[str, dict[int, str]]
@@ -29,7 +29,7 @@ DynamicAxes = dict[str, dict[int, str]]
 
 @dataclass(frozen=True)
 class Traced:
-    """A program, and what was learned on the way to it."""
+    """A program, and what is known of the module that it was traced from."""
 
     program: torch.export.ExportedProgram
     examples: list[Feeds]
@@ -50,21 +50,18 @@ def trace(
         if cache:
             if dynamic_shapes is not None:
                 raise CaptureError("cache=True names the axes of the decode step itself: leave out dynamic_shapes")
-            try:
-                module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
-            except ValueError as error:
-                raise CaptureError(str(error)) from error
-        home = _home(module)
-        examples = [{key: value.to(home) for key, value in _arguments(module, one).items()}
-                    for one in several(example_inputs)]  # fmt: skip
+            module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
+        device = _device(module)
+        examples = [{key: value.to(device) for key, value in _arguments(module, example).items()}
+                    for example in several(example_inputs)]  # fmt: skip
         constants: dict[str, Any] = {}
         result = _run(module, examples[0])
         if _holds_cache(result) and _accepts(module, "use_cache"):
             constants = {"use_cache": False}
             result = _run(module, examples[0] | constants)
             notes.append("captured with use_cache=False; for the decode step with its cache, pass cache=True")
-        for one in examples[1:]:
-            _run(module, one | constants)
+        for example in examples[1:]:
+            _run(module, example | constants)
         axes = _dynamic_axes(examples[0], dynamic_shapes)
         traced = {key: _at_least_two(value, axes.get(key, {})) for key, value in examples[0].items()}
         if any(traced[key].shape != examples[0][key].shape for key in traced):
@@ -74,32 +71,32 @@ def trace(
         except Exception as error:
             raise CaptureError(_trace_failure(module, error)) from error
         if isinstance(module, DecodeStep):
-            examples = [module.of_one_token(one) for one in examples]
+            examples = [module.of_one_token(example) for example in examples]
             result = _run(module, examples[0])
     notes += _specialized(program, axes)
     program, moved = on_cpu(program)
     notes += moved
-    examples = [{key: value.cpu() for key, value in one.items()} for one in examples]
+    examples = [{key: value.cpu() for key, value in example.items()} for example in examples]
     public = getattr(module, "public_names", {})
     examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]
     axes = {public.get(name, name): named for name, named in axes.items()}
     expected = [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Traced(program, examples, axes, structure(result), expected, notes)
+    return Traced(program, examples, axes, structure_of(result), expected, notes)
 
 
-def _home(module: nn.Module) -> torch.device:
-    """Where a module computes: where its first weight lies."""
-    return next((one.device for one in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+def _device(module: nn.Module) -> torch.device:
+    """The device of a module: that of its first parameter or buffer."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def on_cpu(program: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """A program with its weights on the CPU, where graphs are changed and checked, and a note where that is a copy."""
-    held = [*program.state_dict.values(), *(one for one in program.constants.values() if isinstance(one, Tensor))]
-    devices = {str(one.device) for one in held} - {"cpu"}
+    """A program with its weights on the CPU, where graphs are changed and checked; a note where they were copied."""
+    stored = [*program.state_dict.values(), *program.constants.values()]
+    devices = {str(tensor.device) for tensor in stored if isinstance(tensor, Tensor)} - {"cpu"}
     if not devices:
         return program, []
     moved = torch.export.passes.move_to_device_pass(program, "cpu")
-    return moved, [f"the model is on {', '.join(sorted(devices))}; what is made of it begins with a copy on the CPU"]
+    return moved, [f"the model is on {', '.join(sorted(devices))}; graphopt changes a copy on the CPU"]
 
 
 @contextmanager
@@ -125,7 +122,7 @@ def several(example_inputs: Any) -> list[Any]:
 
 
 def _arguments(module: nn.Module, example: Any) -> Feeds:
-    """One example by the names of forward's arguments, all tensors; those of *xs are xs_0, xs_1 and so on."""
+    """One example as tensors by the names of forward's arguments; those of *xs are xs_0, xs_1 and so on."""
     parameters = inspect.signature(module.forward).parameters
     if isinstance(example, Mapping):
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -156,7 +153,7 @@ def _starred(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
 
 
 def _call(module: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments by position and by keyword: by position those that can be given in no other way, and all before *xs."""
+    """Arguments by position and by keyword. By position go those that allow nothing else, and all before *xs."""
     parameters = inspect.signature(module.forward).parameters
     rest = [key for key in named if key not in parameters]
     extra = [key for starred in _starred(parameters) for key in rest if re.fullmatch(rf"{starred}_\d+", key)]
@@ -180,14 +177,14 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 
 def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """What the module returns. Buffers and arguments that it writes to stay as they were."""
+    """What the module returns. Buffers and arguments that it writes to are restored."""
     copies = {key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()}
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     try:
         args, kwargs = _call(module, copies)
         result = module(*args, **kwargs)
         written = [(buffer, before) for buffer, version, before in buffers if buffer._version != version]
-        if written:  # what is returned may be the buffer itself
+        if written:  # the module may return the buffer itself
             result = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
         for buffer, before in written:
             buffer.copy_(before)
@@ -247,7 +244,7 @@ def _export(
     } | dict.fromkeys(constants)
     parameters = inspect.signature(module.forward).parameters
     args, kwargs = _call(module, {**traced, **constants})
-    # torch.export wants what arrives through *args or **kwargs under that name, in its order.
+    # torch.export wants what is given through *args or **kwargs under the name of that parameter, in its order.
     plain = {name: shape for name, shape in shapes.items() if name in parameters}
     by_position = [name for name in shapes if name not in parameters and name not in kwargs]
     by_keyword = [name for name in shapes if name not in parameters and name in kwargs]
@@ -261,7 +258,7 @@ def _export(
 
 
 def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """What should have been dynamic and is not."""
+    """Notes on axes that were to be dynamic, and that the export fixed."""
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     notes = []
     for name, axes in spec.items():
@@ -284,7 +281,7 @@ def _user_line(module: nn.Module, error: BaseException) -> str:
     root = str(Path(torch.__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__)
               if not f.filename.startswith((root, "<")) and Path(f.filename) != Path(__file__)]  # fmt: skip
-    if not frames:  # the exporter quotes user code in its message
+    if not frames:  # the exporter quotes the user's code in its message
         found = re.search(rf'File "(?!{re.escape(root)})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
         return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
     return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"

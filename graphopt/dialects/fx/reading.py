@@ -1,9 +1,10 @@
 """An ExportedProgram -> the flat, functional graph that `FxGraph` works on, with one spelling for each op.
 
-One pass over the program's nodes: parameters become constants of the graph, guards and assertions go, what the module
-writes to its buffers and inputs becomes a copy_ at the end (`evaluate` runs none: only a runner keeps state), spellings
-that aten has several of are made one (`linear` above all: addmm, mm and matmul with a constant matrix, as GPT-2's
-Conv1D has them). No weight is copied: a matrix that aten sees transposed is a view, `permute` of the constant.
+It is one pass over the program's nodes. Parameters become constants of the graph; guards and assertions are dropped.
+What the module writes to its buffers and inputs becomes a copy_ at the end (`evaluate` runs none: only a runner keeps
+state). Where aten has several spellings of an op, one is used: above all, addmm, mm and matmul with a constant matrix,
+as in GPT-2's Conv1D, become linear. No weight is copied: a matrix that aten reads transposed is a `permute` of the
+constant.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
 from graphopt.dialects.fx.native import ORIGIN, identifier, is_constant, meta, module_path, source, with_nodes
-from graphopt.dialects.fx.ops import arguments
+from graphopt.dialects.fx.spellings import arguments
 from graphopt.errors import GraphError
 
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ _NOISE = {
     "aten.sym_constrain_range.default",
     "aten.sym_constrain_range_for_size.default",
 }
-"""Checks on shapes and dtypes that the export made sure of; they compute nothing."""
+"""Assertions on shapes and dtypes, which the export has checked; they compute nothing."""
 
 _DROPOUT = "graphopt.dropout"
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
@@ -39,20 +40,20 @@ _STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
-    """The program without writes to tensors; linear, conv, norms, attention and activations stay whole.
+    """The program without in-place writes; linear, conv, norms, attention and activations are not decomposed.
 
-    A dropout at inference becomes a clone, and that node's meta keeps its rate, for `Loader`.
+    A dropout at inference becomes a clone, whose meta keeps the rate for `Loader`.
     """
     dropouts = [node for node in program.graph.find_nodes(op="call_function", target=aten.dropout.default)]
     kept = [node.meta.get("custom") for node in dropouts]
-    try:  # what torch carries over to what it puts in a node's place
+    try:  # torch copies meta["custom"] to the node that replaces a node
         for node, custom in zip(dropouts, kept, strict=True):
             if node.args[1] and not node.args[2]:
                 node.meta["custom"] = {**(custom or {}), _DROPOUT: node.args[1]}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch.export copies a deprecated class of its own
-            made: ExportedProgram = program.run_decompositions({})
-            return made
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export copies a deprecated class of torch itself
+            decomposed: ExportedProgram = program.run_decompositions({})
+            return decomposed
     finally:
         for node, custom in zip(dropouts, kept, strict=True):
             node.meta.pop("custom", None)
@@ -61,7 +62,7 @@ def functional(program: ExportedProgram) -> ExportedProgram:
 
 
 class Loader:
-    """Builds the graph: `graph`, and in `stored` what its get_attr nodes name (tensors, and graphs of control flow)."""
+    """Builds `graph`, and in `stored` what its get_attr nodes name: tensors, and the graphs of control flow."""
 
     def __init__(self, program: ExportedProgram, input_names: Sequence[str] | None) -> None:
         self.program = program
@@ -125,7 +126,7 @@ class Loader:
         return self._input_names.pop(0)
 
     def _copy_output(self, node: fx.Node) -> None:
-        """The tensors (and sizes) that the module returns; what it returns as a constant is the caller's to know."""
+        """Return the tensors and sizes that the module returns. The caller knows what it returns as constants."""
         specs = self.program.graph_signature.output_specs
         results = list(zip(specs, node.args[0], strict=True))  # type: ignore[arg-type]
         self._copy_writes([(spec, result) for spec, result in results if spec.kind in _WRITES])
@@ -145,7 +146,7 @@ class Loader:
             copy.meta["val"] = meta(written)
 
     def _store(self, node: fx.Node, thing: Any) -> fx.Node:
-        """A get_attr node for a tensor, one for every use of it under any name (tied weights), or a subgraph."""
+        """A get_attr node for a subgraph, or for a tensor: one node for all names of the tensor (tied weights)."""
         identity: Any = id(thing)
         if isinstance(thing, Tensor):
             identity = (thing.data_ptr(), thing.dtype, thing.shape, thing.stride(), thing.device)
@@ -172,7 +173,7 @@ class Loader:
         args, kwargs = with_nodes((node.args, node.kwargs), self.env.__getitem__)
         target = node.target
         if target is operator.getitem and not isinstance(meta(args[0]), tuple | list):
-            return args[0]  # a result of a norm that is one node by now
+            return args[0]  # the first result of a norm, which is one node now
         a = dict(arguments(node)) if isinstance(target, torch._ops.OpOverload) else {}
         a |= dict(zip(a, args, strict=False)) | kwargs
         match str(target):
@@ -217,7 +218,7 @@ class Loader:
         )
 
     def _is_lone_linear(self, x: Any, add: fx.Node) -> bool:
-        """Whether x is a linear without a bias that only this `add` reads, and as wide as the sum."""
+        """Whether x is a linear without a bias that only this `add` reads, and has the width of the sum."""
         if not isinstance(x, fx.Node) or x.target is not aten.linear.default or len(x.args) != 2:
             return False
         sources = [read for read in add.all_input_nodes if self.env[read] is x]
@@ -228,7 +229,7 @@ class Loader:
         return self._new("call_function", aten.linear.default, args, {}, node)
 
     def _transposed(self, matrix: fx.Node) -> fx.Node:
-        """The matrix with its axes swapped: what it was swapped from, or a view beside the constant."""
+        """The matrix with its axes swapped: the constant that it is a view of, or a view next to the constant."""
         if matrix.op == "call_function":
             return source(matrix)
         if matrix not in self._views:

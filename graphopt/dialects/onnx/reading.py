@@ -1,4 +1,4 @@
-"""Reading an ONNX model in: parsing files safely, putting a model in order, and raising its spellings of linear."""
+"""A file or a model -> an ir.Model in the order that `OnnxGraph` asks for. Files are checked before they are read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from graphopt.dialects.onnx import quantized as onnx_quantized
 from graphopt.dialects.onnx.files import open_weights
-from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxNode, OnnxValue
-from graphopt.dialects.onnx.ops import DOMAIN, STANDARD, repeats_over_queries
-from graphopt.dialects.onnx.tensors import FLOATS, TORCH_DTYPES
+from graphopt.dialects.onnx.spellings import DOMAIN
+from graphopt.dialects.onnx.tensors import TORCH_DTYPES
+from graphopt.dialects.onnx.views import PATH
 from graphopt.errors import GraphError, first_line
-from graphopt.ir.graph import Shape
 
 MAP_TYPE = "graphopt.map_type"
-"""Where the type of an output that holds a map is kept, as a TypeProto."""
+"""The key in `meta` for the type (a TypeProto) of an output that holds a map."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -115,7 +113,7 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def parsed(proto: onnx.ModelProto) -> ir.Model:
-    """The model in onnx-ir, which knows no maps: the types of outputs that hold one are kept aside in `meta`."""
+    """The model in onnx-ir. That has no map types: of outputs that hold a map, the type is kept in `meta`."""
     maps = {output.name: output.type for output in proto.graph.output if "map_type" in str(output.type)}
     if not maps:
         return ir.from_proto(proto)
@@ -132,7 +130,11 @@ def parsed(proto: onnx.ModelProto) -> ir.Model:
 
 
 def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
-    """A copy of the model, sorted, constants as initializers and not as inputs, functions inlined, shapes inferred."""
+    """A copy of the model as `OnnxGraph` wants it.
+
+    Nodes are sorted; constants become initializers, and initializers are no inputs; model-local functions are inlined
+    (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are missing.
+    """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)
     model = parsed(model) if isinstance(model, onnx.ModelProto) else model.clone()
@@ -153,7 +155,7 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
             node.metadata_props[PATH] = path
     for value in graph.initializers.values():
         if isinstance(value.const_value, ir.serde.TensorProtoTensor) and value.const_value.dtype in TORCH_DTYPES:
-            # protobuf hands out a new copy of its bytes at every access; this one stays
+            # protobuf returns a new copy of its bytes at every access; this copy stays
             tensor = value.const_value
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
         if value.const_value is not None and value.shape is None:
@@ -171,98 +173,14 @@ def _path_of(node: ir.Node) -> str:
         listed = _listed(scopes)
         scope = str(listed[-2]) if len(listed) > 1 else ""
         return "" if scope.startswith("_empty_nn_module_stack") else scope
-    *path, _ = (node.name or "").strip("/").split("/")  # also graphopt's own names: encoder.layer.0/MatMul
+    *path, _ = (node.name or "").strip("/").split("/")  # also names of graphopt, such as encoder.layer.0/MatMul
     return ".".join(path)
 
 
 def _listed(text: str) -> list[Any]:
-    """The list that a text spells; empty where it spells none: metadata is nothing to fail on."""
+    """The list that a text spells; empty for other text, for metadata must not make a model fail."""
     try:
         listed = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return []
     return listed if isinstance(listed, list) else []
-
-
-def raise_spellings(graph: OnnxGraph) -> None:
-    """Spellings that one node alone does not show: MatMul with a constant, Gemm, and an Add behind, are linear.
-
-    An attention whose mask has one row for all queries is emitted anew, in a spelling that onnxruntime runs.
-    """
-    onnx_quantized.raise_quantized(graph)
-    for native in list(graph.model.graph):
-        node = OnnxNode(graph, native)
-        if native.domain in STANDARD and native.op_type in ("MatMul", "Gemm"):
-            _raise_linear(graph, node)
-        elif native.op_type == "Attention" and node.kind == "attention" and repeats_over_queries(*node.operands):
-            graph.replace(node, graph.emit("attention", *node.operands, at=node, **node.attributes))
-        elif node.kind == "linear" and node.bias is None:  # of integers, raised before
-            weight = node.required("weight")
-            if (behind := _bias_behind(graph, node, (weight.shape or ("?",))[:1])) is not None:
-                graph.replace(behind[0], graph.emit("linear", node.input, weight, behind[1], at=node))
-                graph.erase(node)
-
-
-def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:
-    """MatMul(x, W) and Gemm(x, W, b), with a bias added behind, as linear; W stays as it is stored."""
-    x, stored, *rest = graph.values(node.native.inputs)
-    weight = _constant_view(graph, stored.native if stored is not None else None)
-    bias, kn = rest[0] if rest else None, True
-    if x is None or x.is_constant:
-        return
-    if node.native.op_type == "MatMul":
-        if x.rank is None or x.rank < 2:
-            return
-    else:
-        attributes = _GEMM | {a.name: a.value for a in node.native.attributes.values()}
-        if attributes["alpha"] != 1 or attributes["beta"] != 1 or attributes["transA"]:
-            return
-        kn = not attributes["transB"]
-    if weight is None:
-        weight = onnx_quantized.dequantized_weight(graph, stored, kn, node)
-    elif kn:
-        weight = weight.transpose()
-    if weight is None or weight.rank != 2 or weight.dtype not in FLOATS:
-        return
-    width = (weight.shape or ("?",))[:1]
-    if bias is not None and bias.shape != width:
-        return
-    site = node
-    if bias is None and (behind := _bias_behind(graph, node, width)) is not None:
-        site, bias = behind
-    graph.replace(site, graph.emit("linear", x, weight, bias, at=node))
-    if site is not node:
-        graph.erase(node)
-
-
-_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-
-
-def _constant_view(graph: OnnxGraph, native: ir.Value | None) -> OnnxValue | None:
-    """A constant, or a constant behind Transpose, as a view."""
-    if native is None:
-        return None
-    producer = native.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.domain in STANDARD:
-        inner = producer.inputs[0]
-        perm = producer.attributes.get("perm")
-        if inner is not None and len(inner.shape or ()) == 2 and (perm is None or list(perm.as_ints()) == [1, 0]):
-            view = OnnxValue(graph, inner)
-            return view.transpose() if view.is_constant else None
-        return None
-    view = OnnxValue(graph, native)
-    return view if view.is_constant else None
-
-
-def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: Shape) -> tuple[OnnxNode, OnnxValue] | None:
-    """The Add of a constant (width,) that is the only user, and that constant."""
-    user = node.result.only_user
-    if not isinstance(user, OnnxNode):
-        return None
-    native = user.native
-    if native.graph is not graph.model.graph or native.op_type != "Add" or native.domain not in STANDARD:
-        return None
-    for value in graph.values(native.inputs):
-        if value is not None and value.is_constant and value.shape == width:
-            return user, value
-    return None

@@ -1,4 +1,4 @@
-"""Puts nodes into an `FxGraph`: ops, copies of nodes, calls of any operator."""
+"""Inserts nodes into an `FxGraph`: ops, copies of nodes, calls of any operator."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from graphopt.dialects.fx import ops as fx_ops
+from graphopt.dialects.fx import spellings as fx_spellings
 from graphopt.dialects.fx.native import Native, is_value, meta, target_name, tensors_read, with_nodes
-from graphopt.dialects.fx.ops import Literal, Raw, Sizes
+from graphopt.dialects.fx.spellings import Literal, Raw, Sizes
 from graphopt.errors import GraphError
 from graphopt.ir.ops import OPS
 
 
 class NodeWriter:
-    """Puts nodes just before `at` (at the end without it), under its module path; see fx_ops.Writer."""
+    """Inserts nodes just before `at` (at the end without it), under its module path. A `spellings.Writer`."""
 
     def __init__(self, native: Native, at: fx.Node | None = None) -> None:
         self._native, self._at = native, native.output if at is None else at
@@ -34,10 +34,10 @@ class NodeWriter:
         for operand, raw in zip(names, complete, strict=True):
             if raw is None and operand not in op.optional:
                 raise GraphError(f"{name} needs its operand {operand!r}")
-        return fx_ops.write(self, name, complete, dict(op.attributes) | dict(attributes))
+        return fx_spellings.write(self, name, complete, dict(op.attributes) | dict(attributes))
 
     def copy(self, node: fx.Node, raws: Sequence[Raw], changed: Mapping[str, Any] = MappingProxyType({})) -> fx.Node:
-        """The same operation on other values, in the order in which it reads them, with some arguments changed."""
+        """The same operation on other values, in the order in which it reads them; `changed`: other arguments."""
         if len(raws) != len(tensors_read(node)):
             raise GraphError(f"{target_name(node)} reads {len(tensors_read(node))} values, not {len(raws)}")
         waiting = iter(raws)

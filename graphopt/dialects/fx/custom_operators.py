@@ -1,9 +1,8 @@
-"""The ops that aten has no spelling for (pools: no spelling for all their attributes), as custom operators
-`graphopt::<op>` whose kernel is the reference.
+"""Ops that no aten operator can spell, as custom operators `graphopt::<op>` whose kernel is the op's reference.
 
-quantize and dequantize are among them for scales of rows and for float8. They make a folded int8 graph run, trace,
-export and save anywhere torch does. They are not fast: a backend replaces them by its own kernels. Importing this
-module declares them.
+Pools are among them for attributes that aten lacks, quantize and dequantize for scales of rows and for float8. With
+them, a folded int8 graph runs, traces, exports and saves wherever torch does. They are not fast: a backend replaces
+them by its own kernels. Importing this module registers them.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ NAMES = (
     "average_pool",
 )  # fmt: skip
 _OPEN = ("max_pool", "average_pool", "row_scale", "quantize", "dequantize")
-"""Compilers see what their reference calls: gradients go through it, and kernels are fused with it."""
+"""Operators that compilers decompose into the calls of their reference, to differentiate and to fuse them."""
 
 
 def _schema(op: Op) -> str:
-    """The operator's schema: operands are tensors, attributes numbers, booleans, or lists of integers."""
+    """The operator's schema: operands are tensors; attributes are numbers, booleans or lists of integers."""
     operands = [f"Tensor? {name}=None" if name in op.optional else f"Tensor {name}" for name in op.operands]
     attributes = [
         f"int[] {name}=[]" if isinstance(default, tuple)

@@ -1,0 +1,18 @@
+"""What is done to a torch.fx graph until it is a graph of ops: one list of stages, in order.
+
+An operator that aten spells in several ways has one spelling as soon as the program is read (`reading.Loader`); the
+stages here find what people and libraries wrote out in several operators.
+"""
+
+from __future__ import annotations
+
+from graphopt.dialects import raising
+from graphopt.dialects.raising import Stage, sweep
+from graphopt.ir.constants import fold_constants
+
+STAGES = (
+    # First: programs compute the scales and shapes by which the other stages know their forms.
+    Stage("constants", fold_constants),
+    *raising.FORMS,
+    Stage("sweep", sweep),
+)

@@ -1,0 +1,38 @@
+"""What is done to an ONNX model until it is a graph of ops: the stages, in order.
+
+`OPERATORS` read what each operator of the model means, and run when a graph is made (`OnnxGraph.from_model`). `FORMS`
+find what exporters wrote out in several operators; capture runs them once, and checks once that the graph still
+computes the same. (An operator that is an op by itself needs no stage: `spellings` reads it as it stands.)
+"""
+
+from __future__ import annotations
+
+from graphopt.dialects import raising
+from graphopt.dialects.onnx.flattening import raise_flattened_linears, raise_sequence_splits
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.dialects.onnx.linears import raise_linears, respell_attention
+from graphopt.dialects.onnx.positions import raise_positions
+from graphopt.dialects.onnx.quantized import raise_quantized
+from graphopt.dialects.raising import Stage, sweep
+from graphopt.ir.constants import fold_constants
+
+OPERATORS = (
+    Stage("shapes", OnnxGraph.refine_shapes),
+    Stage("integer operators", raise_quantized),
+    # Before constants: a linear reads a stored weight through its Transpose, and folding would make a copy of it.
+    Stage("linears", raise_linears),
+    Stage("attention with one mask row", respell_attention),
+    Stage("sweep", sweep),
+)
+
+FORMS = (
+    # First: exporters compute the axes, scales and shapes by which the other stages know their forms.
+    Stage("constants", fold_constants),
+    Stage("positions", raise_positions),
+    Stage("splits", raise_sequence_splits),
+    Stage("flattened linears", raise_flattened_linears),
+    *raising.FORMS,
+    Stage("sweep", sweep),
+    # Last: ops tell more of shapes than what they were written out in.
+    Stage("shapes", OnnxGraph.refine_shapes),
+)
