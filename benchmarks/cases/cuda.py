@@ -19,7 +19,9 @@ from torch import Tensor, nn
 import graphopt
 from benchmarks.case import Settings, checked, table, times
 from benchmarks.models import SEED, Batch, seeded
-from graphopt.backends.cuda.target import OPTIONS, Cuda, Device
+from graphopt.backends.cuda.device import Device
+from graphopt.backends.cuda.runner import OPTIONS
+from graphopt.backends.cuda.target import Cuda
 from graphopt.capture.decode import DecodeStep
 from graphopt.measure.timing import contest
 from graphopt.numerics.metrics import sqnr

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor
 
 from graphopt.errors import GraphError, UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, Match, Rule, RuleLog, rewrite
 from graphopt.pipeline.target import Placement
@@ -109,7 +110,7 @@ class Backend(ABC):
         """Bits of int8 weights whose products with uint8 never saturate on the CPU: 8, or 7."""
         return 7 if self.saturates() else 8
 
-    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
+    def why_float(self, site: Node, scheme: str, dtype: str) -> Decline | None:
         """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
         return None
 
