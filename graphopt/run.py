@@ -15,7 +15,7 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, digest
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
-from graphopt.lowering.never_slower import RERUNS, Trial, Verdict
+from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
 from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context, Loss
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify
@@ -63,11 +63,11 @@ class Run:
         if baseline is None:
             made.report.notes += notes
             return made
-        trial = self._trial(baseline)
-        verdict = trial.verdict(made.runner, digest(made.lowered))
+        check = self._speed_check(baseline)
+        speed = check.time(made.runner, digest(made.lowered))
         reverted: dict[str, Decline] = {}
         for _ in range(RERUNS):
-            lost = self._losers(trial, made, verdict)
+            lost = self._slowest_sites(check, made, speed)
             if not lost:
                 break
             reverted |= lost
@@ -76,25 +76,25 @@ class Run:
             except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites
                 notes.append(f"without the sites that made the model slower: {error}")
                 break
-            verdict = trial.verdict(made.runner, digest(made.lowered))
+            speed = check.time(made.runner, digest(made.lowered))
         simpler = ("the simplified float model", whole_pipeline(None, self.backend), None)
         for what, pipeline, lowered in (simpler, ("the input as it was", Pipeline([]), untouched)):
-            if not verdict.slower:
+            if not speed.slower:
                 break
             if str(pipeline) == made.report.pipeline:
                 continue
-            speed, shapes = min((verdict.ratios[index].median, shapes_text(feeds[index])) for index in verdict.slower)
+            factor, shapes = min((speed.ratios[index].median, shapes_text(feeds[index])) for index in speed.slower)
             besides = f", even with {len(made.report.reverted)} sites as they were" if made.report.reverted else ""
-            notes.append(f"{made.report.pipeline} makes the model slower here{besides}: it runs {speed:.2f} times as "
+            notes.append(f"{made.report.pipeline} makes the model slower here{besides}: it runs {factor:.2f} times as "
                          f"fast as the input at {shapes}. This is {what}")  # fmt: skip
             made = self.run(pipeline, lowered=lowered)
-            verdict = trial.verdict(made.runner, digest(made.lowered))
+            speed = check.time(made.runner, digest(made.lowered))
         made.forget_state()
         made.report.notes += notes
         made.report.speed = [
             {"shapes": shapes_text(one), "median": ratio.median, "low": ratio.low, "high": ratio.high,
              "rounds": ratio.rounds, "steady": ratio.steady}
-            for one, ratio in zip(feeds, verdict.ratios, strict=True)
+            for one, ratio in zip(feeds, speed.ratios, strict=True)
         ]  # fmt: skip
         return made
 
@@ -123,13 +123,13 @@ class Run:
     def _captured(self) -> Runner:
         return self.backend.compile(self.captured.graph, self.threads)
 
-    def _trial(self, baseline: Runner) -> Trial:
+    def _speed_check(self, baseline: Runner) -> SpeedCheck:
         from graphopt.measure import cache, machine
 
         setting = {"graphopt": versions()["graphopt"], "engine": self.backend.engine(), "machine": machine.machine(),
                    "threads": self.threads, "input": digest(self._input.graph)}  # fmt: skip
         feeds = [self.backend.place(one) for one in self._examples]
-        return Trial(baseline, lambda: self._captured, feeds, setting, cache.opened(), self.backend.clock)
+        return SpeedCheck(baseline, lambda: self._captured, feeds, setting, cache.opened(), self.backend.clock)
 
     @property
     def _examples(self) -> list[Feeds]:
@@ -139,13 +139,13 @@ class Run:
             return feeds
         return [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
 
-    def _losers(self, trial: Trial, made: Optimized, verdict: Verdict) -> dict[str, Decline]:
+    def _slowest_sites(self, check: SpeedCheck, made: Optimized, speed: SpeedResult) -> dict[str, Decline]:
         """The sites to revert, by label, and why. Against the captured model, whose nodes have the sites' names."""
-        if not verdict.slower:
+        if not speed.slower:
             return {}
         lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
         records = [record for record in made.report.passes if record.name not in lossless]
-        lost = trial.losers(made.runner, digest(made.lowered), verdict.slower, records)
+        lost = check.slowest_sites(made.runner, digest(made.lowered), speed.slower, records)
         return {label: Decline("slower", before=1e6 * before, after=1e6 * after)
                 for label, (before, after) in lost.items()}  # fmt: skip
 
@@ -218,16 +218,16 @@ class Run:
             return False
         runs = self.captured.feeds and self.backend.runs and self.agree is not False and (self.agree or not large)
         lossless = all(one.lossless for one in pipeline.leaves())
-        return bool(runs) and lossless and relower.rounds_activations(self.captured.graph)
+        return bool(runs) and lossless and relower.has_quantized_sites(self.captured.graph)
 
     def _hold_sites(self, folded: Graph, report: Report) -> None:
         """Each site by itself, at the first example inputs."""
-        report.relowering = found = relower.compare(
+        report.relowering = found = relower.compare_sites(
             self.captured.graph, folded, self.backend, self.captured.feeds[0]
         )
         report.notes.append(str(found))
         try:
-            relower.require_steps(found)
+            relower.require_within_one_step(found)
         except GraphError as error:
             what = f"re-lowered for {self.backend.name}, the file computes something else: {error}"
             raise LoweringError(what) from error
@@ -236,7 +236,7 @@ class Run:
         """The target's own operations, in the forms that run fastest here where that is measured."""
         chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._times() else None
         lowered, logs = self.backend.lower(folded, chooser)
-        found = {} if chooser is None else chooser.found
+        found = {} if chooser is None else chooser.measured
         report.notes += [] if chooser is None else chooser.notes
         report.choices += [
             {

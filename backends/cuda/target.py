@@ -25,7 +25,7 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Backend, Runner
-from graphopt.lowering.choices import Measuring
+from graphopt.lowering.choices import TimedChooser
 from graphopt.pipeline.target import Placement
 
 
@@ -112,8 +112,8 @@ class Cuda(Backend):
         name = None if self.device is None else self.device.name
         return f"torch {torch.__version__}, CUDA {torch.version.cuda}, {name}"
 
-    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
-        return Measuring(self.engine(), feeds, self.compile, clock=self.clock, place=self.place)
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> TimedChooser:
+        return TimedChooser(self.engine(), feeds, self.compile, clock=self.clock, place=self.place)
 
     def compile(self, graph: Graph, threads: int | None = None) -> CudaRunner:
         """threads: of the CPU, and so without effect here."""

@@ -38,7 +38,7 @@ from graphopt.errors import LoweringError, first_line
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Runner
-from graphopt.lowering.choices import Measuring
+from graphopt.lowering.choices import TimedChooser
 
 INT8_KERNELS = {
     "linear_int8": ("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "MatMulNBits", "QAttention"),
@@ -89,8 +89,8 @@ class OnnxRuntime(OnnxTarget):
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}"
 
-    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
-        return Measuring(self.engine(), feeds, partial(self.compile, threads=threads), threads)
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> TimedChooser:
+        return TimedChooser(self.engine(), feeds, partial(self.compile, threads=threads), threads)
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
         assert isinstance(graph, OnnxGraph)

@@ -20,8 +20,9 @@ from graphopt.dialects.fx.graph import FxGraph
 from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Choice, Rule
-from graphopt.lowering.backend import SAFE, Backend, Runner
-from graphopt.lowering.choices import Measuring
+from graphopt.lowering.backend import Backend, Runner
+from graphopt.lowering.choices import TimedChooser
+from graphopt.lowering.saturation import SAFE
 
 
 class EagerTarget(Backend):
@@ -57,8 +58,8 @@ class EagerTarget(Backend):
         limit = SAFE if self.saturates() else 128
         return int8.stages([replace(engine, max_weight=limit) for engine in self.forms])
 
-    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
-        return Measuring(f"torch {torch.__version__}", feeds, partial(self.compile, threads=threads), threads)
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> TimedChooser:
+        return TimedChooser(f"torch {torch.__version__}", feeds, partial(self.compile, threads=threads), threads)
 
     def compile(self, graph: Graph, threads: int | None = None) -> EagerRunner:
         assert isinstance(graph, FxGraph)

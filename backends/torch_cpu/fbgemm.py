@@ -24,7 +24,7 @@ from graphopt.backends.torch_cpu.schemas import SETTINGS, WEIGHT, X, Y, like_con
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder, Match
-from graphopt.lowering.backend import max_abs
+from graphopt.lowering.saturation import max_abs
 
 _quantized = torch.ops.quantized
 

@@ -20,7 +20,7 @@ from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Replace, Rule, scalar
-from graphopt.lowering.backend import max_abs
+from graphopt.lowering.saturation import max_abs
 
 POSTS = ("relu", "gelu", "silu", "hard_swish", "tanh")
 """Activations that an engine may fuse into a linear."""

@@ -24,7 +24,7 @@ from graphopt.errors import LoweringError, PassError, UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import rewrite
-from graphopt.lowering.choices import ALIKE
+from graphopt.lowering.choices import MIN_SQNR
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Quantize, Sparsify
 from tests.language import BITS, build, declined, outputs, run
@@ -156,7 +156,7 @@ def test_the_forms_of_a_product_are_alike(dtype: str, zeros: bool, monkeypatch: 
         if form == "triton" and dtype == "float8":
             assert list(log.declined.values()) == [Decline("triton_is_for_int8")]
             continue
-        assert log.hits == 1 and sqnr(expected[0], outputs(made)[0]) > ALIKE
+        assert log.hits == 1 and sqnr(expected[0], outputs(made)[0]) > MIN_SQNR
 
 
 def test_without_triton_its_form_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:

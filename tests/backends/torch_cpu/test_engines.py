@@ -23,7 +23,7 @@ from graphopt.ir.ops import OPS
 from graphopt.ir.rewrite import RuleLog
 from graphopt.measure import timing
 from graphopt.measure.cache import Timings
-from graphopt.measure.timing import Contender, Ratio
+from graphopt.measure.timing import Ratio, Ratios
 from graphopt.numerics.metrics import sqnr
 from graphopt.numerics.quantize import quantize_weight
 from graphopt.result import Optimized
@@ -376,15 +376,15 @@ def test_measurement_takes_the_engine_of_a_site(
 
     def contest(
         candidates: Mapping[str, Any], *, baseline: str, rounds: int, **options: Any
-    ) -> dict[str, Contender]:
+    ) -> dict[str, Ratios]:
         asked.append(list(candidates))
         for calls in candidates.values():
             for call in calls:
                 call()
         speeds = {name: 2.0 if name == fastest else 1.0 for name in candidates}
-        return {name: Contender(Ratio(one, one, one, rounds, 0, {}), ()) for name, one in speeds.items()}
+        return {name: Ratios(Ratio(one, one, one, rounds, 0, {}), ()) for name, one in speeds.items()}
 
-    monkeypatch.setattr(timing, "contest", contest)
+    monkeypatch.setattr(timing, "paired_calls", contest)
     on, feeds = backend("torch-cpu"), {"x": normal(2, 3, 8)}
     chooser = on.chooser([feeds])
     chooser.timings = Timings(tmp_path / "timings.sqlite")
