@@ -36,7 +36,8 @@ class TimingsWarning(UserWarning):
 def folder() -> Path:
     """Where the cache is: the environment variable GRAPHOPT_CACHE, else graphopt in the user's cache folder.
 
-    That is, by platformdirs: $XDG_CACHE_HOME or ~/.cache on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on Windows.
+    By platformdirs, that is $XDG_CACHE_HOME or ~/.cache on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on
+    Windows.
     """
     given = os.environ.get("GRAPHOPT_CACHE")
     return Path(given) if given else user_cache_path("graphopt", appauthor=False)
@@ -55,7 +56,8 @@ def _at(path: Path) -> Timings:
 class Timings:
     """A persistent mapping. Where the file cannot be read or written, there is a warning and the cache seems empty.
 
-    key: a mapping of all that a timing depends on: engine, version, CPU, threads, form, shapes. Keys and values are JSON.
+    A key is a mapping of all that a timing depends on: engine, version, CPU, threads, form, shapes. Keys and values are
+    JSON.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,9 +86,8 @@ class Timings:
                 now = time.time()
                 row = _text(key), json.dumps(value), now, now + lasts
                 database.execute("INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?)", row)
-                database.execute(
-                    "DELETE FROM timings WHERE key NOT IN (SELECT key FROM timings ORDER BY used DESC LIMIT ?)", (MAX_ENTRIES,)
-                )
+                recent = "SELECT key FROM timings ORDER BY used DESC LIMIT ?"
+                database.execute(f"DELETE FROM timings WHERE key NOT IN ({recent})", (MAX_ENTRIES,))
 
     def entries(self) -> list[tuple[dict[str, Any], Any]]:
         """All keys and values that have not expired, the most recently used first."""
@@ -143,7 +144,8 @@ class Timings:
             return _prepared(self.path)
 
     def _start_over(self, error: Exception) -> None:
-        warnings.warn(f"{self.path} is no cache of timings ({error}): it is replaced by an empty one", TimingsWarning, 2)
+        what = f"{self.path} is no cache of timings ({error}): it is replaced by an empty one"
+        warnings.warn(what, TimingsWarning, 2)
         try:
             self.path.unlink(missing_ok=True)
         except OSError as failed:

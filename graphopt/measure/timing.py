@@ -153,8 +153,8 @@ def paired_calls(
         blocks: dict[str, Block] = {}
         before = probe_seconds(probe, clock)
         for name in turns(remaining, run):
-            several = zip(candidates[name], calls[name], warm, strict=True)
-            seconds = [block_seconds(call, count, is_warm, clock) for call, count, is_warm in several]
+            block = zip(candidates[name], calls[name], warm, strict=True)
+            seconds = [block_seconds(call, count, is_warm, clock) for call, count, is_warm in block]
             sleep(PAUSE)
             after = probe_seconds(probe, clock)
             blocks[name] = Block(tuple(seconds), (before, after))
