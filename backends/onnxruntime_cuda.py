@@ -29,7 +29,7 @@ from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 from graphopt.lowering.backend import Runner
-from graphopt.lowering.choices import Measuring
+from graphopt.lowering.choices import TimedChooser
 from graphopt.numerics.quantize import BLOCKS
 
 CUDA = "CUDAExecutionProvider"
@@ -71,10 +71,10 @@ class OnnxRuntimeCuda(OnnxTarget):
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}, CUDA"
 
-    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring | None:
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> TimedChooser | None:
         if not self.runs:
             return None
-        return Measuring(self.engine(), feeds, partial(self.compile, threads=threads), threads)
+        return TimedChooser(self.engine(), feeds, partial(self.compile, threads=threads), threads)
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtCudaRunner:
         assert isinstance(graph, OnnxGraph)

@@ -21,7 +21,7 @@ from benchmarks.loading import ENGINES, Bind, OpenVinoFile
 from benchmarks.models import Batch
 from benchmarks.peers import BASELINE, OPSET_23, versions
 from graphopt.measure.machine import environment
-from graphopt.measure.timing import Contender, contest, slower_than
+from graphopt.measure.timing import Ratios, paired_calls, slower_than
 from graphopt.numerics import metrics
 from graphopt.report.records import plain
 
@@ -45,7 +45,7 @@ class Race:
     """How models fared at several shapes, over one baseline."""
 
     shapes: Mapping[str, Batch]
-    found: Mapping[str, Contender]
+    found: Mapping[str, Ratios]
     failed: Mapping[str, str]
     """Models that there is none of, and why."""
     baseline: str
@@ -154,7 +154,7 @@ def race(
             failed[name] = " ".join(str(error).split())[:120]
     if baseline not in calls:
         raise RuntimeError(f"the baseline does not run: {failed[baseline]}")
-    found = contest(calls | {CONTROL: calls[baseline]}, baseline=baseline, rounds=settings.rounds)
+    found = paired_calls(calls | {CONTROL: calls[baseline]}, baseline=baseline, rounds=settings.rounds)
     return Race(shapes, {name: one for name, one in found.items() if name != baseline}, failed, baseline)
 
 

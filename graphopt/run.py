@@ -15,7 +15,7 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, digest
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
-from graphopt.lowering.never_slower import RERUNS, Trial, Verdict
+from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
 from graphopt.measure import cache, machine
 from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context, Loss
@@ -41,7 +41,7 @@ class _Attempt:
     """A result that was timed, and why it is not what was asked for, where it is not."""
 
     small: Optimized
-    verdict: Verdict
+    speed: SpeedResult
     notes: list[str] = field(default_factory=list)
 
 
@@ -76,17 +76,17 @@ class Run:
         if self._baseline.runner is None:
             small.report.notes += self._baseline.notes
             return small
-        trial = self._trial(self._baseline.runner)
-        attempt = self._timed(trial, small, list(self._baseline.notes))
-        attempt = self._without_losers(trial, attempt)
-        attempt = self._without_passes(trial, attempt)
+        check = self._speed_check(self._baseline.runner)
+        attempt = self._timed(check, small, list(self._baseline.notes))
+        attempt = self._without_losers(check, attempt)
+        attempt = self._without_passes(check, attempt)
         small = attempt.small
         small.forget_state()
         small.report.notes += attempt.notes
         small.report.speed = [
             {"shapes": shapes_text(feeds), "median": ratio.median, "low": ratio.low, "high": ratio.high,
              "rounds": ratio.rounds, "steady": ratio.steady}
-            for feeds, ratio in zip(self.captured.feeds, attempt.verdict.ratios, strict=True)
+            for feeds, ratio in zip(self.captured.feeds, attempt.speed.ratios, strict=True)
         ]  # fmt: skip
         return small
 
@@ -170,7 +170,7 @@ class Run:
         chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._is_timed else None
         with outer_door(LoweringError, f"the graph cannot be lowered for {self.backend.name}"):
             lowered, logs = self.backend.lower(folded, chooser)
-        found = {} if chooser is None else chooser.found
+        found = {} if chooser is None else chooser.measured
         report.notes += [] if chooser is None else chooser.notes
         report.choices += [
             {
@@ -203,15 +203,15 @@ class Run:
         asked = self.agree is not False and (self.agree or not self._is_large)
         if self.backend.dialect != "onnx" or not (self.captured.feeds and self.backend.runs and asked):
             return False
-        return all(one.lossless for one in pipeline.leaves()) and relower.rounds_activations(self.captured.graph)
+        return all(one.lossless for one in pipeline.leaves()) and relower.has_quantized_sites(self.captured.graph)
 
     def _check_sites(self, folded: Graph, report: Report) -> None:
         """Hold each quantized site by itself to what it was, at the first example inputs. Raises LoweringError."""
         with outer_door(LoweringError, f"re-lowered for {self.backend.name}, a site does not run by itself"):
-            report.relowering = relower.compare(self.captured.graph, folded, self.backend, self.captured.feeds[0])
+            report.relowering = relower.compare_sites(self.captured.graph, folded, self.backend, self.captured.feeds[0])
         report.notes.append(str(report.relowering))
         try:
-            relower.require_steps(report.relowering)
+            relower.require_within_one_step(report.relowering)
         except GraphError as error:
             what = f"re-lowered for {self.backend.name}, the file computes something else: {error}"
             raise LoweringError(what) from error
@@ -236,14 +236,14 @@ class Run:
     def _is_timed(self) -> bool:
         return bool(self.measure and self.captured.feeds and not self._is_too_large_to_run)
 
-    def _timed(self, trial: Trial, small: Optimized, notes: list[str]) -> _Attempt:
-        return _Attempt(small, trial.verdict(small.runner, digest(small.lowered)), notes)
+    def _timed(self, check: SpeedCheck, small: Optimized, notes: list[str]) -> _Attempt:
+        return _Attempt(small, check.time(small.runner, digest(small.lowered)), notes)
 
-    def _without_losers(self, trial: Trial, attempt: _Attempt) -> _Attempt:
+    def _without_losers(self, check: SpeedCheck, attempt: _Attempt) -> _Attempt:
         """Run again without the sites that make the model slower, while there are some, up to RERUNS times."""
         reverted: dict[str, Decline] = {}
         for _ in range(RERUNS):
-            lost = self._losers(trial, attempt)
+            lost = self._slowest_sites(check, attempt)
             if not lost:
                 break
             reverted |= lost
@@ -252,29 +252,29 @@ class Run:
             except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites
                 attempt.notes.append(f"without the sites that made the model slower: {error}")
                 break
-            attempt = self._timed(trial, small, attempt.notes)
+            attempt = self._timed(check, small, attempt.notes)
         return attempt
 
-    def _without_passes(self, trial: Trial, attempt: _Attempt) -> _Attempt:
+    def _without_passes(self, check: SpeedCheck, attempt: _Attempt) -> _Attempt:
         """While the result is slower than the input: the fallback pipeline, and then the input as it was."""
         simpler = (
             ("the simplified float model", self.fallback, None),
             ("the input as it was", Pipeline(), self._baseline.graph),
         )
         for what, pipeline, lowered in simpler:
-            small, verdict = attempt.small, attempt.verdict
-            if not verdict.slower:
+            small, result = attempt.small, attempt.speed
+            if not result.slower:
                 break
             if str(pipeline) == small.report.pipeline:
                 continue
-            index = min(verdict.slower, key=lambda index: verdict.ratios[index].median)
-            speed, shapes = verdict.ratios[index].median, shapes_text(self.captured.feeds[index])
+            index = min(result.slower, key=lambda index: result.ratios[index].median)
+            speed, shapes = result.ratios[index].median, shapes_text(self.captured.feeds[index])
             reverted = f", even with {len(small.report.reverted)} sites as they were" if small.report.reverted else ""
             attempt.notes.append(
                 f"{small.report.pipeline} makes the model slower here{reverted}: it runs {speed:.2f} times as "
                 f"fast as the input at {shapes}. This is {what}"
             )
-            attempt = self._timed(trial, self._optimized(pipeline, lowered=lowered), attempt.notes)
+            attempt = self._timed(check, self._optimized(pipeline, lowered=lowered), attempt.notes)
         return attempt
 
     @cached_property
@@ -299,11 +299,11 @@ class Run:
     def _captured_runner(self) -> Runner:
         return self.backend.compile(self.captured.graph, self.threads)
 
-    def _trial(self, baseline: Runner) -> Trial:
+    def _speed_check(self, baseline: Runner) -> SpeedCheck:
         setting = {"graphopt": versions()["graphopt"], "engine": self.backend.engine(), "machine": machine.machine(),
                    "threads": self.threads, "input": digest(self._baseline.graph)}  # fmt: skip
         feeds = [self.backend.place(one) for one in self._examples]
-        return Trial(baseline, lambda: self._captured_runner, feeds, setting, cache.opened(), self.backend.clock)
+        return SpeedCheck(baseline, lambda: self._captured_runner, feeds, setting, cache.opened(), self.backend.clock)
 
     @property
     def _examples(self) -> list[Feeds]:
@@ -313,14 +313,14 @@ class Run:
             return feeds
         return [{name: tensor.clone() for name, tensor in one.items()} for one in feeds]
 
-    def _losers(self, trial: Trial, attempt: _Attempt) -> dict[str, Decline]:
+    def _slowest_sites(self, check: SpeedCheck, attempt: _Attempt) -> dict[str, Decline]:
         """The sites to revert, by label, and why. Against the captured model, whose nodes have the sites' names."""
-        small, slower = attempt.small, attempt.verdict.slower
+        small, slower = attempt.small, attempt.speed.slower
         if not slower:
             return {}
         lossless = {one.name for one in self.pipeline.leaves() if one.lossless}
         records = [record for record in small.report.passes if record.name not in lossless]
-        lost = trial.losers(small.runner, digest(small.lowered), slower, records)
+        lost = check.slowest_sites(small.runner, digest(small.lowered), slower, records)
         return {label: Decline("slower", before=1e6 * before, after=1e6 * after)
                 for label, (before, after) in lost.items()}  # fmt: skip
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.lowering.backend import saturates
+from graphopt.lowering.saturation import cpu_saturates
 from graphopt.measure.machine import environment
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.pipeline.calibration import Calibration
@@ -33,7 +33,7 @@ from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import run_pass
 from graphopt.pipeline.target import AnyTarget, Placement, Target
 
-BITS = 7 if saturates(environment()["flags"]) else 8
+BITS = 7 if cpu_saturates(environment()["flags"]) else 8
 """Of weights whose products with uint8 this machine cuts nothing off of: 8, or 7 on x86 without VNNI."""
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][\w.]*(?:\[[^\]]*\])?(?::\w+(?:\([^)]*\))?)*|-?\d[\d.e+-]*|[-=(),\[\]])")
@@ -187,8 +187,9 @@ class FakeTarget(AnyTarget):
     def product_bits(self) -> int:
         return self.bits
 
-    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
-        return self.refused.get(site.label)
+    def why_float(self, site: Node, scheme: str, dtype: str) -> Decline | None:
+        reason = self.refused.get(site.label)
+        return None if reason is None else Decline(reason)
 
 
 def feeds(graph: Graph, seed: int = 0, **sizes: int) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
 """Products in 8 bits, and of weights with zeros in 2:4, as operators `graphopt_cuda::*` within the kernels' rules.
 
-Python's indexing and `.contiguous()` are left out: they ask for a device that fake tensors only name.
-
 Most are compositions of aten: torch.compile sees through them and fuses what stands around the product. They compute
 the same on the CPU, where tests hold them to a reference; rows, and columns of 8 bits, are filled up with zeros where a
 kernel wants a multiple. Two are opaque: the product with a weight in 2:4, and an int8 linear that is one Triton kernel.
+
+Python's indexing and `.contiguous()` are not used: on fake tensors they fail where the machine lacks the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 ROWS = 17
-"""Fewest rows that `_int_mm` takes: more than 16, which its meta kernel does not check."""
+"""Fewest rows that `_int_mm` takes on a GPU; its meta kernel does not check that."""
 
 MULTIPLE = {torch.int8: 8, torch.float8_e4m3fn: 16}
 """What inputs and outputs of a product in 8 bits are multiples of, by `_int_mm` and `_scaled_mm`."""
@@ -50,9 +50,9 @@ def linear_int8(
 
     scale: float32, one or one for each row (..., 1); weight_scale: float32 (out,); bias: float (out,).
     """
-    rows = _wide(x.reshape(-1, x.shape[-1]), weight.shape[1])
+    rows = _padded_columns(x.reshape(-1, x.shape[-1]), weight.shape[1])
     missing = torch.sym_max(0, ROWS - rows.shape[0])  # type: ignore[no-untyped-call]
-    sums = torch._int_mm(_tall(rows, missing), weight.t())
+    sums = torch._int_mm(_padded_rows(rows, missing), weight.t())
     return _scaled(sums.narrow(0, 0, rows.shape[0]), x, scale, weight_scale, bias, dtype)
 
 
@@ -63,7 +63,7 @@ def linear_float8(
 
     Scales go in by rows and by columns on both sides, as one for all beside one for each is no form of `_scaled_mm`.
     """
-    rows = _wide(x.reshape(-1, x.shape[-1]), weight.shape[1])
+    rows = _padded_columns(x.reshape(-1, x.shape[-1]), weight.shape[1])
     by_row = scale.new_ones((rows.shape[0], 1)) * (scale if scale.dim() == 0 else scale.reshape(-1, 1))
     by_output = F.pad(weight_scale, (0, weight.shape[0] - weight_scale.shape[0]), value=1.0).reshape(1, -1)
     if x.device.type == "cpu":  # whose kernel takes one scale for all, up to torch 2.12
@@ -99,18 +99,18 @@ def linear_int8_sparse(
 
 def _product_sparse(x: Tensor, packed: Tensor, meta: Tensor | None, outputs: int) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    filled = _tall(rows, -rows.shape[0] % SPARSE_ROWS)
+    filled = _padded_rows(rows, -rows.shape[0] % SPARSE_ROWS)
     y: Tensor = torch.ops.graphopt_cuda.product_sparse(packed, meta, filled, outputs=outputs)
     return y.t().narrow(0, 0, rows.shape[0])
 
 
-def _wide(rows: Tensor, inputs: int) -> Tensor:
-    """Rows with as many zeros behind each as a stored weight was given."""
+def _padded_columns(rows: Tensor, inputs: int) -> Tensor:
+    """Rows with zeros behind each, up to the inputs of the stored weight."""
     return rows.contiguous() if rows.shape[1] == inputs else _padded(rows, (0, inputs - rows.shape[1]))
 
 
-def _tall(rows: Tensor, missing: int | torch.SymInt) -> Tensor:
-    """Rows, and so many of zeros below."""
+def _padded_rows(rows: Tensor, missing: int | torch.SymInt) -> Tensor:
+    """Rows, and so many rows of zeros below."""
     return rows.contiguous() if isinstance(missing, int) and not missing else _padded(rows, (0, 0, 0, missing))
 
 
@@ -177,12 +177,12 @@ def _product_on_cpu(packed: Tensor, meta: Tensor | None, x: Tensor, *, outputs: 
 
 def _product_on_gpu(packed: Tensor, meta: Tensor | None, x: Tensor, *, outputs: int) -> Tensor:
     if meta is not None and x.dtype != torch.float8_e4m3fn and torch.cuda.get_device_capability(x.device)[0] == 8:
-        wide = torch.int32 if x.dtype == torch.int8 else None
-        return torch._sparse_semi_structured_mm(packed, meta, x.t(), out_dtype=wide)
-    if meta is not None:  # each time: what an engine runs is packed before
+        sum_type = torch.int32 if x.dtype == torch.int8 else None
+        return torch._sparse_semi_structured_mm(packed, meta, x.t(), out_dtype=sum_type)
+    if meta is not None:  # at each call; CudaRunner packs beforehand
         packed = pack_cusparselt(packed, meta)
-    wide = _sum_type(x) if x.dtype.itemsize == 1 else None
-    return torch._cslt_sparse_mm(packed, x.t(), out_dtype=wide)
+    sum_type = _sum_type(x) if x.dtype.itemsize == 1 else None
+    return torch._cslt_sparse_mm(packed, x.t(), out_dtype=sum_type)
 
 
 def _sum_type(x: Tensor) -> torch.dtype:
@@ -201,9 +201,9 @@ def _fused_on_gpu(
     x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *, dtype: torch.dtype
 ) -> Tensor:
     """Integers are scaled in the registers that sum them up; rows need no multiple."""
-    from graphopt.backends.cuda.triton import launch
+    from graphopt.backends.cuda.triton_linear import launch
 
-    rows = _wide(x.reshape(-1, x.shape[-1]), weight.shape[1])
+    rows = _padded_columns(x.reshape(-1, x.shape[-1]), weight.shape[1])
     by_row = scale.expand(*x.shape[:-1], 1).reshape(-1).contiguous()
     y = launch(rows, by_row, weight, weight_scale, bias, dtype)
     return y.reshape(*x.shape[:-1], weight_scale.shape[0])
@@ -226,7 +226,7 @@ _PACKED = "Tensor packed, Tensor? meta"
 @cache
 def _declare() -> None:
     """Declare the operators, once."""
-    open_: dict[str, tuple[str, Callable[..., Any]]] = {
+    composed: dict[str, tuple[str, Callable[..., Any]]] = {
         "linear_int8": (_INT8, linear_int8),
         "linear_float8": (_INT8, linear_float8),
         "linear_weight_int8": ("Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias", linear_weight_int8),
@@ -237,7 +237,7 @@ def _declare() -> None:
             linear_int8_sparse,
         ),
     }  # fmt: skip
-    for name, (operands, kernel) in open_.items():
+    for name, (operands, kernel) in composed.items():
         torch.library.define(f"graphopt_cuda::{name}", f"({operands}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(f"graphopt_cuda::{name}", "CompositeImplicitAutograd", kernel)
     opaque: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {

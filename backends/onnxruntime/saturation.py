@@ -13,7 +13,7 @@ import torch
 
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule
-from graphopt.lowering.backend import SAFE, max_abs
+from graphopt.lowering.saturation import SAFE, max_abs
 
 _OFFSET = 128
 

@@ -31,7 +31,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Runner
-from graphopt.lowering.choices import Measuring
+from graphopt.lowering.choices import TimedChooser
 
 
 class OnnxRuntime(OnnxTarget):
@@ -85,8 +85,8 @@ class OnnxRuntime(OnnxTarget):
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}"
 
-    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
-        return Measuring(self.engine(), feeds, partial(self.compile, threads=threads), threads)
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> TimedChooser:
+        return TimedChooser(self.engine(), feeds, partial(self.compile, threads=threads), threads)
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
         assert isinstance(graph, OnnxGraph)

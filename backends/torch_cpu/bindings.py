@@ -1,7 +1,7 @@
-"""aten's operators by the bindings that torch's own functions use: the same kernels, found faster.
+"""Calls of aten's overloads, replaced by the functions that torch's own Python API binds: same kernels, less overhead.
 
-A call of torch.ops.aten.add.Tensor reads its arguments by the schema, in 4 to 5 microseconds; torch.add does so in
-less than one. What has no entry here stays as it is.
+A call of torch.ops.aten.add.Tensor parses its arguments by the schema, in 4 to 5 microseconds; torch.add does so in
+less than one. Overloads without an entry here stay as they are.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "aten.flatten.using_ints": torch.flatten,
     "aten.select.int": torch.select,
 }
-"""By overload, what takes the same arguments."""
+"""By overload, the function that takes the same arguments."""
 
 METHODS = {
     "aten.view.default": "view",
@@ -59,7 +59,7 @@ _LAST = 2**63 - 1
 
 
 def bind(program: fx.Graph) -> None:
-    """Let every call that has a binding use it."""
+    """Replace every call that has an entry here."""
     for node in program.nodes:
         if node.op != "call_function":
             continue
@@ -76,9 +76,9 @@ def bind(program: fx.Graph) -> None:
 
 
 def _bind_slice(node: fx.Node) -> None:
-    """A slice between numbers, inside a fixed size, is a narrow."""
+    """A slice with constant bounds, of an axis of fixed size, becomes torch.narrow."""
     x, axis, start, end, step = (*node.args, *(0, 0, _LAST, 1)[len(node.args) - 1 :])[:5]
-    if node.kwargs or not all(isinstance(one, int) for one in (start, end)) or step != 1:
+    if node.kwargs or not all(isinstance(bound, int) for bound in (start, end)) or step != 1:
         return
     length = node.meta["val"].shape[axis]
     if isinstance(length, int) and isinstance(start, int) and start >= 0:

@@ -16,16 +16,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from graphopt.backends.torch_cpu import add as fx_add
-from graphopt.backends.torch_cpu import int8 as fx_int8
-from graphopt.backends.torch_cpu.fx_target import FxTarget
+from graphopt.backends.torch_cpu import add_int8, int8
+from graphopt.backends.torch_cpu.base import EagerTarget
 from graphopt.backends.torch_cpu.int8 import Engine, Linear, Tail
-from graphopt.backends.torch_cpu.operators import SETTINGS, WEIGHT, X, Y, like_conv, like_linear
-from graphopt.backends.torch_cpu.runner import Pack, Packing, from_integers, integers, pack_numbers
+from graphopt.backends.torch_cpu.packing import Pack, Packing, from_integers, integers, pack_numbers
+from graphopt.backends.torch_cpu.schemas import SETTINGS, WEIGHT, X, Y, like_conv, like_linear
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder, Match
-from graphopt.lowering.backend import max_abs
+from graphopt.lowering.saturation import max_abs
 
 _quantized = torch.ops.quantized
 
@@ -38,8 +37,8 @@ U8 = _quantized.linear.default, _quantized.linear_relu.default
 CONVS = _quantized.conv1d.default, _quantized.conv2d.new, _quantized.conv3d.new
 """Kernels without and with a relu behind, and by rank."""
 
-_DEPTHWISE = 63
-"""What 8-bit weights of a depthwise conv may reach: fbgemm adds two products with uint8 in 16 bits, VNNI or not."""
+_DEPTHWISE_SAFE = 63
+"""Largest magnitude of weights of a depthwise conv: fbgemm adds two products with uint8 in 16 bits, VNNI or not."""
 
 PREPACKS = _quantized.conv1d_prepack, _quantized.conv2d_prepack, _quantized.conv3d_prepack
 
@@ -51,32 +50,31 @@ def _linear(op: Builder, linear: Linear, tail: Tail) -> Value:
     """fbgemm quantizes inside the kernel, so several linears may read one quantize and none of them needs it."""
     weights, relu = (linear.weight, linear.weight_scale, linear.bias), tail.post is not None
     if not (linear.is_static or linear.is_dynamic):
-        raise Declined("the scale of the input is computed by something else than choose_qparams of that input")
+        raise Declined("input_range_from_elsewhere")
     if tail.y is not None:
         if not linear.is_static:
-            raise Declined("the kernel gives integers where its input's range is stored")
+            raise Declined("int8_result_needs_static_range")
         numbers = linear.x, linear.scale, linear.zero_point
         return op("graphopt_fbgemm.linear_u8.default", *numbers, *weights, *tail.y, relu=relu)
     x = linear.float_input(op)
     if x.dtype != torch.float32:
-        raise Declined(f"the input is {x.dtype}, and fbgemm quantizes float32")
+        raise Declined("input_dtype", dtype=str(x.dtype), kernel="fbgemm")
     if linear.is_dynamic:
         return op("graphopt_fbgemm.linear_dynamic.default", x, *weights, relu=relu)
     return op("graphopt_fbgemm.linear_static.default", x, linear.scale, linear.zero_point, *weights, relu=relu)
 
 
 def _conv(op: Builder, m: Match) -> Value:
-    x, settings, groups = fx_int8.convolution(op, m)
+    x, settings, groups = int8.convolution(op, m)
     weight = op.graph.constant(m.weight)
     assert weight is not None  # as checked
-    if groups > 1 and weight.shape[1] == 1 and (most := max_abs(weight)) > _DEPTHWISE:
-        raise Declined(f"fbgemm sums products of depthwise convs in 16 bits, which saturate: weights reach {most}, and "
-                       f"{_DEPTHWISE} is safe (bits=7)")  # fmt: skip
+    if groups > 1 and weight.shape[1] == 1 and (largest := max_abs(weight)) > _DEPTHWISE_SAFE:
+        raise Declined("depthwise_saturates", max_abs=largest, safe=_DEPTHWISE_SAFE)
     operands = (x, m.scale, m.zero_point, m.weight, m.weight_scale, m.y_scale, m.y_zero_point, m.bias)
     return op("graphopt_fbgemm.conv.default", *operands, **settings, groups=groups)
 
 
-ENGINE = Engine("fbgemm", _linear, _conv, fx_add.add, lambda what: what in ("relu", "quantize"))
+ENGINE = Engine("fbgemm", _linear, _conv, add_int8.add, lambda what: what in ("relu", "quantize"))
 
 
 # --- operators -----------------------------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def _pack_u8(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.Node:
     x = packing.quantized(node, given["x"], *pack_numbers(packing, node, given))
     numbers = pack_numbers(packing, node, given, "y_")
     made = packing.call(node, U8[given["relu"]], x, _packed(packing, node, given), *numbers)
-    return packing.steps(node, made, *numbers)
+    return packing.integers(node, made, *numbers)
 
 
 def _pack_conv(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.Node:
@@ -202,25 +200,25 @@ def _pack_conv(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.Nod
     packed = packing.keep(node, pack_conv(weight, scale, packing.tensor(given["bias"]), *settings))
     numbers = pack_numbers(packing, node, given, "y_")
     made = packing.call(node, CONVS[weight.dim() - 3], x, packed, *numbers)
-    return packing.steps(node, made, *numbers)
+    return packing.integers(node, made, *numbers)
 
 
-KERNELS: dict[str, Pack] = {
+OPERATORS: dict[str, Pack] = {
     "graphopt_fbgemm.linear_dynamic.default": _pack_dynamic,
     "graphopt_fbgemm.linear_static.default": _pack_static,
     "graphopt_fbgemm.linear_u8.default": _pack_u8,
     "graphopt_fbgemm.conv.default": _pack_conv,
-    **fx_add.KERNELS,
+    **add_int8.OPERATORS,
 }
-INT8_KERNELS = tuple(map(str, (*DYNAMIC, *STATIC, *U8, *CONVS, fx_add.KERNEL)))
+INT8_KERNELS = tuple(map(str, (*DYNAMIC, *STATIC, *U8, *CONVS, add_int8.KERNEL)))
 
 
-class Fbgemm(FxTarget):
+class Fbgemm(EagerTarget):
     """fbgemm, called from a graph that runs eagerly."""
 
     name: ClassVar[str] = "fbgemm"
     summary: ClassVar[str] = "PyTorch eager on x86 CPUs, int8 linears and convs by fbgemm"
     engines: ClassVar[Sequence[str]] = ("fbgemm",)
-    kernels: ClassVar[Mapping[str, Pack]] = KERNELS
-    int8: ClassVar[Sequence[str]] = INT8_KERNELS
+    operators: ClassVar[Mapping[str, Pack]] = OPERATORS
+    int8_kernels: ClassVar[Sequence[str]] = INT8_KERNELS
     forms: ClassVar[Sequence[Engine]] = (ENGINE,)

@@ -1,8 +1,8 @@
-"""Int8 ops on the engines of torch: what may be fused with a linear, which linears are merged, and who runs them.
+"""Rules for int8 ops on the engines of torch: what is fused into a linear, which linears are merged, who runs them.
 
-An `Engine` has one function for each int8 op, and says what of a linear's surroundings it takes in: an activation
-behind it, a residual that is added, a quantize of the result. With one engine the forms of a pattern are fused or
-apart; with several, those of each. Measurement picks, or the order stands.
+An `Engine` has one function for each int8 op, and says what it fuses into a linear: an activation behind it, a residual
+that is added, a quantize of the result. The forms of a pattern are, for each engine, fused and apart; the fastest is
+taken where forms are measured, else the first.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Replace, Rule, scalar
-from graphopt.lowering.backend import max_abs
 from graphopt.lowering.merging import has_stored_bias, merge, merge_key
+from graphopt.lowering.saturation import max_abs
 
 POSTS = ("relu", "gelu", "silu", "hard_swish", "tanh")
-"""The activations that some engine computes inside a linear."""
+"""Activations that an engine may fuse into a linear."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Linear:
         return cls(node, x, scale, zero_point, weight, weight_scale, node.bias)
 
     def require_stored(self) -> Linear:
-        """Itself. Raises Declined for a form that no integer kernel takes."""
+        """This linear. Raises Declined where no int8 kernel takes it."""
         if not (self.weight.is_constant and self.weight_scale.is_constant and self.weight_scale.rank == 1):
-            raise Declined("the weight is not stored with a scale for each output channel")
+            raise Declined("weight_not_stored_per_channel")
         if self.bias is not None and not self.bias.is_constant:
-            raise Declined("the bias is computed")
+            raise Declined("linear_bias_computed")
         if self.x.dtype != torch.uint8:
-            raise Declined(f"the input is {self.x.dtype}, and the kernels read uint8")
+            raise Declined("input_not_uint8", dtype=str(self.x.dtype))
         return self
 
     @property
@@ -59,42 +59,43 @@ class Linear:
         return self.scale.is_constant and self.zero_point.is_constant
 
     def float_input(self, op: Builder) -> Value:
-        """The floats that were quantized for it, or those that its integers stand for."""
+        """The float value that its quantize reads; a dequantize of the integers where another one made them."""
         quantize = self.x.producer
-        if quantize is not None and quantize.kind == "quantize" and self._reads_what_is_written(op.graph, quantize):
+        if quantize is not None and quantize.kind == "quantize" and self._has_the_parameters_of(quantize, op.graph):
             return quantize.input
         return op.dequantize(self.x, self.scale, self.zero_point)
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether its range is chosen at run time from the very value that is quantized for it."""
+        """Whether choose_qparams of the very value that is quantized computes its scale and zero point."""
         quantize, chooser = self.x.producer, self.scale.producer
         if quantize is None or chooser is None or (quantize.kind, chooser.kind) != ("quantize", "choose_qparams"):
             return False
         return chooser.input == quantize.input and chooser.results == (self.scale, self.zero_point)
 
-    def _reads_what_is_written(self, graph: Graph, quantize: Node) -> bool:
+    def _has_the_parameters_of(self, quantize: Node, graph: Graph) -> bool:
         written = quantize.required("scale"), quantize.operand("zero_point")
         pairs = zip(written, (self.scale, self.zero_point), strict=True)
         return all(one is not None and _same(graph, one, other) for one, other in pairs)
 
 
 def _same(graph: Graph, a: Value, b: Value) -> bool:
+    """Whether two values are one, or constants of one number."""
     number = scalar(graph, a)
     return a == b or (number is not None and number == scalar(graph, b))
 
 
 @dataclass(frozen=True)
 class Tail:
-    """What stands behind a linear: an activation or an add, and a quantize."""
+    """What follows a linear: an activation or an add, then a quantize; each may be missing."""
 
     post: Node | None = None
     residual: Value | None = None
     y: tuple[Value, Value] | None = None
-    """Scale and zero point that the result is quantized by."""
+    """Scale and zero point of the quantize."""
 
     def apart(self, op: Builder, y: Value) -> Value:
-        """The same in words behind a value."""
+        """The same as ops of their own, on the result of the linear."""
         if self.post is not None:
             y = op.graph.emit(self.post, y, *self.post.operands[1:], at=op.at)
         if self.residual is not None:
@@ -111,35 +112,34 @@ class Engine:
     conv: Callable[[Builder, Match], Value]
     add: Callable[[Builder, Match], Value]
     fuses: Callable[[str], bool]
-    """Whether it takes in what is called so: an op of POSTS, "residual", "quantize"."""
-    most: int = 128
-    """What weights may reach: sums of products with larger ones saturate on the CPU that the graph is lowered for."""
+    """Whether it fuses this into a linear: an op of POSTS, "residual", or "quantize"."""
+    max_weight: int = 128
+    """Largest magnitude of int8 weights: with larger ones, sums saturate on the CPU that the graph is lowered for."""
 
-    def require_room(self, weight: Value, graph: Graph) -> None:
-        """Raise Declined where a stored weight reaches beyond that."""
+    def require_no_saturation(self, weight: Value, graph: Graph) -> None:
+        """Raise Declined where a stored weight is larger than max_weight."""
         tensor = graph.constant(weight) if self.name != FLOAT else None
-        if tensor is not None and (reached := max_abs(tensor)) > self.most:
-            raise Declined(f"the CPU sums products of uint8 and int8 in 16 bits, which saturate: weights reach "
-                           f"{reached}, and {self.most} is safe (bits=7)")  # fmt: skip
+        if tensor is not None and (largest := max_abs(tensor)) > self.max_weight:
+            raise Declined("saturates", max_abs=largest, safe=self.max_weight)
 
 
 FLOAT = "float"
 
 
 def float_engine() -> Engine:
-    """No integers: a linear or conv of the floats that its weights stand for."""
+    """The form without integers: linears, convs and adds on dequantized weights and inputs."""
     return Engine(FLOAT, _float_linear, _float_conv, _float_add, lambda what: False)
 
 
 def _floats(op: Builder, weight: Value, scale: Value) -> Value:
-    steps, scales = op.graph.constant(weight), op.graph.constant(scale)
-    if steps is None or scales is None:
+    integers, scales = op.graph.constant(weight), op.graph.constant(scale)
+    if integers is None or scales is None:
         return op.dequantize(weight, scale, axis=0)
-    return op.constant(steps.float() * scales.reshape(-1, *[1] * (steps.dim() - 1)))
+    return op.constant(integers.float() * scales.reshape(-1, *[1] * (integers.dim() - 1)))
 
 
 def _float_linear(op: Builder, linear: Linear, tail: Tail) -> Value:
-    # What a fixed range cuts off is missing from the numbers; one that is chosen at run time holds all.
+    # A static range clips, so the integers are read; a dynamic one covers every value, so the float input will do.
     fixed = op.dequantize(linear.x, linear.scale, linear.zero_point) if linear.is_static else None
     return op.linear(fixed or linear.float_input(op), _floats(op, linear.weight, linear.weight_scale), linear.bias)
 
@@ -164,7 +164,7 @@ def _linear(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weig
 
 
 def _behind(*kinds: str) -> Callable[..., Pattern]:
-    """A pattern of ops one after the other behind a linear."""
+    """A pattern of ops, one after the other, behind a linear."""
 
     def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
                 y_scale: str, y_zero_point: str, residual: str, bias: str | None = None) -> Pattern:  # fmt: skip
@@ -185,7 +185,7 @@ def _tail(m: Match) -> Tail:
 
 
 def _fits(m: Match) -> bool:
-    """Whether what stands behind is as kernels have it: an add of one shape, a quantize to uint8 by stored numbers."""
+    """Whether kernels can fuse the tail: an add of equal shape and dtype, a quantize to uint8 by stored scalars."""
     tail, y = _tail(m), m.linear.result
     if tail.residual is not None and (tail.residual.shape != y.shape or tail.residual.dtype != y.dtype):
         return False
@@ -205,13 +205,14 @@ def _add(op: Recorder, a: str, a_scale: str, a_zero_point: str, b: str, b_scale:
 
 
 def convolution(op: Builder, m: Match) -> tuple[Value, dict[str, list[int]], int]:
-    """Input, settings with one number an axis, and groups of a conv_int8: both ends padded alike, as kernels do."""
+    """Input, settings (one number an axis) and groups of a conv_int8. Kernels pad both ends of an axis alike; where the
+    padding differs, a pad op comes first. Raises Declined where an operand is computed."""
     x, given = m.x, m.root.attributes
     if x.dtype != torch.uint8 or not all(
         one is None or one.is_constant
         for one in (m.scale, m.zero_point, m.weight, m.weight_scale, m.y_scale, m.y_zero_point, m.bias)
     ):
-        raise Declined("a scale, the weight or the bias is computed, or the input is not uint8")
+        raise Declined("conv_not_constant")
     shape = m.weight.shape
     rank = len(shape) - 2
     ones, zeros = (1,) * rank, (0,) * rank
@@ -227,7 +228,7 @@ def convolution(op: Builder, m: Match) -> tuple[Value, dict[str, list[int]], int
 
 
 def stages(engines: Sequence[Engine]) -> Sequence[Sequence[Rule | Choice]]:
-    """For one graph: linears are merged, then taken with what stands behind them, then all that is left."""
+    """For one graph: linears are merged, then lowered together with their tails, then all that is left is lowered."""
     alone = {engine.name: partial(_alone, engine) for engine in engines}
     return (
         (MERGED,),
@@ -243,7 +244,7 @@ def stages(engines: Sequence[Engine]) -> Sequence[Sequence[Rule | Choice]]:
 
 
 def _behind_linears(engines: Sequence[Engine], *tails: Sequence[str]) -> Sequence[Choice]:
-    """The tails that some engine takes in. A longer one goes in an earlier stage: rules see its inner ops first."""
+    """Choices for the tails that some engine fuses. A longer tail stands in an earlier stage than a part of it."""
     found = []
     for ops in tails:
         names = ["residual" if op == "add" else op for op in ops]
@@ -254,7 +255,7 @@ def _behind_linears(engines: Sequence[Engine], *tails: Sequence[str]) -> Sequenc
 
 
 def _left_over() -> Sequence[Rule]:
-    """What no engine takes runs in floats; the rules of the engines say why."""
+    """What every engine declined runs in floats; the logs of the engines' rules say why."""
     floats = float_engine()
     return (
         Rule("linear-in-float", _linear, partial(_alone, floats)),
@@ -269,7 +270,7 @@ def _one_of(
     forms: Mapping[str, Replace | None],
     around: Callable[[Match], Sequence[Node]] = lambda match: match.nodes,
 ) -> Rule | Choice:
-    """A choice, or a rule where there is none."""
+    """A choice of several forms, or a rule where there is one."""
     choice = Choice(name, pattern, forms, around=around)
     return choice if len(forms) > 1 else choice.rule()
 
@@ -285,12 +286,12 @@ def _forms(engines: Sequence[Engine], names: Sequence[str]) -> dict[str, Replace
 
 def _linear_by(engine: Engine, op: Builder, m: Match, tail: Tail) -> Value:
     linear = Linear.of(m.linear)
-    engine.require_room(linear.weight, op.graph)
+    engine.require_no_saturation(linear.weight, op.graph)
     return engine.linear(op, linear if engine.name == FLOAT else linear.require_stored(), tail)
 
 
 def _conv_by(engine: Engine, op: Builder, m: Match) -> Value:
-    engine.require_room(m.weight, op.graph)
+    engine.require_no_saturation(m.weight, op.graph)
     return engine.conv(op, m)
 
 
@@ -308,19 +309,19 @@ def _apart(engine: Engine, op: Builder, m: Match) -> Value:
 
 
 def _named(value: Value, site: Node) -> Value:
-    """The value, its node under the module path of the linear: there the time of what is fused is looked for."""
-    made = value.producer
-    assert isinstance(made, FxNode) and isinstance(site, FxNode)
-    made.native.meta |= {key: site.native.meta[key] for key in ORIGIN if key in site.native.meta}
+    """The value, whose node gets the module path of the linear: profiles are summed by path."""
+    node = value.producer
+    assert isinstance(node, FxNode) and isinstance(site, FxNode)
+    node.native.meta |= {key: site.native.meta[key] for key in ORIGIN if key in site.native.meta}
     return value
 
 
 def _around(m: Match) -> list[Node]:
-    """All that reads the same integers, what makes those, and what is matched."""
+    """The match, what quantizes its input, and all other readers of those integers."""
     linear: Node = m.linear
-    makers = [value.producer for value in (linear.required("scale"), linear.input)]
-    made = [node for node in makers if node is not None and node.kind in ("choose_qparams", "quantize")]
-    inside = {*made, *m.nodes, *(linear.input.users if made else ())}
+    producers = [value.producer for value in (linear.required("scale"), linear.input)]
+    before = [node for node in producers if node is not None and node.kind in ("choose_qparams", "quantize")]
+    inside = {*before, *m.nodes, *(linear.input.users if before else ())}
     return [node for node in linear.graph.nodes if node in inside]
 
 

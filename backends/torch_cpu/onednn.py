@@ -1,4 +1,4 @@
-"""PyTorch eager on CPUs with oneDNN's int8 kernels, which take in what stands around a linear.
+"""PyTorch eager on CPUs with oneDNN's int8 kernels, which fuse an activation, a residual and a quantize into a linear.
 
 A lowered graph holds operators `graphopt_onednn::*`, which take integers and scales as they are stored: they trace,
 export and save, and pack the weight at each call. `compile` packs each weight once and calls oneDNN directly. Weights
@@ -13,13 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from graphopt.backends.torch_cpu import add as fx_add
-from graphopt.backends.torch_cpu import int8 as fx_int8
-from graphopt.backends.torch_cpu import onednn_float
-from graphopt.backends.torch_cpu.fx_target import FxTarget
+from graphopt.backends.torch_cpu import add_int8, int8, onednn_floats
+from graphopt.backends.torch_cpu.base import EagerTarget
 from graphopt.backends.torch_cpu.int8 import Engine, Linear, Tail
-from graphopt.backends.torch_cpu.operators import SETTINGS, WEIGHT, X, Y, like_conv, like_linear
-from graphopt.backends.torch_cpu.runner import Pack, Packing, pack_numbers
+from graphopt.backends.torch_cpu.packing import Pack, Packing, pack_numbers
+from graphopt.backends.torch_cpu.schemas import SETTINGS, WEIGHT, X, Y, like_conv, like_linear
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Rule
@@ -36,9 +34,9 @@ POSTS = {"relu": "relu", "gelu": "gelu", "silu": "swish", "hard_swish": "hardswi
 
 
 def _linear(op: Builder, linear: Linear, tail: Tail) -> Value:
-    """Several linears may read one quantize; where its range is chosen at run time too."""
+    """Several linears may read one quantize, also where its range is chosen at run time."""
     if tail.residual is not None and tail.residual.dtype != torch.float32:
-        raise Declined(f"what is added is {tail.residual.dtype}, and the result float32")
+        raise Declined("residual_not_float32", dtype=str(tail.residual.dtype))
     post, algorithm = post_op(tail.post)
     operands = (linear.x, linear.scale, linear.zero_point, linear.weight, linear.weight_scale, linear.bias)
     return op("graphopt_onednn.linear.default", *operands, tail.residual, *(tail.y or (None, None)), post=post,
@@ -53,18 +51,18 @@ def post_op(node: Node | None) -> tuple[str, str]:
 
 
 def _conv(op: Builder, m: Match) -> Value:
-    x, settings, groups = fx_int8.convolution(op, m)
+    x, settings, groups = int8.convolution(op, m)
     operands = (x, m.scale, m.zero_point, m.weight, m.weight_scale, m.y_scale, m.y_zero_point, m.bias)
     return op("graphopt_onednn.conv.default", *operands, **settings, groups=groups)
 
 
-ENGINE = Engine("onednn", _linear, _conv, fx_add.add, lambda what: what in (*POSTS, "residual", "quantize"))
+ENGINE = Engine("onednn", _linear, _conv, add_int8.add, lambda what: what in (*POSTS, "residual", "quantize"))
 
 
 # --- operators -----------------------------------------------------------------------------------------------------
 
 
-def _linear_at_once(
+def _linear_unpacked(
     x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     residual: Tensor | None, y_scale: Tensor | None, y_zero_point: Tensor | None, *, post: str, algorithm: str,
 ) -> Tensor:  # fmt: skip
@@ -80,7 +78,7 @@ def _linear_at_once(
 
 
 _ADDED = 1.0, 0, "add", 1.0
-"""A float residual: its scale, zero point, that it is added, and its factor."""
+"""How a float residual is fused: its scale, its zero point, the operation, its factor."""
 
 
 def _result(y_scale: Any, y_zero_point: Any) -> tuple[Any, Any, torch.dtype]:
@@ -88,7 +86,7 @@ def _result(y_scale: Any, y_zero_point: Any) -> tuple[Any, Any, torch.dtype]:
     return (1.0, 0, torch.float32) if y_scale is None else (y_scale, y_zero_point, torch.uint8)
 
 
-def _conv_at_once(
+def _conv_unpacked(
     x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, y_scale: Tensor,
     y_zero_point: Tensor, bias: Tensor | None, *, stride: list[int], padding: list[int], dilation: list[int],
     groups: int,
@@ -107,8 +105,8 @@ def _like_linear(x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, w
 
 _LINEAR = f"{X}, {WEIGHT}, Tensor? bias, Tensor? residual, Tensor? y_scale, Tensor? y_zero_point"
 for _name, _operands, _kernel, _like in (
-    ("linear", f"{_LINEAR}, *, str post, str algorithm", _linear_at_once, _like_linear),
-    ("conv", f"{X}, {WEIGHT}, {Y}, Tensor? bias, *, {SETTINGS}", _conv_at_once,
+    ("linear", f"{_LINEAR}, *, str post, str algorithm", _linear_unpacked, _like_linear),
+    ("conv", f"{X}, {WEIGHT}, {Y}, Tensor? bias, *, {SETTINGS}", _conv_unpacked,
      lambda x, scale, zero_point, weight, *_, **settings: like_conv(x, weight, **settings)),
 ):  # fmt: skip
     torch.library.define(f"graphopt_onednn::{_name}", f"({_operands}) -> Tensor")
@@ -147,24 +145,24 @@ def _pack_conv(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.Nod
                         *pack_numbers(packing, node, given, "y_"), torch.uint8, "none", [], "")  # fmt: skip
 
 
-KERNELS: dict[str, Pack] = {
+OPERATORS: dict[str, Pack] = {
     "graphopt_onednn.linear.default": _pack_linear,
     "graphopt_onednn.conv.default": _pack_conv,
-    **fx_add.KERNELS,
-    **onednn_float.KERNELS,
+    **add_int8.OPERATORS,
+    **onednn_floats.OPERATORS,
 }
-INT8_KERNELS = tuple(map(str, (LINEAR, LINEAR_ADD, CONV, fx_add.KERNEL)))
+INT8_KERNELS = tuple(map(str, (LINEAR, LINEAR_ADD, CONV, add_int8.KERNEL)))
 
 
-class OneDnn(FxTarget):
+class OneDnn(EagerTarget):
     """oneDNN, called from a graph that runs eagerly."""
 
     name: ClassVar[str] = "onednn"
     summary: ClassVar[str] = "PyTorch eager on CPUs, int8 linears and convs by oneDNN"
     engines: ClassVar[Sequence[str]] = ("onednn",)
-    kernels: ClassVar[Mapping[str, Pack]] = KERNELS
-    int8: ClassVar[Sequence[str]] = INT8_KERNELS
+    operators: ClassVar[Mapping[str, Pack]] = OPERATORS
+    int8_kernels: ClassVar[Sequence[str]] = INT8_KERNELS
     forms: ClassVar[Sequence[Engine]] = (ENGINE,)
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        return *super().rules(graph), *onednn_float.stages()
+        return *super().rules(graph), *onednn_floats.stages()

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 import graphopt
 from benchmarks.case import Settings, checked, table, times
 from benchmarks.models import SEED, Batch, seeded
-from graphopt.backends.cuda.target import OPTIONS, Cuda, Device
+from graphopt.backends.cuda.device import Device
+from graphopt.backends.cuda.runner import OPTIONS
+from graphopt.backends.cuda.target import Cuda
 from graphopt.capture.decode import DecodeStep
-from graphopt.measure.timing import contest
+from graphopt.measure.timing import paired_calls
 from graphopt.numerics.metrics import sqnr
 
 BASELINE, CONTROL = "bfloat16, torch.compile", "the baseline again"
@@ -151,7 +153,7 @@ def _race(
             continue
         calls[name] = [partial(small.runner, one) for one in placed]
         far[name] = [sqnr(expected[shape][0], result[0].cpu()) for shape, result in zip(batches, results, strict=True)]
-    found = contest(calls, baseline=BASELINE, rounds=settings.rounds, clock=backend.clock)
+    found = paired_calls(calls, baseline=BASELINE, rounds=settings.rounds, clock=backend.clock)
     rows = table(f"{title}: times as fast as {BASELINE}, and SQNR (dB) over float32", "",
                  *(column for shape in batches for column in (shape, f"SQNR {shape}")))  # fmt: skip
     for name, one in found.items():

@@ -1,4 +1,19 @@
-"""What a target is: the contract between the core and `graphopt.backends`."""
+"""What a target is: the contract between the core and `graphopt.backends`.
+
+To write a target, derive from `Backend` and `Runner`. A target has to say
+
+- what it is: the class attributes `name`, `dialect`, `summary`, `schemes` and `round_to`;
+- `pipeline`: the passes that prepare a graph for it, as text ("fold-int8" where its kernels are the int8 ops);
+- `rules`: sets of rules that turn ops into the engine's own operators;
+- `compile`: a Runner for the lowered graph, which runs it and counts the kernels that the engine built;
+- `check`: that all int8 ops of the folded graph run as int8 kernels;
+- `export`: a file that can be deployed.
+
+All else has a default. Where a pattern has several legal forms, `rules` gives a `Choice` in place of a Rule, and
+`chooser` says what picks one; `graphopt.lowering.choices.TimedChooser` picks by time. `notes`, `accept`, `why_float`,
+`clock`, `place` and `graphsurgeon` are for engines that need them. A target of another package is found through the
+entry point group `graphopt.backends`.
+"""
 
 from __future__ import annotations
 
@@ -8,37 +23,39 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from graphopt.errors import GraphError, UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, Match, Rule, RuleLog, rewrite
+from graphopt.lowering.saturation import CPUS, cpu_saturates
+from graphopt.measure import timing
+from graphopt.measure.machine import environment
+from graphopt.measure.timing import Ratio
 from graphopt.pipeline.target import Placement
-
-if TYPE_CHECKING:
-    from graphopt.measure.timing import Ratio
-
-
-CPUS = {"avx2": "avx2", "avx512": "avx2 avx512f", "avx512_vnni": "avx2 avx512f avx512_vnni"}
-"""CPUs to lower for without measuring, and their flags as Linux spells them."""
 
 
 class Chooser(Protocol):
-    """Takes the form of each match of a choice, and keeps an account of it."""
+    """Picks a form for each match of a choice, and records how."""
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of how that went."""
+        """What the user should know, such as that the machine was too noisy to measure."""
 
     @property
-    def found(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        """By choice, for each kind of site what was measured, as plain data."""
+    def measured(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """By choice, what was measured for each kind of site, as plain data."""
 
     def decide(
         self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]
-    ) -> Callable[[Match], str]: ...
+    ) -> Callable[[Match], str]:
+        """From a match to the name of its form.
+
+        finish: lowers the rest of a graph in which one form was applied, so that it can be compiled.
+        """
 
 
 class Runner(ABC):
@@ -58,7 +75,12 @@ class Runner(ABC):
 
 
 class Backend(ABC):
-    """Owns what is lowered and where; a pass owns how. Knows no graph: all about one is in its Runner."""
+    """A target: what it lowers, and to which operators. Holds no graph: what belongs to one is in its Runner.
+
+    It fulfils `graphopt.pipeline.target.Target`, which is what passes may ask.
+    """
+
+    # --- what every target says ------------------------------------------------------------------------------------
 
     name: ClassVar[str]
     dialect: ClassVar[str]
@@ -67,6 +89,39 @@ class Backend(ABC):
     """One line for `graphopt targets`."""
     schemes: ClassVar[Mapping[str, tuple[str, ...]]]
     """By op, the quantization schemes that have a fast kernel here, best first; no entry: the op stays float."""
+    round_to: ClassVar[Mapping[str, int]]
+    """Sizes that kernels run fast are multiples of these: by kind of axis (neurons, channels, width, rank)."""
+
+    @abstractmethod
+    def pipeline(self) -> str:
+        """The lowering passes of this target, as text."""
+
+    @abstractmethod
+    def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
+        """Sets of rules that turn ops into this engine's own operators, applied one after the other."""
+
+    @abstractmethod
+    def compile(self, graph: Graph, threads: int | None = None) -> Runner:
+        """Build the engine's program of a lowered graph. threads: intra-op threads, None for the engine's default."""
+
+    @abstractmethod
+    def check(self, folded: Graph, runner: Runner) -> None:
+        """Raise LoweringError where fewer int8 kernels run than the ops of the folded graph promise."""
+
+    @abstractmethod
+    def export(
+        self,
+        graph: Graph,
+        path: Path,
+        *,
+        metadata: Mapping[str, str],
+        opset: int | None = None,
+        external_data: bool | None = None,
+    ) -> None:
+        """Write a deployable file: complete and checked under its name, or not at all. See `Optimized.export`."""
+
+    # --- what some targets say -------------------------------------------------------------------------------------
+
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By op, the bits that weights may have where they alone are integers (the scheme weight-only), best first."""
     placement: ClassVar[Placement | None] = None
@@ -75,12 +130,8 @@ class Backend(ABC):
     """What it multiplies in 8 bits, best first."""
     floats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
     """The floats of 16 bits that it computes in."""
-    round_to: ClassVar[Mapping[str, int]]
-    """Sizes that kernels run fast are multiples of these: by kind of axis (neurons, channels, width, rank)."""
-
     runs: bool = True
     """Whether its engine runs here; else a reference does, and nothing is timed."""
-
     zeros: str = "dense kernels multiply zeros like any number: a file is smaller once compressed, no more"
     """What zeros inside weights bring here, in words for the user."""
     sparse: tuple[str, ...] = ()
@@ -99,40 +150,40 @@ class Backend(ABC):
         """What the user should know of any result on this target."""
         return []
 
-    def saturates(self) -> bool:
-        """Whether products of uint8 and int8 may saturate on the CPU that graphs are lowered for."""
-        from graphopt.measure.machine import environment
+    def why_float(self, site: Node, scheme: str, dtype: str) -> Decline | None:
+        """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
+        return None
 
-        return saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu])
+    def engine(self) -> str:
+        """Name and version of what runs graphs here; a part of the key that timings are cached under."""
+        return f"torch {version('torch')}"
+
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Chooser | None:
+        """Picks forms by measuring them here at these inputs; None where no pattern has several."""
+        return None
+
+    def clock(self) -> float:
+        """Seconds from any origin, once the engine has finished all work that was submitted."""
+        return time.perf_counter()
+
+    def place(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Feeds on the engine's device, so that a timing includes no copy."""
+        return feeds
 
     def product_bits(self) -> int:
         """Bits of int8 weights whose products with uint8 never saturate on the CPU: 8, or 7."""
         return 7 if self.saturates() else 8
 
-    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
-        """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
-        return None
+    def graphsurgeon(self, graph: Graph) -> Any:
+        """The deployable model as an onnx_graphsurgeon.Graph. Raises GraphError for targets that deploy no ONNX."""
+        raise GraphError(f"target {self.name} deploys no ONNX; use target=onnxruntime")
 
-    def clock(self) -> float:
-        """Seconds from any origin, when the engine has done all that it was asked for."""
-        return time.perf_counter()
-
-    def place(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Feeds where the engine reads them, so that a timing holds no copy."""
-        return feeds
-
-    @abstractmethod
-    def pipeline(self) -> str:
-        """The lowering passes of this target, as text."""
-
-    @abstractmethod
-    def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        """Rule sets that turn ops into this engine's own operations, applied one after the other."""
+    # --- what the core calls ---------------------------------------------------------------------------------------
 
     def lower(self, graph: Graph, chooser: Chooser | None = None) -> tuple[Graph, dict[str, RuleLog]]:
-        """A clone in this engine's own operations, checked, and the log of each rule by its name.
+        """A clone in this engine's own operators, verified, and the log of each rule by its name.
 
-        chooser: takes the form of each choice by time; without it, each takes its static order.
+        chooser: picks the form of each choice; without it, each takes its first legal form.
         """
         lowered = graph.clone()
         logs = self._apply(lowered, self.rules(lowered), chooser)
@@ -151,23 +202,11 @@ class Backend(ABC):
                 elif chooser is None:
                     rules.append(rule.rule())
                 else:
-                    rest = [[one for one in later if one is not rule] for later in stages[index:]]
+                    rest = [[other for other in later if other is not rule] for later in stages[index:]]
                     rules.append(rule.rule(chooser.decide(graph, rule, partial(self._apply, stages=rest))))
             logs |= rewrite(graph, rules)
             graph.sweep()
         return logs
-
-    def engine(self) -> str:
-        """Name and version of what runs graphs here, for what is kept of timings."""
-        return f"torch {version('torch')}"
-
-    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Chooser | None:
-        """Takes forms by measuring them here at these inputs; None where no pattern has several."""
-        return None
-
-    @abstractmethod
-    def compile(self, graph: Graph, threads: int | None = None) -> Runner:
-        """Build the engine's program. threads: intra-op threads, None for the engine's default."""
 
     def ratios(
         self,
@@ -180,24 +219,21 @@ class Backend(ABC):
     ) -> list[Ratio]:
         """How many times faster than `baseline` a graph of ops runs here once lowered: one Ratio for each feeds.
 
-        Paired and interleaved (`measure.paired`). Raises LoweringError where the engine cannot build one of them, and
+        Paired and interleaved (`timing.paired`). Raises LoweringError where the engine cannot build one of them, and
         UsageError where it does not run here.
         """
         self.require_runs()
-        from graphopt.measure.timing import paired
-
-        runners = {name: self.compile(self.lower(one)[0], threads)
-                   for name, one in {"baseline": baseline, "candidate": graph}.items()}  # fmt: skip
-        return [
-            paired(
-                {name: partial(run, one) for name, run in runners.items()}, baseline="baseline", rounds=rounds,
-                clock=self.clock,
-            )["candidate"]
-            for one in map(self.place, feeds)
-        ]  # fmt: skip
+        graphs = {"baseline": baseline, "candidate": graph}
+        runners = {name: self.compile(self.lower(one)[0], threads) for name, one in graphs.items()}
+        found = []
+        for placed in map(self.place, feeds):
+            calls = {name: partial(runner, placed) for name, runner in runners.items()}
+            ratios = timing.paired(calls, baseline="baseline", rounds=rounds, clock=self.clock)
+            found.append(ratios["candidate"])
+        return found
 
     def times(self) -> bool:
-        """Whether to time where nobody says. Raises UsageError where it should run here, and does not."""
+        """Whether results are timed by default. Raises UsageError where the engine should run here, and does not."""
         return self.cpu is None and self.runs
 
     def require_runs(self) -> None:
@@ -205,40 +241,6 @@ class Backend(ABC):
         if not self.runs:
             raise UsageError(f"{self.name} does not run here: export the file, and time it where it does")
 
-    @abstractmethod
-    def check(self, folded: Graph, runner: Runner) -> None:
-        """Raise LoweringError where fewer int8 kernels run than the ops of `folded` promise."""
-
-    @abstractmethod
-    def export(
-        self,
-        graph: Graph,
-        path: Path,
-        *,
-        metadata: Mapping[str, str],
-        opset: int | None = None,
-        external_data: bool | None = None,
-    ) -> None:
-        """Write a deployable file: complete and checked under its name, or not at all. See `Optimized.export`."""
-
-    def graphsurgeon(self, graph: Graph) -> Any:
-        """The deployable model as an onnx_graphsurgeon.Graph."""
-        raise GraphError(f"target {self.name} deploys no ONNX; use target=onnxruntime")
-
-
-SAFE = 64
-"""What int8 weights may reach that two products with uint8 fit in 16 bits: 2 * 255 * 64 is 32640."""
-
-
-def max_abs(weight: Tensor) -> int:
-    """The largest magnitude in an int8 weight; of -128 too, which int8 has no 128 for."""
-    return int(weight.short().abs().max())
-
-
-def saturates(flags: str) -> bool:
-    """Whether a CPU sums two products of uint8 and int8 in 16 bits: x86 with AVX2 or AVX-512, and without VNNI.
-
-    flags: as Linux spells them, separated by spaces; without any, it is taken not to.
-    """
-    known = set(flags.split())
-    return bool({"avx2", "avx512f"} & known) and not {"avx_vnni", "avx512_vnni", "amx_int8"} & known
+    def saturates(self) -> bool:
+        """Whether sums of uint8 and int8 products saturate on the CPU that graphs are lowered for."""
+        return cpu_saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu])

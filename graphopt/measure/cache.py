@@ -1,4 +1,4 @@
-"""What was measured before, on disk: one SQLite file, which several processes may write at once."""
+"""The cache of timings: one SQLite file on disk, which several processes may read and write at once."""
 
 from __future__ import annotations
 
@@ -14,31 +14,37 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-MOST = 20_000
-"""Entries that are kept, about 10 MB; what was not used for longest goes."""
+from platformdirs import user_cache_path
+
+MAX_ENTRIES = 20_000
+"""Entries that are kept, about 10 MB; the least recently used go."""
 
 UNSURE = 3600.0
-"""Seconds to keep what a machine was too unsteady to tell: a later run may meet a quieter one."""
+"""Seconds to keep figures of an unsteady machine: a later run may find it quieter."""
 
 VERSION = 3
-"""Of the table and of what it holds; a file of another one is begun anew."""
+"""Of the table and the keys and values in it; a file of another version is replaced by an empty one."""
 
 WAIT = 10.0
-"""Seconds that one process waits for another to have written."""
+"""Seconds to wait for another process that is writing."""
 
 
 class TimingsWarning(UserWarning):
-    """The cache on disk cannot be used; everything is measured as if there were none."""
+    """The cache on disk cannot be used; everything is measured again."""
 
 
 def folder() -> Path:
-    """Where the cache is: GRAPHOPT_CACHE, or graphopt in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
+    """Where the cache is: the environment variable GRAPHOPT_CACHE, else graphopt in the user's cache folder.
+
+    By platformdirs, that is $XDG_CACHE_HOME or ~/.cache on Linux, ~/Library/Caches on macOS, %LOCALAPPDATA% on
+    Windows.
+    """
     given = os.environ.get("GRAPHOPT_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "graphopt"
+    return Path(given) if given else user_cache_path("graphopt", appauthor=False)
 
 
 def opened() -> Timings:
-    """The user's cache, the same object each time: that it cannot be used is said once in a process."""
+    """The user's cache; the same object at each call, so that a warning about it comes once in a process."""
     return _at(folder() / "timings.sqlite")
 
 
@@ -48,9 +54,10 @@ def _at(path: Path) -> Timings:
 
 
 class Timings:
-    """Figures by key, in a file that outlives the process. What cannot be read or written costs a warning, no more.
+    """A persistent mapping. Where the file cannot be read or written, there is a warning and the cache seems empty.
 
-    A key is a mapping of what a timing depends on: engine, version, CPU, threads, form, shapes. A value is JSON.
+    A key is a mapping of all that a timing depends on: engine, version, CPU, threads, form, shapes. Keys and values are
+    JSON.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,7 +65,7 @@ class Timings:
         self._usable = True
 
     def get(self, key: Mapping[str, Any]) -> Any | None:
-        """What was kept under a key, or None."""
+        """The value of a key, or None."""
         with self._open() as database:
             if database is None:
                 return None
@@ -67,24 +74,23 @@ class Timings:
             ).fetchone()
             if found is None:
                 return None
-            with suppress(sqlite3.Error):  # a file that can only be read still tells what it holds
+            with suppress(sqlite3.Error):  # a read-only file can still be read
                 database.execute("UPDATE timings SET used = ? WHERE key = ?", (time.time(), _text(key)))
             return json.loads(found[0])
         return None
 
     def put(self, key: Mapping[str, Any], value: Any, lasts: float = math.inf) -> None:
-        """Keep a value under a key for so many seconds, in place of what was there."""
+        """Set the value of a key. lasts: seconds until it expires."""
         with self._open() as database:
             if database is not None:
                 now = time.time()
                 row = _text(key), json.dumps(value), now, now + lasts
                 database.execute("INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?)", row)
-                database.execute(
-                    "DELETE FROM timings WHERE key NOT IN (SELECT key FROM timings ORDER BY used DESC LIMIT ?)", (MOST,)
-                )
+                recent = "SELECT key FROM timings ORDER BY used DESC LIMIT ?"
+                database.execute(f"DELETE FROM timings WHERE key NOT IN ({recent})", (MAX_ENTRIES,))
 
     def entries(self) -> list[tuple[dict[str, Any], Any]]:
-        """Every key and its value that still holds, what was used last first."""
+        """All keys and values that have not expired, the most recently used first."""
         with self._open() as database:
             if database is not None:
                 rows = database.execute(
@@ -94,7 +100,7 @@ class Timings:
         return []
 
     def clear(self) -> int:
-        """Forget everything; how many entries there were."""
+        """Delete all entries; returns how many there were."""
         with self._open() as database:
             if database is not None:
                 return int(database.execute("DELETE FROM timings").rowcount)
@@ -102,9 +108,9 @@ class Timings:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection | None]:
-        """The database inside one transaction; None once it cannot be used.
+        """The database, in one transaction; None once it cannot be used.
 
-        A file that turns out to be no cache is begun anew, with a warning. What fails inside ends the block there.
+        A damaged file is replaced by an empty one, with a warning. An SQL or JSON error inside ends the block silently.
         """
         if not self._usable:
             yield None
@@ -120,7 +126,7 @@ class Timings:
                 yield database
         except (sqlite3.Error, json.JSONDecodeError) as error:
             if _is_damage(error):
-                self._begin_anew(error)
+                self._start_over(error)
             else:
                 self._give_up(error)
         finally:
@@ -134,11 +140,12 @@ class Timings:
         except sqlite3.Error as error:
             if not _is_damage(error):
                 raise
-            self._begin_anew(error)
+            self._start_over(error)
             return _prepared(self.path)
 
-    def _begin_anew(self, error: Exception) -> None:
-        warnings.warn(f"{self.path} is no cache of timings ({error}): it is begun anew", TimingsWarning, 2)
+    def _start_over(self, error: Exception) -> None:
+        what = f"{self.path} is no cache of timings ({error}): it is replaced by an empty one"
+        warnings.warn(what, TimingsWarning, 2)
         try:
             self.path.unlink(missing_ok=True)
         except OSError as failed:
@@ -150,7 +157,7 @@ class Timings:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the file is to blame; an OperationalError tells that it is locked, read-only, or on a full disk."""
+    """Whether the file is damaged; an OperationalError means that it is locked, read-only, or that the disk is full."""
     return not isinstance(error, sqlite3.OperationalError)
 
 
@@ -159,7 +166,7 @@ def _prepared(path: Path) -> sqlite3.Connection:
     try:
         if _version(database) != VERSION:
             database.execute("BEGIN IMMEDIATE")
-            if _version(database) != VERSION:  # nor did another process make the table in between
+            if _version(database) != VERSION:  # no other process has made the table meanwhile
                 database.execute("DROP TABLE IF EXISTS timings")
                 database.execute("CREATE TABLE timings (key TEXT PRIMARY KEY, value TEXT NOT NULL, used REAL NOT NULL, "
                                  "expires REAL NOT NULL)")  # fmt: skip

@@ -10,13 +10,14 @@ from pathlib import Path
 
 X86_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 ARM_FLAGS = ("asimddp", "i8mm", "bf16", "sve", "sve2")
-"""CPU flags that decide which kernels an engine takes, as Linux spells them."""
+"""CPU flags by which engines select kernels, as Linux spells them."""
 
 PACKAGES = ("torch", "numpy", "onnxruntime", "onnx", "transformers")
+"""Packages whose versions stand over a table of timings."""
 
 
 def environment() -> dict[str, str]:
-    """What timings depend on: the CPU, its flags, cores, the system, and versions (without importing anything)."""
+    """What timings depend on: CPU, flags, usable cores, operating system, versions. Imports none of the packages."""
     cpuinfo = Path("/proc/cpuinfo")
     model, flags = cpu(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -32,20 +33,20 @@ def environment() -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Of the environment, what timings of one engine at so many threads depend on."""
-    known = environment()
-    return {name: known[name] for name in ("cpu", "flags", "cores")}
+    """The part of the environment that belongs in a cache key: engine and threads are there already."""
+    facts = environment()
+    return {name: facts[name] for name in ("cpu", "flags", "cores")}
 
 
 def header(environment: Mapping[str, str], threads: int) -> str:
-    """The lines over a table of timings. `threads` is what the timed sessions were given."""
+    """The lines over a table of timings. threads: those that the timed sessions were given."""
     versions = ", ".join(f"{name} {environment[name]}" for name in ("python", *PACKAGES))
     machine = f"{environment['cpu']}, {environment['cores']} cores, {threads} threads, {environment['os']}"
     return "\n".join([machine, f"flags: {environment['flags'] or 'unknown'}", versions])
 
 
 def cpu(cpuinfo: str) -> tuple[str, str]:
-    """Model and flags that matter, from the text of Linux's cpuinfo; "" for what it doesn't tell."""
+    """Model name and known flags, from the text of Linux's /proc/cpuinfo; "" for what is not there."""
     fields: dict[str, str] = {}
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
@@ -55,6 +56,7 @@ def cpu(cpuinfo: str) -> tuple[str, str]:
 
 
 def version(package: str) -> str:
+    """The version of a distribution, or "not installed"."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

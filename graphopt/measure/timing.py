@@ -1,9 +1,10 @@
 """Paired, interleaved timing: how many times faster than a baseline, and how sure.
 
-Machines change speed while one measures: frequency, neighbours on a shared host, page placement. So candidates take
-turns, each is compared with the baseline's block of the same round, and a small fixed probe, timed between the blocks,
-tells which pairs saw two different machines. Those are dropped, counted and run again. After each block everything
-rests: an engine's worker threads spin for a while when its work is done, and would slow down whoever comes next.
+A machine changes speed while one measures: CPU frequency, other users of a shared host, page placement. So candidates
+take turns, and each is compared with the baseline's block of the same round. A small fixed computation, the probe, is
+timed between the blocks: where its time changed, the machine's speed did, and the pair of blocks is dropped, counted
+and run again. There is a pause after each block, because an engine's worker threads spin for a while after their work
+and would slow down the next candidate.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import numpy as np
+
 Clock = Callable[[], float]
 """Seconds from any origin, never backwards."""
 
 ROUNDS = 15
-"""Rounds that a verdict takes: the 4th and the 12th of 15 ratios bound the median with 96.5% confidence."""
+"""Rounds of a comparison: the 4th and the 12th of 15 ratios bound the median with 96.5% confidence."""
 
-FEWEST = 6
-"""Pairs below which the median has no 95% interval."""
+MIN_PAIRS = 6
+"""Fewest pairs whose median has a 95% interval."""
 
-MOST_CALLS = 2**14
-"""Calls in one block, at most."""
+MAX_CALLS = 2**14
+"""Most calls in one block."""
 
-SCREENED = 2
-"""Pairs after which a candidate that is hopelessly slow gives up its turns."""
+SCREENING_PAIRS = 2
+"""Pairs after which a candidate that is far too slow is no longer timed."""
 
-REST = 0.15
-"""Seconds between blocks. onnxruntime's workers spin for about 0.1: with none, int8 MiniLM seems 2.0 times as fast as
-float where it is 3.1 times, each by itself (2 cores)."""
+PAUSE = 0.15
+"""Seconds between blocks. onnxruntime's threads spin for about 0.1: without a pause, int8 MiniLM seems 2.0 times as
+fast as float where it is 3.1 times, each by itself (2 cores)."""
 
 PROBE_RUNS = 3
 """Runs of the probe, of which the fastest counts: a single interrupt is not a change of speed."""
@@ -43,27 +46,27 @@ class Ratio:
 
     median: float
     low: float
-    """Lower end of the 95% interval of the median; 0 with fewer than 6 rounds, which can't bound it."""
+    """Lower end of the 95% interval of the median; 0 with fewer than 6 pairs, which cannot bound it."""
     high: float
-    """Upper end; infinite with fewer than 6 rounds."""
+    """Upper end; infinite with fewer than 6 pairs."""
     rounds: int
-    """Pairs that counted; fewer than asked for where the machine was too unsteady."""
+    """Pairs that counted; fewer than asked for where the machine's speed changed too often."""
     dropped: int
-    """Pairs that saw a change of the machine's speed and didn't count."""
+    """Pairs that did not count, because the machine's speed changed between their blocks."""
     seconds: dict[str, tuple[float, float]]
     """p50 and p90 of seconds per call over the blocks that counted, for the baseline and for the candidate."""
     steady: bool = True
-    """False where the machine kept changing speed, and the steadiest few pairs had to do."""
+    """False where fewer than 6 pairs counted; then the 6 with the smallest changes of speed are taken."""
 
     @property
     def certain(self) -> bool:
-        """Whether the interval tells which of the two is faster; an unsteady machine makes it wide."""
+        """Whether the whole interval is on one side of 1, so that it says which of the two is faster."""
         return self.low > 1 or self.high < 1
 
 
 @dataclass(frozen=True)
-class Contender:
-    """How one candidate of several calls fared."""
+class Ratios:
+    """Ratios of one candidate that has several calls, such as one for each input shape."""
 
     overall: Ratio
     """Of the geometric means over its calls, taken within each round."""
@@ -76,7 +79,7 @@ class Block:
     """One candidate's turn in one round."""
 
     seconds: tuple[float, ...]
-    """Per call, of each of its calls."""
+    """Of one call, for each of the candidate's calls."""
     probes: tuple[float, float]
     """Seconds of the probe just before and just after."""
 
@@ -106,15 +109,15 @@ def paired(
     Where fewer than 6 pairs of a candidate count, its 6 steadiest are taken, and its Ratio says that it is not steady.
     Raises ValueError on wrong arguments or a candidate that takes no time on this clock.
     """
-    found = contest(
+    found = paired_calls(
         {name: [call] for name, call in candidates.items()},
         baseline=baseline, rounds=rounds, min_block_seconds=min_block_seconds, clock=clock, sleep=sleep, probe=probe,
         probe_tolerance=probe_tolerance,
     )  # fmt: skip
-    return {name: contender.shapes[0] for name, contender in found.items()}
+    return {name: ratios.shapes[0] for name, ratios in found.items()}
 
 
-def contest(
+def paired_calls(
     candidates: Mapping[str, Sequence[Callable[[], object]]],
     *,
     baseline: str,
@@ -124,15 +127,15 @@ def contest(
     sleep: Callable[[float], object] = time.sleep,
     probe: Callable[[], object] | None = None,
     probe_tolerance: float = 0.15,
-    hopeless: float = 0.0,
-    until: Callable[[Contender], bool] | None = None,
-) -> dict[str, Contender]:
-    """As `paired`, where each candidate has several calls, such as one a shape: the same number of them for all.
+    give_up_below: float = 0.0,
+    until: Callable[[Ratios], bool] | None = None,
+) -> dict[str, Ratios]:
+    """As `paired`, where each candidate has several calls, such as one for each shape: the same number for all.
 
-    The calls of a candidate follow each other in its block, so that it has to rest once for all of them. One that in
-    each of its first SCREENED pairs was less than `hopeless` times as fast as the baseline takes no further part. After
-    FEWEST rounds, and only then, all ends where `until` holds for every candidate that is left, as it has fared so far:
-    who looks after each round stops at the first chance.
+    The calls of a candidate follow each other in its block, so one pause serves them all. A candidate whose ratio was
+    below `give_up_below` in each of its first SCREENING_PAIRS pairs is no longer timed. Timing ends after MIN_PAIRS
+    rounds if `until` then holds for the ratios of every candidate that is left. It is asked once only: asked after each
+    round, it would stop as soon as noise makes it hold.
     """
     check(candidates, baseline, rounds)
     probe = probe or default_probe()
@@ -140,45 +143,46 @@ def contest(
     calls: dict[str, list[int]] = {}
     for name, several in candidates.items():
         calls[name] = [calls_per_block(name, call, min_block_seconds, clock) for call in several]
-        sleep(REST)
-    # A short call is slow after a rest: where one candidate is repeated, all are called once before they are timed.
+        sleep(PAUSE)
+    # A short call is slow after a pause: where one candidate's is repeated, all are called once before they are timed.
     warm = [max(times) > 1 for times in zip(*calls.values(), strict=True)]
     pairs: dict[str, list[Pair]] = {name: [] for name in candidates}
     counting: dict[str, list[Pair]] = {name: [] for name in candidates}
-    run, racing = 0, list(candidates)
-    while run < 2 * rounds and min(len(counting[name]) for name in racing) < rounds:
+    run, remaining = 0, list(candidates)
+    while run < 2 * rounds and min(len(counting[name]) for name in remaining) < rounds:
         blocks: dict[str, Block] = {}
         before = probe_seconds(probe, clock)
-        for name in turns(racing, run):
-            seconds = [block_seconds(*one, clock) for one in zip(candidates[name], calls[name], warm, strict=True)]
-            sleep(REST)
+        for name in turns(remaining, run):
+            block = zip(candidates[name], calls[name], warm, strict=True)
+            seconds = [block_seconds(call, count, is_warm, clock) for call, count, is_warm in block]
+            sleep(PAUSE)
             after = probe_seconds(probe, clock)
             blocks[name] = Block(tuple(seconds), (before, after))
             before = after
-        for name in racing:
+        for name in remaining:
             pair = blocks[baseline], blocks[name]
             pairs[name].append(pair)
-            counting[name] += [pair] if unsteadiness(pair) <= probe_tolerance else []
+            counting[name] += [pair] if speed_change(pair) <= probe_tolerance else []
         run += 1
-        lost = [name for name in racing if len(counting[name]) == SCREENED and fastest(counting[name]) < hopeless]
-        racing = [name for name in racing if name not in lost]
-        if lost and racing == [baseline]:
+        screened = [name for name in remaining if len(counting[name]) == SCREENING_PAIRS]
+        given_up = [name for name in screened if largest_ratio(counting[name]) < give_up_below]
+        remaining = [name for name in remaining if name not in given_up]
+        if given_up and remaining == [baseline]:
             break
-        if until is not None and run == FEWEST and all(
-            until(contender(baseline, name, pairs[name], probe_tolerance)) for name in racing if name != baseline
+        if until is not None and run == MIN_PAIRS and all(
+            until(ratios_of(baseline, name, pairs[name], probe_tolerance)) for name in remaining if name != baseline
         ):  # fmt: skip
             break
-    return {name: contender(baseline, name, several_pairs, probe_tolerance) for name, several_pairs in pairs.items()}
+    return {name: ratios_of(baseline, name, several_pairs, probe_tolerance) for name, several_pairs in pairs.items()}
 
 
 def slower_than(ratio: Ratio) -> bool:
-    """Whether the candidate is slower than its baseline at one shape, as the rule "never slower" has it.
+    """Whether the candidate is slower than its baseline for certain: the 95% interval of its speed is below 1.
 
-    That is: the lower 95% bound of candidate time over baseline time is above 1.00. Of 15 rounds that were asked for,
-    as few as 6 may count on an unsteady machine: who asks for a second run before acting on it loses little by a false
-    alarm, and a loss that is missed goes out to the user.
+    6 pairs are enough, of 15 that were asked for: before anything is done about it, a second run has to say the same,
+    so a false alarm costs little, while a model that is slower unnoticed goes out to the user.
     """
-    return ratio.rounds >= FEWEST and ratio.high < 1.0
+    return ratio.rounds >= MIN_PAIRS and ratio.high < 1.0
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -216,7 +220,7 @@ def calls_per_block(name: str, call: Callable[[], object], least: float, clock: 
     """The first power of two of calls that lasts `least` seconds, after one call to warm up."""
     call()
     calls = 1
-    while (seconds := time_calls(call, calls, clock)) < least and calls < MOST_CALLS:
+    while (seconds := time_calls(call, calls, clock)) < least and calls < MAX_CALLS:
         calls *= 2
     if seconds <= 0:
         raise ValueError(f"{calls} calls of {name!r} took no time on this clock")
@@ -241,34 +245,35 @@ def probe_seconds(probe: Callable[[], object], clock: Clock) -> float:
     return min(time_calls(probe, 1, clock) for _ in range(PROBE_RUNS))
 
 
-def unsteadiness(pair: Pair) -> float:
-    """By how much the machine's speed differed around two blocks: 0.15 is 15%."""
+def speed_change(pair: Pair) -> float:
+    """Relative change of the machine's speed around two blocks, by the probes: 0.15 is 15%."""
     probes = pair[0].probes + pair[1].probes
     return max(probes) / min(probes) - 1
 
 
-def contender(baseline: str, name: str, pairs: Sequence[Pair], tolerance: float) -> Contender:
-    kept = [pair for pair in pairs if unsteadiness(pair) <= tolerance]
-    steady = len(kept) >= min(FEWEST, len(pairs))
+def ratios_of(baseline: str, name: str, pairs: Sequence[Pair], tolerance: float) -> Ratios:
+    """Of the pairs where speed changed by at most `tolerance`; with too few of those, of the MIN_PAIRS steadiest."""
+    kept = [pair for pair in pairs if speed_change(pair) <= tolerance]
+    steady = len(kept) >= min(MIN_PAIRS, len(pairs))
     if not steady:
-        kept = sorted(pairs, key=unsteadiness)[:FEWEST]
+        kept = sorted(pairs, key=speed_change)[:MIN_PAIRS]
     dropped = len(pairs) - len(kept)
 
-    def of(seconds: Callable[[Block], float]) -> Ratio:
+    def ratio(seconds: Callable[[Block], float]) -> Ratio:
         first, second = ([seconds(pair[index]) for pair in kept] for index in (0, 1))
-        ratios = [one / other for one, other in zip(first, second, strict=True)]
+        ratios = [before / after for before, after in zip(first, second, strict=True)]
         low, high = interval(ratios)
         spread = {baseline: percentiles(first), name: percentiles(second)}
         return Ratio(median(ratios), low, high, len(kept), dropped, spread, steady)
 
     number = len(kept[0][0].seconds)
-    each = tuple(of(lambda block, index=index: block.seconds[index]) for index in range(number))  # type: ignore[misc]
-    return Contender(of(lambda block: geometric_mean(block.seconds)), each)
+    each = tuple(ratio(lambda block, index=index: block.seconds[index]) for index in range(number))  # type: ignore[misc]
+    return Ratios(ratio(lambda block: geometric_mean(block.seconds)), each)
 
 
-def fastest(pairs: Sequence[Pair]) -> float:
-    """The largest of the ratios of several pairs, over all calls."""
-    return max(geometric_mean(one.seconds) / geometric_mean(other.seconds) for one, other in pairs)
+def largest_ratio(pairs: Sequence[Pair]) -> float:
+    """The largest ratio among several pairs, each a geometric mean over the calls."""
+    return max(geometric_mean(before.seconds) / geometric_mean(after.seconds) for before, after in pairs)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -292,12 +297,10 @@ def percentiles(seconds: Iterable[float]) -> tuple[float, float]:
 
 
 def default_probe() -> Callable[[], object]:
-    """A fixed layer norm and tanh, about two milliseconds on one thread: memory traffic shows a slow machine most.
+    """A fixed layer norm and tanh of about two milliseconds on one thread: memory-bound, as that slows down first.
 
-    No matrix product: the workers of a BLAS would go on spinning into the block that follows.
+    It has no matrix product, after which a BLAS's threads would go on spinning into the next block.
     """
-    import numpy as np
-
     x = np.linspace(-1, 1, 512 * 384, dtype=np.float32).reshape(512, 384)
 
     def probe() -> object:

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.qdq.regions import JOINED
 from graphopt.measure.timing import Ratio
@@ -74,7 +75,7 @@ class Target(Protocol):
     def product_bits(self) -> int:
         """Bits of int8 weights whose products with uint8 never saturate: 8, or 7."""
 
-    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
+    def why_float(self, site: Node, scheme: str, dtype: str) -> Decline | None:
         """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
 
     def ratios(
@@ -109,7 +110,7 @@ class AnyTarget:
     def product_bits(self) -> int:
         return 8
 
-    def why_float(self, site: Node, scheme: str, dtype: str) -> str | None:
+    def why_float(self, site: Node, scheme: str, dtype: str) -> Decline | None:
         return None
 
     def ratios(

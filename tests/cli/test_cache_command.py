@@ -10,7 +10,7 @@ import pytest
 
 from graphopt.measure import timing
 from graphopt.measure.cache import Timings
-from graphopt.measure.timing import Contender, Ratio
+from graphopt.measure.timing import Ratio, Ratios
 from tests.cli.test_cli import done, refused, run
 
 
@@ -64,11 +64,11 @@ def test_optimize_measures_where_it_is_asked_to(
 ) -> None:
     def contest(
         candidates: dict[str, list[object]], *, baseline: str, rounds: int = 15, **options: float
-    ) -> dict[str, Contender]:
+    ) -> dict[str, Ratios]:
         ratio = Ratio(1.25, 1.125, 1.5, rounds, 0, {})
-        return {name: Contender(ratio, (ratio,) * len(calls)) for name, calls in candidates.items()}
+        return {name: Ratios(ratio, (ratio,) * len(calls)) for name, calls in candidates.items()}
 
-    monkeypatch.setattr(timing, "contest", contest)
+    monkeypatch.setattr(timing, "paired_calls", contest)
     arguments = "optimize", model, "--dry-run"
     shown = done(*arguments, "--measure")
     assert "speed over the input" in shown and "x [1, 16]" in shown and "1.25 [1.12, 1.50]" in shown

@@ -9,10 +9,25 @@ import pytest
 import torch
 
 from graphopt.backends import target
+from graphopt.lowering.backend import Backend
 from graphopt.measure.timing import Ratio
+from graphopt.pipeline.target import AnyTarget, Target
 from tests.language import build, feeds, outputs
 
+
+def as_target(backend: Backend) -> Target:
+    """For mypy: a Backend is all that passes may ask of a target."""
+    return backend
+
+
 TEXT = "y = relu(linear(x[batch,8], W[16,8], B[16]))"
+
+
+def test_a_backend_answers_all_that_passes_may_ask() -> None:
+    names = {name for name in (*vars(Target), *Target.__annotations__) if not name.startswith("_")}
+    assert "why_float" in names and "schemes" in names
+    for backend in (as_target(target("onnxruntime")), as_target(target("fbgemm")), AnyTarget()):
+        assert all(hasattr(backend, name) for name in names)
 
 
 def test_lower_leaves_the_graph_and_tells_what_each_rule_did() -> None:

@@ -1,4 +1,4 @@
-"""Which form of a choice runs. The engine is real; contests are scripted, so that nothing here takes time."""
+"""Which form of a choice runs. The engine is real; timing is scripted, so that nothing here takes time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Replace
-from graphopt.lowering.choices import BLOCK, HOPELESS, ROUNDS, Excerpt, Measuring
+from graphopt.lowering.choices import GIVE_UP_BELOW, MIN_BLOCK_SECONDS, ROUNDS, Subgraph, TimedChooser
 from graphopt.measure import machine, timing
 from graphopt.measure.cache import UNSURE, Timings
-from graphopt.measure.timing import Contender, Ratio
+from graphopt.measure.timing import Ratio, Ratios
 from graphopt.report.records import Report
 from tests.language import build
 from tests.models import ConvNet, images, seeded
@@ -73,21 +73,21 @@ def rectifier(**forms: Replace | None) -> Choice:
 
 @dataclass
 class Judge:
-    """In place of `contest`: runs each candidate once, and gives the ratios that it was told."""
+    """In place of `timing.paired_calls`: runs each candidate once, and gives the ratios that it was told."""
 
     speeds: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     steady: bool = True
     rounds: Mapping[str, int] = field(default_factory=dict)
     asked: list[list[str]] = field(default_factory=list)
-    told: dict[str, Contender] = field(default_factory=dict)
-    until: Callable[[Contender], bool] | None = None
+    told: dict[str, Ratios] = field(default_factory=dict)
+    until: Callable[[Ratios], bool] | None = None
     calls: list[int] = field(default_factory=list)
 
     def __call__(
         self, candidates: Mapping[str, Sequence[Callable[[], object]]], *, baseline: str, rounds: int, **options: Any
-    ) -> dict[str, Contender]:
+    ) -> dict[str, Ratios]:
         assert (baseline, rounds) == (next(iter(candidates)), ROUNDS)
-        assert (options["min_block_seconds"], options["hopeless"]) == (BLOCK, HOPELESS)
+        assert (options["min_block_seconds"], options["give_up_below"]) == (MIN_BLOCK_SECONDS, GIVE_UP_BELOW)
         self.asked.append(list(candidates))
         self.calls += [len(several) for several in candidates.values()]
         for several in candidates.values():
@@ -96,21 +96,21 @@ class Judge:
         found = {name: self.speeds.get(name, (1.0, 1.0, 1.0)) for name in candidates}
         self.until = options["until"]
         self.told = {
-            name: Contender(Ratio(*one, self.rounds.get(name, rounds), 0, {}, self.steady), ())
+            name: Ratios(Ratio(*one, self.rounds.get(name, rounds), 0, {}, self.steady), ())
             for name, one in found.items()
         }
         return self.told
 
 
 @pytest.fixture
-def contest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Judge]:
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Judge]:
     def install(
         speeds: Mapping[str, tuple[float, float, float]] | None = None,
         steady: bool = True,
         rounds: Mapping[str, int] | None = None,
     ) -> Judge:
         judge = Judge(speeds or {}, steady, rounds or {})
-        monkeypatch.setattr(timing, "contest", judge)
+        monkeypatch.setattr(timing, "paired_calls", judge)
         return judge
 
     return install
@@ -118,11 +118,11 @@ def contest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Judge]:
 
 def lowered(
     folder: Path, choice: Choice, feeds: Sequence[Mapping[str, Tensor]] = ({"x": X},), **options: Any
-) -> tuple[Graph, Measuring]:
+) -> tuple[Graph, TimedChooser]:
     """The graph of TEXT with one choice made by measuring."""
     target, graph = OnnxRuntime(), build("onnx", TEXT)
     values: dict[str, Any] = {"engine": "engine 1.0", "feeds": feeds, "compile": target.compile} | options
-    chooser = Measuring(**values, timings=Timings(folder / "timings.sqlite"))
+    chooser = TimedChooser(**values, timings=Timings(folder / "timings.sqlite"))
     made, _ = _Rectifies(choice).lower(graph, chooser)
     for one in feeds:
         torch.testing.assert_close(target.compile(made)(one), graph.evaluate(one, graph.outputs), rtol=1e-5, atol=1e-6)
@@ -142,41 +142,41 @@ def kinds(graph: Graph) -> list[str]:
     return [node.kind for node in graph.nodes if node.kind != "linear"]
 
 
-def test_the_fastest_form_is_taken_where_it_wins_for_certain(tmp_path: Path, contest: Any) -> None:
-    judge = contest({"Relu": (1.2, 1.1, 1.3), "Clip": (1.5, 1.4, 1.6)})
+def test_the_fastest_form_is_taken_where_it_wins_for_certain(tmp_path: Path, script: Any) -> None:
+    judge = script({"Relu": (1.2, 1.1, 1.3), "Clip": (1.5, 1.4, 1.6)})
     made, chooser = lowered(tmp_path, rectifier())
     assert kinds(made) == ["clip"] * 3
     assert judge.asked == [["Max", "Relu", "Clip"]] * 2  # two patterns are alike
-    first, last = chooser.found["rectifier"]
+    first, last = chooser.measured["rectifier"]
     assert (first["sites"], last["sites"]) == (2, 1)
     assert first["form"] == "Clip" and first["sure"] and first["dropped"] == {}
     assert first["ratios"] == {"Max": (1.0, 1.0, 1.0), "Relu": (1.2, 1.1, 1.3), "Clip": (1.5, 1.4, 1.6)}
 
 
-def test_the_ops_may_win(tmp_path: Path, contest: Any) -> None:
-    contest({"Relu": (1.2, 1.1, 1.3)})
+def test_the_ops_may_win(tmp_path: Path, script: Any) -> None:
+    script({"Relu": (1.2, 1.1, 1.3)})
     assert kinds(lowered(tmp_path, rectifier())[0]) == ["relu"] * 3
 
 
 @pytest.mark.parametrize("ratio", [(1.3, 0.99, 1.6), (1.3, 1.0, 1.6), (0.8, 0.7, 0.9)])
 def test_a_tie_or_a_loss_goes_to_the_static_order(
-    tmp_path: Path, contest: Any, ratio: tuple[float, float, float]
+    tmp_path: Path, script: Any, ratio: tuple[float, float, float]
 ) -> None:
-    contest({"Relu": ratio, "Clip": ratio})
+    script({"Relu": ratio, "Clip": ratio})
     made, chooser = lowered(tmp_path, rectifier())
     assert kinds(made) == ["onnx.Max"] * 3
     assert chooser.notes == []
 
 
-def test_a_wide_interval_does_not_hide_a_form_that_wins(tmp_path: Path, contest: Any) -> None:
-    contest({"Relu": (1.2, 1.1, 1.3), "Clip": (1.5, 0.5, 2.6)})
+def test_a_wide_interval_does_not_hide_a_form_that_wins(tmp_path: Path, script: Any) -> None:
+    script({"Relu": (1.2, 1.1, 1.3), "Clip": (1.5, 0.5, 2.6)})
     assert kinds(lowered(tmp_path, rectifier())[0]) == ["relu"] * 3
 
 
 def test_an_unsteady_machine_takes_the_static_order_says_so_and_keeps_it_for_an_hour(
-    tmp_path: Path, contest: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = contest({"Clip": (1.4, 0.9, 2.1)}, steady=False)
+    judge = script({"Clip": (1.4, 0.9, 2.1)}, steady=False)
     made, chooser = lowered(tmp_path, rectifier())
     assert kinds(made) == ["onnx.Max"] * 3
     (note,) = chooser.notes
@@ -201,16 +201,16 @@ def test_an_unsteady_machine_takes_the_static_order_says_so_and_keeps_it_for_an_
     ids=["lost", "gave up", "unsure", "both lost", "gave up and lost"],
 )
 def test_what_wins_or_loses_for_certain_does_so_on_an_unsteady_machine(
-    tmp_path: Path, contest: Any, relu: tuple[float, float, float], rounds: int, clip: tuple[float, float, float],
+    tmp_path: Path, script: Any, relu: tuple[float, float, float], rounds: int, clip: tuple[float, float, float],
     taken: str,
 ) -> None:  # fmt: skip
-    contest({"Relu": relu, "Clip": clip}, steady=False, rounds={"Relu": rounds})
+    script({"Relu": relu, "Clip": clip}, steady=False, rounds={"Relu": rounds})
     made, chooser = lowered(tmp_path, rectifier())
     assert kinds(made) == [taken] * 3 and chooser.notes == []
 
 
-def test_a_contest_may_end_where_winners_and_losers_are_certain(tmp_path: Path, contest: Any) -> None:
-    judge = contest({"Relu": (0.8, 0.7, 0.9), "Clip": (2.0, 1.9, 2.1)})
+def test_timing_may_end_where_winners_and_losers_are_certain(tmp_path: Path, script: Any) -> None:
+    judge = script({"Relu": (0.8, 0.7, 0.9), "Clip": (2.0, 1.9, 2.1)})
     lowered(tmp_path, rectifier())
     assert judge.until is not None
     assert [judge.until(judge.told[form]) for form in ("Max", "Relu", "Clip")] == [False, True, True]
@@ -227,39 +227,39 @@ def test_a_contest_may_end_where_winners_and_losers_are_certain(tmp_path: Path, 
     ],
 )
 def test_a_form_that_fails_is_dropped_with_its_reason(
-    tmp_path: Path, contest: Any, form: Replace, reason: str
+    tmp_path: Path, script: Any, form: Replace, reason: str
 ) -> None:
-    judge = contest({"bad": (9.0, 9.0, 9.0), "Clip": (1.5, 1.4, 1.6)})
+    judge = script({"bad": (9.0, 9.0, 9.0), "Clip": (1.5, 1.4, 1.6)})
     made, chooser = lowered(tmp_path, rectifier(Max=_maximum, bad=form, Clip=_clip))
     assert kinds(made) == ["clip"] * 3
     assert judge.asked == [["Max", "Clip"]] * 2
-    for one in chooser.found["rectifier"]:
+    for one in chooser.measured["rectifier"]:
         assert list(one["dropped"]) == ["bad"] and reason in one["dropped"]["bad"]
 
 
-def test_where_the_first_form_fails_the_others_are_compared_with_the_next(tmp_path: Path, contest: Any) -> None:
-    judge = contest()
+def test_where_the_first_form_fails_the_others_are_compared_with_the_next(tmp_path: Path, script: Any) -> None:
+    judge = script()
     made, _ = lowered(tmp_path, rectifier(bad=_out_of_range, Max=_maximum, Clip=_clip))
     assert judge.asked == [["Max", "Clip"]] * 2
     assert kinds(made) == ["onnx.Max"] * 3
 
 
-def test_one_form_that_is_left_needs_no_contest(tmp_path: Path, contest: Any) -> None:
-    judge = contest()
+def test_one_form_that_is_left_needs_no_timing(tmp_path: Path, script: Any) -> None:
+    judge = script()
     made, _ = lowered(tmp_path, rectifier(bad=_out_of_range, Clip=_clip))
     assert (kinds(made), judge.asked) == (["clip"] * 3, [])
 
 
-def test_each_example_shape_is_a_call(tmp_path: Path, contest: Any) -> None:
-    judge = contest()
+def test_each_example_shape_is_a_call(tmp_path: Path, script: Any) -> None:
+    judge = script()
     lowered(tmp_path, rectifier(), [{"x": X}, {"x": X[:1]}])
     assert set(judge.calls) == {2}
 
 
-def test_what_was_measured_is_not_measured_again(tmp_path: Path, contest: Any) -> None:
-    contest({"Clip": (1.5, 1.4, 1.6)})
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, script: Any) -> None:
+    script({"Clip": (1.5, 1.4, 1.6)})
     first, before = lowered(tmp_path, rectifier())
-    judge = contest({"Relu": (9.0, 9.0, 9.0)})
+    judge = script({"Relu": (9.0, 9.0, 9.0)})
     again, after = lowered(tmp_path, rectifier())
     assert judge.asked == []
     assert again.text() == first.text() and after.found == before.found
@@ -275,16 +275,16 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, contest: Any) -
     ],
     ids=["threads", "engine", "shape", "shapes"],
 )
-def test_what_a_timing_depends_on_is_another_key(tmp_path: Path, contest: Any, options: dict[str, Any]) -> None:
-    contest({"Clip": (1.5, 1.4, 1.6)})
+def test_what_a_timing_depends_on_is_another_key(tmp_path: Path, script: Any, options: dict[str, Any]) -> None:
+    script({"Clip": (1.5, 1.4, 1.6)})
     lowered(tmp_path, rectifier())
-    judge = contest()
+    judge = script()
     made, _ = lowered(tmp_path, rectifier(), **options)
     assert len(judge.asked) == 2 and kinds(made) == ["onnx.Max"] * 3
 
 
-def test_other_flags_or_forms_are_another_key(tmp_path: Path, contest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = contest()
+def test_other_flags_or_forms_are_another_key(tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = script()
     lowered(tmp_path, rectifier())
     lowered(tmp_path, rectifier(Max=_maximum, Clip=_clip))
     assert len(judge.asked) == 4
@@ -302,10 +302,10 @@ def test_unmeasured_the_first_form_is_taken() -> None:
 def test_an_excerpt_reads_what_comes_from_outside_and_returns_what_goes_there() -> None:
     graph = build("onnx", "a = relu(x[2,3])\nb = tanh(a)\nc = add(b, a)\nreturn c, b")
     relu, tanh, add = graph.nodes
-    excerpt = Excerpt.of(Match(tanh), [tanh, add])
+    excerpt = Subgraph.of(Match(tanh), [tanh, add])
     assert excerpt.inputs == (relu.result,)
     assert set(excerpt.outputs) == {tanh.result, add.result}
-    inner = Excerpt.of(Match(relu), [relu, tanh])
+    inner = Subgraph.of(Match(relu), [relu, tanh])
     assert (inner.inputs, set(inner.outputs)) == ((graph.inputs[0],), {relu.result, tanh.result})
 
 
@@ -313,7 +313,7 @@ def test_a_signature_is_of_kinds_shapes_and_wiring_not_of_names() -> None:
     graph = build("onnx", "a = tanh(relu(x[2,3]))\nb = tanh(relu(a))\nc = relu(tanh(b))\nd = tanh(relu(W[4,3]))\n"
                           "return c, d")  # fmt: skip
     nodes = graph.nodes
-    pairs = [Excerpt.of(Match(nodes[i + 1]), nodes[i : i + 2]).signature() for i in (0, 2, 4, 6)]
+    pairs = [Subgraph.of(Match(nodes[i + 1]), nodes[i : i + 2]).signature() for i in (0, 2, 4, 6)]
     assert pairs[0] == pairs[1] and len(set(pairs)) == 3
 
 
@@ -322,18 +322,18 @@ def test_a_signature_is_of_kinds_shapes_and_wiring_not_of_names() -> None:
 
 @pytest.fixture
 def always_equal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A contest in which the last form always wins, and the result is as fast as the input."""
+    """Timing in which the last form always wins, and the result is as fast as the input."""
 
-    def contest(
+    def script(
         candidates: Mapping[str, Any], *, baseline: str, rounds: int = 15, **options: Any
-    ) -> dict[str, Contender]:
+    ) -> dict[str, Ratios]:
         shapes = len(candidates[baseline])
         ratios = {name: Ratio(1.0, 1.0, 1.0, rounds, 0, {}) for name in candidates}
         if baseline != "input":
             ratios[list(candidates)[-1]] = Ratio(1.5, 1.4, 1.6, rounds, 0, {})
-        return {name: Contender(one, (one,) * shapes) for name, one in ratios.items()}
+        return {name: Ratios(one, (one,) * shapes) for name, one in ratios.items()}
 
-    monkeypatch.setattr(timing, "contest", contest)
+    monkeypatch.setattr(timing, "paired_calls", script)
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
 
 
@@ -346,7 +346,7 @@ def test_a_second_run_writes_the_same_bytes_from_the_cache(
         small = graphopt.optimize(seeded(ConvNet), example_inputs=images(), measure=True)
         small.export(tmp_path / f"{name}.onnx")
         reports.append(small.report)
-        monkeypatch.setattr("graphopt.lowering.choices.Measuring._contest", None)  # nothing is measured twice
+        monkeypatch.setattr("graphopt.lowering.choices.TimedChooser._compare_forms", None)  # nothing is measured twice
     assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
     assert reports[0].choices == reports[1].choices
     (choice,) = reports[0].choices

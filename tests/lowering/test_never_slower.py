@@ -1,4 +1,4 @@
-"""Never slower: contests are scripted, so that a site loses where a test says so and nothing takes time."""
+"""Never slower: timing is scripted, so that a site loses where a test says so and nothing takes time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from graphopt.backends.onnxruntime.runner import OrtRunner
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.lowering import never_slower
 from graphopt.lowering.backend import Runner
-from graphopt.lowering.never_slower import RERUNS, judge, losers
+from graphopt.lowering.never_slower import RERUNS, compare_speed, slowest_sites
 from graphopt.measure import timing
 from graphopt.measure.cache import UNSURE
-from graphopt.measure.timing import Contender, Ratio
+from graphopt.measure.timing import Ratio, Ratios
 from graphopt.report.records import PassRecord
 from graphopt.result import Optimized
 from tests.models import ConvNet, Encoder, exported, images, padding, seeded, tokens
@@ -37,7 +37,7 @@ Speeds = Callable[[dict[str, int]], tuple[float, float, float]]
 
 @dataclass
 class Scripted:
-    """In place of `contest`, where the input takes part; choices among forms are ties."""
+    """In place of `timing.paired_calls`, where the input takes part; choices among forms are ties."""
 
     speeds: Speeds
     verdicts: list[tuple[float, float, float]] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Scripted:
 
     def __call__(
         self, candidates: Mapping[str, Any], *, baseline: str, rounds: int = timing.ROUNDS, **options: Any
-    ) -> dict[str, Contender]:
+    ) -> dict[str, Ratios]:
         ratios = dict.fromkeys(candidates, (1.0, 1.0, 1.0))
         shapes = len(candidates[baseline])
         if baseline == "input":
@@ -53,16 +53,16 @@ class Scripted:
             ratios["optimized"] = self.speeds(runner.kernels())
             self.verdicts.append(ratios["optimized"])
         found = {name: Ratio(*one, rounds, 0, {}, self.steady) for name, one in ratios.items()}
-        return {name: Contender(one, (one,) * shapes) for name, one in found.items()}
+        return {name: Ratios(one, (one,) * shapes) for name, one in found.items()}
 
 
 @pytest.fixture
-def contest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Speeds], Scripted]:
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Speeds], Scripted]:
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path))
 
     def install(speeds: Speeds) -> Scripted:
         scripted = Scripted(speeds)
-        monkeypatch.setattr(timing, "contest", scripted)
+        monkeypatch.setattr(timing, "paired_calls", scripted)
         return scripted
 
     return install
@@ -108,8 +108,8 @@ def record(made: Optimized, name: str = "quantize") -> PassRecord:
     return next(one for one in made.report.passes if one.name == name)
 
 
-def test_what_is_faster_stays(encoder: onnx.ModelProto, contest: Any) -> None:
-    scripted = contest(lambda kernels: FASTER)
+def test_what_is_faster_stays(encoder: onnx.ModelProto, script: Any) -> None:
+    scripted = script(lambda kernels: FASTER)
     made = optimized(encoder)
     assert len(scripted.verdicts) == 1
     assert made.report.reverted == {} and record(made).declined == {}
@@ -119,18 +119,18 @@ def test_what_is_faster_stays(encoder: onnx.ModelProto, contest: Any) -> None:
     assert not any("slower" in note for note in made.report.notes)
 
 
-def test_a_loss_that_a_second_run_does_not_see_is_noise(encoder: onnx.ModelProto, contest: Any) -> None:
+def test_a_loss_that_a_second_run_does_not_see_is_noise(encoder: onnx.ModelProto, script: Any) -> None:
     speeds = iter([SLOWER, FASTER])
-    scripted = contest(lambda kernels: next(speeds))
+    scripted = script(lambda kernels: next(speeds))
     made = optimized(encoder)
     assert scripted.verdicts == [SLOWER, FASTER] and made.report.reverted == {}
     assert made.report.speed[0]["median"] == 1.5 and made.report.kernels["DynamicQuantizeMatMul"] > 0
 
 
 @pytest.mark.parametrize("source", ["module", "file"])
-def test_a_site_that_loses_is_put_back(encoder: onnx.ModelProto, source: str, contest: Any, profile: Any) -> None:
+def test_a_site_that_loses_is_reverted(encoder: onnx.ModelProto, source: str, script: Any, profile: Any) -> None:
     """Of 12 linears, the two called up lose, both as much; half of the loss goes at a time."""
-    scripted = contest(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
+    scripted = script(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
     profile(".up")
     made = optimized(seeded(Encoder) if source == "module" else encoder)
     lost = "slower when changed: 3 us in place of 2 us"
@@ -142,10 +142,10 @@ def test_a_site_that_loses_is_put_back(encoder: onnx.ModelProto, source: str, co
     assert_computes(made, 0.2)
 
 
-def test_a_second_run_takes_verdicts_and_what_was_put_back_from_the_cache(
-    encoder: onnx.ModelProto, contest: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_second_run_takes_verdicts_and_what_was_reverted_from_the_cache(
+    encoder: onnx.ModelProto, script: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripted = contest(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
+    scripted = script(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
     profile(".up")
     first = optimized(encoder)
     timed = len(scripted.verdicts)
@@ -156,9 +156,9 @@ def test_a_second_run_takes_verdicts_and_what_was_put_back_from_the_cache(
     assert second.report.speed == first.report.speed and second.lowered.text() == first.lowered.text()
 
 
-def test_what_loses_on_an_unsteady_machine_is_put_back(encoder: onnx.ModelProto, contest: Any, profile: Any) -> None:
+def test_what_loses_on_an_unsteady_machine_is_reverted(encoder: onnx.ModelProto, script: Any, profile: Any) -> None:
     profile("nothing")
-    contest(lambda kernels: SLOWER if integers(kernels) else FASTER).steady = False
+    script(lambda kernels: SLOWER if integers(kernels) else FASTER).steady = False
     made = optimized(encoder)
     assert not integers(made.report.kernels)
 
@@ -168,14 +168,14 @@ def test_what_loses_on_an_unsteady_machine_is_put_back(encoder: onnx.ModelProto,
 )
 def test_few_rounds_are_enough_for_what_is_clearly_faster(low: float, steady: bool, enough: bool) -> None:
     shape = Ratio(low + 0.1, low, low + 0.2, 6, 0, {}, steady)
-    assert never_slower._faster(Contender(shape, (shape,))) is enough
+    assert never_slower._faster(Ratios(shape, (shape,))) is enough
 
 
 @pytest.mark.parametrize(("steady", "verdicts"), [(True, 1), (False, 2)], ids=["steady", "unsteady"])
 def test_a_verdict_on_an_unsteady_machine_is_kept_for_an_hour(
-    encoder: onnx.ModelProto, contest: Any, monkeypatch: pytest.MonkeyPatch, steady: bool, verdicts: int
+    encoder: onnx.ModelProto, script: Any, monkeypatch: pytest.MonkeyPatch, steady: bool, verdicts: int
 ) -> None:
-    scripted = contest(lambda kernels: FASTER)
+    scripted = script(lambda kernels: FASTER)
     scripted.steady = steady
     assert optimized(encoder).report.speed[0]["steady"] is steady
     optimized(encoder)
@@ -196,12 +196,12 @@ class Batches:
         yield from ({"ids": tokens(seed=seed), "mask": padding()} for seed in range(2))
 
 
-def test_statistics_are_kept_between_reruns(encoder: onnx.ModelProto, contest: Any, profile: Any) -> None:
+def test_statistics_are_kept_between_reruns(encoder: onnx.ModelProto, script: Any, profile: Any) -> None:
     """Two sites are reverted, one after the other; the batches are gone through as often as with none."""
-    contest(lambda kernels: FASTER)
+    script(lambda kernels: FASTER)
     alone, again = Batches(), Batches()
     optimized(encoder, "quantize{scheme=static}", calibration=alone)
-    contest(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
+    script(lambda kernels: SLOWER if integers(kernels) > 10 else FASTER)
     profile(".up")
     made = optimized(encoder, "quantize{scheme=static targets=linear}", calibration=again)
     assert len(made.report.reverted) == 2
@@ -212,11 +212,11 @@ def test_statistics_are_kept_between_reruns(encoder: onnx.ModelProto, contest: A
 
 
 def test_after_six_reruns_it_is_the_simplified_float_model(
-    encoder: onnx.ModelProto, contest: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
+    encoder: onnx.ModelProto, script: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All sites lose, and one more goes at a time."""
     monkeypatch.setattr("graphopt.lowering.never_slower.SHARE", 1e-9)
-    scripted = contest(lambda kernels: SLOWER if integers(kernels) else FASTER)
+    scripted = script(lambda kernels: SLOWER if integers(kernels) else FASTER)
     profile("")
     made = optimized(encoder)
     assert len(scripted.verdicts) == 2 * (1 + RERUNS) + 1
@@ -230,9 +230,9 @@ def test_after_six_reruns_it_is_the_simplified_float_model(
     assert_computes(made, 1e-5)
 
 
-def test_where_that_loses_too_it_is_the_input(encoder: onnx.ModelProto, contest: Any, tmp_path: Path) -> None:
+def test_where_that_loses_too_it_is_the_input(encoder: onnx.ModelProto, script: Any, tmp_path: Path) -> None:
     before = OnnxRuntime().compile(graphopt.optimize(encoder, example_inputs=INPUTS, measure=False).captured).kernels()
-    scripted = contest(lambda kernels: SLOWER)
+    scripted = script(lambda kernels: SLOWER)
     made = optimized(encoder, None)
     assert len(scripted.verdicts) == 4  # simplify is not tried once more
     assert made.report.pipeline == "" and made.report.passes == []
@@ -245,19 +245,19 @@ def test_where_that_loses_too_it_is_the_input(encoder: onnx.ModelProto, contest:
     assert_computes(made, 1e-5)
 
 
-def test_a_module_that_nothing_makes_faster_is_run_as_captured(contest: Any) -> None:
-    contest(lambda kernels: SLOWER)
+def test_a_module_that_nothing_makes_faster_is_run_as_captured(script: Any) -> None:
+    script(lambda kernels: SLOWER)
     made = graphopt.optimize(seeded(ConvNet), example_inputs=images(), measure=True)
     assert made.report.pipeline == "" and made.folded.text() == made.captured.text()
     torch.testing.assert_close(made(images()), seeded(ConvNet)(images()), rtol=0, atol=1e-5)
 
 
 def test_a_pass_that_cannot_do_without_the_sites_that_lose_ends_the_reruns(
-    contest: Any, monkeypatch: pytest.MonkeyPatch
+    script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both groups of neurons that prune may cut make the model slower."""
     speeds = iter([SLOWER, SLOWER, FASTER])
-    contest(lambda kernels: next(speeds))
+    script(lambda kernels: next(speeds))
     monkeypatch.setattr("graphopt.lowering.never_slower.SHARE", 1.0)
 
     def profile(runner: OrtRunner, feeds: Mapping[str, Tensor]) -> dict[str, float]:
@@ -296,9 +296,9 @@ def test_losers_are_those_with_most_of_the_loss_summed_over_nodes_and_feeds() ->
     after = Engine({"a/MatMul/fused": 0.5, "a/Cast": 4.0, "b/x": 2.0, "c/x": 1.1, "d/x": 9.0, "e/x": 9.0},
                    {"a/MatMul": 1.0, "b/x": 2.0})  # fmt: skip
     quantize = PassRecord("quantize", "quantize", eligible=["a", "b", "c", "d"], declined={"d": "no kernel"})
-    assert losers(after, before, FEEDS, [quantize]) == {"a": (2.0, 5.5)}
-    assert losers(before, after, FEEDS, [quantize]) == {}
-    assert losers(Engine({}, {}), Engine({}, {}), FEEDS, [quantize]) == {}
+    assert slowest_sites(after, before, FEEDS, [quantize]) == {"a": (2.0, 5.5)}
+    assert slowest_sites(before, after, FEEDS, [quantize]) == {}
+    assert slowest_sites(Engine({}, {}), Engine({}, {}), FEEDS, [quantize]) == {}
 
 
 def test_a_shape_that_loses_must_be_the_same_in_both_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,20 +307,20 @@ def test_a_shape_that_loses_must_be_the_same_in_both_runs(monkeypatch: pytest.Mo
 
     runs = iter([(0.8, 1.2), (1.2, 0.8), (0.8, 0.8), (1.2, 0.8)])
 
-    def contest(candidates: Any, *, baseline: str, clock: Any, until: object = None) -> dict[str, Contender]:
+    def script(candidates: Any, *, baseline: str, clock: Any, until: object = None) -> dict[str, Ratios]:
         assert baseline == "input" and [len(several) for several in candidates.values()] == [2, 2]
-        return {"optimized": Contender(ratio(1.0), tuple(map(ratio, next(runs))))}
+        return {"optimized": Ratios(ratio(1.0), tuple(map(ratio, next(runs))))}
 
-    monkeypatch.setattr(timing, "contest", contest)
+    monkeypatch.setattr(timing, "paired_calls", script)
     engine = Engine({}, {})
-    assert judge(engine, engine, FEEDS).slower == ()
-    found = judge(engine, engine, FEEDS)
+    assert compare_speed(engine, engine, FEEDS).slower == ()
+    found = compare_speed(engine, engine, FEEDS)
     assert found.slower == (1,) and [one.median for one in found.ratios] == [1.2, 0.8]
 
 
-def test_an_input_that_the_engine_does_not_run_is_timed_as_captured(contest: Any) -> None:
+def test_an_input_that_the_engine_does_not_run_is_timed_as_captured(script: Any) -> None:
     """At opset 23, the exporter writes a mask of one row for all queries, which onnxruntime refuses."""
-    contest(lambda kernels: FASTER)
+    script(lambda kernels: FASTER)
     made = optimized(exported(seeded(Encoder), INPUTS, 23, dynamo=True))
     (note,) = [note for note in made.report.notes if "not over" in note]
     assert note.startswith("the speed is not over the input itself, which does not run here (")

@@ -35,40 +35,40 @@ def folded(text: str) -> Graph:
 @pytest.mark.parametrize("form", [SIGNED, UNSIGNED], ids=["int8", "uint8"])
 def test_each_site_is_compared_with_itself(form: dict[str, object]) -> None:
     text = TEXT.format(**form, scale=0.01)
-    original, made = build("onnx", text), folded(text)
+    captured, made = build("onnx", text), folded(text)
     assert {node.kind for node in made.nodes} >= {"conv_int8", "add_int8", "linear_int8"}
-    found = relower.compare(original, made, OnnxRuntime(), X)
+    found = relower.compare_sites(captured, made, OnnxRuntime(), X)
     assert len(found.distances) == 3 and not found.left_out
     assert found.furthest is not None and found.furthest[1] <= 1
-    relower.require_steps(found)
+    relower.require_within_one_step(found)
 
 
 def test_a_site_that_computes_something_else_is_named() -> None:
     """Weights a tenth larger: some results are many steps away, those of the sites behind are not."""
-    original, made = build("onnx", TEXT.format(**SIGNED, scale=0.01)), folded(TEXT.format(**SIGNED, scale=0.011))
-    found = relower.compare(original, made, OnnxRuntime(), X)
+    captured, made = build("onnx", TEXT.format(**SIGNED, scale=0.01)), folded(TEXT.format(**SIGNED, scale=0.011))
+    found = relower.compare_sites(captured, made, OnnxRuntime(), X)
     wrong = [site for site, distance in found.distances.items() if distance > 1]
-    (conv,) = (node.label for node in original.nodes if node.kind == "conv")
+    (conv,) = (node.label for node in captured.nodes if node.kind == "conv")
     assert wrong == [conv] and found.differs > 0.05
     with pytest.raises(GraphError, match=f"given the same integers, {conv} is .* steps from what the file computes"):
-        relower.require_steps(found)
+        relower.require_within_one_step(found)
 
 
 def test_float_results_are_held_to_the_tolerance() -> None:
     text = TEXT.format(**SIGNED, scale=0.01)
-    original, made = build("onnx", text), folded(TEXT.format(**SIGNED | {"last": 1.001}, scale=0.01))
-    found = relower.compare(original, made, OnnxRuntime(), X)
-    (linear,) = (node.label for node in original.nodes if node.kind == "linear")
+    captured, made = build("onnx", text), folded(TEXT.format(**SIGNED | {"last": 1.001}, scale=0.01))
+    found = relower.compare_sites(captured, made, OnnxRuntime(), X)
+    (linear,) = (node.label for node in captured.nodes if node.kind == "linear")
     assert found.distances[linear] == pytest.approx(10, rel=0.1)  # 1e-3 of the largest, where 1e-4 is the tolerance
 
 
 def test_a_site_without_a_counterpart_is_told() -> None:
     text = TEXT.format(**SIGNED, scale=0.01)
-    original, other = build("onnx", text), build("onnx", text.replace("relu(conv", "tanh(conv"))
-    found = relower.compare(original, other, OnnxRuntime(), X)
-    (conv,) = (node.label for node in original.nodes if node.kind == "conv")
+    captured, other = build("onnx", text), build("onnx", text.replace("relu(conv", "tanh(conv"))
+    found = relower.compare_sites(captured, other, OnnxRuntime(), X)
+    (conv,) = (node.label for node in captured.nodes if node.kind == "conv")
     assert found.left_out == {conv: "it has no counterpart"} and len(found.distances) == 2
-    found = relower.compare(build("onnx", text), build("onnx", "y = relu(x[n,4,6,6])"), OnnxRuntime(), X)
+    found = relower.compare_sites(build("onnx", text), build("onnx", "y = relu(x[n,4,6,6])"), OnnxRuntime(), X)
     assert not found.distances and list(found.left_out.values()) == ["it has no counterpart"] * 3
     assert str(found) == "re-lowered, and no site was compared with what it was; not compared: Conv, Add, linear"
 
@@ -88,7 +88,7 @@ def test_a_file_that_is_written_anew_is_held_to_itself(monkeypatch: pytest.Monke
     assert made.report.to_dict()["relowering"]["distances"] == made.report.relowering.distances
     quantized_again = graphopt.optimize(file, "quantize{scheme=dynamic}", example_inputs=X)
     assert quantized_again.report.relowering is None  # a pass that may change numbers
-    monkeypatch.setattr(relower, "compare", lambda *given: Relowering({"somewhere": 3.0}))
+    monkeypatch.setattr(relower, "compare_sites", lambda *given: Relowering({"somewhere": 3.0}))
     with pytest.raises(LoweringError, match="given the same integers, somewhere is 3 steps from"):
         graphopt.optimize(file, example_inputs=X)
 
@@ -99,4 +99,4 @@ def test_what_is_not_finite_is_no_result(wrong: float) -> None:
     assert relower._in_tolerances(expected, expected.clone()) == 0
     distance = relower._in_tolerances(expected, torch.tensor([1.0, wrong, -torch.inf]))
     with pytest.raises(GraphError, match="given the same integers, fc is inf steps from what the file computes there"):
-        relower.require_steps(Relowering({"fc": distance}))
+        relower.require_within_one_step(Relowering({"fc": distance}))

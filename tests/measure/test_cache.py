@@ -59,7 +59,7 @@ def test_clear_says_how_many_there_were(tmp_path: Path) -> None:
 
 
 def test_what_was_not_used_for_longest_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timings, "MOST", 3)
+    monkeypatch.setattr(timings, "MAX_ENTRIES", 3)
     seconds = iter(range(100))
     monkeypatch.setattr("time.time", lambda: float(next(seconds)))
     cache = Timings(tmp_path / "timings.sqlite")
@@ -84,25 +84,25 @@ def test_where_the_cache_is(variables: dict[str, str], expected: str, monkeypatc
     assert timings.opened() is timings.opened() and str(timings.opened().path) == f"{expected}/timings.sqlite"
 
 
-def test_a_file_that_is_no_database_is_begun_anew_with_one_warning(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_replaced_with_one_warning(tmp_path: Path) -> None:
     path = tmp_path / "timings.sqlite"
     path.write_text("this was never a database, only text of some length" * 100)
     cache = Timings(path)
-    with pytest.warns(TimingsWarning, match=r"timings.sqlite is no cache of timings .*: it is begun anew") as told:
+    with pytest.warns(TimingsWarning, match=r"no cache of timings .*: it is replaced by an empty one") as told:
         assert cache.get(key(1)) is None
         cache.put(key(1), "kept")
     assert len(told) == 1
     assert Timings(path).get(key(1)) == "kept"
 
 
-def test_a_database_with_damaged_pages_is_begun_anew_with_one_warning(tmp_path: Path) -> None:
+def test_a_database_with_damaged_pages_is_replaced_with_one_warning(tmp_path: Path) -> None:
     path = tmp_path / "timings.sqlite"
     cache = Timings(path)
     for number in range(PUTS):
         cache.put(key(number), number)
     header = path.read_bytes()[:100]
     path.write_bytes(header + b"\xff" * (path.stat().st_size - 100))
-    with pytest.warns(TimingsWarning, match=r"begun anew") as told:
+    with pytest.warns(TimingsWarning, match=r"replaced by an empty one") as told:
         assert cache.get(key(1)) is None
         cache.put(key(1), "kept")
     assert len(told) == 1 and cache.entries() == [(key(1), "kept")]
@@ -113,11 +113,11 @@ def test_a_value_that_is_no_json_is_damage(tmp_path: Path) -> None:
     cache.put(key(1), 1)
     with closing(sqlite3.connect(cache.path)) as database, database:
         database.execute("UPDATE timings SET value = 'no json'")
-    with pytest.warns(TimingsWarning, match=r"begun anew"):
+    with pytest.warns(TimingsWarning, match=r"replaced by an empty one"):
         assert cache.get(key(1)) is None
 
 
-def test_a_file_of_another_version_is_begun_anew_in_silence(tmp_path: Path) -> None:
+def test_a_file_of_another_version_is_replaced_in_silence(tmp_path: Path) -> None:
     cache = Timings(tmp_path / "timings.sqlite")
     cache.put(key(1), 1)
     with closing(sqlite3.connect(cache.path)) as database:

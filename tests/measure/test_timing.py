@@ -129,7 +129,7 @@ def test_short_calls_are_repeated_until_a_block_is_long_enough() -> None:
     calls = timing.calls_per_block("short", machine.task("short", 0.003), 0.02, machine.clock)
     assert calls == 8
     assert timing.calls_per_block("long", machine.task("long", 0.5), 0.02, machine.clock) == 1
-    assert timing.calls_per_block("tiny", machine.task("tiny", 1e-9), 0.02, machine.clock) == timing.MOST_CALLS
+    assert timing.calls_per_block("tiny", machine.task("tiny", 1e-9), 0.02, machine.clock) == timing.MAX_CALLS
 
 
 def test_one_warm_up_call_is_not_timed() -> None:
@@ -173,7 +173,7 @@ def test_a_change_between_the_two_blocks_of_a_pair_is_seen() -> None:
     fast, slow = (1.0, 1.0), (1.3, 1.3)
     for one, other, change in ((fast, slow, 0.3), (fast, (1.14, 1.15), 0.15), ((1.0, 1.2), fast, 0.2)):
         pair = timing.Block((1.0,), one), timing.Block((1.0,), other)
-        assert timing.unsteadiness(pair) == pytest.approx(change)
+        assert timing.speed_change(pair) == pytest.approx(change)
 
 
 def test_only_the_pairs_of_straddling_blocks_are_dropped() -> None:
@@ -295,44 +295,44 @@ def test_the_default_probe_runs_and_is_fixed() -> None:
     assert bytes(first) == bytes(second)  # type: ignore[call-overload]
 
 
-# --- contests that end early ---------------------------------------------------------------------------------------
+# --- timing that ends early ----------------------------------------------------------------------------------------
 
 
-def raced(machine: Machine, seconds: dict[str, tuple[float, ...]], **options: Any) -> dict[str, timing.Contender]:
-    """A contest of tasks that take these seconds, one call each."""
+def raced(machine: Machine, seconds: dict[str, tuple[float, ...]], **options: Any) -> dict[str, timing.Ratios]:
+    """Timing of tasks that take these seconds, one call each."""
     calls = {name: [machine.task(name, *several)] for name, several in seconds.items()}
     probe = machine.task("probe", 0.001)
-    return timing.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe, **options)
+    return timing.paired_calls(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe, **options)
 
 
-def test_a_hopeless_candidate_gives_up_its_turns() -> None:
+def test_a_candidate_that_is_far_too_slow_is_given_up() -> None:
     machine = Machine()
-    found = raced(machine, {"base": (0.06,), "slow": (0.1,), "near": (0.07,)}, rounds=6, hopeless=0.8)
+    found = raced(machine, {"base": (0.06,), "slow": (0.1,), "near": (0.07,)}, rounds=6, give_up_below=0.8)
     slow, near = found["slow"].overall, found["near"].overall
-    assert (slow.rounds, slow.low, slow.high) == (timing.SCREENED, 0.0, math.inf)
+    assert (slow.rounds, slow.low, slow.high) == (timing.SCREENING_PAIRS, 0.0, math.inf)
     assert slow.median == pytest.approx(0.6, rel=1e-9)
     assert near.rounds == 6 and near.low == pytest.approx(6 / 7, rel=1e-9)
-    assert machine.log.count("slow") == 1 + timing.SCREENED  # one to count calls
+    assert machine.log.count("slow") == 1 + timing.SCREENING_PAIRS  # one to count calls
 
 
-def test_a_contest_ends_where_all_others_are_hopeless() -> None:
-    found = raced(Machine(), {"base": (0.06,), "slow": (0.1,), "slower": (0.2,)}, rounds=6, hopeless=0.8)
-    assert found["base"].overall.rounds == timing.SCREENED
+def test_timing_ends_where_all_others_are_given_up() -> None:
+    found = raced(Machine(), {"base": (0.06,), "slow": (0.1,), "slower": (0.2,)}, rounds=6, give_up_below=0.8)
+    assert found["base"].overall.rounds == timing.SCREENING_PAIRS
 
 
 def test_one_good_pair_of_the_first_is_hope() -> None:
     """The first two durations are those that count calls."""
-    found = raced(Machine(), {"base": (0.06,), "late": (0.1, 0.1, 0.1, 0.06)}, rounds=6, hopeless=0.8)
+    found = raced(Machine(), {"base": (0.06,), "late": (0.1, 0.1, 0.1, 0.06)}, rounds=6, give_up_below=0.8)
     assert found["late"].overall.rounds == 6
 
 
-def faster(contender: timing.Contender) -> bool:
-    return contender.overall.low > 1
+def faster(ratios: timing.Ratios) -> bool:
+    return ratios.overall.low > 1
 
 
 def test_what_is_faster_for_certain_needs_no_more_rounds() -> None:
     found = raced(Machine(), {"base": (0.06,), "fast": (0.03,)}, rounds=15, until=faster)
-    assert found["fast"].overall.rounds == timing.FEWEST and found["fast"].shapes[0].low > 1
+    assert found["fast"].overall.rounds == timing.MIN_PAIRS and found["fast"].shapes[0].low > 1
 
 
 def test_a_tie_takes_all_rounds() -> None:
@@ -345,7 +345,7 @@ def test_an_unsteady_machine_tells_what_is_certain_in_as_few_rounds() -> None:
     machine = Machine()
     calls = {"base": [machine.task("base", 0.06)], "fast": [machine.task("fast", 0.02, 0.03)]}
     probe = machine.task("probe", *(0.001 * 1.2**n for n in range(9)))
-    found = timing.contest(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe,
+    found = timing.paired_calls(calls, baseline="base", clock=machine.clock, sleep=machine.rest, probe=probe,
                             until=lambda one: one.overall.certain)["fast"].overall  # fmt: skip
-    assert (found.rounds, found.dropped) == (timing.FEWEST, 0)  # no more were run
+    assert (found.rounds, found.dropped) == (timing.MIN_PAIRS, 0)  # no more were run
     assert not found.steady and found.low > 1

@@ -9,19 +9,22 @@ import pytest
 import torch
 import torch._inductor
 import torch.nn.functional as F
+from graphopt.capture.trace import on_cpu
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graphopt
 from graphopt.backends.cuda import kernels as cuda_kernels
-from graphopt.backends.cuda import target as cuda
-from graphopt.backends.cuda.target import OPTIONS, Cuda, CudaRunner, Device, on_device
-from graphopt.capture.tracing import on_cpu
+from graphopt.backends.cuda import rules, runner
+from graphopt.backends.cuda.device import Device
+from graphopt.backends.cuda.runner import OPTIONS, CudaRunner, on_device
+from graphopt.backends.cuda.target import Cuda
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.errors import LoweringError, PassError, UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import rewrite
-from graphopt.lowering.choices import ALIKE
+from graphopt.lowering.choices import MIN_SQNR
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Quantize, Sparsify
 from tests.language import BITS, build, declined, outputs, run
@@ -142,7 +145,7 @@ def test_the_forms_of_a_product_are_alike(dtype: str, zeros: bool, monkeypatch: 
         run(Sparsify(pattern="2:4"), graph)
     run(Quantize(scheme="dynamic", dtype=dtype), graph, target=Cuda())
     expected = outputs(graph)
-    choice = cuda.PRODUCT_24 if zeros else cuda.PRODUCT
+    choice = rules.PRODUCT_24 if zeros else rules.PRODUCT
     assert len(choice.matches(graph)) == 1
     assert [node.kind for node in choice.around(choice.matches(graph)[0])] == [
         "row_scale", "quantize", "dequantize", "dequantize", "linear"
@@ -151,17 +154,17 @@ def test_the_forms_of_a_product_are_alike(dtype: str, zeros: bool, monkeypatch: 
         made = graph.clone()
         log = rewrite(made, [choice.only(form)])[choice.name]
         if form == "triton" and dtype == "float8":
-            assert list(log.declined.values()) == ["the Triton kernel is for int8"]
+            assert list(log.declined.values()) == [Decline("triton_is_for_int8")]
             continue
-        assert log.hits == 1 and sqnr(expected[0], outputs(made)[0]) > ALIKE
+        assert log.hits == 1 and sqnr(expected[0], outputs(made)[0]) > MIN_SQNR
 
 
 def test_without_triton_its_form_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_kernels, "has_triton", lambda: False)
     graph = build("fx", TEXTS["8-bit-linear"])
     run(Quantize(scheme="dynamic"), graph, target=Cuda())
-    log = rewrite(graph, [cuda.PRODUCT.only("triton")])["8-bit-linear"]
-    assert list(log.declined.values()) == ["triton is not installed"]
+    log = rewrite(graph, [rules.PRODUCT.only("triton")])["8-bit-linear"]
+    assert list(log.declined.values()) == [Decline("triton_missing")]
 
 
 def test_2_4_of_other_sizes_stays_dense_and_says_so(block: Block) -> None:
@@ -172,7 +175,9 @@ def test_2_4_of_other_sizes_stays_dense_and_says_so(block: Block) -> None:
     x = graph.emit("cast", site.input, dtype=torch.float16, at=site)
     graph.replace(site, graph.emit("linear", x, narrow, at=site))
     _, logs = Cuda().lower(graph)
-    assert list(logs["linear-2:4"].declined.values()) == ["kernels for 2:4 take multiples of 32 x 64, not [24, 64]"]
+    assert list(logs["linear-2:4"].declined.values()) == [
+        Decline("not_a_multiple_for_2_4", outputs=32, inputs=64, shape=[24, 64])
+    ]
 
 
 def test_sizes_are_filled_up_where_that_is_little_and_stay_float_where_it_is_much() -> None:
@@ -190,8 +195,8 @@ def test_sizes_are_filled_up_where_that_is_little_and_stay_float_where_it_is_muc
 def test_activations_with_a_zero_point_have_no_kernel() -> None:
     graph = build("fx", TEXTS["8-bit-linear"])
     run(Quantize(scheme="dynamic"), graph)  # as targets on the CPU want them
-    reason = cuda.why_not(graph.sites("linear")[0])
-    assert reason == "activations are torch.uint8, and kernels take torch.int8 about zero on both sides"
+    reason = rules.why_no_kernel(graph.sites("linear")[0])
+    assert reason == Decline("activation_not_symmetric", dtype="torch.uint8", kernel="torch.int8")
     Cuda().check(graph, CudaRunner(Cuda().lower(graph)[0], None))  # type: ignore[arg-type]
 
 
@@ -253,10 +258,10 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_moved() -> None:
 def test_memory_that_runs_out_is_named_and_the_model_stays() -> None:
     graph = build("fx", TEXTS["8-bit-linear"])
     assert isinstance(graph, FxGraph)
-    runner = CudaRunner(graph, None)
-    runner._device = A100
+    on_cpu = CudaRunner(graph, None)
+    on_cpu._device = A100
     refused = pytest.raises(LoweringError, match=r"out of memory on NVIDIA A100 .* at inputs of \[\[1\]\]: .*")
-    with refused, runner._memory("at inputs of [[1]]"):
+    with refused, on_cpu._memory("at inputs of [[1]]"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -276,9 +281,9 @@ def test_a_program_is_moved_whole(block: Block, passes: str) -> None:
         (y,) = module(torch.empty(2, 3, 128, device="cuda"))
     assert y.shape == (2, 3, 128) and y.device.type == "cuda" and y.dtype == torch.float32
     assert len(packs) == (4 if "2:4" in passes else 0)
-    assert cuda._pack_for(A100)(torch.bfloat16) is None
-    assert cuda._pack_for(A100)(torch.float8_e4m3fn) is cuda_kernels.pack_cusparselt
-    assert cuda._pack_for(Device("H100", (9, 0), 0))(torch.int8) is cuda_kernels.pack_cusparselt
+    assert runner._pack_for(A100)(torch.bfloat16) is None
+    assert runner._pack_for(A100)(torch.float8_e4m3fn) is cuda_kernels.pack_cusparselt
+    assert runner._pack_for(Device("H100", (9, 0), 0))(torch.int8) is cuda_kernels.pack_cusparselt
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

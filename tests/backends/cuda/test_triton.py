@@ -16,15 +16,15 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 INTERPRETED = """
 import torch, triton
-from graphopt.backends import cuda_triton
+from graphopt.backends.cuda import triton_linear
 
 torch.manual_seed(0)
 rows, outputs, inputs = 17, 24, 72
 x, weight = (torch.randint(-127, 128, (size, inputs), dtype=torch.int8) for size in (rows, outputs))
 scale, weight_scale, bias, y = torch.rand(rows), torch.rand(outputs), torch.randn(outputs), torch.empty(rows, outputs)
-cuda_triton._linear.fn[(triton.cdiv(rows, 16) * triton.cdiv(outputs, 32),)](
+triton_linear._linear.fn[(triton.cdiv(rows, 16) * triton.cdiv(outputs, 32),)](
     x, scale, weight, weight_scale, bias, y, rows, outputs, inputs, HAS_BIAS=True,
-    TYPE=cuda_triton._TYPES[torch.float32], ROWS=16, OUTPUTS=32, INPUTS=64,
+    TYPE=triton_linear._TYPES[torch.float32], ROWS=16, OUTPUTS=32, INPUTS=64,
 )
 wanted = (x.double() * scale[:, None].double()) @ (weight.double() * weight_scale[:, None].double()).t() + bias.double()
 assert (y - wanted).abs().max() <= 1e-6 * wanted.abs().max(), (y - wanted).abs().max()
@@ -59,15 +59,16 @@ def compiled(capability: int, dtype: str, bias: bool) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from graphopt.backends.cuda import triton as cuda_triton
+    from graphopt.backends.cuda import triton_linear
 
     types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     pointers = {"x": "*i8", "scale": "*fp32", "weight": "*i8", "weight_scale": "*fp32", "bias": f"*{dtype}",
                 "y": f"*{dtype}"}  # fmt: skip
     sizes = dict.fromkeys(("rows", "outputs", "inputs"), "i32")
-    constants = {"HAS_BIAS": bias, "TYPE": cuda_triton._TYPES[types[dtype]], "ROWS": 128, "OUTPUTS": 128, "INPUTS": 128}
+    tile = {"ROWS": 128, "OUTPUTS": 128, "INPUTS": 128}
+    constants = {"HAS_BIAS": bias, "TYPE": triton_linear._TYPES[types[dtype]], **tile}
     source = ASTSource(
-        fn=cuda_triton._linear.fn, signature=pointers | sizes | dict.fromkeys(constants, "constexpr"),
+        fn=triton_linear._linear.fn, signature=pointers | sizes | dict.fromkeys(constants, "constexpr"),
         constexprs=constants, attrs={(index,): [["tt.divisibility", 16]] for index in range(len(pointers | sizes))},
     )  # fmt: skip
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8, "num_stages": 3})

@@ -13,9 +13,10 @@ from torch.export import Dim
 from graphopt.backends.torch_cpu.fbgemm import DYNAMIC as DYNAMICS
 from graphopt.backends.torch_cpu.fbgemm import STATIC as STATICS
 from graphopt.backends.torch_cpu.fbgemm import Fbgemm, pack
-from graphopt.backends.torch_cpu.runner import FxRunner
+from graphopt.backends.torch_cpu.runner import EagerRunner
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import RuleLog
 from graphopt.numerics.quantize import quantize_weight
@@ -118,9 +119,7 @@ def test_a_weight_that_the_graph_computes_is_declined() -> None:
     operands = list(site.operands)
     operands[4] = graph.emit("relu", operands[4], at=site)
     graph.replace(site, graph.emit("linear_int8", *operands))
-    assert list(lowered(graph)[1]["linear"].declined.values()) == [
-        "the weight is not stored with a scale for each output channel"
-    ]
+    assert list(lowered(graph)[1]["linear"].declined.values()) == [Decline("weight_not_stored_per_channel")]
 
 
 class Block(nn.Module):
@@ -160,7 +159,7 @@ def test_a_transformer_block_end_to_end(tmp_path: Path) -> None:
     assert isinstance(folded, FxGraph)
     low, _ = lowered(folded)
     runner = backend.compile(low)
-    assert isinstance(runner, FxRunner) and runner.unlowered == []
+    assert isinstance(runner, EagerRunner) and runner.unlowered == []
     backend.check(folded, runner)
     kernels = runner.kernels()
     assert kernels[DYNAMIC] == 4  # query, key and value are one
@@ -196,7 +195,7 @@ def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
     counted: list[int] = []
     runner = Fbgemm().compile(linear_graph(static=True), threads=1)
-    assert isinstance(runner, FxRunner)
+    assert isinstance(runner, EagerRunner)
     run = runner._run
     runner._run = lambda *inputs: counted.append(torch.get_num_threads()) or run(*inputs)  # type: ignore[func-returns-value]
     runner({"x": normal(1, 3, 8)})

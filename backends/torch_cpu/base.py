@@ -1,4 +1,4 @@
-"""What the targets of PyTorch on the CPU have in common: what they take, how they are checked, and what they write."""
+"""The base class of the targets of PyTorch on the CPU: what they accept, how they are checked, and what they write."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.backends.torch_cpu import int8 as fx_int8
-from graphopt.backends.torch_cpu.runner import FxRunner, Pack
+from graphopt.backends.torch_cpu import int8
+from graphopt.backends.torch_cpu.packing import Pack
+from graphopt.backends.torch_cpu.runner import EagerRunner
 from graphopt.dialects.fx import archive
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Choice, Rule
-from graphopt.lowering.backend import SAFE, Backend, Runner
-from graphopt.lowering.choices import Measuring
+from graphopt.lowering.backend import Backend, Runner
+from graphopt.lowering.choices import TimedChooser
+from graphopt.lowering.saturation import SAFE
 
 
-class FxTarget(Backend):
-    """An fx graph that runs eagerly on the CPU, with kernels of some engines of torch in it."""
+class EagerTarget(Backend):
+    """An fx graph that runs eagerly on the CPU, and calls kernels of some of torch's engines."""
 
     dialect: ClassVar[str] = "fx"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -38,11 +40,11 @@ class FxTarget(Backend):
 
     engines: ClassVar[Sequence[str]]
     """The engines that it calls, as torch.backends.quantized names them."""
-    kernels: ClassVar[Mapping[str, Pack]]
-    """Its own operations, by name, and what packs them."""
-    int8: ClassVar[Sequence[str]]
+    operators: ClassVar[Mapping[str, Pack]]
+    """The target's own operators, by name, and what turns each into calls of the engine on a packed weight."""
+    int8_kernels: ClassVar[Sequence[str]]
     """The operators of torch that count as int8 kernels."""
-    forms: ClassVar[Sequence[fx_int8.Engine]]
+    forms: ClassVar[Sequence[int8.Engine]]
     """The forms that int8 ops may take, in their static order."""
 
     def accept(self, model: Any, example_inputs: Any) -> None:
@@ -53,34 +55,34 @@ class FxTarget(Backend):
         return "fold-int8"
 
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        most = SAFE if self.saturates() else 128
-        return fx_int8.stages([replace(engine, most=most) for engine in self.forms])
+        limit = SAFE if self.saturates() else 128
+        return int8.stages([replace(engine, max_weight=limit) for engine in self.forms])
 
-    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> Measuring:
-        return Measuring(f"torch {torch.__version__}", feeds, partial(self.compile, threads=threads), threads)
+    def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> TimedChooser:
+        return TimedChooser(f"torch {torch.__version__}", feeds, partial(self.compile, threads=threads), threads)
 
-    def compile(self, graph: Graph, threads: int | None = None) -> FxRunner:
+    def compile(self, graph: Graph, threads: int | None = None) -> EagerRunner:
         assert isinstance(graph, FxGraph)
         try:
             require_engines(self.name, self.engines)
         except UsageError as error:
             raise LoweringError(str(error)) from error
-        return FxRunner(graph, self.kernels, threads)
+        return EagerRunner(graph, self.operators, threads)
 
     def check(self, folded: Graph, runner: Runner) -> None:
-        """Merged ops share a kernel, and sites that are faster in float keep it: the lowered graph is what counts."""
-        assert isinstance(runner, FxRunner)
+        """The lowered graph says what is promised: merged linears share a kernel, some sites are faster in float."""
+        assert isinstance(runner, EagerRunner)
         if runner.unlowered:
             raise LoweringError(
                 f"{self.name} has no kernel for the int8 ops {', '.join(runner.unlowered)}: the report's choices say "
                 f"why; leave them out with ignore"
             )
         built = runner.kernels()
-        found = sum(built.get(kernel, 0) for kernel in self.int8)
+        found = sum(built.get(kernel, 0) for kernel in self.int8_kernels)
         if found < len(runner.promised):
             raise LoweringError(
                 f"{len(runner.promised)} int8 kernels were promised and {self.name} runs {found} "
-                f"({', '.join(self.int8)}) among {', '.join(runner.promised)}"
+                f"({', '.join(self.int8_kernels)}) among {', '.join(runner.promised)}"
             )
 
     def export(
@@ -118,9 +120,9 @@ def require_cpu(target: str, model: Any, example_inputs: Any) -> None:
         tensors += [*model.named_parameters(), *model.named_buffers()]
     elif isinstance(model, torch.export.ExportedProgram):
         tensors += [*model.state_dict.items(), *((n, t) for n, t in model.constants.items() if isinstance(t, Tensor))]
-    elsewhere = [(name, one) for name, one in tensors if one.device.type != "cpu"]
+    elsewhere = [(name, tensor) for name, tensor in tensors if tensor.device.type != "cpu"]
     if elsewhere:
-        devices = {str(one.device) for _, one in tensors}
+        devices = {str(tensor.device) for _, tensor in tensors}
         spread = f"the module is spread over {', '.join(sorted(devices))}; " if len(devices) > 1 else ""
         raise UsageError(f"target {target} runs on the CPU, and {elsewhere[0][0]} is on {elsewhere[0][1].device}: "
                          f"{spread}pass model.cpu()")  # fmt: skip

@@ -1,7 +1,7 @@
 """Float linears on oneDNN: weights reordered once, and an activation behind them computed inside the kernel.
 
-aten's own linear calls another library in float32, and which is faster depends on the
-shape. The operator `graphopt_onednn::linear_float` takes the weight as it is stored.
+aten's own linear calls another library in float32; which one is faster depends on the shape. The operator
+`graphopt_onednn::linear_float` takes the weight as it is stored.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.backends.torch_cpu.operators import like_linear
-from graphopt.backends.torch_cpu.runner import Pack, Packing
+from graphopt.backends.torch_cpu.packing import Pack, Packing
+from graphopt.backends.torch_cpu.schemas import like_linear
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Replace, Rule
@@ -46,33 +46,36 @@ def _pattern(*kinds: str) -> Callable[..., Pattern]:
     return pattern
 
 
-def _is_of(dtype: torch.dtype, m: Match) -> bool:
+def _is_stored(dtype: torch.dtype, m: Match) -> bool:
     operands = (m.x, m.weight, m.bias)
-    return bool(m.weight.is_constant) and all(one is None or one.dtype is dtype for one in operands)
+    return bool(m.weight.is_constant) and all(value is None or value.dtype is dtype for value in operands)
 
 
 def _packed(op: Builder, m: Match) -> Value:
     if m.bias is not None and not m.bias.is_constant:
-        raise Declined("the bias is computed")
+        raise Declined("linear_bias_computed")
     post, algorithm = post_op(m.bound.get("post"))
     return op("graphopt_onednn.linear_float.default", m.x, m.weight, m.bias, post=post, algorithm=algorithm)
 
 
 def stages() -> Sequence[Sequence[Rule | Choice]]:
-    """What takes float32 linears, with an activation first. bfloat16 ones stay aten's: the kernel rounds elsewhere."""
+    """Choices for float32 linears, those with an activation behind first.
+
+    Linears in bfloat16 are left to aten: this kernel rounds at other places.
+    """
     return [_choice(post) for post in POSTS], [_choice()]
 
 
 def _choice(*ops: str) -> Choice:
     forms: dict[str, Replace | None] = {"aten": None, "onednn": _packed}
     name = "-".join(["linear", "float32", *ops])
-    return Choice(name, _pattern(*ops), forms, check=partial(_is_of, torch.float32))
+    return Choice(name, _pattern(*ops), forms, check=partial(_is_stored, torch.float32))
 
 
 # --- the operator --------------------------------------------------------------------------------------------------
 
 
-def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, *, post: str, algorithm: str) -> Tensor:
+def _unpacked(x: Tensor, weight: Tensor, bias: Tensor | None, *, post: str, algorithm: str) -> Tensor:
     y: Tensor = KERNEL(x, _mkldnn._reorder_linear_weight(weight.contiguous(), None), bias, post, [], algorithm)
     return y
 
@@ -80,7 +83,7 @@ def _at_once(x: Tensor, weight: Tensor, bias: Tensor | None, *, post: str, algor
 torch.library.define(
     "graphopt_onednn::linear_float", "(Tensor x, Tensor weight, Tensor? bias, *, str post, str algorithm) -> Tensor"
 )
-torch.library.impl("graphopt_onednn::linear_float", "CPU", _at_once)
+torch.library.impl("graphopt_onednn::linear_float", "CPU", _unpacked)
 torch.library.register_fake(
     "graphopt_onednn::linear_float", lambda x, weight, bias, *, post, algorithm: like_linear(x, weight, x.dtype)
 )
@@ -93,4 +96,4 @@ def _pack(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.Node:
     return packing.call(node, KERNEL, given["x"], packed, kept, given["post"], [], given["algorithm"])
 
 
-KERNELS: dict[str, Pack] = {"graphopt_onednn.linear_float.default": _pack}
+OPERATORS: dict[str, Pack] = {"graphopt_onednn.linear_float.default": _pack}

@@ -1,6 +1,6 @@
 """linear of int8 rows and an int8 weight as one Triton kernel: the sums never leave the registers as integers.
 
-Imported only where a GPU runs it. Loads are masked, so that no size is a multiple of anything.
+Imported only where a GPU runs it. Loads are masked, so sizes need not be multiples of a tile's.
 """
 
 from __future__ import annotations
