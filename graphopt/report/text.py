@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphopt.report.agreements import Agreement
+from graphopt.report.declines import Reason
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Report
 
@@ -194,7 +195,7 @@ def groups(found: Sequence[Group]) -> str:
     rows: Rows = [("group", "kind", "units", "producers", "consumers", "locked")]
     for group in found:
         figures = str(group.size), str(len(group.producers)), str(len(group.consumers))
-        rows.append((group.name, group.kind, *figures, f"it {group.locked}" if group.locked else ""))
+        rows.append((group.name, group.kind, *figures, Reason.of(group.locked) if group.locked else ""))
     return table(rows) if found else "no group of axes shrinks together: there is no linear, conv or embedding"
 
 
