@@ -225,6 +225,7 @@ def inspect(
     from graphopt.ir.cost import Cost
     from graphopt.ir.ops import OPS
     from graphopt.report import text
+    from graphopt.report.declines import Reason
     from graphopt.report.records import count_kinds
 
     _require_file(model)
@@ -233,8 +234,11 @@ def inspect(
     if show_groups:  # as prune finds them, behind simplify
         found = groups(_simplified(captured))
         if as_json:
-            keys = "name", "kind", "size", "locked"
-            _print_json([{key: getattr(group, key) for key in keys} for group in found])
+            _print_json([
+                {"name": group.name, "kind": group.kind, "size": group.size,
+                 "locked": Reason.of(group.locked).to_dict() if group.locked else None}
+                for group in found
+            ])  # fmt: skip
         else:
             typer.echo(text.groups(found))
         return

@@ -4,7 +4,7 @@ An op declares itself: what it means (a reference in torch), its FLOPs and how i
 `elementwise` and `reduction` also name what decomposed forms of other ops are made of, so that these are recognized.
 """
 
-from graphopt.ir.ops import (
+from graphopt.ir.ops import (  # noqa: F401  importing a family declares its ops
     activations,
     attention,
     convolution,
@@ -19,19 +19,4 @@ from graphopt.ir.ops import (
 )
 from graphopt.ir.ops.declaration import OPS, Op, op
 
-__all__ = [
-    "OPS",
-    "Op",
-    "activations",
-    "attention",
-    "convolution",
-    "elementwise",
-    "integer",
-    "linear",
-    "movement",
-    "normalization",
-    "op",
-    "pooling",
-    "quantization",
-    "reduction",
-]
+__all__ = ["OPS", "Op", "op"]

@@ -215,7 +215,7 @@ def test_locked_groups_are_declined_with_the_lock(dialect: str) -> None:
 @pytest.mark.parametrize("options", [{"neurons": 0.5}, {"flops": 0.5}])
 def test_a_model_of_locked_groups_says_what_locks_them(dialect: str, options: dict[str, Any]) -> None:
     graph = build(dialect, "y = linear(x[2,4], W[8,4])")
-    told = rf"can shrink; locked: {graph.nodes[0].label} \(neurons\) is the model's output 'y' \(graphopt inspect MODEL"
+    told = rf"can shrink; locked: {graph.nodes[0].label} \(neurons\): it is the model's output 'y' \(graphopt inspect"
     with pytest.raises(UsageError, match=told):
         run(Prune(**options), graph)
 
@@ -277,7 +277,7 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"heads": 0.5}, r"the model has no group of heads; its groups: 2 of neurons; locked: \S+ \(neurons\) is the"),
+    ({"heads": 0.5}, r"the model has no group of heads; its groups: 2 of neurons; locked: \S+ \(neurons\): it is the"),
     ({"neurons": 0.5, "importance": "activation"}, "prune needs calibration data"),
     ({"neurons": 0.5, "compensate": True}, "prune needs calibration data"),
     ({"neurons": 0.5, "importance": "taylor"}, "prune follows gradients, and"),
