@@ -64,8 +64,8 @@ def bmm(node: NodeAxes) -> None:
 def gemm(node: NodeAxes) -> None:
     """ONNX's, with either factor transposed, and a third operand that is added."""
     a, b, *added = node.given
-    a_axes = (-1, -2) if node.attributes.get("transA", 0) else (-2, -1)
-    product_axes(node, a, b, a_axes, (-1, -2) if node.attributes.get("transB", 0) else (-2, -1))
+    a_axes, b_axes = ((-1, -2) if node.attributes.get(name, 0) else (-2, -1) for name in ("transA", "transB"))
+    product_axes(node, a, b, a_axes=a_axes, b_axes=b_axes)
     for value in added:
         node.broadcast(value, node.y)
 

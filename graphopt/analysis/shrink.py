@@ -123,7 +123,7 @@ def _split(cut: Cut, node: NodeAxes) -> list[Value]:
     for y in node.results:
         size = node.shape(y)[axis]
         assert isinstance(size, int)
-        results.append(cut.slice(node, node.x, axis, slice(start, start + size)))
+        results.append(cut.part(node, node.x, axis, slice(start, start + size)))
         start += size
     return results
 
@@ -132,7 +132,7 @@ def _sequence_item(cut: Cut, node: NodeAxes) -> list[Value]:
     whole = cut.makers[node.x]
     part = sequence_slice(node, whole)
     assert part is not None
-    return [cut.slice(node, whole.x, *part)]
+    return [cut.part(node, whole.x, *part)]
 
 
 def _gather(cut: Cut, node: NodeAxes) -> list[Value]:

@@ -74,7 +74,7 @@ class Cut:
         sizes = self.sizes(node, node.y)
         return [self.graph.emit_sized(node.node, *self.operands(node), sizes=sizes, at=node.node)]
 
-    def slice(self, node: NodeAxes, x: Value, axis: int, bounds: slice) -> Value:
+    def part(self, node: NodeAxes, x: Value, axis: int, bounds: slice) -> Value:
         """What is left of the part of x that a slice took."""
         size = node.shape(x)[axis]
         assert isinstance(size, int)

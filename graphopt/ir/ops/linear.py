@@ -43,7 +43,7 @@ def _matmul_flops(a: Sequence[int], y: Sequence[int]) -> int:
 
 
 def product_axes(
-    node: NodeAxes, a: Value, b: Value, a_axes: tuple[int, int] = (-2, -1), b_axes: tuple[int, int] = (-2, -1)
+    node: NodeAxes, a: Value, b: Value, *, a_axes: tuple[int, int] = (-2, -1), b_axes: tuple[int, int] = (-2, -1)
 ) -> None:
     """a (..., m, k) by b (..., k, n): `a_axes` are m and k of a, `b_axes` k and n of b; leading axes are broadcast.
 

@@ -68,7 +68,7 @@ def _slice_axes(node: NodeAxes) -> None:
 
 def _slice_cut(cut: Cut, node: NodeAxes) -> list[Value]:
     axis = node.attributes["axis"] % node.rank(node.x)
-    return [cut.slice(node, node.x, axis, slice(node.attributes["start"], node.attributes["end"]))]
+    return [cut.part(node, node.x, axis, slice(node.attributes["start"], node.attributes["end"]))]
 
 
 @op(flops=0, axes=_slice_axes, cut=_slice_cut)
