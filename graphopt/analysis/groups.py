@@ -45,7 +45,7 @@ class Group:
     """The sites (linear, conv, embedding) whose weight's output axis is in the group, in the order of the graph."""
     consumers: tuple[Node, ...]
     """The sites whose weight's input axis is."""
-    norms: tuple[Node, ...]
+    reductions: tuple[Node, ...]
     """Nodes that sum over the units: norms, means, products of two computed values.
 
     In a group without any, to remove units is exactly to zero the consumers' weights for them; a sum over fewer
@@ -158,7 +158,7 @@ def _described(
                 axes=tuple(axes[index]),
                 producers=tuple(producers),
                 consumers=tuple(consumers[index]),
-                norms=tuple(reductions[index]),
+                reductions=tuple(reductions[index]),
                 locked=lock or (Decline("axis_of_one_unit") if size == 1 else None),
             )
         )

@@ -213,7 +213,7 @@ def test_finds_the_groups_of_an_architecture(name: str, dialect: str) -> None:
 
 def test_both_dialects_name_the_same_sites() -> None:
     def sites(group: Group) -> tuple[Any, ...]:
-        members = (group.producers, group.consumers, group.norms)
+        members = (group.producers, group.consumers, group.reductions)
         return group.name, *(sorted({node.path for node in nodes}) for nodes in members)
 
     for name in ("bert", "gpt2", "mobile"):
@@ -234,7 +234,7 @@ def test_a_chain_has_a_group_between_its_linears(dialect: str) -> None:
     inner, outer = groups(graph)
     first, last = graph.sites("linear")
     assert (inner.kind, inner.size, inner.locked) == ("neurons", 6, None)
-    assert inner.producers == (first,) and inner.consumers == (last,) and inner.norms == ()
+    assert inner.producers == (first,) and inner.consumers == (last,) and inner.reductions == ()
     axes = {(axis.value, axis.axis): axis.units.tolist() for axis in inner.axes}
     assert axes == {
         (value, axis): [0, 1, 2, 3, 4, 5]
@@ -335,13 +335,13 @@ def test_a_product_of_computed_values_sums_over_the_units(text: str, dialect: st
     graph = build(dialect, f"h = linear(x[2,3,8], A[6,8])\n{text}")
     group = groups(graph)[0]
     assert (group.kind, group.size, group.locked) == ("neurons", 6, None)
-    assert "matmul" in {node.kind for node in group.norms}
+    assert "matmul" in {node.kind for node in group.reductions}
 
 
 def test_a_product_with_a_weight_sums_over_no_units_but_its_own(dialect: str) -> None:
     weight = "dequantize(W[6,5]:int8, S[6]:ones, axis=0)"
     graph = build(dialect, f"y = matmul(relu(linear(x[2,3,8], A[6,8])), {weight})")
-    assert [(group.size, group.locked, group.norms) for group in groups(graph)] == [(6, None, ())]
+    assert [(group.size, group.locked, group.reductions) for group in groups(graph)] == [(6, None, ())]
 
 
 def test_heads_that_are_locked_are_called_heads(dialect: str) -> None:

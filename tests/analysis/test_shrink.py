@@ -74,7 +74,7 @@ def test_cuts_each_group_alone(name: str, dialect: str) -> None:
         graph.verify()
         assert sum(tensor.numel() for _, tensor in graph.constants()) < before
         found = outputs(graph, inputs)
-        if not group.norms:  # what is normalized over fewer entries is something else
+        if not group.reductions:  # what is normalized over fewer entries is something else
             assert all(within_tolerance(a, b) for a, b in zip(expected, found, strict=True)), group.name
         assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
         again = next((one for one in groups(graph) if one.name == group.name and one.locked is None), None)
@@ -126,7 +126,7 @@ def test_a_width_cut_equals_the_module_built_smaller(dialect: str) -> None:
                 left = left.index_select(axis, keep)
         assert target.shape == left.shape, name
         target.data = left
-    assert (width.kind, width.size, len(width.norms)) == ("width", 16, 2)
+    assert (width.kind, width.size, len(width.reductions)) == ("width", 16, 2)
     shrink(graph, {width: keep})
     assert all(map(within_tolerance, results_of(small, {"ids": ids}), outputs(graph, {"ids": ids})))
 
@@ -226,7 +226,7 @@ def test_follows_channels_through_an_operation(image: bool, name: str, dialect: 
         assert group.locked is not None and group.locked.code.startswith(expected)
         return
     keep = three_quarters(group)
-    assert (group.locked, group.size, group.norms) == (None, expected, ())
+    assert (group.locked, group.size, group.reductions) == (None, expected, ())
     assert [consumer.path for consumer in group.consumers] == ["last"]
     reference = results_of(zeroed(module, group, keep), {"x": x})
     shrink(graph, {group: keep})
@@ -263,7 +263,7 @@ def test_names_what_sums_over_the_units_that_it_cuts(name: str, dialect: str) ->
     run(Simplify(), graph)
     group = next(one for one in groups(graph) if one.name == "first")
     keep = three_quarters(group)
-    assert (group.locked, group.size) == (None, 16) and group.norms
+    assert (group.locked, group.size) == (None, 16) and group.reductions
     shrink(graph, {group: keep})
     graph.verify()
     assert all(map(within_tolerance, results_of(Kept(module, keep), {"x": x}), outputs(graph, {"x": x})))
