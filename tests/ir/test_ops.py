@@ -59,7 +59,7 @@ def test_a_signature_is_read_from_the_reference(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("graphopt.ir.ops.declaration._OPS", registered)
     assert op(flops=lambda x, y: 2, axes=elementwise, commutative=True)(cube) is cube
     declared = registered["cube"]
-    assert (declared.operands, declared.optional, declared.results) == (("x", "other"), {"other"}, ("y",))
+    assert (declared.operands, declared.optional, declared.results) == (("x", "other"), frozenset({"other"}), ("y",))
     assert dict(declared.attributes) == {"scale": 1.0} and declared.commutative and not declared.variadic
     assert (OPS["slice"].name, OPS["concat"].names(3)) == ("slice", ("values",) * 3)  # slice_, and a variadic op
 
