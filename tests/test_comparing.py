@@ -175,7 +175,7 @@ def changed(dialect: str, index: int, by: float, text: str = THREE) -> Graph:
 
 
 def test_sites_show_where_error_comes_in(dialect: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphopt.analysis.propagation.PART", 2)
+    monkeypatch.setattr("graphopt.analysis.propagation.SITES_AT_ONCE", 2)
     found = compare(build(dialect, THREE), changed(dialect, 1, -1.0), BATCHES, sites=True).propagation
     assert found is not None
     assert [one.kind for one in found.sites] == ["linear", "relu", "linear", "add", "linear"]

@@ -14,6 +14,7 @@ from benchmarks.case import Settings, checked, table
 from benchmarks.cases.corpus import accepted_feeds, plain_session
 from graphopt.analysis.groups import Group, groups
 from graphopt.ir.graph import Graph
+from graphopt.report.declines import Reason
 
 FILES = {
     "ultraface": "ultraface__version-RFB-320.onnx",
@@ -48,7 +49,8 @@ def run(settings: Settings) -> bool:
     for name, several in locked.items():
         settings.console.print(f"[bold]{name}[/bold]: locked")
         for group in several:
-            settings.console.print(f"  {group.kind} {group.name} ({group.size}): {group.locked}", markup=False)
+            reason = Reason.of(group.locked) if group.locked else ""
+            settings.console.print(f"  {group.kind} {group.name} ({group.size}): {reason}", markup=False)
     return holds
 
 

@@ -1,1 +1,1 @@
-"""What can be told of a graph without changing it: how axes relate, what shrinks together, where errors arise."""
+"""What can be told of a graph without changing it: groups of axes that shrink together, padding, error propagation."""

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.analysis.facts import Facts, Fold, Numbers
-from graphopt.analysis.relations import RELATIONS, norm, reduce, relate
+from graphopt.analysis.relations import relate
+from graphopt.ir.axes import AxisRelations, Positions, ReshapeBlock
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 
 
@@ -26,10 +27,10 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Axes that shrink together, by units: a unit goes whole, from every axis.
+    """Axes that shrink together, by units: a unit is removed from every axis, or from none.
 
-    A unit is a neuron, a channel (or all of a group, of a grouped conv), a head (with grouped queries a key head and
-    the heads that read it), or a position of the width that a residual stream has.
+    A unit is a neuron, a channel (or all channels of a group, of a grouped conv), a head (with grouped queries a key
+    head and the heads that read it), or a position of the width of a residual stream.
     """
 
     name: str
@@ -44,12 +45,12 @@ class Group:
     """The sites (linear, conv, embedding) whose weight's output axis is in the group, in the order of the graph."""
     consumers: tuple[Node, ...]
     """The sites whose weight's input axis is."""
-    norms: tuple[Node, ...]
-    """What sums over the units (a layer norm, a product of two that are computed): without some, it computes
-    something else.
+    reductions: tuple[Node, ...]
+    """Nodes that sum over the units: norms, means, products of two computed values.
 
-    In a group without any, to remove units is exactly to zero the consumers' weights for them."""
-    locked: str | None
+    In a group without any, to remove units is exactly to zero the consumers' weights for them; a sum over fewer
+    entries is another sum."""
+    locked: Decline | None
     """Why it cannot shrink, or None where it can."""
 
 
@@ -58,49 +59,53 @@ def groups(graph: Graph) -> list[Group]:
 
     They hold for this graph as it is: find them anew after a change. Linear in the sum of the sizes of all axes.
     """
-    facts = relate(graph)
-    roots = _units(facts)
-    locked = _first_lock(facts, roots)
+    relations = relate(graph)
+    roots = _units(relations)
+    locked = _first_lock(relations, roots)
     members = []
-    for node, numbers in facts.producers:  # what is free of a producer's output axis is of one group
-        units = roots[numbers]
+    for node, positions in relations.producers:  # the positions of a producer's output axis that no lock holds
+        units = roots[positions]
         free = units[locked[units] < 0]
         members.append((node, free if len(free) else units))
     joined = components(
-        facts.count,
+        relations.count,
         np.concatenate([_NONE, *(np.full(len(units), units[0]) for _, units in members)]),
         np.concatenate([_NONE, *(units for _, units in members)]),
     )
-    found: dict[int, list[tuple[Node, Numbers]]] = {}
+    by_group: dict[int, list[tuple[Node, Positions]]] = {}
     for node, units in members:
-        found.setdefault(int(joined[units[0]]), []).append((node, units))
-    group_of, unit_of = np.full(facts.count, -1), np.full(facts.count, -1)
-    for index, parts in enumerate(found.values()):
+        by_group.setdefault(int(joined[units[0]]), []).append((node, units))
+    group_of, unit_of = np.full(relations.count, -1), np.full(relations.count, -1)
+    for index, parts in enumerate(by_group.values()):
         units, first = np.unique(np.concatenate([units for _, units in parts]), return_index=True)
         units = units[np.argsort(first)]
         group_of[units], unit_of[units] = index, np.arange(len(units))
-    _mark_heads(facts, roots)
-    return _described(facts, group_of[roots], unit_of[roots], locked[roots], list(found.values()))
+    _mark_heads(relations, roots)
+    return _described(relations, group_of[roots], unit_of[roots], locked[roots], list(by_group.values()))
 
 
-def _mark_heads(facts: Facts, roots: Numbers) -> None:
-    """Call heads what attention takes for heads behind reshapes too, where a lock keeps these from carrying units."""
-    marked = np.zeros(facts.count, bool)
-    for numbers in facts.heads:
-        marked[roots[numbers]] = True
-    for fold in reversed(facts.folds):  # from attention back to what projects its operands
-        for side, other in ((fold.left, fold.right), (fold.right, fold.left)):
-            if any(marked[roots[numbers]].any() for numbers in side):
-                outer = next((numbers for numbers in other if len(numbers) > 1), other[0])
+def _mark_heads(relations: AxisRelations, roots: Positions) -> None:
+    """Mark heads behind reshapes too, where a lock keeps the reshape from carrying them."""
+    marked = np.zeros(relations.count, bool)
+    for positions in relations.heads:
+        marked[roots[positions]] = True
+    for block in reversed(relations.reshapes):  # from attention back to what projects its operands
+        for side, other in ((block.left, block.right), (block.right, block.left)):
+            if any(marked[roots[positions]].any() for positions in side):
+                outer = next((positions for positions in other if len(positions) > 1), other[0])
                 marked[roots[outer]] = True
-                facts.heads.append(outer)
+                relations.heads.append(outer)
 
 
 def _described(
-    facts: Facts, group_of: Numbers, unit_of: Numbers, locked: Numbers, members: list[list[tuple[Node, Numbers]]]
+    relations: AxisRelations,
+    group_of: Positions,
+    unit_of: Positions,
+    locked: Positions,
+    members: list[list[tuple[Node, Positions]]],
 ) -> list[Group]:
-    """The groups, of what is known of each position: its group, its unit there, and its first lock (-1: none)."""
-    values, starts = list(facts.axes), np.array([*facts.axes.values(), facts.count])
+    """The groups, from what is known of each position: its group, its unit there, and its first lock (-1: none)."""
+    values, starts = list(relations.axes), np.array([*relations.axes.values(), relations.count])
     axis_of = np.repeat(np.arange(len(values)), np.diff(starts))
     inside = group_of >= 0
     axes: list[list[Axis]] = [[] for _ in members]
@@ -111,19 +116,24 @@ def _described(
         value, axis = values[index]
         axes[group].append(Axis(value, axis, torch.from_numpy(units)))
 
-    def nodes(marked: Iterable[tuple[Node, Numbers]]) -> list[dict[Node, None]]:
-        """The nodes, by group, that are marked on one of its positions."""
-        by_group: list[dict[Node, None]] = [{} for _ in members]
-        for node, numbers in marked:
-            for group in np.unique(group_of[numbers]).tolist():
-                if group >= 0:
-                    by_group[group][node] = None
-        return by_group
+    def groups_of(several: Iterable[Positions]) -> set[int]:
+        """The groups that have one of these positions, and -1 where one is in none."""
+        return {group for positions in several for group in np.unique(group_of[positions]).tolist()}
 
-    consumers, norms = nodes(facts.consumers), nodes(facts.reduced)
-    heads = {int(group) for numbers in facts.heads for group in np.unique(group_of[numbers])}
-    split = {int(group) for numbers in facts.split for group in np.unique(group_of[numbers])}
-    first = np.full(len(members), len(facts.locks))
+    def nodes(marked: Iterable[tuple[Node, Positions]]) -> list[list[Node]]:
+        """By group, the nodes that are marked on one of its positions."""
+        found: list[dict[Node, None]] = [{} for _ in members]
+        for node, positions in marked:
+            for group in groups_of([positions]) - {-1}:
+                found[group][node] = None
+        return [list(several) for several in found]
+
+    consumers = nodes(relations.consumers)
+    reductions = nodes((reduction.node, reduction.positions) for reduction in relations.reductions)
+    heads, split = groups_of(relations.heads), groups_of(relations.split)
+    normed = groups_of(reduction.positions for reduction in relations.reductions if reduction.by == "norm")
+    averaged = groups_of(reduction.positions for reduction in relations.reductions if reduction.by == "mean")
+    first = np.full(len(members), len(relations.locks))
     held = inside & (locked >= 0)
     np.minimum.at(first, group_of[held], locked[held])
     taken: set[str] = set()
@@ -131,32 +141,40 @@ def _described(
     for index, parts in enumerate(members):
         producers = list(dict.fromkeys(node for node, _ in parts))
         size = max(int(axis.units.max()) for axis in axes[index]) + 1
-        wide = any(len(units) > len(np.unique(units)) for _, units in parts)  # several outputs are one unit
-        reason = facts.locks[first[index]][1] if first[index] < len(facts.locks) else None
+        several = any(len(units) > len(np.unique(units)) for _, units in parts)  # outputs of a producer are one unit
+        kind = _kind(
+            producers,
+            heads=index in heads,
+            several=index in split and several,
+            normed=index in normed,
+            averaged=index in averaged,
+        )
+        lock = relations.locks[first[index]][1] if first[index] < len(relations.locks) else None
         described.append(
             Group(
                 name=_unique(producers[0].label, taken),
-                kind=_kind(producers, norms[index], index in heads, index in split and wide),
+                kind=kind,
                 size=size,
                 axes=tuple(axes[index]),
                 producers=tuple(producers),
                 consumers=tuple(consumers[index]),
-                norms=tuple(norms[index]),
-                locked=reason or ("has a single unit" if size == 1 else None),
+                reductions=tuple(reductions[index]),
+                locked=lock or (Decline("axis_of_one_unit") if size == 1 else None),
             )
         )
     return described
 
 
-def _kind(producers: Sequence[Node], norms: Iterable[Node], heads: bool, split: bool) -> str:
+def _kind(producers: Sequence[Node], *, heads: bool, several: bool, normed: bool, averaged: bool) -> str:
+    """heads: attention reads the units as such; several: a reshape splits a producer's output into its units."""
     convs = any("conv" in producer.kind.lower() for producer in producers)
-    relations = [RELATIONS[node.kind] for node in norms]
-    normalized = norm in relations or (reduce in relations and not convs)
     if heads:
         return "heads"
-    if normalized or any(producer.kind == "embedding" for producer in producers):
+    if normed or (averaged and not convs) or any(producer.kind == "embedding" for producer in producers):
         return "width"
-    return "channels" if convs else "heads" if split else "neurons"
+    if convs:
+        return "channels"
+    return "heads" if several else "neurons"
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -166,65 +184,70 @@ def _unique(name: str, taken: set[str]) -> str:
     return found
 
 
-# --- units ---------------------------------------------------------------------------------------------------------
+# --- units -----------------------------------------------------------------------------------------------------------
 
-_NONE: Numbers = np.empty(0, np.int64)
+_NONE: Positions = np.empty(0, np.int64)
 
 
-def _units(facts: Facts) -> Numbers:
-    """The unit of each position, called by its least one, once it is settled which axes of each reshape carry.
+def _units(relations: AxisRelations) -> Positions:
+    """The unit of each position, named by its least position, after it is settled which axes of each reshape carry.
 
     An axis is split before others are merged: what its parts meet between the two tells which of them stays.
     """
-    for folds in ([f for f in facts.folds if len(f.left) == 1], [f for f in facts.folds if len(f.left) > 1]):
-        if folds:
-            roots = _connected(facts)
-            locked = _first_lock(facts, roots)[roots]
-            for fold in folds:
-                _settle(facts, fold, locked)
-    return _connected(facts)
+    splits = [block for block in relations.reshapes if len(block.left) == 1]
+    merges = [block for block in relations.reshapes if len(block.left) > 1]
+    for blocks in (splits, merges):
+        if blocks:
+            roots = _connected(relations)
+            locked = _first_lock(relations, roots)[roots]
+            for block in blocks:
+                _settle(relations, block, locked)
+    return _connected(relations)
 
 
-def _connected(facts: Facts) -> Numbers:
-    a, b = (np.concatenate([_NONE, *side]) for side in (zip(*facts.links, strict=True) if facts.links else ((), ())))
-    return components(facts.count, a, b)
+def _connected(relations: AxisRelations) -> Positions:
+    a, b = (
+        np.concatenate([_NONE, *side])
+        for side in (zip(*relations.links, strict=True) if relations.links else ((), ()))
+    )
+    return components(relations.count, a, b)
 
 
-def _first_lock(facts: Facts, roots: Numbers) -> Numbers:
+def _first_lock(relations: AxisRelations, roots: Positions) -> Positions:
     """For each root the index of its first lock, -1 for those without."""
-    first = np.full(facts.count, len(facts.locks))
-    for index in reversed(range(len(facts.locks))):
-        first[roots[facts.locks[index][0]]] = index
-    first[first == len(facts.locks)] = -1
+    first = np.full(relations.count, len(relations.locks))
+    for index in reversed(range(len(relations.locks))):
+        first[roots[relations.locks[index][0]]] = index
+    first[first == len(relations.locks)] = -1
     return first
 
 
-def _settle(facts: Facts, fold: Fold, locked: Numbers) -> None:
+def _settle(relations: AxisRelations, block: ReshapeBlock, locked: Positions) -> None:
     """Let one axis on either side of a reshape carry the units, the outermost that can; the others stay.
 
     locked: for each position its first lock, -1 for none.
     """
-    carried, reason = [], fold.reason
-    for side in (fold.left, fold.right):
-        lengths = [len(numbers) for numbers in side]
-        held = np.array([locked[numbers].max() for numbers in side])
+    carried, reason = [], block.reason
+    for side in (block.left, block.right):
+        lengths = [len(positions) for positions in side]
+        held = np.array([locked[positions].max() for positions in side])
         carrier = next((i for i, length in enumerate(lengths) if length > 1 and held[i] < 0), None)
-        facts.locks += [(numbers, fold.reason) for i, numbers in enumerate(side) if i != carrier]
+        relations.locks += [(positions, block.reason) for i, positions in enumerate(side) if i != carrier]
         if carrier is not None:
             inner = math.prod(lengths[carrier + 1 :])
             carried.append(side[carrier][np.arange(math.prod(lengths)) // inner % lengths[carrier]])
         elif held.max() >= 0:
             outer = next((lock for lock, length in zip(held, lengths, strict=True) if length > 1), held.max())
-            reason = facts.locks[outer][1]
+            reason = relations.locks[outer][1]
     if len(carried) == 2:
-        facts.links.append((carried[0], carried[1]))
-        if len(fold.left) == 1:
-            facts.split.append(fold.left[0])
+        relations.links.append((carried[0], carried[1]))
+        if len(block.left) == 1:
+            relations.split.append(block.left[0])
     else:
-        facts.locks += [(numbers, reason) for numbers in carried]
+        relations.locks += [(positions, reason) for positions in carried]
 
 
-def components(count: int, a: Numbers, b: Numbers) -> Numbers:
+def components(count: int, a: Positions, b: Positions) -> Positions:
     """For each of `count` positions the least one that it is connected to by the edges (a, b).
 
     Each round hooks every root to the least root beside it and makes the trees flat, which at least halves the number

@@ -1,4 +1,4 @@
-"""Which axes inputs name, and what a mask says of them: the batch and the length, and where padding is."""
+"""Names for the dynamic axes of inputs, and which positions of a value are padding, as attention masks say."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Named(Protocol):
 
 
 def labels(claims: Iterable[tuple[str, str, str]]) -> dict[str, str]:
-    """A name for each symbol of a traced program, of claims (symbol, label, input), each symbol and each name once.
+    """A unique name for each symbolic size of a traced program.
 
-    Axes of one name are of one size, so only the first symbol that claims a label has it; a later one is called by its
-    input too: decoder_input_ids_seq. An axis that several inputs share has its name from the first.
+    claims: (symbol, label, input name), one for each dynamic axis of an input. Axes of one name have one size, so only
+    the first symbol that claims a label gets it; a later one is prefixed by its input: decoder_input_ids_seq. A symbol
+    that several inputs claim is named after the first.
     """
     names: dict[str, str] = {}
     for symbol, label, owner in claims:
@@ -39,19 +40,19 @@ Input = TypeVar("Input", bound=Named)
 
 
 def mask_inputs(inputs: Sequence[Input]) -> list[Input]:
-    """The inputs that mark padding by their name; `real_positions` looks at those of rank 2."""
+    """The inputs that are attention masks by their name; `real_positions` reads those of rank 2."""
     return [value for value in inputs if "mask" in value.name.lower()]
 
 
 def real_positions(
     shape: Shape | None, tensor: Tensor, masks: Sequence[Named], feeds: Mapping[str, Tensor]
 ) -> Tensor | None:
-    """Where a value's leading axes hold something else than padding: boolean, (batch, length) or (batch · length,).
+    """Where a value holds no padding, along its leading axes: boolean, (batch, length) or (batch · length,).
 
-    shape: the value's as declared; tensor: what it holds. A mask is an integer or boolean feed (batch, length), 0 at
-    padding; with several that fit, a position is padding where all of them are 0. None where no mask fits.
+    shape: the value's, as declared; tensor: the value itself. A mask is an integer or boolean feed (batch, length), 0
+    at padding; with several that fit, a position is padding where all of them are 0. None where no mask fits.
     """
-    found: Tensor | None = None
+    unpadded: Tensor | None = None
     for mask in masks:
         feed = feeds[mask.name]
         if feed.dim() != 2 or feed.is_floating_point():
@@ -62,16 +63,17 @@ def real_positions(
             real = feed.bool().flatten()
         else:
             continue
-        if found is not None and found.shape != real.shape:
+        if unpadded is not None and unpadded.shape != real.shape:
             return None
-        found = real if found is None else found | real
-    return found
+        unpadded = real if unpadded is None else unpadded | real
+    return unpadded
 
 
 def _may_be_equal(shape: Shape | None, mask: Shape | None) -> bool:
-    """Whether the leading two axes can be the mask's by their declaration: sizes alone may be equal by chance.
+    """Whether the leading two axes can be those of the mask, by the declared shapes.
 
-    With 12 heads, for 12 tokens: an axis of a fixed size is not one that the mask leaves open.
+    Sizes alone may be equal by chance, such as 12 heads and 12 tokens: an axis of fixed size is none of the mask's
+    dynamic axes.
     """
     if shape is None or mask is None:
         return True

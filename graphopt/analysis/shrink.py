@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from graphopt.analysis.facts import Facts, Op
 from graphopt.analysis.groups import Group
-from graphopt.analysis.relations import RELATIONS, gather_index, padding, sequence_slice, slice_bounds, split
-from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.ops import OPS
-
-Mask = NDArray[np.bool_]
-"""For each position of an axis, whether it is kept."""
+from graphopt.analysis.opaque import OPAQUE, axis_of, gather_index, padding, sequence_slice, slice_bounds, split
+from graphopt.ir.axes import AxisRelations, NodeAxes
+from graphopt.ir.cutting import Cut, EmitCut, Mask
+from graphopt.ir.graph import Graph, Value
 
 
 def shrink(graph: Graph, cuts: Mapping[Group, Tensor]) -> None:
@@ -34,22 +28,24 @@ def shrink(graph: Graph, cuts: Mapping[Group, Tensor]) -> None:
     kept = _kept(graph, cuts)
     if not kept:
         return
-    facts = Facts()
-    before = [Op(facts, node) for node in graph.nodes]  # as they are now: what they read changes under them
-    for op in before:
-        for value in (*op.given, *op.results):
-            facts.shape(value)
+    relations = AxisRelations()
+    before = [NodeAxes(relations, node) for node in graph.nodes]  # what a node reads changes while it is cut
+    for node in before:
+        for value in (*node.given, *node.results):
+            relations.shape(value)
+    cut = Cut(graph, kept, {value: node for node in before for value in node.results}, {})
     touched = {value for value, _ in kept}
-    sources = {op.y: op for op in before if op.kind == "onnx.SplitToSequence"}
-    touched |= {sequence for sequence, op in sources.items() if op.x in touched}
-    cut = _Cut(graph, kept, {}, sources)
-    for op in before:
-        if not touched.isdisjoint(op.given) or not touched.isdisjoint(op.results):
-            emit = _EMITTERS.get(op.kind, _again)
-            results = emit(cut, op)
-            if results is not None:
-                cut.now |= zip(op.results, results, strict=True)
-                graph.replace(op.node, *results)
+    touched |= {node.y for node in before if node.kind == "onnx.SplitToSequence" and node.x in touched}
+    for node in before:
+        if touched.isdisjoint(node.given) and touched.isdisjoint(node.results):
+            continue
+        if node.kind == "onnx.SplitToSequence":  # its items become slices, and nothing reads the sequence then
+            continue
+        op = node.node.op
+        emit = op.cut if op is not None else _OPAQUE.get(node.kind, Cut.same)
+        results = emit(cut, node)
+        cut.replacements |= zip(node.results, results, strict=True)
+        graph.replace(node.node, *results)
     graph.sweep()
 
 
@@ -59,9 +55,9 @@ def _kept(graph: Graph, cuts: Mapping[Group, Tensor]) -> dict[tuple[Value, int],
     kept: dict[tuple[Value, int], Mask] = {}
     for group, units in cuts.items():
         chosen = np.zeros(group.size + 1, bool)
-        chosen[-1] = True  # of no unit: stays
+        chosen[-1] = True  # positions of no unit stay
         if group.locked is not None:
-            raise ValueError(f"{group.name} cannot shrink: it {group.locked}")
+            raise ValueError(f"{group.name} is locked ({group.locked.code}) and cannot shrink")
         if not nodes.issuperset(group.producers):
             raise ValueError(f"{group.name} is not of this graph as it is now: find its groups anew")
         if units.numel() == 0:
@@ -79,194 +75,100 @@ def _kept(graph: Graph, cuts: Mapping[Group, Tensor]) -> dict[tuple[Value, int],
     return kept
 
 
-@dataclass
-class _Cut:
-    """What is kept of each axis that is cut, and what stands for each value by now."""
-
-    graph: Graph
-    kept: Mapping[tuple[Value, int], Mask]
-    now: dict[Value, Value]
-    sources: Mapping[Value, Op]
-    """What made each sequence."""
-
-    def mask(self, op: Op, value: Value, axis: int) -> Mask | None:
-        """What is kept of an axis, None where all of it is."""
-        return self.kept.get((value, axis % op.rank(value)))
-
-    def sizes(self, op: Op, value: Value) -> dict[int, int]:
-        """The new sizes of the axes that are cut."""
-        masks = {axis: self.mask(op, value, axis) for axis in range(op.rank(value))}
-        return {axis: int(mask.sum()) for axis, mask in masks.items() if mask is not None}
-
-    def value(self, value: Value | None) -> Value | None:
-        """What stands for an operand: of a constant, what is left of it, the same for all who read it."""
-        if value is None or value in self.now:
-            return None if value is None else self.now[value]
-        whole = tensor = self.graph.constant(value) if value.is_constant else None
-        if tensor is None:
-            return value
-        for axis in range(tensor.dim()):
-            if (value, axis) in self.kept:
-                tensor = tensor.index_select(axis, torch.from_numpy(np.flatnonzero(self.kept[value, axis])))
-        self.now[value] = value if tensor is whole else self.graph.add_constant(tensor.contiguous(), value.name)
-        return self.now[value]
-
-    def operands(self, op: Op) -> list[Value | None]:
-        return [self.value(value) for value in op.operands]
-
-    def emit(self, op: Op, kind: str | Node, *operands: Value | None, **attributes: Any) -> list[Value]:
-        return list(self.graph.emit_all(kind, *operands, at=op.node, **attributes))
-
-    def part(self, op: Op, x: Value, axis: int, bounds: slice) -> Value:
-        """What is left of the part of x that a slice took."""
-        size = op.shape(x)[axis]
-        assert isinstance(size, int)
-        start, end, _ = self.moved(op, x, axis, bounds).indices(size)
-        return self.emit(op, "slice", self.value(x), axis=axis, start=start, end=end)[0]
-
-    def moved(self, op: Op, x: Value, axis: int, bounds: slice) -> slice:
-        """The bounds among the positions that are kept."""
-        mask = self.mask(op, x, axis)
-        if mask is None:
-            return bounds
-        start, end, _ = bounds.indices(len(mask))
-        return slice(int(mask[:start].sum()), int(mask[: max(start, end)].sum()))
+# --- opaque operations that are told a size, an index or a number of groups ------------------------------------------
 
 
-# --- how nodes are emitted again, where that takes more than other operands ------------------------------------------
-
-
-def _again(cut: _Cut, op: Op, **changed: Any) -> list[Value]:
-    """The same operation on what is left of its operands, some attributes changed."""
-    if op.kind in OPS:
-        return cut.emit(op, op.kind, *cut.operands(op), **{**op.attributes, **changed})
-    return cut.emit(op, op.node, *cut.operands(op), **changed)
-
-
-def _sized(cut: _Cut, op: Op) -> list[Value]:
-    return [cut.graph.emit_sized(op.node, *cut.operands(op), sizes=cut.sizes(op, op.y), at=op.node)]
-
-
-def _resize(cut: _Cut, op: Op) -> list[Value]:
+def _resize(cut: Cut, node: NodeAxes) -> list[Value]:
     """ONNX's, by sizes or by scales."""
-    return _sized(cut, op) if op.operand(3) is not None else _again(cut, op)
+    return cut.sized(node) if node.operand(3) is not None else cut.same(node)
 
 
-def _share(cut: _Cut, op: Op, value: Value, axis: int, count: int) -> int:
-    """How many of `count` equal blocks of an axis are left."""
-    mask = cut.mask(op, value, axis)
-    return count if mask is None else count * int(mask.sum()) // len(mask)
+def _onnx_conv(cut: Cut, node: NodeAxes) -> list[Value]:
+    groups = int(node.attributes.get("group", 1))
+    return cut.same(node) if groups == 1 else cut.same(node, group=cut.share(node, node.x, 1, groups))
 
 
-def _conv(cut: _Cut, op: Op) -> list[Value]:
-    name = "groups" if "groups" in op.attributes else "group"
-    groups = int(op.attributes.get(name, 1))
-    return _again(cut, op) if groups == 1 else _again(cut, op, **{name: _share(cut, op, op.x, 1, groups)})
+def _group_norm(cut: Cut, node: NodeAxes) -> list[Value]:
+    return cut.same(node, num_groups=cut.share(node, node.x, 1, int(node.attributes["num_groups"])))
 
 
-def _attention(cut: _Cut, op: Op) -> list[Value]:
-    counts = {name: op.attributes[name] for name in ("heads", "kv_heads") if op.attributes[name]}
-    return _again(cut, op, **{name: _share(cut, op, op.x, -1, count) for name, count in counts.items()})
+def _layer_norm(cut: Cut, node: NodeAxes) -> list[Value]:
+    """aten's without a weight."""
+    old = list(node.attributes["normalized_shape"])
+    first, sizes = node.rank(node.x) - len(old), cut.sizes(node, node.y)
+    return cut.same(node, normalized_shape=[sizes.get(first + i, size) for i, size in enumerate(old)])
 
 
-def _group_norm(cut: _Cut, op: Op) -> list[Value]:
-    return _again(cut, op, num_groups=_share(cut, op, op.x, 1, int(op.attributes["num_groups"])))
+def _unflatten(cut: Cut, node: NodeAxes) -> list[Value]:
+    axis, sizes = axis_of(node), cut.sizes(node, node.y)
+    old = node.attributes["sizes"]
+    return cut.same(node, sizes=[size if size == -1 else sizes.get(axis + i, size) for i, size in enumerate(old)])
 
 
-def _plain_norm(cut: _Cut, op: Op) -> list[Value]:
-    told = list(op.attributes["normalized_shape"])
-    first, sizes = op.rank(op.x) - len(told), cut.sizes(op, op.y)
-    return _again(cut, op, normalized_shape=[sizes.get(first + i, size) for i, size in enumerate(told)])
-
-
-def _unflatten(cut: _Cut, op: Op) -> list[Value]:
-    axis = op.axis("dim")
-    sizes = cut.sizes(op, op.y)
-    told = [size if size == -1 else sizes.get(axis + i, size) for i, size in enumerate(op.attributes["sizes"])]
-    return _again(cut, op, sizes=told)
-
-
-def _slice(cut: _Cut, op: Op) -> list[Value]:
-    bounds = slice(op.attributes["start"], op.attributes["end"])
-    return [cut.part(op, op.x, op.axis("axis"), bounds)]
-
-
-def _onnx_slice(cut: _Cut, op: Op) -> list[Value]:
-    bounds = {axis: cut.moved(op, op.x, axis, one) for axis, one in slice_bounds(op).items()}
-    columns = [[one.start for one in bounds.values()], [one.stop for one in bounds.values()], list(bounds)]
-    if "starts" in op.attributes:
-        return _again(cut, op, **dict(zip(("starts", "ends", "axes"), columns, strict=True)))
-    steps = [one.step or 1 for one in bounds.values()]
+def _onnx_slice(cut: Cut, node: NodeAxes) -> list[Value]:
+    bounds = {axis: cut.bounds(node, node.x, axis, part) for axis, part in slice_bounds(node).items()}
+    columns = [[part.start for part in bounds.values()], [part.stop for part in bounds.values()], list(bounds)]
+    if "starts" in node.attributes:
+        return cut.same(node, **dict(zip(("starts", "ends", "axes"), columns, strict=True)))
+    steps = [part.step or 1 for part in bounds.values()]
     constants = [cut.graph.add_constant(torch.tensor(column)) for column in (*columns, steps)]
-    return cut.emit(op, op.node, cut.value(op.x), *constants)
+    return cut.emit(node, node.node, cut.value(node.x), *constants)
 
 
-def _split(cut: _Cut, op: Op) -> list[Value]:
-    axis, start, results = op.axis("axis", "dim"), 0, []
-    if all(cut.mask(op, value, axis) is None for value in (op.x, *op.results)):
-        return _again(cut, op)
-    for y in op.results:
-        size = op.shape(y)[axis]
+def _split(cut: Cut, node: NodeAxes) -> list[Value]:
+    """One slice a part, which may be of any sizes."""
+    axis, start, results = axis_of(node), 0, []
+    if all(cut.mask(node, value, axis) is None for value in (node.x, *node.results)):
+        return cut.same(node)
+    for y in node.results:
+        size = node.shape(y)[axis]
         assert isinstance(size, int)
-        results.append(cut.part(op, op.x, axis, slice(start, start + size)))
+        results.append(cut.part(node, node.x, axis, slice(start, start + size)))
         start += size
     return results
 
 
-def _sequence(cut: _Cut, op: Op) -> None:
-    """A sequence of parts: its items become slices, and nobody reads it then."""
-
-
-def _sequence_item(cut: _Cut, op: Op) -> list[Value]:
-    source = cut.sources[op.x]
-    part = sequence_slice(op, source)
+def _sequence_item(cut: Cut, node: NodeAxes) -> list[Value]:
+    whole = cut.makers[node.x]
+    part = sequence_slice(node, whole)
     assert part is not None
-    return [cut.part(op, source.x, *part)]
+    return [cut.part(node, whole.x, *part)]
 
 
-def _gather(cut: _Cut, op: Op) -> list[Value]:
-    axis = op.axis("axis", "dim")
-    index, indices = gather_index(op)
-    mask = cut.mask(op, op.x, axis)
+def _gather(cut: Cut, node: NodeAxes) -> list[Value]:
+    index, indices = gather_index(node)
+    mask = cut.mask(node, node.x, axis_of(node))
     if mask is None or index is None:
-        return _again(cut, op)
+        return cut.same(node)
     place = np.cumsum(mask) - 1
     size = len(mask)
     if indices is None:
-        return _again(cut, op, index=int(place[index]))
-    found = [number % size for number in np.atleast_1d(index).tolist()]
-    left = torch.tensor([int(place[number]) for number in found if mask[number]])
+        return cut.same(node, index=int(place[index]))
+    old = [number % size for number in np.atleast_1d(index).tolist()]
+    left = torch.tensor([int(place[number]) for number in old if mask[number]])
     constant = cut.graph.add_constant(left if isinstance(index, list) else left[0])
-    return cut.emit(op, op.node if op.kind not in OPS else op.kind, cut.value(op.x), constant)
+    return cut.emit(node, node.node, cut.value(node.x), constant)
 
 
-def _pad(cut: _Cut, op: Op) -> list[Value]:
-    """With as much before and behind as is left of it."""
-    sides = padding(op)
-    for axis, (begin, end) in sides.items():
-        mask = cut.mask(op, op.y, axis)
-        if mask is not None and (begin or end):
-            sides[axis] = int(mask[:begin].sum()), int(mask[len(mask) - end :].sum())
-    if "pad" in op.attributes:
-        return _again(cut, op, pad=[number for axis in sorted(sides, reverse=True) for number in sides[axis]])
-    flat = [side[0] for side in sides.values()] + [side[1] for side in sides.values()]
-    name = next((name for name in ("padding", "pads") if name in op.attributes), None)
-    if name is not None:
-        return _again(cut, op, **{name: tuple(flat)})
-    operands = cut.operands(op)
-    operands[1] = cut.graph.add_constant(torch.tensor(flat))
-    return cut.emit(op, op.node, *operands)
+def _pad(cut: Cut, node: NodeAxes) -> list[Value]:
+    sides = cut.sides(node, padding(node))
+    if "pad" in node.attributes:  # aten: from the last axis
+        return cut.same(node, pad=[size for axis in sorted(sides, reverse=True) for size in sides[axis]])
+    pads = [*(begin for begin, _ in sides.values()), *(end for _, end in sides.values())]
+    if "pads" in node.attributes:
+        return cut.same(node, pads=tuple(pads))
+    operands = cut.operands(node)
+    operands[1] = cut.graph.add_constant(torch.tensor(pads))
+    return cut.emit(node, node.node, *operands)
 
 
-_EMITTERS: dict[str, Callable[[_Cut, Op], list[Value] | None]] = {
-    **dict.fromkeys(("conv", "onnx.Conv"), _conv),
-    **dict.fromkeys(("reshape", "onnx.Reshape", "onnx.Expand", "aten.expand.default"), _sized),
+_OPAQUE: dict[str, EmitCut] = {
+    **dict.fromkeys(("onnx.Reshape", "onnx.Expand", "aten.expand.default"), Cut.sized),
     **dict.fromkeys(("aten.group_norm.default", "onnx.GroupNormalization"), _group_norm),
     **dict.fromkeys(("onnx.Gather", "aten.select.int", "aten.index_select.default"), _gather),
-    **dict.fromkeys(("pad", "onnx.Pad", "aten.pad.default", "aten.constant_pad_nd.default"), _pad),
-    **dict.fromkeys((kind for kind, relation in RELATIONS.items() if relation is split), _split),
-    "attention": _attention, "onnx.Resize": _resize, "aten.unflatten.int": _unflatten,
-    "aten.layer_norm.default": _plain_norm,
-    "slice": _slice, "onnx.Slice": _onnx_slice,
-    "onnx.SplitToSequence": _sequence, "onnx.SequenceAt": _sequence_item,
+    **dict.fromkeys(("onnx.Pad", "aten.pad.default", "aten.constant_pad_nd.default"), _pad),
+    **dict.fromkeys((kind for kind, relation in OPAQUE.items() if relation is split), _split),
+    "onnx.Conv": _onnx_conv, "onnx.Resize": _resize, "onnx.Slice": _onnx_slice, "onnx.SequenceAt": _sequence_item,
+    "aten.unflatten.int": _unflatten, "aten.layer_norm.default": _layer_norm,
 }  # fmt: skip
+"""Every other operation is the same on what is left of its operands."""

@@ -42,12 +42,16 @@ def _show_groups(captured: Captured, as_json: bool) -> None:
     from graphopt.pipeline.context import Context
     from graphopt.pipeline.text import parse
     from graphopt.report import text
+    from graphopt.report.declines import Reason
 
     simplified = parse("simplify", REGISTRY).apply(captured.graph, Context(feeds=captured.feeds))
     found = groups(simplified)
     if as_json:
-        keys = "name", "kind", "size", "locked"
-        print_json([{key: getattr(group, key) for key in keys} for group in found])
+        print_json([
+            {"name": group.name, "kind": group.kind, "size": group.size,
+             "locked": Reason.of(group.locked).to_dict() if group.locked else None}
+            for group in found
+        ])  # fmt: skip
     else:
         typer.echo(text.groups(found))
 

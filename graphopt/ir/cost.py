@@ -10,24 +10,27 @@ from types import MappingProxyType
 from torch import Tensor
 
 from graphopt.ir.graph import Graph, Node, Shape, Value
+from graphopt.ir.ops.declaration import shapes_read
 
 LARGE = 2 * 2**30
-"""Bytes of weights above which a model is not run for a check unless asked, nor held in memory if it lies in a file."""
+"""Bytes of weights above which a model is run for a check only when asked, and its file is not read into memory."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """flops: 2 x multiply-adds of linear, conv, matmul and attention, or None where shapes are not known as numbers;
-    parameters: stored numbers; bytes: what they occupy, packed where they have less than 8 bits."""
+    """What one run computes, and what the file holds."""
 
     flops: int | None = None
+    """2 for each multiply-add of linear, conv, matmul and attention; None where a shape is not known in numbers."""
     parameters: int = 0
+    """How many numbers are stored."""
     bytes: int = 0
+    """What they occupy; integers of less than 8 bits count as packed."""
 
     @classmethod
     def of(cls, graph: Graph, sizes: Mapping[str, int] | None = None) -> Cost:
         """The cost of a graph; `sizes` gives numbers for named axes (without it, a dynamic graph has no FLOPs)."""
-        # One at a time: each may be a mapping of its own.
+        # One tensor at a time: each may be mapped from its file.
         bits = _bits(graph)
         stored = [
             (tensor.numel(), -(-tensor.numel() * bits.get(name, 8 * tensor.element_size()) // 8))
@@ -42,7 +45,7 @@ class Cost:
 
 
 def _bits(graph: Graph) -> dict[str, int]:
-    """By name, the constants that hold integers of less than a byte, as a dequantize says."""
+    """Bits of the constants whose integers use less than a byte, by name, as their dequantize says."""
     return {
         value.name: node.attributes["bits"]
         for node in graph.sites("dequantize") if node.attributes["bits"] < 8
@@ -61,31 +64,22 @@ def sizes(graph: Graph, feeds: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def flops(node: Node, sizes: Mapping[str, int], shapes: Mapping[Value, Shape] = MappingProxyType({})) -> int | None:
-    """FLOPs of one node, 0 for what is not counted, None where a size is unknown.
+    """FLOPs of one node as its op declares them, 0 for what is not counted, None where a size is unknown.
 
     sizes: numbers for named axes; shapes: for values that are to be of other shapes than they have.
     """
-    if node.kind not in ("linear", "linear_int8", "conv", "conv_int8", "matmul", "attention"):
+    op = node.op
+    count = op.flops if op is not None else 0
+    if op is None or isinstance(count, int):
         return 0
-
-    def numbers(value: Value) -> list[int] | None:
-        return numbers_of(shapes.get(value, value.shape), sizes)
-
-    out = numbers(node.result)
-    if out is None:
-        return None
-    if node.kind.startswith(("linear", "conv")):
-        weight = numbers(node.required("weight"))
-        return None if weight is None else 2 * math.prod(out) * math.prod(weight[1:])
-    if node.kind == "matmul":
-        a = numbers(node.required("a"))
-        return None if a is None else 2 * math.prod(out) * a[-1]
-    query, key = numbers(node.required("query")), numbers(node.required("key"))
-    if query is None or key is None:
-        return None
-    # Two products, each batch x length x keys x width (heads included in the width).
-    width = query[-1] if len(query) == 3 else query[1] * query[-1]
-    return 4 * query[0] * query[-2] * key[-2] * width
+    read: dict[str, list[int]] = {}
+    for name in shapes_read(count):
+        value = node.results[op.results.index(name)] if name in op.results else node.required(name)
+        numbers = numbers_of(shapes.get(value, value.shape), sizes)
+        if numbers is None:
+            return None
+        read[name] = numbers
+    return count(**read)
 
 
 def nbytes(value: Value, sizes: Mapping[str, int]) -> int:

@@ -1,8 +1,8 @@
 """The narrow waist: everything a pass may ask of a graph, and the only ways to change one.
 
 `Graph`, `Node` and `Value` are abstract; `graphopt.dialects` holds one implementation over torch.fx and one over
-onnx-ir. Nodes and values are views of the dialect's own objects: they compare equal when they view the same object,
-and hold nothing that could go stale.
+onnx-ir. Nodes and values are views of the dialect's own objects: two are equal when they view the same object, and they
+store nothing that a change of the graph could make wrong.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ from graphopt.ir.ops import OPS, Op
 Shape = tuple[int | str, ...]
 """One entry an axis: a size, or the name of a dynamic axis ("?" when it has none)."""
 
-
 Seen = tuple[int, Mapping[str, Tensor], Mapping["Value", Tensor]]
-"""The number of a batch, what it feeds, and some values on it."""
+"""The number of a batch, its feeds by input name, and some values computed from it."""
 
 
 class Value(ABC):
-    """What flows along an edge: the result of a node, an input, or a constant."""
+    """A tensor of the graph, known or computed at run time: the result of a node, an input, or a constant."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The dialect's own name of it."""
+        """Its name in the dialect's own graph."""
 
     @property
     @abstractmethod
@@ -67,12 +66,13 @@ class Value(ABC):
 
     @property
     def only_user(self) -> Node | None:
-        """The node that alone reads it; None where several do or none does, or the graph returns it."""
+        """The one node that reads it; None where several do, none does, or the graph returns it."""
         users = () if self.is_output else self.users
         return users[0] if len(users) == 1 else None
 
     @property
     def rank(self) -> int | None:
+        """The number of axes; None where it is unknown."""
         return None if self.shape is None else len(self.shape)
 
 
@@ -97,17 +97,17 @@ class Node(ABC):
     @property
     @abstractmethod
     def operands(self) -> tuple[Value | None, ...]:
-        """In the op's order; None where an optional one is left out. Opaque nodes: all values they read."""
+        """In the op's order; None where an optional one is left out. Of an opaque node: all values that it reads."""
 
     @property
     @abstractmethod
     def attributes(self) -> Mapping[str, Any]:
-        """The op's attributes, defaults filled in. Opaque nodes: what the dialect knows, for display."""
+        """The op's attributes, defaults filled in. Of an opaque node: those of the dialect's operation."""
 
     @property
     @abstractmethod
     def results(self) -> tuple[Value, ...]:
-        """What it computes."""
+        """The values that it computes."""
 
     @property
     @abstractmethod
@@ -117,10 +117,11 @@ class Node(ABC):
     @property
     @abstractmethod
     def graph(self) -> Graph:
-        """The graph it stands in."""
+        """The graph that it is part of."""
 
     @property
     def op(self) -> Op | None:
+        """The canonical op; None of an opaque node."""
         return OPS.get(self.kind)
 
     def operand(self, name: str) -> Value | None:
@@ -134,10 +135,10 @@ class Node(ABC):
         return self.operands[index] if index < len(self.operands) else None
 
     def required(self, name: str) -> Value:
-        """The operand `name`, which must be there."""
+        """The operand `name`. Raises GraphError where it is left out."""
         value = self.operand(name)
         if value is None:
-            raise GraphError(f"{self.kind} is without its operand {name!r} ({self.label})")
+            raise GraphError(f"the operand {name!r} of {self.kind} is left out ({self.label})")
         return value
 
     @property
@@ -147,16 +148,17 @@ class Node(ABC):
 
     @property
     def input(self) -> Value:
-        """The operand that data flows in by: x of linear, conv, norms and activations."""
+        """The operand x of linear, conv, norms and activations."""
         return self.required("x")
 
     @property
     def bias(self) -> Value | None:
+        """The operand bias; None where it is left out."""
         return self.operand("bias")
 
     @property
     def weight(self) -> Tensor | None:
-        """The constant weight as this use sees it, (out, in, ...); None where it is computed by the graph."""
+        """The constant weight as this node reads it, (out, in, ...); None where the graph computes it."""
         op = self.op
         if op is None or "weight" not in op.operands:
             return None
@@ -165,7 +167,7 @@ class Node(ABC):
 
     @property
     def label(self) -> str:
-        """How reports and errors call it: the module path where there is one, else its own name."""
+        """Its name in reports and errors: the module path where there is one, else its own name."""
         return self.path or self.name
 
 
@@ -174,11 +176,11 @@ Site = Node
 
 
 class Graph(ABC):
-    """A network in one dialect. The methods marked so are the only ones that change it."""
+    """A network in one dialect. Only the methods marked [changes] change what it computes or how."""
 
     dialect: str
     version: int = 0
-    """How often the graph was changed by `replace` or `erase`."""
+    """How many calls of `replace` and `erase` have changed the graph."""
 
     @property
     @abstractmethod
@@ -187,15 +189,17 @@ class Graph(ABC):
 
     @property
     @abstractmethod
-    def inputs(self) -> tuple[Value, ...]: ...
+    def inputs(self) -> tuple[Value, ...]:
+        """In the order of the model's signature."""
 
     @property
     @abstractmethod
-    def outputs(self) -> tuple[Value, ...]: ...
+    def outputs(self) -> tuple[Value, ...]:
+        """The values that the graph returns, in order."""
 
     @property
     def stateful(self) -> bool:
-        """Whether a run of what is compiled from it writes to stored tensors or to its inputs (`evaluate` does not)."""
+        """Whether the compiled graph writes to stored tensors or to its inputs when it runs (`evaluate` never does)."""
         return False
 
     @abstractmethod
@@ -208,44 +212,45 @@ class Graph(ABC):
 
     @abstractmethod
     def add_constant(self, tensor: Tensor, name: str = "") -> Value:
-        """Store a tensor. Inert until a node uses it. `name` is a hint, made unique."""
+        """Store a tensor. It changes nothing until a node reads it. `name` is a hint, made unique."""
 
     @abstractmethod
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> Value:
-        """Put a node just before `at` (at the end without it), under its module path; its first result. Inert.
+        """Insert a node just before `at` (at the end without it), under its module path; returns its first result.
 
-        kind: an op; a dialect's own operation, for lowering; or a node, to compute the same on other operands, its
-        attributes as they are but for those given. Raises GraphError when the operands do not fit the op.
+        kind: an op; a dialect's own operation, for lowering; or a node, to compute the same on other operands, with
+        its attributes except for those given. It changes nothing until its result is used. Raises GraphError when the
+        operands do not fit the op.
         """
 
     @abstractmethod
     def emit_sized(
         self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
     ) -> Value:
-        """As `emit` of a node that is told the shape of its result (reshape, expand, resize), told other `sizes`.
+        """As `emit`, of a node that is told the shape of its result (reshape, expand, resize), with other sizes.
 
-        sizes: by axis of the result. Sizes that the graph computes are kept, those that are left open (-1) too.
+        sizes: by axis of the result. Sizes that the graph computes are kept, and so are inferred ones (-1).
         """
 
     def emit_all(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> tuple[
         Value, ...
     ]:
-        """As `emit`, for operations with several results: all of them."""
+        """As `emit`, but returns all results."""
         producer = self.emit(kind, *operands, at=at, **attributes).producer
         assert producer is not None
         return producer.results
 
     @abstractmethod
     def replace(self, node: Node, *values: Value) -> None:
-        """Let every user of the node's results, and the graph's outputs, use `values`; erase the node. [changes]"""
+        """Use `values` for the node's results everywhere, in the graph's outputs too; erase the node. [changes]"""
 
     @abstractmethod
     def erase(self, node: Node) -> None:
-        """Remove a node that nobody uses; GraphError otherwise. [changes]"""
+        """Remove a node whose results nothing reads. Raises GraphError where something does. [changes]"""
 
     @abstractmethod
     def sweep(self) -> int:
-        """Remove nodes and constants that nobody uses; returns how many nodes. Changes no result, so no version."""
+        """Remove nodes and constants that nothing reads; returns how many nodes. `version` stays: no result changes."""
 
     @abstractmethod
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
@@ -254,11 +259,11 @@ class Graph(ABC):
     def gradients(
         self, feeds: Mapping[str, Tensor], loss: Callable[[list[Tensor]], Tensor], values: Sequence[Value]
     ) -> list[Tensor]:
-        """d loss(outputs) / d values on named inputs; only where the dialect can train."""
+        """d loss(outputs) / d values, on named inputs. Raises GraphError where the dialect cannot train."""
         raise GraphError(f"the {self.dialect} dialect has no gradients: use a target whose dialect is fx")
 
     def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
-        """Batches that values are to be computed of, where these or the graph itself may not fit memory."""
+        """A run over batches, of values that together may not fit memory, or of a graph that may not."""
         return Flow(self, batches)
 
     @abstractmethod
@@ -266,20 +271,21 @@ class Graph(ABC):
         """An independent graph that shares the tensors."""
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Graph:
-        """A graph of what lies between some values, of the same names; it shares the weights."""
+        """The part of the graph between some values, under the same names; it shares the weights."""
         raise GraphError(f"the {self.dialect} dialect cannot cut a part out of a graph")
 
     def module(self, rebuild: Callable[[list[Any]], Any] | None = None) -> nn.Module:
-        """A module that computes the graph, on copies of its tensors, to train and to trace; where it can be one.
+        """A module that computes the graph, on copies of its tensors, to train and to trace.
 
-        rebuild: from the outputs in order to what it returns.
+        rebuild: makes what the module returns of the outputs in order. Raises GraphError where the dialect has no
+        modules.
         """
         raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
 
     def package(self, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
-        """Compile a graph of ops to a file that its framework runs without graphopt: how many kernels of each name.
+        """Compile the graph to a file that its framework runs without graphopt; returns the number of kernels by name.
 
-        feeds: an example, for the compiler. Only where the dialect has such a compiler.
+        feeds: an example, for the compiler. Raises GraphError where the dialect has no such compiler.
         """
         raise GraphError(f"aot=True compiles for PyTorch, and a graph of the {self.dialect} dialect is not compiled")
 
@@ -289,14 +295,15 @@ class Graph(ABC):
 
     @abstractmethod
     def save(self, path: str | Path) -> None:
-        """Write the graph as it is, ops included, to be read by `load`."""
+        """Write the graph as it is, canonical ops included, for `load` to read."""
 
     @classmethod
     @abstractmethod
-    def load(cls, path: str | Path) -> Self: ...
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote."""
 
     def text(self) -> str:
-        """The listing that `diff` compares: values numbered in order, ops with shapes, attributes and paths."""
+        """The listing that `diff` compares: a line a node, values numbered in order, with shapes, attributes, paths."""
         numbers: dict[Value, str] = {value: value.name for value in self.inputs}
         lines = []
         for node in self.nodes:
@@ -321,39 +328,39 @@ class Graph(ABC):
 
 
 class Flow:
-    """Batches on their way through a graph, which must stay as it is."""
+    """A run over batches through a graph, which must not change meanwhile."""
 
     memory = 2**30
-    """Bytes of statistics that a reader may hold at once."""
+    """Bytes of statistics that a caller may hold at once."""
 
     def __init__(self, graph: Graph, batches: Iterable[Mapping[str, Tensor]]) -> None:
         self.graph, self.batches = graph, batches
 
     def through(self, fetch: Sequence[Value]) -> Iterator[Seen]:
-        """Each value of `fetch` on each batch, once, and for one value in the order of the batches.
+        """Each value of `fetch` on each batch, once; those of one value come in the order of the batches.
 
-        How many come together is the dialect's choice. Values in the order of the graph, over several calls too, may
-        spare it to begin anew.
+        The dialect decides how many values it yields together. Where calls ask for values in the order of the graph,
+        the dialect need not start again from the inputs.
         """
         for number, feeds in enumerate(self.batches):
             yield number, feeds, dict(zip(fetch, self.graph.evaluate(feeds, fetch), strict=True))
 
 
 def digest(graph: Graph) -> str:
-    """SHA-256 over what decides a graph's results: its listing, its weights, and who reads which."""
-    found = hashlib.sha256(graph.text().encode())
+    """SHA-256 over what decides a graph's results: its listing, its weights, and which node reads which weight."""
+    whole = hashlib.sha256(graph.text().encode())
     for node in graph.nodes:
         read = [value.name for value in node.operands if value is not None and value.is_constant]
-        found.update("\0".join([node.name, *read, ""]).encode())
+        whole.update("\0".join([node.name, *read, ""]).encode())
     # One tensor at a time: together they may not fit memory.
     for name, content in sorted((name, hashlib.sha256(raw_bytes(tensor))) for name, tensor in graph.constants()):
-        found.update(name.encode())
-        found.update(content.digest())
-    return found.hexdigest()
+        whole.update(name.encode())
+        whole.update(content.digest())
+    return whole.hexdigest()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """What a tensor holds, row by row."""
+    """The bytes of a tensor, in row-major order."""
     flat = tensor.detach().cpu().contiguous().flatten()
     flat = flat.as_strided((flat.numel(),), (1,))  # one element may carry any stride
     return flat.view(torch.uint8).numpy().data

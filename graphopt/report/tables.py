@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from graphopt.report.declines import Reason
 from graphopt.analysis.propagation import LOST
 from graphopt.measure.timing import geometric_mean, slower_than
 from graphopt.report import figures
@@ -283,7 +284,7 @@ def group_rows(groups: Sequence[Group]) -> Rows:
     rows: Rows = [("group", "kind", "units", "producers", "consumers", "locked")]
     return rows + [
         (group.name, group.kind, str(group.size), str(len(group.producers)), str(len(group.consumers)),
-         f"it {group.locked}" if group.locked else "")
+         Reason.of(group.locked) if group.locked else "")
         for group in groups
     ]  # fmt: skip
 

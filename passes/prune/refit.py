@@ -58,7 +58,7 @@ def compensate(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> 
 
 def _readers(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> Iterator[_Reader]:
     """The weights to solve again: linears and ungrouped convs that alone read a stored float weight."""
-    normed = {site for group in cuts for site in group.consumers if group.norms}
+    normed = {site for group in cuts for site in group.consumers if group.reductions}
     if normed:
         context.note(f"{len(normed)} consumers behind norms keep their weights: the norms change what they read")
     sites: dict[Value, list[Node]] = {}

@@ -13,6 +13,7 @@ from graphopt.ir.ops import OPS
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.weights import already_quantized
+from graphopt.report.declines import Reason
 
 
 def open_groups(
@@ -65,17 +66,17 @@ def open_groups(
             near = nearest(term, [group.name for group in found])
             raise UsageError(f"{name}: {term!r} selects no group of {' or '.join(kinds)}{near}")
     for term in targets.terms if named else ():
-        if all(group.locked for group in hits(term)):
-            group = hits(term)[0]
-            context.record.decline(group.name, Decline("locked", why=group.locked))
-            raise UsageError(f"{name}: {group.name} ({group.kind}) cannot shrink: it {group.locked}")
+        first = hits(term)[0]
+        if first.locked and all(group.locked for group in hits(term)):
+            context.record.decline(first.name, first.locked)
+            raise UsageError(f"{name}: {first.name} ({first.kind}) cannot shrink: {Reason.of(first.locked)}")
     ignored = {group for term in ignore.terms for group in hits(term)}
     wanted = {group for term in targets.terms for group in hits(term)} - ignored
     chosen = [group for group in found if group in wanted]
     context.record.eligible.extend(group.name for group in chosen)
     for group in chosen:
         if group.locked:
-            context.record.decline(group.name, Decline("locked", why=group.locked))
+            context.record.decline(group.name, group.locked)
     left = [group for group in chosen if not (group.locked or context.reverts(group.name))]
     for several in [[kind] for kind in required] or [list(kinds)]:
         if not any(group.kind in several for group in left):
@@ -88,6 +89,6 @@ def open_groups(
 
 def _locks(locked: Sequence[Group]) -> str:
     """The first locks, after a semicolon; nothing where there are none."""
-    told = [f"{group.name} ({group.kind}) {group.locked}" for group in locked[:3]]
+    told = [f"{group.name} ({group.kind}): {Reason.of(group.locked)}" for group in locked[:3] if group.locked]
     more = f" and {len(locked) - 3} more" if len(locked) > 3 else ""
     return f"; locked: {', '.join(told)}{more}" if told else ""

@@ -232,7 +232,7 @@ def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model.onnx")
     shown = done("inspect", model, "--groups")
     found = json.loads(done("inspect", model, "--groups", "--json"))
-    assert [group["locked"] for group in found][-1] == "is the model's output 'y'"
+    assert found[-1]["locked"]["sentence"] == "it is the model's output 'y'"
     assert all(group["name"] in shown and group["kind"] in shown for group in found)
 
 

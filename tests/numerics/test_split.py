@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.ir.ops import conv
+from graphopt.ir.ops.convolution import conv
 from graphopt.numerics.factor import decompose
 from graphopt.numerics.moments import Covariance
 from graphopt.numerics.split import Split

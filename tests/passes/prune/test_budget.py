@@ -20,7 +20,7 @@ from tests.language import FakeTarget, build, feeds
 
 
 def group(name: str, size: int, kind: str = "neurons") -> Group:
-    return Group(name=name, kind=kind, size=size, axes=(), producers=(), consumers=(), norms=(), locked=None)
+    return Group(name=name, kind=kind, size=size, axes=(), producers=(), consumers=(), reductions=(), locked=None)
 
 
 def candidate(name: str, scores: list[float], round_to: int = 1) -> Candidate:

@@ -221,7 +221,7 @@ def test_locked_groups_are_declined_with_the_lock(dialect: str) -> None:
     last = graph.nodes[2].label
     context = run(Prune(neurons=0.5), graph)
     assert list(context.record.declined) == [last]
-    assert declines(context) == [Decline("locked", why="is the model's output 'y'")]
+    assert declines(context) == [Decline("axis_of_output", output="y")]
     with pytest.raises(UsageError, match=rf"prune: {last} \(neurons\) cannot shrink: it is the model's output"):
         run(Prune(neurons=0.5, targets=Selector(last)), build(dialect, MLP))
 
@@ -229,7 +229,7 @@ def test_locked_groups_are_declined_with_the_lock(dialect: str) -> None:
 @pytest.mark.parametrize("options", [{"neurons": 0.5}, {"flops": 0.5}])
 def test_a_model_of_locked_groups_says_what_locks_them(dialect: str, options: dict[str, Any]) -> None:
     graph = build(dialect, "y = linear(x[2,4], W[8,4])")
-    told = rf"can shrink; locked: {graph.nodes[0].label} \(neurons\) is the model's output 'y' \(graphopt inspect MODEL"
+    told = rf"can shrink; locked: {graph.nodes[0].label} \(neurons\): it is the model's output 'y' \(graphopt inspect"
     with pytest.raises(UsageError, match=told):
         run(Prune(**options), graph)
 
@@ -297,7 +297,7 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"heads": 0.5}, r"the model has no group of heads; its groups: 2 of neurons; locked: \S+ \(neurons\) is the"),
+    ({"heads": 0.5}, r"the model has no group of heads; its groups: 2 of neurons; locked: \S+ \(neurons\): it is the"),
     ({"neurons": 0.5, "importance": "activation"}, "prune needs calibration data"),
     ({"neurons": 0.5, "compensate": True}, "prune needs calibration data"),
     ({"neurons": 0.5, "importance": "taylor"}, "prune follows gradients, and"),

@@ -1,0 +1,76 @@
+"""Convolutions with a weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphopt.ir.axes import NodeAxes, Unclear
+from graphopt.ir.cutting import Cut
+from graphopt.ir.ops.declaration import op
+from graphopt.ir.ops.linear import weight_flops
+from graphopt.ir.ops.movement import pad
+
+if TYPE_CHECKING:  # graph imports the ops
+    from graphopt.ir.graph import Value
+
+
+def conv_axes(node: NodeAxes, groups: int, *, transposed: bool = False) -> None:
+    """Weight (out, in / groups, *kernel), or transposed (in, out / groups, *kernel)."""
+    x, weight, *bias = node.given
+    y = node.y
+    out, into = (1, 0) if transposed else (0, 1)
+    if node.rank(x) != node.rank(weight):
+        raise Unclear("axis_in_unknown_form")
+    rows, columns = node.positions(weight, out), node.positions(weight, into)
+    before, after = node.positions(x, 1), node.positions(y, 1)
+    if rows is None or columns is None or before is None or after is None:
+        raise Unclear("axis_of_unknown_channels")
+    node.same(x, 0, y, 0)
+    for value in (x, weight, y):
+        for axis in range(2, node.rank(value)):
+            node.lock(value, axis, "axis_of_space")
+    node.link(after, rows)
+    if groups == 1:
+        node.link(before, columns)
+    elif transposed:
+        raise Unclear("axis_of_groups")
+    else:
+        first = after.reshape(groups, -1)[:, :1]  # a group goes whole, with the channels that it reads
+        node.link(*np.broadcast_arrays(first, after.reshape(groups, -1)))
+        node.link(*np.broadcast_arrays(first, before.reshape(groups, -1)))
+        if len(columns) > 1:
+            node.lock(weight, into, "axis_inside_a_group")
+    for value in bias:
+        node.same(value, 0, y, 1)
+    node.has_weight(weight, out, into if groups == 1 else None)
+
+
+def _axes(node: NodeAxes) -> None:
+    conv_axes(node, node.attributes["groups"])
+
+
+def _cut(cut: Cut, node: NodeAxes) -> list[Value]:
+    groups = node.attributes["groups"]
+    return cut.same(node, groups=cut.share(node, node.x, 1, groups) if groups > 1 else 1)
+
+
+@op(flops=weight_flops, axes=_axes, cut=_cut)
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...] = (),
+    groups: int = 1,
+) -> Tensor:
+    """x (N, C, *space), weight (out, C/groups, *kernel); padding is (begin of each axis ..., end of each axis ...)."""
+    rank = weight.dim() - 2
+    function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    x = pad(x, padding=padding)
+    return function(x, weight, bias, stride or (1,) * rank, 0, dilation or (1,) * rank, groups)
