@@ -213,12 +213,15 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     if not (size <= cost.LARGE if run is None else run):
         stays = f", and stays at {dialect.version(graph)}" if dialect.is_liftable(graph) else ""
         notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run{stays} (agree=True runs it)")
-        return Captured(_raised(dialect, graph, [], None, notes), signature, feeds, source, notes)
+        graph = _raised(dialect, graph, [], None, notes)
+        dialect.refine(graph)
+        return Captured(graph, signature, feeds, source, notes)
     expected = _reference(graph, feeds, notes)
     if expected is None and example_inputs is not None:
         raise CaptureError(f"{source} does not run on the example inputs: {notes[-1]}")
     lifted = _lifted(dialect, model, graph, feeds, expected, notes) if dialect.is_liftable(graph) else None
     graph = lifted or _raised(dialect, graph, feeds, expected, notes)
+    dialect.refine(graph)
     untouched = partial(dialect.untouched, model)
     return Captured(graph, signature, feeds if expected is not None else [], source, notes, untouched)
 

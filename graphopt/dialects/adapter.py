@@ -65,6 +65,9 @@ class Adapter(Protocol):
     def raise_(self, graph: Graph) -> dict[str, int]:
         """Find ops in what exporters wrote out in several operators; returns, by rule, how often it did. [changes]"""
 
+    def refine(self, graph: Graph) -> None:
+        """Infer the shapes that a model left open again, as ops that were raised tell more. [changes]"""
+
     def notes(self, model: Any, graph: Graph) -> list[str]:
         """What a report says of a model that was handed in: how it is quantized, where it is."""
 

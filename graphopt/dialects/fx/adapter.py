@@ -53,6 +53,9 @@ class FxAdapter:
     def raise_(self, graph: Graph) -> dict[str, int]:
         return run_stages(STAGES, graph)
 
+    def refine(self, graph: Graph) -> None:
+        """Nothing: fake tensors have all shapes."""
+
     def notes(self, model: Any, graph: Graph) -> list[str]:
         return []
 

@@ -88,6 +88,9 @@ class OnnxAdapter:
     def raise_(self, graph: Graph) -> dict[str, int]:
         return run_stages(FORMS, graph)
 
+    def refine(self, graph: Graph) -> None:
+        _onnx(graph).refine_shapes()
+
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))
         return [] if note is None else [note]
