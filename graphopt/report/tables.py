@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphopt.report.declines import Reason
 from graphopt.analysis.propagation import LOST
 from graphopt.measure.timing import geometric_mean, slower_than
 from graphopt.report import figures
 from graphopt.report.agreements import Agreement
+from graphopt.report.declines import Reason
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Report
 
