@@ -36,8 +36,9 @@ def calibrate(
 ) -> Mapping[Value, Parameters]:
     """The parameters of each value that is quantized with a calibrated range.
 
-    They are added to the constants of the graph; no node changes. Ranges of a single number, and outliers among channels, are noted. Raises UsageError without calibration, and where
-    calibration never exercised a value; ValueError, naming the node, where a range is not finite.
+    They are added to the constants of the graph; no node changes. Ranges of a single number, and outliers among
+    channels, are noted. Raises UsageError without calibration, and where calibration never exercised a value;
+    ValueError, naming the node, where a range is not finite.
     """
     found: dict[Value, Parameters] = {}
     for value, seen in _observe(graph, context, plan, observer).items():
