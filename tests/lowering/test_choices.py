@@ -262,7 +262,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, script: Any) ->
     judge = script({"Relu": (9.0, 9.0, 9.0)})
     again, after = lowered(tmp_path, rectifier())
     assert judge.asked == []
-    assert again.text() == first.text() and after.found == before.found
+    assert again.text() == first.text() and after.measured == before.measured
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_a_site_without_a_counterpart_is_told() -> None:
     assert str(found) == "re-lowered, and no site was compared with what it was; not compared: Conv, Add, linear"
 
 
-def test_a_file_that_is_written_anew_is_held_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_re_lowered_is_held_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     from onnx_ir import to_proto
 
     from graphopt.dialects.onnx import export as onnx_export
