@@ -51,7 +51,7 @@ class Linear:
         if self.bias is not None and not self.bias.is_constant:
             raise Declined("linear_bias_computed")
         if self.x.dtype != torch.uint8:
-            raise Declined("input_not_uint8", dtype=str(self.x.dtype))
+            raise Declined("input_integers_unsupported", dtype=str(self.x.dtype))
         return self
 
     @property

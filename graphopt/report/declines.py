@@ -193,7 +193,7 @@ SENTENCES = {
     "input_range_from_elsewhere": "the scale of the input is not computed by choose_qparams of that very input",
     "int8_result_needs_static_range": "the kernel gives integers only where the range of its input is stored",
     "input_dtype": "the input is {dtype}, and {kernel} quantizes float32",
-    "input_not_uint8": "the input is {dtype}, and the kernels read uint8",
+    "input_integers_unsupported": "the input is {dtype}, and the kernels read uint8",
     "residual_not_float32": "what is added is {dtype}, and the result float32",
     "saturates": "the CPU sums products of uint8 and int8 in 16 bits, which saturate: weights are as large as "
     "{max_abs}, and {safe} is safe (bits=7)",

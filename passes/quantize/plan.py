@@ -70,7 +70,7 @@ class QuantizationPlan:
     sites: Mapping[Node, SitePlan]
     """The linears, convs, matmuls and embeddings that become integers, in the order of the graph."""
     regions: Regions
-    declined: Mapping[Node, Decline | str]
+    declined: Mapping[Node, Decline]
     """Sites and other ops that stay float, and why."""
     static_dtype: torch.dtype = torch.uint8
     """Of activations with a calibrated range: uint8 with a zero point, or int8 or float8 symmetric about zero."""
@@ -126,26 +126,28 @@ def plan_of(
 
 def _sites(
     asked: Mapping[Node, Asked | Decline], options: Quantize, context: Context, kept: Mapping[Node, Decline]
-) -> tuple[dict[Node, SitePlan], dict[Node, Decline | str]]:
+) -> tuple[dict[Node, SitePlan], dict[Node, Decline]]:
     """The plan of each site by itself, and why the others stay float."""
     chosen: dict[Node, SitePlan] = {}
-    declined: dict[Node, Decline | str] = {}
+    declined: dict[Node, Decline] = {}
     for site, form in asked.items():
-        planned = kept.get(site) or schemes.why_not(site) or form
-        if isinstance(planned, Asked):
-            planned = _site(site, planned, options, context)
+        planned: SitePlan | Decline
+        if why := kept.get(site) or schemes.why_not(site):
+            planned = why
+        else:
+            planned = form if isinstance(form, Decline) else _site(site, form, options, context)
         if isinstance(planned, SitePlan):
             chosen[site] = planned
         else:
             declined[site] = planned
-    wrong = [(site, why) for site, why in declined.items() if isinstance(why, Decline) and why.code in schemes.WRONG]
+    wrong = [(site, why) for site, why in declined.items() if why.code in schemes.WRONG]
     if wrong and not (chosen or kept or context.reverted):
         site, why = wrong[0]
         raise UsageError(f"quantize: nothing is left to quantize ({context.labels[site]}: {Reason.of(why)})")
     return chosen, declined
 
 
-def _site(site: Node, asked: Asked, options: Quantize, context: Context) -> SitePlan | Decline | str:
+def _site(site: Node, asked: Asked, options: Quantize, context: Context) -> SitePlan | Decline:
     """The plan of a site by what was asked for, or why there is none."""
     scheme = schemes.scheme_of(site.kind, asked.scheme, context)
     if why := schemes.why_no_kernel(site, scheme, options.dtype, context):

@@ -68,7 +68,7 @@ def block_of(site: Node, scheme: str, bits: int, asked: int | None) -> int | Non
     return next((block for block in _BLOCKS if _width(site) % block == 0), _BLOCKS[0])
 
 
-def why_not(site: Node) -> Decline | str | None:
+def why_not(site: Node) -> Decline | None:
     """Why a site stays float on any target."""
     if site.kind not in OPS:
         return Decline("no_integer_form", op=site.kind)
@@ -108,7 +108,7 @@ def _why_not_table(site: Node) -> Decline | None:
     return None if table.dtype == torch.float32 else not_float32("table", table.dtype)
 
 
-def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> Decline | str | None:
+def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> Decline | None:
     """Why the target does not run a site so."""
     known = legal(site.kind, context)
     if scheme in known:

@@ -59,14 +59,14 @@ class Scalable:
 
 def smooth_channels(
     graph: Graph, context: Context, sites: Iterable[Node]
-) -> tuple[dict[Node, Node], dict[Node, Decline | str]]:
+) -> tuple[dict[Node, Node], dict[Node, Decline]]:
     """Divide the channels that linears and convs read by factors that lower the error, and multiply their weights.
 
     Returns the nodes that stand in place of others now (sites, and what makes the values that they read), and why each
     of the other sites stays as it is. The share alpha of each value is noted. Raises UsageError without calibration.
     """
     groups: dict[Value, tuple[Scalable, list[Node]]] = {}
-    declined: dict[Node, Decline | str] = {}
+    declined: dict[Node, Decline] = {}
     for site in sites:
         found = scalable(site) if site.kind in ("linear", "conv") else Decline("no_weight_to_scale", op=site.kind)
         if isinstance(found, Scalable):

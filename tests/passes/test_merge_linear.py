@@ -39,7 +39,7 @@ def test_a_missing_bias_is_zeros(dialect: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 @pytest.mark.parametrize("folded", [False, True])
-def test_merges_quantized_linears_before_and_after_folding(dialect: str, scheme: str, folded: bool) -> None:
+def test_merges_quantized_linears_before_and_after_folding(dialect: str, scheme: Any, folded: bool) -> None:
     graph = build(dialect, THREE)
     run(Quantize(scheme=scheme), graph, calibration=[feeds(graph)])
     if folded:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch._inductor
 import torch.nn.functional as F
-from graphopt.capture.trace import on_cpu
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,6 +18,7 @@ from graphopt.backends.cuda import rules, runner
 from graphopt.backends.cuda.device import Device
 from graphopt.backends.cuda.runner import OPTIONS, CudaRunner, on_device
 from graphopt.backends.cuda.target import Cuda
+from graphopt.capture.tracing import on_cpu
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.errors import LoweringError, PassError, UsageError
 from graphopt.ir.decline import Decline
@@ -138,7 +138,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("dtype", ["int8", "float8"])
 @pytest.mark.parametrize("zeros", [True, False])
-def test_the_forms_of_a_product_are_alike(dtype: str, zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forms_of_a_product_are_alike(dtype: Any, zeros: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_kernels, "has_triton", lambda: True)
     graph = build("fx", TEXTS["8-bit-linear"])
     if zeros:
@@ -310,7 +310,8 @@ def test_a_program_on_the_cpu_stays_as_it_is() -> None:
 
 
 def test_statistics_give_static_scales_of_either_type() -> None:
-    for dtype, largest in (("int8", 127.0), ("float8", 448.0)):
+    cases: list[tuple[Any, float]] = [("int8", 127.0), ("float8", 448.0)]
+    for dtype, largest in cases:
         graph = build("fx", TEXTS["8-bit-linear"])
         batch = torch.linspace(-2, 3, 3 * 5 * 128).reshape(3, 5, 128)
         run(Quantize(scheme="static", dtype=dtype, observer="minmax"), graph, target=Cuda(), calibration=[{"x": batch}])

@@ -78,7 +78,7 @@ def test_options_by_name_hold_after_smoothing(dialect: str) -> None:
     """Smoothing puts other nodes in place of the sites, and of the other readers of their inputs."""
     graph = build(dialect, GATED)
     first, before = graph.sites("linear")[0], weight_of(graph.sites("layer_norm")[0])
-    by_name = {Selector.of(first).terms[0]: "static", "linear": "dynamic"}
+    by_name: Any = {Selector.of(first).terms[0]: "static", "linear": "dynamic"}
     for goal in (None, -100.0):
         smoothed = graph.clone()
         context = run(Quantize(scheme=by_name, sqnr=goal), smoothed, calibration=[feeds(graph)])
