@@ -1,5 +1,7 @@
 """merge-linear: linears on one value -> slices of one."""
 
+from typing import Any
+
 import pytest
 import torch
 
