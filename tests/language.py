@@ -17,7 +17,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import run_pass
 from graphopt.pipeline.target import AnyTarget, Placement, Target
 
-BITS = 7 if saturates(environment()["flags"]) else 8
+BITS: Literal[7, 8] = 7 if saturates(environment()["flags"]) else 8
 """Of weights whose products with uint8 this machine cuts nothing off of: 8, or 7 on x86 without VNNI."""
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][\w.]*(?:\[[^\]]*\])?(?::\w+(?:\([^)]*\))?)*|-?\d[\d.e+-]*|[-=(),\[\]])")
