@@ -131,9 +131,8 @@ def _sites(
     chosen: dict[Node, SitePlan] = {}
     declined: dict[Node, Decline | str] = {}
     for site, form in asked.items():
-        planned = kept.get(site) or schemes.why_not(site) or form
-        if isinstance(planned, Asked):
-            planned = _site(site, planned, options, context)
+        found = kept.get(site) or schemes.why_not(site) or form
+        planned = _site(site, found, options, context) if isinstance(found, Asked) else found
         if isinstance(planned, SitePlan):
             chosen[site] = planned
         else:
