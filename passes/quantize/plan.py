@@ -131,16 +131,13 @@ def _sites(
     chosen: dict[Node, SitePlan] = {}
     declined: dict[Node, Decline] = {}
     for site, form in asked.items():
-        planned: SitePlan | Decline
-        if why := kept.get(site) or schemes.why_not(site):
-            planned = why
-        else:
-            planned = form if isinstance(form, Decline) else _site(site, form, options, context)
+        found = kept.get(site) or schemes.why_not(site) or form
+        planned = _site(site, found, options, context) if isinstance(found, Asked) else found
         if isinstance(planned, SitePlan):
             chosen[site] = planned
         else:
             declined[site] = planned
-    wrong = [(site, why) for site, why in declined.items() if why.code in schemes.WRONG]
+    wrong = [(site, why) for site, why in declined.items() if isinstance(why, Decline) and why.code in schemes.WRONG]
     if wrong and not (chosen or kept or context.reverted):
         site, why = wrong[0]
         raise UsageError(f"quantize: nothing is left to quantize ({context.labels[site]}: {Reason.of(why)})")

@@ -91,8 +91,8 @@ class Quantize(Pass):
     """Sites to leave in float."""
 
     def __post_init__(self) -> None:
-        given: str = self.rounding
-        if given == "second-order":
+        rounding: str = self.rounding
+        if rounding == "second-order":
             warnings.warn("quantize: rounding=second-order is called gptq now", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "rounding", "gptq")
         super().__post_init__()
@@ -128,10 +128,8 @@ class Quantize(Pass):
         asked: dict[Node, Asked | Decline] = {}
         for site in context.sites(graph, self.targets, self.ignore):
             missing = next((option for option, by_site in values.items() if site not in by_site), None)
-            if missing is None:
-                asked[site] = Asked(values["scheme"][site], values["bits"][site])
-            else:
-                asked[site] = Decline("no_term_matches", option=missing)
+            by_option: dict[str, Any] = {option: by_site.get(site) for option, by_site in values.items()}
+            asked[site] = Asked(**by_option) if missing is None else Decline("no_term_matches", option=missing)
         return asked
 
     def _smoothed(

@@ -15,6 +15,7 @@ from graphopt.numerics.observe import OBSERVERS
 from graphopt.numerics.quantize import BLOCKS, quantize_weight
 from graphopt.passes import Quantize
 from graphopt.passes.quantize.plan import Asked, SitePlan, WeightPlan, plan_of
+from graphopt.passes.quantize.quantize import Scheme
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
@@ -81,7 +82,7 @@ def test_static_linear_takes_its_range_from_calibration(dialect: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])
-def test_sites_on_one_value_share_its_integers(dialect: str, scheme: Any) -> None:
+def test_sites_on_one_value_share_its_integers(dialect: str, scheme: Scheme) -> None:
     text = "a = linear(x[2,8], W[4,8])\nb = linear(x, V[4,8])\nc = add(a, b)\nd = linear(x, W, B[4])\nreturn c, d"
     graph = build(dialect, text)
     run(Quantize(scheme=scheme), graph, calibration=[feeds(graph)])

@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Quantize, Smooth
+from graphopt.passes.quantize.quantize import Scheme
 from graphopt.pipeline.selectors import Selector
 from tests.language import assert_outputs_equal, build, declined, feeds, outputs, run, weight_of
 
@@ -79,7 +79,7 @@ def test_options_by_name_hold_after_smoothing(dialect: str) -> None:
     """Smoothing puts other nodes in place of the sites, and of the other readers of their inputs."""
     graph = build(dialect, GATED)
     first, before = graph.sites("linear")[0], weight_of(graph.sites("layer_norm")[0])
-    by_name: Any = {Selector.of(first).terms[0]: "static", "linear": "dynamic"}
+    by_name: dict[str, Scheme] = {Selector.of(first).terms[0]: "static", "linear": "dynamic"}
     for goal in (None, -100.0):
         smoothed = graph.clone()
         context = run(Quantize(scheme=by_name, sqnr=goal), smoothed, calibration=[feeds(graph)])

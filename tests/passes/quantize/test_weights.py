@@ -9,9 +9,10 @@ from torch import Tensor
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
-from graphopt.lowering.saturation import cpu_saturates
+from graphopt.lowering.backend import saturates
 from graphopt.numerics.quantize import fit
 from graphopt.passes import Quantize
+from graphopt.passes.quantize.quantize import Bits, Scheme
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.runner import run_pass
 from graphopt.pipeline.selectors import Selector
@@ -48,7 +49,7 @@ def dequantized(site: Node) -> Tensor:
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, True), (4, False), (2, True)])
-def test_weight_only_in_blocks(dialect: str, bits: Any, symmetric: bool) -> None:
+def test_weight_only_in_blocks(dialect: str, bits: Bits, symmetric: bool) -> None:
     graph = build(dialect, LINEAR)
     weight = weight_of(graph.nodes[0])
     options = Quantize(scheme="weight-only", bits=bits, block=16, symmetric=symmetric, clip=False)
@@ -165,7 +166,7 @@ def test_seven_bits_where_products_saturate(dialect: str) -> None:
      ("asimddp i8mm", False), ("", False)],
 )  # fmt: skip
 def test_which_cpus_saturate(flags: str, expected: bool) -> None:
-    assert cpu_saturates(flags) == expected
+    assert saturates(flags) == expected
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_a_model_without_sites_is_an_error(dialect: str) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "bits", "form"), [("dynamic", None, (0, 0, 8)), ("weight-only", 4, (1, 32, 4))])
-def test_tables(dialect: str, scheme: Any, bits: Any, form: tuple[int, int, int]) -> None:
+def test_tables(dialect: str, scheme: Scheme, bits: Bits | None, form: tuple[int, int, int]) -> None:
     graph = build(dialect, "y = embedding(T[9,32], ids[2]:int64)")
     table = stored(graph.nodes[0], "table")
     run(Quantize(scheme=scheme, bits=bits), graph)
@@ -239,7 +240,7 @@ PADDED = "k = mul(x[2,3,8], unsqueeze(cast(attention_mask[2,3]:int64, dtype=floa
 
 
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
-def test_values_that_calibration_never_exercises_are_named(dialect: str, scheme: Any) -> None:
+def test_values_that_calibration_never_exercises_are_named(dialect: str, scheme: Scheme) -> None:
     graph = build(dialect, PADDED)
     padding = feeds(graph) | {"attention_mask": torch.zeros(2, 3, dtype=torch.int64)}
     (linear,) = graph.sites("linear")
