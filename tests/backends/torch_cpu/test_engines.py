@@ -111,7 +111,7 @@ def test_a_linear_with_what_stands_behind_it(name: str, static: bool, op: str) -
     low, logs, runner = compiled(name, graph)
     kernels = runner.kernels()
     if name == "fbgemm":
-        assert sum(kernels.get(kernel, 0) for kernel in backend(name).int8) == 1
+        assert sum(kernels.get(kernel, 0) for kernel in backend(name).int8_kernels) == 1
     else:
         assert kernels[QLINEAR_ADD if op == "add" else QLINEAR] == 1
         assert {"aten.gelu.default", "aten.silu.default", "aten.tanh.default"}.isdisjoint(kernels)
@@ -272,7 +272,7 @@ def test_the_kernels_of_real_transformers(name: str, scheme: str, model: str) ->
     assert sites == {"bert": 12 + 1, "gpt2": 8 + 1}[model]
     merged = 4 if model == "bert" else 0  # query, key and value of two layers are one each
     kernels = runner.kernels()
-    assert sum(kernels.get(kernel, 0) for kernel in backend(name).int8) == sites - merged
+    assert sum(kernels.get(kernel, 0) for kernel in backend(name).int8_kernels) == sites - merged
     assert {"aten.addmm.default", "aten.mm.default"}.isdisjoint(kernels)
     expected, found = small.folded.evaluate(small.feeds[0], small.folded.outputs), runner(small.feeds[0])
     assert all(sqnr(one, other) > 30 for one, other in zip(expected, found, strict=True))
@@ -302,7 +302,7 @@ def test_the_kernels_of_a_convolutional_network(name: str, tmp_path: Path) -> No
     promised = small.folded.sites("linear_int8", "conv_int8", "add_int8")
     assert [site.kind for site in promised] == ["conv_int8"] * 3 + ["add_int8", "linear_int8"]
     kernels = runner.kernels()
-    assert sum(kernels.get(kernel, 0) for kernel in backend(name).int8) == 5
+    assert sum(kernels.get(kernel, 0) for kernel in backend(name).int8_kernels) == 5
     assert "aten.convolution.default" not in kernels
     path = small.export(tmp_path / "small.pt2")
     again = backend(name).compile(FxGraph.load(path))
@@ -374,7 +374,7 @@ def test_measurement_takes_the_engine_of_a_site(
     graph = ops.done(y=ops.graph.emit("gelu", y) if apart else y)
     asked: list[list[str]] = []
 
-    def contest(
+    def script(
         candidates: Mapping[str, Any], *, baseline: str, rounds: int, **options: Any
     ) -> dict[str, Ratios]:
         asked.append(list(candidates))
@@ -384,7 +384,7 @@ def test_measurement_takes_the_engine_of_a_site(
         speeds = {name: 2.0 if name == fastest else 1.0 for name in candidates}
         return {name: Ratios(Ratio(one, one, one, rounds, 0, {}), ()) for name, one in speeds.items()}
 
-    monkeypatch.setattr(timing, "paired_calls", contest)
+    monkeypatch.setattr(timing, "paired_calls", script)
     on, feeds = backend("torch-cpu"), {"x": normal(2, 3, 8)}
     chooser = on.chooser([feeds])
     chooser.timings = Timings(tmp_path / "timings.sqlite")
@@ -395,7 +395,7 @@ def test_measurement_takes_the_engine_of_a_site(
     assert runner.promised == ([] if kernel.startswith("aten") else runner.promised)
     behind = ["onednn", "onednn, apart", "fbgemm, apart", "float, apart"]
     assert asked[0] == (behind if apart else ["onednn", "fbgemm", "float"])
-    assert chooser.found["linear-gelu" if apart else "linear"][0]["form"] == (fastest or "onednn")
+    assert chooser.measured["linear-gelu" if apart else "linear"][0]["form"] == (fastest or "onednn")
     assert sqnr(graph.evaluate(feeds, graph.outputs)[0], runner(feeds)[0]) > 30
 
 
