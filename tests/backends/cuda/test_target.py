@@ -267,7 +267,7 @@ def test_memory_that_runs_out_is_named_and_the_model_stays() -> None:
 
 @pytest.mark.parametrize("passes", ["quantize{scheme=dynamic},cast{dtype=bfloat16}", "sparsify{pattern=2:4},cast"])
 def test_a_program_is_moved_whole(block: Block, passes: str) -> None:
-    """With fake tensors: every weight and result is on the GPU, and 2:4 is packed anew where CUTLASS has no kernel."""
+    """With fake tensors: every weight and result is on the GPU, and 2:4 is packed again where CUTLASS has no kernel."""
     lowered = optimized(block, passes).lowered
     packs: list[torch.dtype] = []
 

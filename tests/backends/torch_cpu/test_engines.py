@@ -374,7 +374,7 @@ def test_measurement_takes_the_engine_of_a_site(
     graph = ops.done(y=ops.graph.emit("gelu", y) if apart else y)
     asked: list[list[str]] = []
 
-    def contest(
+    def script(
         candidates: Mapping[str, Any], *, baseline: str, rounds: int, **options: Any
     ) -> dict[str, Ratios]:
         asked.append(list(candidates))
@@ -384,7 +384,7 @@ def test_measurement_takes_the_engine_of_a_site(
         speeds = {name: 2.0 if name == fastest else 1.0 for name in candidates}
         return {name: Ratios(Ratio(one, one, one, rounds, 0, {}), ()) for name, one in speeds.items()}
 
-    monkeypatch.setattr(timing, "paired_calls", contest)
+    monkeypatch.setattr(timing, "paired_calls", script)
     on, feeds = backend("torch-cpu"), {"x": normal(2, 3, 8)}
     chooser = on.chooser([feeds])
     chooser.timings = Timings(tmp_path / "timings.sqlite")
