@@ -2,7 +2,8 @@
 
 `OPERATORS` read what each operator of the model means, and run when a graph is made (`OnnxGraph.from_model`). `FORMS`
 find what exporters wrote out in several operators; capture runs them once, and checks once that the graph still
-computes the same. For a model it then infers shapes again (`Adapter.refine`): ops tell more than the file did. (An operator that is an op by itself needs no stage: `spellings` reads it as it stands.)
+computes the same. For a model it then infers shapes again (`Adapter.refine`): ops tell more than the file did.
+An operator that is an op by itself needs no stage: `spellings` reads it as it stands.
 """
 
 from __future__ import annotations
