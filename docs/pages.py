@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
-from importlib import import_module
 from inspect import cleandoc, getmodule
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from graphopt.backends import TARGETS
-from graphopt.lowering.backend import Backend
 from graphopt.passes import REGISTRY
 from graphopt.pipeline.options import allowed
 from graphopt.pipeline.passes import Pass
@@ -48,8 +46,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages = {place: _of_file(place, ROOT / file) for place, file in FILES.items()}
-    pages |= {f"passes/{name}.md": pass_page(cls) for name, cls in REGISTRY.items()}
-    pages |= {f"targets/{name}.md": target_page(name) for name in TARGETS}
+    pages |= {f"passes/{name}.md": pass_page(REGISTRY[name]) for name in REGISTRY.built_in}
+    pages |= {f"targets/{name}.md": target_page(name) for name in TARGETS.built_in}
     for place, text in pages.items():
         files.append(File.generated(config, place, content=text))
     return files
@@ -73,8 +71,7 @@ def pass_page(cls: type[Pass]) -> str:
 
 def target_page(name: str) -> str:
     """The target's docstring, and what passes ask it for."""
-    module, class_name = TARGETS[name]
-    cls: type[Backend] = getattr(import_module(module), class_name)
+    cls = TARGETS[name]
     parts = [f"# {name}", f"{cls.summary[0].upper()}{cls.summary[1:]}.", _reference(cls)]
     if cls.schemes:
         rows = [(f"`{op}`", ", ".join(schemes)) for op, schemes in cls.schemes.items()]

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
@@ -14,7 +16,6 @@ from graphopt.numerics.observe import MinMax
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
-from torch import Tensor
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

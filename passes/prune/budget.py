@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from graphopt.analysis.groups import Group
 from torch import Tensor
+
+from graphopt.analysis.groups import Group
 
 FEWEST_STEPS = 4
 """Multiples that a group must hold to be rounded to them: 64 channels to 16, but 32 to 8."""

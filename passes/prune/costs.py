@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
+
 from graphopt.analysis.groups import groups
 from graphopt.analysis.shrink import shrink
 from graphopt.ir.cost import flops
 from graphopt.ir.graph import Graph, Shape, Value
 from graphopt.passes.prune.budget import Candidate, Sizes
 from graphopt.pipeline.target import Target
-from torch import Tensor
 
 ROUNDS = 9
 """Paired rounds of one measurement: a bisection makes about seven, and the last of them are close to each other."""

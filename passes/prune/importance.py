@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
+
 from graphopt.analysis.groups import Axis, Group
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
@@ -16,7 +18,6 @@ from graphopt.numerics.finite import require_finite
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight, why_fixed
-from torch import Tensor
 
 Scores = dict[Group, Tensor]
 """The importance of each unit, at least 0: float64 (size,). Without groups that the criterion cannot weigh."""

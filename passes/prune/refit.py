@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from graphopt.analysis.groups import Group
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.numerics.compensate import refit
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight, why_fixed
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import end_of, is_dequantized
 from graphopt.numerics import quantize

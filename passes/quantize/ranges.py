@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.qdq.regions import label_of

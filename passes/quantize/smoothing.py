@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import label_of
@@ -16,7 +18,6 @@ from graphopt.passes.quantize.schemes import not_float32
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import covariances
 from graphopt.pipeline.weights import Weight, why_fixed
-from torch import Tensor
 
 _HOMOGENEOUS = {"linear": ("relu", "leaky_relu"), "conv": ("relu", "leaky_relu", "max_pool", "average_pool")}
 """Ops with f(a x) = a f(x) for a > 0 in each channel, by the op that reads their result. Pools work along the last

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.numerics import quantize
@@ -16,7 +18,6 @@ from graphopt.passes.quantize.ranges import Parameters
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
-from torch import Tensor
 
 _ROOM = 2.0**30
 """Most steps of a bias: engines add it to sums in int32, which need half of the range."""

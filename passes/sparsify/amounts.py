@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+
 from graphopt.ir.graph import Graph
 from graphopt.numerics.allocate import spend
 from graphopt.numerics.power import power_between

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
+
 from graphopt.ir.graph import Graph, Value
 from graphopt.numerics import obs
 from graphopt.numerics.sparsity import Pattern, as_matrix, as_weight, columns, threshold_mask
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from graphopt.numerics.sparsity import compressed_share
 from graphopt.pipeline.target import Target
-from torch import Tensor
 
 
 class Zeros:

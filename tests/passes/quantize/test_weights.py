@@ -9,7 +9,7 @@ from torch import Tensor
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
-from graphopt.lowering.backend import saturates
+from graphopt.lowering.saturation import cpu_saturates
 from graphopt.numerics.quantize import fit
 from graphopt.passes import Quantize
 from graphopt.passes.quantize.quantize import Bits, Scheme
@@ -166,7 +166,7 @@ def test_seven_bits_where_products_saturate(dialect: str) -> None:
      ("asimddp i8mm", False), ("", False)],
 )  # fmt: skip
 def test_which_cpus_saturate(flags: str, expected: bool) -> None:
-    assert saturates(flags) == expected
+    assert cpu_saturates(flags) == expected
 
 
 @pytest.mark.parametrize(
