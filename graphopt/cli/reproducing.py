@@ -13,7 +13,6 @@ from graphopt.errors import LoweringError, UsageError, outer_door
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from graphopt.ir.graph import Graph
 
 
 def reproduce(
@@ -21,6 +20,7 @@ def reproduce(
 ) -> None:
     """Run a failed pass again, from the folder that its error names."""
     from graphopt.backends import target
+    from graphopt.dialects.adapter import adapter
     from graphopt.passes import REGISTRY
     from graphopt.pipeline.calibration import Calibration
     from graphopt.pipeline.context import Context
@@ -32,7 +32,7 @@ def reproduce(
         raise UsageError(f"{folder} is no reproducer: it has no pass.json")
     with outer_door(UsageError, f"{folder} is a damaged reproducer"):
         failed = json.loads((folder / "pass.json").read_text(encoding="utf-8"))
-        graph = _load_graph(folder / f"graph.{failed['dialect']}", failed["dialect"])
+        graph = adapter(failed["dialect"]).graph.load(folder / f"graph.{failed['dialect']}")
         feeds, batches = _saved_feeds(folder / "feeds"), _saved_feeds(folder / "calibration")
         backend = target(failed["target"]) if failed["target"] else AnyTarget()
         pipeline = parse(failed["pass"], REGISTRY)
@@ -45,16 +45,6 @@ def reproduce(
         )
         pipeline.apply(graph, context)
     typer.echo(f"{failed['pass']} runs without an error now")
-
-
-def _load_graph(path: Path, dialect: str) -> Graph:
-    if dialect == "fx":
-        from graphopt.dialects.fx.graph import FxGraph
-
-        return FxGraph.load(path)
-    from graphopt.dialects.onnx.graph import OnnxGraph
-
-    return OnnxGraph.load(path)
 
 
 def _saved_feeds(folder: Path) -> list[dict[str, Tensor]]:

@@ -76,7 +76,7 @@ def _require_inputs(path: Path, names: set[str]) -> None:
 
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Forget everything.")] = False,
-    latest: Annotated[int, typer.Option(help="How many contests to show, the latest first.", min=1)] = 20,
+    latest: Annotated[int, typer.Option(help="How many measurements to show, the latest first.", min=1)] = 20,
     as_json: Json = False,
 ) -> None:
     """Show what was measured on this machine, and where that is kept."""
@@ -93,9 +93,9 @@ def cache(
     if as_json:
         from graphopt.report.records import plain
 
-        contests = [key | value for key, value in entries[:latest]]
-        print_json(plain({"path": kept.path, "entries": len(entries), "bytes": in_bytes, "latest": contests}))
+        measurements = [key | value for key, value in entries[:latest]]
+        print_json(plain({"path": kept.path, "entries": len(entries), "bytes": in_bytes, "latest": measurements}))
         return
     typer.echo(f"{kept.path}: {figures.count(len(entries))} entries, {figures.size(in_bytes)}")
     if entries:
-        typer.echo("\n" + text.table(tables.contest_rows(entries[:latest])))
+        typer.echo("\n" + text.table(tables.measurement_rows(entries[:latest])))

@@ -126,13 +126,13 @@ def choices(report: Report) -> list[str]:
     for choice in report.choices:
         details = [f"sites {choice['sites']}"] if choice["sites"] else []
         details += [f"declined {n} x {reason}: {names}" for reason, n, names in declined(choice["declined"])]
-        details += [contest(measured) for measured in choice.get("measured", ())]
+        details += [measurement(measured) for measured in choice.get("measured", ())]
         if details:
             lines.append(f"{choice['rule']}: {'; '.join(details)}")
     return lines
 
 
-def contest(measured: Mapping[str, Any]) -> str:
+def measurement(measured: Mapping[str, Any]) -> str:
     """The form that some sites take, how fast each form is over the first, and the forms that were dropped."""
     alike = f" and {measured['sites'] - 1} like it" if measured["sites"] > 1 else ""
     line = f"{measured['site']}{alike} as {measured['form']}"
@@ -254,7 +254,7 @@ def _ratio(ratio: Ratio) -> str:
     return figures.interval(ratio.median, ratio.low, ratio.high, ratio.steady)
 
 
-def contest_rows(entries: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Rows:
+def measurement_rows(entries: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Rows:
     """One row for each key and value of the timing cache; ratios are over the first form, or over the input."""
     rows: Rows = [("choice", "taken", "times as fast as the first form", "shapes", "threads", "engine")]
     for key, value in entries:

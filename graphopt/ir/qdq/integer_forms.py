@@ -4,7 +4,7 @@ quantize(x, s, z:int8) -> quantize(x, s, z + 128:uint8), and likewise each dequa
 dequantize(W, s, z) -> dequantize(W - z, s per output channel): exact.
 quantize(x * c, s, z) -> quantize(x, s / c, z): the same up to the last bit of a float. (Exported attention scales
 its queries and keys so.)
-Scales per channel between a conv and a depthwise conv move into the weights of both (`channel_scales`).
+Scales per channel between a conv and a depthwise conv move into the weights of both (`per_channel_activations`).
 
 `unfold` is the way back from int8 ops (linear_int8, ...) to dequantize, float op and quantize.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.qdq.channel_scales import share_one_scale
+from graphopt.ir.qdq.per_channel_activations import share_one_scale
 from graphopt.ir.rewrite import scalar
 
 _MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphopt.ir.graph import Graph
-from graphopt.ir.qdq.channel_scales import share_one_scale
+from graphopt.ir.qdq.per_channel_activations import share_one_scale
 from tests.language import build
 
 
