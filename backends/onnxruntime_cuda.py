@@ -29,7 +29,7 @@ from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 from graphopt.lowering.backend import Runner
-from graphopt.lowering.choices import TimedChooser
+from graphopt.lowering.timed_forms import TimedChooser
 from graphopt.numerics.quantize import BLOCKS
 
 CUDA = "CUDAExecutionProvider"

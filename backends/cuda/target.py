@@ -25,7 +25,7 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Backend, Runner
-from graphopt.lowering.choices import TimedChooser
+from graphopt.lowering.timed_forms import TimedChooser
 from graphopt.pipeline.target import Placement
 
 

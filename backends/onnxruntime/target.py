@@ -31,7 +31,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Runner
-from graphopt.lowering.choices import TimedChooser
+from graphopt.lowering.timed_forms import TimedChooser
 
 
 class OnnxRuntime(OnnxTarget):

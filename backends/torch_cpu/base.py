@@ -21,8 +21,8 @@ from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Backend, Runner
-from graphopt.lowering.choices import TimedChooser
 from graphopt.lowering.saturation import SAFE
+from graphopt.lowering.timed_forms import TimedChooser
 
 
 class EagerTarget(Backend):

@@ -10,7 +10,7 @@ To write a target, derive from `Backend` and `Runner`. A target has to say
 - `export`: a file that can be deployed.
 
 All else has a default. Where a pattern has several legal forms, `rules` gives a `Choice` in place of a Rule, and
-`chooser` says what picks one; `graphopt.lowering.choices.TimedChooser` picks by time. `notes`, `accept`, `why_float`,
+`chooser` says what picks one; `graphopt.lowering.timed_forms.TimedChooser` picks by time. `notes`, `accept`, `why_float`,
 `clock`, `place` and `graphsurgeon` are for engines that need them. A target of another package is found through the
 entry point group `graphopt.backends`.
 """

@@ -13,11 +13,11 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
 from graphopt.numerics.observe import OBSERVERS
 from graphopt.passes.quantize import schemes
+from graphopt.passes.quantize.channel_scaling import smooth_channels
 from graphopt.passes.quantize.emit import emit
 from graphopt.passes.quantize.mixed import Goal, remember, sites_to_keep
 from graphopt.passes.quantize.plan import Asked, QuantizationPlan, plan_of
 from graphopt.passes.quantize.ranges import calibrate
-from graphopt.passes.quantize.smoothing import smooth_channels
 from graphopt.passes.quantize.weights import solve
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graphopt.ir.graph import Graph
-from graphopt.passes.quantize.smoothing import smooth_channels
+from graphopt.passes.quantize.channel_scaling import smooth_channels
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector

@@ -24,7 +24,7 @@ from graphopt.errors import LoweringError, PassError, UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import rewrite
-from graphopt.lowering.choices import MIN_SQNR
+from graphopt.lowering.timed_forms import MIN_SQNR
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes import Quantize, Sparsify
 from tests.language import BITS, build, declined, outputs, run

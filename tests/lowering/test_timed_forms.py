@@ -19,7 +19,7 @@ from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Replace
-from graphopt.lowering.choices import GIVE_UP_BELOW, MIN_BLOCK_SECONDS, ROUNDS, Subgraph, TimedChooser
+from graphopt.lowering.timed_forms import GIVE_UP_BELOW, MIN_BLOCK_SECONDS, ROUNDS, Subgraph, TimedChooser
 from graphopt.measure import machine, timing
 from graphopt.measure.cache import UNSURE, Timings
 from graphopt.measure.timing import Ratio, Ratios
@@ -346,7 +346,7 @@ def test_a_second_run_writes_the_same_bytes_from_the_cache(
         small = graphopt.optimize(seeded(ConvNet), example_inputs=images(), measure=True)
         small.export(tmp_path / f"{name}.onnx")
         reports.append(small.report)
-        monkeypatch.setattr("graphopt.lowering.choices.TimedChooser._compare_forms", None)  # nothing is measured twice
+        monkeypatch.setattr("graphopt.lowering.timed_forms.TimedChooser._compare_forms", None)  # nothing is measured twice
     assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
     assert reports[0].choices == reports[1].choices
     (choice,) = reports[0].choices
