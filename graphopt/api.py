@@ -79,6 +79,9 @@ def optimize(
     with outer_door(UsageError, "optimize cannot use its arguments"):
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise UsageError(f"threads is {threads!r}; give a whole number, at least 1")
+        for option, flag in (("agree", agree), ("measure", measure)):
+            if not isinstance(flag, bool | None):
+                raise UsageError(f"{option} is {flag!r}; give True, False or None")
         backend = target_of(target, cpu)
         backend.accept(model, example_inputs)
         measures = _measures(measure, backend)

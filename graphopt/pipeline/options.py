@@ -154,7 +154,7 @@ def _choices(kind: Any) -> Iterator[str]:
         for argument in arguments:
             yield from _choices(argument)
     elif origin is Annotated:
-        limits = "".join(f" {limit}" for limit in arguments[1:] if isinstance(limit, Range))
+        limits = "".join(f" {limit}".rstrip() for limit in arguments[1:] if isinstance(limit, Range))
         yield from (choice + limits for choice in _choices(arguments[0]))
     elif origin is Literal:
         yield from map(value_text, arguments)

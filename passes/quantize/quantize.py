@@ -123,10 +123,11 @@ class Quantize(Pass):
             if isinstance(value := getattr(self, option), PerSite) else dict.fromkeys(graph.nodes, value)
             for option in ("scheme", "bits")
         }  # fmt: skip
+        asked: dict[Node, Asked | Decline] = {}
+        sites = context.sites(graph, self.targets, self.ignore)
         if not any(node in self.targets for node in graph.nodes):
             raise UsageError(f"quantize: the model has no site in {self.targets}, and nothing else becomes integers")
-        asked: dict[Node, Asked | Decline] = {}
-        for site in context.sites(graph, self.targets, self.ignore):
+        for site in sites:
             missing = next((option for option, by_site in values.items() if site not in by_site), None)
             by_option: dict[str, Any] = {option: by_site.get(site) for option, by_site in values.items()}
             asked[site] = Asked(**by_option) if missing is None else Decline("no_term_matches", option=missing)

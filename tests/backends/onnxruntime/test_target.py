@@ -500,7 +500,7 @@ def test_a_file_says_how_it_was_made(encoders: dict[str, Optimized], tmp_path: P
     assert {"layers.0.attention.query", "layers.1.down", "layers.0.norm1"} <= paths
     manifest = json.loads((tmp_path / "out.onnx.json").read_text())
     assert [record["name"] for record in manifest["passes"]] == ["simplify", "quantize", "fold-int8"]
-    assert manifest["passes"][1]["changed"] == 13 and manifest["kernel counts"]["MatMulIntegerToFloat"] == 12
+    assert manifest["passes"][1]["changed"] == 13 and manifest["kernels"]["MatMulIntegerToFloat"] == 12
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.onnx", "out.onnx.json"]
 
 

@@ -32,7 +32,7 @@ for given in sys.argv[2:]:
 assert not [name for name in sys.modules if name.split(".")[0] in ("graphopt", "transformers")]
 """
 ARCHIVE = """
-import sys, torch, graphopt.backends.fbgemm
+import sys, torch, graphopt.backends.torch_cpu
 from safetensors.torch import load_file, save_file
 model = torch.export.load(sys.argv[1]).module()
 for given in sys.argv[2:]:

@@ -180,7 +180,7 @@ def test_goals() -> None:
     [
         ({"sqnr": "high"}, "sqnr is 'high'; give a number or none"),
         ({"sqnr": math.nan}, "sqnr is nan"),
-        ({"cosine": 1.5}, "cosine is 1.5; give a number of at least -1 and of at most 1 or none"),
+        ({"cosine": 1.5}, "cosine is 1.5; give a number of at least -1 and at most 1 or none"),
         ({"max_drop": -1}, "max_drop is -1; give a number of at least 0 or none"),
         ({"max_drop": True}, "max_drop is True"),
     ],
