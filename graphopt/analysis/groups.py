@@ -44,12 +44,12 @@ class Group:
     producers: tuple[Node, ...]
     """The sites (linear, conv, embedding) whose weight's output axis is in the group, in the order of the graph."""
     consumers: tuple[Node, ...]
-    """The sites whose weight's input axis is."""
+    """The sites whose weight's input axis is in the group, in the order of the graph."""
     reductions: tuple[Node, ...]
     """Nodes that sum over the units: norms, means, products of two computed values.
 
-    In a group without any, to remove units is exactly to zero the consumers' weights for them; a sum over fewer
-    entries is another sum."""
+    In a group without any, removing units gives the same outputs as zeroing the consumers' weights for them. With one
+    it does not: the sum or mean is then over fewer entries."""
     locked: Decline | None
     """Why it cannot shrink, or None where it can."""
 
@@ -57,7 +57,7 @@ class Group:
 def groups(graph: Graph) -> list[Group]:
     """The groups of a graph, in the order of their first producers, locked ones included.
 
-    They hold for this graph as it is: find them anew after a change. Linear in the sum of the sizes of all axes.
+    Valid until the graph changes. Takes time linear in the sum of the sizes of all axes.
     """
     relations = relate(graph)
     roots = _units(relations)
@@ -85,7 +85,7 @@ def groups(graph: Graph) -> list[Group]:
 
 
 def _mark_heads(relations: AxisRelations, roots: Positions) -> None:
-    """Mark heads behind reshapes too, where a lock keeps the reshape from carrying them."""
+    """Mark heads across reshapes too, where a lock keeps the reshape from carrying them."""
     marked = np.zeros(relations.count, bool)
     for positions in relations.heads:
         marked[roots[positions]] = True

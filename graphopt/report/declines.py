@@ -38,7 +38,7 @@ SENTENCES = {
     "axis_taken_in_steps": "it is taken in steps by {op} ({node})",
     "axis_at_a_fixed_op": "it reaches {op} ({node}), whose axes cannot shrink",
     "axis_at_unknown_operation": "it reaches {op} ({node}), which is not known",
-    "axis_in_blocks": "it reaches {op} ({node}), which has a scale a block",
+    "axis_in_blocks": "it reaches {op} ({node}), which has one scale per block",
     "axis_in_product_of_vector": "it reaches {op} ({node}), one of whose operands is a vector",
     "axis_in_sequence": "it reaches {op} ({node}), whose sequence is not read part by part",
     "axis_in_unknown_form": "it reaches {op} ({node}), in a form that is not known",
@@ -74,7 +74,8 @@ SENTENCES = {
     "kernel_of_one_axis": "a kernel {kernel} has no two axes to split; conv=channel splits it",
     "pair_not_smaller": "rank {rank} holds {pair} numbers, no fewer than the {whole} of {shape}",
     "pair_not_cheaper": "rank {rank} takes {factor:.2f} times the multiply-adds of {shape}",
-    "worth_its_cost": "whole, it is worth its {budget}: rank {rank} of {shape} has an error of {error:.2g}",
+    "worth_its_cost": "kept whole: a rank-{rank} split of {shape} has error {error:.2g}, too much for the {budget} "
+    "that it saves",
     "no_rank_faster": "no rank of {shape} (x{count}) is faster: {speedups}",
     # quantize, smooth
     "no_integer_form": "{op} has no form in integers of its own",
@@ -90,7 +91,7 @@ SENTENCES = {
     "block_not_dividing": "block {block} does not divide {inputs} inputs",
     "no_term_matches": "no term of {option} matches it",
     "kept_for_goal": "stays in higher precision for {goal}: changed alone, it leaves the worst output {sqnr:.1f} dB",
-    "ignored": "it is to stay float",
+    "ignored": "selected by ignore",
     "no_static_kernel": "the target has no fast static form of it",
     "input_in_float": "{value}, which it reads, stays float",
     "side_in_float": "one side stays float: {value}",
@@ -99,7 +100,7 @@ SENTENCES = {
     "mean_not_global": "a mean over other axes than all of space has no form in integers",
     "padding_not_zero": "it pads with another number than 0",
     "no_weight_to_scale": "{op} has no weight to take factors",
-    "smoothing_no_gain": "no factors lower the error that 8 bits are expected to make",
+    "smoothing_no_gain": "no smoothing factors lower the estimated int8 error",
     "input_returned": "the graph returns its input",
     "input_shared": "{op} {site} reads its input too",
     "conv_grouped": "it is a conv in groups of several channels",
@@ -111,7 +112,7 @@ SENTENCES = {
     "norm_over_several_axes": "{op} {site} is over several axes",
     "parameters_not_own": "the weight or bias of {op} {site} is not a stored one of its own",
     # cast, approximate, simplify
-    "beyond_dtype": "its {value} reaches {max_abs:.3g}, and {dtype} ends at {largest:.3g}",
+    "beyond_dtype": "max_abs of its {value} is {max_abs:.3g}, above the maximum of {dtype} ({largest:.3g})",
     "float_mask": "its mask is float, and what stands for minus infinity may be beyond float16",
     "no_approximation": "there is no approximation of {op}",
     "already_approximate": "it is approximated by {form} already",
@@ -129,7 +130,7 @@ SENTENCES = {
     "as it is",
     "conv_scale_at_run_time": "conv has no int8 form with a scale chosen at run time",
     "conv_bias_computed": "conv has no int8 form with a bias that is computed",
-    "bound_within_integers": "its result goes through a {op} that cuts off more than the integers do",
+    "bound_within_integers": "its result goes through a {op} tighter than the uint8 range",
     # rules of dialects
     "attention_mask_unfit": "the mask has {rank} axes, or enlarges the scores; attention takes 2 to 4 that fit",
     "attention_operands_broadcast": "queries, keys and values differ in batch or heads",
@@ -186,7 +187,7 @@ SENTENCES = {
     "activations_in_integers": "its activations are integers too",
     "activations_not_float32": "its activations are {dtype}, not float32",
     "ids_unsupported": "its ids are {dtype}, not int32 or int64",
-    "rows_not_gathered": "ONNX gathers no rows of less than a byte, nor with such scales",
+    "rows_not_gathered": "no ONNX gather kernel takes rows below 8 bits, or these scales",
     "result_not_uint8": "its result is not quantized to uint8 with one scale",
     "several_zero_points": "its weight has several zero points",
     # rules of targets: PyTorch on the CPU, CUDA
