@@ -1,4 +1,4 @@
-"""How the axes of operations relate that no canonical op covers: one line an operation, in OPAQUE at the end.
+"""How the axes relate in operations that no canonical op covers: one line per operation, in OPAQUE at the end.
 
 What an ONNX or aten operation has in common with an op is the op's own relation, from `graphopt.ir`; what stands here
 reads the operands and attributes by the names that its dialect gives them.

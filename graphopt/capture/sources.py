@@ -253,7 +253,7 @@ def _lifted(
 def _raised(
     dialect: Adapter, graph: Graph, feeds: Sequence[Feeds], expected: Outputs | None, notes: list[str]
 ) -> Graph:
-    """The raised graph. Where its outputs differ from the expected ones: the unraised graph, and a note."""
+    """The raised graph; the unraised one, and a note, where the outputs of either differ from the expected ones."""
     try:
         raised, left = _raise_checked(dialect, graph, feeds, expected)
     except GraphError as error:

@@ -47,7 +47,7 @@ class ReshapeBlock:
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """A node that sums over an axis: without some of the positions it computes something else."""
+    """A node that sums over an axis: its result changes if positions are removed, even zero ones."""
 
     node: Node
     positions: Positions
@@ -68,7 +68,7 @@ class AxisRelations:
     """The inputs and what is computed from them: no weights."""
     links: list[tuple[Positions, Positions]] = field(default_factory=list)
     locks: list[tuple[Positions, Decline]] = field(default_factory=list)
-    """Positions that stay, with the reason; of several reasons for one unit, the first is reported."""
+    """Positions that cannot be removed, with the reason; of several reasons for one unit, the first is reported."""
     reshapes: list[ReshapeBlock] = field(default_factory=list)
     producers: list[tuple[Node, Positions]] = field(default_factory=list)
     """Sites with the positions of their weight's output axis."""
@@ -185,7 +185,7 @@ class NodeAxes:
                 self.same(a, axis, b, axis + offset)
 
     def unrelated(self, *values: Value) -> None:
-        """The axes of these values relate to nothing here, and may shrink as far as this node is concerned."""
+        """The axes of these values have no relation here; this node lets them shrink."""
         self._mentioned.update((value, axis) for value in values for axis in range(self.rank(value)))
 
     def reason(self, code: str) -> Decline:
@@ -241,7 +241,7 @@ def elementwise(node: NodeAxes) -> None:
 
 
 def unrelated(node: NodeAxes) -> None:
-    """It reads a size, a range or a scale, whatever the positions are."""
+    """It reads a size, a range or a scale, and no positions."""
     node.unrelated(*node.given, *node.results)
 
 
@@ -358,7 +358,7 @@ def reshaped(node: NodeAxes) -> None:
 
 
 def reshape_blocks(left: Shape, right: Shape) -> Iterator[tuple[list[int], list[int]]]:
-    """The axes of two shapes of one size that hold the same entries in the same order, in blocks as small as is known.
+    """The axes of two shapes with the same entries in the same order, as pairs of the smallest blocks that are known.
 
     First from the end, as far as sizes are numbers, then from the front, where equal names are equal sizes; what is
     between them is one block.

@@ -1,4 +1,4 @@
-"""The narrow waist: everything a pass may ask of a graph, and the only ways to change one.
+"""The interface of a graph: all that a pass may ask of one, and the only ways to change one.
 
 `Graph`, `Node` and `Value` are abstract; `graphopt.dialects` holds one implementation over torch.fx and one over
 onnx-ir. Nodes and values are views of the dialect's own objects: two are equal when they view the same object, and they

@@ -25,8 +25,8 @@ def unexercised(what: str) -> str:
 def covariances(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
     """Of each weight, the mean of x xᵀ over the inputs x of all its sites: float64 (groups, features, features).
 
-    Weights that read the same come together, not in the given order. The graph must not change until the last is read.
-    Raises UsageError without calibration, and where no batch has a number for a weight's inputs.
+    Weights with the same inputs come one after the other, not in the given order. The graph must not change until the
+    last is read. Raises UsageError without calibration, and where all batches leave a weight's inputs empty or padded.
     """
     return _observed(graph, context, weights, _anywhere(Covariance), Covariance.matrix)
 
