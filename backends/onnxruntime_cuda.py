@@ -132,7 +132,7 @@ def faults(model: ir.Model) -> list[str]:
 
 
 def _packed_weight(site: Node) -> Node | None:
-    """The dequantize that makes a weight, behind the cast that a site in 16 bits reads it through."""
+    """The dequantize that makes a weight, also through the cast of a site in 16 bits."""
     maker = site.required("weight").producer
     if maker is not None and maker.kind == "cast":
         maker = maker.input.producer

@@ -47,7 +47,7 @@ class OpenVino(QdqTarget):
     }
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4), "embedding": (8, 4)}
     placement: ClassVar[Placement | None] = Placement()
-    """Quantized regions are not closed: a quantize right behind a conv would keep the activation from being fused."""
+    """Quantized regions are not closed: a quantize directly after a conv would prevent fusing the activation."""
     floats: ClassVar[tuple[str, ...]] = ("float16",)
     """Stored so, and computed in float32: files are smaller, not faster."""
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}

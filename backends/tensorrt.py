@@ -121,7 +121,7 @@ def emit(graph: OnnxGraph, opset: int | None = None) -> gs.Graph:
 
 
 def _float_bias(value: gs.Tensor) -> gs.Tensor:
-    """A stored bias behind a DequantizeLinear, in floats: TensorRT has no Q/DQ in int32."""
+    """The floats of a stored bias that a DequantizeLinear reads: TensorRT has no Q/DQ in int32."""
     maker = _maker(value, "DequantizeLinear")
     if maker is None or not isinstance(maker.inputs[0], gs.Constant) or maker.inputs[0].values.dtype != np.int32:
         return value
@@ -153,7 +153,7 @@ def _faults(node: gs.Node) -> Iterator[str]:
 
 
 def _parameter_faults(node: gs.Node) -> Iterator[str]:
-    """Scales are stored and above 0, zero points 0 in int8, activations have one scale a tensor."""
+    """Scales are stored and above 0, zero points 0 in int8, activations have one scale per tensor."""
     x, *parameters = node.inputs
     if not all(isinstance(one, gs.Constant) for one in parameters):
         yield "has parameters that are computed at run time; quantize with scheme=static"

@@ -51,7 +51,7 @@ class Race:
     baseline: str
 
     def speeds(self, title: str, bounds: Mapping[tuple[str, str], float] | None = None) -> tuple[Table, bool]:
-        """Times as fast as the baseline, a row a model and a column a shape, and whether all bounds hold.
+        """Times as fast as the baseline, one row per model and one column per shape, and whether all bounds hold.
 
         bounds: (model, shape) -> the least ratio there; the shape "mean" is the geometric mean over all.
         """

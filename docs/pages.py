@@ -34,7 +34,7 @@ FILES = {
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put a page for each pass and each target behind the first page of its section."""
+    """Put a page for each pass and each target after the first page of its section."""
     generated = {"Passes": [f"passes/{name}.md" for name in REGISTRY], "Targets": [f"targets/{n}.md" for n in TARGETS]}
     for section in config.nav or []:
         for title, pages in section.items():

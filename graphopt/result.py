@@ -73,7 +73,7 @@ class Optimized:
         return self.backend.compile(self.lowered, self.threads)
 
     def forget_state(self) -> None:
-        """Let the next call start from what the model came with, where calls write to stored tensors."""
+        """Reset a stateful model to its initial state."""
         if self.lowered.stateful:
             self.__dict__.pop("runner", None)
 

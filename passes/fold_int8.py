@@ -150,7 +150,7 @@ def _activation(value: Value) -> _Quantized | None:
 
 
 def _bias(graph: Graph, site: Node) -> Value | None:
-    """The bias, as floats where it is stored in integers behind a dequantize."""
+    """The bias, in floats where a dequantize of stored integers gives it."""
     bias = site.bias
     floats = stored(graph, bias) if bias is not None and _maker(bias) is not None else None
     return bias if floats is None else graph.add_constant(floats)

@@ -182,7 +182,7 @@ class FakeTarget(AnyTarget):
     placement: Placement | None = None
     bits: int = 8
     refused: Mapping[str, str] = field(default_factory=dict)
-    """By label, why a site is to stay float."""
+    """By label, why a site must stay float."""
 
     def product_bits(self) -> int:
         return self.bits

@@ -74,8 +74,8 @@ def linear_float8(
 
 
 def linear_weight_int8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., in) in floats and weight (out, in) in int8 -> (..., out): scaled behind the product, so that a compiler
-    reads the integers inside it; float16 has no room for such sums, and scales the weight."""
+    """x (..., in) in floats and weight (out, in) in int8 -> (..., out): scaled after the product, so that a compiler
+    reads the integers inside it; such sums overflow float16, which scales the weight before the product."""
     scale = weight_scale.to(x.dtype)
     if x.dtype is torch.float16:
         return F.linear(x, weight.to(x.dtype) * scale.unsqueeze(1), bias)
@@ -105,7 +105,7 @@ def _product_sparse(x: Tensor, packed: Tensor, meta: Tensor | None, outputs: int
 
 
 def _padded_columns(rows: Tensor, inputs: int) -> Tensor:
-    """Rows with zeros behind each, up to the inputs of the stored weight."""
+    """Rows, each filled up with zeros to the inputs of the stored weight."""
     return rows.contiguous() if rows.shape[1] == inputs else _padded(rows, (0, inputs - rows.shape[1]))
 
 

@@ -67,7 +67,7 @@ def _why_dense(weight: Tensor | None) -> Decline | None:
 
 
 def _dequantize_of(value: Value) -> Node | None:
-    """The dequantize that makes a value, also behind the cast through which a site in 16 bits reads it."""
+    """The dequantize that makes a value, also through the cast of a site in 16 bits."""
     producer = value.producer
     if producer is not None and producer.kind == "cast":
         producer = producer.input.producer
@@ -133,7 +133,7 @@ def _quantized_operands(op: Builder, m: Match) -> tuple[Value, Value, Tensor, Va
 
 
 def _dense(op: Builder, m: Match) -> Value:
-    """cuBLAS, or Inductor's own kernel where that is faster; scales and bias are fused behind it."""
+    """cuBLAS, or Inductor's own kernel where that is faster; scales and bias are fused after the product."""
     x, scale, weight, weight_scale = _quantized_operands(op, m)
     kernel = "linear_int8" if weight.dtype == torch.int8 else "linear_float8"
     operands = x, scale, op.constant(_filled(weight)), weight_scale, m.bias
@@ -169,7 +169,7 @@ def _sparse_float(op: Builder, m: Match) -> Value:
 
 
 def _weight_only(op: Builder, m: Match) -> Value:
-    """Scaled behind the product: the compiled kernel reads int8 weights, half the bytes, and bytes limit decoding."""
+    """Scaled after the product: the compiled kernel reads int8 weights, half the bytes, and bytes limit decoding."""
     dequantize = _dequantize_of(m.weight)
     assert dequantize is not None
     operands = m.x, dequantize.required("x"), dequantize.required("scale"), m.bias

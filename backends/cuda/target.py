@@ -53,7 +53,7 @@ class Cuda(Backend):
         self.sparse = () if self.device is not None and self.device.capability < SPARSE_24 else ("2:4",)
         self.zeros = (
             f"kernels skip zeros in 2:4, in weights of 16 or 8 bits whose sizes are multiples of "
-            f"{SPARSE[torch.float16]} or {SPARSE[torch.int8]}: cast or quantize behind sparsify"
+            f"{SPARSE[torch.float16]} or {SPARSE[torch.int8]}: put cast or quantize after sparsify"
             if self.sparse
             else f"zeros in 2:4 are skipped from compute capability 8.0 on, and this is {self.device}"
         )

@@ -204,7 +204,7 @@ def _biases(linears: Sequence[Node]) -> Tensor:
 
 
 def _between_transposes(reshape: str) -> Callable[..., Pattern]:
-    """Heads are split before, and joined behind.
+    """Heads are split before the attention, and joined after it.
 
     reshape: the op, or ONNX's operator where the shape that it is told copies sizes by 0.
     """
@@ -269,4 +269,4 @@ FLOAT_MASK_ONCE = Rule(
     check=lambda m: m.mask.dtype is torch.bool,
     group_by=lambda m: (m.mask, m.query.dtype),
 )
-"""Behind FORMS: the kernel of ONNX's Attention turns a boolean mask into floats in every layer; once is enough."""
+"""Applied after FORMS: the kernel of ONNX's Attention turns a boolean mask into floats in each layer; once will do."""

@@ -1,4 +1,4 @@
-"""Float linears on onnxruntime: the bias inside the product (Gemm), or added behind it (MatMul)."""
+"""Float linears on onnxruntime: the bias inside the product (Gemm), or added after it (MatMul)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _has_bias_and_many_axes(m: Match) -> bool:
 
 
 def _gemm(op: Builder, m: Match) -> Value:
-    """The kernel starts its sums at the bias, where MatMul has an Add behind that reads and writes all results."""
+    """The kernel starts its sums at the bias, where MatMul is followed by an Add that reads and writes all results."""
     readers = {user.kind for user in m.root.result.users}
     if open_axes(m.x) > 1 and any(kind == "onnx.Split" or "attention" in kind.lower() for kind in readers):
         raise Declined("width_lost")

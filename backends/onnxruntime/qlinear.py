@@ -32,7 +32,7 @@ it by name.
 
 _OFFSET = 128
 _MOVES = ("reshape", "transpose", "squeeze", "unsqueeze")
-"""Ops that the engine itself moves behind a quantize: they compute nothing."""
+"""Ops that the engine itself moves after a quantize: they compute nothing."""
 
 
 def _add_pattern(op: Recorder, a: str, a_scale: str, a_zero_point: str, b: str, b_scale: str, b_zero_point: str,
@@ -110,8 +110,8 @@ def _sides(op: Node) -> list[Value]:
 def _as_int8(op: Builder, integers: Value, scale: Value, zero_point: Value) -> tuple[Value, Value, Value]:
     """The uint8 result of a quantize as int8, 128 lower: uint8 x int8 multiplies twice as fast as uint8 x uint8.
 
-    Ops that move its elements, before or behind the quantize, are emitted behind it: else the engine would quantize to
-    uint8 in front of them, and to int8 once more behind. The result of another kernel stays uint8, as nothing faster
+    Ops that move its elements, before or after the quantize, are emitted after it: else the engine would quantize to
+    uint8 before them, and to int8 once more after them. The result of another kernel stays uint8, as nothing faster
     turns it into int8.
     """
     quantize, moves, node = None, [], integers.producer
@@ -162,6 +162,6 @@ def in_integers(signed: bool) -> Sequence[Rule]:
 
 
 def in_floats(signed: bool) -> Rule:
-    """Products of two activations whose result is read in float: behind `in_integers`, which takes the others."""
+    """Products of two activations whose result is read in float; applied after `in_integers`, which has the others."""
     return Rule("product-to-float", _matmul_pattern, partial(_product_to_float, signed=signed),
                 check=lambda m: reads_uint8(m.root))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernels for matrices in graphs with more axes: all axes but the last become rows, and come back behind."""
+"""Kernels for matrices in graphs with more axes: all axes but the last become rows, and are restored afterwards."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ PROFILED = 7
 """Runs that a profile takes the median of, after one to warm up."""
 
 _KERNEL = "_kernel_time"
-"""What the profiler puts behind the name of a node."""
+"""What the profiler appends to the name of a node."""
 
 
 class OrtRunner(Runner):

@@ -174,4 +174,4 @@ RULES = (
     EMBEDDING,
 )
 FOLDED = (Rule("float-weights", _stored, _fold, check=lambda m: is_stored(m.root)),)
-"""Behind all rules that read integers: what none of them has found a kernel for."""
+"""Applied after all rules that read integers: weights for which none of them has a kernel."""

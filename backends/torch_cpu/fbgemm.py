@@ -35,7 +35,7 @@ STATIC = (
 )
 U8 = _quantized.linear.default, _quantized.linear_relu.default
 CONVS = _quantized.conv1d.default, _quantized.conv2d.new, _quantized.conv3d.new
-"""Kernels without and with a relu behind, and by rank."""
+"""Kernels without and with a following relu, by rank."""
 
 _DEPTHWISE_SAFE = 63
 """Largest magnitude of weights of a depthwise conv: fbgemm adds two products with uint8 in 16 bits, VNNI or not."""

@@ -1,7 +1,7 @@
 """Rules for int8 ops on the engines of torch: what is fused into a linear, which linears are merged, who runs them.
 
-An `Engine` has one function for each int8 op, and says what it fuses into a linear: an activation behind it, a residual
-that is added, a quantize of the result. The forms of a pattern are, for each engine, fused and apart; the fastest is
+An `Engine` has one function for each int8 op, and says what it fuses into a linear: an activation that follows, an
+added residual, a quantize of the result. The forms of a pattern are, for each engine, fused and apart; the fastest is
 taken where forms are measured, else the first.
 """
 
@@ -164,7 +164,7 @@ def _linear(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weig
 
 
 def _behind(*kinds: str) -> Callable[..., Pattern]:
-    """A pattern of ops, one after the other, behind a linear."""
+    """A pattern of a linear and ops that follow it, one after the other."""
 
     def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
                 y_scale: str, y_zero_point: str, residual: str, bias: str | None = None) -> Pattern:  # fmt: skip
@@ -205,8 +205,8 @@ def _add(op: Recorder, a: str, a_scale: str, a_zero_point: str, b: str, b_scale:
 
 
 def convolution(op: Builder, m: Match) -> tuple[Value, dict[str, list[int]], int]:
-    """Input, settings (one number an axis) and groups of a conv_int8. Kernels pad both ends of an axis alike; where the
-    padding differs, a pad op comes first. Raises Declined where an operand is computed."""
+    """Input, settings (one number per axis) and groups of a conv_int8. Kernels pad both ends of an axis alike; where
+    the padding differs, a pad op comes first. Raises Declined where an operand is computed."""
     x, given = m.x, m.root.attributes
     if x.dtype != torch.uint8 or not all(
         one is None or one.is_constant

@@ -1,4 +1,4 @@
-"""Float linears on oneDNN: weights reordered once, and an activation behind them computed inside the kernel.
+"""Float linears on oneDNN: weights reordered once, and an activation that follows computed inside the kernel.
 
 aten's own linear calls another library in float32; which one is faster depends on the shape. The operator
 `graphopt_onednn::linear_float` takes the weight as it is stored.
@@ -59,7 +59,7 @@ def _packed(op: Builder, m: Match) -> Value:
 
 
 def stages() -> Sequence[Sequence[Rule | Choice]]:
-    """Choices for float32 linears, those with an activation behind first.
+    """Choices for float32 linears, those followed by an activation first.
 
     Linears in bfloat16 are left to aten: this kernel rounds at other places.
     """

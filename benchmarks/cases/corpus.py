@@ -26,7 +26,7 @@ from graphopt.numerics import metrics
 
 SEEDS = (0, 1, 2)
 SIZES = (16, 32, 64, 128, 512, 1, 4)
-"""Tried for the dynamic axes behind the first, all of them alike, until the original runs."""
+"""Tried for the dynamic axes after the first, all of them alike, until the original runs."""
 LARGEST = (256, 64, 2)
 """Exclusive upper ends tried for integers that are not masks, until the original runs."""
 REFUSALS = (CaptureError, GraphError, UsageError)

@@ -135,7 +135,7 @@ def measure(
 
 
 def plot(task: Task, baseline: float, points: Sequence[Point], path: Path) -> None:
-    """The metric and the cosine against the amount, one line a curve, in two panels over one legend."""
+    """The metric and the cosine against the amount, one line per curve, in two panels over one legend."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -43,7 +43,7 @@ def run(settings: Settings) -> bool:
     faster = all(one["graphopt fbgemm dynamic"].median > 1 for one in found)
     ours, theirs = integer_rows(small.folded), integer_rows(onnx.folded)
     common, same = (ours & theirs).total(), ours == theirs and ours.total() > 0
-    verdict = f"rows of integer weights (one an output) equal to the onnxruntime target's: {common} of {ours.total()}"
+    verdict = f"rows of integer weights (one per output) equal to the onnxruntime target's: {common} of {ours.total()}"
     settings.console.print(checked(verdict, same))
     return faster and same
 

@@ -91,7 +91,7 @@ def spearman(task: Task, path: Path, threads: int) -> float:
 
 
 def plot(points: Sequence[Point], fp32: float, path: Path) -> None:
-    """Quality against speed, one line a share of heads."""
+    """Quality against speed, one line per share of heads."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,6 +1,6 @@
 """Mixed precision: of 50 layers one is planted that int8 destroys; exactly that one should stay float.
 
-Weights are seeded orthogonal matrices behind relus; the input of the planted layer has a channel 3,000 times smaller
+Weights are seeded orthogonal matrices after relus; the input of the planted layer has a channel 3,000 times smaller
 than the others, which its weight makes up for, so that no single scale fits. Evaluations count samples that ran
 through any graph while the pass runs, by those of the calibration: calibrating, the ranking and the bisection.
 """

@@ -1,4 +1,4 @@
-"""Files that other tools quantized, made fast: speed over fp32 as they came and as graphopt writes them again.
+"""Files that other tools quantized, made fast: speed over fp32 as they came and re-lowered by graphopt.
 
 onnxruntime's `quantize_static` with int8 activations (its kernels want uint8), and NNCF's Q/DQ. What a file computes is
 what it computes without any optimization of the engine: a table says how far the outputs are from that, where flipped
@@ -37,7 +37,7 @@ LEAST = {
     "mobilenetv2": {STATIC: 1.9, NNCF: 1.9},
     "minilm": {NNCF: 2.5},
 }  # fmt: skip
-"""Times as fast as the baseline that a rescued file is, by the tool that quantized it: geometric mean over shapes."""
+"""Speed of a re-lowered file over the baseline, by the tool that quantized it: geometric mean over shapes."""
 
 
 def run(settings: Settings) -> bool:
@@ -49,7 +49,7 @@ def run(settings: Settings) -> bool:
 
 
 def measured(name: str, bounds: Mapping[str, float], folder: Path, settings: Settings) -> bool:
-    """Print the tables of one network; whether what could be rescued was, to its bound."""
+    """Print the tables of one network; whether each re-lowered file is as fast as its bound."""
     network = NETWORKS[name]()
     exported = exports(network.traceable(), folder)
     models: dict[str, File | str] = {**exported}
@@ -59,11 +59,11 @@ def measured(name: str, bounds: Mapping[str, float], folder: Path, settings: Set
         models[f"{tool}, as it came"] = given
         if isinstance(given, Path):
             rescued = attempt(partial(rescue, given, network, settings.threads, held, tool))
-            models[f"{tool}, rescued"] = rescued
+            models[f"{tool}, re-lowered"] = rescued
             if isinstance(rescued, Path):
                 pairs[tool] = given, rescued
     found = race(models, network.shapes, settings)
-    least = {(f"{tool}, rescued", "mean"): bound for tool, bound in bounds.items()}
+    least = {(f"{tool}, re-lowered", "mean"): bound for tool, bound in bounds.items()}
     columns = [distances(models, found, settings.threads)]
     holds = tables(f"rescue-{name}", network.name, found, models, settings, bounds=least, columns=columns)
     rounding = {tool: roundings(*pair, list(network.shapes.values()), settings.threads) for tool, pair in pairs.items()}
@@ -96,7 +96,7 @@ def rescue(path: Path, network: Network, threads: int, held: dict[str, Relowerin
 
 
 def roundings(path: Path, rescued: Path, batches: Sequence[Batch], threads: int) -> dict[str, dict[str, Any]]:
-    """By output, how far the rescued file, as it runs, is from the given one without optimizations."""
+    """By output, how far the re-lowered file, as it runs, is from the given one without optimizations."""
     plain, fast, steps = plain_session(path, threads), session(rescued, threads), output_steps(path)
     found = {}
     for index, output in enumerate(plain.get_outputs()):
@@ -114,7 +114,7 @@ def roundings(path: Path, rescued: Path, batches: Sequence[Batch], threads: int)
 
 
 def rounding_table(rounding: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    rows = table("rescued against the file as it is written", "", "output", "most steps apart", "share that differs",
+    rows = table("re-lowered against the file as it is written", "", "output", "most steps apart", "share that differs",
                  "SQNR dB")  # fmt: skip
     for tool, outputs in rounding.items():
         for output, one in outputs.items():
@@ -124,7 +124,7 @@ def rounding_table(rounding: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> T
 
 
 def site_table(held: Mapping[str, Relowering]) -> Table:
-    rows = table("each site of the rescued file against itself in the file, for the same integers", "", "sites",
+    rows = table("each site of the re-lowered file against itself in the file, for the same integers", "", "sites",
                  "furthest", "steps", "share that differs", "not compared")  # fmt: skip
     for tool, one in held.items():
         site, steps = one.furthest or ("none", 0.0)

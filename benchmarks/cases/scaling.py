@@ -100,7 +100,7 @@ def timed(call: Callable[[], Captured]) -> tuple[Captured, float]:
 
 
 def apply(passes: str, captured: Captured) -> list[PassRecord]:
-    """The account of each pass, run without instruments."""
+    """The record of each pass, run without instruments."""
     context = Context(target=target("onnxruntime"), feeds=captured.feeds)
     parse(passes, REGISTRY).apply(captured.graph, context)
     return context.report.passes

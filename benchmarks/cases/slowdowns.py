@@ -97,7 +97,7 @@ def account(report: Report) -> str:
 
 
 def plot(everything: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
-    """Times as fast as each file with intervals, one mark a pipeline."""
+    """Times as fast as each file with intervals, one mark per pipeline."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -18,7 +18,7 @@ from graphopt.ir.graph import Graph, Node, Value
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """An axis of a value, and the unit that each of its positions belongs to: (size,) int64, -1 where it stays."""
+    """An axis of a value, and the unit of each of its positions: (size,) int64, -1 for positions that cannot go."""
 
     value: Value
     axis: int
@@ -44,12 +44,12 @@ class Group:
     producers: tuple[Node, ...]
     """The sites (linear, conv, embedding) whose weight's output axis is in the group, in the order of the graph."""
     consumers: tuple[Node, ...]
-    """The sites whose weight's input axis is."""
+    """The sites whose weight's input axis is in the group, in the order of the graph."""
     reductions: tuple[Node, ...]
     """Nodes that sum over the units: norms, means, products of two computed values.
 
-    In a group without any, to remove units is exactly to zero the consumers' weights for them; a sum over fewer
-    entries is another sum."""
+    In a group without any, removing units gives the same outputs as zeroing the consumers' weights for them. With one
+    it does not: the sum or mean is then over fewer entries."""
     locked: Decline | None
     """Why it cannot shrink, or None where it can."""
 
@@ -57,13 +57,13 @@ class Group:
 def groups(graph: Graph) -> list[Group]:
     """The groups of a graph, in the order of their first producers, locked ones included.
 
-    They hold for this graph as it is: find them anew after a change. Linear in the sum of the sizes of all axes.
+    Valid until the graph changes. Takes time linear in the sum of the sizes of all axes.
     """
     relations = relate(graph)
     roots = _units(relations)
     locked = _first_lock(relations, roots)
     members = []
-    for node, positions in relations.producers:  # the positions of a producer's output axis that no lock holds
+    for node, positions in relations.producers:  # the unlocked positions of a producer's output axis
         units = roots[positions]
         free = units[locked[units] < 0]
         members.append((node, free if len(free) else units))
@@ -85,7 +85,7 @@ def groups(graph: Graph) -> list[Group]:
 
 
 def _mark_heads(relations: AxisRelations, roots: Positions) -> None:
-    """Mark heads behind reshapes too, where a lock keeps the reshape from carrying them."""
+    """Mark heads across reshapes too, where a lock keeps the reshape from carrying them."""
     marked = np.zeros(relations.count, bool)
     for positions in relations.heads:
         marked[roots[positions]] = True
@@ -104,7 +104,7 @@ def _described(
     locked: Positions,
     members: list[list[tuple[Node, Positions]]],
 ) -> list[Group]:
-    """The groups, from what is known of each position: its group, its unit there, and its first lock (-1: none)."""
+    """The groups, from the group, the unit and the first lock (-1: none) of each position."""
     values, starts = list(relations.axes), np.array([*relations.axes.values(), relations.count])
     axis_of = np.repeat(np.arange(len(values)), np.diff(starts))
     inside = group_of >= 0
@@ -190,9 +190,10 @@ _NONE: Positions = np.empty(0, np.int64)
 
 
 def _units(relations: AxisRelations) -> Positions:
-    """The unit of each position, named by its least position, after it is settled which axes of each reshape carry.
+    """The unit of each position, as the least position in that unit.
 
-    An axis is split before others are merged: what its parts meet between the two tells which of them stays.
+    First decides which axes of each reshape carry the units. Reshapes that split an axis come first: their links tell,
+    for the reshapes that merge, which axes are locked.
     """
     splits = [block for block in relations.reshapes if len(block.left) == 1]
     merges = [block for block in relations.reshapes if len(block.left) > 1]
@@ -214,7 +215,7 @@ def _connected(relations: AxisRelations) -> Positions:
 
 
 def _first_lock(relations: AxisRelations, roots: Positions) -> Positions:
-    """For each root the index of its first lock, -1 for those without."""
+    """The index of the first lock of each root; -1 for roots without a lock."""
     first = np.full(relations.count, len(relations.locks))
     for index in reversed(range(len(relations.locks))):
         first[roots[relations.locks[index][0]]] = index
@@ -223,9 +224,9 @@ def _first_lock(relations: AxisRelations, roots: Positions) -> Positions:
 
 
 def _settle(relations: AxisRelations, block: ReshapeBlock, locked: Positions) -> None:
-    """Let one axis on either side of a reshape carry the units, the outermost that can; the others stay.
+    """On each side of a reshape, let the outermost axis without a lock carry the units; lock the other axes.
 
-    locked: for each position its first lock, -1 for none.
+    locked: the first lock of each position, -1 for none.
     """
     carried, reason = [], block.reason
     for side in (block.left, block.right):
@@ -248,10 +249,10 @@ def _settle(relations: AxisRelations, block: ReshapeBlock, locked: Positions) ->
 
 
 def components(count: int, a: Positions, b: Positions) -> Positions:
-    """For each of `count` positions the least one that it is connected to by the edges (a, b).
+    """The connected components of `count` positions with the edges (a, b), each named by its least position.
 
-    Each round hooks every root to the least root beside it and makes the trees flat, which at least halves the number
-    of roots that have an edge left (Shiloach & Vishkin, 1982), so there are at most log2(count) rounds.
+    Each round links every root to its least neighbouring root and flattens the trees, which at least halves the number
+    of roots with an edge (Shiloach & Vishkin, 1982), so there are at most log2(count) rounds.
     """
     parent = np.arange(count)
     while len(a):

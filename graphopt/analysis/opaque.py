@@ -1,4 +1,4 @@
-"""How the axes of operations relate that no canonical op covers: one line an operation, in OPAQUE at the end.
+"""How the axes relate in operations that no canonical op covers: one line per operation, in OPAQUE at the end.
 
 What an ONNX or aten operation has in common with an op is the op's own relation, from `graphopt.ir`; what stands here
 reads the operands and attributes by the names that its dialect gives them.
@@ -85,7 +85,7 @@ def softmax(node: NodeAxes) -> None:
 
 
 def flattened_softmax(node: NodeAxes) -> None:
-    """Softmax as it was before opset 13: over an axis and all behind it."""
+    """Softmax as it was before opset 13: over an axis and all axes after it."""
     node.broadcast(node.x, node.y)
     for axis in range(axis_of(node, default=1), node.rank(node.x)):
         node.lock(node.x, axis, "axis_mixed")
@@ -301,7 +301,7 @@ def pad(node: NodeAxes) -> None:
 
 
 def padding(node: NodeAxes) -> Sides:
-    """How much goes before and behind each axis that is padded. Raises Unclear where it is computed."""
+    """How many entries are added before and after each padded axis. Raises Unclear where it is computed."""
     rank = node.rank(node.x)
     if "pad" in node.attributes:  # aten: from the last axis
         flat = list(node.attributes["pad"])

@@ -116,7 +116,7 @@ def _onnx_slice(cut: Cut, node: NodeAxes) -> list[Value]:
 
 
 def _split(cut: Cut, node: NodeAxes) -> list[Value]:
-    """One slice a part, which may be of any sizes."""
+    """One slice per part; parts may have different sizes."""
     axis, start, results = axis_of(node), 0, []
     if all(cut.mask(node, value, axis) is None for value in (node.x, *node.results)):
         return cut.same(node)

@@ -229,7 +229,7 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
 def _lifted(
     dialect: Adapter, model: Any, graph: Graph, feeds: Sequence[Feeds], expected: Outputs | None, notes: list[str]
 ) -> Graph | None:
-    """The graph of a lifted model, raised; None, and a note, where the model stays at the version of `graph`."""
+    """The raised graph of the lifted model. None where the model stays at the version of `graph`; a note says why."""
     version = dialect.version(graph)
     if expected is None:
         notes.append(f"stays at {version}: it cannot be checked that the lifted model computes the same")
@@ -253,7 +253,7 @@ def _lifted(
 def _raised(
     dialect: Adapter, graph: Graph, feeds: Sequence[Feeds], expected: Outputs | None, notes: list[str]
 ) -> Graph:
-    """The graph, raised to ops; as it is, and a note, where it then does not compute what is expected on the feeds."""
+    """The raised graph; the unraised one, and a note, where the outputs of either differ from the expected ones."""
     try:
         raised, left = _raise_checked(dialect, graph, feeds, expected)
     except GraphError as error:
@@ -268,9 +268,10 @@ def _raised(
 def _raise_checked(
     dialect: Adapter, graph: Graph, feeds: Sequence[Feeds], expected: Outputs | None
 ) -> tuple[Graph | None, list[str]]:
-    """The graph, raised, and notes. The graph as it is where it computes what is expected only so; None if not even so.
+    """Returns the raised graph; the unraised graph if raising changed the outputs; None if the unraised graph differs
+    from the model too. Notes come with it.
 
-    expected: what the model returns on each of the feeds; None where nothing is to be checked. Raises GraphError where
+    expected: what the model returns on each of the feeds; None where nothing can be checked. Raises GraphError where
     constants cannot be computed.
     """
     raised = graph.clone()

@@ -16,7 +16,7 @@ from graphopt.cli.reading import arrays, require_file
 def compare(
     before: Model,
     after: Model,
-    inputs: Annotated[Path, typer.Option("--data", help="An .npz file: one array an input, samples along axis 0.")],
+    inputs: Annotated[Path, typer.Option("--data", help="An .npz file: one array per input, samples along axis 0.")],
     sites: Annotated[bool, typer.Option("--sites", help="Show where inside the two go apart, site by site.")] = False,
     steps: Annotated[int | None, typer.Option(help="Most batches to use.", min=1)] = None,
     as_json: Json = False,
@@ -39,7 +39,7 @@ def sensitivity(
         list[str],
         typer.Option(help='A pass to try on each site alone, such as "sparsify{amount=0.5}"; may be given again.'),
     ],
-    calibration: Annotated[Path, typer.Option(help="An .npz file: one array an input, samples along axis 0.")],
+    calibration: Annotated[Path, typer.Option(help="An .npz file: one array per input, samples along axis 0.")],
     calibration_steps: CalibrationSteps = None,
     sites: Annotated[
         list[str] | None,

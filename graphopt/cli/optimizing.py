@@ -25,7 +25,7 @@ def optimize(
     passes: Passes = None,
     target: Target = "onnxruntime",
     calibration: Annotated[
-        Path | None, typer.Option(help="An .npz file: one array an input, samples along axis 0.")
+        Path | None, typer.Option(help="An .npz file: one array per input, samples along axis 0.")
     ] = None,
     calibration_steps: CalibrationSteps = None,
     dry_run: Annotated[

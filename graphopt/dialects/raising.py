@@ -194,7 +194,7 @@ def _broadcasts(value: Value, other: Value, axes: int) -> bool:
 
 
 def _as_allowed(graph: Graph, mask: Value | None) -> Value | None:
-    """The boolean mask behind where(allowed, 0, -infinity), else the mask itself."""
+    """The boolean mask inside where(allowed, 0, -infinity), else the mask itself."""
     node = mask.producer if mask is not None else None
     if node is None or node.kind != "where":
         return mask
@@ -240,7 +240,7 @@ def _peel_scale(graph: Graph, value: Value) -> tuple[Value, float]:
 
 
 def _untranspose(op: Builder, value: Value) -> Value:
-    """k, where the value is kᵀ: without the transpose that made the value, or else behind one more transpose."""
+    """k, where the value is kᵀ: without the transpose that made the value, or else with one more transpose."""
     node = value.producer
     if node is None or node.kind != "transpose" or value.rank != 4:
         return op.transpose(value, perm=(0, 1, 3, 2))

@@ -2,7 +2,8 @@
 
 Every position along an axis of a fixed size has a number. A relation links the numbers of positions that stand for the
 same channel, neuron or head (channel 3 of a conv's result and row 3 of its weight), and locks positions that have to
-stay. An axis that a relation does not mention is locked: a missing line costs a cut, and never makes a wrong one.
+stay. An axis that a relation does not mention is locked: a missing relation loses a chance to prune, and is never
+unsafe.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Unclear(Declined):
 
 @dataclass(frozen=True, eq=False)
 class ReshapeBlock:
-    """Axes of fixed sizes that a reshape splits or merges. Which of them carries the units is known once locks are."""
+    """Axes of fixed sizes that a reshape splits or merges. Which axis carries the units is decided after all locks are
+    known."""
 
     left: list[Positions]
     """The axes of the operand, outermost first."""
@@ -45,7 +47,7 @@ class ReshapeBlock:
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """A node that sums over an axis: without some of the positions it computes something else."""
+    """A node that sums over an axis: its result changes if positions are removed, even zero ones."""
 
     node: Node
     positions: Positions
@@ -66,7 +68,7 @@ class AxisRelations:
     """The inputs and what is computed from them: no weights."""
     links: list[tuple[Positions, Positions]] = field(default_factory=list)
     locks: list[tuple[Positions, Decline]] = field(default_factory=list)
-    """Positions that stay, with the reason; of several reasons for one unit, the first is reported."""
+    """Positions that cannot be removed, with the reason; of several reasons for one unit, the first is reported."""
     reshapes: list[ReshapeBlock] = field(default_factory=list)
     producers: list[tuple[Node, Positions]] = field(default_factory=list)
     """Sites with the positions of their weight's output axis."""
@@ -106,7 +108,7 @@ class AxisRelations:
 class NodeAxes:
     """A node as a relation sees it: its operands and results, and what may be said of their axes.
 
-    It holds what the node reads at first, also when the graph changes later. An axis may be given from the end (-1).
+    Operands are those at construction, even if the graph changes later. An axis may be given from the end (-1).
     """
 
     def __init__(self, relations: AxisRelations, node: Node) -> None:
@@ -183,7 +185,7 @@ class NodeAxes:
                 self.same(a, axis, b, axis + offset)
 
     def unrelated(self, *values: Value) -> None:
-        """The axes of these values relate to nothing here, and may shrink as far as this node is concerned."""
+        """The axes of these values have no relation here; this node lets them shrink."""
         self._mentioned.update((value, axis) for value in values for axis in range(self.rank(value)))
 
     def reason(self, code: str) -> Decline:
@@ -239,7 +241,7 @@ def elementwise(node: NodeAxes) -> None:
 
 
 def unrelated(node: NodeAxes) -> None:
-    """It reads a size, a range or a scale, whatever the positions are."""
+    """It reads a size, a range or a scale, and no positions."""
     node.unrelated(*node.given, *node.results)
 
 
@@ -294,7 +296,7 @@ def taken(node: NodeAxes, y: Value, axis: int, positions: Positions | None) -> N
 
 
 def joined(node: NodeAxes, axis: int) -> None:
-    """The operands stand one behind the other along an axis of the result."""
+    """The operands are concatenated along an axis of the result."""
     axis %= node.rank(node.x)
     whole, start = node.positions(node.y, axis), 0
     for value in node.given:
@@ -310,11 +312,11 @@ def joined(node: NodeAxes, axis: int) -> None:
 
 
 Sides = dict[int, tuple[int, int]]
-"""How much a pad puts before and behind each axis; negative where it crops."""
+"""How many entries a pad adds before and after each axis; negative where it crops."""
 
 
 def padded(node: NodeAxes, sides: Sides, with_constant: bool = True) -> None:
-    """x with so much around it; what is padded with entries of x stays."""
+    """x with entries added around it; axes that are padded with entries of x are locked."""
     node.unrelated(*node.given[1:])
     for axis in range(node.rank(node.x)):
         begin, end = sides.get(axis, (0, 0))
@@ -356,7 +358,7 @@ def reshaped(node: NodeAxes) -> None:
 
 
 def reshape_blocks(left: Shape, right: Shape) -> Iterator[tuple[list[int], list[int]]]:
-    """The axes of two shapes of one size that hold the same entries in the same order, in blocks as small as is known.
+    """The axes of two shapes with the same entries in the same order, as pairs of the smallest blocks that are known.
 
     First from the end, as far as sizes are numbers, then from the front, where equal names are equal sizes; what is
     between them is one block.

@@ -90,7 +90,7 @@ class Cut:
         return slice(int(mask[:start].sum()), int(mask[: max(start, end)].sum()))
 
     def sides(self, node: NodeAxes, sides: Mapping[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
-        """As much before and behind each padded axis as is left of it."""
+        """The padding before and after each axis that is left after the cut."""
         left = dict(sides)
         for axis, (begin, end) in sides.items():
             mask = self.mask(node, node.y, axis)

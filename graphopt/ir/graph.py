@@ -1,4 +1,4 @@
-"""The narrow waist: everything a pass may ask of a graph, and the only ways to change one.
+"""The interface of a graph: all that a pass may ask of one, and the only ways to change one.
 
 `Graph`, `Node` and `Value` are abstract; `graphopt.dialects` holds one implementation over torch.fx and one over
 onnx-ir. Nodes and values are views of the dialect's own objects: two are equal when they view the same object, and they
@@ -20,7 +20,7 @@ from graphopt.errors import GraphError
 from graphopt.ir.ops import OPS, Op
 
 Shape = tuple[int | str, ...]
-"""One entry an axis: a size, or the name of a dynamic axis ("?" when it has none)."""
+"""One entry per axis: a size, or the name of a dynamic axis ("?" when it has none)."""
 
 Seen = tuple[int, Mapping[str, Tensor], Mapping["Value", Tensor]]
 """The number of a batch, its feeds by input name, and some values computed from it."""
@@ -263,7 +263,7 @@ class Graph(ABC):
         raise GraphError(f"the {self.dialect} dialect has no gradients: use a target whose dialect is fx")
 
     def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
-        """A run over batches, of values that together may not fit memory, or of a graph that may not."""
+        """Evaluate values over batches in parts, for values or graphs that do not fit in memory."""
         return Flow(self, batches)
 
     @abstractmethod
@@ -303,7 +303,7 @@ class Graph(ABC):
         """Read what `save` wrote."""
 
     def text(self) -> str:
-        """The listing that `diff` compares: a line a node, values numbered in order, with shapes, attributes, paths."""
+        """The listing that `diff` compares: one line per node with shapes, attributes and path; values are numbered."""
         numbers: dict[Value, str] = {value: value.name for value in self.inputs}
         lines = []
         for node in self.nodes:
@@ -328,7 +328,7 @@ class Graph(ABC):
 
 
 class Flow:
-    """A run over batches through a graph, which must not change meanwhile."""
+    """An evaluation of values over batches in parts; the graph must not change meanwhile."""
 
     memory = 2**30
     """Bytes of statistics that a caller may hold at once."""

@@ -72,7 +72,7 @@ class Match:
     bound: dict[str, Any] = field(default_factory=dict)
     interior: list[Node] = field(default_factory=list)
     siblings: tuple[Match, ...] = ()
-    """Of a rule with `group_by`: the matches behind this one that are rewritten with it."""
+    """Of a rule with `group_by`: later matches of the group, which are rewritten with this one."""
 
     @property
     def group(self) -> tuple[Match, ...]:
@@ -93,7 +93,7 @@ class Match:
 
 Replacement = Value | Mapping[Value, Value] | None
 """What a rule puts in place of a match: a value for the root's result; or, for a rule that replaces several nodes, a
-value for each of their results; or None, to leave the match to the rules behind."""
+value for each of their results; or None, to leave the match to the rules that follow."""
 
 Replace = Callable[[Builder, Match], Replacement]
 
@@ -103,7 +103,8 @@ class Rule:
     """pattern(op, variables...) matches from its result backwards; replace(op, match) emits or raises Declined.
 
     A pattern variable with a default of None stands for an operand that may be left out. Values inside the pattern
-    must have no other user, unless `shared`. `check` says what a pattern cannot: where it is false, nothing matched.
+    must have no other user, unless `shared`. `check` says what a pattern cannot: a match for which it is
+    False does not count.
     """
 
     name: str
@@ -144,7 +145,7 @@ class RuleLog:
 
 @dataclass(frozen=True)
 class Choice:
-    """A pattern that has several legal forms; which one runs is the target's to say, by measuring or by their order."""
+    """A pattern that has several legal forms; the target decides which one runs, by measuring or by their order."""
 
     name: str
     pattern: Callable[..., Pattern]
@@ -159,9 +160,9 @@ class Choice:
     """Which matches are rewritten together, as in a rule: one form is taken for the whole group."""
 
     def rule(self, form: Callable[[Match], str] | None = None) -> Rule:
-        """The rule that takes the form which `form` names for a match; without it, or where that declines, the first.
+        """A rule that tries the form named by `form`, then all forms in order, and takes the first legal one.
 
-        Every later one follows in order; the reason of the first to decline is kept where none is legal.
+        If none is legal, the first decline is reported.
         """
 
         def replace(op: Builder, match: Match) -> Replacement:
@@ -206,7 +207,7 @@ def rewrite(graph: Graph, rules: Iterable[Rule]) -> dict[str, RuleLog]:
         by_root[matcher.pattern.kind].append(matcher)
     for _ in range(ROUNDS):
         before, nodes = graph.version, graph.nodes
-        emitted: dict[Hashable, Value] = {}  # of one round, in which later sites stand behind earlier ones
+        emitted: dict[Hashable, Value] = {}  # in one round, in which later sites come after earlier ones in the graph
         erased: set[Node] = set()
         for matcher in matchers:
             matcher.group(nodes)
@@ -261,7 +262,7 @@ class _Matcher:
 
 
 def _try(matcher: _Matcher, op: Builder, log: RuleLog, erased: set[Node]) -> bool:
-    """Rewrite at the builder's node where a rule matches; whether it did."""
+    """Rewrite at the builder's node if the rule matches there; returns whether it did."""
     start = time.perf_counter()
     log.tries += 1
     match = None
@@ -284,7 +285,7 @@ def _try(matcher: _Matcher, op: Builder, log: RuleLog, erased: set[Node]) -> boo
 
 
 def _substitute(graph: Graph, match: Match, replacement: Value | Mapping[Value, Value]) -> set[Node]:
-    """Put a replacement in the place of a match; the nodes that are gone. Raises Declined where a shape differs."""
+    """Replace a match; returns the nodes that were removed. Raises Declined where a shape differs."""
     values = {match.root.result: replacement} if isinstance(replacement, Value) else replacement
     for old, new in values.items():
         if _differ(old.shape, new.shape):  # such as a factor of 1 that adds an axis

@@ -10,9 +10,9 @@ To write a target, derive from `Backend` and `Runner`. A target has to say
 - `export`: a file that can be deployed.
 
 All else has a default. Where a pattern has several legal forms, `rules` gives a `Choice` in place of a Rule, and
-`chooser` says what picks one; `graphopt.lowering.timed_forms.TimedChooser` picks by time. `notes`, `accept`, `why_float`,
-`clock`, `place` and `graphsurgeon` are for engines that need them. A target of another package is found through the
-entry point group `graphopt.backends`.
+`chooser` says what picks one; `graphopt.lowering.timed_forms.TimedChooser` picks by time. `notes`, `accept`,
+`why_float`, `clock`, `place` and `graphsurgeon` are for engines that need them. A target of another package is found
+through the entry point group `graphopt.backends`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Backend(ABC):
     # --- what some targets say -------------------------------------------------------------------------------------
 
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
-    """By op, the bits that weights may have where they alone are integers (the scheme weight-only), best first."""
+    """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
     types: ClassVar[tuple[str, ...]] = ("int8",)
@@ -133,7 +133,7 @@ class Backend(ABC):
     runs: bool = True
     """Whether its engine runs here; else a reference does, and nothing is timed."""
     zeros: str = "dense kernels multiply zeros like any number: a file is smaller once compressed, no more"
-    """What zeros inside weights bring here, in words for the user."""
+    """What sparsity gains on this target, as a sentence for the user."""
     sparse: tuple[str, ...] = ()
     """The patterns of zeros that kernels skip here, as `sparsify` spells them (2:4)."""
 
@@ -151,7 +151,7 @@ class Backend(ABC):
         return []
 
     def why_float(self, site: Node, scheme: str, dtype: str) -> Decline | None:
-        """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
+        """Why a site has no kernel in 8 bits, because of its sizes or of this machine; None where it has one."""
         return None
 
     def engine(self) -> str:

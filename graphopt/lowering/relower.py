@@ -143,7 +143,7 @@ def _site(graph: Graph, node: Node) -> _Site | None:
 
 
 def _quantize_behind(node: Node) -> Node | None:
-    """The quantize that is the only reader of an op's result, at most behind a relu or clip."""
+    """The quantize that is the only reader of an op's result, directly or after a relu or clip."""
     for bounds in (("relu", "clip"), ()):
         reader = node.result.only_user
         if reader is None or reader.kind == "quantize":

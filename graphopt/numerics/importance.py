@@ -1,4 +1,4 @@
-"""How much the units of a group (neurons, heads, channels) matter: one number a unit, to rank those that go."""
+"""How much the units of a group (neurons, heads, channels) matter: one number per unit, to rank those that go."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""Second moments of activations over batches: what one input of a layer carries, and how inputs go together."""
+"""Moments of the inputs of a layer over batches: norms, means, second moments."""
 
 from collections.abc import Sequence
 
@@ -117,17 +117,17 @@ class Covariance:
         return moments
 
 
-class Met:
-    """Second moments of rows as a layer in integers meets them, r, and of these with the rows themselves, x.
+class QuantizedMoments:
+    """r rᵀ of the quantized inputs r, and the cross moments x rᵀ with the float inputs x: means over all rows.
 
-    r is x on the steps of an activation, halves to even and the ends saturated (Jacob et al. 2018, section 2.1).
+    r is x rounded to the steps of the activation (halves to even) and saturated (Jacob et al. 2018, section 2.1).
     """
 
     def __init__(self, features: int, conv: Rows | None, grid: Grid) -> None:
-        """features, conv: as for `Norm`; grid: the integers, of one scale in all."""
+        """features, conv: as for `Norm`; grid: the quantization, per tensor."""
         self.features, self.conv, self.grid, self.scale = features, conv, grid, grid.scale
         self.groups = 1 if conv is None else conv[4]
-        self._met: Tensor | None = None
+        self._second: Tensor | None = None
         self._cross: Tensor | None = None
         self._means = torch.zeros(2, self.groups, features, dtype=torch.float64)
         self.count = 0
@@ -141,26 +141,26 @@ class Met:
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Take in one batch: as `Covariance.update`."""
         rows = _rows(x, mask, self.features, self.conv)
-        met = self.grid.values(self.grid.round(rows))
-        if self._met is None or self._cross is None:
+        quantized = self.grid.values(self.grid.round(rows))
+        if self._second is None or self._cross is None:
             shape = self.groups, self.features, self.features
-            self._met, self._cross = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-        self._met += (met.transpose(1, 2) @ met).double()
-        self._cross += (rows.transpose(1, 2) @ met).double()
-        self._means += torch.stack([rows.sum(1, dtype=torch.float64), met.sum(1, dtype=torch.float64)])
+            self._second, self._cross = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        self._second += (quantized.transpose(1, 2) @ quantized).double()
+        self._cross += (rows.transpose(1, 2) @ quantized).double()
+        self._means += torch.stack([rows.sum(1, dtype=torch.float64), quantized.sum(1, dtype=torch.float64)])
         self.count += rows.shape[1]
 
     def affine(self) -> Tensor:
         """The means of r rᵀ and of x rᵀ, each with a last feature that is always 1: float64 (2, groups, features + 1,
         features + 1). ValueError when no row was seen."""
         _require_rows(self.count)
-        assert self._met is not None and self._cross is not None
-        mean, met = self._means / self.count
+        assert self._second is not None and self._cross is not None
+        mean, mean_quantized = self._means / self.count
         one = torch.ones(self.groups, 1, dtype=torch.float64)
         found = []
-        for matrix, first in ((self._met, met), (self._cross, mean)):
+        for matrix, first in ((self._second, mean_quantized), (self._cross, mean)):
             right = torch.cat([first, one], 1).unsqueeze(2)
-            found.append(torch.cat([torch.cat([matrix / self.count, met.unsqueeze(1)], 1), right], 2))
+            found.append(torch.cat([torch.cat([matrix / self.count, mean_quantized.unsqueeze(1)], 1), right], 2))
         return torch.stack(found)
 
 
@@ -170,7 +170,7 @@ def _require_rows(count: int) -> None:
 
 
 def _rows(x: Tensor, mask: Tensor | None, features: int, conv: Rows | None) -> Tensor:
-    """Float32 (groups, rows, features): what is multiplied with the weight, a row an output position."""
+    """Float32 (groups, rows, features): what is multiplied with the weight, one row per output position."""
     x = x.detach().float()
     if conv is not None:
         require_finite(x, "x")

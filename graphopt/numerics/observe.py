@@ -15,8 +15,8 @@ STEPS = 255
 """Steps of an activation of 8 bits: its integers are 0 to 255."""
 
 OUTLIER = 20.0
-"""A channel is an outlier when it reaches this many times as far as the median channel, which then has, of the 256
-integers that all share, fewer than 13 to itself."""
+"""An outlier channel has max_abs over this many times the median channel's; the other channels lose precision: fewer
+than 13 of the 256 integers are left to the median channel."""
 
 
 class Observer(Protocol):
@@ -241,7 +241,7 @@ class Entropy(Histogram):
 
 
 class ChannelMinMax:
-    """The smallest and the largest value of each channel: what smoothing evens out, and where outliers are.
+    """The smallest and the largest value of each channel: what smoothing equalizes, and what tells outlier channels.
 
     Source: Xiao et al. 2023, section 4.
     """
@@ -308,7 +308,7 @@ OBSERVERS: Mapping[str, Callable[[], Observer]] = MappingProxyType(
 
 
 def oddity(seen: Observer) -> str | None:
-    """What is strange about an activation, so that its range says little; None when nothing is.
+    """Why the range of an activation is degenerate; None where it is not.
 
     One of "never exercised" (no real position), "all zero" and "constant (its value)".
     """

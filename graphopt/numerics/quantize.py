@@ -41,7 +41,7 @@ class Grid:
     low: int
     high: int
     axis: int | None
-    """The axis with one scale a slice, the last one for blocks; None for one scale in all."""
+    """The axis with one scale per slice, the last one for blocks; None: one scale per tensor."""
 
     def round(self, weight: Tensor) -> Tensor:
         """The nearest integers (halves to even, then cut to low..high): int8 or uint8, contiguous.
@@ -90,8 +90,8 @@ def fit(
 ) -> Grid:
     """The grid that covers a weight, slice by slice.
 
-    weight: float, any shape; bits: 2 to 8; axis: the axis with one scale a slice, None for one scale in all.
-    block: for a matrix (out, in), one scale for so many weights along `in` instead, one of `BLOCKS`, dividing it.
+    weight: float, any shape; bits: 2 to 8; axis: the axis with one scale per slice, None: one scale per tensor.
+    block: for a matrix (out, in), one scale per `block` weights along `in`; one of `BLOCKS`, which divides `in`.
     symmetric: zero is the integer 0. Per axis and per tensor integers are within ±(2**(bits-1) - 1) and scales > 0; in
     blocks all of -2**(bits-1) .. 2**(bits-1) - 1 is used: the weight of largest magnitude is at the lower end, and the
     scale has the opposite sign of it. Otherwise integers are 0 to 2**bits - 1, over the range from the smallest to the

@@ -49,20 +49,20 @@ def reconstruct(weight: Tensor, covariance: Tensor, grid: Grid, *, damping: floa
     return torch.cat(done, 1).to(torch.int8 if grid.zero_point is None else torch.uint8).reshape(weight.shape)
 
 
-def fitted(weight: Tensor, met: Tensor, cross: Tensor, *, damping: float = 0.01) -> Tensor:
+def fitted(weight: Tensor, second: Tensor, cross: Tensor, *, damping: float = 0.01) -> Tensor:
     """The weight whose outputs on inputs r are nearest to the given one's on inputs x: least E‖W x - W' r‖².
 
-    weight: float (out, ...); met, cross: float64 (groups, features, features), the means of r rᵀ and of x rᵀ; damping:
-    above 0, the share of its own mean square that is added to that of each r, a ridge around the given weight: inputs
-    may be of any size. Returns float32, the shape of weight; 0 where that is 0, so that sparsity stays.
+    weight: float (out, ...); second, cross: float64 (groups, features, features), the means of r rᵀ and of x rᵀ;
+    damping: above 0, the share of its own mean square that is added to that of each r, a ridge around the given weight:
+    inputs may be of any size. Returns float32, the shape of weight; 0 where that is 0, so that sparsity stays.
     Raises ValueError when shapes don't fit.
     Source: the target of Li et al. 2025 (GPTAQ), for r that rounding made of x.
     """
-    groups, features = _require_fits(weight, met, damping)
+    groups, features = _require_fits(weight, second, damping)
     rows = weight.detach().double().reshape(groups, -1, features)
-    squares = met.diagonal(dim1=1, dim2=2)
+    squares = second.diagonal(dim1=1, dim2=2)
     ridge = torch.diag_embed(torch.where(squares > 0, damping * squares, 1))  # 1: nothing of it came in
-    change = torch.linalg.solve(met + ridge, (rows @ (cross - met)).transpose(1, 2)).transpose(1, 2)
+    change = torch.linalg.solve(second + ridge, (rows @ (cross - second)).transpose(1, 2)).transpose(1, 2)
     return torch.where(rows == 0, 0, rows + change).float().reshape(weight.shape)
 
 
@@ -73,7 +73,7 @@ def refine(
 
     Scales of an output are solved for together, by least squares under the covariance; then every integer goes, one
     column at a time and twice over, to the best that there is while all others stay. No output's error grows. Scales
-    keep their sign, zero points and a grid of one scale in all stay; a weight that is 0 stays 0.
+    keep their sign, zero points and a grid per tensor stay; a weight that is 0 stays 0.
     weight, covariance, grid: as for `reconstruct`; integers: what that gave; damping: as there, above 0; rounds: how
     often. On stories260K
     (4 bits, blocks of 32) four rounds take 5 to 11% off the error of a linear that `reconstruct` leaves.

@@ -10,7 +10,7 @@ from graphopt.numerics.quantize import fit
 from graphopt.numerics.reconstruct import output_error
 
 ALPHAS = tuple(step / 10 for step in range(1, 11))
-"""The shares of the difficulty that the search moves from activations to weights."""
+"""The alphas that the search tries: how much of the range moves into the weights."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Smoothing:
     factors: Tensor
     """Float32 (in,), > 0: activations are divided by them, the weights' input channels multiplied; all 1 if best."""
     alpha: float | None
-    """The share that gave them; None where leaving all as it is was best."""
+    """The alpha of these factors; None where no smoothing was best."""
     error: float
     """`expected_error` with these factors."""
     before: float
@@ -31,7 +31,7 @@ def smooth_factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor
     """max|x_j|**alpha / max|W_j|**(1 - alpha), for each input channel j: float32 (in,), > 0.
 
     activations, weights: (in,), the largest magnitude of each channel, over batches and over the outputs of all weights
-    that read x; alpha: in [0, 1], the share of the difficulty that weights take over. A channel that is zero in either
+    that read x; alpha: in [0, 1], how much of the range moves into the weights. A channel that is zero in either
     gets 1. Raises ValueError when alpha is out of range. Source: Xiao et al. 2023, equation 4.
     """
     if not 0 <= alpha <= 1:
@@ -44,12 +44,12 @@ def smooth_factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor
 def expected_error(
     weights: Sequence[Tensor], covariance: Tensor, low: Tensor, high: Tensor, factors: Tensor, *, bits: int = 8
 ) -> float:
-    """The squared error of outputs, summed over them, in the mean over x, that quantizing x / f and W f would make.
+    """The expected squared error of the outputs, summed over them, when x / f and W f are quantized.
 
     weights: float (out, in) each, all reading x; covariance: float64 (in, in), the mean of x xᵀ; low, high: (in,), the
-    range of each channel of x; factors: (in,); bits: of the weights, symmetric, one scale an output; x gets 8 bits, one
-    scale, over the range of all channels. With D the change of a weight by rounding, taken exactly, and s the scale of
-    x, it is E‖D x‖² + ‖W'‖² s²/12: errors of x taken as uniform, and independent of each other and of x, so that
+    range of each channel of x; factors: (in,); bits: of the weights, symmetric, one scale per output; x gets 8 bits,
+    one scale, over the range of all channels. With D the exact change of a weight by rounding, and s the scale of x, it
+    is E‖D x‖² + ‖W'‖² s²/12: errors of x taken as uniform, and independent of each other and of x, so that
     channels that stay within half a step, or saturate, are not told apart from others.
     Source: the noise model of Widrow & Kollár 2008.
     """

@@ -191,8 +191,8 @@ def require_amount(amount: float) -> None:
 def _select(scores: Sequence[Tensor], count: int) -> tuple[Tensor, int]:
     """The count-th smallest magnitude, as bits, and how many of the elements equal to it go.
 
-    Magnitudes of IEEE floats order as their bits do, so a radix selection finds it exactly with one histogram a digit,
-    and no sort. Bits -1, below every magnitude, when nothing goes.
+    Magnitudes of IEEE floats order as their bits do, so a radix selection finds it exactly with one histogram per
+    digit, and no sort. Bits -1, below every magnitude, when nothing goes.
     """
     for number, score in enumerate(scores):
         require_finite(score, f"weight {number}")

@@ -23,7 +23,7 @@ SAMPLES = 8
 """Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
 
 MEMORY = Flow.memory
-"""Bytes of what is kept of batches, at most, where these fit memory."""
+"""Most bytes of statistics that `Remembered` keeps."""
 
 
 class Input(Protocol):
@@ -40,7 +40,7 @@ class Input(Protocol):
 
 
 class Statistic(Protocol):
-    """What is kept of a value over the batches, in memory that does not grow with them (`numerics.observe`)."""
+    """A statistic of a value over the batches, in memory that does not grow with them (`numerics.observe`)."""
 
     @property
     def nbytes(self) -> int:
@@ -75,8 +75,8 @@ class Calibration:
         CalibrationDataReader, or stacked arrays by input name (an .npz file), with samples along axis 0.
 
         A batch is a dict by input name, a tuple in the order of the inputs, or a tensor; torch, numpy or lists. One
-        without a batch axis (the row of a dataset) gets it. calibration_steps: most batches to use. watchers: are told
-        of each batch that was looked at.
+        without a batch axis (the row of a dataset) gets it. calibration_steps: most batches to use. watchers:
+        notified after each batch.
         Raises UsageError, here or when a batch's turn comes, naming the batch and the input.
         """
         if calibration_steps is not None and calibration_steps < 1:
@@ -93,7 +93,7 @@ class Calibration:
         else:
             raise UsageError(f"calibration must be an iterable of batches, not a {type(batches).__qualname__}")
         self.once = isinstance(self._batches, Iterator)
-        """Whether the batches come from a generator, and so a single time."""
+        """Whether the batches come from a generator, which can be read only once."""
         self._used = False
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -117,10 +117,10 @@ class Calibration:
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
         """Fill a fresh statistic of each value over all batches, and give them in order; padding is left out.
 
-        Padding is where an input that is a mask is 0 (`graphopt.analysis.masks.real_positions`). Statistics of at most
-        `Flow.memory` bytes (or a single larger one) are filled together, so a reader that lets go of each needs no more
-        than that; every such part runs over the batches anew, or goes on where the one before has ended, in a model
-        that does not fit memory. The graph must not change in between.
+        Padding is where an input that is a mask is 0 (`graphopt.analysis.masks.real_positions`). Statistics are filled
+        in parts of at most `Flow.memory` bytes (or a single larger one). Each part is one run over the batches (for a
+        model larger than memory, the next part continues from the previous layer). The graph must not change in
+        between.
         Raises NotFinite where an activation holds NaN or infinity at a real position.
         """
         part: list[tuple[Value, S]] = []
@@ -136,7 +136,7 @@ class Calibration:
             yield from self._fill(flow, part)
 
     def _fill(self, flow: Flow, part: list[tuple[Value, S]]) -> Iterator[S]:
-        """Fill the statistics of a part, and let go of each with its turn."""
+        """Fill the statistics of a part, yield them in order, and keep no reference to those yielded."""
         fetch = list(dict.fromkeys(value for value, _ in part))
         masks = mask_inputs(self.inputs)
         with ExitStack() as stack:
@@ -218,7 +218,7 @@ class Calibration:
 class Remembered(Calibration):
     """Batches whose statistics are kept, up to MEMORY bytes, by name and kind of value, for graphs that are equal.
 
-    graphs: what tells one graph from another; without it, all are clones of one.
+    graphs: a key that is equal for equal graphs; without it, all graphs are taken as clones of one.
     """
 
     def __init__(self, calibration: Calibration, graphs: Callable[[Graph], str] = lambda graph: "") -> None:

@@ -9,24 +9,24 @@ from torch import Tensor
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.numerics.moments import Covariance, Mean, Met, Norm, Rows
+from graphopt.numerics.moments import Covariance, Mean, Norm, QuantizedMoments, Rows
 from graphopt.numerics.quantize import Grid
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
 
-S = TypeVar("S", Norm, Mean, Covariance, Met)
+S = TypeVar("S", Norm, Mean, Covariance, QuantizedMoments)
 
 
 def unexercised(what: str) -> str:
-    """What to tell the user of values that are all padding, or empty, in every batch."""
+    """The message for values that are empty, or all padding, in every batch."""
     return f"no calibration batch has numbers for {what}; add batches that do, or name what reads it in ignore"
 
 
 def covariances(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
     """Of each weight, the mean of x xᵀ over the inputs x of all its sites: float64 (groups, features, features).
 
-    Weights that read the same come together, not in the given order. The graph must not change until the last is read.
-    Raises UsageError without calibration, and where no batch has a number for a weight's inputs.
+    Weights with the same inputs come one after the other, not in the given order. The graph must not change until the
+    last is read. Raises UsageError without calibration, and where all batches leave a weight's inputs empty or padded.
     """
     return _observed(graph, context, weights, _anywhere(Covariance), Covariance.matrix)
 
@@ -36,18 +36,18 @@ def affine(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterato
     return _observed(graph, context, weights, _anywhere(Covariance), Covariance.affine)
 
 
-def met(
+def quantized_moments(
     graph: Graph, context: Context, weights: Sequence[Weight], grids: Mapping[Value, Grid]
 ) -> Iterator[tuple[Weight, Tensor]]:
-    """As `affine`, of inputs as they are in integers, and of these with the inputs themselves: `Met.affine`.
+    """As `affine`: r rᵀ of the quantized inputs r, and the cross moments x rᵀ with the float inputs x.
 
-    grids: the integers of the input of every site.
+    Both are in one tensor (`QuantizedMoments.affine`). grids: the quantization of the input of every site.
     """
 
-    def statistic(value: Value, features: int, rows: Rows | None) -> Met:
-        return Met(features, rows, grids[value])
+    def statistic(value: Value, features: int, rows: Rows | None) -> QuantizedMoments:
+        return QuantizedMoments(features, rows, grids[value])
 
-    return _observed(graph, context, weights, statistic, Met.affine)
+    return _observed(graph, context, weights, statistic, QuantizedMoments.affine)
 
 
 def norms(graph: Graph, context: Context, weights: Sequence[Weight]) -> Iterator[tuple[Weight, Tensor]]:
@@ -73,7 +73,7 @@ def _observed(
     statistic: Callable[[Value, int, Rows | None], S],
     mean: Callable[[S], Tensor],
 ) -> Iterator[tuple[Weight, Tensor]]:
-    """The mean over all rows that a weight multiplies; `mean` gives that of one statistic."""
+    """Each weight with the mean over all rows that it multiplies. mean: of one statistic."""
     readers: dict[tuple[tuple[Value, Rows | None], ...], list[Weight]] = {}
     for weight in weights:
         readers.setdefault(tuple((site.input, _rows(site)) for site in weight.sites), []).append(weight)

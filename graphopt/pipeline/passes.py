@@ -32,7 +32,7 @@ class Pass:
 
     The type of a field says which values the option takes (`graphopt.pipeline.options`), the docstring under it is its
     help, and `contradiction` says which options exclude each other. `run` changes the graph only through the graph's
-    own methods, keeps no state on self, and accounts for every site: it is changed, or declined with a reason.
+    own methods, keeps no state on self, and changes every site, or declines it with a reason.
     Raises UsageError where an option has a value that it does not take, and where two options contradict each other.
     """
 

@@ -15,19 +15,19 @@ from graphopt.ir.qdq.regions import JOINED
 from graphopt.measure.timing import Ratio
 
 SCHEMES = ("static", "dynamic", "weight-only")
-"""Where the range of an activation comes from: calibration, or each run; or it stays float."""
+"""Activations: quantized with calibrated ranges; quantized with the range of each run; in float."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a target wants activations that are quantized only where int8 ops read them."""
+    """For targets that quantize activations only where int8 ops read them: in which form."""
 
     signed: bool = False
-    """Whether they are int8 about zero, or uint8 with a zero point."""
+    """True is int8 and symmetric; False is uint8 with a zero point."""
     fuses_sum: bool = False
-    """Whether an add takes the result of an int8 conv as it is, and only its other side in integers."""
+    """Whether the kernel fuses the add into the conv: the conv's result stays float, the other operand is quantized."""
     rows: bool = False
-    """Whether ranges of each run are one for each row, about zero, or one for all of a value, with a zero point."""
+    """Dynamic quantization: True is per row (per token) and symmetric; False is per tensor, with a zero point."""
 
 
 class Target(Protocol):
@@ -42,7 +42,7 @@ class Target(Protocol):
 
     @property
     def weight_bits(self) -> Mapping[str, tuple[int, ...]]:
-        """By op, the bits that weights may have where they alone are integers, best first."""
+        """By op, the bits that weights may have in weight-only quantization, best first."""
 
     @property
     def placement(self) -> Placement | None:
@@ -66,7 +66,7 @@ class Target(Protocol):
 
     @property
     def zeros(self) -> str:
-        """What zeros inside weights bring, as a sentence for the user; empty where nothing is known."""
+        """What sparsity gains on this target, as a sentence for the user; empty where nothing is known."""
 
     @property
     def sparse(self) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class Target(Protocol):
         """Bits of int8 weights whose products with uint8 never saturate: 8, or 7."""
 
     def why_float(self, site: Node, scheme: str, dtype: str) -> Decline | None:
-        """Why a site has no kernel in 8 bits, of its sizes or on this machine; None where it has one."""
+        """Why a site has no kernel in 8 bits, because of its sizes or of this machine; None where it has one."""
 
     def ratios(
         self,

@@ -243,7 +243,7 @@ class OutputComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two models are apart, one entry an output."""
+    """How far two models are apart, one entry per output."""
 
     outputs: list[OutputComparison]
     batches: int

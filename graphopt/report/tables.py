@@ -49,7 +49,7 @@ def remarks(report: Report) -> list[str]:
 
 
 def pass_rows(report: Report) -> Rows:
-    """One row a pass; SQNR and cosine are those of the worst output."""
+    """One row per pass; SQNR and cosine are those of the worst output."""
     header = "pass", "sites", "changed", "declined", "nodes", "FLOPs", "parameters", "size", "SQNR", "cosine", "seconds"
     return [header, *(_pass_row(record) for record in report.passes)]
 
@@ -93,7 +93,7 @@ def _first_names(labels: Sequence[str]) -> str:
 
 
 def agreement_rows(agreements: Sequence[Agreement]) -> Rows:
-    """One row an output."""
+    """One row per output."""
     rows: Rows = [("output", "SQNR", "cosine", "max error")]
     return rows + [
         (one.output, figures.decibels(one.sqnr), figures.cosine(one.cosine), f"{one.max_error:.3g}")
@@ -102,12 +102,12 @@ def agreement_rows(agreements: Sequence[Agreement]) -> Rows:
 
 
 def kernel_rows(report: Report) -> Rows:
-    """One row a kernel."""
+    """One row per kernel."""
     return [("kernel", "number"), *((kind, str(number)) for kind, number in report.kernels.items())]
 
 
 def speed_rows(report: Report) -> Rows:
-    """One row an example shape."""
+    """One row per example shape."""
     rows: Rows = [("inputs", "times as fast", "rounds")]
     return rows + [
         (one["shapes"], figures.interval(one["median"], one["low"], one["high"], one["steady"]), str(one["rounds"]))
@@ -116,7 +116,7 @@ def speed_rows(report: Report) -> Rows:
 
 
 def reverted(report: Report) -> list[str]:
-    """One line a site."""
+    """One line per site."""
     return [f"{site}: {reason}" for site, reason in report.reverted.items()]
 
 
@@ -146,7 +146,7 @@ def measurement(measured: Mapping[str, Any]) -> str:
 
 
 def sensitivity_rows(found: Sensitivity) -> Rows:
-    """One row a site, the most harmful first: all figures of one setting, or the main ones of several."""
+    """One row per site, the most harmful first: all figures of one setting, or the main ones of several."""
     sites = list(dict.fromkeys(row.site for row in found.ranking()))
     damages = {site: found.of(site) for site in sites}
     if len(found.settings) > 1:
@@ -185,7 +185,7 @@ def _brief(damage: Damage | None) -> str:
 
 
 def comparison_rows(found: Comparison) -> Rows:
-    """One row an output."""
+    """One row per output."""
     rows: Rows = [("output", "SQNR", "cosine", "max error", "top-1")]
     return rows + [
         (one.output, figures.decibels(one.sqnr), figures.cosine(one.cosine), f"{one.max_error:.3g}",
@@ -195,7 +195,7 @@ def comparison_rows(found: Comparison) -> Rows:
 
 
 def site_rows(found: Propagation) -> Rows:
-    """One row a site that both models have, in the order of the graph."""
+    """One row per site that both models have, in the order of the graph."""
     rows: Rows = [("site", "op", "SQNR", "cosine")]
     return rows + [(one.site, one.kind, figures.decibels(one.sqnr), figures.cosine(one.cosine)) for one in found.sites]
 
@@ -224,7 +224,7 @@ def comparison_notes(found: Comparison) -> list[str]:
 
 
 def bench_rows(result: BenchResult) -> Rows:
-    """One row a shape: the baseline's p50, and how many times faster each candidate is, with the 95% interval."""
+    """One row per shape: the baseline's p50, and how many times faster each candidate is, with the 95% interval."""
     candidates = list(result.rows[0][1])
     baseline = next(iter(result.rows[0][1][candidates[0]].seconds))
     rows: Rows = [("inputs", f"{baseline}, ms", *candidates)]

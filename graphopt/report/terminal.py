@@ -61,20 +61,20 @@ def diff(diff: GraphDiff, context: int | None = 3) -> RenderableType:
 
 
 def comparison(found: Comparison) -> RenderableType:
-    """One row an output; one row a site, where they were asked for."""
+    """One row per output; one row per site, where they were asked for."""
     inside = [] if found.propagation is None else [table(tables.site_rows(found.propagation), "sites", right=(2, 3))]
     notes = Text("\n".join(tables.comparison_notes(found)), style="dim")
     return Group(table(tables.comparison_rows(found)), *inside, notes)
 
 
 def bench(result: BenchResult) -> RenderableType:
-    """One row a shape, under the description of the machine."""
+    """One row per shape, under the description of the machine."""
     notes = Text("\n".join(tables.bench_notes(result)), style="dim")
     return Group(Text(result.header, style="dim"), table(tables.bench_rows(result)), notes)
 
 
 def sensitivity(found: Sensitivity, limit: int | None = None) -> RenderableType:
-    """One row a site, the most sensitive first; `limit`: most rows."""
+    """One row per site, the most sensitive first; `limit`: most rows."""
     rows = tables.sensitivity_rows(found)
     shown = rows if limit is None else rows[: limit + 1]
     left_out = [f"... {len(rows) - len(shown)} less sensitive"] if len(shown) < len(rows) else []

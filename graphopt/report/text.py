@@ -55,7 +55,7 @@ def diff(diff: GraphDiff, context: int | None = 3) -> str:
 
 
 def sensitivity(found: Sensitivity, limit: int | None = None) -> str:
-    """One row a site, the most sensitive first, and what the columns are; `limit`: most rows."""
+    """One row per site, the most sensitive first, and what the columns are; `limit`: most rows."""
     rows = tables.sensitivity_rows(found)
     shown = rows if limit is None else rows[: limit + 1]
     left_out = [f"... {len(rows) - len(shown)} less sensitive"] if len(shown) < len(rows) else []
@@ -64,13 +64,13 @@ def sensitivity(found: Sensitivity, limit: int | None = None) -> str:
 
 
 def comparison(found: Comparison) -> str:
-    """One row an output; one row a site, where they were asked for."""
+    """One row per output; one row per site, where they were asked for."""
     inside = [] if found.propagation is None else [table(tables.site_rows(found.propagation))]
     return "\n\n".join([table(tables.comparison_rows(found)), *inside, "\n".join(tables.comparison_notes(found))])
 
 
 def bench(result: BenchResult) -> str:
-    """The machine, one row a shape, and the geometric means."""
+    """The machine, one row per shape, and the geometric means."""
     return "\n\n".join([result.header, table(tables.bench_rows(result)), "\n".join(tables.bench_notes(result))])
 
 

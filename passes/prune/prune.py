@@ -50,7 +50,7 @@ class Prune(Pass):
     """Share of the channels of convolutions to remove."""
 
     width: Share = 0.0
-    """Share of the width of a transformer's residual stream to remove; consumers behind norms are not compensated."""
+    """Share of the width of a transformer's residual stream to remove; consumers after norms are not compensated."""
 
     flops: Budget = None
     """Share of the model's FLOPs to keep, in (0, 1); in place of the shares by kind."""

@@ -61,7 +61,7 @@ def _readers(graph: Graph, context: Context, cuts: Mapping[Group, Tensor]) -> It
     """The weights to solve again: linears and ungrouped convs that alone read a stored float weight."""
     normed = {site for group in cuts for site in group.consumers if group.reductions}
     if normed:
-        context.note(f"{len(normed)} consumers behind norms keep their weights: the norms change what they read")
+        context.note(f"{len(normed)} consumers after norms keep their weights: the norms change what they read")
     sites: dict[Value, list[Node]] = {}
     for site in dict.fromkeys(site for group in cuts for site in group.consumers):
         if site.kind in ("linear", "conv") and site not in normed and why_fixed(site) is None:

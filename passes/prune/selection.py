@@ -1,4 +1,4 @@
-"""Which groups of axes a pass may cut: selectors, kinds and locks, and the account of them."""
+"""Which groups of axes a pass may cut: selectors, kinds and locks, and what the report says of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels of activations scaled at no cost: the node that computes a value and the weights that read it absorb the
+"""Scale channels of activations at no cost: the node that computes a value, and the weights that read it, absorb the
 factors."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Scalable:
     value: Value
     readers: Sequence[Node]
     maker: Node
-    """A norm, linear or conv: its weight has a row, or an entry, for each channel."""
+    """A norm, linear or conv: its weight has one row, or one entry, per channel."""
     channels: int
 
     @property
@@ -43,10 +43,10 @@ class Scalable:
         return any(site.kind == "conv" and site.attributes["groups"] > 1 for site in self.readers)
 
     def candidates(self, low: Tensor, high: Tensor) -> dict[float | None, Tensor]:
-        """Factors (channels,) by alpha, the share of the difficulty that weights take over; None: no smoothing.
+        """Factors (channels,) by alpha of SmoothQuant, how much of the range moves into the weights; None: all 1.
 
-        low, high: (channels,), the ranges. The weights of a depthwise conv have a scale for each channel and lose
-        nothing by any factors: they take all of it.
+        low, high: (channels,), the ranges. The weights of a depthwise conv have one scale per channel and lose nothing
+        by any factors: alpha is 1.
         """
         activations = torch.maximum(low.abs(), high.abs())
         if self.depthwise:
@@ -63,8 +63,8 @@ def smooth_channels(
 ) -> tuple[dict[Node, Node], dict[Node, Decline]]:
     """Divide the channels that linears and convs read by factors that lower the error, and multiply their weights.
 
-    Returns the nodes that stand in place of others now (sites, and what makes the values that they read), and why each
-    of the other sites stays as it is. The share alpha of each value is noted. Raises UsageError without calibration.
+    Returns the new node by each node that was replaced (sites, and the makers of the values that they read), and why
+    each of the other sites is unchanged. The alpha of each value is noted. Raises UsageError without calibration.
     """
     groups: dict[Value, tuple[Scalable, list[Node]]] = {}
     declined: dict[Node, Decline] = {}
@@ -105,7 +105,10 @@ def _factors(graph: Graph, context: Context, groups: Mapping[Value, Scalable]) -
     best = {value: min(found, key=lambda alpha: found[alpha]) for value, found in errors.items()}
     notes = [f"{label_of(value)} {alpha}" for value, alpha in best.items() if alpha is not None]
     if notes:
-        context.note(f"share of the difficulty that weights take over: {', '.join(notes)}")
+        context.note(
+            "alpha of SmoothQuant (how much of the range moves into the weights), by activation: "
+            f"{', '.join(notes)}"
+        )
     return {value: candidates[value][best[value]] if best.get(value) is not None else None for value in groups}
 
 
@@ -128,7 +131,7 @@ def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> dict[Nod
     for node in [node for node in graph.nodes if node in rows or node in columns]:
         weight, bias = node.weight, node.operand("bias") if node.kind != "rms_norm" else None
         assert weight is not None
-        if node in columns:  # of a depthwise conv, its one input channel is the output's
+        if node in columns:  # in a depthwise conv, axis 0 holds the channels that it reads
             axis = 0 if node.kind == "conv" and node.attributes["groups"] > 1 else 1
             weight = weight * _along(columns[node], axis, weight)
         if node in rows:
@@ -181,7 +184,7 @@ def _why_shared(node: Node) -> Decline | None:
 
 
 def _alone(value: Value, node: Node) -> bool:
-    """Whether a node alone reads a value, and once: a square would take its factors twice."""
+    """Whether a node is the only reader of a value, and reads it once: x * x would multiply its factors twice."""
     return value.users == (node,) and node.operands.count(value) == 1 and not value.is_output
 
 

@@ -15,7 +15,7 @@ from graphopt.passes.quantize.weights import Stored, Weights
 
 
 def emit(graph: Graph, plan: QuantizationPlan, parameters: Mapping[Value, Parameters], weights: Weights) -> None:
-    """Change the graph as planned, in its order. All that read a value in integers share one quantize of it."""
+    """Change the graph as planned, in topological order. All readers of a quantized value share one quantize."""
     nodes = plan.sites.keys() | {*plan.regions.joined, *plan.regions.moves}
     planned = [(node, node.operands) for node in graph.nodes if node in nodes]
     emitter = _Emitter(graph, plan, parameters, weights)
@@ -24,7 +24,7 @@ def emit(graph: Graph, plan: QuantizationPlan, parameters: Mapping[Value, Parame
 
 
 class _Emitter:
-    """What was emitted so far. Values are those of the graph as it was planned, before anything was replaced."""
+    """Emits the plan. Its dictionaries are by the values of the planned graph, before any node was replaced."""
 
     def __init__(
         self, graph: Graph, plan: QuantizationPlan, parameters: Mapping[Value, Parameters], weights: Weights
@@ -36,7 +36,7 @@ class _Emitter:
         """The dequantized form of a weight."""
 
     def emit(self, node: Node, planned: Sequence[Value | None]) -> None:
-        """Put the planned form in place of a node. planned: its operands as they were planned."""
+        """Replace a node by its planned form. planned: its operands in the planned graph."""
         scheme = self.plan.sites[node].scheme if node in self.plan.sites else "static"
         if node in self.plan.regions.moves:
             value = self.graph.emit(node, *node.operands, at=node)
@@ -55,7 +55,7 @@ class _Emitter:
             self.graph.replace(node, value)
 
     def _close(self, node: Node, value: Value) -> None:
-        """Put a quantized result in place of a node, and of the relu or clip that follows it."""
+        """Quantize the result of a node, after the relu or clip that follows it, and replace these."""
         end = end_of(node)
         if end != node:
             value = self.graph.emit(end, value, at=end)
@@ -64,7 +64,7 @@ class _Emitter:
             self.graph.erase(node)
 
     def _activation(self, planned: Value | None, x: Value | None, scheme: str, at: Node) -> Value | None:
-        """What a node reads in place of x, which stands now where `planned` was."""
+        """The value that a node reads for x. planned: x in the planned graph."""
         if planned is None or x is None or planned in self.plan.regions.floats or is_dequantized(x):
             return x
         if scheme == "weight-only":
@@ -85,7 +85,7 @@ class _Emitter:
         if dtype is None:
             return self._quantized(x, *self.graph.emit_all("choose_qparams", x, at=at), at=at)
         scale = self.graph.emit("row_scale", x, at=at, largest=quantize.largest(dtype))
-        zero_point = None  # with which a quantize makes int8; another type is told by the zero point
+        zero_point = None  # quantize gives int8 then; other dtypes come from the zero point
         if dtype != torch.int8:
             zero_point = self.graph.add_constant(torch.zeros((), dtype=dtype), "zero_point")
         integers = self.graph.emit("quantize", x, scale, zero_point, at=at)

@@ -1,4 +1,4 @@
-"""The plan of a quantization: per site how it becomes integers, or why not, and where integers go between sites."""
+"""The plan of a quantization: how each site is quantized, or why not, and which activations between sites are."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """How a weight becomes integers. Sites that share a weight and its plan share what is stored."""
+    """How a weight is quantized. Sites that share a weight and its plan share the stored integers."""
 
     dtype: torch.dtype = torch.int8
     """Integers (in bits), or a float of 8 bits, which has no blocks and no GPTQ."""
     bits: int = 8
     block: int | None = None
-    """Weights along the input that share a scale; None for all of an output."""
+    """How many weights along the input share one scale; None: all of an output."""
     symmetric: bool = True
     clip: bool = False
     """Whether scales are searched for the least squared error of the weight (by GPTQ, weighted by the mean squares of
     its inputs), or cover all of it."""
     gptq: bool = False
-    """Whether weights not yet rounded compensate the error of each rounded one, or each goes to its nearest integer."""
+    """Whether the weights that are not rounded yet compensate the error of each rounded one; else: round to nearest."""
     bias_correction: bool = False
     """Whether the bias compensates the mean error of the outputs."""
 
@@ -56,12 +56,12 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """How a site becomes integers."""
+    """How a site is quantized."""
 
     scheme: str
     """Of its activations: static, dynamic or weight-only."""
     weight: WeightPlan | None
-    """None of a matmul, which multiplies two activations."""
+    """None for a matmul, which multiplies two activations."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,15 @@ class QuantizationPlan:
     """All that is decided before anything is calibrated or changed."""
 
     sites: Mapping[Node, SitePlan]
-    """The linears, convs, matmuls and embeddings that become integers, in the order of the graph."""
+    """The linears, convs, matmuls and embeddings that are quantized, in the order of the graph."""
     regions: Regions
     declined: Mapping[Node, Decline]
     """Sites and other ops that stay float, and why."""
     static_dtype: torch.dtype = torch.uint8
-    """Of activations with a calibrated range: uint8 with a zero point, or int8 or float8 symmetric about zero."""
+    """Of statically quantized activations: uint8 with a zero point, or symmetric int8 or float8."""
     row_dtype: torch.dtype | None = None
-    """Of activations with the range of each run: a type symmetric about zero, with a scale for each row; None: uint8
-    with a zero point, one scale for the whole value."""
+    """Of dynamically quantized activations: a symmetric dtype, one scale per row; None: uint8 with a zero point, per
+    tensor."""
 
     def static(self, *kinds: str) -> Iterator[Node]:
         return (site for site, plan in self.sites.items() if plan.scheme == "static" and site.kind in kinds)
@@ -90,9 +90,9 @@ def plan_of(
     context: Context,
     kept: Mapping[Node, Decline] = MappingProxyType({}),
 ) -> QuantizationPlan:
-    """Decide how each site is quantized, and what joins them. The graph does not change.
+    """Decide how each site is quantized, and which ops join them in quantized regions. The graph does not change.
 
-    asked: by site, in the order of the graph, what the options say of it, or why they say nothing. kept: sites that
+    asked: by site, in the order of the graph, the options for it, or why it has none. kept: sites that
     stay in higher precision, and why. Raises UsageError where bits or blocks that were asked for are possible at no
     site.
     """

@@ -33,12 +33,13 @@ Bits = Literal[8, 7, 4, 2]
 class Quantize(Pass):
     """Round weights, and activations to 8 bits: quantize and dequantize around float ops (Jacob et al., 2018).
 
-    Weights are signed and symmetric, with one scale an output channel; weight-only they may have blocks and zero
-    points. Activations are uint8, with one scale and zero point a value, for all sites that read it. The results of
-    static convs are quantized too, behind a relu or clip that follows, and so is what joins or moves them: a target
-    then finds closed quantized regions. With calibration the default is all that is known to help without labels:
-    channels are smoothed, weights are fitted to quantized inputs and rounded by GPTQ, and biases compensate mean
-    errors. Declined: a weight that is not stored in float32, and what the target has no fast kernel for.
+    Weights are signed and symmetric, with one scale per output channel; weight-only they may have blocks and
+    zero points. Activations are uint8, with one scale and zero point per value, for all sites that read it. The results
+    of static convs are quantized too, after the following relu or clip, and so are ops that compute with or move
+    them: a target then finds closed quantized regions. With calibration the default is all that is known to help
+    without labels: channels are smoothed, weights are fitted to quantized inputs and rounded by GPTQ, and biases
+    compensate mean errors. Declined: a weight that is not stored in float32, and what the target has no fast kernel
+    for.
     """
 
     name = "quantize"
@@ -111,7 +112,7 @@ class Quantize(Pass):
             context = remember(context)
             kept = sites_to_keep(graph, self._trial(asked), goal, context)
         plan = plan_of(graph, asked, self, context, kept)
-        self._account(plan, context)
+        self._report(plan, context)
         parameters = calibrate(graph, context, plan, OBSERVERS[self.observer])
         weights = solve(graph, context, plan, parameters)
         emit(graph, plan, parameters, weights)
@@ -155,7 +156,7 @@ class Quantize(Pass):
         alone = self.alone()
         return replace(alone, sqnr=None, cosine=None, max_drop=None, targets=Selector.of(*sites), **by_site)
 
-    def _account(self, plan: QuantizationPlan, context: Context) -> None:
+    def _report(self, plan: QuantizationPlan, context: Context) -> None:
         """Count what joins quantized regions as sites, say why others stay float, and note what the weights need."""
         parts = [node for node in (*plan.regions.joined, *plan.declined) if node not in context.labels]
         often = Counter([*context.record.eligible, *(node.label for node in parts)])

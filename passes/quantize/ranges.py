@@ -27,9 +27,9 @@ class Parameters:
     scale: Value
     """Float32, (), > 0, in units of activation per step."""
     zero_point: Value
-    """(); its dtype is that of the quantized activation. 0 of int8 and float8, which are symmetric about zero."""
+    """(); its dtype is that of the quantized activation. 0 for int8 and float8, which are symmetric about zero."""
     grid: quantize.Grid | None
-    """The values that the activation may take; None of float8, whose steps are not equal."""
+    """The values that the quantized activation can have; None for float8, whose steps are not equal."""
 
 
 def calibrate(
@@ -89,7 +89,7 @@ def _observe(
         raise UsageError(f"quantize: {unexercised(', '.join(silent))}")
     strange = [f"{label_of(value)} is {what}" for value, one in found.items() if (what := oddity(one))]
     if strange:
-        context.note(f"ranges that say little, as calibration saw nothing else: {', '.join(strange)}")
+        context.note(f"degenerate ranges (calibration saw only these values): {', '.join(strange)}")
     _note_outliers(context, by_channel)
     return found
 
@@ -104,6 +104,6 @@ def _note_outliers(context: Context, by_channel: Mapping[Value, ChannelMinMax]) 
             parts.append(f"{label_of(value)} ({len(channels)} of {one.channels}: {named}; up to {times:.0f} times)")
     if parts:
         context.note(
-            f"channels that reach over {OUTLIER:.0f} times as far as the median channel, which the others' precision "
-            f"pays for: {', '.join(parts)}"
+            f"outlier channels (max_abs over {OUTLIER:.0f} times the median channel's; the other channels lose "
+            f"precision): {', '.join(parts)}"
         )

@@ -1,4 +1,4 @@
-"""Where integers go between quantized sites: in closed quantized regions, or only where int8 ops read them."""
+"""Which activations are quantized between sites: in closed quantized regions, or only where int8 ops read them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import JOINED, MOVES, end_of, is_dequantized, is_global, label_of
 
 Stays = Callable[[Node], Decline | None]
-"""Why a node is to stay float; None where it is not."""
+"""Why a node must stay float; None where it need not."""
 
 _SEVERAL = ("add", "mul", "concat")
 
@@ -22,13 +22,13 @@ class Regions:
     """The ops that compute or move integers besides the sites, and the values that are quantized for all of them."""
 
     joined: tuple[Node, ...] = ()
-    """Ops that compute in integers what they read in integers, in the order of the graph."""
+    """Ops that read integers and compute in integers, in the order of the graph."""
     moves: tuple[Node, ...] = ()
     """Ops that move integers and keep their scale, in the order of the graph."""
     closed: frozenset[Node] = frozenset()
-    """Sites, joined ops and moves whose result is quantized, behind the relu or clip that follows."""
+    """Sites, joined ops and moves whose result is quantized after the following relu or clip."""
     floats: frozenset[Value] = frozenset()
-    """Values that joined ops read as they are, in float."""
+    """Values that joined ops read in float."""
     observed: tuple[Value, ...] = ()
     """Values whose range has to be observed."""
     inherited: Mapping[Value, Value] = field(default_factory=dict)
@@ -40,13 +40,13 @@ class Regions:
 def closed_regions(
     graph: Graph, schemes: Mapping[Node, str], legal: Callable[[str], bool], stays: Stays, softmaxes: Collection[Node]
 ) -> Regions:
-    """Quantized regions whose results are integers too: those of static convs, and of all that joins or moves them.
+    """Quantized regions whose results are quantized too: static convs, and the ops that compute with or move these.
 
-    schemes: of each linear, conv and matmul that becomes integers. legal: whether the target has a static kernel for an
-    op. softmaxes: those that may join, behind a static matmul; others do not. An op of several operands joins where all
-    of them are quantized anyway, and one is the result of a conv or of what joined before. An op of one operand joins,
-    and a move is taken in, where its own result is read in integers too. The result of a static matmul is quantized
-    where it is read in integers.
+    schemes: of each linear, conv and matmul that is quantized. legal: whether the target has a static kernel for an op.
+    softmaxes: those that may join, after a static matmul; others do not. An op with several operands joins if every
+    operand is quantized and at least one comes from inside a region. An op with one operand, and an op that moves
+    integers, joins if its result is read in integers. The result of a static matmul is quantized if it is read in
+    integers.
     """
     convs, matmuls = _static(schemes, "conv"), _static(schemes, "matmul")
     inputs = {conv.input for conv in convs}
@@ -88,7 +88,7 @@ def closed_regions(
 def read_regions(
     graph: Graph, schemes: Mapping[Node, str], legal: Callable[[str], bool], stays: Stays, *, fuses_sum: bool
 ) -> Regions:
-    """Integers only where they are read: by static sites, and by adds and pools of what static convs give.
+    """Activations are quantized only where static sites, and adds and pools of the results of static convs, read them.
 
     Nothing is quantized for its own sake, so that a target can fuse what follows a conv. A pool joins where a static
     site reads its result; a softmax has no form in integers here. fuses_sum: whether an add takes the result of the

@@ -16,8 +16,8 @@ TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 """What weights and activations are stored in, by name."""
 
 OPS = ("linear", "conv", "matmul", "softmax", "embedding")
-"""What may be asked for; other ops become integers where they stand between these. A softmax is asked for by name,
-and becomes integers behind a static matmul only."""
+"""What may be selected; other ops are quantized where they stand between these. A softmax is asked for by name,
+and is quantized only after a static matmul."""
 
 WRONG = ("bits_unsupported", "block_not_dividing")
 """Codes of declines that other options would avoid."""
@@ -27,7 +27,7 @@ _BLOCKS = (32, 16)
 
 
 def legal(op: str, context: Context) -> tuple[str, ...]:
-    """The schemes that have a fast kernel; every one where no target is given."""
+    """The schemes that have a fast kernel on the target; all of them where no target is given."""
     return context.target.schemes.get(op, ())
 
 
@@ -63,7 +63,7 @@ def bits_of(op: str, scheme: str, asked: int | None, context: Context) -> int:
 
 
 def block_of(site: Node, scheme: str, bits: int, asked: int | None) -> int | None:
-    """Weights of a site that share a scale, None for all of an output (or row); see `why_no_block`."""
+    """How many weights of a site share one scale; None: all of an output (or row). See `why_no_block`."""
     if scheme != "weight-only" or asked is not None or bits == 8:
         return asked if scheme == "weight-only" else None
     return next((block for block in _BLOCKS if _width(site) % block == 0), _BLOCKS[0])
@@ -86,7 +86,7 @@ def why_not(site: Node) -> Decline | None:
 
 
 def not_float32(name: str, dtype: torch.dtype | None) -> Decline:
-    """That a value, a weight or a table is of another type."""
+    """The decline of a value, a weight or a table in another dtype."""
     return Decline("not_float32", name=name, dtype="of unknown type" if dtype is None else _dtype_text(dtype))
 
 
@@ -110,7 +110,7 @@ def _why_not_table(site: Node) -> Decline | None:
 
 
 def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> Decline | None:
-    """Why the target does not run a site so."""
+    """Why the target has no kernel for this site in this scheme and dtype."""
     known = legal(site.kind, context)
     if scheme in known:
         if dtype != "int8" and scheme == "weight-only":
@@ -122,7 +122,7 @@ def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> Decl
 
 
 def why_wrong_bits(op: str, scheme: str, bits: int, context: Context) -> Decline | None:
-    """Why a weight cannot have so many bits."""
+    """Why the weight of this op cannot have this number of bits in this scheme."""
     known = (8, 7) if scheme != "weight-only" else context.target.weight_bits.get(op, ())
     if bits in known:
         return None
@@ -130,7 +130,7 @@ def why_wrong_bits(op: str, scheme: str, bits: int, context: Context) -> Decline
 
 
 def why_no_block(site: Node, block: int | None) -> Decline | None:
-    """Why scales cannot be shared so."""
+    """Why this block size does not fit."""
     if block is None or _width(site) % block == 0:
         return None
     return Decline("block_not_dividing", block=block, inputs=_width(site))
@@ -147,7 +147,7 @@ def _width(site: Node) -> int:
 
 
 def safety(bits: Iterable[int]) -> str:
-    """For which CPUs int8 weights of so many bits are safe, for the user."""
+    """A note for the user: on which CPUs int8 weights of these bits cannot saturate."""
     if max(bits) < 8:
         return "weights of 7 bits: sums of products cannot saturate, with VNNI or without"
     return (

@@ -1,4 +1,7 @@
-"""g(f(x), W)  ->  g(f(x) / s, W s), with the division inside f: channels of similar size, for one scale of all."""
+"""g(f(x), W)  ->  g(f(x) / s, W s), with the division inside f.
+
+The channels of f(x) get similar ranges, so that one scale fits all.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ class Smooth(Pass):
     """Move outlier channels of activations into weights, before a `quantize` (Xiao et al., 2023; Nagel et al., 2019).
 
     A norm, linear or conv divides by the factors with its own weight, through homogeneous activations, and the
-    weights that read it multiply: nothing is added to the graph. The share of the difficulty that weights take over is
-    searched for each value, by the output error that 8 bits would make. Declined: a value that others read too, or that
-    nothing can scale, and one that no factors help.
+    weights that read it multiply: nothing is added to the graph. Alpha of SmoothQuant (how much of
+    the range moves into the weights) is searched per activation, by the estimated output error of int8. Declined: a
+    value that others read too, or that nothing can scale, and one whose error no factors lower.
     """
 
     name = "smooth"

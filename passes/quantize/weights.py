@@ -1,4 +1,4 @@
-"""Stored weights -> integers and scales, one weight at a time, and biases that compensate what rounding shifts."""
+"""Stored weights -> integers and scales, one weight at a time; biases that compensate the mean rounding error."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
 
 _ROOM = 2.0**30
-"""Most steps of a bias: engines add it to sums in int32, which need half of the range."""
+"""Largest |bias|, in units of input scale x weight scale: it is added to int32 sums, which need the other half of the
+range."""
 
 _ROUNDING = 1e-6
-"""Share of its mean square below which the variance of an input is rounding: products are summed in float32."""
+"""Variance below this fraction of the mean square is float32 summation noise; used as a floor."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,8 @@ def solve(graph: Graph, context: Context, plan: QuantizationPlan, parameters: Ma
     """Round the weights of the plan to integers, and correct biases.
 
     Integers are added to the constants of the graph as they are found, so that they need not fit memory together; no
-    node changes. A weight that GPTQ rounds, or whose bias is corrected, is seen with its inputs in calibration: static
-    ones as they are in integers. Raises ValueError, naming the site, where a weight holds NaN or infinity.
+    node changes. A weight that GPTQ rounds, or whose bias is corrected, needs its calibration inputs; for static sites
+    these are the quantized inputs. Raises ValueError, naming the site, where a weight holds NaN or infinity.
     """
     plans = {site: one.weight for site, one in plan.sites.items() if one.weight is not None}
     grids = {site: grid for site in plan.static("linear", "conv")
@@ -103,25 +104,25 @@ def _weights(sites: Iterable[Node]) -> Iterator[Weight]:
         yield Weight(value, same)
 
 
-# --- what a weight is rounded for -----------------------------------------------------------------------------------
+# --- rounding targets -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Goal:
-    """What the outputs of a rounded weight, on inputs r that are rounded too, are to be near: W x, on inputs x."""
+    """Rounding target: the rounded weight on quantized inputs r should reproduce W x on float inputs x."""
 
     weight: Weight
     wanted: Tensor
-    """The weight to round: W, or what gives the outputs of W on r in place of x."""
+    """The weight to round: W, or the weight whose outputs on r are nearest to those of W on x."""
     covariance: Tensor | None
-    """The mean of r rᵀ, float64 (groups, features, features); None: each weight goes to its nearest integer."""
+    """The mean of r rᵀ, float64 (groups, features, features); None: round to nearest."""
     mean: Tensor
     """Of x, float64 (groups, features)."""
     mean_rounded: Tensor
     """Of r, the same shape."""
 
     def shift(self, values: Tensor) -> Tensor:
-        """What the bias has to gain (out,) where these values stand in for W."""
+        """Correction (out,) to add to the bias when W is replaced by `values`."""
         by_weight = bias_shift(self.weight.tensor - values, self.mean)
         return by_weight + bias_shift(values, self.mean - self.mean_rounded)
 
@@ -129,7 +130,7 @@ class _Goal:
 def _goals(
     graph: Graph, context: Context, how: WeightPlan, weights: Sequence[Weight], grids: Mapping[Node, quantize.Grid]
 ) -> Iterator[_Goal]:
-    """The goal of each weight, by its inputs in calibration, not in the given order."""
+    """The goal of each weight, from its calibration inputs; not in the given order."""
     if not how.gptq:
         for weight, mean in inputs.means(graph, context, weights):
             yield _Goal(weight, weight.tensor, None, mean, mean)
@@ -138,30 +139,30 @@ def _goals(
     for weight in weights:
         (static if all(site in grids for site in weight.sites) else others).append(weight)
     rounded = {site.input: grids[site] for weight in static for site in weight.sites}
-    for weight, moments in inputs.met(graph, context, static, rounded) if static else ():
+    for weight, moments in inputs.quantized_moments(graph, context, static, rounded) if static else ():
         yield _goal(weight, how, *moments.unbind())
     for weight, moments in inputs.affine(graph, context, others) if others else ():
         yield _goal(weight, how, moments, moments)
 
 
-def _goal(weight: Weight, how: WeightPlan, met: Tensor, cross: Tensor) -> _Goal:
-    """The goal of GPTQ for inputs r in place of x; met, cross: as of `moments.Met.affine`, the same where r is x."""
-    exact, mean, mean_rounded = cross is met, cross[:, :-1, -1], met[:, :-1, -1]
-    met, cross = met[:, :-1, :-1], cross[:, :-1, :-1]
-    if how.bias_correction:  # the bias answers for the means, and the weight for what varies about them
-        floor = torch.diag_embed(_ROUNDING * met.diagonal(dim1=1, dim2=2))
-        met = met + floor - mean_rounded.unsqueeze(2) * mean_rounded.unsqueeze(1)
+def _goal(weight: Weight, how: WeightPlan, second: Tensor, cross: Tensor) -> _Goal:
+    """The goal of GPTQ. second, cross: the moments r rᵀ and x rᵀ of `QuantizedMoments.affine`, one object if r is x."""
+    exact, mean, mean_rounded = cross is second, cross[:, :-1, -1], second[:, :-1, -1]
+    second, cross = second[:, :-1, :-1], cross[:, :-1, :-1]
+    if how.bias_correction:  # the bias corrects the means, so the weight is fitted to centred moments
+        floor = torch.diag_embed(_ROUNDING * second.diagonal(dim1=1, dim2=2))
+        second = second + floor - mean_rounded.unsqueeze(2) * mean_rounded.unsqueeze(1)
         cross = cross + floor - mean.unsqueeze(2) * mean_rounded.unsqueeze(1)
-    wanted = weight.tensor if exact else fitted(weight.tensor, met, cross)
-    return _Goal(weight, wanted, met, mean, mean_rounded)
+    wanted = weight.tensor if exact else fitted(weight.tensor, second, cross)
+    return _Goal(weight, wanted, second, mean, mean_rounded)
 
 
 def _least_scales(
     graph: Graph, value: Value, how: WeightPlan, plans: Mapping[Node, WeightPlan], grids: Mapping[Node, quantize.Grid]
 ) -> Tensor | None:
-    """The least scale of each output (out,) whose bias is to have room, in int32 steps of scale * scale; None: any.
+    """The least scale of each output (out,) that keeps its bias within _ROOM; None: any scale does.
 
-    Weights of nearly 0 beside a bias, as of a channel that batch norm turned off, would make it overflow.
+    Weights near 0 with a bias, such as a channel that batch norm turned off, would make the int32 bias overflow.
     """
     least: Tensor | None = None
     for site in value.users:
@@ -183,10 +184,10 @@ class _Rounded:
     scale: Tensor
     zero_point: Tensor | None
     grid: quantize.Grid | None
-    """None of float8, whose steps are not equal."""
+    """None for float8, whose steps are not equal."""
 
     def values(self) -> Tensor:
-        """The weight that these stand for."""
+        """The dequantized weight."""
         if self.grid is not None:
             return self.grid.values(self.integers)
         floats: Tensor = OPS["dequantize"].reference(self.integers, self.scale, axis=0)
@@ -194,7 +195,7 @@ class _Rounded:
 
 
 def _rounded(weight: Tensor, how: WeightPlan, least: Tensor | None, covariance: Tensor | None, site: Node) -> _Rounded:
-    """Round a weight. least: of its scales. Raises ValueError, naming the site, where it is not finite."""
+    """Round a weight. least: lower bounds of its scales. Raises ValueError, naming the site, where it is not finite."""
     squares = None if covariance is None else covariance.diagonal(dim1=1, dim2=2)
     try:
         if how.dtype.is_floating_point:

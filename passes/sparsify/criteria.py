@@ -120,7 +120,7 @@ CRITERIA: Mapping[str, Callable[[Graph, Context, Request], Iterator[Sparse]]] = 
 """Each gives the weights of a request, in any order; the graph must not change before the last."""
 
 CALIBRATED = ("gradient", "wanda", "sparsegpt")
-"""Criteria that look at the calibration data."""
+"""Criteria that need calibration data."""
 
 
 def _ranked(request: Request, scores: Iterable[Tensor]) -> Iterator[Sparse]:

@@ -346,7 +346,7 @@ def test_a_second_run_writes_the_same_bytes_from_the_cache(
         small = graphopt.optimize(seeded(ConvNet), example_inputs=images(), measure=True)
         small.export(tmp_path / f"{name}.onnx")
         reports.append(small.report)
-        monkeypatch.setattr("graphopt.lowering.timed_forms.TimedChooser._compare_forms", None)  # nothing is measured twice
+        monkeypatch.setattr("graphopt.lowering.timed_forms.TimedChooser._compare_forms", None)  # not measured again
     assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
     assert reports[0].choices == reports[1].choices
     (choice,) = reports[0].choices

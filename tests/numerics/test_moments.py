@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphopt.numerics.moments import Covariance, Mean, Met, Norm
+from graphopt.numerics.moments import Covariance, Mean, Norm, QuantizedMoments
 from graphopt.numerics.quantize import Grid
 
 
@@ -25,18 +25,18 @@ def test_batches_add_up_to_the_whole() -> None:
     assert covariance.nbytes == 7 * 7 * 8 == covariance.matrix().nbytes
 
 
-def test_rows_as_integers_are_met_beside_the_rows() -> None:
+def test_moments_of_quantized_rows_with_the_rows() -> None:
     """ONNX's QuantizeLinear and DequantizeLinear, in numpy; padding of a convolution is 0 in integers too."""
     x = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(1)) + 0.3
     conv = ((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 3)
     grid = Grid(torch.tensor(0.02), torch.tensor(100, dtype=torch.uint8), 0, 255, None)
-    met, covariance = Met(9, conv, grid), Covariance(9, conv)
+    moments, covariance = QuantizedMoments(9, conv, grid), Covariance(9, conv)
     integers = np.clip(np.rint(x.numpy() / np.float32(0.02)) + 100, 0, 255)
     quantized = torch.from_numpy((integers - 100) * np.float32(0.02)).float()
     for start in range(0, 40, 9):
-        met.update(x[start : start + 9])
+        moments.update(x[start : start + 9])
     covariance.update(quantized)
-    found, cross = met.affine()
+    found, cross = moments.affine()
     torch.testing.assert_close(found, covariance.affine(), rtol=1e-4, atol=1e-5)
     patches = [F.unfold(part, 3, padding=1).reshape(40, 3, 9, 36).double() for part in (x, quantized)]
     torch.testing.assert_close(
@@ -44,7 +44,7 @@ def test_rows_as_integers_are_met_beside_the_rows() -> None:
     )
     torch.testing.assert_close(cross[:, :-1, -1], patches[0].mean((0, 3)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(cross[:, -1, :-1], patches[1].mean((0, 3)), rtol=1e-5, atol=1e-6)
-    assert met.nbytes == 2 * 3 * 81 * 8 and met.count == 40 * 36
+    assert moments.nbytes == 2 * 3 * 81 * 8 and moments.count == 40 * 36
 
 
 def test_padding_is_left_out() -> None:

@@ -291,9 +291,9 @@ def test_reproduce_keeps_what_the_pass_was_given(dialect: str, tmp_path: Path) -
     expected = graph.evaluate(examples(graph)[0], graph.outputs)
     error = failing(graph, tmp_path / "again")
     assert error.reproducer == str(tmp_path / "again") and str(error).endswith(f"to reproduce: {tmp_path / 'again'}")
-    account = json.loads((tmp_path / "again/pass.json").read_text())
-    assert (account["pass"], account["dialect"], account["target"]) == ("scale{by=2.0}", dialect, None)
-    assert "moves output" in account["error"]
+    facts = json.loads((tmp_path / "again/pass.json").read_text())
+    assert (facts["pass"], facts["dialect"], facts["target"]) == ("scale{by=2.0}", dialect, None)
+    assert "moves output" in facts["error"]
     loaded = type(graph).load(tmp_path / f"again/graph.{dialect}")
     first = load_file(tmp_path / "again/feeds/000.safetensors")
     assert torch.allclose(loaded.evaluate(first, loaded.outputs)[0], expected[0], rtol=1e-6, atol=1e-6)

@@ -207,7 +207,7 @@ class _Builder:
     # --- what differs in training
 
     def _restore_dropout(self, node: fx.Node) -> None:
-        """Put a Dropout module behind a node that carries the mark of one."""
+        """Put a Dropout module after a node that carries the mark of one."""
         rate, path = node.meta["dropout"]
         with self.program.inserting_after(node):
             call = self.program.call_module(self._free(path or "dropout"), (node,))

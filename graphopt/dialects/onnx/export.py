@@ -132,7 +132,7 @@ def _inline(model: ir.Model) -> None:
 
 
 def _spell_linear(graph: OnnxGraph, node: Node) -> None:
-    """MatMul (+ Add): a weight that only this node reads is stored (in, out); a shared one stays, behind Transpose."""
+    """MatMul (+ Add): a weight that only this node reads is stored (in, out); a shared one gets a Transpose."""
     x, weight, bias = node.required("x"), node.required("weight"), node.operand("bias")
     assert isinstance(weight, OnnxValue)
     tensor = graph.constant(weight)
@@ -189,7 +189,7 @@ def gathered(graph: Graph, node: Node) -> Value | None:
 
 
 def _gather_column(graph: Graph, vector: Value, ids: Value, node: Node) -> Value:
-    """Entries of a stored vector, gathered, with an axis of size 1 behind those of the ids."""
+    """Entries of a stored vector, gathered, with an axis of size 1 after those of the ids."""
     tensor = graph.constant(vector)
     assert tensor is not None
     return graph.emit("onnx.Gather", graph.add_constant(tensor.unsqueeze(1), vector.name), ids, at=node)

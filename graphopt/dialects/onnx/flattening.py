@@ -33,7 +33,7 @@ def _only_reader(m: Match) -> bool:
 
 
 def _linear(op: Builder, m: Match) -> Value:
-    """A linear on x itself, where its leading axes are restored behind and its trailing axes were joined before."""
+    """A linear on x itself, where its trailing axes are joined before it, and its leading axes restored after it."""
     x, rows, y = m.x.shape, m.linear.input.shape, m.root.result.shape
     if x is None or y is None or rows is None or not isinstance(rows[-1], int) or "?" in (*x, *y):
         raise Declined("linear_shapes_unknown")

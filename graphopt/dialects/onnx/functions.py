@@ -86,7 +86,7 @@ _BLOCKS = (
     "xb = Reshape(x, cut) xf = Cast<to=1>(xb) s = Unsqueeze(scale, last) {z} "
 )
 _JOINED = " m = Mul(d, s) shape = Shape(x) y = Reshape(m, shape)"
-"""The rows of a matrix, cut into blocks, and joined again behind."""
+"""The rows of a matrix, cut into blocks, and joined again after the product."""
 
 _ROW_SCALE = (
     "(x) => (scale)",

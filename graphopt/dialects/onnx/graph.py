@@ -281,7 +281,7 @@ class OnnxGraph(Graph):
         return node
 
     def native(self, value: Value) -> ir.Value:
-        """The ir.Value behind a view; a transposed view outside linear becomes a Transpose node."""
+        """The ir.Value of a view; a transposed view outside linear becomes a Transpose node."""
         if not isinstance(value, OnnxValue):
             raise GraphError(f"{value!r} is not a value of an ONNX graph")
         if not value.transposed:

@@ -1,4 +1,4 @@
-"""Operators of ONNX -> linear: MatMul and Gemm with a stored weight, and an Add of a stored bias behind them."""
+"""Operators of ONNX -> linear: MatMul and Gemm with a stored weight, and an Add of a stored bias after them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graphopt.ir.graph import Shape
 
 
 def raise_linears(graph: OnnxGraph) -> None:
-    """Put a linear in place of each MatMul or Gemm with a stored weight, with the bias that an Add behind it adds."""
+    """Put a linear in place of each MatMul or Gemm with a stored weight, with the bias of an Add that follows."""
     for native in list(graph.model.graph):
         node = OnnxNode(graph, native)
         if native.domain in STANDARD and native.op_type in ("MatMul", "Gemm"):
@@ -32,7 +32,7 @@ def respell_attention(graph: OnnxGraph) -> None:
 
 
 def _raise_linear(graph: OnnxGraph, node: OnnxNode) -> None:
-    """MatMul(x, W) and Gemm(x, W, b), with a bias that is added behind, as linear; W stays as it is stored.
+    """MatMul(x, W) and Gemm(x, W, b), with a bias that is added after it, as linear; W stays as it is stored.
 
     kn: whether the operator takes W as (in, out).
     """

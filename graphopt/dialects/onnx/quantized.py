@@ -1,6 +1,6 @@
 """Models that came in quantized: an operator on integers becomes dequantize, a float op and quantize.
 
-These are read: QOperator (QLinearConv and the like, QGemm), integer products with their scales multiplied in behind
+These are read: QOperator (QLinearConv and the like, QGemm), integer products followed by products with their scales
 (MatMulInteger, ConvInteger), DynamicQuantizeLinear, and ONNX Runtime's contrib operators (DynamicQuantizeMatMul,
 MatMulIntegerToFloat, MatMulNBits, GatherBlockQuantized). QAttention, which computes more than one op, stays opaque.
 """
@@ -50,7 +50,7 @@ class _Site:
     def __init__(self, graph: OnnxGraph, node: OnnxNode) -> None:
         self.graph, self.node = graph, node
         self.end = node
-        """The node whose result the ops replace: the last one of a chain, such as the Mul behind MatMulInteger."""
+        """The node whose result the ops replace: the last one of a chain, such as the Mul after MatMulInteger."""
         self.chain: list[OnnxNode] = []
         self.attributes: Mapping[str, Any] = {a.name: a.value for a in node.native.attributes.values()}
         self._inputs = graph.values(node.native.inputs)
@@ -84,7 +84,7 @@ class _Site:
         return self.emit("dequantize", x, single(self.graph, scale), zero_point and single(self.graph, zero_point))
 
     def quantized(self, value: Value, scale: int) -> OnnxValue | None:
-        """A value, quantized with input `scale` and the zero point behind it; None without a zero point of 8 bits."""
+        """A value, quantized with input `scale` and the zero point after it; None without a zero point of 8 bits."""
         zero_point = self.input(scale + 1)
         if zero_point is None or zero_point.dtype not in _INTEGERS:
             return None

@@ -1,4 +1,4 @@
-"""The canonical ops: what passes match and emit, whatever the dialect. One file a family.
+"""The canonical ops: what passes match and emit, whatever the dialect. One file per family.
 
 An op declares itself: what it means (a reference in torch), its FLOPs and how its axes relate stand together.
 `elementwise` and `reduction` also name what decomposed forms of other ops are made of, so that these are recognized.

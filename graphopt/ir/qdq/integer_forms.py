@@ -96,7 +96,7 @@ def _behind(integers: Value) -> list[Node] | None:
 
 
 def _shift(graph: Graph, node: Node, behind: list[Node]) -> None:
-    """Emit a quantize and all nodes behind it again, with integers that are 128 higher."""
+    """Emit a quantize and all nodes after it again, with integers that are 128 higher."""
     scale = node.required("scale")
     moved = {node.result: graph.emit("quantize", node.input, scale, _higher(graph, node), at=node)}
     for user in behind:
@@ -119,7 +119,7 @@ def _higher(graph: Graph, node: Node) -> Value:
 
 
 def _take_factor(graph: Graph, node: Node) -> None:
-    """Fold a mul or div by one positive number into the scale of a quantize behind it, or behind ops that move."""
+    """Fold a mul or div by one positive number into the scale of a quantize that reads it, through moves too."""
     factor = node.input.producer
     while factor is not None and factor.kind in _MOVES and factor.result.only_user is not None:
         factor = factor.input.producer

@@ -45,7 +45,7 @@ def _maker(graph: Graph, quantize: Node, scale: Tensor, step: float) -> Node | N
 
 
 def _readers(graph: Graph, quantize: Node, scale: Tensor, step: Tensor) -> list[Node]:
-    """The depthwise convs behind a quantize and dequantizes of its scale; none where others read the integers."""
+    """The depthwise convs that read a quantize through dequantizes of its scale; none if others read the integers."""
     convs: list[Node] = []
     for node in quantize.result.users:
         found, zero_point = (stored(graph, node.operand(name)) if node.kind == "dequantize" else None

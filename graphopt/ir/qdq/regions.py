@@ -17,7 +17,7 @@ MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsquee
 
 
 def is_global(mean: Node) -> bool:
-    """Whether a mean is over all axes behind batch and channels, kept with size 1."""
+    """Whether a mean is over all axes after batch and channels, kept with size 1."""
     rank = mean.input.rank
     if rank is None or rank < 3 or not mean.attributes["keepdim"]:
         return False
@@ -37,7 +37,7 @@ def is_dequantized(value: Value) -> bool:
 def end_of(node: Node) -> Node:
     """The relu, or clip of a range that holds 0, that alone reads a conv or an add; else the node itself.
 
-    The saturation of integers does the same, as their range lies within what calibration saw behind the relu or clip.
+    The saturation of integers does the same, as their range lies within what calibration saw after the relu or clip.
     """
     user = node.result.only_user
     if node.kind not in ("conv", "add") or user is None:

@@ -30,32 +30,32 @@ A float that differs in its last bit may be rounded to the next integer, which m
 """
 
 QUANTIZED_MARGIN = 6.0
-"""dB by which the SQNR against the original may fall beyond that tolerance: at most twice the distance from it.
-
-Over many layers, roundings that fall the other way add up to as much as the quantization noise itself.
+"""dB. When the tolerance is exceeded, the SQNR against the original may still drop by this much (6 dB = twice the
+error): values that round to the neighbouring integer accumulate over layers.
 """
 
 QUANTIZED_SQNR = 30.0
-"""SQNR (dB) that is enough where the original rounds activations already: its output without that noise is not known.
+"""SQNR (dB) that is enough if the original quantizes activations already: its output without that noise is unknown.
 
-Less is enough where the network itself amplifies such roundings, as one that flips makes more flip in the next layer:
-QUANTIZED_MARGIN below the noise floor. A quantized transformer of 6 layers agrees to 27 dB with what the engine's
-optimizer makes of it, an untrained MobileNetV2 to 20 dB with itself for an input perturbed by PERTURBATION.
+Less is enough where the network itself amplifies rounding (a value that rounds differently changes roundings in later
+layers): QUANTIZED_MARGIN below the noise floor. Measured: a quantized transformer of 6 layers has 27 dB against the
+same model after the engine's optimizer; an untrained MobileNetV2 has 20 dB against itself with inputs perturbed by
+PERTURBATION.
 """
 
 QUANTIZED_FLOOR = 10.0
-"""SQNR (dB) that is always required: noise of a third of the signal does not come from rounding."""
+"""SQNR (dB) that is always required: rounding does not make noise of a third of the signal."""
 
 PERTURBATION = 8
-"""Relative perturbation of the inputs, in units of the last place at 1, by which the noise floor is measured."""
+"""Relative perturbation of the inputs that measures the noise floor, in units of the dtype's eps."""
 
 
 class Agree(Instrument):
     """Compares the outputs on the example inputs with the original's after every pass that changed something.
 
     The record gets the worst figures over the examples; padding is left out where an input is a mask. Raises GraphError
-    where a pass changes an output's shape, and where a lossless pass moves an output from what the last lossy pass (or
-    the original) gave by more than the tolerance: `numerics.metrics.tolerance`; in a quantized graph QUANTIZED_RTOL,
+    where a pass changes an output's shape, and where a lossless pass moves an output of the last lossy pass (or of
+    the original) by more than the tolerance: `numerics.metrics.tolerance`; in a quantized graph QUANTIZED_RTOL,
     QUANTIZED_MARGIN or QUANTIZED_SQNR; integers must stay equal.
     """
 
@@ -99,7 +99,7 @@ class Agree(Instrument):
     def hold(self, lowered: Graph, graph: Graph) -> None:
         """Hold a lowered graph to the tolerance of a lossless pass, against `graph`, which the last pass left.
 
-        Raises GraphError. A graph that does not agree with itself is random, and is not held to anything.
+        Raises GraphError. A graph that does not agree with itself in a second run is random, and passes.
         """
         moved = self._moved(self._latest, self._outputs(lowered), graph)
         if moved is not None and self._moved(self._latest, self._outputs(graph), graph) is None:
@@ -161,7 +161,7 @@ class Agree(Instrument):
 
 
 def _perturbed(feeds: Feeds, ulps: int) -> Feeds:
-    """Float inputs multiplied by 1 plus so many units in the last place; the others as they are."""
+    """Float inputs multiplied by 1 + ulps * eps of their dtype; the others unchanged."""
     return {name: tensor * (1 + ulps * torch.finfo(tensor.dtype).eps) if tensor.is_floating_point() else tensor
             for name, tensor in feeds.items()}  # fmt: skip
 

@@ -45,16 +45,16 @@ class Reproduce(Instrument):
         _save_feeds(folder / "feeds", context.feeds)
         if context.calibration is not None and not context.calibration.once:
             _save_feeds(folder / "calibration", list(itertools.islice(context.calibration, self.BATCHES)))
-        account = {
+        facts = {
             "pass": str(pass_),
             "dialect": graph.dialect,
             "target": None if isinstance(context.target, AnyTarget) else context.target.name,
             "error": f"{type(error).__name__}: {error}",
         }
-        (folder / "pass.json").write_text(json.dumps(account, indent=2) + "\n", encoding="utf-8")
+        (folder / "pass.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         command = shlex.join([sys.executable, "-m", "graphopt.cli", "reproduce", str(folder)])
         readme = (
-            f"{pass_} failed on this graph.\n{account['error']}\n\nTo run it again, in a folder that you trust (a "
+            f"{pass_} failed on this graph.\n{facts['error']}\n\nTo run it again, in a folder that you trust (a "
             f"graph.fx can run code when it is loaded):\n\n    {command}\n"
         )
         (folder / "README").write_text(readme, encoding="utf-8")

@@ -50,7 +50,7 @@ def test_static_quantization_begins_with_it(dialect: str) -> None:
     by_itself, behind = build(dialect, GATED), build(dialect, GATED)
     batches = [feeds(behind, seed) for seed in range(4)]
     context = run(Quantize(scheme="static"), by_itself, calibration=batches)
-    assert "share of the difficulty" in context.record.notes[0]
+    assert "alpha of SmoothQuant" in context.record.notes[0]
     run(Smooth(), behind, calibration=batches)
     run(Quantize(scheme="static", smooth=False), behind, calibration=batches)
     assert by_itself.text() == behind.text()
