@@ -159,12 +159,13 @@ def _continued(
     if example_inputs is not None:
         examples = several(example_inputs)
         feeds = [small.signature.bind(one if isinstance(one, tuple) else (one,), {})[0] for one in examples]
+    done = ",".join(map(str, small.own_passes))
     same_engine = (small.backend.name, small.backend.cpu) == (backend.name, backend.cpu)
     return Captured(
         small.transformed.clone(),
         small.signature,
         feeds,
-        f"{small.report.source}, optimized by graphopt: {','.join(map(str, small.own_passes))}",
+        f"{small.report.source}, optimized by graphopt: {done}" if done else small.report.source,
         untouched=(lambda: small.lowered) if same_engine else None,
     )
 

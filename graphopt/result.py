@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from graphopt.capture.sources import Feeds
 from graphopt.errors import GraphError, LoweringError, UsageError, outer_door
 from graphopt.ir.graph import Graph, digest
 from graphopt.lowering.backend import Backend, Runner
+from graphopt.measure.machine import version
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff

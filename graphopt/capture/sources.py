@@ -44,8 +44,8 @@ class Captured:
     source: str
     notes: list[str] = field(default_factory=list)
     untouched: Callable[[], Graph] | None = None
-    """Makes a graph of an ONNX model as it was handed in, to be timed against; None for modules and programs, which are
-    timed as captured."""
+    """Makes the graph that the result is timed against: of an ONNX model as it was handed in; of what an earlier call
+    optimized for the same engine, its lowered graph. None where that is the captured graph: of modules and programs."""
 
 
 def capture(

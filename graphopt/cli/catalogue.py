@@ -25,7 +25,7 @@ def passes(
     listed: list[dict[str, Any]] = []
     for one in [name] if name else REGISTRY:
         try:
-            listed.append(_described(REGISTRY[one]))
+            listed.append(_described(REGISTRY.lookup(one)))
         except UsageError as error:
             if name:
                 raise

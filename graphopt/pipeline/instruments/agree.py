@@ -96,14 +96,16 @@ class Agree(Instrument):
         """The original's outputs compared with those of `run` for the same feeds."""
         return self._agreements([list(run(feeds)) for feeds in self.feeds])
 
-    def hold(self, lowered: Graph, graph: Graph) -> None:
-        """Hold a lowered graph to the tolerance of a lossless pass, against `graph`, which the last pass left.
+    def moved(self, lowered: Graph, graph: Graph) -> str | None:
+        """The first output that a lowered graph moves beyond the tolerance of a lossless pass, and by how much.
 
-        Raises GraphError. A graph that does not agree with itself is random, and is not held to anything.
+        graph: what the last pass left, and the lowered graph is to compute. None where every output is within the
+        tolerance, or where `graph` does not agree with itself, as it is random. Raises what the lowered graph raises.
         """
         moved = self._moved(self._latest, self._outputs(lowered), graph)
-        if moved is not None and self._moved(self._latest, self._outputs(graph), graph) is None:
-            raise GraphError(moved)
+        if moved is None or self._moved(self._latest, self._outputs(graph), graph) is not None:
+            return None
+        return moved
 
     def _outputs(self, graph: Graph) -> list[list[Any]]:
         return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
@@ -129,6 +131,8 @@ class Agree(Instrument):
             for name, a, b, first in zip(self.names, expected, found, self.original[number], strict=True):
                 if not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
                     continue
+                if a.shape != b.shape:
+                    return f"on example {number} output {name!r} is {list(b.shape)}, not {list(a.shape)}"
                 if rtol is not None and metrics.sqnr(first, b) > metrics.sqnr(first, a) - QUANTIZED_MARGIN:
                     continue
                 if self._rounds and a.is_floating_point() and metrics.sqnr(a, b) > self._least:
