@@ -302,8 +302,13 @@ class Run:
         return self.backend.compile(self.captured.graph, self.threads)
 
     def _speed_check(self, baseline: Runner) -> SpeedCheck:
-        setting = {"graphopt": machine.version("graphopt"), "engine": self.backend.engine(), "machine": machine.machine(),
-                   "threads": self.threads, "input": digest(self._baseline.graph)}  # fmt: skip
+        setting = {
+            "graphopt": machine.version("graphopt"),
+            "engine": self.backend.engine(),
+            "machine": machine.machine(),
+            "threads": self.threads,
+            "input": digest(self._baseline.graph),
+        }
         feeds = [self.backend.place(one) for one in self._examples]
         return SpeedCheck(baseline, lambda: self._captured_runner, feeds, setting, cache.opened(), self.backend.clock)
 

@@ -206,7 +206,8 @@ def test_an_output_of_another_shape_has_moved() -> None:
     lowered = graph.clone()
     (node,) = lowered.nodes
     lowered.replace(node, lowered.emit("concat", node.input, node.input, axis=0, at=node))
-    assert Agree(graph, [{"x": torch.ones(2, 2)}]).moved(lowered, graph) == "on example 0 output 'y' is [4, 2], not [2, 2]"
+    agree = Agree(graph, [{"x": torch.ones(2, 2)}])
+    assert agree.moved(lowered, graph) == "on example 0 output 'y' is [4, 2], not [2, 2]"
 
 
 def test_a_random_model_is_held_to_nothing() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -171,8 +172,12 @@ class Node(ABC):
         return self.path or self.name
 
 
-Site = Node
-"""A node that a pass may change."""
+def unique_labels(nodes: Iterable[Node]) -> dict[Node, str]:
+    """How a report names these nodes: by label, with the node's own name where several share it (a module called
+    twice)."""
+    labels = {node: node.label for node in nodes}
+    often = Counter(labels.values())
+    return {node: label if often[label] == 1 else f"{label} ({node.name})" for node, label in labels.items()}
 
 
 class Graph(ABC):
