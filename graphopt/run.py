@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from graphopt.capture.signature import as_model
-from graphopt.capture.sources import Captured, Feeds
+from graphopt.capture.sources import Captured
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, digest
+from graphopt.ir.graph import Feeds, Graph, digest
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -130,10 +130,5 @@ def _before(graph: Graph, sqnr: Mapping[Node, float]) -> dict[Node, float]:
     before: dict[Node, float] = {}
     for node in graph.nodes:
         producers = [value.producer for value in node.operands if value is not None and value.producer is not None]
-        before[node] = _lowest([sqnr.get(producer, before[producer]) for producer in producers])
+        before[node] = metrics.worst(sqnr.get(producer, before[producer]) for producer in producers)
     return before
-
-
-def _lowest(figures: Sequence[float]) -> float:
-    """The lowest figure, NaN being lower than any; inf where there is none."""
-    return min(figures, key=lambda figure: -math.inf if math.isnan(figure) else figure, default=math.inf)

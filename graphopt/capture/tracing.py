@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.decode import DecodeStep
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line, nearest
+from graphopt.ir.graph import Feeds
 from graphopt.ir.structure import Structure, structure_of
 
-Feeds = dict[str, Tensor]
 DynamicAxes = dict[str, dict[int, str]]
 """By input, the names of its dynamic axes."""
 

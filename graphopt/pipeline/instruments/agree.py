@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import GraphError
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Feeds, Graph
 from graphopt.numerics import metrics
 from graphopt.pipeline.instruments.instrument import Instrument
 from graphopt.report.agreements import Agreement, agreement, worst
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from graphopt.pipeline.context import Context
     from graphopt.pipeline.passes import Pass
 
-Feeds = Mapping[str, Tensor]
 
 QUANTIZED_RTOL = 2 / 255
 """Relative tolerance of a lossless pass in a quantized graph: one step of an 8-bit range, at most 2 max|a| wide.
