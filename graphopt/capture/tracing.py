@@ -78,10 +78,12 @@ def trace(
     notes += moved
     examples = [{key: value.cpu() for key, value in example.items()} for example in examples]
     public = getattr(module, "public_names", {})
-    examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]
+    named_feeds: list[Feeds] = [
+        {public.get(name, name): tensor for name, tensor in example.items()} for example in examples
+    ]
     axes = {public.get(name, name): named for name, named in axes.items()}
     expected = [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Traced(program, examples, axes, structure_of(result), expected, notes)
+    return Traced(program, named_feeds, axes, structure_of(result), expected, notes)
 
 
 def _device(module: nn.Module) -> torch.device:
