@@ -31,4 +31,4 @@ def target(name: str, cpu: str | None = None) -> Backend:
 
     Raises UsageError for an unknown target or CPU, and where the target's engine or package cannot be imported.
     """
-    return TARGETS[name](cpu)
+    return TARGETS.lookup(name)(cpu)

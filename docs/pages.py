@@ -35,7 +35,10 @@ FILES = {
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put a page for each pass and each target after the first page of its section."""
-    generated = {"Passes": [f"passes/{name}.md" for name in REGISTRY], "Targets": [f"targets/{n}.md" for n in TARGETS]}
+    generated = {
+        "Passes": [f"passes/{name}.md" for name in REGISTRY.built_in],
+        "Targets": [f"targets/{name}.md" for name in TARGETS.built_in],
+    }
     for section in config.nav or []:
         for title, pages in section.items():
             if title in generated:

@@ -86,13 +86,14 @@ def optimize(
         backend.accept(model, example_inputs)
         measures = _measures(measure, backend)
         pipeline = whole_pipeline(passes, backend, earlier)
+        run_large = agree or None  # an array is neither true nor false
     with _few_collections():
         if isinstance(model, Optimized):
             captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
         else:
             captured = capture(
                 model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
-                run=agree or None,
+                run=run_large,
             )  # fmt: skip
         with outer_door(UsageError, "optimize cannot use its arguments"):
             batches = None
@@ -162,12 +163,13 @@ def _continued(
     if example_inputs is not None:
         examples = several(example_inputs)
         feeds = [small.signature.bind(one if isinstance(one, tuple) else (one,), {})[0] for one in examples]
+    done = ",".join(map(str, small.own_passes))
     same_engine = (small.backend.name, small.backend.cpu) == (backend.name, backend.cpu)
     return Captured(
         small.transformed.clone(),
         small.signature,
         feeds,
-        f"{small.report.source}, optimized by graphopt: {','.join(map(str, small.own_passes))}",
+        f"{small.report.source}, optimized by graphopt: {done}" if done else small.report.source,
         untouched=(lambda: small.lowered) if same_engine else None,
     )
 

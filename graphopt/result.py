@@ -6,19 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from graphopt.capture.signature import Signature
-from graphopt.capture.sources import Feeds
 from graphopt.errors import GraphError, LoweringError, UsageError, outer_door
-from graphopt.ir.graph import Graph, digest
+from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
 from graphopt.lowering.backend import Backend, Runner
+from graphopt.measure.machine import version
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
@@ -110,10 +108,10 @@ class Optimized:
     def _does_not_run(self, feeds: Feeds) -> str:
         """What was given, and what would be right."""
         takes = ", ".join(
-            f"{value.name} [{', '.join(map(str, value.shape or ('?',)))}] {dtype_text(value.dtype)}"
+            f"{value.name} [{', '.join(map(str, value.shape or ('?',)))}] {dtype_name(value.dtype)}"
             for value in self.lowered.inputs
         )
-        given = ", ".join(f"{name} {list(one.shape)} {dtype_text(one.dtype)}" for name, one in feeds.items())
+        given = ", ".join(f"{name} {list(one.shape)} {dtype_name(one.dtype)}" for name, one in feeds.items())
         return f"the model does not run on {given}; it takes {takes}"
 
     def diff(self) -> GraphDiff:
@@ -226,10 +224,6 @@ class Optimized:
 
 def shapes_text(feeds: Feeds) -> str:
     return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
-
-
-def dtype_text(dtype: torch.dtype | None) -> str:
-    return "of unknown dtype" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def versions() -> dict[str, str]:

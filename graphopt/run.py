@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from graphopt.capture.signature import as_model
-from graphopt.capture.sources import Captured, Feeds
+from graphopt.capture.sources import Captured
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, digest
+from graphopt.ir.graph import Feeds, Graph, digest
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
@@ -188,12 +188,14 @@ class Run:
         """Raise LoweringError where lowering moved an output further than rounding explains."""
         if reference is None:
             return
-        with outer_door(LoweringError, f"lowered for {self.backend.name}, the graph does not run"):
+        what = f"lowered for {self.backend.name}, the graph"
+        with outer_door(LoweringError, f"{what} does not run"):
             try:
-                reference.hold(lowered, folded)
+                moved = reference.moved(lowered, folded)
             except GraphError as error:
-                what = f"lowered for {self.backend.name}, the graph computes something else: {error}"
-                raise LoweringError(what) from error
+                raise LoweringError(f"{what} does not run: {error}") from error
+        if moved is not None:
+            raise LoweringError(f"{what} computes something else: {moved}")
 
     def _is_held_by_sites(self, pipeline: Pipeline) -> bool:
         """Whether the model came in quantized, is to come out with the same numbers, and can be held to that here.
@@ -258,7 +260,7 @@ class Run:
     def _without_passes(self, check: SpeedCheck, attempt: _Attempt) -> _Attempt:
         """While the result is slower than the input: the fallback pipeline, and then the input as it was."""
         simpler = (
-            ("the simplified float model", self.fallback, None),
+            ("the input, simplified", self.fallback, None),
             ("the input as it was", Pipeline(), self._baseline.graph),
         )
         for what, pipeline, lowered in simpler:
@@ -300,8 +302,13 @@ class Run:
         return self.backend.compile(self.captured.graph, self.threads)
 
     def _speed_check(self, baseline: Runner) -> SpeedCheck:
-        setting = {"graphopt": versions()["graphopt"], "engine": self.backend.engine(), "machine": machine.machine(),
-                   "threads": self.threads, "input": digest(self._baseline.graph)}  # fmt: skip
+        setting = {
+            "graphopt": machine.version("graphopt"),
+            "engine": self.backend.engine(),
+            "machine": machine.machine(),
+            "threads": self.threads,
+            "input": digest(self._baseline.graph),
+        }
         feeds = [self.backend.place(one) for one in self._examples]
         return SpeedCheck(baseline, lambda: self._captured_runner, feeds, setting, cache.opened(), self.backend.clock)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.graph import Graph, Node, Value, dtype_name
 from graphopt.numerics.observe import MinMax
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
@@ -106,7 +106,7 @@ class _Casts:
             found = max_abs.get(value, 0.0) if weight is None else _largest(weight)
             if found > largest:
                 what = "result" if value == site.result else "input" if weight is None else "weight"
-                dtype = str(self.dtype).removeprefix("torch.")
+                dtype = dtype_name(self.dtype)
                 return Decline("beyond_dtype", value=what, max_abs=found, dtype=dtype, largest=largest)
         return None
 

@@ -36,13 +36,15 @@ class Simplify(Pass):
     lossless = True
 
     def run(self, graph: Graph, context: Context) -> None:
+        rules = context.record.rules
         for _ in range(_ROUNDS):
             before = graph.version
             erase_dead(graph)
             fold_constants(graph)
             bypass(graph)
             merge_equal(graph)
-            context.record.rules.update(fold_batch_norms(graph))
+            for name, log in fold_batch_norms(graph).items():
+                rules[name] = rules.get(name, RuleLog()).then(log)
             graph.sweep()
             if graph.version == before:
                 return

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from graphopt.numerics.quantize import fit
+
 VOCABULARY, WIDTH, HEADS = 48, 32, 4
 
 
@@ -196,6 +198,12 @@ def model(
         array = tensor.numpy() if isinstance(tensor, Tensor) else tensor
         proto.graph.initializer.append(numpy_helper.from_array(np.array(array, order="C"), name))
     return proto
+
+
+def quantize_weight(weight: Tensor, *, bits: int = 8, axis: int | None = 0) -> tuple[Tensor, Tensor]:
+    """Signed integers (int8) and scales (float32) of a weight, symmetric about zero, one scale a slice of the axis."""
+    grid = fit(weight, bits=bits, axis=axis)
+    return grid.round(weight), grid.scale
 
 
 def plain_run(proto: onnx.ModelProto | str, feeds: Mapping[str, Tensor]) -> list[Any]:

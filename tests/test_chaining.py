@@ -11,7 +11,7 @@ import torch
 
 import graphopt
 from graphopt import CaptureError, Optimized, UsageError
-from tests.models import Encoder, padding, seeded, tokens
+from tests.models import Encoder, model, padding, seeded, tokens
 
 INPUTS = {"ids": tokens(), "mask": padding()}
 TARGETS = {"onnx": "onnxruntime", "fx": "torch-cpu"}
@@ -77,10 +77,15 @@ def test_what_cannot_go_on(pruned: Optimized) -> None:
         graphopt.optimize(pruned, target=pruned.report.target, example_inputs={"idz": tokens()})
 
 
+def test_a_call_that_ran_no_pass_is_not_named_in_the_source() -> None:
+    simplified = graphopt.optimize(model("g (float[n,8] x) => (float[n,8] y) { y = Relu(x) }"))
+    again = graphopt.optimize(simplified)
+    assert again.own_passes == ()
+    assert graphopt.optimize(again).report.source == "onnx.ModelProto, optimized by graphopt: simplify"
+
+
 def test_metadata_names_the_earlier_passes(tmp_path: Path) -> None:
     import onnx
-
-    from tests.models import model
 
     proto = model("g (float[n,8] x) => (float[n,8] y) { y = MatMul(x, W) }", {"W": torch.eye(8)})
     chained = graphopt.optimize(graphopt.optimize(proto, "sparsify{amount=0.5}"), "quantize{scheme=dynamic}")

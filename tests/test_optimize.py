@@ -14,13 +14,13 @@ from graphopt import PassError, UsageError
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.comparing import compare
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.errors import LoweringError
+from graphopt.errors import GraphError, LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Rule
 from graphopt.measure import machine, timing
 from graphopt.passes import LowRank, Quantize, Simplify, Sparsify
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.instruments import Diff, Instrument
+from graphopt.pipeline.instruments import Agree, Diff, Instrument
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from tests.models import ConvNet, Encoder, exported, images, model, padding, seeded, tokens
@@ -188,6 +188,26 @@ def test_a_lowering_rule_that_changes_the_meaning_is_found_out(
     monkeypatch.setattr(OnnxRuntime, "rules", lambda self, graph: ((wrong,),))
     with pytest.raises(LoweringError, match=r"computes something else: on example 0 .* output 'y' by \d"):
         graphopt.optimize(encoder, passes, example_inputs=INPUTS)
+
+
+def test_a_lowered_graph_that_does_not_run_is_said_not_to(
+    encoder: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Agree, lowered: Graph, graph: Graph) -> None:
+        raise GraphError("there is no such kernel")
+
+    monkeypatch.setattr(Agree, "moved", fails)
+    with pytest.raises(LoweringError, match="the graph does not run: there is no such kernel"):
+        graphopt.optimize(encoder, example_inputs=INPUTS)
+
+
+def test_an_output_of_another_shape_has_moved() -> None:
+    graph = OnnxGraph.from_model(model("g (float[2,2] x) => (float[n,2] y) { y = Relu(x) }"))
+    lowered = graph.clone()
+    (node,) = lowered.nodes
+    lowered.replace(node, lowered.emit("concat", node.input, node.input, axis=0, at=node))
+    agree = Agree(graph, [{"x": torch.ones(2, 2)}])
+    assert agree.moved(lowered, graph) == "on example 0 output 'y' is [4, 2], not [2, 2]"
 
 
 def test_a_random_model_is_held_to_nothing() -> None:

@@ -65,7 +65,7 @@ def _require(built: Mapping[str, int], what: str, kernels: Sequence[str], sites:
     count = sum(built.get(kernel, 0) for kernel in kernels)
     if count < len(sites):
         raise LoweringError(
-            f"{len(sites)} {what} were promised and onnxruntime built {count} int8 kernels "
+            f"{len(sites)} {what} were promised and onnxruntime built {count} kernels for integers "
             f"({', '.join(kernels)}) among {', '.join(site.label for site in sites)}"
         )
 

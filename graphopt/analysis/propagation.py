@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Graph, Node, unique_labels
 from graphopt.numerics import metrics
 
 LOST = 10.0
@@ -69,7 +69,9 @@ def propagate(a: Graph, b: Graph, batches: Iterable[Mapping[str, Tensor]]) -> Pr
     batches: feeds of `a`, iterated once for each SITES_AT_ONCE sites; `b` takes them by name, or in order where names
     differ. Sites without a path are paired by op and order, where both graphs have as many. Padding is left out.
     """
-    pairs, unpaired = _pairs(a, b)
+    labels = unique_labels(node for nodes in _by_op_and_path(a).values() for node in nodes)
+    pairs, missing = _pairs(a, b)
+    unpaired = {labels[node]: reason for node, reason in missing.items()}
     sums = torch.zeros(len(pairs), 4, dtype=torch.float64)  # a·a, b·b, a·b, noise
     for start in range(0, len(pairs), SITES_AT_ONCE):
         part = pairs[start : start + SITES_AT_ONCE]
@@ -78,33 +80,33 @@ def propagate(a: Graph, b: Graph, batches: Iterable[Mapping[str, Tensor]]) -> Pr
             of_b = b.evaluate(_feeds_of(b, feeds), [site.result for _, site in part])
             for row, ((site, _), x, y) in enumerate(zip(part, of_a, of_b, strict=True), start):
                 if x.shape != y.shape:
-                    unpaired[site.label] = f"its result is {list(x.shape)} in one, and {list(y.shape)} in the other"
+                    unpaired[labels[site]] = f"its result is {list(x.shape)} in one, and {list(y.shape)} in the other"
                     continue
                 real = real_positions(site.result.shape, x, mask_inputs(a.inputs), feeds)
                 x, y = ((result if real is None else result[real]).double() for result in (x, y))
                 sums[row] += torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum(), (x - y).square().sum()])
     figures: dict[Node, tuple[float, float]] = {}
     for (site, _), (signal, other, product, noise) in zip(pairs, sums.tolist(), strict=True):
-        if site.label not in unpaired:
+        if labels[site] not in unpaired:
             norms = math.sqrt(signal * other)
             figures[site] = metrics.decibels(signal, noise), product / norms if norms else float(signal == other)
     before = _before(a, {site: sqnr for site, (sqnr, _) in figures.items()})
     return Propagation(
-        [SiteComparison(site.label, site.kind, *pair, before[site]) for site, pair in figures.items()], unpaired
+        [SiteComparison(labels[site], site.kind, *pair, before[site]) for site, pair in figures.items()], unpaired
     )
 
 
-def _pairs(a: Graph, b: Graph) -> tuple[list[tuple[Node, Node]], dict[str, str]]:
+def _pairs(a: Graph, b: Graph) -> tuple[list[tuple[Node, Node]], dict[Node, str]]:
     """Each site of `a` with its counterpart in `b`, in the order of `a`; and the sites without one, with the reason."""
     of_b = _by_op_and_path(b)
-    paired, unpaired = dict[Node, Node](), dict[str, str]()
+    paired, unpaired = dict[Node, Node](), dict[Node, str]()
     for (op, path), nodes in _by_op_and_path(a).items():
         counterparts = of_b.get((op, path), [])
         if len(nodes) == len(counterparts):
             paired.update(zip(nodes, counterparts, strict=True))
         else:
             reason = f"the other model has {len(counterparts) or 'no'} {op} of this path, not {len(nodes)}"
-            unpaired.update((node.label, reason) for node in nodes)
+            unpaired.update(dict.fromkeys(nodes, reason))
     return [(node, paired[node]) for node in a.nodes if node in paired], unpaired
 
 
@@ -128,10 +130,5 @@ def _before(graph: Graph, sqnr: Mapping[Node, float]) -> dict[Node, float]:
     before: dict[Node, float] = {}
     for node in graph.nodes:
         producers = [value.producer for value in node.operands if value is not None and value.producer is not None]
-        before[node] = _lowest([sqnr.get(producer, before[producer]) for producer in producers])
+        before[node] = metrics.worst(sqnr.get(producer, before[producer]) for producer in producers)
     return before
-
-
-def _lowest(figures: Sequence[float]) -> float:
-    """The lowest figure, NaN being lower than any; inf where there is none."""
-    return min(figures, key=lambda figure: -math.inf if math.isnan(figure) else figure, default=math.inf)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from graphopt.capture.tracing import Feeds, as_tensor
+from graphopt.capture.tracing import as_tensor
 from graphopt.errors import CaptureError, nearest
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Feeds, Graph
 
 
 def as_model(graph: Graph, signature: Signature) -> Callable[..., Any]:

@@ -19,11 +19,11 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.signature import Signature
-from graphopt.capture.tracing import DynamicAxes, Feeds, Traced, as_tensor, on_cpu, several, trace
+from graphopt.capture.tracing import DynamicAxes, Traced, as_tensor, on_cpu, several, trace
 from graphopt.dialects.adapter import Adapter, adapter
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Feeds, Graph, Value
 from graphopt.ir.structure import structure_of
 from graphopt.numerics import metrics
 
@@ -44,8 +44,8 @@ class Captured:
     source: str
     notes: list[str] = field(default_factory=list)
     untouched: Callable[[], Graph] | None = None
-    """Makes a graph of an ONNX model as it was handed in, to be timed against; None for modules and programs, which are
-    timed as captured."""
+    """Makes the graph that the result is timed against: of an ONNX model as it was handed in; of what an earlier call
+    optimized for the same engine, its lowered graph. None where that is the captured graph: of modules and programs."""
 
 
 def capture(
@@ -292,7 +292,7 @@ def _computes(graph: Graph, feeds: Sequence[Feeds], expected: Outputs) -> bool:
 def _made_feeds(inputs: Sequence[Value], notes: list[str]) -> Feeds:
     """Seeded feeds of the inputs' types: standard normal floats, integers and booleans of 0 and 1."""
     generator = torch.Generator().manual_seed(0)
-    feeds: Feeds = {}
+    feeds: dict[str, Tensor] = {}
     for value in inputs:
         sizes = [
             size if isinstance(size, int) else UNKNOWN_BATCH if axis == 0 else UNKNOWN_SIZE
@@ -326,4 +326,4 @@ def _all_equal(expected: Outputs, found: Outputs) -> bool:
     )
 
 
-__all__ = ["CaptureError", "Captured", "Feeds", "Signature", "capture"]
+__all__ = ["CaptureError", "Captured", "Signature", "capture"]

@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.decode import DecodeStep
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line, nearest
+from graphopt.ir.graph import Feeds
 from graphopt.ir.structure import Structure, structure_of
 
-Feeds = dict[str, Tensor]
 DynamicAxes = dict[str, dict[int, str]]
 """By input, the names of its dynamic axes."""
 
@@ -78,10 +78,12 @@ def trace(
     notes += moved
     examples = [{key: value.cpu() for key, value in example.items()} for example in examples]
     public = getattr(module, "public_names", {})
-    examples = [{public.get(name, name): tensor for name, tensor in example.items()} for example in examples]
+    named_feeds: list[Feeds] = [
+        {public.get(name, name): tensor for name, tensor in example.items()} for example in examples
+    ]
     axes = {public.get(name, name): named for name, named in axes.items()}
     expected = [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Traced(program, examples, axes, structure_of(result), expected, notes)
+    return Traced(program, named_feeds, axes, structure_of(result), expected, notes)
 
 
 def _device(module: nn.Module) -> torch.device:

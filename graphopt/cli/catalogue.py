@@ -25,7 +25,7 @@ def passes(
     listed: list[dict[str, Any]] = []
     for one in [name] if name else REGISTRY:
         try:
-            listed.append(_described(REGISTRY[one]))
+            listed.append(_described(REGISTRY.lookup(one)))
         except UsageError as error:
             if name:
                 raise
@@ -68,8 +68,8 @@ def targets(as_json: Json = False) -> None:
         if "broken" in facts:
             typer.echo(f"{name}  (broken: {facts['broken']})")
             continue
-        int8 = ", ".join(f"{op} {' or '.join(schemes)}" for op, schemes in facts["schemes"].items()) or "none"
-        typer.echo(f"{name}  ({facts['dialect']})\n    {facts['summary']}\n    int8: {int8}")
+        quantized = ", ".join(f"{op} {' or '.join(schemes)}" for op, schemes in facts["schemes"].items()) or "none"
+        typer.echo(f"{name}  ({facts['dialect']})\n    {facts['summary']}\n    quantized: {quantized}")
         if "note" in facts:
             typer.echo(f"    {facts['note']}")
 

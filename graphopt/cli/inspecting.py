@@ -121,5 +121,7 @@ def diff(
 
 
 def _type_text(value: Value) -> str:
+    from graphopt.ir.graph import dtype_name
+
     shape = "[?]" if value.shape is None else "[" + ", ".join(str(size) for size in value.shape) + "]"
-    return f"{shape} {str(value.dtype).removeprefix('torch.')}"
+    return f"{shape} {dtype_name(value.dtype)}"

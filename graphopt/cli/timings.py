@@ -86,6 +86,9 @@ def cache(
     kept = opened()
     if clear:
         number = kept.clear()
+        if as_json:
+            print_json({"path": str(kept.path), "forgotten": number})
+            return
         typer.echo(f"{number} {'entry' if number == 1 else 'entries'} forgotten, of {kept.path}")
         return
     entries = kept.entries()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,10 @@ from graphopt.ir.ops import OPS, Op
 Shape = tuple[int | str, ...]
 """One entry per axis: a size, or the name of a dynamic axis ("?" when it has none)."""
 
-Seen = tuple[int, Mapping[str, Tensor], Mapping["Value", Tensor]]
+Feeds = Mapping[str, Tensor]
+"""What a graph is run on: a tensor for each input, by name."""
+
+Seen = tuple[int, Feeds, Mapping["Value", Tensor]]
 """The number of a batch, its feeds by input name, and some values computed from it."""
 
 
@@ -171,8 +175,12 @@ class Node(ABC):
         return self.path or self.name
 
 
-Site = Node
-"""A node that a pass may change."""
+def unique_labels(nodes: Iterable[Node]) -> dict[Node, str]:
+    """How a report names these nodes: by label, with the node's own name where several share it (a module called
+    twice)."""
+    labels = {node: node.label for node in nodes}
+    often = Counter(labels.values())
+    return {node: label if often[label] == 1 else f"{label} ({node.name})" for node, label in labels.items()}
 
 
 class Graph(ABC):
@@ -366,6 +374,11 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """A dtype as texts for people name it, such as float32."""
+    return "of unknown dtype" if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def _given(operands: Sequence[Value | None]) -> list[Value | None]:
     """Operands without the optional ones left out at the end."""
     given = list(operands)
@@ -379,7 +392,7 @@ def _operand_text(value: Value | None, numbers: Mapping[Value, str]) -> str:
         return "-"
     name = "" if value.is_constant else numbers.get(value, value.name)
     shape = "[?]" if value.shape is None else "[" + ",".join(str(size) for size in value.shape) + "]"
-    dtype = "" if value.dtype in (torch.float32, None) else f":{str(value.dtype).removeprefix('torch.')}"
+    dtype = "" if value.dtype in (torch.float32, None) else f":{dtype_name(value.dtype)}"
     return name + shape + dtype
 
 

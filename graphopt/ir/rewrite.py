@@ -11,7 +11,7 @@ from typing import Any
 
 from graphopt.errors import GraphError
 from graphopt.ir.decline import Decline, Declined
-from graphopt.ir.graph import Graph, Node, Shape, Value
+from graphopt.ir.graph import Graph, Node, Shape, Value, unique_labels
 
 ROUNDS = 16
 """Most rounds over a graph; rules that still find something then undo each other, which is an error."""
@@ -141,6 +141,13 @@ class RuleLog:
     hits: int = 0
     seconds: float = 0.0
     declined: dict[str, Decline] = field(default_factory=dict)
+    """By the label of the match's root, with the node's name where several roots of the kind share it."""
+
+    def then(self, later: RuleLog) -> RuleLog:
+        """Of two runs of the rule over one graph: the sums, and what the later run declined."""
+        return RuleLog(
+            self.tries + later.tries, self.hits + later.hits, self.seconds + later.seconds, dict(later.declined)
+        )
 
 
 @dataclass(frozen=True)
@@ -205,15 +212,19 @@ def rewrite(graph: Graph, rules: Iterable[Rule]) -> dict[str, RuleLog]:
     by_root: dict[str, list[_Matcher]] = defaultdict(list)
     for matcher in matchers:
         by_root[matcher.pattern.kind].append(matcher)
+    labels: dict[Node, str] = {}
     for _ in range(ROUNDS):
         before, nodes = graph.version, graph.nodes
         emitted: dict[Hashable, Value] = {}  # in one round, in which later sites come after earlier ones in the graph
         erased: set[Node] = set()
         for matcher in matchers:
             matcher.group(nodes)
+        by_kind = {kind: [node for node in nodes if node.kind == kind] for kind in by_root}
+        for alike in by_kind.values():
+            labels = unique_labels(alike) | labels  # a node keeps its label when others of that label are gone
         for node in nodes:
             for matcher in by_root.get(node.kind, ()) if node not in erased else ():
-                if _try(matcher, Builder(graph, node, emitted), logs[matcher.rule.name], erased):
+                if _try(matcher, Builder(graph, node, emitted), logs[matcher.rule.name], erased, labels):
                     break
         if graph.version == before:
             return logs
@@ -261,8 +272,10 @@ class _Matcher:
         return None if self.rule.group_by is None else self.rule.group_by(match)
 
 
-def _try(matcher: _Matcher, op: Builder, log: RuleLog, erased: set[Node]) -> bool:
-    """Rewrite at the builder's node if the rule matches there; returns whether it did."""
+def _try(
+    matcher: _Matcher, op: Builder, log: RuleLog, erased: set[Node], labels: Mapping[Node, str]
+) -> bool:
+    """Rewrite at the builder's node where a rule matches; whether it did. labels: how the log names roots."""
     start = time.perf_counter()
     log.tries += 1
     match = None
@@ -271,21 +284,24 @@ def _try(matcher: _Matcher, op: Builder, log: RuleLog, erased: set[Node]) -> boo
         replacement = None if match is None else matcher.rule.replace(op, match)
         if match is None or replacement is None:
             return False
-        erased |= _substitute(op.graph, match, replacement)
+        erased |= _substitute(op.graph, match, replacement, matcher.rule.name)
         log.hits += len(match.group)
         for one in match.group:
-            log.declined.pop(one.root.label, None)
+            log.declined.pop(labels[one.root], None)
         return True
     except Declined as reason:
         roots = [op.at] if match is None else [one.root for one in match.group]
-        log.declined |= {root.label: reason.decline for root in roots}
+        log.declined |= {labels[root]: reason.decline for root in roots}
         return False
     finally:
         log.seconds += time.perf_counter() - start
 
 
-def _substitute(graph: Graph, match: Match, replacement: Value | Mapping[Value, Value]) -> set[Node]:
-    """Replace a match; returns the nodes that were removed. Raises Declined where a shape differs."""
+def _substitute(graph: Graph, match: Match, replacement: Value | Mapping[Value, Value], rule: str) -> set[Node]:
+    """Put a replacement in the place of a match; the nodes that are gone.
+
+    Raises Declined where a shape differs, and GraphError where the rule replaces some results of a node and not all.
+    """
     values = {match.root.result: replacement} if isinstance(replacement, Value) else replacement
     for old, new in values.items():
         if _differ(old.shape, new.shape):  # such as a factor of 1 that adds an axis
@@ -294,7 +310,9 @@ def _substitute(graph: Graph, match: Match, replacement: Value | Mapping[Value, 
     gone: set[Node] = set()
     for node in replaced:
         assert node is not None  # values of inputs and constants are not replaced
-        graph.replace(node, *(values[result] for result in node.results if result in values))
+        if missing := [result.name for result in node.results if result not in values]:
+            raise GraphError(f"rule {rule} gives nothing for {', '.join(missing)} of {node.kind} ({node.label})")
+        graph.replace(node, *(values[result] for result in node.results))
         gone.add(node)
     for inner in (inner for one in match.group for inner in one.interior):  # from the root downwards: users go first
         if inner not in gone and not any(result.users or result.is_output for result in inner.results):

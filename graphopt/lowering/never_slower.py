@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
+from graphopt.ir.graph import Feeds
 from graphopt.lowering.backend import Runner
 from graphopt.measure import timing
 from graphopt.measure.cache import UNSURE, Timings
@@ -32,8 +31,6 @@ SHARE = 0.5
 CLEARLY_FASTER = 1.25
 """Speed over the input's at which 6 rounds on an unsteady machine are enough; measured: a result at 1.09 after 6
 unsteady rounds was really at 0.88."""
-
-Feeds = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

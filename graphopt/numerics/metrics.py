@@ -1,6 +1,7 @@
 """How far a candidate tensor is from its reference. All sums are in float64."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ def decibels(signal: float, noise: float) -> float:
     if signal == 0:
         return -math.inf
     return 10 * (math.log10(signal) - math.log10(noise))
+
+
+def worst(figures: Iterable[float]) -> float:
+    """The smallest figure, where more is better; NaN is worse than any number, and inf where there is no figure."""
+    return min(figures, key=lambda figure: -math.inf if math.isnan(figure) else figure, default=math.inf)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -140,26 +140,6 @@ def fit(
     return Grid(scale.reshape(shape), None if symmetric else zero_point.to(torch.uint8).reshape(shape), low, high, axis)
 
 
-def quantize_weight(weight: Tensor, *, bits: int = 8, axis: int | None = 0) -> tuple[Tensor, Tensor]:
-    """Round a weight to signed integers, symmetric about zero, with one scale per slice of `axis`.
-
-    weight: float, any shape; bits: 2 to 8; axis: None for one scale per tensor. Returns integers (int8, same shape,
-    within ±(2**(bits-1) - 1)) and scales (float32, shape (weight.shape[axis],) or (), > 0, in units of weight per
-    step): those of `fit`, which says more.
-    """
-    grid = fit(weight, bits=bits, axis=axis)
-    return grid.round(weight), grid.scale
-
-
-def dequantize_weight(q: Tensor, scale: Tensor, axis: int | None = 0) -> Tensor:
-    """The weight that integers and scales stand for: q * scale.
-
-    q: int8, any shape; scale: float32, shape (q.shape[axis],), or () with axis None. Returns float32, shape of q.
-    Source: ONNX DequantizeLinear, with zero point 0.
-    """
-    return q.to(torch.float32) * _along(scale, axis, q.dim())
-
-
 def activation_parameters(low: Tensor | float, high: Tensor | float) -> tuple[float, int]:
     """Scale and zero point that map the range [low, high] onto the unsigned integers 0..255, asymmetric.
 

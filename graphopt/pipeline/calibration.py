@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import UsageError, nearest, user_batches
-from graphopt.ir.graph import Flow, Graph, Shape, Value
+from graphopt.ir.graph import Flow, Graph, Shape, Value, dtype_name
 
 if TYPE_CHECKING:
     from graphopt.pipeline.instruments import Instrument
@@ -295,13 +295,9 @@ def _fitted(tensor: Tensor, value: Input, where: str) -> Tensor:
     if tensor.is_floating_point() != dtype.is_floating_point or not (
         tensor.is_floating_point() or torch.equal(cast.to(tensor.dtype), tensor)
     ):
-        raise UsageError(f"{where} holds {_dtype_text(tensor.dtype)}, and the model takes {_dtype_text(dtype)}")
+        raise UsageError(f"{where} holds {dtype_name(tensor.dtype)}, and the model takes {dtype_name(dtype)}")
     return cast
 
 
 def _shape_text(shape: Shape) -> str:
     return "[" + ", ".join(str(size) for size in shape) + "]"
-
-
-def _dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from graphopt.errors import UsageError, nearest
 from graphopt.ir.cost import Cost, sizes
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.graph import Graph, Node, Value, unique_labels
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.target import AnyTarget, Target
@@ -72,9 +71,7 @@ class Context:
                 names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
                 raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
-        often = Counter(node.label for node in chosen)
-        for node in chosen:
-            self.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
+        self.labels |= unique_labels(chosen)
         self.record.eligible.extend(self.labels[node] for node in chosen)
         return [node for node in chosen if not self.reverts(self.labels[node])]
 

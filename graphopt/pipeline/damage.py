@@ -14,13 +14,13 @@ from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
-from graphopt.pipeline.reference import Evaluate, Feeds, Reference
+from graphopt.pipeline.reference import Evaluate, Reference
 from graphopt.pipeline.row_cache import RowCache, cache_key
 from graphopt.pipeline.runner import run_pass
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.report.records import PassRecord, Report, Row, Sensitivity
 
-__all__ = ["BUDGETS", "STEPS", "Feeds", "Reference", "scan", "units"]
+__all__ = ["BUDGETS", "STEPS", "Reference", "scan", "units"]
 
 STEPS = 8
 """Batches on which outputs are compared by default."""

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import UsageError
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Feeds, Graph, Value
 from graphopt.numerics import metrics
 from graphopt.pipeline.calibration import MEMORY
 from graphopt.report.records import Damage
 
-Feeds = Mapping[str, Tensor]
 Evaluate = Callable[[Graph], float]
 """A graph -> its metric; more is better."""
 
@@ -53,9 +52,9 @@ class Reference:
                 noise[index] += energies[1]
                 cosines[index].append(metrics.cosine(expected, found))
         return Damage(
-            sqnr=_least(map(metrics.decibels, signal, noise)),
-            cosine=_least(sum(several) / len(several) for several in cosines),
-            worst_cosine=_least(figure for several in cosines for figure in several),
+            sqnr=metrics.worst(map(metrics.decibels, signal, noise)),
+            cosine=metrics.worst(sum(several) / len(several) for several in cosines),
+            worst_cosine=metrics.worst(figure for several in cosines for figure in several),
             metric=None if self._evaluate is None else _metric(self._evaluate, changed, what),
         )
 
@@ -88,8 +87,3 @@ def _metric(evaluate: Evaluate, graph: Graph, what: str) -> float:
     if isinstance(figure, bool) or not isinstance(figure, numbers.Real) or math.isnan(figure):
         raise UsageError(f"evaluate gives {figure!r} for {what}; it must return one number, larger where better")
     return float(figure)
-
-
-def _least(figures: Iterable[float]) -> float:
-    """The smallest, where NaN is smaller than any number."""
-    return min(figures, key=lambda figure: -math.inf if math.isnan(figure) else figure)

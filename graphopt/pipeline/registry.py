@@ -43,7 +43,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def __getitem__(self, name: str) -> type[T]:
         """The class called `name`, imported.
 
-        Raises UsageError where there is none, naming the nearest; where two packages register the name; and where the
+        Raises KeyError where there is none. Raises UsageError where two packages register the name, and where the
         package that does cannot be imported, or registers something else than such a class.
         """
         entries = self.added.get(name, [])
@@ -55,11 +55,17 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 found: type[T] = getattr(import_module(module), class_name)
             return found
         if not entries:
-            raise UsageError(f"there is no {self.kind} {name!r}{nearest(name, list(self))}")
+            raise KeyError(name)
         if len(entries) > 1:
             packages = " and ".join(map(_package, entries))
             raise UsageError(f"{self.kind} {name!r} is registered by {packages}: uninstall one of them")
         return self._loaded(entries[0])
+
+    def lookup(self, name: str) -> type[T]:
+        """As `[name]`, for a name that the user wrote: raises UsageError where there is none, naming the nearest."""
+        if name not in self:
+            raise UsageError(f"there is no {self.kind} {name!r}{nearest(name, list(self))}")
+        return self[name]
 
     def _loaded(self, entry: EntryPoint) -> type[T]:
         with outer_door(UsageError, f"{self._of(entry)} cannot be imported"):

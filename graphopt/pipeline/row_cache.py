@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from graphopt.errors import UsageError
-from graphopt.ir.graph import Graph, digest, raw_bytes
+from graphopt.ir.graph import Feeds, Graph, digest, raw_bytes
 from graphopt.measure.machine import version
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.reference import Evaluate, Feeds
+from graphopt.pipeline.reference import Evaluate
 from graphopt.report.records import Damage, Row, plain
 
 

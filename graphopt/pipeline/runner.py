@@ -105,13 +105,13 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
             f"{pass_.name} works on {' or '.join(pass_.dialects)} graphs, and this target's dialect is {graph.dialect}"
         )
     record = PassRecord(pass_.name, str(pass_), stage=pass_.stage.name)
-    record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
     context.begin(pass_, record)
     active = [instrument for instrument in context.instruments if instrument.should_run(pass_)]
-    for instrument in active:
-        instrument.before(pass_, graph, context)
-    version, start = graph.version, time.perf_counter()
     try:
+        for instrument in active:
+            instrument.before(pass_, graph, context)
+        record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
+        version, start = graph.version, time.perf_counter()
         pass_.run(graph, context)
         graph.sweep()
         record.seconds, record.changes = time.perf_counter() - start, graph.version - version

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphopt.errors import GraphError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.graph import Graph, Node, Value, dtype_name
 from graphopt.numerics.finite import require_finite
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
@@ -36,8 +36,7 @@ def why_fixed(site: Node) -> Decline | None:
     """Why the weight of a site cannot be changed, or None where it is a stored float tensor."""
     weight = site.weight
     if weight is not None:
-        dtype = str(weight.dtype).removeprefix("torch.")
-        return None if weight.is_floating_point() else Decline("weight_not_float", dtype=dtype)
+        return None if weight.is_floating_point() else Decline("weight_not_float", dtype=dtype_name(weight.dtype))
     value = site.operand("weight") if site.op is not None and "weight" in site.op.operands else None
     if value is None:
         return Decline("no_weight", op=site.kind)

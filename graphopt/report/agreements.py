@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,7 +38,7 @@ def worst(agreements: Iterable[Agreement]) -> Agreement:
     runs = list(agreements)
     return Agreement(
         runs[0].output,
-        min((run.sqnr for run in runs), key=lambda figure: -math.inf if math.isnan(figure) else figure),
-        min((run.cosine for run in runs), key=lambda figure: -math.inf if math.isnan(figure) else figure),
-        max((run.max_error for run in runs), key=lambda figure: math.inf if math.isnan(figure) else figure),
+        metrics.worst(run.sqnr for run in runs),
+        metrics.worst(run.cosine for run in runs),
+        -metrics.worst(-run.max_error for run in runs),
     )

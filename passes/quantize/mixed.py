@@ -10,11 +10,11 @@ from typing import Any
 
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Feeds, Graph, Node
 from graphopt.ir.qdq.regions import end_of
 from graphopt.pipeline.calibration import Remembered
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.damage import Feeds, Reference, units
+from graphopt.pipeline.damage import Reference, units
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.spelling import value_text

@@ -8,7 +8,7 @@ import torch
 
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Node, Value
+from graphopt.ir.graph import Node, Value, dtype_name
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import why_fixed
 
@@ -86,8 +86,8 @@ def why_not(site: Node) -> Decline | None:
 
 
 def not_float32(name: str, dtype: torch.dtype | None) -> Decline:
-    """The decline of a value, a weight or a table in another dtype."""
-    return Decline("not_float32", name=name, dtype="of unknown type" if dtype is None else _dtype_text(dtype))
+    """That a value, a weight or a table is of another type."""
+    return Decline("not_float32", name=name, dtype=dtype_name(dtype))
 
 
 def _why_not_product(site: Node) -> Decline | None:
@@ -134,10 +134,6 @@ def why_no_block(site: Node, block: int | None) -> Decline | None:
     if block is None or _width(site) % block == 0:
         return None
     return Decline("block_not_dividing", block=block, inputs=_width(site))
-
-
-def _dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _width(site: Node) -> int:

@@ -56,6 +56,7 @@ def test_clear_empties_it(folder: Path) -> None:
     fill(folder)
     assert done("cache", "--clear") == f"2 entries forgotten, of {folder}/timings.sqlite\n"
     assert Timings(folder / "timings.sqlite").entries() == []
+    assert json.loads(done("cache", "--clear", "--json")) == {"path": f"{folder}/timings.sqlite", "forgotten": 0}
     assert done("cache").splitlines()[0].startswith(f"{folder}/timings.sqlite: 0 entries, ")
 
 

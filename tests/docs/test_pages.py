@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ def test_readme_has_at_most_150_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize(("section", "names"), [("passes", [*REGISTRY]), ("targets", [*TARGETS])])
-def test_the_first_page_of_a_section_links_to_every_other(section: str, names: list[str]) -> None:
+@pytest.mark.parametrize(("section", "names"), [("passes", REGISTRY.built_in), ("targets", TARGETS.built_in)])
+def test_the_first_page_of_a_section_links_to_every_other(section: str, names: Iterable[str]) -> None:
     index = (ROOT / "docs" / section / "index.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\(([\w-]+)\.md\)", index)) == set(names)
 

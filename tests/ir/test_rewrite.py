@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from graphopt.dialects.onnx.views import PATH
 from graphopt.errors import GraphError
 from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Value
@@ -81,6 +82,27 @@ def test_one_match_replaces_the_results_of_several_nodes(dialect: str) -> None:
     rule = Rule("fixed", scaled, fixed, check=lambda m: m.scale.producer.input == m.x)
     assert rewrite(graph, [rule])["fixed"].hits == 1
     assert [node.kind for node in graph.nodes] == ["relu", "choose_qparams", "quantize", "dequantize"]
+
+
+def test_a_node_with_a_result_that_nothing_replaces_raises(dialect: str) -> None:
+    graph = build(dialect, "s, z = choose_qparams(x[2,8])\nreturn s, z")
+    half = Rule("half", lambda op, x: op.choose_qparams(x), lambda op, m: {m.root.results[1]: m.root.result})
+    with pytest.raises(GraphError, match=rf"rule half .* of choose_qparams \({graph.nodes[0].label}\)"):
+        rewrite(graph, [half])
+
+
+def test_roots_of_one_label_are_declined_each_by_itself() -> None:
+    def first_only(op: Builder, m: Match) -> Value:
+        if m.root.result.is_output:
+            raise Declined("returned")
+        return op.relu(m.x)
+
+    graph = build("onnx", "a = tanh(x[2,8])\nb = relu(a)\nc = tanh(b)\nreturn c")
+    one, other = graph.sites("tanh")
+    for node in (one, other):
+        node.native.metadata_props[PATH] = "shared"  # type: ignore[attr-defined]
+    log = rewrite(graph, [Rule("first", _tanh, first_only)])["first"]
+    assert log.declined == {f"shared ({other.name})": Decline("returned")}
 
 
 def test_what_is_emitted_once_serves_all_sites_of_a_run_and_no_other_run(dialect: str) -> None:

@@ -224,7 +224,7 @@ def test_after_six_reruns_it_is_the_simplified_float_model(
     (note,) = [note for note in made.report.notes if "slower" in note]
     assert note == (
         f"simplify,{DYNAMIC},fold-int8 makes the model slower here, even with 6 sites as they were: it runs 0.80 times "
-        "as fast as the input at ids [2, 7], mask [2, 7]. This is the simplified float model"
+        "as fast as the input at ids [2, 7], mask [2, 7]. This is the input, simplified"
     )
     assert integers(made.report.kernels) == 0 and made.report.speed[0]["median"] == 1.5
     assert_computes(made, 1e-5)
@@ -269,7 +269,7 @@ def test_a_pass_that_cannot_do_without_the_sites_that_lose_ends_the_reruns(
     assert made.report.pipeline == "simplify,fold-int8"
     failed, fell_back = made.report.notes[-2:]
     assert failed.startswith("without the sites that made the model slower: prune: no group of neurons can shrink")
-    assert fell_back.endswith("This is the simplified float model")
+    assert fell_back.endswith("This is the input, simplified")
 
 
 class Engine(Runner):

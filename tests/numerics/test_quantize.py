@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from graphopt.numerics import quantize
+from tests.models import quantize_weight
 
 Array = np.ndarray[Any, Any]
 FLOATS = st.floats(-1e6, 1e6, width=32)
@@ -43,12 +44,13 @@ def evaluate(op: str, feeds: Mapping[str, Array], outputs: Mapping[str, int]) ->
 @settings(max_examples=100, deadline=None)
 def test_weight_is_within_half_a_step(weight: Array, bits: int, data: st.DataObject) -> None:
     axis = data.draw(st.none() | st.integers(-weight.ndim, weight.ndim - 1))
-    q, scale = quantize.quantize_weight(torch.from_numpy(weight), bits=bits, axis=axis)
+    grid = quantize.fit(torch.from_numpy(weight), bits=bits, axis=axis)
+    q, scale = grid.round(torch.from_numpy(weight)), grid.scale
     limit = 2 ** (bits - 1) - 1
     assert q.dtype == torch.int8 and scale.dtype == torch.float32 and q.shape == weight.shape
     assert scale.shape == (() if axis is None else (weight.shape[axis],))
     assert int(q.abs().max()) <= limit and bool((scale > 0).all())
-    back = quantize.dequantize_weight(q, scale, axis)
+    back = grid.values(q)
     along = [-1 if axis is not None and d == axis % weight.ndim else 1 for d in range(weight.ndim)]
     assert bool(((back - torch.from_numpy(weight)).abs() <= HALF_STEP * scale.reshape(along)).all())
     assert bool((back[torch.from_numpy(weight) == 0] == 0).all())
@@ -57,7 +59,7 @@ def test_weight_is_within_half_a_step(weight: Array, bits: int, data: st.DataObj
 @given(WEIGHTS)
 @settings(max_examples=50, deadline=None)
 def test_weight_equals_its_definition_in_numpy(weight: Array) -> None:
-    q, scale = quantize.quantize_weight(torch.from_numpy(weight))
+    q, scale = quantize_weight(torch.from_numpy(weight))
     largest = np.abs(weight).reshape(weight.shape[0], -1).max(1)
     expected = (largest / np.float32(127)).astype(np.float32)
     expected[expected < np.finfo(np.float32).tiny] = 1
@@ -67,12 +69,12 @@ def test_weight_equals_its_definition_in_numpy(weight: Array) -> None:
 
 
 def test_halves_of_a_weight_go_to_even() -> None:
-    q, scale = quantize.quantize_weight(torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5]), axis=None)
+    q, scale = quantize_weight(torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5]), axis=None)
     assert scale.item() == 1 and q.tolist() == [127, 0, 2, 2, 0, -2]
 
 
 def test_zero_and_subnormal_slices_get_scale_one() -> None:
-    q, scale = quantize.quantize_weight(torch.tensor([[0.0, 0.0], [1e-40, -1e-43], [127.0, 1.0]]))
+    q, scale = quantize_weight(torch.tensor([[0.0, 0.0], [1e-40, -1e-43], [127.0, 1.0]]))
     assert scale.tolist() == [1, 1, 1] and q.tolist() == [[0, 0], [0, 0], [127, 1]]
 
 
@@ -81,17 +83,15 @@ def test_layout_does_not_change_a_bit(axis: int | None) -> None:
     weight = seeded(33, 17)
     strided = weight.T.contiguous().T
     assert not strided.is_contiguous()
-    for a, b in zip(
-        quantize.quantize_weight(weight, axis=axis), quantize.quantize_weight(strided, axis=axis), strict=True
-    ):
+    for a, b in zip(quantize_weight(weight, axis=axis), quantize_weight(strided, axis=axis), strict=True):
         assert torch.equal(a, b) and b.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_float_dtypes_are_read_in_float32(dtype: torch.dtype) -> None:
     weight = seeded(4, 8).to(dtype)
-    q, scale = quantize.quantize_weight(weight)
-    expected_q, expected_scale = quantize.quantize_weight(weight.float())
+    q, scale = quantize_weight(weight)
+    expected_q, expected_scale = quantize_weight(weight.float())
     assert torch.equal(q, expected_q) and torch.equal(scale, expected_scale)
 
 
@@ -100,13 +100,13 @@ def test_weight_names_the_first_value_that_is_not_finite(bad: float) -> None:
     weight = torch.zeros(2, 3)
     weight[1, 0] = weight[1, 2] = bad
     with pytest.raises(ValueError, match=r"weight has 2 of 6 values NaN or infinite, the first at \(1, 0\)"):
-        quantize.quantize_weight(weight)
+        quantize_weight(weight)
 
 
 @pytest.mark.parametrize("bits", [1, 9])
 def test_bits_out_of_range(bits: int) -> None:
     with pytest.raises(ValueError, match="bits must be from 2 to 8"):
-        quantize.quantize_weight(torch.ones(2), bits=bits)
+        quantize_weight(torch.ones(2), bits=bits)
 
 
 @given(FLOATS, FLOATS, st.floats(0, 1))
@@ -295,7 +295,7 @@ def test_a_block_puts_its_largest_weight_at_the_lower_end() -> None:
 
 
 def test_seven_bits_do_not_saturate_in_sixteen() -> None:
-    integers, _ = quantize.quantize_weight(seeded(4, 64), bits=7)
+    integers, _ = quantize_weight(seeded(4, 64), bits=7)
     assert int(integers.abs().max()) == 63 and 2 * 255 * 63 < 2**15
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.numerics.quantize import activation_parameters, quantize_weight
+from graphopt.numerics.quantize import activation_parameters
 from graphopt.numerics.smooth import ALPHAS, expected_error, smooth, smooth_factors
+from tests.models import quantize_weight
 
 
 def seeded(*shape: int, seed: int = 0) -> Tensor:

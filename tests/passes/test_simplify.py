@@ -202,6 +202,11 @@ def test_keeps_a_batch_norm_and_says_why(dialect: str, text: str, code: str) -> 
     assert [why.code for log in context.record.rules.values() for why in log.declined.values()] == [code]
 
 
+def test_the_log_of_a_rule_is_of_all_rounds(dialect: str) -> None:
+    context = run(Simplify(), build(dialect, f"y = batch_norm(linear(x[2,8], W[4,8]), {NORM})"))
+    assert context.record.rules["fold-batch-norm-into-linear"].hits == 1
+
+
 def test_keeps_a_batch_norm_behind_a_conv_that_others_read(dialect: str) -> None:
     text = f"c = conv(x[2,3,8,8], W[4,3,3,3])\ny = batch_norm(c, {NORM})\nreturn c, y"
     graph = build(dialect, text)

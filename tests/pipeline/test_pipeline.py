@@ -5,6 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +16,7 @@ from graphopt.errors import GraphError, PassError, UsageError, nearest
 from graphopt.ir.graph import Graph
 from graphopt.numerics.observe import MinMax
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.instruments import Instrument
+from graphopt.pipeline.instruments import Instrument, Reproduce
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, Repeat, run_pass
 from graphopt.pipeline.selectors import PerSite, Selector
@@ -277,6 +278,16 @@ def test_a_failing_pass_names_itself_and_the_node_and_leaves_the_graph(dialect: 
     assert str(error) == "pass round failed at encoder.fc1: GraphError: no kernel; to reproduce: some-folder"
     assert seen == [("round", error.__cause__)]
     assert graph.text() == before
+
+
+def test_what_fails_before_a_pass_is_a_pass_error_too(tmp_path: Path) -> None:
+    class Unready(Instrument):
+        def before(self, pass_: Pass, graph: Graph, context: Context) -> None:
+            raise OSError("the disk is full")
+
+    with pytest.raises(PassError, match=r"pass tidy failed: OSError: the disk is full; to reproduce: ") as caught:
+        run_pass(Tidy(), build("onnx", TEXT), Context(instruments=[Reproduce(tmp_path), Unready()]))
+    assert caught.value.reproducer == str(tmp_path)
 
 
 def test_a_pass_refuses_a_dialect_it_does_not_declare() -> None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source
 from graphopt.dialects.fx.spellings import arguments, quantized_decomposed
+from graphopt.ir.graph import dtype_name
 from graphopt.ir.qdq.integer_forms import unfold
 from graphopt.ir.structure import Output
 
@@ -83,7 +84,7 @@ class Rounded(nn.Module):
         return parameter if self.axis is None else parameter.reshape([-1, *[1] * (x.dim() - 1 - self.axis)])
 
     def extra_repr(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} in [{self.low}, {self.high}]" + (
+        return f"{dtype_name(self.dtype)} in [{self.low}, {self.high}]" + (
             "" if self.axis is None else f", axis={self.axis}"
         )
 

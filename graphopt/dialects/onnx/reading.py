@@ -142,7 +142,11 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     graph.sort()
     if "ai.onnx" in graph.opset_imports:  # the long name of the same domain
         graph.opset_imports.setdefault("", graph.opset_imports.pop("ai.onnx"))
-    model.ir_version = max(model.ir_version or 0, 4)  # the first that lets initializers be no inputs
+    # IR 4 is the first that lets initializers be no inputs. The onnx package writes its newest, which engines may not
+    # load yet: of those above 10, the least that the opset needs is enough.
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
+    needed = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    model.ir_version = min(max(model.ir_version or 0, 4), max(needed, 10))
     if any(domain != DOMAIN for domain, _, _ in model.functions):
         ir_passes.InlinePass()(model)
     ir_passes.RemoveInitializersFromInputsPass()(model)

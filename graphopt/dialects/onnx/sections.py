@@ -19,12 +19,11 @@ from torch import Tensor
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.ir import cost
-from graphopt.ir.graph import Flow, Seen, Value, raw_bytes
+from graphopt.ir.graph import Feeds, Flow, Seen, Value, raw_bytes
 
 if TYPE_CHECKING:
     from graphopt.dialects.onnx.graph import OnnxGraph
 
-Feeds = Mapping[str, Tensor]
 
 MOST = 2**28
 """Most bytes of weights, and of fetched values, in one section of a model whose weights are in files."""

@@ -19,7 +19,8 @@ from graphopt.ir.qdq.per_channel_activations import share_one_scale
 from graphopt.ir.rewrite import scalar
 
 _MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity")
-"""Ops that move integers and do not compute with them, so that they commute with adding 128."""
+"""Ops that move integers and do not compute with them, so that they commute with adding 128: those of `regions.MOVES`
+but pad, whose zeros do not, and identity."""
 _HALF = 128
 
 

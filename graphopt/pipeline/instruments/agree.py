@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import GraphError
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Feeds, Graph
 from graphopt.numerics import metrics
 from graphopt.pipeline.instruments.instrument import Instrument
 from graphopt.report.agreements import Agreement, agreement, worst
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from graphopt.pipeline.context import Context
     from graphopt.pipeline.passes import Pass
 
-Feeds = Mapping[str, Tensor]
 
 QUANTIZED_RTOL = 2 / 255
 """Relative tolerance of a lossless pass in a quantized graph: one step of an 8-bit range, at most 2 max|a| wide.
@@ -96,14 +95,16 @@ class Agree(Instrument):
         """The original's outputs compared with those of `run` for the same feeds."""
         return self._agreements([list(run(feeds)) for feeds in self.feeds])
 
-    def hold(self, lowered: Graph, graph: Graph) -> None:
-        """Hold a lowered graph to the tolerance of a lossless pass, against `graph`, which the last pass left.
+    def moved(self, lowered: Graph, graph: Graph) -> str | None:
+        """The first output that a lowered graph moves beyond the tolerance of a lossless pass, and by how much.
 
-        Raises GraphError. A graph that does not agree with itself in a second run is random, and passes.
+        graph: what the last pass left, and the lowered graph is to compute. None where every output is within the
+        tolerance, or where `graph` does not agree with itself, as it is random. Raises what the lowered graph raises.
         """
         moved = self._moved(self._latest, self._outputs(lowered), graph)
-        if moved is not None and self._moved(self._latest, self._outputs(graph), graph) is None:
-            raise GraphError(moved)
+        if moved is None or self._moved(self._latest, self._outputs(graph), graph) is not None:
+            return None
+        return moved
 
     def _outputs(self, graph: Graph) -> list[list[Any]]:
         return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
@@ -129,6 +130,8 @@ class Agree(Instrument):
             for name, a, b, first in zip(self.names, expected, found, self.original[number], strict=True):
                 if not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
                     continue
+                if a.shape != b.shape:
+                    return f"on example {number} output {name!r} is {list(b.shape)}, not {list(a.shape)}"
                 if rtol is not None and metrics.sqnr(first, b) > metrics.sqnr(first, a) - QUANTIZED_MARGIN:
                     continue
                 if self._rounds and a.is_floating_point() and metrics.sqnr(a, b) > self._least:

@@ -25,10 +25,9 @@ from graphopt.measure import timing
 from graphopt.measure.cache import Timings
 from graphopt.measure.timing import Ratio, Ratios
 from graphopt.numerics.metrics import sqnr
-from graphopt.numerics.quantize import quantize_weight
 from graphopt.result import Optimized
 from tests.language import BITS
-from tests.models import ConvNet, bert, gpt2, images, padding, seeded, tokens
+from tests.models import ConvNet, bert, gpt2, images, padding, quantize_weight, seeded, tokens
 
 TARGETS = ("onednn", "fbgemm", "torch-cpu")
 QLINEAR, QLINEAR_ADD = "onednn.qlinear_pointwise.default", "onednn.qlinear_pointwise.binary"

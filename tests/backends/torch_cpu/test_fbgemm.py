@@ -19,13 +19,13 @@ from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import RuleLog
-from graphopt.numerics.quantize import quantize_weight
 from graphopt.passes import REGISTRY
 from graphopt.passes.quantize.quantize import Quantize
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.runner import Pipeline
 from graphopt.pipeline.text import parse
 from tests.language import BITS
+from tests.models import quantize_weight
 
 DYNAMIC, STATIC = str(DYNAMICS[0]), str(STATICS[0])
 

@@ -91,6 +91,15 @@ def test_initializers_that_are_also_inputs(tmp_path: Path) -> None:
     assert_quantizes(proto, X, 1)
 
 
+@pytest.mark.parametrize(("given", "opset", "kept"), [(3, 13, 4), (8, 13, 8), (14, 21, 10), (14, 23, 11)])
+def test_the_ir_version_is_no_newer_than_the_opset_needs(given: int, opset: int, kept: int) -> None:
+    proto = model("g (float[2] x) => (float[2] y) { y = Relu(x) }", opset=opset)
+    proto.ir_version = given
+    graph = OnnxGraph.from_model(proto)
+    assert graph.model.ir_version == kept
+    graph.evaluate({"x": torch.ones(2)}, graph.outputs)
+
+
 def test_initializers_shared_by_several_nodes(tmp_path: Path) -> None:
     text = """g (int64[n] i, float[n,4] x) => (float[n,4] y) {
         e = Gather(T, i)  h = MatMul(x, T)  u = MatMul(e, T)  y = Add(h, u)

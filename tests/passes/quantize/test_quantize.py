@@ -12,7 +12,7 @@ from graphopt.ir.decline import Decline
 from graphopt.numerics import quantize
 from graphopt.numerics.metrics import cosine
 from graphopt.numerics.observe import OBSERVERS
-from graphopt.numerics.quantize import BLOCKS, quantize_weight
+from graphopt.numerics.quantize import BLOCKS
 from graphopt.passes import Quantize
 from graphopt.passes.quantize.plan import Asked, SitePlan, WeightPlan, plan_of
 from graphopt.passes.quantize.quantize import Scheme
@@ -34,6 +34,7 @@ from tests.language import (
     stored,
     weight_of,
 )
+from tests.models import quantize_weight
 
 BLOCK = """
     c = conv(x[1,4,6,6], V[4,4,3,3], B[4], padding=[1,1,1,1])
