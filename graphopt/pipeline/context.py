@@ -59,9 +59,17 @@ class Context:
         """A pass starts, and this is its record."""
         self.current, self.record, self.labels = pass_, record, {}
 
-    def sites(self, graph: Graph, targets: Selector, ignore: Selector = Selector()) -> list[Node]:
+    def sites(
+        self,
+        graph: Graph,
+        targets: Selector,
+        ignore: Selector = Selector(),
+        where: Callable[[Node], bool] | None = None,
+    ) -> list[Node]:
         """The nodes that `targets` selects and `ignore` does not, recorded as eligible; without those that
         `reverts` declines.
+
+        where: which of them the pass concerns at all; the others are not eligible.
 
         Raises UsageError where a term that the user wrote selects nothing, naming the nearest path.
         """
@@ -72,11 +80,18 @@ class Context:
                 names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
                 raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
-        often = Counter(node.label for node in chosen)
-        for node in chosen:
-            self.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
-        self.record.eligible.extend(self.labels[node] for node in chosen)
+        chosen = [node for node in chosen if where is None or where(node)]
+        self.consider(chosen)
         return [node for node in chosen if not self.reverts(self.labels[node])]
+
+    def consider(self, sites: Sequence[Node | str]) -> None:
+        """Record sites as eligible: nodes by their labels (`labels`), what is no node (a group of axes) by its name."""
+        names = [site if isinstance(site, str) else site.label for site in sites]
+        often = Counter([*self.record.eligible, *names])
+        for site, name in zip(sites, names, strict=True):
+            if not isinstance(site, str):
+                name = self.labels[site] = name if often[name] == 1 else f"{name} ({site.name})"
+            self.record.eligible.append(name)
 
     def reverts(self, label: str) -> bool:
         """Whether the current pass must leave a site as it is (`reverted`); the site is then declined."""

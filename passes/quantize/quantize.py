@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
@@ -156,11 +155,7 @@ class Quantize(Pass):
 
     def _account(self, plan: QuantizationPlan, context: Context) -> None:
         """Count what joins quantized regions as sites, say why others stay float, and note what the weights need."""
-        parts = [node for node in (*plan.regions.joined, *plan.declined) if node not in context.labels]
-        often = Counter([*context.record.eligible, *(node.label for node in parts)])
-        for node in parts:
-            context.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
-            context.record.eligible.append(context.labels[node])
+        context.consider([node for node in (*plan.regions.joined, *plan.declined) if node not in context.labels])
         for node, why in plan.declined.items():
             context.decline(node, why)
         products = [one.weight.bits for one in plan.sites.values() if one.weight and one.scheme != "weight-only"]
