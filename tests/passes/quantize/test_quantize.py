@@ -235,11 +235,11 @@ def test_static_needs_calibration(dialect: str) -> None:
     "options, reason",
     [
         ({"scheme": "int8"}, "scheme is 'int8'; give auto, static, dynamic, weight-only or a value for each site"),
-        ({"scheme": {"linear": "int8"}}, "scheme is 'int8'; give auto, static, dynamic, weight-only or a value for"),
+        ({"scheme": {"linear": "int8"}}, "scheme is 'int8'; give auto, static, dynamic or weight-only"),
         ({"observer": "max"}, "observer is 'max'; give mse, percentile, minmax or entropy"),
         ({"bits": 3}, "bits is 3; give 8, 7, 4, 2, a value for each site or none"),
         ({"bits": 8.0}, "bits is 8.0; give 8, 7, 4, 2"),
-        ({"bits": {"conv": 8, "linear": 3}}, "bits is 3; give 8, 7, 4, 2"),
+        ({"bits": {"conv": 8, "linear": 3}}, "bits is 3; give 8, 7, 4 or 2"),
         ({"block": 24}, "block is 24; give 16, 32, 64, 128, 256 or none"),
         ({"rounding": "best"}, "rounding is 'best'; give auto, nearest or gptq"),
         ({"clip": "False"}, "clip is 'False'; give true, false or none"),
