@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
@@ -18,6 +19,7 @@ from graphopt.pipeline.reference import Evaluate, Feeds, Reference
 from graphopt.pipeline.row_cache import RowCache, cache_key
 from graphopt.pipeline.runner import run_pass
 from graphopt.pipeline.selectors import PerSite, Selector
+from graphopt.report.declines import Reason
 from graphopt.report.records import PassRecord, Report, Row, Sensitivity
 
 __all__ = ["BUDGETS", "STEPS", "Feeds", "Reference", "scan", "units"]
@@ -160,6 +162,6 @@ def _measured(row: Row, graph: Graph, setting: Pass, reference: Reference, conte
         if not alone.record.declined:  # a pass may refuse to run where every site declines
             raise
     if not alone.record.changes:
-        reasons = dict.fromkeys(alone.record.declined.values())
-        return dataclasses.replace(row, declined="; ".join(reasons) or "nothing to change")
+        reasons = tuple(dict.fromkeys(alone.record.declined.values()))
+        return dataclasses.replace(row, declined=reasons or (Reason.of(Decline("nothing_to_change")),))
     return dataclasses.replace(row, damage=reference.damage(clone, f"{row.setting} at {row.site}"))
