@@ -165,7 +165,8 @@ class TimedChooser:
             shapes = [{value: list(tensor.shape) for value, tensor in flow.items()} for flow in flows]
         for signature, subgraph in subgraphs.items():
             key = {"format": FORMAT, "graphopt": machine.version("graphopt"), "engine": self.engine,
-                   "machine": machine.machine(), "threads": self.threads, "choice": choice.name, "forms": list(choice.forms), "pattern": signature,
+                   "machine": machine.machine(), "threads": self.threads, "choice": choice.name,
+                   "forms": list(choice.forms), "pattern": signature,
                    "shapes": [[of[value] for value in subgraph.inputs] for of in shapes]}  # fmt: skip
             kept = self.timings.get(key)
             if kept is None:

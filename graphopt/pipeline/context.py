@@ -153,15 +153,12 @@ class Context:
     def batches(self) -> Calibration:
         """The calibration batches. Raises UsageError where there are none."""
         if self.calibration is None:
+            options = self.current.without_calibration if self.current else ""
             raise UsageError(
                 f"{self.record.name} needs calibration data: pass calibration=<batches of inputs> "
-                f"(on the command line: --calibration file.npz){self._without_calibration()}"
+                f"(on the command line: --calibration file.npz){', or use ' + options if options else ''}"
             )
         return self.calibration
-
-    def _without_calibration(self) -> str:
-        scheme = getattr(self.current, "scheme", None)
-        return ", or use scheme=dynamic" if scheme is not None else ""
 
     def cost(self, graph: Graph) -> Cost:
         """The cost of a graph at the sizes of the first example."""

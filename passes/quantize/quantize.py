@@ -42,6 +42,7 @@ class Quantize(Pass):
 
     name = "quantize"
     stage = Stage.QUANTIZE
+    without_calibration = "scheme=dynamic"
 
     scheme: Scheme | Mapping[str, Scheme] = "auto"
     """Activations: with calibrated ranges (static), the range of each run (dynamic), or in float (weight-only); by site
