@@ -11,7 +11,14 @@ from typing import Any
 from graphopt.backends import target as target_of
 from graphopt.capture.sources import Captured, capture
 from graphopt.capture.tracing import several
-from graphopt.errors import CaptureError, LoweringError, UsageError, outer_door, user_code
+from graphopt.errors import (
+    CaptureError,
+    LoweringError,
+    UsageError,
+    outer_door,
+    require_positive_integer,
+    user_code,
+)
 from graphopt.lowering.backend import Backend
 from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
@@ -77,8 +84,8 @@ def optimize(
     """
     earlier = model.applied if isinstance(model, Optimized) else ()
     with outer_door(UsageError, "optimize cannot use its arguments"):
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise UsageError(f"threads is {threads!r}; give a whole number, at least 1")
+        if threads is not None:
+            require_positive_integer("threads", threads)
         for option, flag in (("agree", agree), ("measure", measure)):
             if not isinstance(flag, bool | None):
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphopt.analysis.propagation import propagate
 from graphopt.capture.sources import capture
-from graphopt.errors import GraphError, UsageError, outer_door, user_batches
+from graphopt.errors import GraphError, UsageError, outer_door, require_positive_integer, user_batches
 from graphopt.ir.graph import Graph, Value
 from graphopt.numerics import metrics
 from graphopt.passes import REGISTRY
@@ -42,8 +42,8 @@ def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bo
 
 
 def _compared(a: Any, b: Any, batches: Any, steps: int | None, sites: bool) -> Comparison:
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-        raise UsageError(f"steps is {steps!r}; give a whole number, at least 1")
+    if steps is not None:
+        require_positive_integer("steps", steps)
     first, second = _Runner(a, "the first model"), _Runner(b, "the second model")
     if sites and (first.graph is None or second.graph is None):
         which = a if first.graph is None else b

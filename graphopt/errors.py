@@ -110,6 +110,12 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"; there are {', '.join(sorted(names))}" if len(names) <= 20 else ""
 
 
+def require_positive_integer(name: str, value: object) -> None:
+    """Raise UsageError, naming the argument, where its value is no int of at least 1; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} is {value!r}; give a whole number, at least 1")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class where it has none."""
     lines = str(error).strip().splitlines()

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from graphopt.capture.signature import Signature
-from graphopt.errors import GraphError, LoweringError, UsageError, outer_door
+from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, require_positive_integer
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.measure.machine import version
@@ -128,8 +128,7 @@ class Optimized:
         from graphopt.measure.machine import environment, header
 
         self.backend.require_runs()
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-            raise UsageError(f"rounds is {rounds!r}; give a whole number, at least 1")
+        require_positive_integer("rounds", rounds)
         several = inputs if isinstance(inputs, list) else [] if inputs is None else [inputs]
         batches = [self.signature.bind((one,) if not isinstance(one, tuple) else one, {})[0] for one in several]
         if not (batches or self.feeds):

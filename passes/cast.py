@@ -51,8 +51,7 @@ class Cast(Pass):
             raise UsageError(
                 f"cast: {context.target.name} has no kernels in {self.dtype}; there is {', '.join(supported)}"
             )
-        sites = [site for site in context.sites(graph, self.targets, self.ignore) if _is_float32(site)]
-        context.record.eligible[:] = [context.labels[site] for site in sites]
+        sites = context.sites(graph, self.targets, self.ignore, where=_is_float32)
         max_abs = _max_abs(graph, context, sites)
         casts = _Casts(graph, _DTYPES[self.dtype])
         declines = {site: casts.why_not(site, max_abs) for site in sites}

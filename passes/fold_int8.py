@@ -42,10 +42,7 @@ class FoldInt8(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         normalize(graph)
-        sites = context.sites(graph, Selector("linear", "conv", "add"), self.ignore)
-        sites = [site for site in sites if any(_maker(value) for value in _data(site))]
-        context.record.eligible[:] = [context.labels[site] for site in sites]
-        for site in sites:
+        for site in context.sites(graph, Selector("linear", "conv", "add"), self.ignore, where=_reads_integers):
             try:
                 _FOLDS[site.kind](graph, site)
             except Declined as declined:
@@ -53,6 +50,10 @@ class FoldInt8(Pass):
         for node in graph.sites(*MOVES):
             if node not in self.ignore:
                 _fold_move(graph, node)
+
+
+def _reads_integers(site: Node) -> bool:
+    return any(_maker(value) for value in _data(site))
 
 
 def _data(site: Node) -> list[Value]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
+from graphopt.ir.rewrite import Pattern, Recorder, Rule, rewrite
 from graphopt.lowering.merging import has_stored_bias, merge, merge_key, weight_values
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
@@ -30,27 +32,42 @@ class MergeLinear(Pass):
     """Sites to leave as they are."""
 
     def run(self, graph: Graph, context: Context) -> None:
-        groups: dict[Hashable, list[Node]] = defaultdict(list)
-        for site in context.sites(graph, Selector("linear", "linear_int8"), self.ignore):
-            if (key := merge_key(site)) is not None:
-                groups[key].append(site)
-        context.record.eligible.clear()  # a linear that is alone on its input is not
-        for group in groups.values():
-            if len(group) > 1:
-                context.record.eligible.extend(context.labels[site] for site in group)
-                self._merge(graph, group, context)
+        kinds = "linear", "linear_int8"
+        eligible = _with_partners([site for site in graph.sites(*kinds) if site not in self.ignore])
+        sites = context.sites(graph, Selector(*kinds), self.ignore, where=eligible.__contains__)
+        declines = {site: _why_not(site) for site in sites}
+        mergeable = _with_partners([site for site in sites if declines[site] is None])
+        for site in sites:
+            if site not in mergeable:
+                context.decline(site, declines[site] or Decline("alone_on_input"))
+        rewrite(graph, [_rule(pattern, mergeable) for pattern in (linear, linear_int8)])
 
-    def _merge(self, graph: Graph, group: list[Node], context: Context) -> None:
-        declines = {site: _why_not(site) for site in group}
-        mergeable = [site for site in group if declines[site] is None]
-        if len(mergeable) == 1:
-            declines[mergeable[0]] = Decline("alone_on_input")
-        for site, why in declines.items():
-            if why is not None:
-                context.decline(site, why)
-        if len(mergeable) > 1:
-            for site, part in zip(mergeable, merge(mergeable).values(), strict=True):
-                graph.replace(site, part)
+
+def linear(op: Recorder, x: Any, weight: Any, bias: Any = None) -> Pattern:
+    return op.linear(x, weight, bias)
+
+
+def linear_int8(
+    op: Recorder, x: Any, scale: Any, zero_point: Any, weight: Any, weight_scale: Any, bias: Any = None
+) -> Pattern:
+    return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
+
+
+def _rule(pattern: Any, mergeable: Collection[Node]) -> Rule:
+    return Rule(
+        f"merge-{pattern.__name__}",
+        pattern,
+        lambda op, match: merge([one.root for one in match.group]),
+        check=lambda match: match.root in mergeable,
+        group_by=lambda match: merge_key(match.root),
+    )
+
+
+def _with_partners(linears: Collection[Node]) -> set[Node]:
+    """Those that have something to be merged with among them."""
+    keys = {linear: merge_key(linear) for linear in linears}
+    often = Counter(keys.values())
+    return {linear for linear, key in keys.items() if key is not None and often[key] > 1}
 
 
 def _why_not(site: Node) -> Decline | None:

@@ -190,7 +190,12 @@ def test_a_failed_pass_leaves_gigabytes_only_where_told(
 @pytest.mark.parametrize(("stop", "raised"), [(KeyboardInterrupt, KeyboardInterrupt), (OSError, graphopt.GraphError)])
 @pytest.mark.parametrize("written", [0, 2])
 def test_an_interrupted_export_leaves_what_was_there(
-    stop: type[BaseException], raised: type[BaseException], written: int, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stop: type[BaseException],
+    raised: type[BaseException],
+    written: int,
+    large: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = layers(tmp_path / "m")
     (tmp_path / "to").mkdir()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, unique_labels
 from graphopt.numerics import metrics
 
@@ -48,7 +49,7 @@ class Propagation:
     """The sites that two graphs have in common, in the order of the graph."""
 
     sites: list[SiteComparison] = field(default_factory=list)
-    unpaired: dict[str, str] = field(default_factory=dict)
+    unpaired: dict[str, Decline] = field(default_factory=dict)
     """Sites of the first graph without a counterpart in the second, and why."""
 
     @property
@@ -80,7 +81,7 @@ def propagate(a: Graph, b: Graph, batches: Iterable[Mapping[str, Tensor]]) -> Pr
             of_b = b.evaluate(_feeds_of(b, feeds), [site.result for _, site in part])
             for row, ((site, _), x, y) in enumerate(zip(part, of_a, of_b, strict=True), start):
                 if x.shape != y.shape:
-                    unpaired[labels[site]] = f"its result is {list(x.shape)} in one, and {list(y.shape)} in the other"
+                    unpaired[labels[site]] = Decline("result_shapes_differ", a=list(x.shape), b=list(y.shape))
                     continue
                 real = real_positions(site.result.shape, x, mask_inputs(a.inputs), feeds)
                 x, y = ((result if real is None else result[real]).double() for result in (x, y))
@@ -96,17 +97,17 @@ def propagate(a: Graph, b: Graph, batches: Iterable[Mapping[str, Tensor]]) -> Pr
     )
 
 
-def _pairs(a: Graph, b: Graph) -> tuple[list[tuple[Node, Node]], dict[Node, str]]:
+def _pairs(a: Graph, b: Graph) -> tuple[list[tuple[Node, Node]], dict[Node, Decline]]:
     """Each site of `a` with its counterpart in `b`, in the order of `a`; and the sites without one, with the reason."""
     of_b = _by_op_and_path(b)
-    paired, unpaired = dict[Node, Node](), dict[Node, str]()
+    paired, unpaired = dict[Node, Node](), dict[Node, Decline]()
     for (op, path), nodes in _by_op_and_path(a).items():
         counterparts = of_b.get((op, path), [])
         if len(nodes) == len(counterparts):
             paired.update(zip(nodes, counterparts, strict=True))
         else:
-            reason = f"the other model has {len(counterparts) or 'no'} {op} of this path, not {len(nodes)}"
-            unpaired.update(dict.fromkeys(nodes, reason))
+            why = Decline("counterparts_differ", others=len(counterparts), op=op, count=len(nodes))
+            unpaired.update(dict.fromkeys(nodes, why))
     return [(node, paired[node]) for node in a.nodes if node in paired], unpaired
 
 

@@ -19,7 +19,7 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.signature import Signature
-from graphopt.capture.tracing import DynamicAxes, Traced, as_tensor, on_cpu, several, trace
+from graphopt.capture.tracing import DynamicAxes, Traced, on_cpu, several, trace
 from graphopt.dialects.adapter import Adapter, adapter
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
@@ -147,11 +147,6 @@ def _capture_program(
     program, notes = on_cpu(program)
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     names = [str(n) for n in program.graph_signature.user_inputs if isinstance(placeholders.get(str(n)), Tensor)]
-    examples = several(example_inputs) if example_inputs is not None else []
-    feeds = [_program_feeds(names, example) for example in examples]
-    if not feeds and program.example_inputs:
-        flat = [leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor)]
-        feeds = [dict(zip(names, flat, strict=True))]
     axes: DynamicAxes = {
         name: {axis: ("batch", "seq")[axis] if axis < 2 else f"{name}_{axis}"
                for axis, size in enumerate(placeholders[name].shape) if isinstance(size, torch.SymInt)}
@@ -162,6 +157,10 @@ def _capture_program(
     leaves = [result.value if isinstance(result, ConstantArgument) else torch.empty(0) for result in results]
     returned = structure_of(pytree.tree_unflatten(leaves, tree) if tree is not None else tuple(leaves))
     signature = Signature(tuple(names), returned.names, returned.rebuild)
+    examples = several(example_inputs) if example_inputs is not None else []
+    if not examples and program.example_inputs:
+        examples = [tuple(leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor))]
+    feeds = [_on_cpu_feeds(signature, example) for example in examples]
     graph = dialect.from_program(program, signature.inputs, axes, returned)
     if make_feeds and not feeds:
         feeds = [_made_feeds(graph.inputs, notes)]
@@ -169,11 +168,9 @@ def _capture_program(
     return Captured(graph, signature, feeds, "torch.export.ExportedProgram", notes)
 
 
-def _program_feeds(names: Sequence[str], example: Any) -> Feeds:
-    if isinstance(example, Mapping):
-        return {name: as_tensor(example[name], name).cpu() for name in names}
-    values = example if isinstance(example, tuple) else (example,)
-    return {name: as_tensor(value, name).cpu() for name, value in zip(names, values, strict=True)}
+def _on_cpu_feeds(signature: Signature, example: Any) -> Feeds:
+    feeds, _ = signature.bind(example if isinstance(example, tuple) else (example,), {})
+    return {name: tensor.cpu() for name, tensor in feeds.items()}
 
 
 # --- files and ONNX models -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import GraphError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import JOINED
 from graphopt.lowering.backend import Backend
@@ -55,13 +56,13 @@ def compare_sites(captured: Graph, folded: Graph, target: Backend, feeds: Mappin
     """
     before, after = _sites(captured), _sites(folded)
     pairs: list[tuple[_Site, _Site]] = []
-    left_out: dict[str, str] = {}
+    left_out: dict[str, Decline] = {}
     for key in dict.fromkeys((*before, *after)):
         sites, others = before.get(key, []), after.get(key, [])
         if [site.form for site in sites] == [site.form for site in others]:
             pairs += zip(sites, others, strict=True)
         else:
-            left_out.update({site.node.label: "it has no counterpart" for site in sites or others})
+            left_out.update({site.node.label: Decline("no_counterpart") for site in sites or others})
     wanted = list(dict.fromkeys(value for site, _ in pairs for value in site.integers))
     flow = dict(zip(wanted, captured.evaluate(feeds, wanted), strict=True))
     distances: dict[str, float] = {}

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.errors import GraphError, first_line
+from graphopt.errors import first_line
 from graphopt.ir.cost import numbers_of, sizes
+from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Choice, Match, rewrite
 from graphopt.lowering.backend import Runner
@@ -28,6 +29,10 @@ from graphopt.measure import machine, timing
 from graphopt.measure.cache import UNSURE, Timings, opened
 from graphopt.numerics.metrics import sqnr
 from graphopt.report.declines import Reason
+from graphopt.report.records import plain
+
+FORMAT = 2
+"""Of a Measurement in the timing cache; those of another format are not read."""
 
 ROUNDS = timing.MIN_PAIRS
 """Interleaved rounds of a comparison of forms: the fewest that give a 95% interval."""
@@ -99,8 +104,8 @@ class Measurement:
     """The name of the form that is taken."""
     ratios: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     """By form, its speed over the first form's: median and 95% interval, geometric means over the example inputs."""
-    dropped: dict[str, str] = field(default_factory=dict)
-    """By form, why it is left out: the engine refuses it, or it computes something else."""
+    dropped: dict[str, Reason] = field(default_factory=dict)
+    """By form, why it is left out: it is not legal here, the engine refuses it, or it computes something else."""
     steady: bool = True
     """Whether the machine's speed was steady; else the figures expire after UNSURE seconds."""
     sure: bool = True
@@ -159,18 +164,21 @@ class TimedChooser:
             flows = self._flows(graph, subgraphs.values())
             shapes = [{value: list(tensor.shape) for value, tensor in flow.items()} for flow in flows]
         for signature, subgraph in subgraphs.items():
-            key = {"graphopt": machine.version("graphopt"), "engine": self.engine, "machine": machine.machine(),
-                   "threads": self.threads, "choice": choice.name, "forms": list(choice.forms), "pattern": signature,
+            key = {"format": FORMAT, "graphopt": machine.version("graphopt"), "engine": self.engine,
+                   "machine": machine.machine(), "threads": self.threads, "choice": choice.name,
+                   "forms": list(choice.forms), "pattern": signature,
                    "shapes": [[of[value] for value in subgraph.inputs] for of in shapes]}  # fmt: skip
             kept = self.timings.get(key)
             if kept is None:
                 flows = flows or self._flows(graph, subgraphs.values())
                 inputs = [self.place({value.name: flow[value] for value in subgraph.inputs}) for flow in flows]
                 measurement = self._compare_forms(graph, choice, subgraph, inputs, finish)
-                self.timings.put(key, vars(measurement), math.inf if measurement.steady else UNSURE)
+                kept = vars(measurement) | {"dropped": plain(measurement.dropped)}
+                self.timings.put(key, kept, math.inf if measurement.steady else UNSURE)
             else:
                 ratios = {form: tuple(numbers) for form, numbers in kept["ratios"].items()}
-                measurement = Measurement(**kept | {"ratios": ratios})
+                dropped = {form: Reason.from_dict(reason) for form, reason in kept["dropped"].items()}
+                measurement = Measurement(**kept | {"ratios": ratios, "dropped": dropped})
             found[signature] = measurement
         return found
 
@@ -190,7 +198,7 @@ class TimedChooser:
         """Compile every form, hold its results to those of the first that runs, and time them against that one."""
         runners: dict[str, Runner] = {}
         expected: list[list[Tensor]] = []
-        dropped: dict[str, str] = {}
+        dropped: dict[str, Reason] = {}
         for form in choice.forms:
             try:
                 runner = self.compile(_with_form(graph, choice, form, subgraph, finish))
@@ -200,8 +208,10 @@ class TimedChooser:
                 else:
                     expected = results
                 runners[form] = runner
+            except Declined as declined:
+                dropped[form] = Reason.of(declined.decline)
             except Exception as error:  # the engines' own errors have no common base
-                dropped[form] = first_line(error)
+                dropped[form] = Reason.of(Decline("engine_refuses", error=first_line(error)))
         if len(runners) < 2:
             return Measurement(next(iter(runners), next(iter(choice.forms))), dropped=dropped)
         first = next(iter(runners))
@@ -226,12 +236,12 @@ class TimedChooser:
 def _with_form(
     graph: Graph, choice: Choice, form: str, subgraph: Subgraph, finish: Callable[[Graph], object]
 ) -> Graph:
-    """A subgraph as a lowered graph of its own, with one form. Raises GraphError where the form declines."""
+    """A subgraph as a lowered graph of its own, with one form. Raises Declined where the form does."""
     lowered = graph.extract(subgraph.inputs, subgraph.outputs)
     if choice.forms[form] is not None:
         (log,) = rewrite(lowered, [choice.only(form)]).values()
         if log.declined:
-            raise GraphError(Reason.of(next(iter(log.declined.values()))))
+            raise Declined(next(iter(log.declined.values())))
         lowered.sweep()
     finish(lowered)
     return lowered
@@ -252,12 +262,12 @@ def _shapes(
 
 
 def _require_alike(results: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]]) -> None:
-    """Raise GraphError where a form computes something else than the first: below MIN_SQNR, or integers by over 1."""
+    """Raise Declined where a form computes something else than the first: below MIN_SQNR, or integers by over 1."""
     for several, others in zip(results, expected, strict=True):
         for result, other in zip(several, others, strict=True):
             if result.shape != other.shape:
-                raise GraphError(f"its result has the shape {list(result.shape)}, not {list(other.shape)}")
+                raise Declined("form_shape_differs", shape=list(result.shape), expected=list(other.shape))
             if result.is_floating_point() and not (found := sqnr(other, result)) >= MIN_SQNR:
-                raise GraphError(f"its result is {found:.1f} dB from the first form's")
+                raise Declined("form_differs", sqnr=found)
             if not result.is_floating_point() and ((other.int() - result.int()).abs() > 1).any():
-                raise GraphError("its integers are more than one step from the first form's")
+                raise Declined("form_integers_differ")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
-from graphopt.errors import UsageError, nearest, user_batches
+from graphopt.errors import UsageError, nearest, require_positive_integer, user_batches
 from graphopt.ir.graph import Flow, Graph, Shape, Value, dtype_name
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Calibration:
         notified after each batch.
         Raises UsageError, here or when a batch's turn comes, naming the batch and the input.
         """
-        if calibration_steps is not None and calibration_steps < 1:
-            raise UsageError(f"calibration_steps is {calibration_steps}; give at least 1")
+        if calibration_steps is not None:
+            require_positive_integer("calibration_steps", calibration_steps)
         self.inputs, self.steps, self.watchers = tuple(inputs), calibration_steps, watchers
         if isinstance(batches, Tensor | np.ndarray):
             batches = {self._only_input().name: batches}

@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt.errors import UsageError, nearest
 from graphopt.ir.cost import Cost, sizes
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node, Value, unique_labels
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.target import AnyTarget, Target
@@ -58,9 +58,17 @@ class Context:
         """A pass starts, and this is its record."""
         self.current, self.record, self.labels = pass_, record, {}
 
-    def sites(self, graph: Graph, targets: Selector, ignore: Selector = Selector()) -> list[Node]:
+    def sites(
+        self,
+        graph: Graph,
+        targets: Selector,
+        ignore: Selector = Selector(),
+        where: Callable[[Node], bool] | None = None,
+    ) -> list[Node]:
         """The nodes that `targets` selects and `ignore` does not, recorded as eligible; without those that
         `reverts` declines.
+
+        where: which of them the pass concerns at all; the others are not eligible.
 
         Raises UsageError where a term that the user wrote selects nothing, naming the nearest path.
         """
@@ -71,9 +79,18 @@ class Context:
                 names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
                 raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
-        self.labels |= unique_labels(chosen)
-        self.record.eligible.extend(self.labels[node] for node in chosen)
+        chosen = [node for node in chosen if where is None or where(node)]
+        self.consider(chosen)
         return [node for node in chosen if not self.reverts(self.labels[node])]
+
+    def consider(self, sites: Sequence[Node | str]) -> None:
+        """Record sites as eligible: nodes by their labels (`labels`), what is no node (a group of axes) by its name."""
+        names = [site if isinstance(site, str) else site.label for site in sites]
+        often = Counter([*self.record.eligible, *names])
+        for site, name in zip(sites, names, strict=True):
+            if not isinstance(site, str):
+                name = self.labels[site] = name if often[name] == 1 else f"{name} ({site.name})"
+            self.record.eligible.append(name)
 
     def reverts(self, label: str) -> bool:
         """Whether the current pass must leave a site as it is (`reverted`); the site is then declined."""
@@ -135,15 +152,12 @@ class Context:
     def batches(self) -> Calibration:
         """The calibration batches. Raises UsageError where there are none."""
         if self.calibration is None:
+            options = self.current.without_calibration if self.current else ""
             raise UsageError(
                 f"{self.record.name} needs calibration data: pass calibration=<batches of inputs> "
-                f"(on the command line: --calibration file.npz){self._without_calibration()}"
+                f"(on the command line: --calibration file.npz){', or use ' + options if options else ''}"
             )
         return self.calibration
-
-    def _without_calibration(self) -> str:
-        scheme = getattr(self.current, "scheme", None)
-        return ", or use scheme=dynamic" if scheme is not None else ""
 
     def cost(self, graph: Graph) -> Cost:
         """The cost of a graph at the sizes of the first example."""

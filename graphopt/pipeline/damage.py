@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, require_positive_integer
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
@@ -18,15 +19,13 @@ from graphopt.pipeline.reference import Evaluate, Reference
 from graphopt.pipeline.row_cache import RowCache, cache_key
 from graphopt.pipeline.runner import run_pass
 from graphopt.pipeline.selectors import PerSite, Selector
+from graphopt.report.declines import Reason
 from graphopt.report.records import PassRecord, Report, Row, Sensitivity
 
-__all__ = ["BUDGETS", "STEPS", "Reference", "scan", "units"]
+__all__ = ["STEPS", "Reference", "scan", "units"]
 
 STEPS = 8
 """Batches on which outputs are compared by default."""
-
-BUDGETS = ("flops", "params", "latency")
-"""Options that set a budget for the whole model, and have no meaning for one site."""
 
 
 def scan(
@@ -50,8 +49,7 @@ def scan(
     Raises UsageError without settings, sites or batches, for a pass without targets, and where `evaluate` gives no
     number; PassError where a pass fails.
     """
-    if steps < 1:
-        raise UsageError(f"sensitivity: steps is {steps}; give at least 1")
+    require_positive_integer("steps", steps)
     trials = list(units(graph, settings, sites, context))
     if not trials:
         raise UsageError(f"sensitivity: {', '.join(map(str, settings))} selects no site of the model")
@@ -93,10 +91,10 @@ def units(
     for setting in settings:
         if not isinstance(getattr(setting, "targets", None), Selector):
             raise UsageError(f"sensitivity: {setting} has no targets, and so cannot run on one site alone")
-        if budgets := [name for name in BUDGETS if getattr(setting, name, None) is not None]:
+        if budgets := [option for option in setting.given() if option in setting.whole_model_options]:
             raise UsageError(
                 f"sensitivity: {budgets[0]} of {setting} is a budget for the whole model, and sites run alone; give "
-                "what each site loses: prune{neurons=0.5}, low-rank{energy=0.9} or low-rank{rank=0.25}"
+                f"what each site loses, such as {setting.whole_model_options[budgets[0]]}"
             )
         wanted: Any = setting if sites is None else _with(setting, targets=sites)
         alone = Context(current=wanted, target=context.target)
@@ -160,6 +158,6 @@ def _measured(row: Row, graph: Graph, setting: Pass, reference: Reference, conte
         if not alone.record.declined:  # a pass may refuse to run where every site declines
             raise
     if not alone.record.changes:
-        reasons = dict.fromkeys(alone.record.declined.values())
-        return dataclasses.replace(row, declined="; ".join(reasons) or "nothing to change")
+        reasons = tuple(dict.fromkeys(alone.record.declined.values()))
+        return dataclasses.replace(row, declined=reasons or (Reason.of(Decline("nothing_to_change")),))
     return dataclasses.replace(row, damage=reference.damage(clone, f"{row.setting} at {row.site}"))

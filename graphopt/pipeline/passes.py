@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from graphopt.errors import UsageError
@@ -41,6 +43,11 @@ class Pass:
     lossless: ClassVar[bool] = False
     """Whether outputs must stay equal, up to rounding."""
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
+    without_calibration: ClassVar[str] = ""
+    """Options with which the pass needs no calibration data, as text; empty where there are none."""
+    whole_model_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Options that set a budget for the whole model, and have no meaning for one site: each with options to give to a
+    pass that runs at one site alone, as text."""
 
     def __post_init__(self) -> None:
         check_options(self.name, self)

@@ -7,13 +7,18 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Feeds, Graph, digest, raw_bytes
 from graphopt.measure.machine import version
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.reference import Evaluate
+from graphopt.report.declines import Reason
 from graphopt.report.records import Damage, Row, plain
+
+FORMAT = 2
+"""Of a line, and a part of its key: lines of another format are not read."""
 
 
 def cache_key(graph: Graph, batches: Sequence[Feeds], context: Context, evaluate: Evaluate | None) -> str:
@@ -22,7 +27,7 @@ def cache_key(graph: Graph, batches: Sequence[Feeds], context: Context, evaluate
     calibration = context.batches()
     seen = compared if calibration.once else _batches_digest(calibration)
     target = context.target.name
-    facts = [version("graphopt"), digest(graph), compared, seen, target, evaluate is not None]
+    facts = [FORMAT, version("graphopt"), digest(graph), compared, seen, target, evaluate is not None]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -48,11 +53,12 @@ class RowCache:
         damaged = 0
         for line in lines:
             try:
-                found, row = _read(line)
+                facts = json.loads(line)
+                row = _row(facts) if facts["key"] == key else None
             except (ValueError, TypeError, KeyError):
                 damaged += 1
                 continue
-            if found == key:
+            if row is not None:
                 self.rows[row.setting, row.nodes] = row
         if damaged:
             text = f"{path}: {damaged} of {len(lines)} rows cannot be read; they are measured again"
@@ -69,9 +75,8 @@ class RowCache:
             file.write(text)
 
 
-def _read(line: str) -> tuple[str, Row]:
-    """The key and the row of a line. Raises ValueError, TypeError or KeyError where it is something else."""
-    facts = json.loads(line)
+def _row(facts: Any) -> Row:
+    """The row of a line. Raises ValueError, TypeError or KeyError where it is something else."""
     damage = facts["damage"]
     figures = None if damage is None else {name: None if one is None else float(one) for name, one in damage.items()}
     row = Row(
@@ -79,8 +84,8 @@ def _read(line: str) -> tuple[str, Row]:
         nodes=tuple(map(str, facts["nodes"])),
         setting=str(facts["setting"]),
         damage=None if figures is None else Damage(**figures),  # type: ignore[arg-type]  # a bad one fails below
-        declined=str(facts["declined"]),
+        declined=tuple(map(Reason.from_dict, facts["declined"])),
     )
     if row.damage is not None and None in (row.damage.sqnr, row.damage.cosine, row.damage.worst_cosine):
         raise ValueError("a figure is missing")
-    return str(facts["key"]), row
+    return row

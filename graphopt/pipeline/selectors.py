@@ -14,10 +14,10 @@ from graphopt.ir.ops import OPS
 from graphopt.pipeline.spelling import value_text
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)
 class Selector:
     """Which sites: ops (linear), module paths or globs (encoder.layer.*.output), regular expressions (re:...), or
-    single nodes by their unique name (node:..., see `of`)."""
+    single nodes by their unique name (node:..., see `of`). Equal where the terms are, in any order."""
 
     terms: tuple[str, ...]
 
@@ -39,6 +39,12 @@ class Selector:
             return re.search(term[3:], node.label) is not None
         return any(fnmatch.fnmatchcase(name, pattern) for name in (node.path, node.name) if name
                    for pattern in (term, term + ".*"))  # fmt: skip
+
+    def __eq__(self, other: object) -> bool:
+        return set(self.terms) == set(other.terms) if isinstance(other, Selector) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.terms))
 
     def __contains__(self, node: Node) -> bool:
         return any(self.matches(node, term) for term in self.terms)

@@ -11,6 +11,7 @@ SENTENCES = {
     # every pass
     "told": "{sentence}",
     "slower": "slower when changed: {after:.0f} us in place of {before:.0f} us",
+    "nothing_to_change": "nothing to change",
     # groups (analysis)
     "axis_of_input": "it is the model's input '{input}'",
     "axis_of_output": "it is the model's output '{output}'",
@@ -61,7 +62,9 @@ SENTENCES = {
     # prune
     "no_group": "in no group of {kinds}",
     "no_units_go": "all of its {size} {kind} are kept",
-    "not_weighed": "importance={importance} cannot score it: {why}",
+    "not_weighed_unread": "importance={importance} cannot score it: no linear or conv with a stored float weight reads "
+    "it; use importance=l2",
+    "not_weighed_without_weight": "importance={importance} cannot score it: it has no stored float weight",
     # sparsify
     "no_amount": "no term of amount matches it",
     "amounts_differ": "the sites that share it have different amounts: {amounts}",
@@ -218,6 +221,15 @@ SENTENCES = {
     "not_2_4": "more than two of four neighbours in the weight are not zero",
     "triton_is_for_int8": "the Triton kernel is for int8",
     "triton_missing": "triton is not installed",
+    # forms that are timed (lowering/timed_forms.py)
+    "engine_refuses": "{error}",
+    "form_shape_differs": "its result has the shape {shape}, not {expected}",
+    "form_differs": "its result is {sqnr:.1f} dB from the first form's",
+    "form_integers_differ": "its integers are more than one step from the first form's",
+    # sites of two models (analysis/propagation.py, lowering/relower.py)
+    "result_shapes_differ": "its result is {a} in one, and {b} in the other",
+    "counterparts_differ": "the other model has {others} {op} of this path, not {count}",
+    "no_counterpart": "it has no counterpart",
 }
 """By code; `str.format` fills in the decline's values. A code of another package has no sentence here and is shown as
 it is, with its values."""
@@ -235,6 +247,13 @@ class Reason(str):
         sentence = SENTENCES.get(decline.code)
         reason = cls(_without_sentence(decline) if sentence is None else sentence.format(**decline.values))
         reason.code, reason.values = decline.code, decline.values
+        return reason
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave, also after JSON, which has lists for tuples. Raises KeyError where a part is missing."""
+        reason = cls(plain["sentence"])
+        reason.code, reason.values = plain["code"], dict(plain["values"])
         return reason
 
     def to_dict(self) -> dict[str, Any]:

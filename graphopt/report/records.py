@@ -184,8 +184,8 @@ class Row:
     """The pass as text."""
     damage: Damage | None = None
     """None where the pass declined."""
-    declined: str = ""
-    """Why the pass declined; empty where it did not."""
+    declined: tuple[Reason, ...] = ()
+    """Why the pass declined, each reason once; empty where it did not."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class Relowering:
     """By site, the largest distance of its result: in steps of its scale, or for floats in units of the tolerance."""
     differs: float = 0.0
     """The share of all integers in the results of sites that are not what they were."""
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, Decline] = field(default_factory=dict)
     """Sites that were not compared, and why."""
 
     @property

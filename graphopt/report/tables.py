@@ -173,7 +173,8 @@ def sensitivity_notes(found: Sensitivity) -> list[str]:
     else:
         notes.append(f"setting: {found.settings[0]}")
     for setting in found.settings:
-        reasons = {row.site: row.declined for row in found.rows if row.setting == setting and row.damage is None}
+        refused = [row for row in found.rows if row.setting == setting and row.damage is None]
+        reasons = {row.site: "; ".join(row.declined) for row in refused}
         notes += [f"{setting} declined {number} x {reason}: {names}" for reason, number, names in declined(reasons)]
     return notes
 
@@ -217,7 +218,8 @@ def comparison_notes(found: Comparison) -> list[str]:
         if math.isfinite(worst.before):
             read = f"what it reads has {figures.decibels(worst.before)}"
         notes.append(f"most noise is added by {worst.site}: {read}, its result {figures.decibels(worst.sqnr)}")
-    return notes + [f"not compared, {n} x {reason}: {names}" for reason, n, names in declined(inside.unpaired)]
+    unpaired = {site: Reason.of(why) for site, why in inside.unpaired.items()}
+    return notes + [f"not compared, {n} x {reason}: {names}" for reason, n, names in declined(unpaired)]
 
 
 # --- timings -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from graphopt.ir.decline import Decline
@@ -36,6 +37,7 @@ class LowRank(Pass):
 
     name = "low-rank"
     stage = Stage.FACTORIZE
+    whole_model_options = MappingProxyType(dict.fromkeys(("params", "flops"), "energy=0.9 or rank=0.25"))
 
     rank: Annotated[int, Range(1)] | Share | Literal["break-even"] | None = None
     """Of each pair: a count (8), a share of the full rank (0.25), or break-even: the largest measured to be faster."""

@@ -18,6 +18,7 @@ from graphopt.numerics.finite import require_finite
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight, why_fixed
+from graphopt.report.declines import Reason
 
 Scores = dict[Group, Tensor]
 """The importance of each unit, at least 0: float64 (size,). Without groups that the criterion cannot weigh."""
@@ -26,12 +27,12 @@ _STATISTICS = ("mean", "var", "scale", "zero_point", "condition", "mask")
 """Operands that are no weights: running statistics of a batch norm, quantization parameters, masks."""
 
 _UNWEIGHED = {
-    "activation": "no linear or conv with a stored float weight reads it; use importance=l2",
-    "taylor": "it has no stored float weight",
-    "l1": "it has no stored float weight",
-    "l2": "it has no stored float weight",
+    "activation": "not_weighed_unread",
+    "taylor": "not_weighed_without_weight",
+    "l1": "not_weighed_without_weight",
+    "l2": "not_weighed_without_weight",
 }
-"""Why a criterion cannot weigh a group."""
+"""The code for a group that a criterion cannot weigh."""
 
 
 def weigh(graph: Graph, context: Context, groups: Sequence[Group], criterion: str, seed: int) -> Scores:
@@ -54,10 +55,11 @@ def weigh(graph: Graph, context: Context, groups: Sequence[Group], criterion: st
             context.note(f"weighed by l2, as no linear or conv with a stored float weight reads them: {names}")
         found, name = found | others, "l2"
     if groups and not found:
-        raise UsageError(f"{context.record.name}: importance={name} cannot weigh any of them: {_UNWEIGHED[name]}")
+        why = Reason.of(Decline(_UNWEIGHED[name], importance=name))
+        raise UsageError(f"{context.record.name}: no group can be weighed ({groups[0].name}: {why})")
     for group in groups:
         if group not in found:
-            context.record.decline(group.name, Decline("not_weighed", importance=name, why=_UNWEIGHED[name]))
+            context.record.decline(group.name, Decline(_UNWEIGHED[name], importance=name))
     return {group: found[group] for group in groups if group in found}
 
 

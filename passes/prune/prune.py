@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Literal, get_args
 
 from graphopt.analysis.groups import Group, groups
@@ -39,6 +40,7 @@ class Prune(Pass):
 
     name = "prune"
     stage = Stage.PRUNE
+    whole_model_options = MappingProxyType(dict.fromkeys(BUDGETS, "neurons=0.5"))
 
     neurons: Share = 0.0
     """Share of the inner neurons of feed-forward pairs to remove, at least 0 and below 1."""

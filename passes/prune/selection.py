@@ -73,7 +73,7 @@ def open_groups(
     ignored = {group for term in ignore.terms for group in hits(term)}
     wanted = {group for term in targets.terms for group in hits(term)} - ignored
     chosen = [group for group in found if group in wanted]
-    context.record.eligible.extend(group.name for group in chosen)
+    context.consider([group.name for group in chosen])
     for group in chosen:
         if group.locked:
             context.record.decline(group.name, group.locked)

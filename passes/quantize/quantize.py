@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
@@ -44,6 +43,7 @@ class Quantize(Pass):
 
     name = "quantize"
     stage = Stage.QUANTIZE
+    without_calibration = "scheme=dynamic"
 
     scheme: Scheme | Mapping[str, Scheme] = "auto"
     """Activations: with calibrated ranges (static), the range of each run (dynamic), or in float (weight-only); by site
@@ -158,11 +158,7 @@ class Quantize(Pass):
 
     def _report(self, plan: QuantizationPlan, context: Context) -> None:
         """Count what joins quantized regions as sites, say why others stay float, and note what the weights need."""
-        parts = [node for node in (*plan.regions.joined, *plan.declined) if node not in context.labels]
-        often = Counter([*context.record.eligible, *(node.label for node in parts)])
-        for node in parts:
-            context.labels[node] = node.label if often[node.label] == 1 else f"{node.label} ({node.name})"
-            context.record.eligible.append(context.labels[node])
+        context.consider([node for node in (*plan.regions.joined, *plan.declined) if node not in context.labels])
         for node, why in plan.declined.items():
             context.decline(node, why)
         products = [one.weight.bits for one in plan.sites.values() if one.weight and one.scheme != "weight-only"]

@@ -213,6 +213,20 @@ def test_an_exported_program(dialect: str) -> None:
     torch.testing.assert_close(ran(captured, X[:2], SCALE[:2]), module(X[:2], SCALE[:2]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"x": X}, "missing inputs: scale"),
+        ((X,), "missing inputs: scale"),
+        ((X, SCALE, X), r"takes 2 inputs \(x, scale\), not 3"),
+        ({"x": X, "scal": SCALE}, "no input 'scal'; did you mean 'scale'"),
+    ],
+)
+def test_example_inputs_that_an_exported_program_does_not_take(dialect: str, example: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(torch.export.export(seeded(Two), (X, SCALE)), dialect, example_inputs=example)
+
+
 def test_an_exported_program_that_returns_more_than_tensors(dialect: str) -> None:
     module = seeded(Two, lambda y, x: {"loss": None, "logits": y})
     captured = capture(torch.export.export(module, (X, SCALE)), dialect)

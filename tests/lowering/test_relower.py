@@ -8,6 +8,7 @@ import torch
 import graphopt
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.errors import GraphError, LoweringError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.lowering import relower
 from graphopt.passes import FoldInt8
@@ -67,9 +68,9 @@ def test_a_site_without_a_counterpart_is_told() -> None:
     captured, other = build("onnx", text), build("onnx", text.replace("relu(conv", "tanh(conv"))
     found = relower.compare_sites(captured, other, OnnxRuntime(), X)
     (conv,) = (node.label for node in captured.nodes if node.kind == "conv")
-    assert found.left_out == {conv: "it has no counterpart"} and len(found.distances) == 2
+    assert found.left_out == {conv: Decline("no_counterpart")} and len(found.distances) == 2
     found = relower.compare_sites(build("onnx", text), build("onnx", "y = relu(x[n,4,6,6])"), OnnxRuntime(), X)
-    assert not found.distances and list(found.left_out.values()) == ["it has no counterpart"] * 3
+    assert not found.distances and list(found.left_out.values()) == [Decline("no_counterpart")] * 3
     assert str(found) == "re-lowered, and no site was compared with what it was; not compared: Conv, Add, linear"
 
 

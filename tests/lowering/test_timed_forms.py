@@ -217,24 +217,27 @@ def test_timing_may_end_where_winners_and_losers_are_certain(tmp_path: Path, scr
 
 
 @pytest.mark.parametrize(
-    ("form", "reason"),
+    ("form", "code", "text"),
     [
-        (_unknown, "NoSuchOperator"),
-        (_out_of_range, "out of data bounds"),
-        (_wrong, "dB from the first form's"),
-        (_nan, "nan dB from the first form's"),
-        (_declines, "not on a Tuesday"),
+        (_unknown, "engine_refuses", "NoSuchOperator"),
+        (_out_of_range, "engine_refuses", "out of data bounds"),
+        (_wrong, "form_differs", "dB from the first form's"),
+        (_nan, "form_differs", "nan dB from the first form's"),
+        (_declines, "not on a Tuesday", "not on a Tuesday"),
     ],
 )
 def test_a_form_that_fails_is_dropped_with_its_reason(
-    tmp_path: Path, script: Any, form: Replace, reason: str
+    tmp_path: Path, script: Any, form: Replace, code: str, text: str
 ) -> None:
     judge = script({"bad": (9.0, 9.0, 9.0), "Clip": (1.5, 1.4, 1.6)})
     made, chooser = lowered(tmp_path, rectifier(Max=_maximum, bad=form, Clip=_clip))
     assert kinds(made) == ["clip"] * 3
     assert judge.asked == [["Max", "Clip"]] * 2
     for one in chooser.measured["rectifier"]:
-        assert list(one["dropped"]) == ["bad"] and reason in one["dropped"]["bad"]
+        assert list(one["dropped"]) == ["bad"]
+        assert one["dropped"]["bad"].code == code and text in one["dropped"]["bad"]
+    _, again = lowered(tmp_path, rectifier(Max=_maximum, bad=form, Clip=_clip))  # from the cache
+    assert [one["dropped"]["bad"].code for one in again.measured["rectifier"]] == [code] * 2
 
 
 def test_where_the_first_form_fails_the_others_are_compared_with_the_next(tmp_path: Path, script: Any) -> None:
@@ -346,7 +349,7 @@ def test_a_second_run_writes_the_same_bytes_from_the_cache(
         small = graphopt.optimize(seeded(ConvNet), example_inputs=images(), measure=True)
         small.export(tmp_path / f"{name}.onnx")
         reports.append(small.report)
-        monkeypatch.setattr("graphopt.lowering.timed_forms.TimedChooser._compare_forms", None)  # not measured again
+        monkeypatch.setattr("graphopt.lowering.timed_forms.TimedChooser._compare_forms", None)
     assert (tmp_path / "first.onnx").read_bytes() == (tmp_path / "second.onnx").read_bytes()
     assert reports[0].choices == reports[1].choices
     (choice,) = reports[0].choices

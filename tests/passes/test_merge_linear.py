@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphopt.passes import FoldInt8, MergeLinear, Quantize
+from graphopt.pipeline.selectors import Selector
 from tests.language import assert_outputs_equal, assert_unchanged, build, feeds, listing, run, stored
 
 THREE = "q = linear(x[2,8], Q[4,8], A[4])\nk = linear(x, K[2,8])\nv = linear(x, V[4,8], B[4])\nreturn q, k, v"
@@ -72,3 +73,11 @@ def test_leaves_a_tied_weight_tied(dialect: str) -> None:
     context = run(MergeLinear(), graph)
     (tied, _) = context.record.declined.values()
     assert (tied.code, tied.values["op"]) == ("weight_shared", "embedding") and context.record.changes == 0
+
+
+def test_leaves_what_is_ignored(dialect: str) -> None:
+    graph = build(dialect, THREE)
+    names = [site.name for site in graph.sites("linear")]
+    context = run(MergeLinear(ignore=Selector(f"node:{names[1]}")), graph)
+    assert len(context.record.eligible) == context.record.changed == 2
+    assert [site.result.shape for site in graph.sites("linear")] == [(2, 8), (2, 2)]

@@ -182,9 +182,10 @@ def test_a_generator_serves_once() -> None:
         next(iter(calibration))
 
 
-def test_refuses_no_steps() -> None:
-    with pytest.raises(UsageError, match="calibration_steps is 0"):
-        Calibration([BATCH], X, calibration_steps=0)
+@pytest.mark.parametrize("steps", [0, 1.5, True, "2"])
+def test_refuses_what_is_no_number_of_steps(steps: Any) -> None:
+    with pytest.raises(UsageError, match=f"calibration_steps is {steps!r}; give a whole number, at least 1"):
+        Calibration([BATCH], X, calibration_steps=steps)
 
 
 def test_watchers_are_told_of_each_batch(dialect: str) -> None:

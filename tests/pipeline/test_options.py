@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphopt.errors import UsageError
-from graphopt.passes import REGISTRY
+from graphopt.passes import REGISTRY, Prune
 from graphopt.pipeline.options import Range, takes_sites
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
@@ -163,3 +163,12 @@ def test_every_pass_takes_strings_where_it_wants_a_selector(name: str, option: s
 
     assert getattr(made("0"), option) == Selector("0")
     assert made(["encoder", "0"]) == made(("encoder", "0")) == made(Selector("encoder", "0"))
+
+
+def test_selectors_are_equal_in_any_order() -> None:
+    """No behaviour hangs on how a selector is spelled; values by site are taken in order."""
+    default, spelled = Selector("linear", "conv"), Selector("conv", "linear", "conv")
+    assert default == spelled and hash(default) == hash(spelled)
+    assert default != Selector("linear") and default != ("linear", "conv")
+    assert Prune(neurons=0.5, targets=Selector("conv", "embedding", "linear")).given() == {"neurons": 0.5}
+    assert PerSite({"linear": 1, "conv": 2}) != PerSite({"conv": 2, "linear": 1})
