@@ -311,7 +311,7 @@ def test_nothing_but_refusals(dialect: str) -> None:
         ([Damp(ignore=Selector("encoder"))], None, "'encoder' selects no site"),
         ([Damp()], Selector("lineer"), "'lineer' selects no site of the model; did you mean 'linear'"),
         ([Quantize(targets=Selector("linear"), ignore=Selector("linear"))], None, "selects no site"),
-        ([LowRank(params=0.5)], None, "params of low-rank{params=0.5} is a budget for the.*such as energy=0.9 or rank=0.25"),
+        ([LowRank(params=0.5)], None, "params of low-rank{params=0.5} is a budget.*such as energy=0.9 or rank=0.25"),
         ([Prune(flops=0.5)], None, "flops of prune{flops=0.5} is a budget for the whole model.*such as neurons=0.5"),
     ],
 )

@@ -105,7 +105,7 @@ def test_passes_over_weights_are_equal_to_the_bit(name: str, passes: Sequence[Pa
 class Recorded(Calibration):
     """What one dialect saw, given to the other: by the path and the side of the site that a value belongs to."""
 
-    def __init__(self, graph: Graph, feeds: dict[str, Tensor]) -> None:
+    def __init__(self, graph: Graph, feeds: Mapping[str, Tensor]) -> None:
         super().__init__([feeds], graph.inputs)
         self.seen: dict[object, Any] = {}
 

@@ -1,6 +1,6 @@
 """sparsify: weights become zero where they matter least."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_type_hints
 
 import numpy as np
@@ -291,7 +291,7 @@ def squared(outputs: list[Tensor], batch: Any) -> Tensor:
     return F.mse_loss(outputs[0], batch["target"])
 
 
-def by_gradient(pass_: Sparsify, graph: Graph, batches: list[dict[str, Tensor]], loss: Any = squared) -> Context:
+def by_gradient(pass_: Sparsify, graph: Graph, batches: Sequence[Mapping[str, Tensor]], loss: Any = squared) -> Context:
     from graphopt.pipeline.calibration import Calibration
 
     context = Context(calibration=Calibration(batches, graph.inputs), loss=loss)
