@@ -93,14 +93,13 @@ def optimize(
         backend.accept(model, example_inputs)
         measures = _measures(measure, backend)
         pipeline = whole_pipeline(passes, backend, earlier)
-        run_large = agree or None  # an array is neither true nor false
     with _few_collections():
         if isinstance(model, Optimized):
             captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
         else:
             captured = capture(
                 model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
-                run=run_large,
+                run=agree or None,
             )  # fmt: skip
         with outer_door(UsageError, "optimize cannot use its arguments"):
             batches = None
