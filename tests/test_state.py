@@ -110,6 +110,7 @@ def test_state_is_no_constant() -> None:
     assert torch.equal(first[0], graph.evaluate({"x": x()}, graph.outputs)[0])  # evaluate writes nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [models.gpt2, "llama"])
 def test_a_decode_step_with_its_cache(make: Any) -> None:
     model = llama() if make == "llama" else make()

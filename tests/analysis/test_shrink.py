@@ -58,6 +58,7 @@ def zeroed(module: nn.Module, group: Group, keep: Tensor) -> nn.Module:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_cuts_each_group_alone(name: str, dialect: str) -> None:
     inputs, base = ARCHITECTURES[name][1], captured(name, dialect)

@@ -333,6 +333,7 @@ class Logits(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [EXPORTERS[0], EXPORTERS[2]])
 def test_a_gpt2_from_either_exporter(how: tuple[int, bool]) -> None:
     module, inputs = Logits().eval(), {"input_ids": tokens(), "attention_mask": padding()}

@@ -79,7 +79,7 @@ def test_the_commands_list_them_and_what_is_broken(python: Path) -> None:
     assert "quantize  (QUANTIZE, lossy, fx and onnx)" in lines
 
     done = run(python, "-m", "graphopt", "targets")
-    assert "toy  (onnx)\n    ONNX Runtime with floats only, as an example\n    int8: none" in done.stdout
+    assert "toy  (onnx)\n    ONNX Runtime with floats only, as an example\n    quantized: none" in done.stdout
     assert "fast  (broken: target 'fast' of package rival 0.1 cannot be imported" in done.stdout
 
 

@@ -196,6 +196,7 @@ class Batches:
         yield from ({"ids": tokens(seed=seed), "mask": padding()} for seed in range(2))
 
 
+@pytest.mark.slow
 def test_statistics_are_kept_between_reruns(encoder: onnx.ModelProto, script: Any, profile: Any) -> None:
     """Two sites are reverted, one after the other; the batches are gone through as often as with none."""
     script(lambda kernels: FASTER)
@@ -211,6 +212,7 @@ def test_statistics_are_kept_between_reruns(encoder: onnx.ModelProto, script: An
     torch.testing.assert_close(made(**INPUTS), fresh(**INPUTS), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_after_six_reruns_it_is_the_simplified_float_model(
     encoder: onnx.ModelProto, script: Any, profile: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

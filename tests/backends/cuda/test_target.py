@@ -284,6 +284,7 @@ def test_a_program_is_moved_whole(block: Block, passes: str) -> None:
     assert runner._pack_for(Device("H100", (9, 0), 0))(torch.int8) is cuda_kernels.pack_cusparselt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_a_program_is_one_graph_to_a_compiler(block: Block, dynamic: bool) -> None:
     """Traced as for Inductor, and run by aten: without a break, at the shapes of the call or any."""

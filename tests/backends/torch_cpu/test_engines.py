@@ -259,6 +259,7 @@ def optimized(module: nn.Module, name: str, scheme: str, feeds: Any, **given: An
                              calibration=calibration, measure=False, **given)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])
 @pytest.mark.parametrize("model", ["bert", "gpt2"])

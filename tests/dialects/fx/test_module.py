@@ -66,6 +66,7 @@ def test_code_reads_in_module_paths() -> None:
     assert "return" in code and "BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state = " in code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [None, COMBINED, "quantize{scheme=dynamic}"])
 def test_it_trains_and_is_exported_and_optimized_again(passes: str | None) -> None:
     made = small(models.bert(), passes, TOKENS)

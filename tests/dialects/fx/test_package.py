@@ -73,6 +73,7 @@ def x(batch: int, length: int = 5) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(batch))}
 
 
+@pytest.mark.slow
 def test_a_package_runs_in_plain_pytorch(tmp_path: Path) -> None:
     module = models.seeded(Layers)
     shapes = {"x": {0: "batch", 1: "length"}}

@@ -325,6 +325,7 @@ def test_a_singular_covariance_is_damped_and_named(dialect: str) -> None:
     ]).record.notes  # fmt: skip
 
 
+@pytest.mark.slow
 def test_calibrated_twins_are_equal_to_the_bit() -> None:
     """From the statistics that one dialect saw."""
     splits: Any = ("bert", "channel"), ("decoder", "channel"), ("convs", "channel"), ("convs", "spatial")

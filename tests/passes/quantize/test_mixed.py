@@ -75,6 +75,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, dialect: str) -> Counted:
     return found
 
 
+@pytest.mark.slow
 def test_exactly_the_planted_layer_stays_within_twelve_evaluations(dialect: str, counted: Counted) -> None:
     graph = chain(dialect)
     before, context = graph.text(), context_of(graph)
