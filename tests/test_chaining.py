@@ -15,7 +15,7 @@ from tests.models import Encoder, model, padding, seeded, tokens
 
 INPUTS = {"ids": tokens(), "mask": padding()}
 TARGETS = {"onnx": "onnxruntime", "fx": "torch-cpu"}
-PRUNE, QUANTIZE = "prune{neurons=0.25}", "quantize{scheme=static smooth=false}"
+PRUNE, QUANTIZE = "prune{neurons=0.25}", "quantize{scheme=static}"
 
 
 @pytest.fixture(scope="module", params=list(TARGETS.values()), ids=list(TARGETS))
@@ -62,9 +62,12 @@ def test_the_order_of_stages_holds_over_all_calls(pruned: Optimized) -> None:
 def test_another_target_of_the_same_dialect(pruned: Optimized) -> None:
     if pruned.backend.dialect != "fx":
         pytest.skip("there is one engine of ONNX everywhere")
-    moved = graphopt.optimize(pruned, "quantize{scheme=dynamic}", target="fbgemm")
-    assert moved.report.target == "fbgemm"
-    torch.testing.assert_close(moved(**INPUTS), pruned(**INPUTS), rtol=0.1, atol=0.1)
+    options: dict[str, Any] = {"target": "fbgemm", "calibration": [INPUTS]}
+    moved = graphopt.optimize(pruned, "quantize{scheme=dynamic}", **options)
+    pipeline = f"{PRUNE},quantize{{scheme=dynamic}}"
+    at_once = graphopt.optimize(seeded(Encoder), pipeline, example_inputs=INPUTS, **options)
+    assert moved.report.target == "fbgemm" and moved.report.kernels == at_once.report.kernels
+    assert torch.equal(moved(**INPUTS), at_once(**INPUTS))
 
 
 def test_what_cannot_go_on(pruned: Optimized) -> None:

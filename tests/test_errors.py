@@ -125,7 +125,9 @@ WRONG_OPTIMIZE: dict[str, tuple[dict[str, Any], type[GraphoptError], str]] = {
         {"passes": STATIC, "calibration": Raises()}, UsageError, "your calibration batches failed: KeyError: 'image 17'"
     ),
     "calibration steps": (
-        {"passes": STATIC, "calibration": [X], "calibration_steps": "few"}, UsageError, "give a whole number, at least 1"
+        {"passes": STATIC, "calibration": [X], "calibration_steps": "few"},
+        UsageError,
+        "calibration_steps is 'few'; give a whole number, at least 1",
     ),
     "evaluate that raises": (
         {"passes": "quantize{scheme=dynamic metric=0.5}", "calibration": [X], "evaluate": failing}, UsageError,

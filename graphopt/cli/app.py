@@ -76,7 +76,3 @@ for command in COMMANDS:
 def main() -> None:
     """The entry point of the console script, and of `python -m graphopt`."""
     app()
-
-
-if __name__ == "__main__":
-    main()
