@@ -54,7 +54,7 @@ def _qlinear_conv(op: Builder, m: Match) -> Value:
     if zero_points is None or scale is None or weight_scale is None or (m.bias is not None and bias is None):
         raise Declined("scales_or_bias_computed")
     if m.y_zero_point.dtype is not torch.uint8 or m.y_scale.rank != 0:
-        raise Declined("result_not_uint8")
+        raise Declined("output_not_uint8")
     if bool((zero_points != zero_points.flatten()[0]).any()):
         raise Declined("several_zero_points")
     site = m.conv.attributes

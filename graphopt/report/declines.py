@@ -191,7 +191,6 @@ SENTENCES = {
     "activations_not_float32": "its activations are {dtype}, not float32",
     "ids_unsupported": "its ids are {dtype}, not int32 or int64",
     "rows_not_gathered": "no ONNX gather kernel takes rows below 8 bits, or these scales",
-    "result_not_uint8": "its result is not quantized to uint8 with one scale",
     "several_zero_points": "its weight has several zero points",
     # rules of targets: PyTorch on the CPU, CUDA
     "input_range_from_elsewhere": "the scale of the input is not computed by choose_qparams of that very input",
