@@ -24,7 +24,7 @@ from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Loss
 from graphopt.pipeline.instruments import Instrument
-from graphopt.pipeline.loss import cross_entropy
+from graphopt.pipeline.loss import followed
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import Pipeline
 from graphopt.pipeline.text import parse
@@ -114,7 +114,7 @@ def optimize(
             fallback=whole_pipeline(None, backend, earlier),
             earlier=earlier,
             calibration=batches,
-            loss=cross_entropy if loss is None else user_code("loss function", loss),
+            loss=followed(loss),
             evaluate=None if evaluate is None else user_code("evaluate function", evaluate),
             threads=threads,
             agree=agree,

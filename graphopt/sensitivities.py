@@ -16,7 +16,7 @@ from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context, Loss
 from graphopt.pipeline.damage import STEPS, scan
 from graphopt.pipeline.instruments import Instrument
-from graphopt.pipeline.loss import cross_entropy
+from graphopt.pipeline.loss import followed
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.text import parse
@@ -52,7 +52,7 @@ def sensitivity(
         given = [settings] if isinstance(settings, str | Pass) else list(settings)
         passes = [leaf for one in given for leaf in (parse(one, REGISTRY).passes if isinstance(one, str) else [one])]
         backend = target_of(target)
-        follow = cross_entropy if loss is None else user_code("loss function", loss)
+        follow = followed(loss)
         score = None if evaluate is None else user_code("evaluate function", evaluate)
     captured = capture(model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     signature = captured.signature

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
-from graphopt.errors import UsageError, nearest, require_positive_integer, user_batches
-from graphopt.ir.graph import Flow, Graph, Shape, Value, dtype_name
+from graphopt.ir.graph import Flow, Graph, Value
+from graphopt.pipeline.batches import Batches, Input
 
 if TYPE_CHECKING:
     from graphopt.pipeline.instruments import Instrument
 
-SAMPLES = 8
-"""Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
-
 MEMORY = Flow.memory
 """Most bytes of statistics that `Remembered` keeps."""
-
-
-class Input(Protocol):
-    """An input of a graph, as `graphopt.ir.graph.Value` declares it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> Shape | None: ...
-
-    @property
-    def dtype(self) -> torch.dtype | None: ...
 
 
 class Statistic(Protocol):
@@ -61,8 +42,8 @@ class NotFinite(ValueError):
         self.reason, self.node = reason, node
 
 
-class Calibration:
-    """Batches, each checked against the inputs of a graph when its turn comes."""
+class Calibration(Batches):
+    """Batches, over which statistics of the values of a graph are taken."""
 
     def __init__(
         self,
@@ -71,48 +52,10 @@ class Calibration:
         calibration_steps: int | None = None,
         watchers: Sequence[Instrument] = (),
     ) -> None:
-        """batches: an iterable of batches (a DataLoader, a list, a Hugging Face dataset), an ONNX Runtime
-        CalibrationDataReader, or stacked arrays by input name (an .npz file), with samples along axis 0.
-
-        A batch is a dict by input name, a tuple in the order of the inputs, or a tensor; torch, numpy or lists. One
-        without a batch axis (the row of a dataset) gets it. calibration_steps: most batches to use. watchers:
-        notified after each batch.
-        Raises UsageError, here or when a batch's turn comes, naming the batch and the input.
-        """
-        if calibration_steps is not None:
-            require_positive_integer("calibration_steps", calibration_steps)
-        self.inputs, self.steps, self.watchers = tuple(inputs), calibration_steps, watchers
-        if isinstance(batches, Tensor | np.ndarray):
-            batches = {self._only_input().name: batches}
-        if isinstance(batches, Mapping):
-            self._batches: Iterable[Any] = self._split(batches)
-        elif hasattr(batches, "get_next"):
-            self._batches = _Reader(batches)
-        elif isinstance(batches, Iterable) and not isinstance(batches, str | bytes):
-            self._batches = batches
-        else:
-            raise UsageError(f"calibration must be an iterable of batches, not a {type(batches).__qualname__}")
-        self.once = isinstance(self._batches, Iterator)
-        """Whether the batches come from a generator, which can be read only once."""
-        self._used = False
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The batches as feeds: by input name, in the dtypes of the graph."""
-        return (feeds for feeds, _ in self.with_batches())
-
-    def with_batches(self) -> Iterator[tuple[dict[str, Tensor], Any]]:
-        """The feeds, each with the batch it was made from (which may hold labels besides)."""
-        if self.once and self._used:
-            raise UsageError(
-                "the calibration batches are needed again, and a generator gives them once; pass a list or a DataLoader"
-            )
-        self._used, number = True, -1
-        batches = user_batches("calibration batches", self._batches)
-        for number, batch in enumerate(itertools.islice(batches, self.steps)):
-            yield self._feeds(batch, f"calibration batch {number}"), batch
-        if number < 0:
-            used_up = " (a generator that was used up before? pass a list or a DataLoader)" if self.once else ""
-            raise UsageError(f"calibration holds no batch{used_up}")
+        """batches, inputs, calibration_steps: the source, inputs and steps of `Batches`, which raises UsageError.
+        watchers: notified after each batch."""
+        super().__init__(batches, inputs, name="calibration", steps=calibration_steps)
+        self.watchers = watchers
 
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
         """Fill a fresh statistic of each value over all batches, and give them in order; padding is left out.
@@ -140,7 +83,7 @@ class Calibration:
         fetch = list(dict.fromkeys(value for value, _ in part))
         masks = mask_inputs(self.inputs)
         with ExitStack() as stack:
-            told = [stack.enter_context(one.watch("calibration", self._count())) for one in self.watchers]
+            told = [stack.enter_context(one.watch("calibration", self.count)) for one in self.watchers]
             last = -1
             for number, feeds, tensors in flow.through(fetch):
                 for tell in told if number != last else ():
@@ -156,63 +99,6 @@ class Calibration:
                         raise NotFinite(f"on calibration batch {number}, {value.name!r}: {error}", where) from error
         while part:
             yield part.pop(0)[1]
-
-    def _count(self) -> int | None:
-        """How many batches there are, where that is known."""
-        known = len(self._batches) if isinstance(self._batches, Sized) else None
-        return known if self.steps is None or known is None else min(known, self.steps)
-
-    def _only_input(self) -> Input:
-        if len(self.inputs) != 1:
-            names = ", ".join(value.name for value in self.inputs)
-            raise UsageError(f"calibration is one array, and the model has the inputs {names}; give a dict of arrays")
-        return self.inputs[0]
-
-    def _split(self, stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Stacked arrays as batches of the size that the graph fixes, or of SAMPLES."""
-        self._require_names(stacked, "calibration")
-        names = [value.name for value in self.inputs]
-        arrays = {name: _tensor(stacked[name], f"calibration, input {name!r}") for name in names}
-        lengths = {name: len(array) if array.dim() else None for name, array in arrays.items()}
-        if len(set(lengths.values())) != 1 or None in lengths.values():
-            raise UsageError(f"calibration: axis 0 must hold the same number of samples in every array, not {lengths}")
-        total = next(iter(lengths.values())) or 0
-        fixed = {value.shape[0] for value in self.inputs if value.shape and isinstance(value.shape[0], int)}
-        size = min(fixed, default=SAMPLES)
-        if fixed and (len(fixed) > 1 or total % size):
-            sizes = " and ".join(str(one) for one in sorted(fixed))
-            raise UsageError(f"calibration: {total} samples cannot be cut into batches of {sizes}, as the model is")
-        others = {name: array for name, array in stacked.items() if name not in arrays and len(array) == total}
-        cut: dict[str, Any] = arrays | others  # labels are cut along with the inputs
-        return [
-            {name: array[start : start + size] for name, array in cut.items()} for start in range(0, total, size)
-        ]
-
-    def _feeds(self, batch: Any, where: str) -> dict[str, Tensor]:
-        named = self._named(batch, where)
-        places = [f"{where}, input {value.name!r}" for value in self.inputs]
-        tensors = [_tensor(named[value.name], place) for value, place in zip(self.inputs, places, strict=True)]
-        ranks = [None if value.shape is None else len(value.shape) for value in self.inputs]
-        if [tensor.dim() + 1 for tensor in tensors] == ranks:
-            tensors = [tensor.unsqueeze(0) for tensor in tensors]
-        fitted = map(_fitted, tensors, self.inputs, places)
-        return {value.name: tensor for value, tensor in zip(self.inputs, fitted, strict=True)}
-
-    def _named(self, batch: Any, where: str) -> Mapping[str, Any]:
-        if isinstance(batch, Mapping):
-            self._require_names(batch, where)
-            return batch
-        given = batch if isinstance(batch, tuple | list) else (batch,)
-        if len(given) != len(self.inputs):
-            names = ", ".join(value.name for value in self.inputs)
-            raise UsageError(f"{where} holds {len(given)} tensors, and the model has the inputs {names}; give a dict")
-        return {value.name: tensor for value, tensor in zip(self.inputs, given, strict=True)}
-
-    def _require_names(self, batch: Mapping[str, Any], where: str) -> None:
-        """Every input must be there; what a dataset has besides (labels, texts) is not read."""
-        for value in self.inputs:
-            if value.name not in batch:
-                raise UsageError(f"{where} has no {value.name!r}{nearest(value.name, [str(name) for name in batch])}")
 
 
 class Remembered(Calibration):
@@ -256,48 +142,3 @@ def _fresh(statistic: Any) -> str:
     """What an empty statistic is: its class, and all that it holds."""
     held = {name: one.tolist() if isinstance(one, Tensor) else one for name, one in vars(statistic).items()}
     return f"{type(statistic).__qualname__} {held}"
-
-
-class _Reader:
-    """An ONNX Runtime CalibrationDataReader as an iterable; from its beginning each time, where it can rewind."""
-
-    def __new__(cls, reader: Any) -> Any:
-        return super().__new__(cls) if hasattr(reader, "rewind") else iter(reader.get_next, None)
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-
-    def __iter__(self) -> Iterator[Any]:
-        self.reader.rewind()
-        return iter(self.reader.get_next, None)
-
-
-def _tensor(array: Any, where: str) -> Tensor:
-    try:
-        return torch.as_tensor(array).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{where}: a {type(array).__qualname__} is not an array of numbers ({error})") from error
-
-
-def _fitted(tensor: Tensor, value: Input, where: str) -> Tensor:
-    """The tensor in the dtype of its input; UsageError where shape, dtype or content is not what the graph takes."""
-    shape, dtype = value.shape, value.dtype
-    if shape is not None and (
-        len(shape) != tensor.dim()
-        or any(isinstance(size, int) and size != given for size, given in zip(shape, tensor.shape, strict=True))
-    ):
-        raise UsageError(f"{where} has shape {list(tensor.shape)}, and the model takes {_shape_text(shape)}")
-    if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
-        raise UsageError(f"{where} holds {int(torch.isnan(tensor).sum())} NaN")
-    if dtype is None or tensor.dtype == dtype:
-        return tensor
-    cast = tensor.to(dtype)
-    if tensor.is_floating_point() != dtype.is_floating_point or not (
-        tensor.is_floating_point() or torch.equal(cast.to(tensor.dtype), tensor)
-    ):
-        raise UsageError(f"{where} holds {dtype_name(tensor.dtype)}, and the model takes {dtype_name(dtype)}")
-    return cast
-
-
-def _shape_text(shape: Shape) -> str:
-    return "[" + ", ".join(str(size) for size in shape) + "]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from graphopt.pipeline.target import AnyTarget, Target
 from graphopt.report.records import PassRecord, Report
 
 if TYPE_CHECKING:
+    from graphopt.pipeline.batches import Batch
     from graphopt.pipeline.calibration import Calibration, S
     from graphopt.pipeline.instruments import Instrument
 
@@ -40,7 +42,7 @@ class Context:
     """The example inputs, by input name, one mapping for each shape."""
     calibration: Calibration | None = None
     """The calibration batches, where the user gave any."""
-    loss: Callable[[list[Tensor], Any], Tensor] | None = None
+    loss: Callable[[list[Tensor], Batch], Tensor] | None = None
     """(the graph's outputs in order, the batch) -> one number; for criteria that follow gradients."""
     evaluate: Callable[[Graph], float] | None = None
     """A graph -> its metric, more is better; for goals in the user's own metric."""
@@ -147,8 +149,8 @@ class Context:
                 "batches with labels"
             )
         loss = self.loss
-        for feeds, batch in self.batches().with_batches():
-            yield graph.gradients(feeds, lambda outputs, batch=batch: loss(outputs, batch), values)  # type: ignore[misc]
+        for batch in self.batches().with_batches():
+            yield graph.gradients(batch.feeds, partial(_on_batch, loss, batch), values)
 
     def batches(self) -> Calibration:
         """The calibration batches. Raises UsageError where there are none."""
@@ -163,3 +165,7 @@ class Context:
     def cost(self, graph: Graph) -> Cost:
         """The cost of a graph at the sizes of the first example."""
         return Cost.of(graph, sizes(graph, self.feeds[0]) if self.feeds else {})
+
+
+def _on_batch(loss: Callable[[list[Tensor], Batch], Tensor], batch: Batch, outputs: list[Tensor]) -> Tensor:
+    return loss(outputs, batch)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from graphopt.errors import PassError, UsageError
 from graphopt.ir.graph import Shape
 from graphopt.numerics.observe import MinMax
-from graphopt.pipeline.calibration import SAMPLES, Calibration, NotFinite
+from graphopt.pipeline.batches import SAMPLES
+from graphopt.pipeline.calibration import Calibration, NotFinite
 from graphopt.pipeline.instruments import Instrument
 from graphopt.pipeline.runner import run_pass
 from graphopt.report.records import PassRecord
@@ -142,7 +143,7 @@ def endless() -> Iterator[np.ndarray[Any, Any]]:
         ({"x": np.zeros((0, 3), np.float32)}, X, "calibration holds no batch"),
         ([BATCH, {"y": BATCH}], X, "calibration batch 1 has no 'x'; there are y"),
         ([{"imput_ids": [[1]], "attention_mask": [[1]]}], TOKENS, "has no 'input_ids'; did you mean 'imput_ids'?"),
-        ([(BATCH, BATCH)], X, "calibration batch 0 holds 2 tensors, and the model has the inputs x"),
+        ([BATCH.tolist()], X, "calibration batch 0 holds 2 tensors, and the model has the inputs x"),
         ([BATCH[:, :2]], X, "calibration batch 0, input 'x' has shape [2, 2], and the model takes [batch, 3]"),
         ([BATCH[0, 0]], X, "has shape [], and the model takes [batch, 3]"),
         ([BATCH.astype(np.int64)], X, "input 'x' holds int64, and the model takes float32"),

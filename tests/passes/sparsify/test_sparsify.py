@@ -15,6 +15,7 @@ from graphopt.ir.graph import Graph, Node
 from graphopt.numerics.sparsity import Pattern, as_matrix
 from graphopt.passes import Quantize, Sparsify
 from graphopt.passes.sparsify.criteria import CRITERIA
+from graphopt.pipeline.batches import Batch
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.runner import Pipeline, run_pass
 from graphopt.pipeline.selectors import Selector
@@ -287,8 +288,8 @@ def test_threshold_is_a_share_of_the_largest(dialect: str) -> None:
     assert_unchanged(Sparsify(criterion="threshold", amount=0.25), graph)
 
 
-def squared(outputs: list[Tensor], batch: Any) -> Tensor:
-    return F.mse_loss(outputs[0], batch["target"])
+def squared(outputs: list[Tensor], batch: Batch) -> Tensor:
+    return F.mse_loss(outputs[0], batch.labels)
 
 
 def by_gradient(pass_: Sparsify, graph: Graph, batches: Sequence[Mapping[str, Tensor]], loss: Any = squared) -> Context:
@@ -310,7 +311,7 @@ def test_gradient_is_the_first_order_change_of_the_loss(scope: Any) -> None:
     for batch in batches:
         y = F.linear(F.linear(batch["x"], weights[0]), weights[1], bias)
         for total, weight, found in zip(
-            scores, weights, torch.autograd.grad(squared([y], batch), weights), strict=True
+            scores, weights, torch.autograd.grad(F.mse_loss(y, batch["target"]), weights), strict=True
         ):
             total += (weight.detach() * found).abs()
     by_gradient(Sparsify(criterion="gradient", scope=scope, amount=0.25), graph, batches)

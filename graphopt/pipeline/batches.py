@@ -1,0 +1,264 @@
+"""Whatever gives out batches -> checked feeds, each with its labels: for calibration, training and evaluation."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphopt.capture.examples import LABELS, is_label
+from graphopt.errors import UsageError, nearest, require_positive_integer, user_batches
+from graphopt.ir.graph import Shape, dtype_name
+
+SAMPLES = 8
+"""Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
+
+
+class Input(Protocol):
+    """An input of a graph, as `graphopt.ir.graph.Value` declares it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> Shape | None: ...
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: what the graph is fed, what it should answer, and what the user gave."""
+
+    feeds: dict[str, Tensor]
+    """By input name, on the CPU, in the dtypes of the graph, with a batch axis."""
+    labels: Any
+    """A tensor, or a tuple or dict of several; None where there are none. Floats are float32 at most; one of a row has
+    a batch axis as the feeds do. What is no array of numbers (texts) is as it was given."""
+    raw: Any
+    """The batch as the user gave it."""
+
+
+class Batches:
+    """Batches, each checked against the inputs of a graph when its turn comes."""
+
+    def __init__(
+        self, source: Any, inputs: Sequence[Input], *, name: str = "calibration", steps: int | None = None
+    ) -> None:
+        """source: an iterable of batches (a DataLoader, a list, a Hugging Face dataset), an ONNX Runtime
+        CalibrationDataReader, or stacked arrays by input name (an .npz file), with samples along axis 0.
+
+        A batch is a dict by input name (a BatchEncoding), a tuple or list in the order of the inputs, or a tensor;
+        torch, numpy or lists. One without a batch axis (the row of a dataset) gets it. Labels may stand beside the
+        inputs: in a dict under a name of labels (`examples.LABELS`, or else all that `examples.is_label` finds), in a
+        tuple or list after as many tensors as there are inputs, or after a dict of them.
+        name: what messages call the batches, such as "training". steps: most batches to use.
+        Raises UsageError, here or when a batch's turn comes, naming the batch and the input.
+        """
+        if steps is not None:
+            require_positive_integer(f"{name}_steps", steps)
+        self.name, self.inputs, self.steps = name, tuple(inputs), steps
+        self.note: str | None = None
+        """What was taken for labels by its place alone, once a batch was read; for the report."""
+        if isinstance(source, Tensor | np.ndarray):
+            source = {self._only_input().name: source}
+        if isinstance(source, Mapping):
+            self._source: Iterable[Any] = self._split(source)
+        elif hasattr(source, "get_next"):
+            self._source = _Reader(source)
+        elif isinstance(source, Iterable) and not isinstance(source, str | bytes):
+            self._source = source
+        else:
+            by_row = hasattr(source, "__getitem__") and not isinstance(source, str | bytes)
+            way_out = "; a dataset of rows goes into a torch.utils.data.DataLoader" if by_row else ""
+            raise UsageError(f"{name} must be an iterable of batches, not a {type(source).__qualname__}{way_out}")
+        self.once = isinstance(self._source, Iterator)
+        """Whether the batches come from a generator, which can be read only once."""
+        self._used = False
+
+    @property
+    def count(self) -> int | None:
+        """How many batches there are, where that is known."""
+        try:
+            known = len(self._source) if isinstance(self._source, Sized) else None
+        except TypeError:  # the DataLoader of a stream has a length by its class only
+            known = None
+        return known if self.steps is None or known is None else min(known, self.steps)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The batches as feeds: by input name, in the dtypes of the graph."""
+        return (batch.feeds for batch in self.with_batches())
+
+    def with_batches(self) -> Iterator[Batch]:
+        """The batches with their labels, and as the user gave them."""
+        if self.once and self._used:
+            raise UsageError(
+                f"the {self.name} batches are needed again, and a generator gives them once; pass a list or a "
+                "DataLoader"
+            )
+        again, number = self._used or self.once, -1
+        self._used = True
+        batches = user_batches(f"{self.name} batches", self._source)
+        for number, raw in enumerate(itertools.islice(batches, self.steps)):
+            yield self._checked(raw, f"{self.name} batch {number}")
+        if number < 0:
+            used_up = " (a generator that was used up before? pass a list or a DataLoader)" if again else ""
+            raise UsageError(f"{self.name} holds no batch{used_up}")
+
+    # --- one batch ---------------------------------------------------------------------------------------------------
+
+    def _checked(self, raw: Any, where: str) -> Batch:
+        named, labels = self._parted(raw, where)
+        places = [f"{where}, input {value.name!r}" for value in self.inputs]
+        tensors = [_tensor(named[value.name], place) for value, place in zip(self.inputs, places, strict=True)]
+        ranks = [None if value.shape is None else len(value.shape) for value in self.inputs]
+        is_row = [tensor.dim() + 1 for tensor in tensors] == ranks
+        if is_row:
+            tensors = [tensor.unsqueeze(0) for tensor in tensors]
+        fitted = map(_fitted, tensors, self.inputs, places)
+        feeds = {value.name: tensor for value, tensor in zip(self.inputs, fitted, strict=True)}
+        return Batch(feeds, _labels(labels, is_row), raw)
+
+    def _parted(self, raw: Any, where: str) -> tuple[Mapping[str, Any], Any]:
+        """The inputs by name, and the labels."""
+        if isinstance(raw, Mapping):
+            self._require_names(raw, where)
+            return raw, self._named_labels(raw)
+        given = raw if isinstance(raw, tuple | list) else (raw,)
+        if given and isinstance(given[0], Mapping):
+            self._require_names(given[0], where)
+            return given[0], _unwrapped(given[1:]) if len(given) > 1 else self._named_labels(given[0])
+        number = len(self.inputs)
+        leading, rest = given[:number], given[number:]
+        # Only an array is certain to be a tensor of its own: lists may be the rows of one.
+        if len(leading) < number or (rest and not all(isinstance(one, Tensor | np.ndarray) for one in leading)):
+            names = ", ".join(value.name for value in self.inputs)
+            held = f"{len(given)} {'tensor' if len(given) == 1 else 'tensors'}"
+            raise UsageError(f"{where} holds {held}, and the model has the inputs {names}; give a dict")
+        if rest and self.note is None:
+            names = ", ".join(value.name for value in self.inputs)
+            inputs = f"the first is input {names}" if number == 1 else f"the first {number} are inputs {names}"
+            self.note = f"{self.name} batches hold {len(given)} tensors: {inputs}, the rest are labels"
+        return {value.name: tensor for value, tensor in zip(self.inputs, leading, strict=True)}, _unwrapped(rest)
+
+    def _named_labels(self, raw: Mapping[str, Any]) -> Any:
+        inputs = {value.name for value in self.inputs}
+        rest = {name: array for name, array in raw.items() if name not in inputs}
+        named = next((name for name in LABELS if name in rest), None)
+        if named is not None:
+            return rest[named]
+        found = {name: array for name, array in rest.items() if is_label(str(name))}
+        return found if len(found) > 1 else next(iter(found.values()), None)
+
+    def _require_names(self, raw: Mapping[str, Any], where: str) -> None:
+        """Every input must be there; what a dataset has besides (ids, texts) is not read."""
+        for value in self.inputs:
+            if value.name not in raw:
+                raise UsageError(f"{where} has no {value.name!r}{nearest(value.name, [str(name) for name in raw])}")
+
+    # --- stacked arrays ----------------------------------------------------------------------------------------------
+
+    def _only_input(self) -> Input:
+        if len(self.inputs) != 1:
+            names = ", ".join(value.name for value in self.inputs)
+            raise UsageError(f"{self.name} is one array, and the model has the inputs {names}; give a dict of arrays")
+        return self.inputs[0]
+
+    def _split(self, stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Stacked arrays as batches of the size that the graph fixes, or of SAMPLES."""
+        self._require_names(stacked, self.name)
+        names = [value.name for value in self.inputs]
+        arrays = {name: _tensor(stacked[name], f"{self.name}, input {name!r}") for name in names}
+        lengths = {name: len(array) if array.dim() else None for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1 or None in lengths.values():
+            raise UsageError(f"{self.name}: axis 0 must hold the same number of samples in every array, not {lengths}")
+        total = next(iter(lengths.values())) or 0
+        fixed = {value.shape[0] for value in self.inputs if value.shape and isinstance(value.shape[0], int)}
+        size = min(fixed, default=SAMPLES)
+        if fixed and (len(fixed) > 1 or total % size):
+            sizes = " and ".join(str(one) for one in sorted(fixed))
+            raise UsageError(f"{self.name}: {total} samples cannot be cut into batches of {sizes}, as the model is")
+        cut: dict[str, Any] = dict(arrays)
+        for name in (name for name in stacked if name not in arrays):  # labels are cut along with the inputs
+            array = stacked[name]
+            held = len(array) if isinstance(array, Sized) and getattr(array, "ndim", 1) > 0 else None
+            if held == total:
+                cut[name] = array
+            elif is_label(str(name)):
+                raise UsageError(f"{self.name}: {name!r} holds {held or 'no'} labels, for {total} samples")
+        return [
+            {name: array[start : start + size] for name, array in cut.items()} for start in range(0, total, size)
+        ]
+
+
+class _Reader:
+    """An ONNX Runtime CalibrationDataReader as an iterable; from its beginning each time, where it can rewind."""
+
+    def __new__(cls, reader: Any) -> Any:
+        return super().__new__(cls) if hasattr(reader, "rewind") else iter(reader.get_next, None)
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __iter__(self) -> Iterator[Any]:
+        self.reader.rewind()
+        return iter(self.reader.get_next, None)
+
+
+def _unwrapped(items: Sequence[Any]) -> Any:
+    """The one item, all of several, or None."""
+    return tuple(items) if len(items) > 1 else items[0] if items else None
+
+
+def _labels(labels: Any, is_row: bool) -> Any:
+    """Labels as tensors, as far as they are arrays of numbers."""
+    if isinstance(labels, Mapping):
+        return {name: _labels(one, is_row) for name, one in labels.items()}
+    if isinstance(labels, tuple):
+        return tuple(_labels(one, is_row) for one in labels)
+    if labels is None:
+        return None
+    try:
+        tensor = torch.as_tensor(labels).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        return labels
+    if tensor.dtype == torch.float64:  # which Python and numpy use where nothing is meant by it
+        tensor = tensor.float()
+    return tensor.unsqueeze(0) if is_row else tensor
+
+
+def _tensor(array: Any, where: str) -> Tensor:
+    try:
+        return torch.as_tensor(array).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{where}: a {type(array).__qualname__} is not an array of numbers ({error})") from error
+
+
+def _fitted(tensor: Tensor, value: Input, where: str) -> Tensor:
+    """The tensor in the dtype of its input; UsageError where shape, dtype or content is not what the graph takes."""
+    shape, dtype = value.shape, value.dtype
+    if shape is not None and (
+        len(shape) != tensor.dim()
+        or any(isinstance(size, int) and size != given for size, given in zip(shape, tensor.shape, strict=True))
+    ):
+        raise UsageError(f"{where} has shape {list(tensor.shape)}, and the model takes {_shape_text(shape)}")
+    if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+        raise UsageError(f"{where} holds {int(torch.isnan(tensor).sum())} NaN")
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    cast = tensor.to(dtype)
+    if tensor.is_floating_point() != dtype.is_floating_point or not (
+        tensor.is_floating_point() or torch.equal(cast.to(tensor.dtype), tensor)
+    ):
+        raise UsageError(f"{where} holds {dtype_name(tensor.dtype)}, and the model takes {dtype_name(dtype)}")
+    return cast
+
+
+def _shape_text(shape: Shape) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
