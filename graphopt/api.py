@@ -5,8 +5,12 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from graphopt.backends import target as target_of
 from graphopt.capture.sources import Captured, capture
@@ -19,17 +23,20 @@ from graphopt.errors import (
     require_positive_integer,
     user_code,
 )
+from graphopt.ir.graph import digest
 from graphopt.lowering.backend import Backend
 from graphopt.passes import REGISTRY
+from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.context import Loss
+from graphopt.pipeline.context import Teacher
 from graphopt.pipeline.instruments import Instrument
-from graphopt.pipeline.loss import followed
-from graphopt.pipeline.passes import Pass
-from graphopt.pipeline.runner import Pipeline
+from graphopt.pipeline.loss import Loss, followed
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.text import parse
 from graphopt.result import Optimized
 from graphopt.run import Run
+from graphopt.training.checkpoints import held
 
 
 def optimize(
@@ -41,6 +48,9 @@ def optimize(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     calibration: Any = None,
     calibration_steps: int | None = None,
+    training: Any = None,
+    teacher: Any = None,
+    checkpoint: str | Path | None = None,
     loss: Loss | None = None,
     evaluate: Callable[[Any], float] | None = None,
     cache: bool = False,
@@ -59,9 +69,12 @@ def optimize(
     modules. dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
     cache: capture the decode step of a language model, with its key-value cache.
     calibration: any iterable of batches, for passes that read activations; calibration_steps: most batches to use.
-    loss: (what the model returns, the batch) -> one number, for passes that follow gradients; None is the
+    training: any re-iterable of batches, for the passes that train (`distill`, `finetune`); labels may stand beside the
+    inputs. teacher: a module or an ONNX file for `distill` to learn from, in place of the model as it was.
+    checkpoint: a folder where training is kept every few minutes; the same call goes on from there.
+    loss: (what the model returns, the batch) -> one number, for passes that train or follow gradients; None is the
     cross-entropy to the labels in the batches. evaluate: (a model that is called like the original) -> how good it is,
-    more is better, for goals in that measure.
+    more is better: for goals in that measure, and to choose the best weights while training.
     threads: of the engine, None for its default.
     agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
     that is run only where agree=True or calibration asks for it, and then in sections of its layers; its weights are
@@ -111,6 +124,9 @@ def optimize(
             captured,
             pipeline,
             backend,
+            training=_training(training, captured),
+            teacher=None if teacher is None else _teacher(teacher, captured),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
             fallback=whole_pipeline(None, backend, earlier),
             earlier=earlier,
             calibration=batches,
@@ -121,7 +137,10 @@ def optimize(
             measure=measures,
             instruments=instruments,
         )
-        with outer_door(LoweringError, f"{captured.source} cannot be optimized by {pipeline} for {backend.name}"):
+        with (
+            outer_door(LoweringError, f"{captured.source} cannot be optimized by {pipeline} for {backend.name}"),
+            _checkpoint(checkpoint, pipeline, captured),
+        ):
             return run.result()
 
 
@@ -133,9 +152,9 @@ def whole_pipeline(
     earlier: what earlier calls did to the model, which counts for the order of stages; what is simplified already is
     not simplified first. Raises UsageError for what is no pass, and where the stages are out of order.
     """
-    chosen: Iterable[Pass] = ()
+    chosen: list[Pass] = []
     if isinstance(passes, str):
-        chosen = parse(passes, REGISTRY).passes if passes.strip() else ()
+        chosen = list(parse(passes, REGISTRY).passes) if passes.strip() else []
     elif isinstance(passes, Pass):
         chosen = [passes]
     elif isinstance(passes, Iterable):
@@ -146,10 +165,42 @@ def whole_pipeline(
         if not isinstance(one, Pass):
             raise UsageError(f"passes: {one!r} is a {type(one).__name__}; give pass objects, or one text")
     simplify = parse("simplify", REGISTRY).passes
-    first = () if simplify[0] in (*earlier, next(iter(chosen), None)) else simplify
-    asked = [*first, *chosen, *parse(backend.pipeline(), REGISTRY).passes]
+    first = () if simplify[0] in (*earlier, *chosen[:1]) else simplify
+    place = _place_of_simplify(chosen)
+    asked = [*chosen[:place], *first, *chosen[place:], *parse(backend.pipeline(), REGISTRY).passes]
     Pipeline([*earlier, *asked])  # which checks the order
     return Pipeline(asked)
+
+
+def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Captured) -> AbstractContextManager[None]:
+    """The folder for checkpoints, where one was given, for this run alone."""
+    if folder is None:
+        return nullcontext()
+    return held(Path(folder), {"pipeline": str(pipeline), "model": digest(captured.graph)})
+
+
+def _training(source: Any, captured: Captured) -> Batches | None:
+    return None if source is None else Batches(source, captured.graph.inputs, name="training")
+
+
+def _teacher(model: Any, captured: Captured) -> Teacher:
+    """What distillation learns from, as a graph: of torch.fx where it is a module. Raises UsageError for a module in
+    training mode, whose dropout would teach noise."""
+    if isinstance(model, nn.Module) and model.training:
+        raise UsageError("the teacher is in training mode, and dropout would teach noise: call teacher.eval()")
+    is_onnx = not isinstance(model, nn.Module | torch.export.ExportedProgram)
+    feeds = [dict(one) for one in captured.feeds]
+    found = capture(model, "onnx" if is_onnx else "fx", example_inputs=None if is_onnx else feeds)
+    return Teacher(found.graph, found.signature.outputs)
+
+
+def _place_of_simplify(passes: Sequence[Pass]) -> int:
+    """Where the model is simplified: first, but where weights are trained only before `quantize`, since batch norms
+    that are folded train worse."""
+    if not any(leaf.trains for one in passes for leaf in leaves(one)):
+        return 0
+    staged = (place for place, one in enumerate(passes) if any(leaf.stage >= Stage.QUANTIZE for leaf in leaves(one)))
+    return next(staged, len(passes))
 
 
 @outer_door(CaptureError, "the optimized model cannot be captured again")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from graphopt.capture.onnx_conversion import to_onnx
 from graphopt.capture.signature import as_model
 from graphopt.capture.sources import Captured
-from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
+from graphopt.errors import CaptureError, GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Feeds, Graph, digest
@@ -17,13 +21,14 @@ from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
 from graphopt.measure import cache, machine
+from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
-from graphopt.pipeline.context import Context, Loss
+from graphopt.pipeline.context import Context, Teacher
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline.passes import Pass, Stage
-from graphopt.pipeline.runner import Pipeline
+from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.report.declines import Reason
-from graphopt.report.records import Report, count_kinds
+from graphopt.report.records import Report, Shipped, count_kinds
 from graphopt.result import Optimized, shapes_text, versions
 
 
@@ -57,12 +62,17 @@ class Run:
     earlier: tuple[Pass, ...]
     """What earlier calls of a chain did to the model."""
     calibration: Calibration | None
-    loss: Loss
+    loss: Callable[..., Tensor]
     evaluate: Callable[[Any], float] | None
     threads: int | None
     agree: bool | None
     measure: bool
     instruments: Sequence[Instrument]
+    training: Batches | None = None
+    teacher: Teacher | None = None
+    checkpoint: Path | None = None
+    _trained: Graph | None = None
+    """The graph of torch.fx that the last pass trained, where nothing but lowering follows."""
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -109,6 +119,8 @@ class Run:
         )  # fmt: skip
         if not self._is_too_large_to_run:
             self._check_kernels(small, reference, promised=not as_it_came)
+            if pipeline.is_trained:
+                self._check_metric(small)
         return small
 
     # --- captured -> transformed -> folded ---------------------------------------------------------------------------
@@ -152,16 +164,45 @@ class Run:
             report=report,
             feeds=captured.feeds,
             calibration=self.calibration,
-            loss=lambda outputs, batch: loss(captured.signature.rebuild(outputs), batch),
+            loss=lambda outputs, batch, **options: loss(captured.signature.rebuild(outputs), batch, **options),
             evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
             instruments=watchers,
             threads=self.threads,
             reverted=reverted,
+            training=self.training,
+            outputs=captured.signature.outputs,
+            teacher=self.teacher,
+            checkpoint=self.checkpoint,
         )
         report.cost_before, report.ops_before = context.cost(captured.graph), count_kinds(captured.graph.nodes)
-        folded = pipeline.apply(captured.graph, context)
+        folded = self._applied(pipeline, context)
         report.cost_after, report.ops_after = context.cost(folded), count_kinds(folded.nodes)
         return kept.graph or folded, folded
+
+    def _applied(self, pipeline: Pipeline, context: Context) -> Graph:
+        """The graph after all passes. Up to the last pass that trains they run on torch.fx, whatever the target."""
+        captured = self.captured
+        trains = [any(leaf.trains for leaf in leaves(one)) for one in pipeline.passes]
+        last = max((place for place, one in enumerate(trains) if one), default=None)
+        if last is None or captured.graph.dialect == "fx":
+            context.original = captured.graph
+            return pipeline.apply(captured.graph, context)
+        trainable = self._torch_form
+        context.original = trainable.graph
+        rest = pipeline.passes[last + 1 :]
+        trained = Pipeline(pipeline.passes[: last + 1]).apply(trainable.graph, context)
+        if all(leaf.lossless or leaf.stage is Stage.LOWER for one in rest for leaf in leaves(one)):
+            self._trained = trained
+        with outer_door(LoweringError, f"the trained graph cannot become an {captured.graph.dialect} graph"):
+            converted = to_onnx(trained, captured.feeds)
+        return Pipeline(rest).apply(converted, context)
+
+    @cached_property
+    def _torch_form(self) -> Captured:
+        """The model as a graph that can be trained."""
+        if self.captured.torch_form is not None:
+            return self.captured.torch_form()
+        raise CaptureError(f"{self.captured.source} has no torch form")
 
     # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 
@@ -232,6 +273,19 @@ class Run:
                 report.agreement = reference.compare(small.run_anew)
             small.forget_state()
 
+    def _check_metric(self, small: Optimized) -> None:
+        """Evaluate what was trained and what ships: the same metric is promised, and reported."""
+        if self.evaluate is None:
+            return
+        signature = self.captured.signature
+        trained = small.transformed if self._trained is None else self._trained
+        found = Shipped(*(
+            float(self.evaluate(model))
+            for model in (as_model(self.captured.graph, signature), as_model(trained, signature), small)
+        ))  # fmt: skip
+        small.report.shipped = found
+        small.report.notes.append(str(found))
+
     # --- timed -------------------------------------------------------------------------------------------------------
 
     @property
@@ -242,9 +296,12 @@ class Run:
         return _Attempt(small, check.time(small.runner, digest(small.lowered)), notes)
 
     def _without_losers(self, check: SpeedCheck, attempt: _Attempt) -> _Attempt:
-        """Run again without the sites that make the model slower, while there are some, up to RERUNS times."""
+        """Run again without the sites that make the model slower, while there are some, up to RERUNS times.
+
+        What was trained is not trained again: it is kept, and a note says what it loses.
+        """
         reverted: dict[str, Decline] = {}
-        for _ in range(RERUNS):
+        for _ in range(0 if self.pipeline.is_trained else RERUNS):
             lost = self._slowest_sites(check, attempt)
             if not lost:
                 break

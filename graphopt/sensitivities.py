@@ -13,10 +13,10 @@ from graphopt.capture.sources import capture
 from graphopt.errors import PassError, UsageError, outer_door, user_code
 from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.context import Context, Loss
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.damage import STEPS, scan
 from graphopt.pipeline.instruments import Instrument
-from graphopt.pipeline.loss import followed
+from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.text import parse

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from graphopt.passes.prune.prune import Prune
     from graphopt.passes.quantize.quantize import Quantize
     from graphopt.passes.quantize.smooth import Smooth
+    from graphopt.passes.recover.distill import Distill
+    from graphopt.passes.recover.finetune import FineTune
     from graphopt.passes.simplify import Simplify
     from graphopt.passes.sparsify.sparsify import Sparsify
 
 __all__ = [
-    "REGISTRY", "Approximate", "Cast", "FoldInt8", "LowRank", "MergeLinear", "Prune", "Quantize", "Simplify", "Smooth",
-    "Sparsify",
+    "REGISTRY", "Approximate", "Cast", "Distill", "FineTune", "FoldInt8", "LowRank", "MergeLinear", "Prune", "Quantize",
+    "Simplify", "Smooth", "Sparsify",
 ]  # fmt: skip
 
 _BUILT_IN = {
@@ -34,6 +36,8 @@ _BUILT_IN = {
     "sparsify": "graphopt.passes.sparsify:Sparsify",
     "low-rank": "graphopt.passes.low_rank:LowRank",
     "smooth": "graphopt.passes.quantize:Smooth",
+    "distill": "graphopt.passes.recover:Distill",
+    "finetune": "graphopt.passes.recover:FineTune",
     "quantize": "graphopt.passes.quantize:Quantize",
     "cast": "graphopt.passes.cast:Cast",
     "merge-linear": "graphopt.passes.merge_linear:MergeLinear",

@@ -46,6 +46,10 @@ class Captured:
     untouched: Callable[[], Graph] | None = None
     """Makes the graph that the result is timed against: of an ONNX model as it was handed in; of what an earlier call
     optimized for the same engine, its lowered graph. None where that is the captured graph: of modules and programs."""
+    torch_form: Callable[[], Captured] | None = None
+    """Captures the same model as a graph of torch.fx, to be trained; None where `graph` is one."""
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors of a module that was handed in, by their names in its state_dict."""
 
 
 def capture(
@@ -126,7 +130,11 @@ def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced) -> Capt
     for example in traced.examples:
         _require_shapes(graph, example)
     graph = _raised(dialect, graph, traced.examples[:1], [traced.expected], notes)
-    return Captured(graph, signature, traced.examples, f"{type(module).__module__}.{type(module).__name__}", notes)
+    source = f"{type(module).__module__}.{type(module).__name__}"
+    torch_form = None if graph.dialect == "fx" else partial(_capture_module, module, adapter("fx"), traced)
+    return Captured(
+        graph, signature, traced.examples, source, notes, torch_form=torch_form, state=traced.program.state_dict
+    )
 
 
 def _require_shapes(graph: Graph, example: Feeds) -> None:
@@ -165,7 +173,10 @@ def _capture_program(
     if make_feeds and not feeds:
         feeds = [_made_feeds(graph.inputs, notes)]
     graph = _raised(dialect, graph, feeds, _reference(graph, feeds, notes) if feeds else None, notes)
-    return Captured(graph, signature, feeds, "torch.export.ExportedProgram", notes)
+    torch_form = None if graph.dialect == "fx" else partial(_capture_program, program, adapter("fx"), example_inputs)
+    return Captured(
+        graph, signature, feeds, "torch.export.ExportedProgram", notes, torch_form=torch_form, state=program.state_dict
+    )
 
 
 def _on_cpu_feeds(signature: Signature, example: Any) -> Feeds:

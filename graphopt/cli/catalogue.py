@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -96,8 +97,15 @@ def _described(cls: type[Pass]) -> dict[str, Any]:
     }
 
 
-def _option_docs(cls: type[Pass]) -> dict[str, str]:
-    """The string that stands under each field in the source; nothing where there is no source."""
+def _option_docs(cls: type) -> dict[str, str]:
+    """The string that stands under each field in the source of the class, or of one that it inherits from."""
+    docs: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        docs |= _own_docs(one) if is_dataclass(one) else {}
+    return docs
+
+
+def _own_docs(cls: type) -> dict[str, str]:
     import ast
     from inspect import getsource
     from itertools import pairwise

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -20,12 +21,16 @@ from graphopt.pipeline.target import AnyTarget, Target
 from graphopt.report.records import PassRecord, Report
 
 if TYPE_CHECKING:
-    from graphopt.pipeline.batches import Batch
+    from graphopt.pipeline.batches import Batch, Batches
     from graphopt.pipeline.calibration import Calibration, S
     from graphopt.pipeline.instruments import Instrument
 
-Loss = Callable[[Any, Any], Tensor]
-"""(what the model returns, the batch that it was fed) -> one number, the mean over the batch."""
+@dataclass(frozen=True)
+class Teacher:
+    """A model to learn from: a graph of either dialect, and the names of its outputs in order."""
+
+    graph: Graph
+    outputs: tuple[str, ...]
 
 
 @dataclass
@@ -42,10 +47,30 @@ class Context:
     """The example inputs, by input name, one mapping for each shape."""
     calibration: Calibration | None = None
     """The calibration batches, where the user gave any."""
-    loss: Callable[[list[Tensor], Batch], Tensor] | None = None
-    """(the graph's outputs in order, the batch) -> one number; for criteria that follow gradients."""
+    loss: Callable[..., Tensor] | None = None
+    """(the graph's outputs in order, the batch) -> one number; for criteria that follow gradients, and for training.
+    Without a loss of the user's it takes label_smoothing and class_weights too (`loss.cross_entropy`)."""
     evaluate: Callable[[Graph], float] | None = None
     """A graph -> its metric, more is better; for goals in the user's own metric."""
+    training: Batches | None = None
+    """The batches to train on, where the user gave any."""
+    outputs: Sequence[str] = ()
+    """The names of the model's outputs, in order."""
+    original: Graph | None = None
+    """The model before anything was lost, which is what a student is compared with: as captured, or after the last
+    `finetune` in front of the first lossy pass."""
+    teacher: Teacher | None = None
+    """Another model to learn from, where the user gave one."""
+    checkpoint: Path | None = None
+    """The folder where training passes keep what they need to go on after a crash."""
+    is_lossy: bool = False
+    """Whether a pass has lost something so far, other than by training."""
+    sparse: dict[str, str] = field(default_factory=dict)
+    """By label, the sites whose zeros must stay, with the pattern of their zeros."""
+    round: tuple[int, int] = (1, 1)
+    """Which round of how many runs, inside `repeat`."""
+    trained: list[str] = field(default_factory=list)
+    """Names of the training passes that have run, which tells their checkpoints apart."""
     instruments: Sequence[Instrument] = ()
     """What is called around every pass."""
     reverted: Mapping[str, Decline] = field(default_factory=dict)
@@ -161,6 +186,15 @@ class Context:
                 f"(on the command line: --calibration file.npz){', or use ' + options if options else ''}"
             )
         return self.calibration
+
+    def training_batches(self) -> Batches:
+        """The batches to train on. Raises UsageError where there are none."""
+        if self.training is None:
+            raise UsageError(
+                f"{self.record.name} needs training data: pass training=<batches of inputs, and labels where the loss "
+                "needs them> (on the command line: --training)"
+            )
+        return self.training
 
     def cost(self, graph: Graph) -> Cost:
         """The cost of a graph at the sizes of the first example."""

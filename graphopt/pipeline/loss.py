@@ -1,44 +1,169 @@
-"""The loss that passes follow: the user's, or the cross-entropy where the user gives none."""
+"""The loss that passes follow and train on: the user's, or the cross-entropy to labels where the user gives none."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import UsageError, user_code
+from graphopt.ir.graph import Feeds, dtype_name
 from graphopt.pipeline.batches import Batch
-from graphopt.pipeline.context import Loss
+
+Loss = Callable[[Any, Any], Tensor]
+"""(what the model returns, the batch that it was fed) -> one number, the mean over the batch."""
+
+IGNORED = -100
+"""The label of positions that are left out."""
+
+_SPAN = ("start", "end")
 
 
-def followed(loss: Loss | None) -> Callable[[Any, Batch], Tensor]:
+def followed(loss: Loss | None) -> Callable[..., Tensor]:
     """The user's loss, which is given the batch as the user made it; None is the cross-entropy to its labels."""
     if loss is None:
         return cross_entropy
     call = user_code("loss function", loss)
-    return lambda outputs, batch: call(outputs, batch.raw)
+
+    def users(outputs: Any, batch: Batch, **options: Any) -> Tensor:
+        if options:
+            raise UsageError(f"{' and '.join(options)} belong to the built-in cross-entropy, and loss= is your own")
+        return call(outputs, batch.raw)
+
+    return users
 
 
-def cross_entropy(outputs: Any, batch: Batch) -> Tensor:
-    """The mean cross-entropy of logits (..., classes) to the integer labels (...) of a batch; -100 is left out.
+def cross_entropy(
+    outputs: Any, batch: Batch, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
+    """The mean cross-entropy of what a model returns to the labels of a batch; -100 and padding are left out.
 
-    The logits are the output of that name, else the first one. Raises UsageError where the batch holds no labels, or
-    others than these.
+    outputs: the logits are the one called logits, else the first in floats. Labels are integers (...) for logits
+    (..., classes), or for (batch, classes, ...); floats of the logits' shape whose rows sum to 1 (soft labels); other
+    floats, for which it is the mean squared error; or a dict of start_positions and end_positions, for the outputs
+    start_logits and end_logits. Labels that are the token ids of the input are those of the next position (a language
+    model), and so is a batch without labels whose logits are as many as its token ids.
+    label_smoothing: Szegedy et al. 2016, section 7. class_weights: one for each class.
+    Raises UsageError where there are no labels, and where they do not fit the logits.
     """
+    named = _named(outputs)
     labels = batch.labels
+    if isinstance(labels, Mapping):
+        return _spans(named, labels, label_smoothing)
+    logits = logits_of(named)
+    ids = _token_ids(batch.feeds, logits)
+    if labels is None:
+        labels = ids
     if labels is None:
         raise UsageError(
             "no loss: pass loss=<function of (outputs, batch)>, or batches with labels (dicts that hold 'labels', or "
             "tuples of inputs and labels)"
         )
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+    if not isinstance(labels, Tensor) or labels.is_complex():
         held = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise UsageError(
-            f"the labels are {held}, and cross-entropy takes integers: pass loss=<function of (outputs, batch)>"
+            f"the labels are {held}, and cross-entropy takes a tensor: pass loss=<function of (outputs, batch)>"
         )
-    named = outputs if isinstance(outputs, Mapping) else {}
-    logits = named.get("logits", next(iter(pytree.tree_leaves(outputs))))
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten().long())
+    labels = labels.to(logits.device)
+    if labels.is_floating_point():
+        return _to_floats(logits, labels)
+    real = padding_mask(batch.feeds)
+    if real is not None and real.shape == labels.shape:
+        labels = labels.masked_fill(~real.to(labels.device), IGNORED)
+    if ids is not None and _are_token_ids(labels, ids.to(labels.device)):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return _to_classes(logits, labels, label_smoothing, class_weights)
+
+
+def logits_of(outputs: Mapping[str, Tensor]) -> Tensor:
+    """The output called logits, else the first that holds floats."""
+    floats = [one for one in outputs.values() if one.is_floating_point()]
+    if not floats:
+        raise UsageError(f"no output holds floats to compare with labels ({', '.join(outputs)})")
+    return outputs.get("logits", floats[0])
+
+
+def padding_mask(feeds: Feeds) -> Tensor | None:
+    """Which positions are no padding, by the input that is an attention mask (batch, length): boolean; None without
+    one."""
+    masks = [feed for name, feed in feeds.items()
+             if "mask" in name.lower() and feed.dim() == 2 and not feed.is_floating_point()]  # fmt: skip
+    return masks[0].bool() if masks else None
+
+
+def _named(outputs: Any) -> dict[str, Tensor]:
+    """What a model returned, by name; without names, by place."""
+    if isinstance(outputs, Mapping):
+        return {str(name): one for name, one in outputs.items() if isinstance(one, Tensor)}
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return {str(place): leaf for place, leaf in enumerate(leaves)}
+
+
+def _token_ids(feeds: Feeds, logits: Tensor) -> Tensor | None:
+    """The integer input of the logits' leading shape (batch, length); None where there is none."""
+    if logits.dim() != 3:
+        return None
+    fitting = [name for name, feed in feeds.items() if feed.shape == logits.shape[:2] and not feed.is_floating_point()
+               and "mask" not in name.lower() and "type" not in name.lower()]  # fmt: skip
+    return feeds[fitting[0]] if fitting else None
+
+
+def _are_token_ids(labels: Tensor, ids: Tensor) -> bool:
+    """Whether labels are the input itself, where they are not left out."""
+    if labels.shape != ids.shape:
+        return False
+    counted = labels != IGNORED
+    return bool(counted.any()) and bool((labels == ids)[counted].all())
+
+
+def _spans(outputs: Mapping[str, Tensor], labels: Mapping[str, Any], smoothing: float) -> Tensor:
+    """Question answering: the mean of the losses of the start and of the end; answers outside of the text are left
+    out."""
+    total = []
+    for side in _SPAN:
+        logits, where = outputs.get(f"{side}_logits"), labels.get(f"{side}_positions")
+        if logits is None or where is None:
+            raise UsageError(
+                f"the labels are {', '.join(map(str, labels))}, and the outputs {', '.join(outputs)}: question "
+                "answering has start_positions and end_positions for start_logits and end_logits; for anything else "
+                "pass loss=<function of (outputs, batch)>"
+            )
+        positions = torch.as_tensor(where, device=logits.device).flatten()
+        inside = (positions >= 0) & (positions < logits.shape[-1])
+        total.append(_to_classes(logits, positions.masked_fill(~inside, IGNORED), smoothing, None))
+    return torch.stack(total).mean()
+
+
+def _to_floats(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.shape == logits.shape and logits.shape[-1] > 1 and bool(((labels.sum(-1) - 1).abs() < 1e-3).all()):
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.float().flatten(0, -2))
+    if labels.numel() != logits.numel():
+        raise UsageError(f"labels of {list(labels.shape)} floats do not fit an output of {list(logits.shape)}")
+    return F.mse_loss(logits.float().flatten(), labels.float().flatten())
+
+
+def _to_classes(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
+    if labels.shape == logits.shape[:1] + logits.shape[2:] != logits.shape[:-1]:
+        logits = logits.movedim(1, -1)
+    if labels.numel() != logits[..., 0].numel():
+        raise UsageError(
+            f"labels {list(labels.shape)} {dtype_name(labels.dtype)} do not fit logits {list(logits.shape)}: give one "
+            "class for each row of logits"
+        )
+    labels = labels.flatten().long()
+    counted, classes = labels[labels != IGNORED], logits.shape[-1]
+    if not counted.numel():
+        return logits.sum() * 0.0  # a batch without labels teaches nothing
+    if not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+        wrong = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
+        raise UsageError(f"a label is {wrong}, and the model has {classes} classes, 0 to {classes - 1}")
+    if weights is not None and len(weights) != classes:
+        raise UsageError(f"class_weights are {len(weights)} numbers, and the model has {classes} classes")
+    weights = None if weights is None else weights.to(logits.device)
+    return F.cross_entropy(
+        logits.flatten(0, -2).float(), labels, weights, ignore_index=IGNORED, label_smoothing=smoothing
+    )

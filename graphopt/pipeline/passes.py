@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Stage(enum.IntEnum):
-    """Where in a pipeline a pass may stand. SIMPLIFY goes anywhere before LOWER; the rest never goes backwards."""
+    """Where in a pipeline a pass may stand. SIMPLIFY and RECOVER (training) go anywhere before LOWER; the rest never
+    goes backwards."""
 
     SIMPLIFY = 0
     PRUNE = 1
@@ -43,6 +44,8 @@ class Pass:
     lossless: ClassVar[bool] = False
     """Whether outputs must stay equal, up to rounding."""
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
+    trains: ClassVar[bool] = False
+    """Whether it trains weights: then a pipeline runs on torch.fx up to the last such pass, on any target."""
     without_calibration: ClassVar[str] = ""
     """Options with which the pass needs no calibration data, as text; empty where there are none."""
     whole_model_options: ClassVar[Mapping[str, str]] = MappingProxyType({})

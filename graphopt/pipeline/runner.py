@@ -15,6 +15,9 @@ from graphopt.pipeline.options import Range, check_options
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.report.records import PassRecord
 
+_ANYWHERE = frozenset({Stage.SIMPLIFY, Stage.RECOVER})
+"""Stages that go anywhere before LOWER."""
+
 
 @dataclass(frozen=True)
 class Pipeline(Pass):
@@ -33,7 +36,12 @@ class Pipeline(Pass):
     def leaves(self) -> Iterator[Pass]:
         """The passes inside, nested ones opened, repeats once."""
         for inner in self.passes:
-            yield from inner.leaves() if isinstance(inner, Pipeline) else [inner]
+            yield from leaves(inner)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a pass inside trains."""
+        return any(leaf.trains for leaf in self.leaves())
 
     def apply(self, graph: Graph, context: Context) -> Graph:
         """Run on a clone and return it: when a pass fails, `graph` is as it was."""
@@ -63,19 +71,26 @@ class Repeat(Pipeline):
         object.__setattr__(self, "times", times)
         check_options(self.name, self)
         stages = {leaf.stage for leaf in self.leaves()}
-        if times > 1 and len(stages if Stage.LOWER in stages else stages - {Stage.SIMPLIFY}) > 1:
+        if times > 1 and len(stages if Stage.LOWER in stages else stages - _ANYWHERE) > 1:
             names = ", ".join(f"{leaf.name} ({leaf.stage.name})" for leaf in self.leaves())
             raise UsageError(f"repeat: the second round of {names} would go back a stage; repeat each stage by itself")
 
     def run(self, graph: Graph, context: Context) -> None:
-        for _ in range(self.times):
-            before = graph.version
+        outer = context.round
+        for number in range(self.times):
+            before, context.round = graph.version, (number + 1, self.times)
             super().run(graph, context)
             if graph.version == before:
-                return
+                break
+        context.round = outer
 
     def __str__(self) -> str:
         return f"repeat{{times={self.times}}}({super().__str__()})"
+
+
+def leaves(one: Pass) -> Iterator[Pass]:
+    """A pass itself, or the passes inside a pipeline."""
+    yield from one.leaves() if isinstance(one, Pipeline) else [one]
 
 
 def check_order(pipeline: Pipeline) -> None:
@@ -84,15 +99,29 @@ def check_order(pipeline: Pipeline) -> None:
     latest: Pass | None = None
     for leaf in leaves:
         if latest is not None and (
-            latest.stage is Stage.LOWER if leaf.stage is Stage.SIMPLIFY else leaf.stage < latest.stage
+            latest.stage is Stage.LOWER if leaf.stage in _ANYWHERE else leaf.stage < latest.stage
         ):
-            ordered = sorted(leaves, key=lambda p: p.stage)
+            ordered = _in_order(leaves)
             raise UsageError(
                 f"{leaf.name} ({leaf.stage.name}) cannot stand after {latest.name} ({latest.stage.name}); "
                 f"the right order is {','.join(p.name for p in ordered)}"
             )
-        if leaf.stage is not Stage.SIMPLIFY:
+        if leaf.stage not in _ANYWHERE:
             latest = leaf
+
+
+def _in_order(passes: list[Pass]) -> list[Pass]:
+    """By stage; what goes anywhere stays behind the pass that it followed, and before LOWER."""
+    blocks: list[list[Pass]] = [[]]
+    for one in passes:
+        if one.stage not in _ANYWHERE:
+            blocks.append([])
+        blocks[-1].append(one)
+    first, *staged = blocks
+    staged.sort(key=lambda block: block[0].stage)
+    free = [one for block in staged for one in block[1:] if block[0].stage is Stage.LOWER]
+    lower = [block[0] for block in staged if block[0].stage is Stage.LOWER]
+    return [*first, *(one for block in staged if block[0].stage is not Stage.LOWER for one in block), *free, *lower]
 
 
 def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
@@ -114,6 +143,8 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
         version, start = graph.version, time.perf_counter()
         pass_.run(graph, context)
         graph.sweep()
+        if not pass_.lossless and not pass_.trains and graph.version > version:
+            context.is_lossy = True
         record.seconds, record.changes = time.perf_counter() - start, graph.version - version
         record.cost_after, record.nodes_after = context.cost(graph), len(graph.nodes)
         for instrument in active:

@@ -95,6 +95,7 @@ SENTENCES = {
     "no_term_matches": "no term of {option} matches it",
     "kept_for_goal": "kept in higher precision for {goal}: quantized alone, it leaves the worst output {sqnr:.1f} dB",
     "ignored": "selected by ignore",
+    "frozen": "selected by freeze: its parameters stay",
     "no_static_kernel": "the target has no fast static kernel for it",
     "input_in_float": "{value}, which it reads, stays float",
     "side_in_float": "one side stays float: {value}",

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt.analysis.propagation import Propagation
 from graphopt.ir.cost import Cost
@@ -44,6 +44,9 @@ class PassRecord:
     rules: dict[str, Any] = field(default_factory=dict)
     """The log of each rewrite rule that ran inside: tries, hits, seconds, declined matches (`ir.rewrite.RuleLog`)."""
     notes: list[str] = field(default_factory=list)
+    training: list[dict[str, Any]] = field(default_factory=list)
+    """Of a pass that trains: one entry for each step ("step", "loss", its terms, "lr") and each evaluation ("step",
+    "metric"), in order."""
     sensitivity: Sensitivity | None = None
     """The damage by site, where the pass measured that first."""
 
@@ -83,6 +86,8 @@ class Report:
     """Of a model that came in quantized: how far each re-lowered site is from what it was."""
     agreement: list[Agreement] = field(default_factory=list)
     """The deployed result against the original, on the example inputs."""
+    shipped: Shipped | None = None
+    """Of a model that was trained: the metric of what was trained, and of what ships."""
     speed: list[dict[str, Any]] = field(default_factory=list)
     """By example shape, how many times as fast as the input: "shapes", "median", "low" and "high" (95%), "rounds"."""
     reverted: dict[str, Reason] = field(default_factory=dict)
@@ -107,6 +112,27 @@ class Report:
         from graphopt.report import html
 
         return html.fragment(self)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """The user's metric of the original, of the graph that was trained, and of the lowered result in its engine."""
+
+    original: float
+    trained: float
+    shipped: float
+
+    tolerance: ClassVar[float] = 5e-4
+    """Most that the last two may differ, as a share of the original's."""
+
+    @property
+    def is_equal(self) -> bool:
+        return abs(self.shipped - self.trained) <= self.tolerance * abs(self.original)
+
+    def __str__(self) -> str:
+        from graphopt.report import text
+
+        return text.shipped(self)
 
 
 def count_kinds(nodes: Iterable[Node]) -> dict[str, int]:

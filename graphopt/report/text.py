@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from graphopt.report import figures, tables
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import PassRecord, Relowering, Report
+from graphopt.report.records import PassRecord, Relowering, Report, Shipped
 
 if TYPE_CHECKING:
     from graphopt.analysis.groups import Group
@@ -72,6 +72,14 @@ def comparison(found: Comparison) -> str:
 def bench(result: BenchResult) -> str:
     """The machine, one row per shape, and the geometric means."""
     return "\n\n".join([result.header, table(tables.bench_rows(result)), "\n".join(tables.bench_notes(result))])
+
+
+def shipped(found: Shipped) -> str:
+    """One line: the three metrics, and whether what ships is what was trained."""
+    line = f"metric: {found.original:.6g} of the original, {found.trained:.6g} as trained, {found.shipped:.6g} shipped"
+    if found.is_equal:
+        return line
+    return f"warning: {line}, which differ by more than {found.tolerance:g} of the original's"
 
 
 def relowering(found: Relowering) -> str:

@@ -60,6 +60,10 @@ class Sparsify(Pass):
     """How one amount is spread over sites: the same for each (evenly), or more where the model's outputs suffer less
     (sensitivity)."""
 
+    schedule: Literal["none", "cubic"] = "none"
+    """Inside `repeat`: whether the amount grows over the rounds to the one asked for (cubic: fast at first, Zhu &
+    Gupta, 2017)."""
+
     seed: int = 0
     """Of criterion=random."""
 
@@ -96,6 +100,8 @@ class Sparsify(Pass):
             fixed is not None or by_site or self.scope == "global" or self.criterion == "threshold" or self.amount == 0
         ):
             return "allocate=sensitivity spreads one share of zeros; leave out N:M, a threshold, global, 0 and {...}"
+        if self.schedule != "none" and (fixed is not None or self.criterion == "threshold"):
+            return "schedule lets a share of zeros grow; leave it out with N:M and a threshold"
         for option, criterion in (("seed", "random"), ("damping", "sparsegpt")):
             if option in self.given() and self.criterion != criterion:
                 return f"{option} is for criterion={criterion}, and criterion is {self.criterion}"
@@ -119,6 +125,7 @@ class Sparsify(Pass):
                 stored.append((weight, graph.add_constant(sparse.tensor, weight.value.name)))
         for weight, value in stored:
             for site in weight.sites:
+                context.sparse[site.label] = self.pattern
                 graph.replace(site, graph.emit(site.kind, site.input, value, site.bias, at=site, **site.attributes))
         for note in zeros.notes(context.target, self.pattern):
             context.note(note)
@@ -149,10 +156,15 @@ class Sparsify(Pass):
                 _decline(context, weight, Decline("amounts_differ", amounts=_either(asked)))
             else:
                 weights.append(weight)
-                shares[weight.value] = asked[0]
+                shares[weight.value] = asked[0] * self._reached(context)
         if undivided and not weights:
             raise UsageError(f"sparsify: pattern {self.pattern} divides no weight ({'; '.join(undivided)})")
         return Request(weights, shares, pattern, self.scope == "global", self.seed, self.damping)
+
+    def _reached(self, context: Context) -> float:
+        """The share of the amount that this round of a `repeat` is to reach."""
+        number, rounds = context.round
+        return 1.0 if self.schedule == "none" else 1 - (1 - number / rounds) ** 3
 
 
 def _decline(context: Context, weight: Weight, why: Decline) -> None:

@@ -14,7 +14,7 @@ import onnx
 import torch
 
 from graphopt.dialects.fx import custom_operators
-from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode
+from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError
 from graphopt.ir.ops import OPS, Op

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graphopt.ir.graph import Graph
 
@@ -28,6 +28,10 @@ class Instrument:
     def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
         """Called where the pass, or an instrument after it, failed. May return the folder of a reproducer."""
         return None
+
+    def trained(self, line: Mapping[str, Any]) -> None:
+        """Called after each training step with "step", "loss", its terms and "lr", and after each evaluation with
+        "step" and "metric"."""
 
     @contextmanager
     def watch(self, what: str, steps: int | None) -> Iterator[Callable[[str], None]]:

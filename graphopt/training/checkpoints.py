@@ -1,0 +1,214 @@
+"""A training on disk: what a later call needs to go on as if nothing had happened. No pickles.
+
+A folder belongs to one pipeline on one model. It holds a file for each training pass, safetensors with JSON in its
+metadata, which is written under another name and then renamed, so that it is whole at any moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graphopt.errors import UsageError, first_line
+from graphopt.ir.graph import Graph, digest, raw_bytes
+from graphopt.pipeline.batches import Batch
+from graphopt.training import precision
+
+if TYPE_CHECKING:
+    from graphopt.training.loop import Trainer
+
+_IDENTITY = "graphopt.json"
+
+
+@contextmanager
+def held(folder: Path, identity: Mapping[str, str]) -> Iterator[None]:
+    """Make a folder ready for one run, which no other process may use meanwhile.
+
+    identity: of what is run (the pipeline, the model), by name. Raises UsageError where the folder is in use, holds
+    something else, is of another run, or cannot be written.
+    """
+    where = f"checkpoint={str(folder)!r}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UsageError(f"{where} is in use by another run: give each run a folder of its own") from None
+    except OSError as error:
+        raise UsageError(f"{where} cannot be written: {error.strerror or error}") from error
+    try:
+        file = folder / _IDENTITY
+        others = [one.name for one in folder.iterdir() if one.name not in (".lock", _IDENTITY)]
+        if not file.exists() and others:
+            raise UsageError(f"{where} is not empty ({', '.join(sorted(others)[:3])}), and no checkpoint: name another")
+        if file.exists():
+            _require_same(where, file, identity)
+        _replace(file, json.dumps(dict(identity), indent=2))
+        yield
+    finally:
+        lock.release()
+
+
+def _require_same(where: str, file: Path, identity: Mapping[str, str]) -> None:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{where} holds a damaged {file.name}: delete the folder, or name another") from error
+    for name, value in identity.items():
+        if known.get(name) != value:
+            raise UsageError(
+                f"{where} belongs to another {name} ({known.get(name)}, and now it is {value}): name another folder"
+            )
+
+
+def _replace(file: Path, text: str) -> None:
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+class Checkpoints:
+    """The checkpoints of one training pass: `file` holds the latest."""
+
+    def __init__(self, file: Path, graph: Graph, minutes: float) -> None:
+        """graph: as the training finds it. minutes: between checkpoints."""
+        self.file, self.minutes = file, minutes
+        self.key = digest(graph)
+        self._written = time.monotonic()
+        self._seen = hashlib.sha256()
+        self._expected = ""
+        """The digest of the batches that an earlier session saw of this epoch."""
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def saw(self, batch: Batch) -> None:
+        """A batch was read: its content is a part of the digest of this epoch."""
+        for name, tensor in sorted(batch.feeds.items()):
+            self._seen.update(name.encode())
+            self._seen.update(raw_bytes(tensor))
+        if isinstance(batch.labels, Tensor):
+            self._seen.update(raw_bytes(batch.labels))
+
+    def new_epoch(self) -> None:
+        self._seen = hashlib.sha256()
+
+    def skipped(self, notes: list[str]) -> None:
+        """The batches that an earlier session saw were read again: note where they are not the same."""
+        if self._expected and self._seen.hexdigest() != self._expected:
+            notes.append(
+                "the training data does not repeat itself under one seed: this is not what an unbroken run would be"
+            )
+        self._expected = ""
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def due(self, trainer: Trainer) -> None:
+        """Write a checkpoint where the last is `minutes` old."""
+        if time.monotonic() - self._written >= 60 * self.minutes:
+            self.write(trainer)
+
+    def write(self, trainer: Trainer, *, is_done: bool = False) -> None:
+        """Write all that `resume` reads. Raises UsageError where the disk is full or the folder cannot be written."""
+        tensors, facts = _state(trainer)
+        facts |= {"key": self.key, "settings": str(trainer.settings), "seen": self._seen.hexdigest(), "done": is_done}
+        part = self.file.with_name(f"{self.file.name}.part")
+        try:
+            stored = {name: one.contiguous().cpu() for name, one in tensors.items()}
+            save_file(stored, part, {"graphopt": json.dumps(facts)})
+            part.replace(self.file)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"the checkpoint {self.file} cannot be written: {first_line(error)}") from error
+        finally:
+            part.unlink(missing_ok=True)
+        self._written = time.monotonic()
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def resume(self, trainer: Trainer) -> bool:
+        """Bring a trainer to where an earlier session was; whether there was one.
+
+        Raises UsageError for a checkpoint of another training.
+        """
+        if not self.file.exists():
+            return False
+        try:
+            with safe_open(self.file, "pt") as opened:
+                facts = json.loads(opened.metadata()["graphopt"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{self.file} is no checkpoint ({first_line(error)}): delete it to start again") from error
+        if facts["key"] != self.key or facts["settings"] != str(trainer.settings):
+            raise UsageError(
+                f"{self.file} is the checkpoint of another training (its model, its calibration or its options "
+                "differ): name another folder, or delete it"
+            )
+        self._expected = facts["seen"]
+        _load(trainer, tensors, facts)
+        trainer.outcome.notes.append(f"went on from step {trainer.step}, at {self.file.name}")
+        return True
+
+
+def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that decides how a training goes on: tensors by name, and plain data."""
+    tensors = {f"module/{name}": one.detach().clone() for name, one in trainer.module.state_dict().items()}
+    tensors |= {f"best/{name}": one for name, one in trainer.best.state.items()}
+    tensors |= {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
+    for parameter, rule in trainer.rules.items():
+        tensors |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state().items()}
+    optimizer = trainer.optimizer.state_dict()["state"]
+    for place, values in optimizer.items():
+        tensors |= {f"optimizer/{place}/{name}": one for name, one in values.items() if isinstance(one, Tensor)}
+    torch_state, numpy_state, python_state, cuda_states = trainer.model_stream.state
+    tensors["random/torch"] = torch_state
+    tensors["random/numpy"] = torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))
+    tensors |= {f"random/cuda{place}": one for place, one in enumerate(cuda_states)}
+    best = trainer.best
+    facts = {
+        "step": trainer.step, "epoch": trainer.epoch, "batches": trainer.seen, "seconds": trainer.seconds(),
+        "best": {"metric": best.metric, "step": best.step, "waited": best.waited},
+        "lines": trainer.outcome.lines, "amp": trainer.amp.name, "scaler": trainer.amp.scaler.state_dict(),
+        "numpy": [numpy_state[0], *numpy_state[2:]],
+        "python": [python_state[0], list(python_state[1]), python_state[2]],
+    }  # fmt: skip
+    return tensors, facts
+
+
+def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    from graphopt.training.loop import Best
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+
+    trainer.module.load_state_dict(part("module/"))
+    trainer.objective.load_state_dict(part("objective/"))
+    for parameter, rule in trainer.rules.items():
+        rule.load_state(part(f"rule/{parameter}/"))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, one in part("optimizer/").items():
+        place, key = name.split("/", 1)
+        state.setdefault(int(place), {})[key] = one
+    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
+    trainer.step, trainer.epoch, trainer.seen = facts["step"], facts["epoch"], facts["batches"]
+    trainer.spent = facts["seconds"]
+    trainer.best = Best(part("best/"), **facts["best"])
+    trainer.outcome.lines = facts["lines"]
+    trainer.is_done = facts["done"]
+    trainer.amp = precision.Amp(facts["amp"], trainer.device)
+    trainer.amp.scaler.load_state_dict(facts["scaler"])
+    name, *rest = facts["numpy"]
+    version, internal, gauss = facts["python"]
+    numpy_state = (name, tensors["random/numpy"].numpy().astype(np.uint32), *rest)
+    cuda = [tensors[key] for key in sorted(tensors) if key.startswith("random/cuda")]
+    trainer.model_stream.state = tensors["random/torch"], numpy_state, (version, tuple(internal), gauss), cuda

@@ -1,0 +1,461 @@
+"""The training loop: torch.optim over a graph's module, to the best weights that `evaluate` finds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from graphopt.errors import UsageError
+from graphopt.ir.graph import Graph
+from graphopt.pipeline.batches import Batch, Batches
+from graphopt.training import precision, streams
+from graphopt.training.objective import Objective
+from graphopt.training.rules import WeightRule
+from graphopt.training.schedule import learning_rate
+from graphopt.training.settings import EPOCHS, Settings
+
+if TYPE_CHECKING:
+    from graphopt.pipeline.instruments import Instrument
+    from graphopt.training.checkpoints import Checkpoints
+
+Line = dict[str, Any]
+"""One line of a training's record: a step ("step", "loss", its terms, "lr") or an evaluation ("step", "metric")."""
+
+
+@dataclass
+class Outcome:
+    """What a training did."""
+
+    lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    steps: int = 0
+    metric: float | None = None
+    """Of the weights that were kept."""
+
+
+@dataclass
+class Best:
+    """The best weights so far; without `evaluate`, the latest that a loss was finite with."""
+
+    state: dict[str, Tensor]
+    metric: float
+    step: int
+    waited: int = 0
+    """Evaluations since."""
+
+
+class Diverged(Exception):
+    """The loss is NaN or infinite."""
+
+
+class Trainer:
+    """One training of one graph. `run` leaves the best weights in the graph."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        objective: Objective,
+        batches: Batches,
+        settings: Settings,
+        *,
+        frozen: Sequence[str] = (),
+        rules: Mapping[str, WeightRule] | None = None,
+        module: nn.Module | None = None,
+        evaluate: Callable[[Graph], float] | None = None,
+        checkpoints: Checkpoints | None = None,
+        watchers: Sequence[Instrument] = (),
+        name: str = "training",
+    ) -> None:
+        """graph: of the fx dialect. objective: what is minimized. module: of the graph, with the objective's values
+        besides; made here without it. frozen: names of the module's parameters that stay. rules: by parameter, what
+        its weight keeps to. evaluate: a graph -> its metric, more is better. name: in progress bars and messages.
+
+        Raises UsageError where nothing is left to train.
+        """
+        self.graph, self.objective, self.batches, self.settings = graph, objective, batches, settings
+        self.evaluate, self.checkpoints, self.watchers, self.name = evaluate, checkpoints, watchers, name
+        self.rules = dict(rules or {})
+        self.device = precision.device_of(settings.device)
+        self.module = module or trainable(graph, objective, settings)
+        self.module.to(self.device)
+        objective.to(self.device)
+        self.inputs = [value.name for value in graph.inputs]
+        self.outcome = Outcome()
+        self.parameters = {
+            name: one for name, one in self.module.named_parameters() if name not in frozen
+        }
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name in self.parameters)
+        if not self.parameters:
+            raise UsageError(f"{self.name}: no parameter is left to train (freeze={settings.freeze})")
+        self.optimizer = self._optimizer()
+        self.amp = precision.Amp("off", self.device)
+        self.step = 0
+        self.epoch = 0
+        self.seen = 0
+        """Batches of this epoch."""
+        self.spent = 0.0
+        """Seconds of earlier sessions."""
+        self.model_stream = streams.Stream(settings.seed)
+        self.is_done = False
+        """Whether an earlier session has ended the training."""
+        self._evaluated_at = 0
+        self._interrupted = False
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Train, and write the best weights into the graph. The user's random states stay as they were."""
+        with streams.restored(), self._interruptible():
+            self._begin = time.monotonic()
+            self.total = self._total_steps()
+            self.amp = precision.chosen(self.settings.amp, self.device, self._trial, self.outcome.notes)
+            if self.checkpoints is None or not self.checkpoints.resume(self):
+                self.best = Best(self._state(), self._score() if self.evaluate else math.nan, 0)
+                if self.evaluate is not None:
+                    self._tell({"step": 0, "metric": self.best.metric})
+            try:
+                if not self.is_done:
+                    self._train()
+            except Diverged as error:
+                self._diverged(error)
+        self._load(self.best.state)
+        self.graph.absorb(self.module)
+        self.outcome.steps = self.step
+        self.outcome.metric = None if self.evaluate is None else self.best.metric
+        return self.outcome
+
+    def _train(self) -> None:
+        self.module.train()
+        with ExitStack() as stack:
+            bars = [stack.enter_context(one.watch(self.name, self.total)) for one in self.watchers]
+            for batches in self._steps():
+                loss, terms = self._step(batches)
+                line: Line = {"step": self.step, "loss": loss, **terms, "lr": self._lr()}
+                self._tell(line)
+                for advance in bars:
+                    advance(self._told(line))
+                if self._is_due():
+                    self._evaluated()
+                if self.checkpoints is not None:
+                    self.checkpoints.due(self)
+                if self._is_over():
+                    break
+            if self._evaluated_at != self.step:
+                self._evaluated()
+            if self.checkpoints is not None and not self._interrupted:
+                self.checkpoints.write(self, is_done=True)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The batches of each step, epoch by epoch, until the limits are reached."""
+        while not self._is_over():
+            data = streams.Stream(self.settings.seed + 1 + self.epoch)
+            several: list[Batch] = []
+            with data.active():
+                batches = self.batches.with_batches()
+            self._skip(batches, data)
+            while True:
+                with data.active():
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                self.seen += 1
+                if self.checkpoints is not None:
+                    self.checkpoints.saw(batch)
+                several.append(batch)
+                if len(several) == self.settings.accumulate:
+                    yield several
+                    several = []
+            if several:
+                yield several
+            self.epoch, self.seen = self.epoch + 1, 0
+            if self.checkpoints is not None:
+                self.checkpoints.new_epoch()
+
+    def _skip(self, batches: Iterator[Batch], data: streams.Stream) -> None:
+        """Read the batches of this epoch again that an earlier session has trained on."""
+        for _ in range(self.seen):
+            with data.active():
+                batch = next(batches, None)
+            if batch is not None and self.checkpoints is not None:
+                self.checkpoints.saw(batch)
+        if self.seen and self.checkpoints is not None:
+            self.checkpoints.skipped(self.outcome.notes)
+
+    def _step(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
+        """One step of the optimizer on the mean gradient of some batches; the loss, and its terms."""
+        done = self._progress()
+        for rule in self.rules.values():
+            rule.progress(done)
+        self._set_lr(done)
+        self.optimizer.zero_grad(set_to_none=True)
+        total, sums = 0.0, dict[str, float]()
+        with self.model_stream.active():
+            for batch in batches:
+                terms = self.losses(batch)
+                loss = torch.stack([term.float() for term in terms.values()]).sum()
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    rate = f"with a learning rate of {self._lr():.3g}"
+                    raise Diverged(f"the loss is {value} at step {self.step + 1}, {rate}")
+                if not loss.requires_grad:
+                    raise UsageError(f"{self.name}: {self._without_gradient()}")
+                torch.autograd.backward(self.amp.scaler.scale(loss / len(batches)))
+                total += value / len(batches)
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(term.detach()) / len(batches)
+            if self.step == 0:
+                self._note_unused()
+            self._update()
+        self.step += 1
+        return total, sums if len(sums) > 1 else {}
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms of the loss on one batch, in the precision of the training."""
+        feeds = [batch.feeds[name].to(self.device) for name in self.inputs]
+        with self.amp.autocast():
+            result = functional_call(self.module, self._effective(), tuple(feeds))
+            outputs, also = result if self.objective.also else (result, [])
+            found: dict[str, Tensor] = self.objective(outputs, also, batch)
+            return found
+
+    def _update(self) -> None:
+        trained = [one for group in self.optimizer.param_groups for one in group["params"] if one.grad is not None]
+        self.amp.scaler.unscale_(self.optimizer)
+        if self.settings.clip is not None:
+            nn.utils.clip_grad_norm_(trained, self.settings.clip)
+        self.amp.scaler.step(self.optimizer)
+        self.amp.scaler.update()
+        with torch.no_grad():
+            for name, rule in self.rules.items():
+                rule.after_step(self.parameters[name])
+
+    def _effective(self) -> dict[str, Tensor]:
+        return {name: rule.effective(self.parameters[name]) for name, rule in self.rules.items()}
+
+    # --- the optimizer -----------------------------------------------------------------------------------------------
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Matrices and kernels decay; vectors (biases, norms, scales) and what the objective and the rules learn do
+        not."""
+        own = [one for rule in self.rules.values() for one in rule.parameters()]
+        vectors = [one for one in self.parameters.values() if one.dim() < 2]
+        groups = [
+            {"params": [one for one in self.parameters.values() if one.dim() >= 2],
+             "weight_decay": self.settings.weight_decay},
+            {"params": [*vectors, *self.objective.parameters(), *own], "weight_decay": 0.0},
+        ]  # fmt: skip
+        if self.settings.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
+        return torch.optim.SGD(groups, lr=self.settings.lr, momentum=0.9)
+
+    def _set_lr(self, done: float) -> None:
+        factor = learning_rate(done, warmup=self.settings.warmup, decay=self.settings.decay)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * factor
+
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    # --- limits ------------------------------------------------------------------------------------------------------
+
+    def _total_steps(self) -> int | None:
+        """Steps until `epochs` or `steps` ends the training; None where only minutes do."""
+        limits = [] if self.settings.steps is None else [self.settings.steps]
+        epochs = self.settings.epochs
+        if epochs is None and self.settings.steps is None and self.settings.minutes is None:
+            epochs = EPOCHS
+        if epochs is not None:
+            limits.append(epochs * self._epoch_steps)
+        if self.batches.once and (not limits or min(limits) > self._epoch_steps):
+            raise UsageError(
+                f"{self.name}: the training data is read more than once, and a generator gives it once; pass a list or "
+                "a DataLoader"
+            )
+        return min(limits, default=None)
+
+    @property
+    def _epoch_steps(self) -> int:
+        """Steps of one epoch; a source of unknown length is counted by reading it."""
+        if self._counted is None:
+            count = self.batches.count
+            if count is None and self.batches.once:
+                raise UsageError(
+                    f"{self.name}: training data that is a generator can be read once, and how long it is decides the "
+                    "learning rate; pass a list or a DataLoader, or steps="
+                )
+            self._counted = sum(1 for _ in self.batches.with_batches()) if count is None else count
+        return math.ceil(self._counted / self.settings.accumulate)
+
+    _counted: int | None = None
+
+    def _progress(self) -> float:
+        """The share of the training that is done, by steps or by time, whichever is further."""
+        by_steps = 0.0 if self.total is None else self.step / self.total
+        by_time = 0.0 if self.settings.minutes is None else self.seconds() / (60 * self.settings.minutes)
+        return min(max(by_steps, by_time), 1.0)
+
+    def seconds(self) -> float:
+        """Spent so far, earlier sessions included."""
+        return self.spent + time.monotonic() - self._begin
+
+    def _is_over(self) -> bool:
+        patience = self.settings.patience
+        if patience is not None and self.best.waited >= patience:
+            return True
+        return self._interrupted or self._progress() >= 1
+
+    def _is_due(self) -> bool:
+        every = self.settings.evaluate_every or self._epoch_steps
+        return self.step % every == 0
+
+    # --- the best weights --------------------------------------------------------------------------------------------
+
+    def _evaluated(self) -> None:
+        self._evaluated_at = self.step
+        if self.evaluate is None:
+            self.best = Best(self._state(), math.nan, self.step)
+            return
+        metric = self._score()
+        self._tell({"step": self.step, "metric": metric})
+        if metric > self.best.metric:
+            self.best = Best(self._state(), metric, self.step)
+        else:
+            self.best.waited += 1
+
+    def _score(self) -> float:
+        """The metric of the graph with the weights as they are now: what would ship."""
+        assert self.evaluate is not None
+        trial = self.graph.clone()
+        with self._as_read():
+            trial.absorb(self.module)
+        with streams.restored():
+            metric = float(self.evaluate(trial))
+        if math.isnan(metric):
+            raise UsageError(f"{self.name}: evaluate gives NaN at step {self.step}; give a number, more is better")
+        return metric
+
+    def _state(self) -> dict[str, Tensor]:
+        with self._as_read():
+            return {name: one.detach().clone() for name, one in self.module.state_dict().items()}
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        self.module.load_state_dict(dict(state))
+
+    @contextmanager
+    def _as_read(self) -> Iterator[None]:
+        """The module with the weights that its forward pass reads, where rules make them differ."""
+        with torch.no_grad():
+            stored = {name: self.parameters[name].clone() for name in self.rules}
+            for name, weight in self._effective().items():
+                self.parameters[name].copy_(weight)
+            try:
+                yield
+            finally:
+                for name, weight in stored.items():
+                    self.parameters[name].copy_(weight)
+
+    # --- what is told ------------------------------------------------------------------------------------------------
+
+    def _tell(self, line: Line) -> None:
+        self.outcome.lines.append(line)
+        for one in self.watchers:
+            one.trained(line)
+
+    def _told(self, line: Line) -> str:
+        metric = "" if math.isnan(self.best.metric) else f", best metric {self.best.metric:.4g}"
+        return f"loss {line['loss']:.4g}, lr {line['lr']:.2g}{metric}"
+
+    def _note_unused(self) -> None:
+        unused = [name for name, one in self.parameters.items() if one.grad is None]
+        if unused:
+            self.outcome.notes.append(
+                f"the loss does not depend on {', '.join(unused[:5])}{' and more' * (len(unused) > 5)}, which stay"
+            )
+
+    def _without_gradient(self) -> str:
+        """Why the loss has no gradient: the node through which none passes."""
+        stops = [node for node in self.graph.nodes if node.op is None and any(
+            result.dtype is not None and not result.dtype.is_floating_point for result in node.results)]  # fmt: skip
+        named = f" (the first node without one is {stops[0].label}, {stops[0].kind})" if stops else ""
+        return f"the loss has no gradient with respect to any parameter{named}"
+
+    def _diverged(self, error: Diverged) -> None:
+        if self.best.step == 0 and self.evaluate is None:
+            raise UsageError(f"{self.name}: {error}, before any weights were kept; give a lower lr, or clip") from error
+        self.outcome.notes.append(f"{error}: training stopped, and the weights of step {self.best.step} are kept")
+
+    # --- Ctrl-C ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C ends the training after the current step; the second aborts."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            self.outcome.notes.append(f"interrupted at step {self.step}: the best weights so far are kept")
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    # --- the first steps ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _trial(self) -> Iterator[Callable[[precision.Amp], Callable[[], None]]]:
+        """Makes functions that run a forward and a backward pass in some precision; nothing that they change stays."""
+        before = self._state()
+        with streams.restored():
+            batch = next(iter(self.batches.with_batches()))
+
+            def timed(amp: precision.Amp) -> Callable[[], None]:
+                def call() -> None:
+                    self.amp = amp
+                    torch.autograd.backward(torch.stack(list(self.losses(batch).values())).sum())
+                    self.optimizer.zero_grad(set_to_none=True)
+
+                return call
+
+            self.module.train()
+            yield timed
+        self._load(before)
+
+
+def trainable(graph: Graph, objective: Objective, settings: Settings) -> nn.Module:
+    """The module of a graph that a `Trainer` trains: it returns the outputs, and what the objective reads besides."""
+    return graph.module(tuple, also=objective.also, learn_scales=settings.learn_scales)
+
+
+def require_batches(batches: Batches, graph: Graph, name: str) -> None:
+    """Raise UsageError for batches of one sample where a batch norm computes statistics over the batch."""
+    norms = graph.sites("batch_norm")
+    if not norms:
+        return
+    for number, batch in enumerate(itertools.islice(batches.with_batches(), 1)):
+        sizes = [len(feed) for feed in batch.feeds.values() if feed.dim()]
+        if sizes and max(sizes) == 1:
+            raise UsageError(
+                f"{name}: training batch {number} holds one sample, and {norms[0].label} is a batch norm, whose "
+                "statistics need several; use larger batches, or simplify first, which folds it"
+            )

@@ -1,0 +1,87 @@
+"""The teacher: a graph that is only run, with what it says of each batch kept on disk where wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from graphopt.errors import UsageError
+from graphopt.ir.graph import Feeds, Graph, Value, digest, raw_bytes
+
+
+class Teacher:
+    """Outputs of a graph, and some values inside it, for the student's batches."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        also: Sequence[Value] = (),
+        *,
+        inputs: Sequence[str],
+        device: torch.device,
+        folder: str | None = None,
+    ) -> None:
+        """also: values inside the graph. inputs: the student's, in order; those of a teacher with other names are
+        taken in order. folder: keeps what it says of each batch, by the digest of the batch's content.
+
+        Raises UsageError where the teacher reads inputs that the student has not.
+        """
+        self.graph, self.also, self.device = graph, list(also), device
+        names = [value.name for value in graph.inputs]
+        if set(names) <= set(inputs):
+            self._feeds = {name: name for name in names}
+        elif len(names) == len(inputs):
+            self._feeds = dict(zip(names, inputs, strict=True))
+        else:
+            raise UsageError(f"the teacher has the inputs {', '.join(names)}, and the student has {', '.join(inputs)}")
+        self._module: nn.Module | None = None
+        if graph.dialect == "fx":
+            self._module = graph.module(tuple, also=self.also).to(device)
+        self._folder = None if folder is None else Path(folder)
+        self._key = "" if folder is None else f"{digest(graph)} {[value.name for value in self.also]}"
+
+    def __call__(self, feeds: Feeds) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs in order, and the values of `also`, without gradients."""
+        given = {name: feeds[source] for name, source in self._feeds.items()}
+        if self._folder is None:
+            return self._run(given)
+        file = self._folder / f"{self._digest(given)}.safetensors"
+        if not file.is_file():
+            outputs, also = self._run(given)
+            self._keep(file, [*outputs, *also])
+            return outputs, also
+        known = load_file(file, device=str(self.device))
+        values = [known[str(place)] for place in range(len(known))]
+        return values[: len(self.graph.outputs)], values[len(self.graph.outputs) :]
+
+    def _run(self, feeds: Feeds) -> tuple[list[Tensor], list[Tensor]]:
+        with torch.no_grad():
+            if self._module is not None:
+                result = self._module(*[feed.to(self.device) for feed in feeds.values()])
+                outputs, also = result if self.also else (result, [])
+                return list(outputs), list(also)
+            values = self.graph.evaluate(feeds, [*self.graph.outputs, *self.also])
+        values = [value.to(self.device) for value in values]
+        return values[: len(self.graph.outputs)], values[len(self.graph.outputs) :]
+
+    def _digest(self, feeds: Feeds) -> str:
+        found = hashlib.sha256(self._key.encode())
+        for name, tensor in sorted(feeds.items()):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            found.update(raw_bytes(tensor))
+        return found.hexdigest()
+
+    def _keep(self, file: Path, values: Sequence[Tensor]) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        try:
+            save_file({str(place): value.contiguous().cpu() for place, value in enumerate(values)}, part)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)

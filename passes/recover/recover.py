@@ -1,0 +1,120 @@
+"""What the passes that train have in common: which parameters stay, which zeros stay, and the record of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.errors import UsageError
+from graphopt.ir.decline import Decline
+from graphopt.ir.graph import Graph, Node
+from graphopt.numerics.sparsity import Pattern
+from graphopt.pipeline.batches import Batch
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.options import Range
+from graphopt.pipeline.passes import Pass, Stage
+from graphopt.training.checkpoints import Checkpoints
+from graphopt.training.loop import Trainer, require_batches, trainable
+from graphopt.training.objective import HardLoss, Objective
+from graphopt.training.rules import FixedZeros, MovingPattern, WeightRule
+from graphopt.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class Recover(Settings, Pass):
+    """Trains the weights of a graph as it stands: float, with zeros that stay, in low-rank pairs, or rounded."""
+
+    stage = Stage.RECOVER
+    dialects = ("fx",)
+    trains = True
+
+    label_smoothing: Annotated[float, Range(0, 1, open_high=True)] = 0.0
+    """Of the built-in cross-entropy: share of each label that is spread over all classes (Szegedy et al., 2016)."""
+
+    class_weights: tuple[float, ...] = ()
+    """Of the built-in cross-entropy: the weight of each class."""
+
+    def train(self, graph: Graph, context: Context, objective: Objective) -> None:
+        """Train the graph, and record what became of it."""
+        batches = context.training_batches()
+        require_batches(batches, graph, self.name)
+        module = trainable(graph, objective, self)
+        sites = [node for node in graph.nodes if parameters_of(graph, module, node)]
+        frozen = [node for node in context.sites(graph, self.freeze) if node in sites] if self.freeze.terms else []
+        context.record.eligible.clear()
+        context.consider(sites)
+        for node in frozen:
+            context.decline(node, Decline("frozen"))
+        names = {name for node in frozen for name in parameters_of(graph, module, node)}
+        trainer = Trainer(
+            graph, objective, batches, self, frozen=sorted(names), rules=self._rules(graph, module, context, names),
+            module=module, evaluate=context.evaluate, checkpoints=self._checkpoints(graph, context),
+            watchers=context.instruments, name=self.name,
+        )  # fmt: skip
+        outcome = trainer.run()
+        context.record.training = outcome.lines
+        for note in outcome.notes:
+            context.note(note)
+        kept = "" if outcome.metric is None else f", metric {outcome.metric:.6g}"
+        context.note(f"{outcome.steps} steps{kept}")
+        if batches.note:
+            context.note(batches.note)
+        context.trained.append(str(self))
+
+    def hard(self, context: Context) -> HardLoss:
+        """The loss to labels: the user's, or cross-entropy."""
+        options = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
+        weights = {"class_weights": torch.tensor(self.class_weights)} if self.class_weights else {}
+        if context.loss is None:
+            raise UsageError(f"{self.name}: there is no loss; pass loss=<function of (outputs, batch)>")
+        return partial(_as_list, partial(context.loss, **options, **weights))
+
+    def _checkpoints(self, graph: Graph, context: Context) -> Checkpoints | None:
+        if context.checkpoint is None:
+            return None
+        file = context.checkpoint / f"{len(context.trained)}-{self.name}.safetensors"
+        return Checkpoints(file, graph, self.checkpoint_minutes)
+
+    def _rules(
+        self, graph: Graph, module: nn.Module, context: Context, frozen: set[str]
+    ) -> dict[str, WeightRule]:
+        """By parameter: the zeros of `sparsify` stay, or move within their N:M pattern."""
+        found: dict[str, WeightRule] = {}
+        parameters = dict(module.named_parameters())
+        for node in graph.sites("linear", "conv"):
+            weight, pattern = node.required("weight"), context.sparse.get(node.label)
+            name = graph.parameter(module, weight)
+            if pattern is None or name is None or name in frozen or name in found:
+                continue
+            if self.sr_ste is None:
+                found[name] = FixedZeros(parameters[name].detach() != 0)
+                continue
+            if Pattern.parse(pattern).amount is None:
+                raise UsageError(
+                    f"{self.name}: sr_ste lets the zeros of an N:M pattern move, and those of {node.label} are "
+                    f"{pattern}: leave sr_ste out, or use sparsify{{pattern=2:4}}"
+                )
+            stored = node.weight
+            transposed = stored is not None and stored.dim() == 2 and not stored.is_contiguous()
+            found[name] = MovingPattern(Pattern.parse(pattern), self.sr_ste, transposed)
+        if self.sr_ste is not None and not found:
+            raise UsageError(
+                f"{self.name}: sr_ste lets the zeros of an N:M pattern move, and there are none: put "
+                "sparsify{pattern=2:4} in front of it"
+            )
+        return found
+
+
+def parameters_of(graph: Graph, module: nn.Module, node: Node) -> list[str]:
+    """The names of a module's parameters that a node reads."""
+    found = (graph.parameter(module, value) for value in node.operands if value is not None)
+    return [name for name in found if name is not None]
+
+
+def _as_list(loss: Callable[..., Tensor], outputs: Sequence[Tensor], batch: Batch) -> Tensor:
+    return loss(list(outputs), batch)
