@@ -23,7 +23,7 @@ from graphopt.capture.tracing import DynamicAxes, Traced, on_cpu, several, trace
 from graphopt.dialects.adapter import Adapter, adapter
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
-from graphopt.ir.graph import Feeds, Graph, Value
+from graphopt.ir.graph import Feeds, Graph, Shape, Value
 from graphopt.ir.structure import structure_of
 from graphopt.numerics import metrics
 
@@ -32,6 +32,15 @@ Outputs = Sequence[Sequence[Any]]
 
 UNKNOWN_BATCH, UNKNOWN_SIZE = 1, 16
 """Sizes of dynamic axes in feeds that are made from input types."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An input as a model declares it."""
+
+    name: str
+    shape: Shape | None
+    dtype: torch.dtype | None
 
 
 @dataclass
@@ -96,13 +105,38 @@ def _capture(
     _refuse_options(f"a {kind.__name__}", dynamic_shapes, cache)
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, adapter(dialect), example_inputs)
+    proto, source = _proto(model)
+    return _capture_model(proto, adapter(dialect), example_inputs, source, run)
+
+
+def declared_inputs(model: Any) -> Sequence[Declared]:
+    """The inputs of anything but a module, which declares none: a file, a program, an ONNX model.
+
+    Raises CaptureError for what `capture` does not take.
+    """
+    if isinstance(model, str | Path):
+        model = _read(Path(model))
+    elif not isinstance(model, torch.export.ExportedProgram):
+        model, _ = _proto(model)
+    if isinstance(model, torch.export.ExportedProgram):
+        tensors = _user_inputs(model)
+        return [Declared(name, _open_shape(tensor), tensor.dtype) for name, tensor in tensors.items()]
+    try:
+        graph = adapter("onnx").from_model(model)
+    except GraphError as error:
+        raise CaptureError(str(error)) from error
+    return [Declared(value.name, value.shape, value.dtype) for value in graph.inputs]
+
+
+def _proto(model: Any) -> tuple[Any, str]:
+    """The ModelProto of a model in memory, and what the model is called. Raises CaptureError for anything else."""
+    kind = type(model)
     if kind.__module__.startswith("onnx_graphsurgeon") and kind.__name__ == "Graph":
         import onnx_graphsurgeon
 
-        proto = onnx_graphsurgeon.export_onnx(model)
-        return _capture_model(proto, adapter(dialect), example_inputs, "onnx_graphsurgeon.Graph", run)
+        return onnx_graphsurgeon.export_onnx(model), "onnx_graphsurgeon.Graph"
     if kind.__name__ == "ModelProto":
-        return _capture_model(model, adapter(dialect), example_inputs, "onnx.ModelProto", run)
+        return model, "onnx.ModelProto"
     raise CaptureError(
         f"cannot capture a {kind.__module__}.{kind.__qualname__}; hand over an nn.Module, ExportedProgram, "
         "fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to an .onnx or .pt2 file"
@@ -153,18 +187,17 @@ def _capture_program(
 ) -> Captured:
     """make_feeds: whether to make feeds from the input types where there are no examples."""
     program, notes = on_cpu(program)
-    placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    names = [str(n) for n in program.graph_signature.user_inputs if isinstance(placeholders.get(str(n)), Tensor)]
+    inputs = _user_inputs(program)
     axes: DynamicAxes = {
         name: {axis: ("batch", "seq")[axis] if axis < 2 else f"{name}_{axis}"
-               for axis, size in enumerate(placeholders[name].shape) if isinstance(size, torch.SymInt)}
-        for name in names
+               for axis, size in enumerate(tensor.shape) if isinstance(size, torch.SymInt)}
+        for name, tensor in inputs.items()
     }  # fmt: skip
     tree = program.call_spec.out_spec
     results = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
     leaves = [result.value if isinstance(result, ConstantArgument) else torch.empty(0) for result in results]
     returned = structure_of(pytree.tree_unflatten(leaves, tree) if tree is not None else tuple(leaves))
-    signature = Signature(tuple(names), returned.names, returned.rebuild)
+    signature = Signature(tuple(inputs), returned.names, returned.rebuild)
     examples = several(example_inputs) if example_inputs is not None else []
     if not examples and program.example_inputs:
         examples = [tuple(leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor))]
@@ -179,6 +212,17 @@ def _capture_program(
     )
 
 
+def _user_inputs(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
+    """The inputs that are tensors, by name, as the export saw them."""
+    placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    values = {str(name): placeholders.get(str(name)) for name in program.graph_signature.user_inputs}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _open_shape(tensor: Tensor) -> Shape:
+    return tuple(str(size) if isinstance(size, torch.SymInt) else size for size in tensor.shape)
+
+
 def _on_cpu_feeds(signature: Signature, example: Any) -> Feeds:
     feeds, _ = signature.bind(example if isinstance(example, tuple) else (example,), {})
     return {name: tensor.cpu() for name, tensor in feeds.items()}
@@ -188,16 +232,23 @@ def _on_cpu_feeds(signature: Signature, example: Any) -> Feeds:
 
 
 def _capture_file(path: Path, dialect: Adapter, example_inputs: Any, run: bool | None) -> Captured:
+    model = _read(path)
+    if isinstance(model, torch.export.ExportedProgram):
+        try:
+            return replace(_capture_program(model, dialect, example_inputs, make_feeds=True), source=str(path))
+        except GraphError as error:
+            raise CaptureError(str(error)) from error
+    return _capture_model(model, dialect, example_inputs, str(path), run)
+
+
+def _read(path: Path) -> Any:
+    """The ExportedProgram or the ONNX model in a file. Raises CaptureError where it cannot be read, or is not safe."""
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise CaptureError(f"{path} may hold a pickle, which is never loaded; load the module and hand that over")
     try:
-        if path.suffix == ".pt2":
-            program = adapter("fx").read(path)
-            return replace(_capture_program(program, dialect, example_inputs, make_feeds=True), source=str(path))
-        model = adapter("onnx").read(path)
+        return adapter("fx" if path.suffix == ".pt2" else "onnx").read(path)
     except GraphError as error:
         raise CaptureError(str(error)) from error
-    return _capture_model(model, dialect, example_inputs, str(path), run)
 
 
 def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: str, run: bool | None) -> Captured:

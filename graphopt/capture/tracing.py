@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.decode import DecodeStep
+from graphopt.capture.labels import without_labels
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line, nearest
 from graphopt.ir.graph import Feeds
@@ -52,8 +53,8 @@ def trace(
                 raise CaptureError("cache=True names the axes of the decode step itself: leave out dynamic_shapes")
             module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
         device = _device(module)
-        examples = [{key: value.to(device) for key, value in _arguments(module, example).items()}
-                    for example in several(example_inputs)]  # fmt: skip
+        given = [_arguments(module, without_labels(module, example)) for example in several(example_inputs)]
+        examples = [{key: value.to(device) for key, value in example.items()} for example in given]
         constants: dict[str, Any] = {}
         result = _run(module, examples[0])
         if _holds_cache(result) and _accepts(module, "use_cache"):

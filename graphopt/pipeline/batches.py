@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.capture.examples import LABELS, is_label
+from graphopt.capture.labels import LABELS, is_label
 from graphopt.errors import UsageError, nearest, require_positive_integer, user_batches
 from graphopt.ir.graph import Shape, dtype_name
 
@@ -56,7 +56,7 @@ class Batches:
 
         A batch is a dict by input name (a BatchEncoding), a tuple or list in the order of the inputs, or a tensor;
         torch, numpy or lists. One without a batch axis (the row of a dataset) gets it. Labels may stand beside the
-        inputs: in a dict under a name of labels (`examples.LABELS`, or else all that `examples.is_label` finds), in a
+        inputs: in a dict under a name of labels (`labels.LABELS`, or else all that `labels.is_label` finds), in a
         tuple or list after as many tensors as there are inputs, or after a dict of them.
         name: what messages call the batches, such as "training". steps: most batches to use.
         Raises UsageError, here or when a batch's turn comes, naming the batch and the input.
@@ -68,16 +68,7 @@ class Batches:
         """What was taken for labels by its place alone, once a batch was read; for the report."""
         if isinstance(source, Tensor | np.ndarray):
             source = {self._only_input().name: source}
-        if isinstance(source, Mapping):
-            self._source: Iterable[Any] = self._split(source)
-        elif hasattr(source, "get_next"):
-            self._source = _Reader(source)
-        elif isinstance(source, Iterable) and not isinstance(source, str | bytes):
-            self._source = source
-        else:
-            by_row = hasattr(source, "__getitem__") and not isinstance(source, str | bytes)
-            way_out = "; a dataset of rows goes into a torch.utils.data.DataLoader" if by_row else ""
-            raise UsageError(f"{name} must be an iterable of batches, not a {type(source).__qualname__}{way_out}")
+        self._source = self._split(source) if isinstance(source, Mapping) else opened(source, name)
         self.once = isinstance(self._source, Iterator)
         """Whether the batches come from a generator, which can be read only once."""
         self._used = False
@@ -195,6 +186,17 @@ class Batches:
         return [
             {name: array[start : start + size] for name, array in cut.items()} for start in range(0, total, size)
         ]
+
+
+def opened(source: Any, name: str) -> Iterable[Any]:
+    """What gives out batches, as an iterable. Raises UsageError, with the name of the source, for anything else."""
+    if hasattr(source, "get_next"):
+        return _Reader(source)
+    if isinstance(source, Iterable) and not isinstance(source, str | bytes):
+        return source
+    by_row = hasattr(source, "__getitem__") and not isinstance(source, str | bytes)
+    way_out = "; a dataset of rows goes into a torch.utils.data.DataLoader" if by_row else ""
+    raise UsageError(f"{name} must be an iterable of batches, not a {type(source).__qualname__}{way_out}")
 
 
 class _Reader:
