@@ -29,6 +29,7 @@ from graphopt.passes import REGISTRY
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Teacher
+from graphopt.pipeline.examples import first_batch
 from graphopt.pipeline.instruments import Instrument
 from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass, Stage
@@ -65,8 +66,9 @@ def optimize(
     model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx or
     .pt2, or what an earlier call returned (below); it is not changed. passes: as text or objects; None only simplifies
     and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
-    example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; needed for
-    modules. dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
+    example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; None is the
+    first batch of calibration, else of training. A module needs one of the three.
+    dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
     cache: capture the decode step of a language model, with its key-value cache.
     calibration: any iterable of batches, for passes that read activations; calibration_steps: most batches to use.
     training: any re-iterable of batches, for the passes that train (`distill`, `finetune`); labels may stand beside the
@@ -107,6 +109,8 @@ def optimize(
         measures = _measures(measure, backend)
         pipeline = whole_pipeline(passes, backend, earlier)
     with _few_collections():
+        if example_inputs is None:
+            example_inputs = _first_batch(model, calibration=calibration, training=training)
         if isinstance(model, Optimized):
             captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
         else:
@@ -170,6 +174,19 @@ def whole_pipeline(
     asked = [*chosen[:place], *first, *chosen[place:], *parse(backend.pipeline(), REGISTRY).passes]
     Pipeline([*earlier, *asked])  # which checks the order
     return Pipeline(asked)
+
+
+def _first_batch(model: Any, **sources: Any) -> Any:
+    """Example inputs from the first of the sources that gives its batches more than once; None where there is none.
+
+    Raises UsageError for a module where there is only a source that does not, since it cannot be traced without any.
+    """
+    given = {name: source for name, source in sources.items() if source is not None}
+    again = {name: source for name, source in given.items() if not isinstance(source, Iterator)}
+    if isinstance(model, Optimized) or not (again or (given and isinstance(model, nn.Module))):
+        return None
+    name, source = next(iter((again or given).items()))
+    return first_batch(model, source, name=name)
 
 
 def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Captured) -> AbstractContextManager[None]:
