@@ -188,7 +188,7 @@ class Graph(ABC):
 
     dialect: str
     version: int = 0
-    """How many calls of `replace` and `erase` have changed the graph."""
+    """How many calls of `replace`, `erase` and `absorb` have changed the graph."""
 
     @property
     @abstractmethod
@@ -282,11 +282,36 @@ class Graph(ABC):
         """The part of the graph between some values, under the same names; it shares the weights."""
         raise GraphError(f"the {self.dialect} dialect cannot cut a part out of a graph")
 
-    def module(self, rebuild: Callable[[list[Any]], Any] | None = None) -> nn.Module:
+    def module(
+        self,
+        rebuild: Callable[[list[Any]], Any] | None = None,
+        *,
+        also: Sequence[Value] = (),
+        learn_scales: bool = False,
+    ) -> nn.Module:
         """A module that computes the graph, on copies of its tensors, to train and to trace.
 
-        rebuild: makes what the module returns of the outputs in order. Raises GraphError where the dialect has no
-        modules.
+        rebuild: makes what the module returns of the outputs in order. also: any values of this graph; the module then
+        returns (what it returned before, the list of them). learn_scales: the scales of quantize and dequantize are
+        parameters too, where nothing else reads them. A constant is one parameter, whoever reads it. Raises GraphError
+        where the dialect has no modules.
+        """
+        raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
+
+    def absorb(self, module: nn.Module) -> None:
+        """Take over what a module of this graph, or of a clone, has learned: parameters, statistics of batch norms and
+        learned scales become constants; a parameter that stands for integers is rounded as the module rounds it. Then
+        `evaluate` computes what the module computes in eval mode. [changes]
+
+        Raises GraphError, and changes nothing, where the module is of another graph, its parameters are not finite, or
+        the dialect has no modules.
+        """
+        raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
+
+    def parameter(self, module: nn.Module, value: Value) -> str | None:
+        """The name of the parameter of a module of this graph that stands for a value; None where there is none.
+
+        value: a constant (a permuted one, stored integers and learned scales too), or a dequantize of stored integers.
         """
         raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from graphopt.analysis.masks import labels
+from graphopt.dialects.fx import absorb as fx_absorb
 from graphopt.dialects.fx import archive
 from graphopt.dialects.fx import module as fx_module
 from graphopt.dialects.fx import run as fx_run
@@ -278,8 +279,20 @@ class FxGraph(Graph):
         computed = fx_run.run(self.native, feeds, [raw for raw in raws if isinstance(raw, fx.Node)], mark)
         return [computed[r] if isinstance(r, fx.Node) else self.constant(v) for r, v in zip(raws, fetch, strict=True)]
 
-    def module(self, rebuild: Callable[[list[Any]], Any] | None = None) -> fx.GraphModule:
-        return fx_module.as_module(self, rebuild)
+    def module(
+        self,
+        rebuild: Callable[[list[Any]], Any] | None = None,
+        *,
+        also: Sequence[Value] = (),
+        learn_scales: bool = False,
+    ) -> fx.GraphModule:
+        return fx_module.as_module(self, rebuild, also=also, learn_scales=learn_scales)
+
+    def absorb(self, module: nn.Module) -> None:
+        fx_absorb.absorb(self, module)
+
+    def parameter(self, module: nn.Module, value: Value) -> str | None:
+        return fx_absorb.parameter(module, value)
 
     # --- the whole graph
 

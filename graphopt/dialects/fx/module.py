@@ -6,17 +6,24 @@ it was stored in; activations are rounded in the same way. Dropout and batch nor
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source
-from graphopt.dialects.fx.spellings import arguments, quantized_decomposed
-from graphopt.ir.graph import dtype_name
+from graphopt.dialects.fx.absorb import ORIGINS, Origins, RoundedWeight, inverse
+from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source, with_nodes
+from graphopt.dialects.fx.rounded import Rounded
+from graphopt.dialects.fx.spellings import arguments
+from graphopt.dialects.fx.views import raw_of
+from graphopt.dialects.fx.writer import NodeWriter
+from graphopt.errors import GraphError
+from graphopt.ir.graph import Value
 from graphopt.ir.qdq.integer_forms import unfold
 from graphopt.ir.structure import Output
 
@@ -29,97 +36,149 @@ _LEARNED = ("weight", "bias", "table")
 _NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 """The batch norm module by the rank of its input."""
 
-
-class Rounded(nn.Module):
-    """dequantize(quantize(x)), with a straight-through gradient (Bengio et al. 2013): that of the identity where x is
-    within the range of the integers, and 0 elsewhere."""
-
-    scale: Tensor | None
-    zero_point: Tensor | None
-
-    def __init__(
-        self, scale: Tensor | None, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype,
-        axis: int | None = None, block: int = 0,
-    ) -> None:  # fmt: skip
-        """scale: float32, one number, or one for each index along `axis` (and for each `block` entries along axis 1);
-        None chooses scale and zero point from each x. low and high: the least and the largest integer."""
-        super().__init__()
-        if scale is not None and zero_point is None:
-            zero_point = torch.zeros(scale.shape, dtype=dtype if axis is None else torch.int64)
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-        self.low, self.high, self.dtype, self.axis, self.block = low, high, dtype, axis, block
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale, zero_point = self.scale, self.zero_point
-        if scale is None or zero_point is None:
-            scale, zero_point = torch.ops.graphopt.choose_qparams(x.detach())
-        y = self._rounded(x.detach(), scale, zero_point)
-        if torch.compiler.is_exporting() or not (torch.is_grad_enabled() and x.requires_grad):
-            return y
-        zero = zero_point.to(scale.dtype)
-        low, high = (self._along((end - zero) * scale, x) for end in (self.low - 0.5, self.high + 0.5))
-        within = x.clamp(low, high)
-        return within + (y - within).detach()
-
-    def _rounded(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        ops, limits, numbers = quantized_decomposed(), (self.low, self.high, self.dtype), (scale, zero_point)
-        y: Tensor
-        if self.block:  # torch quantizes groups only to integers of less than 8 bits
-            steps = (x / self._along(scale, x)).round() + self._along(zero_point, x)
-            steps = steps.clamp(self.low, self.high).to(self.dtype)
-            y = ops.dequantize_per_channel_group(steps, *numbers, *limits, self.block, torch.float32)
-        elif self.axis is None:
-            y = ops.dequantize_per_tensor.tensor(
-                ops.quantize_per_tensor.tensor(x, *numbers, *limits), *numbers, *limits
-            )
-        else:
-            steps = ops.quantize_per_channel(x, *numbers, self.axis, *limits)
-            y = ops.dequantize_per_channel(steps, *numbers, self.axis, *limits)
-        return y
-
-    def _along(self, parameter: Tensor, x: Tensor) -> Tensor:
-        if self.block:
-            return parameter.repeat_interleave(self.block, 1)
-        return parameter if self.axis is None else parameter.reshape([-1, *[1] * (x.dim() - 1 - self.axis)])
-
-    def extra_repr(self) -> str:
-        return f"{dtype_name(self.dtype)} in [{self.low}, {self.high}]" + (
-            "" if self.axis is None else f", axis={self.axis}"
-        )
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+"""What a batch norm holds, as its module and its aten operator call it."""
 
 
-def as_module(graph: FxGraph, rebuild: Callable[[list[Any]], Any] | None = None) -> fx.GraphModule:
+class TrainableModule(fx.GraphModule):
+    """A GraphModule whose tensors that are created at each call (arange, full, ...) follow it to another device."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        own = next(itertools.chain(self.parameters(), self.buffers()), None)
+        device = fn(torch.empty(0)).device if own is None else own.device
+        for module in self.modules():
+            if isinstance(module, fx.GraphModule):
+                create_on(module, device)
+        return self
+
+
+def create_on(module: fx.GraphModule, device: torch.device) -> None:
+    """Rewrite the arguments of a GraphModule that name a device."""
+
+    def moved(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    changed = False
+    for node in module.graph.nodes:
+        given = fx.node.map_aggregate((node.args, node.kwargs), moved)
+        if given != (node.args, node.kwargs):
+            (node.args, node.kwargs), changed = given, True
+    if changed:
+        module.recompile()
+
+
+def as_module(
+    graph: FxGraph,
+    rebuild: Callable[[list[Any]], Any] | None = None,
+    *,
+    also: Sequence[Value] = (),
+    learn_scales: bool = False,
+) -> TrainableModule:
     """The graph as a module in eval mode, on copies of its tensors.
 
     Its forward takes the graph's inputs in order or by name (with an underscore for each character that Python does not
     allow), and returns what `rebuild` makes of the outputs; without it, a dict for any mapping that the model returned.
-    Weights and biases in floats are parameters, named by the module path of the node that reads them.
+    With `also`, it returns that and a list of these values. Weights and biases in floats are parameters, named by the
+    module path of the node that reads them; so are, with learn_scales, the scales that nothing but quantize and
+    dequantize reads. A constant is one parameter, whoever reads it.
     """
-    graph = graph.clone()
-    unfold(graph)
-    return _Builder(graph).module(rebuild)
+    clone = graph.clone()
+    if also:
+        _return_also(graph, clone, also)
+    unfold(clone)
+    return _Builder(clone, learn_scales).module(rebuild, len(also))
+
+
+def _return_also(graph: FxGraph, clone: FxGraph, also: Sequence[Value]) -> None:
+    """Add to the outputs of a clone the values that it has for those of the graph."""
+    counterparts = dict(zip(graph.native.graph.nodes, clone.native.graph.nodes, strict=True))
+    found, writer = [], NodeWriter(clone.native)
+    for value in also:
+        raw = raw_of(value)
+        if isinstance(raw, fx.Node) and raw not in counterparts:
+            raise GraphError(f"{value.name} is no value of this graph: ask for values that its nodes have now")
+        found.append(counterparts[raw] if isinstance(raw, fx.Node) else writer.tensor(raw))
+    clone.output_names += [f"also {place}" for place in range(len(found))]
+    clone.native.output.args = ((*clone.native.output.args[0], *found),)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A dequantize that becomes a `Rounded`: of what `quantize` rounds, or of stored integers."""
+
+    dequantize: fx.Node
+    quantize: fx.Node | None
+    given: Mapping[str, Any]
+    """The arguments of the dequantize."""
+
+    @property
+    def numbers(self) -> tuple[Any, Any]:
+        """The scale and the zero point of the dequantize."""
+        return _numbers(self.given)
+
+    def scales(self) -> list[fx.Node]:
+        """The scales of both."""
+        found = [self.numbers[0], *([] if self.quantize is None else [_numbers(arguments(self.quantize))[0]])]
+        return [scale for scale in found if isinstance(scale, fx.Node)]
+
+
+def _numbers(given: Mapping[str, Any]) -> tuple[Any, Any]:
+    scale, zero_point = (given[name] if name in given else given.get(f"{name}s") for name in ("scale", "zero_point"))
+    return scale, zero_point
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether a node is a stored scale or zero point, or the cast of a zero point to int64."""
+    return is_constant(node) or (node.target is aten._to_copy.default and is_constant(source(node)))
+
+
+def _symmetric(integers: Tensor, low: int, high: int) -> tuple[int, int]:
+    """The range that stored integers of the range low to high are within, if it is one that rounding gives weights.
+
+    Without zero points that is ±high. And where 8 bits have ±63 alone, the weight was rounded to 7, for products that
+    must not saturate; nothing else says so.
+    """
+    least, most = (int(end) for end in integers.aminmax())
+    if low >= 0 or least == low:
+        return low, high
+    return (-63, 63) if high == 127 and least >= -63 and most <= 63 else (-high, high)
+
+
+def _layout(node: fx.Node) -> tuple[str, tuple[int, ...]]:
+    """The name of the tensor that a constant node stands for, and how it is permuted."""
+    if node.op == "get_attr":
+        return str(node.target), tuple(range(meta(node).dim()))
+    name, inner = _layout(source(node))
+    return name, tuple(inner[axis] for axis in node.args[1])  # type: ignore[union-attr, index]
 
 
 class _Builder:
-    def __init__(self, graph: FxGraph) -> None:
-        self.graph, self.program = graph, copied(graph.native.graph)
+    def __init__(self, graph: FxGraph, learn_scales: bool) -> None:
+        self.graph, self.program, self.learn_scales = graph, copied(graph.native.graph), learn_scales
         self.attributes: dict[str, Any] = {}
+        self.taken: set[str] = set()
+        """The names of attributes, and of all that holds one."""
+        self.origins = Origins({}, {}, {})
+        self.places: dict[str, str] = {}
+        """The attribute that stands for a constant of the graph, by name in the graph."""
+        self.steps: dict[str, nn.Parameter] = {}
+        """Learned scales, by name in the graph."""
+        self.calls: dict[Any, fx.Node] = {}
+        """The calls of modules, by what they replace: a quantize, the name of stored integers, that and their
+        permutation, or the names of the constants of a batch norm."""
         originals = dict(zip(self.program.nodes, graph.native.graph.nodes, strict=True))
         views = {node.native: node for node in graph.nodes}  # type: ignore[attr-defined]
         self.views = {copy: views[original] for copy, original in originals.items() if original in views}
 
-    def module(self, rebuild: Callable[[list[Any]], Any] | None) -> fx.GraphModule:
-        for node in list(self.program.nodes):
-            self._round(node)
+    def module(self, rebuild: Callable[[list[Any]], Any] | None, also: int) -> TrainableModule:
+        self._round()
         for node in list(self.program.nodes):
             if "dropout" in node.meta and node.op == "call_function":
                 self._restore_dropout(node)
             if node.target is aten.batch_norm.default and node in self.views and self.views[node].kind == "batch_norm":
                 self._restore_batch_norm(node)
-        for node in reversed(list(self.program.nodes)):
-            if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
-                self.program.erase_node(node)
+        self._prune()
         for node in list(self.program.find_nodes(op="get_attr")):
             self._store(node)
         self._name()
@@ -127,10 +186,16 @@ class _Builder:
             if node.target is aten.copy_.default:  # state is not differentiated
                 with self.program.inserting_before(node):
                     node.update_arg(1, self.program.call_function(aten.detach.default, (node.args[1],)))
-        self._return(rebuild)
-        module = fx.GraphModule(self.attributes, self.program)
+        self._return(rebuild, also)
+        module = TrainableModule(self.attributes, self.program)
+        module.meta[ORIGINS] = self.origins
         module.eval()
         return module
+
+    def _prune(self) -> None:
+        for node in reversed(list(self.program.nodes)):
+            if not node.users and node.op not in ("placeholder", "output") and not has_effect(node):
+                self.program.erase_node(node)
 
     def _name(self) -> None:
         """Name nodes with weights by their module paths, and move each get_attr to its first use."""
@@ -143,45 +208,137 @@ class _Builder:
 
     # --- rounding
 
-    def _round(self, node: fx.Node) -> None:
-        """Replace a quantize and its dequantizes, or a dequantize of stored integers, by one `Rounded`."""
-        if not str(node.target).startswith("quantized_decomposed.dequantize"):
-            return
-        given = arguments(node)
-        x, path = given["input"], self._path(node)
-        if is_constant(x):
-            rounded = self._rounded(given)
-            if rounded is None:
-                return
-            (user, *_), tensor = node.users, self._tensor(node)
-            path = self._path(user)
-            parameter = self._attribute(nn.Parameter(tensor), f"{path}.weight", node)
-            self._replace(node, rounded, parameter, f"{path}.weight_rounded")
-        elif str(x.target).startswith("quantized_decomposed.quantize_per"):
-            quantize = arguments(x)
-            names = ("scale", "zero_point") if "scale" in quantize else ("scales", "zero_points")
-            if not all(self._same(quantize[name], given.get(name)) for name in names):
-                return
-            rounded = self._rounded(given)
-            if rounded is not None:
-                self._replace(node, rounded, quantize["input"], f"{path}.input_rounded")
+    def _round(self) -> None:
+        """Replace each quantize and its dequantizes, and the dequantizes of stored integers, by a `Rounded`."""
+        pairs = [pair for node in self.program.nodes if (pair := self._pair(node)) is not None]
+        weights: dict[str, list[_Pair]] = {}
+        for pair in pairs:
+            if pair.quantize is None:
+                same = weights.setdefault(_layout(pair.given["input"])[0], [])
+                if not same or self._twins(same[0], pair):
+                    same.append(pair)
+        activations = [pair for pair in pairs if pair.quantize is not None]
+        if self.learn_scales:
+            self._learn([*([pair] for pair in activations), *weights.values()])
+        for name, same in weights.items():
+            self._round_weight(name, same)
+        for pair in activations:
+            self._round_activation(pair)
+        for quantize in dict.fromkeys(pair.quantize for pair in activations):
+            assert quantize is not None
+            if quantize.users:  # by others than dequantizes
+                call = self.calls[quantize]
+                quantize.replace_all_uses_with(self._integers(call, quantize))
 
-    def _rounded(self, given: Mapping[str, Any]) -> Rounded | None:
-        """The module for these arguments; None where anything but choose_qparams computes the scale."""
-        scale, zero = (given[name] if name in given else given[f"{name}s"] for name in ("scale", "zero_point"))
-        limits = given["quant_min"], given["quant_max"], given["dtype"]
-        axis = given.get("axis", 1 if "group_size" in given else None)
-        if isinstance(scale, fx.Node) and not is_constant(scale):
+    def _pair(self, node: fx.Node) -> _Pair | None:
+        """The pair that a node ends, if it is a dequantize whose scale is stored, or comes from choose_qparams."""
+        if not str(node.target).startswith("quantized_decomposed.dequantize"):
+            return None
+        given = arguments(node)
+        x, (scale, _) = given["input"], _numbers(given)
+        fixed = not isinstance(scale, fx.Node) or is_constant(scale)
+        if is_constant(x):
+            return _Pair(node, None, given) if fixed else None
+        if not str(x.target).startswith("quantized_decomposed.quantize_per"):
+            return None
+        if not all(map(self._same, _numbers(arguments(x)), _numbers(given))):
+            return None
+        if not fixed:
             chooser = source(scale) if scale.args else None
             chosen = chooser is not None and str(chooser.target) == "graphopt.choose_qparams.default"
-            if not chosen or given["input"].args[0] is not source(chooser):  # type: ignore[arg-type]
+            if not chosen or x.args[0] is not source(chooser):  # type: ignore[arg-type]
                 return None
-            return Rounded(None, None, *limits)
-        return Rounded(self._number(scale), self._number(zero), *limits, axis, given.get("group_size", 0))
+        return _Pair(node, x, given)
+
+    def _twins(self, one: _Pair, other: _Pair) -> bool:
+        """Whether two pairs of the same integers, which may be permuted, have the same scales and floats."""
+        same = all(map(self._same, one.numbers, other.numbers))
+        return same and torch.equal(self._floats(one), self._floats(other))
+
+    def _learn(self, groups: Sequence[Sequence[_Pair]]) -> None:
+        """Make one parameter of the scales of each group, and of groups that share one, if nothing else reads them."""
+        pairs = [pair for group in groups for pair in group]
+        replaced = {node for pair in pairs for node in (pair.dequantize, pair.quantize)}
+        readers: dict[str, set[fx.Node]] = {}
+        for node in self.program.find_nodes(op="get_attr"):
+            readers.setdefault(str(node.target), set()).update(node.users)
+        together: dict[str, set[str]] = {}
+        for group in groups:
+            scales = [scale for pair in group for scale in pair.scales()]
+            merged = {_layout(scale)[0] for scale in scales if is_constant(scale)}
+            merged.update(*(together.get(name, ()) for name in merged))
+            together |= dict.fromkeys(merged, merged)
+        for names in {id(names): names for names in together.values()}.values():
+            stored: Tensor = self.graph.native.stored[min(names)]
+            only = all(readers[name] <= replaced for name in names)
+            if only and stored.dtype == torch.float32 and bool((stored != 0).all()):
+                self.steps |= dict.fromkeys(names, nn.Parameter(stored.detach().clone()))
+
+    def _round_weight(self, name: str, same: Sequence[_Pair]) -> None:
+        """Make one float parameter of stored integers, in their layout, which each dequantize rounds."""
+        first = same[0].dequantize
+        path = self._path(next(iter(first.users)))
+        floats = self._attribute(nn.Parameter(self._floats(same[0])), f"{path}.weight")
+        for pair in same:
+            permutation = _layout(pair.given["input"])[1]
+            key = name, permutation
+            if key not in self.calls:
+                rounded = self._rounded(pair, weight=True)
+                x = self._permuted(floats, permutation, pair.dequantize)
+                self.calls[key] = self._call(rounded, f"{path}.weight_rounded", x, pair.dequantize)
+                self.calls.setdefault(name, self.calls[key])
+                self.origins.weights.setdefault(
+                    name, RoundedWeight(str(floats.target), str(self.calls[key].target), permutation)
+                )
+            self._replace(pair, self.calls[key])
+
+    def _round_activation(self, pair: _Pair) -> None:
+        quantize = pair.quantize
+        assert quantize is not None
+        if quantize not in self.calls:
+            x: fx.Node = arguments(quantize)["input"]
+            rounded = self._rounded(pair)
+            call = self._call(rounded, f"{self._path(pair.dequantize)}.input_rounded", x, pair.dequantize)
+            quantize.prepend(call)  # where the integers are wanted too
+            self.calls[quantize] = call
+        self._replace(pair, self.calls[quantize])
+
+    def _rounded(self, pair: _Pair, weight: bool = False) -> Rounded:
+        """The module in place of a pair."""
+        given, (scale, zero_point) = pair.given, pair.numbers
+        rounds = given if pair.quantize is None else arguments(pair.quantize)
+        low, high, dtype = rounds["quant_min"], rounds["quant_max"], given["dtype"]
+        declared = given["quant_min"], given["quant_max"]
+        if isinstance(scale, fx.Node) and not is_constant(scale):
+            return Rounded(None, None, low, high, dtype, declared=declared)
+        axis, block = given.get("axis", 1 if "group_size" in given else None), given.get("group_size", 0)
+        if weight and zero_point is None and not block:
+            low, high = _symmetric(self._constant(given["input"]), low, high)
+        step = self._number(scale)
+        if isinstance(scale, fx.Node) and scale.op == "get_attr":
+            step = self.steps.get(str(scale.target), step)
+        return Rounded(step, self._number(zero_point), low, high, dtype, axis, block, weight=weight, declared=declared)
+
+    def _replace(self, pair: _Pair, call: fx.Node) -> None:
+        """Use a call of a `Rounded` in place of a pair's dequantize, and note whose scales it learns."""
+        for scale in pair.scales():
+            if str(scale.target) in self.steps:
+                self.origins.scales.setdefault(str(scale.target), str(call.target))
+        pair.dequantize.replace_all_uses_with(call)
+        self.program.erase_node(pair.dequantize)
+
+    def _integers(self, call: fx.Node, before: fx.Node) -> fx.Node:
+        """The integers that a `Rounded` rounds to, for what reads integers and not what they stand for."""
+        with self.program.inserting_before(before):
+            rounded = self.program.create_node("get_attr", str(call.target))
+            rounded.meta["attribute"] = True
+            integers = self.program.call_method("integers", (rounded, call.args[0]))
+        integers.meta = dict(before.meta)
+        return integers
 
     def _same(self, a: Any, b: Any) -> bool:
         """Whether two scales, or two zero points, are the same value or equal constants."""
-        stored = all(isinstance(value, fx.Node) and is_constant(value) for value in (a, b))
+        stored = all(isinstance(value, fx.Node) and _is_number(value) for value in (a, b))
         return a is b or a == b or (stored and torch.equal(self._constant(a), self._constant(b)))
 
     def _number(self, raw: Any) -> Tensor | None:
@@ -189,20 +346,25 @@ class _Builder:
             return None
         return self._constant(raw).clone() if isinstance(raw, fx.Node) else torch.tensor(raw)
 
-    def _replace(self, node: fx.Node, rounded: Rounded, x: fx.Node, name: str) -> None:
-        known = [user for user in x.users if user.op == "call_module" and user.meta.get("rounds") is node.args[0]]
-        if known:
-            node.replace_all_uses_with(known[0])
-        else:
-            node.replace_all_uses_with(self._call(rounded, name, x, node, rounds=node.args[0]))
-        self.program.erase_node(node)
+    def _floats(self, pair: _Pair) -> Tensor:
+        """The floats that a dequantize computes from stored integers, in their layout."""
+        node = pair.dequantize
+        args, kwargs = with_nodes((node.args, node.kwargs), self._constant)
+        tensor: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return tensor.permute(inverse(_layout(pair.given["input"])[1])).contiguous()
 
-    def _call(self, module: nn.Module, name: str, x: fx.Node, before: fx.Node, **marks: Any) -> fx.Node:
-        name = self._free(name)
-        self.attributes[name] = module
+    def _permuted(self, node: fx.Node, permutation: Sequence[int], before: fx.Node) -> fx.Node:
+        if list(permutation) == sorted(permutation):
+            return node
         with self.program.inserting_before(before):
+            return self.program.call_function(aten.permute.default, (node, list(permutation)))
+
+    def _call(self, module: nn.Module, name: str, x: fx.Node, like: fx.Node) -> fx.Node:
+        """A call of a module just before a node, with its shape, dtype and path."""
+        name = self._add(name, module)
+        with self.program.inserting_before(like):
             call = self.program.call_module(name, (x,))
-        call.meta = before.meta | marks
+        call.meta = dict(like.meta)
         return call
 
     # --- what differs in training
@@ -211,40 +373,72 @@ class _Builder:
         """Put a Dropout module after a node that carries the mark of one."""
         rate, path = node.meta["dropout"]
         with self.program.inserting_after(node):
-            call = self.program.call_module(self._free(path or "dropout"), (node,))
-        self.attributes[str(call.target)] = nn.Dropout(rate)
+            call = self.program.call_module(self._add(path or "dropout", nn.Dropout(rate)), (node,))
         call.meta = {key: value for key, value in node.meta.items() if key != "dropout"}
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
 
     def _restore_batch_norm(self, node: fx.Node) -> None:
         """Replace a batch norm with stored statistics by its module, which updates them in training."""
         given = arguments(node)
-        stored = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+        stored = [given[name] for name in _NORM_TENSORS]
         if not all(map(is_constant, stored)):
             return
-        weight, bias, mean, var = (self._constant(value).clone() for value in stored)
-        norm = _NORMS[meta(node).dim()](len(weight), eps=given["eps"], momentum=given["momentum"] or 0.1)
-        norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
-        norm.running_mean, norm.running_var = mean, var
-        node.replace_all_uses_with(self._call(norm, self._path(node) or "batch_norm", given["input"], node))
+        names = [_layout(value)[0] for value in stored]
+        key = *names, given["eps"], given["momentum"]
+        if key in self.calls:  # a module that is called twice
+            with self.program.inserting_before(node):
+                call = self.program.call_module(str(self.calls[key].target), (given["input"],))
+            call.meta = dict(node.meta)
+        else:
+            weight, bias, mean, var = (self._constant(value).clone() for value in stored)
+            norm = _NORMS[meta(node).dim()](len(weight), eps=given["eps"], momentum=given["momentum"] or 0.1)
+            norm.weight, norm.bias = self._parameter(names[0], weight), self._parameter(names[1], bias)
+            norm.running_mean, norm.running_var = mean, var
+            call = self.calls[key] = self._call(norm, self._path(node) or "batch_norm", given["input"], node)
+            for name, own in zip(names, _NORM_TENSORS, strict=True):
+                place = self.places.setdefault(name, f"{call.target}.{own}")
+                self.attributes.setdefault(place, getattr(norm, own))
+                self.origins.floats[name] = place
+        node.replace_all_uses_with(call)
         self.program.erase_node(node)
+
+    def _parameter(self, name: str, tensor: Tensor) -> nn.Parameter:
+        """The parameter that stands for a constant, another one's if there is one."""
+        known = self.attributes.get(self.places.get(name, ""))
+        return known if isinstance(known, nn.Parameter) else nn.Parameter(tensor)
 
     # --- tensors
 
     def _store(self, node: fx.Node) -> None:
         """Give a constant its attribute: a parameter where an op reads it as weight, bias or table."""
-        thing = self.graph.native.stored.get(str(node.target))
         if "attribute" in node.meta:
             return
-        if not isinstance(thing, Tensor):
-            self.attributes[str(node.target)] = thing
+        name = str(node.target)
+        if name in self.origins.weights:
+            self._store_integers(node)
             return
-        name, learned = self._read_as(node)
-        floating = thing.is_floating_point() and (learned or isinstance(thing, nn.Parameter))
-        copy = thing.detach().clone()
-        node.target = self._free(name or str(node.target))
-        self.attributes[node.target] = nn.Parameter(copy) if floating else copy
+        if name not in self.places:
+            thing = self.graph.native.stored.get(name)
+            where, learned = self._read_as(node) if isinstance(thing, Tensor) else ("", False)
+            if not isinstance(thing, Tensor):
+                attribute: Any = copy.deepcopy(thing)
+            elif thing.is_floating_point() and (learned or isinstance(thing, nn.Parameter)):
+                attribute = nn.Parameter(thing.detach().clone())
+            else:
+                attribute = thing.detach().clone()
+            self.places[name] = self._add(where or name, attribute)
+            if isinstance(attribute, nn.Parameter):
+                self.origins.floats[name] = self.places[name]
+        node.target = self.places[name]
         node._rename(identifier(node.target))
+
+    def _store_integers(self, node: fx.Node) -> None:
+        """Let what reads the stored integers of a rounded weight read what it is rounded to."""
+        name = str(node.target)
+        integers = self._integers(self.calls[name], node)
+        stored = self._permuted(integers, inverse(self.origins.weights[name].permutation), node)
+        node.replace_all_uses_with(stored)
+        self.program.erase_node(node)
 
     def _read_as(self, node: fx.Node) -> tuple[str, bool]:
         """The name of a constant, by module path and operand of the node that reads it; whether it is a parameter."""
@@ -267,21 +461,13 @@ class _Builder:
             native = source(native)
         return isinstance(native, fx.Node) and native.op == "get_attr" and native.target == node.target
 
-    def _attribute(self, thing: Any, name: str, before: fx.Node) -> fx.Node:
-        name = self._free(name)
-        self.attributes[name] = thing
-        with self.program.inserting_before(before):
+    def _attribute(self, thing: nn.Parameter, name: str) -> fx.Node:
+        """A parameter that any node may read."""
+        name = self._add(name, thing)
+        with self.program.inserting_before(next(iter(self.program.nodes))):
             node = self.program.create_node("get_attr", name)
-        node.meta |= {"val": meta(before), "attribute": True}
+        node.meta["attribute"] = True
         return node
-
-    def _tensor(self, node: fx.Node) -> Tensor:
-        """The floats that a dequantize computes from stored integers."""
-        args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda item: self._constant(item) if isinstance(item, fx.Node) else item
-        )
-        tensor: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-        return tensor.contiguous()
 
     def _constant(self, node: fx.Node) -> Tensor:
         if node.op == "get_attr":
@@ -295,18 +481,24 @@ class _Builder:
         view = self.views.get(node)
         return "" if view is None else view.path
 
-    def _free(self, name: str) -> str:
-        """The first of name, name_1, name_2 ... that is no attribute yet, nor the path of one."""
+    def _add(self, name: str, thing: Any) -> str:
+        """Add an attribute under the first of name, name_1, name_2 ... that is none yet, nor holds one."""
         name = name.lstrip(".")
         tried = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(1)))
-        return next(free for free in tried if not any(f"{used}.".startswith(f"{free}.") for used in self.attributes))
+        name = next(free for free in tried if free not in self.taken)
+        parts = name.split(".")
+        self.taken.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        self.attributes[name] = thing
+        return name
 
     # --- results
 
-    def _return(self, rebuild: Callable[[list[Any]], Any] | None) -> None:
-        """Return what the model returned. A mapping that is no dict is made by a call of its type."""
+    def _return(self, rebuild: Callable[[list[Any]], Any] | None, also: int) -> None:
+        """Return what the model returned, and the last `also` outputs beside it. A mapping that is no dict is made by a
+        call of its type."""
         output = next(iter(reversed(self.program.nodes)))
-        results = list(output.args[0])
+        values = list(output.args[0])
+        results, further = values[: len(values) - also], values[len(values) - also :]
         if rebuild is None:
             returned = pytree.tree_map(
                 lambda leaf: results[leaf.index] if isinstance(leaf, Output) else leaf, self.graph.returns
@@ -314,7 +506,7 @@ class _Builder:
         else:
             with self.program.inserting_before(output):
                 returned = self._written(rebuild(results))
-        output.args = (returned,)
+        output.args = ((returned, further),) if also else (returned,)
 
     def _written(self, value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -1,0 +1,178 @@
+"""`Rounded`: quantize and dequantize as a module that trains, with fixed or with learned scales.
+
+The values are those of the ops that are deployed, bit for bit; only the gradient is made up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.dialects.fx import custom_operators  # noqa: F401  (registers choose_qparams)
+from graphopt.dialects.fx.spellings import quantized_decomposed
+from graphopt.ir.graph import dtype_name
+
+_LEAST = 2.0**-10
+"""The share of its first value that a learned scale keeps at least, so that it neither vanishes nor changes its sign.
+No range that is worth learning shrinks a thousandfold: it is a guard, not a bound that training should meet."""
+
+_AT_END = 2.0**-10
+"""Steps beyond the last integer that still count as within the range: weights start on integers, the last ones among
+them, up to the rounding of float32."""
+
+
+class Rounded(nn.Module):
+    """dequantize(quantize(x)), with a straight-through gradient (Bengio et al. 2013): that of the identity where x is
+    within half a step of the range of the integers, and 0 elsewhere.
+
+    A learned scale is a parameter with the gradient of LSQ (Esser et al. 2020, equation 3), summed over its elements
+    and multiplied by 1 / sqrt(n * largest integer): n counts the weights that share the scale, or the elements of an
+    activation in one sample. Its zero point stays. The floats are float32, under autocast too.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+    limit: Tensor | None
+
+    def __init__(
+        self, scale: Tensor | None, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype,
+        axis: int | None = None, block: int = 0, *, weight: bool = False, declared: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        """scale: float32, one number, or one for each index along `axis` (and for each `block` entries along axis 1);
+        None chooses scale and zero point from each x; an nn.Parameter is learned. low and high: the least and the
+        largest integer. weight: whether x is a weight, and so its axis 0 no batch. declared: the range that the
+        dequantize names, where it is wider."""
+        super().__init__()
+        if scale is not None and zero_point is None:
+            zero_point = torch.zeros(scale.shape, dtype=dtype if axis is None else torch.int64)
+        if isinstance(scale, nn.Parameter):
+            self.scale = scale
+        else:
+            self.register_buffer("scale", scale)
+        self.register_buffer("limit", scale.detach() * _LEAST if isinstance(scale, nn.Parameter) else None)
+        self.register_buffer("zero_point", zero_point)
+        self.low, self.high, self.dtype, self.axis, self.block = low, high, dtype, axis, block
+        self.weight, self.declared = weight, declared or (low, high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        scale, zero_point = self.parameters_for(x)
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
+        if torch.compiler.is_exporting() or not differentiable:
+            return self._dequantized(self._quantized(x, scale, zero_point), scale, zero_point)
+        y: Tensor = _StraightThrough.apply(x, scale, zero_point, self)  # type: ignore[no-untyped-call]
+        return y
+
+    @torch.no_grad()
+    def integers(self, x: Tensor) -> Tensor:
+        """The integers that x is rounded to."""
+        return self._quantized(x.float(), *self.parameters_for(x.float()))
+
+    def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and the zero point of x."""
+        if self.scale is None or self.zero_point is None:
+            scale, zero_point = torch.ops.graphopt.choose_qparams(x.detach())
+            return scale, zero_point
+        return self.step(), self.zero_point
+
+    def step(self) -> Tensor:
+        """The scale in use. A learned one never falls below its limit; the gradient passes there too, so that it comes
+        back."""
+        scale, limit = self.scale, self.limit
+        assert scale is not None  # where x chooses it there is none to ask for
+        if limit is None:
+            return scale
+        held = torch.where(limit > 0, torch.maximum(scale, limit), torch.minimum(scale, limit)).detach()
+        return _InPlaceOf.apply(scale, held)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _quantized(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        ops, limits = quantized_decomposed(), (self.low, self.high, self.dtype)
+        steps: Tensor
+        if self.block:  # torch quantizes groups only to integers of less than 8 bits
+            steps = (x / self.along(scale, x)).round() + self.along(zero_point, x)
+            return steps.clamp(self.low, self.high).to(self.dtype)
+        if self.axis is None:
+            steps = ops.quantize_per_tensor.tensor(x, scale, zero_point, *limits)
+        else:
+            steps = ops.quantize_per_channel(x, scale, zero_point, self.axis, *limits)
+        return steps
+
+    def _dequantized(self, steps: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        ops, given = quantized_decomposed(), (steps, scale, zero_point)
+        limits = *self.declared, self.dtype
+        y: Tensor
+        if self.block:
+            y = ops.dequantize_per_channel_group(*given, *limits, self.block, torch.float32)
+        elif self.axis is None:
+            y = ops.dequantize_per_tensor.tensor(*given, *limits)
+        else:
+            y = ops.dequantize_per_channel(*given, self.axis, *limits)
+        return y
+
+    def along(self, parameter: Tensor, x: Tensor) -> Tensor:
+        """A scale or zero point, shaped to broadcast to x."""
+        if self.block:
+            return parameter.reshape(len(x), -1).repeat_interleave(self.block, 1)
+        return parameter if self.axis is None else parameter.reshape([-1, *[1] * (x.dim() - 1 - self.axis)])
+
+    def summed(self, gradient: Tensor, scale: Tensor) -> Tensor:
+        """The sum of a gradient with respect to `along(scale)`, by scale."""
+        if self.block:
+            return gradient.reshape(-1, self.block).sum(1).reshape(scale.shape)
+        axes = [axis for axis in range(gradient.dim()) if axis != self.axis]
+        return (gradient.sum(axes) if axes else gradient).reshape(scale.shape)
+
+    def shares(self, x: Tensor) -> int:
+        """How many elements of x share a scale, those of one sample where x is an activation."""
+        scales = 1 if self.scale is None else self.scale.numel()
+        batch = 1 if self.weight or not x.dim() else x.shape[0]
+        return max(1, x.numel() // max(1, scales * batch))
+
+    def extra_repr(self) -> str:
+        learned = ", scale learned" if self.limit is not None else ""
+        return f"{dtype_name(self.dtype)} in [{self.low}, {self.high}]" + (
+            "" if self.axis is None else f", axis={self.axis}"
+        ) + learned  # fmt: skip
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, rounded: Rounded) -> Tensor:
+        steps = rounded._quantized(x, scale, zero_point)
+        ctx.rounded = rounded
+        exact = x / rounded.along(scale, x) + rounded.along(zero_point, x)
+        within = (exact >= rounded.low - 0.5) & (exact <= rounded.high + 0.5)
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(within, scale, zero_point, x, steps)
+        else:
+            ctx.save_for_backward(within)
+        return rounded._dequantized(steps, scale, zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), rounded = gradients, ctx.rounded
+        within, *others = ctx.saved_tensors
+        of_x = gradient * within if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_x, None, None, None
+        scale, zero_point, x, steps = others
+        zero, exact = rounded.along(zero_point, x), x / rounded.along(scale, x)
+        inside = (exact + zero >= rounded.low - _AT_END) & (exact + zero <= rounded.high + _AT_END)
+        by_scale = steps.float() - zero - exact * inside
+        factor = 1 / math.sqrt(rounded.shares(x) * rounded.high)
+        return of_x, rounded.summed(gradient * by_scale, scale) * factor, None, None
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """The second tensor, with its gradient given to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        return second
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
