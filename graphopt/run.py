@@ -29,7 +29,7 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
-from graphopt.result import Optimized, shapes_text, versions
+from graphopt.result import Optimized, Trained, shapes_text, versions
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Run:
     training: Batches | None = None
     teacher: Teacher | None = None
     checkpoint: Path | None = None
-    _trained: Graph | None = None
-    """The graph of torch.fx that the last pass trained, where nothing but lowering follows."""
+    _trained: Trained | None = None
+    """What the passes that train have left, where nothing but lowering follows."""
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class Run:
             self._check_sites(folded, report)
         small = Optimized(
             self.captured.graph, transformed, folded, lowered, report, self.backend, self.captured.signature,
-            self.captured.feeds, self.threads, pipeline, self.earlier,
+            self.captured.feeds, self.threads, pipeline, self.earlier, self._trained,
         )  # fmt: skip
         if not self._is_too_large_to_run:
             self._check_kernels(small, reference, promised=not as_it_came)
@@ -184,22 +184,24 @@ class Run:
         captured = self.captured
         trains = [any(leaf.trains for leaf in leaves(one)) for one in pipeline.passes]
         last = max((place for place, one in enumerate(trains) if one), default=None)
-        if last is None or captured.graph.dialect == "fx":
+        if last is None:
             context.original = captured.graph
             return pipeline.apply(captured.graph, context)
-        trainable = self._torch_form
-        context.original = trainable.graph
-        rest = pipeline.passes[last + 1 :]
-        trained = Pipeline(pipeline.passes[: last + 1]).apply(trainable.graph, context)
+        context.original = before = self._torch_form.graph
+        first, rest = pipeline.passes[: last + 1], pipeline.passes[last + 1 :]
+        trained = Pipeline(first).apply(before, context)
         if all(leaf.lossless or leaf.stage is Stage.LOWER for one in rest for leaf in leaves(one)):
-            self._trained = trained
-        with outer_door(LoweringError, f"the trained graph cannot become an {captured.graph.dialect} graph"):
-            converted = to_onnx(trained, captured.feeds)
-        return Pipeline(rest).apply(converted, context)
+            self._trained = Trained(trained, before, captured.state)
+        if captured.graph.dialect != "fx":
+            with outer_door(LoweringError, f"the trained graph cannot become an {captured.graph.dialect} graph"):
+                trained = to_onnx(trained, captured.feeds)
+        return Pipeline(rest).apply(trained, context)
 
     @cached_property
     def _torch_form(self) -> Captured:
         """The model as a graph that can be trained."""
+        if self.captured.graph.dialect == "fx":
+            return self.captured
         if self.captured.torch_form is not None:
             return self.captured.torch_form()
         raise CaptureError(f"{self.captured.source} has no torch form")
@@ -278,7 +280,7 @@ class Run:
         if self.evaluate is None:
             return
         signature = self.captured.signature
-        trained = small.transformed if self._trained is None else self._trained
+        trained = small.transformed if self._trained is None else self._trained.graph
         found = Shipped(*(
             float(self.evaluate(model))
             for model in (as_model(self.captured.graph, signature), as_model(trained, signature), small)
