@@ -75,8 +75,8 @@ class Evaluations(Instrument):
 
     def trained(self, line: Mapping[str, Any]) -> None:
         if "metric" in line:
-            seconds = time.monotonic() - self.began
-            self.settings.console.print(f"  {seconds:5.0f} s, step {line['step']}: {line['metric']:.5g}", highlight=False)
+            text = f"  {time.monotonic() - self.began:5.0f} s, step {line['step']}: {line['metric']:.5g}"
+            self.settings.console.print(text, highlight=False)
 
 
 def run(settings: Settings) -> bool:
