@@ -180,17 +180,19 @@ class Run:
         return kept.graph or folded, folded
 
     def _applied(self, pipeline: Pipeline, context: Context) -> Graph:
-        """The graph after all passes. Up to the last pass that trains they run on torch.fx, whatever the target."""
+        """The graph after all passes. Up to the last one that needs gradients they run on torch.fx, whatever the
+        target."""
         captured = self.captured
-        trains = [any(leaf.trains for leaf in leaves(one)) for one in pipeline.passes]
-        last = max((place for place, one in enumerate(trains) if one), default=None)
+        on_torch = [any(leaf.needs_torch for leaf in leaves(one)) for one in pipeline.passes]
+        last = max((place for place, one in enumerate(on_torch) if one), default=None)
         if last is None:
             context.original = captured.graph
             return pipeline.apply(captured.graph, context)
         context.original = before = self._torch_form.graph
         first, rest = pipeline.passes[: last + 1], pipeline.passes[last + 1 :]
         trained = Pipeline(first).apply(before, context)
-        if all(leaf.lossless or leaf.stage is Stage.LOWER for one in rest for leaf in leaves(one)):
+        is_last = all(leaf.lossless or leaf.stage is Stage.LOWER for one in rest for leaf in leaves(one))
+        if is_last and pipeline.is_trained:
             self._trained = Trained(trained, before, captured.state)
         if captured.graph.dialect != "fx":
             with outer_door(LoweringError, f"the trained graph cannot become an {captured.graph.dialect} graph"):
