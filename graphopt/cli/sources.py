@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ def function(source: str) -> Callable[..., Any]:
     if path.suffix != ".py" or not name:
         raise UsageError(f"{source!r} is no function; give script.py:function")
     require_file(path)
-    scope = vars(_module(path))
+    scope = vars(_module(path.resolve()))
     if name not in scope:
         functions = [key for key, value in scope.items() if callable(value) and not key.startswith("_")]
         raise UsageError(f"{path} has no function {name!r}{nearest(name, functions)}")
@@ -310,14 +311,15 @@ def _of_function(source: str) -> Any:
     return _Again(call, found) if isinstance(found, Iterator) else found
 
 
+@cache
 def _module(path: Path) -> Any:
-    """The module in a file, under a name that hides no other."""
+    """The module in a file, under a name that hides no other; it runs once for all options that name it."""
     name = f"graphopt_script_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # as the file ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and the workers of a DataLoader look for it
-    folder = str(path.resolve().parent)
+    folder = str(path.parent)
     if folder not in sys.path:
         sys.path.append(folder)
     with outer_door(UsageError, f"{path} cannot be loaded"):

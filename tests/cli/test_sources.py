@@ -173,6 +173,7 @@ from beside import SIZE
 FEEDS = [{"x": torch.full((2, SIZE), float(number))} for number in range(3)]
 ONCE = iter(FEEDS)
 NUMBER = 3
+with open(__file__ + ".log", "a") as log: log.write("run ")
 
 def whole(): return FEEDS
 def generated():
@@ -198,6 +199,12 @@ def test_a_function_gives_batches_again_and_again(name: str, script: Path) -> No
     for _ in range(3):
         assert [batch["x"][0, 0].item() for batch in found] == [0, 1, 2]
     assert "shuffle" in dir(__import__("random"))
+
+
+def test_a_script_runs_once_for_all_that_name_it(script: Path) -> None:
+    batches(f"{script}:whole")
+    function(f"{script}:score")
+    assert script.with_name("random.py.log").read_text() == "run "
 
 
 def test_a_function_that_gives_out_once(script: Path) -> None:
