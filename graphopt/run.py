@@ -176,6 +176,8 @@ class Run:
         )
         report.cost_before, report.ops_before = context.cost(captured.graph), count_kinds(captured.graph.nodes)
         folded = self._applied(pipeline, context)
+        if self.calibration is not None and self.calibration.note:
+            report.notes.append(self.calibration.note)
         report.cost_after, report.ops_after = context.cost(folded), count_kinds(folded.nodes)
         return kept.graph or folded, folded
 
