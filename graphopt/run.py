@@ -88,8 +88,11 @@ class Run:
             return small
         check = self._speed_check(self._baseline.runner)
         attempt = self._timed(check, small, list(self._baseline.notes))
-        attempt = self._without_losers(check, attempt)
-        attempt = self._without_passes(check, attempt)
+        if self.pipeline.is_trained:
+            self._note_slower(attempt)
+        else:
+            attempt = self._without_losers(check, attempt)
+            attempt = self._without_passes(check, attempt)
         small = attempt.small
         small.forget_state()
         small.report.notes += attempt.notes
@@ -302,12 +305,9 @@ class Run:
         return _Attempt(small, check.time(small.runner, digest(small.lowered)), notes)
 
     def _without_losers(self, check: SpeedCheck, attempt: _Attempt) -> _Attempt:
-        """Run again without the sites that make the model slower, while there are some, up to RERUNS times.
-
-        What was trained is not trained again: it is kept, and a note says what it loses.
-        """
+        """Run again without the sites that make the model slower, while there are some, up to RERUNS times."""
         reverted: dict[str, Decline] = {}
-        for _ in range(0 if self.pipeline.is_trained else RERUNS):
+        for _ in range(RERUNS):
             lost = self._slowest_sites(check, attempt)
             if not lost:
                 break
@@ -341,6 +341,15 @@ class Run:
             )
             attempt = self._timed(check, self._optimized(pipeline, lowered=lowered), attempt.notes)
         return attempt
+
+    def _note_slower(self, attempt: _Attempt) -> None:
+        """What was trained is kept, since no faster model has learned what it has; the user hears of it."""
+        for index in attempt.speed.slower:
+            ratio, shapes = attempt.speed.ratios[index], shapes_text(self.captured.feeds[index])
+            attempt.notes.append(
+                f"warning: it runs {ratio.median:.2f} times as fast as the input at {shapes}, and is kept as it was "
+                "trained; without the passes that do not pay there it would be trained again"
+            )
 
     @cached_property
     def _baseline(self) -> _Baseline:
