@@ -19,7 +19,7 @@ from benchmarks.trained import Task
 
 NEURONS, HEADS = (0.5, 0.7, 0.8), (0.25,)
 RESNET = [
-    ("channels, L2 norm", (0.25, 0.5), "prune{{channels={} importance=l2 compensate=false}}"),
+    ("channels, L2 norm", (0.25, 0.5), "prune{{channels={} criterion=l2 compensate=false}}"),
     ("channels, with least squares", (0.25, 0.5), "prune{{channels={}}}"),
     ("2:4 by magnitude", (0.5,), "sparsify{{pattern=2:4}}"),
     ("2:4 by SparseGPT", (0.5,), "sparsify{{pattern=2:4 criterion=sparsegpt}}"),

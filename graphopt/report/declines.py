@@ -62,9 +62,9 @@ SENTENCES = {
     # prune
     "no_group": "in no group of {kinds}",
     "no_units_go": "all of its {size} {kind} are kept",
-    "not_weighed_unread": "importance={importance} cannot score it: no linear or conv with a stored float weight reads "
-    "it; use importance=l2",
-    "not_weighed_without_weight": "importance={importance} cannot score it: it has no stored float weight",
+    "not_weighed_unread": "criterion={criterion} cannot score it: no linear or conv with a stored float weight reads "
+    "it; use criterion=l2",
+    "not_weighed_without_weight": "criterion={criterion} cannot score it: it has no stored float weight",
     # sparsify
     "no_amount": "no term of amount matches it",
     "amounts_differ": "the sites that share it have different amounts: {amounts}",

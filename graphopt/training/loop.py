@@ -277,12 +277,13 @@ class Trainer:
         """Matrices and kernels decay; vectors (biases, norms, scales) and what the objective and the rules learn do
         not."""
         own = [one for rule in self.rules.values() for one in rule.parameters()]
-        vectors = [one for one in self.parameters.values() if one.dim() < 2]
+        decays = {name: one.dim() >= 2 and not name.endswith(".scale") for name, one in self.parameters.items()}
+        weights = [one for name, one in self.parameters.items() if decays[name]]
+        others = [one for name, one in self.parameters.items() if not decays[name]]
         groups = [
-            {"params": [one for one in self.parameters.values() if one.dim() >= 2],
-             "weight_decay": self.settings.weight_decay},
-            {"params": [*vectors, *self.objective.parameters(), *own], "weight_decay": 0.0},
-        ]  # fmt: skip
+            {"params": weights, "weight_decay": self.settings.weight_decay},
+            {"params": [*others, *self.objective.parameters(), *own], "weight_decay": 0.0},
+        ]
         if self.settings.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
         return torch.optim.SGD(groups, lr=self.settings.lr, momentum=0.9)

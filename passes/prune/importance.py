@@ -47,7 +47,7 @@ def weigh(graph: Graph, context: Context, groups: Sequence[Group], criterion: st
             require_finite(tensor, f"the {_operand(site, axis.value)} of {site.label}")
     auto = criterion == "auto"
     name = criterion if not auto else "activation" if context.calibration is not None else "l2"
-    found = IMPORTANCE[name](graph, context, groups, seed)
+    found = CRITERIA[name](graph, context, groups, seed)
     if auto and name == "activation" and len(found) < len(groups):
         others = l2(graph, context, [group for group in groups if group not in found], seed)
         if others:
@@ -55,11 +55,11 @@ def weigh(graph: Graph, context: Context, groups: Sequence[Group], criterion: st
             context.note(f"weighed by l2, as no linear or conv with a stored float weight reads them: {names}")
         found, name = found | others, "l2"
     if groups and not found:
-        why = Reason.of(Decline(_UNWEIGHED[name], importance=name))
+        why = Reason.of(Decline(_UNWEIGHED[name], criterion=name))
         raise UsageError(f"{context.record.name}: no group can be weighed ({groups[0].name}: {why})")
     for group in groups:
         if group not in found:
-            context.record.decline(group.name, Decline(_UNWEIGHED[name], importance=name))
+            context.record.decline(group.name, Decline(_UNWEIGHED[name], criterion=name))
     return {group: found[group] for group in groups if group in found}
 
 
@@ -125,7 +125,7 @@ def taylor(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -
     return found
 
 
-IMPORTANCE: Mapping[str, Callable[[Graph, Context, Sequence[Group], int], Scores]] = MappingProxyType(
+CRITERIA: Mapping[str, Callable[[Graph, Context, Sequence[Group], int], Scores]] = MappingProxyType(
     {one.__name__: one for one in (l1, l2, activation, taylor, random)}
 )
 """Each weighs all units of the groups; none changes the graph."""

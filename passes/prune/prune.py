@@ -67,7 +67,7 @@ class Prune(Pass):
     """Kinds that a budget cuts. Heads cost more quality: at 0.55 of the FLOPs, all-MiniLM-L6-v2 in int8 loses 0.4 in
     Spearman on STS-B dev where neurons alone are removed, and 1.4 where heads are removed in the same share."""
 
-    importance: Literal["auto", "l1", "l2", "activation", "taylor", "random"] = "auto"
+    criterion: Literal["auto", "l1", "l2", "activation", "taylor", "random"] = "auto"
     """How units are ranked: l1, l2, activation, taylor, random; auto is activation with calibration data, else l2."""
 
     scope: Literal["layer", "global"] = "layer"
@@ -82,13 +82,17 @@ class Prune(Pass):
     four such multiples, and where a budget would be missed by 2%."""
 
     seed: int = 0
-    """Of importance=random."""
+    """Of criterion=random."""
 
     targets: Selector = Selector("linear", "conv", "embedding")
     """Groups to consider: by their names, or by their producers, else consumers (ops, module paths or patterns)."""
 
     ignore: Selector = Selector()
     """Groups to leave as they are; the name of a group means that one only."""
+
+    @property
+    def needs_torch(self) -> bool:
+        return self.criterion == "taylor"
 
     def contradiction(self) -> str | None:
         shares = [kind for kind in KINDS if getattr(self, kind)]
@@ -100,18 +104,18 @@ class Prune(Pass):
             return f"kinds is empty; give some of {', '.join(KINDS)}"
         if self.kinds != Prune.kinds and not budgets:
             return "kinds are those that a budget cuts; give a share for each instead"
-        if self.seed != Prune.seed and self.importance != "random":
-            return f"seed is for importance=random, and importance is {self.importance}"
+        if self.seed != Prune.seed and self.criterion != "random":
+            return f"seed is for criterion=random, and criterion is {self.criterion}"
         return None
 
     def run(self, graph: Graph, context: Context) -> None:
         compensates = context.calibration is not None if self.compensate is None else self.compensate
-        if compensates and context.batches().once and self.importance in ("auto", "activation", "taylor"):
+        if compensates and context.batches().once and self.criterion in ("auto", "activation", "taylor"):
             raise UsageError(
                 "prune reads the calibration batches twice, to weigh units and to compensate, and a generator gives "
-                "them once; pass a list or a DataLoader, or use compensate=false or importance=l2"
+                "them once; pass a list or a DataLoader, or use compensate=false or criterion=l2"
             )
-        scores = weigh(graph, context, self._groups(graph, context), self.importance, self.seed)
+        scores = weigh(graph, context, self._groups(graph, context), self.criterion, self.seed)
         candidates = [Candidate(group, score, self._multiple(group, context)) for group, score in scores.items()]
         chosen = self._sizes(graph, context, candidates)
         smaller = {candidate: size for candidate, size in chosen.items() if size < candidate.group.size}

@@ -48,10 +48,10 @@ def test_groups_have_the_same_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("importance", ["l1", "l2", "random"])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "random"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_weights_decide_the_same(name: str, importance: str, scope: str) -> None:
-    pair = twins(name, Prune(**KINDS[name], importance=importance, scope=scope))  # type: ignore[arg-type]
+def test_weights_decide_the_same(name: str, criterion: str, scope: str) -> None:
+    pair = twins(name, Prune(**KINDS[name], criterion=criterion, scope=scope))  # type: ignore[arg-type]
     assert_twins(pair)
     example = captured(name, "fx").feeds[0]
     for ours, theirs in zip(*(outputs(graph, example) for graph in pair), strict=True):

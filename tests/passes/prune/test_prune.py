@@ -18,7 +18,7 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.measure.timing import Ratio
 from graphopt.passes import REGISTRY, Prune
-from graphopt.passes.prune.importance import IMPORTANCE
+from graphopt.passes.prune.importance import CRITERIA
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.runner import run_pass
@@ -50,7 +50,7 @@ def test_removes_the_weakest_neurons_whole(dialect: str) -> None:
     up, bias, down = (tensor.clone() for tensor in (weight_of(graph.nodes[0]), stored(graph.nodes[0], "bias"),
                                                    weight_of(graph.nodes[2])))  # fmt: skip
     name = graph.nodes[0].label
-    context = run(Prune(neurons=0.25, importance="l2"), graph)
+    context = run(Prune(neurons=0.25, criterion="l2"), graph)
     norms = (up.square().sum(1) + bias.square() + down.square().sum(0)).numpy()
     keep = np.sort(np.argsort(norms)[4:])
     assert listing(graph)[0].startswith("%0 = linear(x[batch,8], [12,8], [12])")
@@ -60,12 +60,12 @@ def test_removes_the_weakest_neurons_whole(dialect: str) -> None:
     assert f"neurons: {name} 16 -> 12" in context.record.notes
 
 
-@pytest.mark.parametrize(("importance", "order"), [("l1", 1), ("l2", 2)])
-def test_norms_are_those_of_all_weights_of_a_unit(dialect: str, importance: Any, order: int) -> None:
+@pytest.mark.parametrize(("criterion", "order"), [("l1", 1), ("l2", 2)])
+def test_norms_are_those_of_all_weights_of_a_unit(dialect: str, criterion: Any, order: int) -> None:
     graph = build(dialect, "y = linear(relu(linear(x[2,3], W[4,3])), V[2,4])")
     weights = torch.cat([weight_of(graph.nodes[0]), weight_of(graph.nodes[2]).T], 1).double()
     kept = weight_of(graph.nodes[0])[weights.norm(order, dim=1).argsort()[1:].sort().values].clone()
-    run(Prune(neurons=0.25, importance=importance), graph)
+    run(Prune(neurons=0.25, criterion=criterion), graph)
     assert torch.equal(weight_of(graph.nodes[0]), kept)
 
 
@@ -80,7 +80,7 @@ def test_activations_decide_where_weights_do_not(dialect: str) -> None:
 def test_random_follows_the_seed(dialect: str) -> None:
     def kept(seed: int) -> list[Any]:
         graph = build(dialect, MLP)
-        run(Prune(neurons=0.5, importance="random", seed=seed), graph)
+        run(Prune(neurons=0.5, criterion="random", seed=seed), graph)
         return list(weight_of(graph.nodes[0]).tolist())
 
     assert kept(0) == kept(0) != kept(1)
@@ -92,7 +92,7 @@ def test_taylor_keeps_what_the_loss_depends_on() -> None:
     graph = build("fx", text)
     data = Calibration([{"x": torch.ones(3, 4)}], graph.inputs)
     context = Context(calibration=data, loss=lambda outputs, batch: outputs[0][:, 0].sum())
-    run_pass(Prune(neurons=0.5, importance="taylor", compensate=False), graph, context)
+    run_pass(Prune(neurons=0.5, criterion="taylor", compensate=False), graph, context)
     assert weight_of(graph.nodes[0]).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
 
 
@@ -101,7 +101,7 @@ def test_consumers_are_solved_again_as_numpy_would(dialect: str) -> None:
     batch = feeds(graph, batch=500)
     hidden = graph.evaluate(batch, [graph.nodes[1].result])[0].double().numpy()
     down, bias = weight_of(graph.nodes[2]).double().numpy(), stored(graph.nodes[2], "bias").double().numpy()
-    run(Prune(neurons=0.5, importance="l2"), graph, calibration=[batch])
+    run(Prune(neurons=0.5, criterion="l2"), graph, calibration=[batch])
     assert [node.kind for node in graph.nodes] == ["linear", "gelu", "linear"]
     rows = weight_of(graph.nodes[0])
     before = weight_of(build(dialect, MLP).nodes[0])
@@ -267,7 +267,7 @@ def test_a_share_that_rounds_to_nothing_is_declined(dialect: str) -> None:
 
 
 def test_the_option_names_every_criterion() -> None:
-    assert get_type_hints(Prune)["importance"] == Literal["auto", *IMPORTANCE]
+    assert get_type_hints(Prune)["criterion"] == Literal["auto", *CRITERIA]
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -279,7 +279,7 @@ def test_the_option_names_every_criterion() -> None:
     ({"params": 1.0}, "params is 1.0; give a number above 0"),
     ({"flops": 0.5, "params": 0.5}, "and not flops and params"),
     ({"neurons": 0.5, "latency": 0.5}, "and not neurons and latency"),
-    ({"neurons": 0.5, "importance": "size"}, "importance is 'size'; give auto, l1, l2, activation, taylor or random"),
+    ({"neurons": 0.5, "criterion": "size"}, "criterion is 'size'; give auto, l1, l2, activation, taylor or random"),
     ({"neurons": 0.5, "scope": "local"}, "scope is 'local'; give layer or global"),
     ({"flops": 0.5, "kinds": ["rows"]}, "kinds is 'rows'; give neurons, heads, channels or width"),
     ({"flops": 0.5, "kinds": []}, "kinds is empty; give some of neurons, heads, channels, width"),
@@ -287,8 +287,8 @@ def test_the_option_names_every_criterion() -> None:
     ({"neurons": 0.5, "round_to": True}, "round_to is True; give a whole number of at least 1"),
     ({"neurons": 0.5, "compensate": "maybe"}, "compensate is 'maybe'; give true, false or none"),
     ({"neurons": 0.5, "compensate": 1}, "compensate is 1; give true, false or none"),
-    ({"neurons": 0.5, "importance": "random", "seed": "abc"}, "seed is 'abc'; give a whole number"),
-    ({"neurons": 0.5, "seed": 1}, "seed is for importance=random, and importance is auto"),
+    ({"neurons": 0.5, "criterion": "random", "seed": "abc"}, "seed is 'abc'; give a whole number"),
+    ({"neurons": 0.5, "seed": 1}, "seed is for criterion=random, and criterion is auto"),
     ({"neurons": 0.5, "kinds": "heads"}, "kinds are those that a budget cuts; give a share for each instead"),
 ])  # fmt: skip
 def test_refuses(options: dict[str, Any], message: str) -> None:
@@ -298,9 +298,9 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"heads": 0.5}, r"the model has no group of heads; its groups: 2 of neurons; locked: \S+ \(neurons\): it is the"),
-    ({"neurons": 0.5, "importance": "activation"}, "prune needs calibration data"),
+    ({"neurons": 0.5, "criterion": "activation"}, "prune needs calibration data"),
     ({"neurons": 0.5, "compensate": True}, "prune needs calibration data"),
-    ({"neurons": 0.5, "importance": "taylor"}, "prune follows gradients, and"),
+    ({"neurons": 0.5, "criterion": "taylor"}, "prune follows gradients, and"),
     ({"flops": 0.5}, "flops=0.5 needs the sizes of the inputs: pass example_inputs"),
     ({"params": 0.05}, "params=0.05 cannot be reached: with every group that may be cut at its smallest, 0.085 stay"),
     ({"neurons": 0.5, "targets": Selector("nowhere")}, "'nowhere' selects no group of neurons"),
@@ -326,7 +326,7 @@ def test_a_generator_is_refused_before_it_is_read(dialect: str) -> None:
     with pytest.raises(UsageError, match=r"reads the calibration batches twice.*or use compensate=false"):
         run_pass(Prune(neurons=0.5), graph, context)
     assert not read
-    run_pass(Prune(neurons=0.5, importance="l2"), graph, context)
+    run_pass(Prune(neurons=0.5, criterion="l2"), graph, context)
     assert weight_of(graph.nodes[0]).shape == (8, 8)
 
 
@@ -385,12 +385,12 @@ def test_text_form() -> None:
     assert pass_ == Prune(flops=0.6, kinds=("heads", "neurons"), scope="global") and str(pass_) == text
 
 
-@pytest.mark.parametrize("importance", ["l2", "random"])
-def test_nan_names_the_site(dialect: str, importance: Any) -> None:
+@pytest.mark.parametrize("criterion", ["l2", "random"])
+def test_nan_names_the_site(dialect: str, criterion: Any) -> None:
     graph = build(dialect, "y = linear(relu(linear(x[2,4], W[8,4]:values(1,nan))), V[3,8])")
     reason = rf"pass prune failed.*the weight of {graph.nodes[0].label} has 16 of 32 values NaN"
     with pytest.raises(PassError, match=reason):
-        run(Prune(neurons=0.5, importance=importance), graph)
+        run(Prune(neurons=0.5, criterion=criterion), graph)
 
 
 TRANSPOSED = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(16, 4, 2))
@@ -403,8 +403,8 @@ def test_what_no_linear_or_conv_reads_is_weighed_by_its_weights(target: str) -> 
     record = next(record for record in small.report.passes if record.name == "prune")
     assert "channels: 0 16 -> 8" in record.notes
     assert "weighed by l2, as no linear or conv with a stored float weight reads them: 0" in record.notes
-    with pytest.raises(UsageError, match=r"no group can be weighed \(0: importance=activation cannot"):
-        optimize(TRANSPOSED, "prune{channels=0.5 importance=activation}", target=target, example_inputs=batch,
+    with pytest.raises(UsageError, match=r"no group can be weighed \(0: criterion=activation cannot"):
+        optimize(TRANSPOSED, "prune{channels=0.5 criterion=activation}", target=target, example_inputs=batch,
                  calibration=[batch])  # fmt: skip
 
 
@@ -412,5 +412,5 @@ def test_what_a_batch_norm_has_seen_is_no_weight(dialect: str) -> None:
     """Channels with large running means are not worth more."""
     text = "h = batch_norm(conv(x[2,3,4,4], W[4,3,1,1]:values(1,1,1,9,9,9)), G[4]:ones, B[4]:zeros, M[4]:values(99,0), S[4]:ones)"  # noqa: E501
     graph = build(dialect, text + "\ny = conv(relu(h), V[2,4,1,1]:ones)")
-    run(Prune(channels=0.5, importance="l2"), graph)
+    run(Prune(channels=0.5, criterion="l2"), graph)
     assert weight_of(graph.sites("conv")[0]).flatten().tolist() == [9.0] * 6
