@@ -50,8 +50,11 @@ class Best:
     """The best weights so far; without `evaluate`, the latest that a loss was finite with."""
 
     state: dict[str, Tensor]
+    """Of the module, with the weights as its forward pass reads them, and of the rules."""
     metric: float
     step: int
+    settled: bool = True
+    """Whether the weights have the form that their rules are to give them; others never ship."""
     waited: int = 0
     """Evaluations since."""
 
@@ -89,8 +92,8 @@ class Trainer:
         self.rules = dict(rules or {})
         self.device = precision.device_of(settings.device)
         self.module = module or trainable(graph, objective, settings)
-        self.module.to(self.device)
-        objective.to(self.device)
+        for trained in (self.module, objective, *self.rules.values()):
+            trained.to(self.device)
         self.inputs = [value.name for value in graph.inputs]
         self.outcome = Outcome()
         self.parameters = {
@@ -123,7 +126,7 @@ class Trainer:
             self.total = self._total_steps()
             self.amp = precision.chosen(self.settings.amp, self.device, self._trial, self.outcome.notes)
             if self.checkpoints is None or not self.checkpoints.resume(self):
-                self.best = Best(self._state(), self._score() if self.evaluate else math.nan, 0)
+                self.best = Best(self._state(), self._score() if self.evaluate else math.nan, 0, self._is_settled)
                 if self.evaluate is not None:
                     self._tell({"step": 0, "metric": self.best.metric})
             try:
@@ -153,7 +156,13 @@ class Trainer:
                     self.checkpoints.due(self)
                 if self._is_over():
                     break
-            if self._evaluated_at != self.step:
+            is_early = not self._is_settled
+            if is_early:
+                self.outcome.notes.append(f"training ended early, at step {self.step}: what was left to remove went at "
+                                          "once")  # fmt: skip
+                for rule in self.rules.values():
+                    rule.progress(1.0)
+            if is_early or self._evaluated_at != self.step:
                 self._evaluated()
             if self.checkpoints is not None and not self._interrupted:
                 self.checkpoints.write(self, is_done=True)
@@ -252,7 +261,7 @@ class Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         """Matrices and kernels decay; vectors (biases, norms, scales) and what the objective and the rules learn do
         not."""
-        own = [one for rule in self.rules.values() for one in rule.parameters()]
+        own = dict.fromkeys(one for rule in self.rules.values() for one in rule.parameters())  # rules may share some
         vectors = [one for one in self.parameters.values() if one.dim() < 2]
         groups = [
             {"params": [one for one in self.parameters.values() if one.dim() >= 2],
@@ -328,11 +337,14 @@ class Trainer:
     def _evaluated(self) -> None:
         self._evaluated_at = self.step
         if self.evaluate is None:
-            self.best = Best(self._state(), math.nan, self.step)
+            if self._is_settled:
+                self.best = Best(self._state(), math.nan, self.step)
             return
         metric = self._score()
         self._tell({"step": self.step, "metric": metric})
-        if metric > self.best.metric:
+        if not self._is_settled:
+            return
+        if metric > self.best.metric or not self.best.settled:
             self.best = Best(self._state(), metric, self.step)
         else:
             self.best.waited += 1
@@ -349,12 +361,22 @@ class Trainer:
             raise UsageError(f"{self.name}: evaluate gives NaN at step {self.step}; give a number, more is better")
         return metric
 
+    @property
+    def _is_settled(self) -> bool:
+        return all(rule.is_settled for rule in self.rules.values())
+
     def _state(self) -> dict[str, Tensor]:
         with self._as_read():
-            return {name: one.detach().clone() for name, one in self.module.state_dict().items()}
+            found = {name: one.detach().clone() for name, one in self.module.state_dict().items()}
+        for parameter, rule in self.rules.items():
+            found |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
+        return found
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(dict(state))
+        left = dict(state)
+        for parameter, rule in self.rules.items():
+            rule.load_state_dict({name: left.pop(f"rule/{parameter}/{name}") for name in rule.state_dict()})
+        self.module.load_state_dict(left)
 
     @contextmanager
     def _as_read(self) -> Iterator[None]:
@@ -395,7 +417,7 @@ class Trainer:
         return f"the loss has no gradient with respect to any parameter{named}"
 
     def _diverged(self, error: Diverged) -> None:
-        if self.best.step == 0 and self.evaluate is None:
+        if not self.best.settled or (self.best.step == 0 and self.evaluate is None):
             raise UsageError(f"{self.name}: {error}, before any weights were kept; give a lower lr, or clip") from error
         self.outcome.notes.append(f"{error}: training stopped, and the weights of step {self.best.step} are kept")
 
