@@ -21,7 +21,8 @@ _ANYWHERE = frozenset({Stage.SIMPLIFY, Stage.RECOVER})
 
 @dataclass(frozen=True)
 class Pipeline(Pass):
-    """Passes in order; itself a pass, so it nests. Raises UsageError when the stages are out of order."""
+    """Passes in order; itself a pass, so it nests. Raises UsageError when the stages are out of order, and where
+    nothing trains what a pass marked."""
 
     name: ClassVar[str] = "pipeline"
     stage: ClassVar[Stage] = Stage.SIMPLIFY
@@ -32,6 +33,7 @@ class Pipeline(Pass):
     def __init__(self, passes: Iterable[Pass] = ()) -> None:
         object.__setattr__(self, "passes", tuple(passes))
         check_order(self)
+        check_marks(self)
 
     def leaves(self) -> Iterator[Pass]:
         """The passes inside, nested ones opened, repeats once."""
@@ -108,6 +110,25 @@ def check_order(pipeline: Pipeline) -> None:
             )
         if leaf.stage not in _ANYWHERE:
             latest = leaf
+
+
+def check_marks(pipeline: Pipeline) -> None:
+    """Raise UsageError where a pass only marks what is to go, and no training is behind it, within the same brackets
+    and before the weights become others."""
+    marking: Pass | None = None
+    for leaf in pipeline.leaves():
+        if marking is not None and not leaf.trains and leaf.stage > Stage.PRUNE:
+            raise UsageError(
+                f"{marking} marks what the training behind it learns to remove, and {leaf.name} comes first: put "
+                f"distill or finetune between them"
+            )
+        if leaf.trains or leaf.marks:
+            marking = None if leaf.trains else leaf
+    if marking is not None:
+        raise UsageError(
+            f"{marking} marks what the training behind it learns to remove, and there is none: put distill or finetune "
+            "behind it, or use another criterion"
+        )
 
 
 def _in_order(passes: list[Pass]) -> list[Pass]:
