@@ -127,6 +127,8 @@ def one(recipe: Recipe, seed: int, before: float, settings: Settings, folder: Pa
     )  # fmt: skip
     minutes = (time.process_time() - began) / 60
     file = small.export(folder / f"{recipe.name}-{seed}.onnx")
+    for note in (note for record in small.report.passes for note in record.notes if note.startswith("amp=")):
+        settings.console.print(f"  {note}", highlight=False)
     run = in_onnxruntime(file, settings.threads)
     metric = small.report.shipped
     score = recipe.task.score(recipe.task.predict(run))
@@ -196,6 +198,7 @@ MINILM = {
 """The shares of neurons and heads that go, the least Spearman, and the least speed over int8."""
 
 MINILM_STEPS = 3000
+AMP_STEPS = 300
 ASIDE = 500
 """Pairs of STS-B train that choose the best weights; their sentences are not trained on."""
 
@@ -215,12 +218,15 @@ def minilm(settings: Settings) -> Iterator[Recipe]:
         found = [task.read(torch.as_tensor(run(batch)[0]), batch) for batch in reviews]
         return trained.cosine(torch.cat(expected), torch.cat(found))
 
+    common = "outputs=last_hidden_state cache=CACHE seed=SEED"
+    for amp in ("auto", "off", "bfloat16"):
+        passes = f"prune{{neurons=0.9 heads=0.5}},distill{{steps={AMP_STEPS} lr=5e-4 amp={amp} {common}}}"
+        yield Recipe(f"minilm-amp-{amp}", task, passes, 0.0, loader)
     for name, (neurons, heads, bound, speed) in MINILM.items():
         passes = (
             f"prune{{neurons={neurons} heads={heads}}},"
-            f"distill{{steps={MINILM_STEPS} lr=5e-4 evaluate_every=500 outputs=last_hidden_state cache=CACHE "
-            f"seed=SEED}},{INT8},"
-            "distill{steps=200 lr=5e-5 evaluate_every=100 outputs=last_hidden_state cache=CACHE seed=SEED}"
+            f"distill{{steps={MINILM_STEPS} lr=5e-4 evaluate_every=500 {common}}},{INT8},"
+            f"distill{{steps=200 lr=5e-5 evaluate_every=100 {common}}}"
         )
         yield Recipe(name, task, passes, bound, loader, similarities(tokens, aside, task), SEEDS, speed,
                      {"cosine to the teacher on SST-2 dev": kinship})  # fmt: skip
