@@ -13,6 +13,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import graphopt
+from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.module import Rounded
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.result import Optimized
@@ -188,3 +189,13 @@ def test_a_range_chosen_at_run_time_has_no_gradient_of_its_own() -> None:
     assert (y - x).abs().max() <= 0.5 * 3 / 255 + 1e-6
     F.mse_loss(y, torch.zeros(7), reduction="sum").backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(x.grad, 2 * y.detach())
+
+
+def test_inputs_are_called_by_their_names() -> None:
+    """Also by names that torch.fx would change, and by what two names have in common."""
+    names = {"input": "input", "inputImage": "inputImage", "x:0": "x_0", "x.0": "x_0_", "class": "class_", "0": "v_0"}
+    graph = FxGraph.empty({name: ((2,), torch.float32) for name in names})
+    graph.set_outputs({f"y{index}": graph.emit("relu", value) for index, value in enumerate(graph.inputs)})
+    given = {name: torch.full((2,), float(index)) for index, name in enumerate(names.values())}
+    assert [float(one[0]) for one in graph.module()(**given)] == [float(index) for index in range(len(names))]
+    assert [value.name for value in graph.inputs] == list(names)
