@@ -15,7 +15,7 @@ from graphopt.capture.sources import Captured, capture
 from graphopt.capture.tracing import DynamicAxes
 from graphopt.dialects.adapter import adapter
 from graphopt.dialects.silence import quiet
-from graphopt.errors import CaptureError, GraphError, outer_door
+from graphopt.errors import CaptureError, GraphError, GraphoptError, outer_door
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph
 from graphopt.ir.structure import Structure
@@ -73,33 +73,35 @@ def to_fx(captured: Captured) -> Captured:
     """
     if captured.graph.dialect == "fx":
         return captured
+    from graphopt.dialects.onnx.graph import OnnxGraph
     from graphopt.dialects.onnx.interpreter.module import OnnxModule
 
+    assert isinstance(captured.graph, OnnxGraph)  # there are two dialects
     if not captured.feeds:
         raise CaptureError(
             f"{captured.source} does not run on inputs that are made from its types, and a trace needs an example: "
             "pass example_inputs=<a batch that it runs on>"
         )
     try:
-        module = OnnxModule(captured.graph).eval()  # type: ignore[arg-type]  # there are two dialects
+        module = OnnxModule(captured.graph).eval()
     except GraphError as error:
         raise CaptureError(f"{captured.source}: {error}") from error
     axes = _dynamic_axes(captured.graph)
-    failed: CaptureError | None = None
+    failed: list[GraphError] = []
     for dynamic in _attempts(captured.feeds[0], axes):
         try:
             graph, fixed = _converted(captured, module, axes, dynamic)
-        except (CaptureError, GraphError) as error:
-            failed = failed or CaptureError(f"{captured.source}: {error}")
+        except GraphError as error:
+            failed.append(error)
             continue
-        why = f" ({failed})" if failed is not None else ""
+        why = f" ({failed[0]})" if failed else ""
         notes = [f"axis {axis} ({axes[name][axis]}) of {name} is fixed at {size} in torch{why}"
                  for (name, axis), size in fixed.items()]  # fmt: skip
         if _is_large(captured.graph):
             notes.append("above 2 GB: the outputs of the torch module were not compared with the model's")
         return replace(captured, graph=graph, notes=captured.notes + notes)
-    assert failed is not None  # there is an attempt
-    raise failed
+    sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in captured.feeds[0].items())
+    raise CaptureError(f"{captured.source}, traced on {sizes}: {failed[0]}") from failed[0]
 
 
 # --- the trace -----------------------------------------------------------------------------------------------------
@@ -119,18 +121,18 @@ def _converted(
 ) -> tuple[Graph, dict[tuple[str, int], int]]:
     """The fx graph, checked, and the axes that have one size in it, by input and axis.
 
-    dynamic: those of the axes that are to stay dynamic. Raises CaptureError or GraphError.
+    dynamic: those of the axes that are to stay dynamic. Raises GraphError where fewer of them may help.
     """
     signature, feeds, dialect = captured.signature, captured.feeds[0], adapter("fx")
     examples = tuple(_example(feeds[name], dynamic.get(name, {})) for name in signature.inputs)
     shapes = tuple(dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.AUTO) for name in signature.inputs)
     returned = Structure(signature.outputs, signature.rebuild, list(range(len(signature.outputs))))
-    with outer_door(CaptureError, f"torch.export cannot trace {captured.source}"), quiet(*_LOUD), torch.no_grad():
+    with outer_door(GraphError, "torch.export cannot trace it"), quiet(*_LOUD), torch.no_grad():
         program = torch.export.export(module, examples, dynamic_shapes={"inputs": shapes}, strict=False)
     fixed = _fixed(program, signature, axes)
     for (name, axis), size in fixed.items():
         if feeds[name].shape[axis] != size:
-            raise CaptureError(f"the model computes with the size of axis {axis} of {name}")
+            raise GraphError(f"the model computes with the size of axis {axis} of {name}")
     graph = dialect.from_program(program, signature.inputs, axes, returned)
     dialect.raise_(graph)
     for node in graph.sites(*_RESPELLED):
@@ -139,7 +141,8 @@ def _converted(
     graph.version = 0
     graph.verify()
     if not _is_large(captured.graph):
-        _check(captured, graph)
+        as_fed = [example.shape for example in examples] == [feeds[name].shape for name in signature.inputs]
+        _check(captured, graph, CaptureError if as_fed else GraphError)
     return graph, fixed
 
 
@@ -176,21 +179,22 @@ def _is_large(graph: Graph) -> bool:
     return cost.Cost.of(graph).bytes > cost.LARGE
 
 
-def _check(captured: Captured, graph: Graph) -> None:
-    """Raise CaptureError where the fx graph does not compute what the ONNX graph does on the example feeds."""
+def _check(captured: Captured, graph: Graph, kind: type[GraphoptError]) -> None:
+    """Raise GraphError where the fx graph does not run or has other shapes than the ONNX graph on the example feeds,
+    and `kind` where it has other values."""
     rounds = bool(captured.graph.sites("quantize"))
     for feeds in captured.feeds:
         found: Sequence[Any] = graph.evaluate(feeds, graph.outputs)
         expected = captured.graph.evaluate(feeds, captured.graph.outputs)
         for name, a, b in zip(captured.signature.outputs, expected, found, strict=True):
             if a.shape != b.shape:
-                raise CaptureError(f"output {name!r} is {list(b.shape)} in torch, and {list(a.shape)} in ONNX Runtime")
+                raise GraphError(f"output {name!r} is {list(b.shape)} in torch, and {list(a.shape)} in ONNX Runtime")
             if metrics.within_tolerance(a, b, rtol=QUANTIZED_RTOL if rounds else None):
                 continue
             if rounds and a.is_floating_point() and metrics.sqnr(a, b) >= QUANTIZED_SQNR:
                 continue
             largest = float(torch.nan_to_num(a.double()).abs().max())
-            raise CaptureError(
+            raise kind(
                 f"output {name!r} differs in torch by {metrics.max_error(a, b):.3g}, of at most {largest:.3g}. The "
                 "inputs may be such that rounding grows: pass example_inputs=<a batch that the model is made for>; "
                 "else hand over the nn.Module that the file was exported from"

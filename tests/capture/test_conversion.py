@@ -113,14 +113,14 @@ CONVNET = """g (float[batch,3,8,8] x) => (float[batch,5] y) {
 
 def test_sources(tmp_path: Path) -> None:
     """A path, a proto, a graphsurgeon graph; inputs are made where none are given."""
-    proto = model("g (float[n,4] x0) => (float[n,3] y) { y = MatMul(x0, w) }", {"w": normal(4, 3)})
-    proto.graph.input[0].name = proto.graph.node[0].input[0] = "x:0"  # no name that Python allows
+    text = 'g (float[n,4] "x:0", float[n,3] input) => (float[n,3] y) { a = MatMul("x:0", w)  y = Add(a, input) }'
+    proto = model(text, {"w": normal(4, 3)})
     onnx.save(proto, tmp_path / "model.onnx")
-    x = normal(5, 4)
-    expected = plain_run(proto, {"x:0": x})[0]
+    x, other = normal(5, 4), normal(5, 3)
+    expected = plain_run(proto, {"x:0": x, "input": other})[0]
     for source in (proto, gs.import_onnx(proto), tmp_path / "model.onnx", str(tmp_path / "model.onnx")):
         module = graphopt.to_torch(source)
-        for found in (module(x), module(x_0=x)):
+        for found in (module(x, other), module(x_0=x, input=other)):
             torch.testing.assert_close(found["y"], expected)
     with pytest.raises(CaptureError, match="a torch module already"):
         graphopt.to_torch(module)

@@ -12,6 +12,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import graphopt
+from graphopt.dialects.fx.graph import FxGraph
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.result import Optimized
 from tests import models
@@ -151,3 +152,13 @@ def test_nested_results_and_numbers_come_back() -> None:
     (a, (b, number)), none = found["a"], found["none"]
     assert number == 3 and none is None and torch.equal(found["same"], x) and torch.equal(b, y + 1)
     torch.testing.assert_close(a, net(x, y)["a"][0])
+
+
+def test_inputs_are_called_by_their_names() -> None:
+    """Also by names that torch.fx would change, and by what two names have in common."""
+    names = {"input": "input", "inputImage": "inputImage", "x:0": "x_0", "x.0": "x_0_", "class": "class_", "0": "v_0"}
+    graph = FxGraph.empty({name: ((2,), torch.float32) for name in names})
+    graph.set_outputs({f"y{index}": graph.emit("relu", value) for index, value in enumerate(graph.inputs)})
+    given = {name: torch.full((2,), float(index)) for index, name in enumerate(names.values())}
+    assert [float(one[0]) for one in graph.module()(**given)] == [float(index) for index in range(len(names))]
+    assert [value.name for value in graph.inputs] == list(names)
