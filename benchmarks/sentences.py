@@ -64,6 +64,16 @@ def read_pairs(path: Path) -> Pairs:
     return Pairs([float(row[4]) for row in rows], [row[5] for row in rows], [row[6] for row in rows])
 
 
+def parted(pairs: Pairs, count: int) -> tuple[Pairs, Pairs]:
+    """So many pairs, drawn at random with a fixed seed, and the others."""
+    order = torch.randperm(len(pairs.scores), generator=torch.Generator().manual_seed(0)).tolist()
+    first, second = (
+        Pairs(*([column[index] for index in part] for column in (pairs.scores, pairs.first, pairs.second)))
+        for part in (order[:count], order[count:])
+    )
+    return first, second
+
+
 def spread(texts: Sequence[str], count: int) -> list[str]:
     """So many of them, evenly from all: a file is sorted by source, and its beginning is of one kind."""
     return list(texts[:: max(1, len(texts) // count)][:count])

@@ -82,15 +82,16 @@ def minilm(settings: Settings, sentences_of_train: int = 2048) -> Task:
 def resnet(settings: Settings, depth: int) -> Task:
     """Accuracy (%) of a CIFAR-10 ResNet; calibration from train images."""
     source = settings.required("models.py")
-    definitions = models.definitions(source)
     file = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}[depth]
+    model = models.definitions(source).resnet(source.parent / "resnet_cifar10" / file)
+    return _images(f"ResNet-{depth}", model, settings, normalized(settings))
+
+
+def normalized(settings: Settings) -> Callable[[Tensor], Tensor]:
+    """What the CIFAR-10 ResNets are given of pixels from 0 to 255."""
+    definitions = models.definitions(settings.required("models.py"))
     mean, std = (torch.tensor(numbers).reshape(3, 1, 1) for numbers in (definitions.CIFAR_MEAN, definitions.CIFAR_STD))
-
-    def normalized(images: Tensor) -> Tensor:
-        return (images / 255 - mean) / std
-
-    model = definitions.resnet(source.parent / "resnet_cifar10" / file)
-    return _images(f"ResNet-{depth}", model, settings, normalized)
+    return lambda images: (images / 255 - mean) / std
 
 
 def resnet8(settings: Settings) -> Task:
@@ -151,16 +152,27 @@ def stories(settings: Settings, length: int = 192) -> Task:
     )  # fmt: skip
 
 
-@cache
+def samples(settings: Settings, number: int, length: int = 192) -> Tensor:
+    """Stories to train on, of another seed than those that calibrate and judge: token ids (number, length)."""
+    return _sampled(settings.required("models.py"), number, length, models.SEED + 1)
+
+
 def _samples(source: Path, length: int) -> tuple[Tensor, Tensor]:
-    """Two sets of 32 stories, sampled at temperature 1 from the begin-of-sequence token."""
+    """Two sets of 32 stories."""
+    ids = _sampled(source, 64, length, models.SEED)
+    return ids[:32].clone(), ids[32:].clone()
+
+
+@cache
+def _sampled(source: Path, number: int, length: int, seed: int) -> Tensor:
+    """Stories, sampled at temperature 1 from the begin-of-sequence token."""
     model = models.definitions(source).llama(source.parent / "stories260k" / "stories260K.bin")
-    generator = torch.Generator().manual_seed(models.SEED)
-    ids = torch.ones(64, 1, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.ones(number, 1, dtype=torch.int64)
     with torch.inference_mode():
         while ids.shape[1] < length:
             ids = torch.cat([ids, torch.multinomial(F.softmax(model(ids)[:, -1], -1), 1, generator=generator)], 1)
-    return ids[:32].clone(), ids[32:].clone()
+    return ids
 
 
 def _cut(name: str, x: Tensor, size: int = 128) -> list[Batch]:

@@ -28,6 +28,33 @@ if TYPE_CHECKING:
 _VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What training leaves: a graph of torch.fx, beside the one that it began as."""
+
+    graph: Graph
+    before: Graph
+    state: Mapping[str, Tensor]
+    """The tensors of the module that was handed in, by their names in its state_dict; empty where it was no module."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See `Optimized.state_dict`."""
+        if not self.state:
+            raise GraphError("state_dict is for a module, and none was handed in: export the model, or use .module")
+        now, read = self.graph.module().state_dict(), {name for name, _ in self.before.constants()}
+        found: dict[int, Tensor] = {}  # by the memory of the tensor that it replaces: tied weights have several names
+        for name, before in self.state.items():
+            if name in now and now[name].shape == before.shape:
+                found[before.data_ptr()] = now[name].detach().to(before.dtype)
+            elif name in now or name in read:
+                is_now = f"{list(now[name].shape)}" if name in now else "in another form"
+                raise GraphError(
+                    f"{name} of the module is {list(before.shape)}, and is {is_now} now, so the module cannot take "
+                    "it back: export the model, or use .module"
+                )
+        return {name: found.get(before.data_ptr(), before).detach().clone() for name, before in self.state.items()}
+
+
 @dataclass
 class Optimized:
     """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it.
@@ -54,6 +81,9 @@ class Optimized:
     """The passes of this call, the target's own among them."""
     earlier: tuple[Pass, ...] = ()
     """The passes of earlier calls, where this one went on from what `optimize` had returned; first to last."""
+
+    trained: Trained | None = None
+    """What the passes that train have left, where nothing lossy follows them."""
 
     @property
     def own_passes(self) -> tuple[Pass, ...]:
@@ -90,6 +120,19 @@ class Optimized:
         trained, hand it to `optimize` again, which finds the integers in it.
         """
         return self.transformed.module(self.signature.rebuild)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors of the module that was handed in, as they were trained: its `load_state_dict` takes them.
+
+        Weights that are rounded are the floats behind the rounding. Raises GraphError where no module was handed in,
+        nothing was trained, or a pass changed the shape of a tensor or put others in its place.
+        """
+        if self.trained is None:
+            raise GraphError(
+                "state_dict is of a model that was trained: the last lossy pass must be one that trains (finetune, "
+                "distill)"
+            )
+        return self.trained.state_dict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the target: inputs and result as the original model has them; numpy in gives numpy out.

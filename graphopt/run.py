@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from graphopt.capture.conversion import to_fx
 from graphopt.capture.onnx_conversion import to_onnx
 from graphopt.capture.signature import as_model
 from graphopt.capture.sources import Captured
-from graphopt.errors import CaptureError, GraphError, LoweringError, PassError, UsageError, first_line, outer_door
+from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Feeds, Graph, digest
@@ -29,7 +30,7 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
-from graphopt.result import Optimized, shapes_text, versions
+from graphopt.result import Optimized, Trained, shapes_text, versions
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Run:
     training: Batches | None = None
     teacher: Teacher | None = None
     checkpoint: Path | None = None
-    _trained: Graph | None = None
-    """The graph of torch.fx that the last pass trained, where nothing but lowering follows."""
+    _trained: Trained | None = None
+    """What the passes that train have left, where nothing but lowering follows."""
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
@@ -88,8 +89,11 @@ class Run:
             return small
         check = self._speed_check(self._baseline.runner)
         attempt = self._timed(check, small, list(self._baseline.notes))
-        attempt = self._without_losers(check, attempt)
-        attempt = self._without_passes(check, attempt)
+        if self.pipeline.is_trained:
+            self._note_slower(attempt)
+        else:
+            attempt = self._without_losers(check, attempt)
+            attempt = self._without_passes(check, attempt)
         small = attempt.small
         small.forget_state()
         small.report.notes += attempt.notes
@@ -115,7 +119,7 @@ class Run:
             self._check_sites(folded, report)
         small = Optimized(
             self.captured.graph, transformed, folded, lowered, report, self.backend, self.captured.signature,
-            self.captured.feeds, self.threads, pipeline, self.earlier,
+            self.captured.feeds, self.threads, pipeline, self.earlier, self._trained,
         )  # fmt: skip
         if not self._is_too_large_to_run:
             self._check_kernels(small, reference, promised=not as_it_came)
@@ -176,33 +180,35 @@ class Run:
         )
         report.cost_before, report.ops_before = context.cost(captured.graph), count_kinds(captured.graph.nodes)
         folded = self._applied(pipeline, context)
+        if self.calibration is not None and self.calibration.note:
+            report.notes.append(self.calibration.note)
         report.cost_after, report.ops_after = context.cost(folded), count_kinds(folded.nodes)
         return kept.graph or folded, folded
 
     def _applied(self, pipeline: Pipeline, context: Context) -> Graph:
-        """The graph after all passes. Up to the last pass that trains they run on torch.fx, whatever the target."""
+        """The graph after all passes. Up to the last one that needs gradients they run on torch.fx, whatever the
+        target."""
         captured = self.captured
-        trains = [any(leaf.trains for leaf in leaves(one)) for one in pipeline.passes]
-        last = max((place for place, one in enumerate(trains) if one), default=None)
-        if last is None or captured.graph.dialect == "fx":
+        on_torch = [any(leaf.needs_torch for leaf in leaves(one)) for one in pipeline.passes]
+        last = max((place for place, one in enumerate(on_torch) if one), default=None)
+        if last is None:
             context.original = captured.graph
             return pipeline.apply(captured.graph, context)
-        trainable = self._torch_form
-        context.original = trainable.graph
-        rest = pipeline.passes[last + 1 :]
-        trained = Pipeline(pipeline.passes[: last + 1]).apply(trainable.graph, context)
-        if all(leaf.lossless or leaf.stage is Stage.LOWER for one in rest for leaf in leaves(one)):
-            self._trained = trained
-        with outer_door(LoweringError, f"the trained graph cannot become an {captured.graph.dialect} graph"):
-            converted = to_onnx(trained, captured.feeds)
-        return Pipeline(rest).apply(converted, context)
+        context.original = before = self._torch_form.graph
+        first, rest = pipeline.passes[: last + 1], pipeline.passes[last + 1 :]
+        trained = Pipeline(first).apply(before, context)
+        is_last = all(leaf.lossless or leaf.stage is Stage.LOWER for one in rest for leaf in leaves(one))
+        if is_last and pipeline.is_trained:
+            self._trained = Trained(trained, before, captured.state)
+        if captured.graph.dialect != "fx":
+            with outer_door(LoweringError, f"the trained graph cannot become an {captured.graph.dialect} graph"):
+                trained = to_onnx(trained, captured.feeds)
+        return Pipeline(rest).apply(trained, context)
 
     @cached_property
     def _torch_form(self) -> Captured:
         """The model as a graph that can be trained."""
-        if self.captured.torch_form is not None:
-            return self.captured.torch_form()
-        raise CaptureError(f"{self.captured.source} has no torch form")
+        return to_fx(self.captured) if self.captured.torch_form is None else self.captured.torch_form()
 
     # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 
@@ -278,7 +284,7 @@ class Run:
         if self.evaluate is None:
             return
         signature = self.captured.signature
-        trained = small.transformed if self._trained is None else self._trained
+        trained = small.transformed if self._trained is None else self._trained.graph
         found = Shipped(*(
             float(self.evaluate(model))
             for model in (as_model(self.captured.graph, signature), as_model(trained, signature), small)
@@ -296,12 +302,9 @@ class Run:
         return _Attempt(small, check.time(small.runner, digest(small.lowered)), notes)
 
     def _without_losers(self, check: SpeedCheck, attempt: _Attempt) -> _Attempt:
-        """Run again without the sites that make the model slower, while there are some, up to RERUNS times.
-
-        What was trained is not trained again: it is kept, and a note says what it loses.
-        """
+        """Run again without the sites that make the model slower, while there are some, up to RERUNS times."""
         reverted: dict[str, Decline] = {}
-        for _ in range(0 if self.pipeline.is_trained else RERUNS):
+        for _ in range(RERUNS):
             lost = self._slowest_sites(check, attempt)
             if not lost:
                 break
@@ -335,6 +338,15 @@ class Run:
             )
             attempt = self._timed(check, self._optimized(pipeline, lowered=lowered), attempt.notes)
         return attempt
+
+    def _note_slower(self, attempt: _Attempt) -> None:
+        """What was trained is kept, since no faster model has learned what it has; the user hears of it."""
+        for index in attempt.speed.slower:
+            ratio, shapes = attempt.speed.ratios[index], shapes_text(self.captured.feeds[index])
+            attempt.notes.append(
+                f"warning: it runs {ratio.median:.2f} times as fast as the input at {shapes}, and is kept as it was "
+                "trained; without the passes that do not pay there it would be trained again"
+            )
 
     @cached_property
     def _baseline(self) -> _Baseline:

@@ -199,7 +199,7 @@ def encoder() -> onnx.ModelProto:
         ({"id": tokens(), "mask": padding()}, "batch 1.*'ids'.*did you mean 'id'"),
         ({"ids": tokens(), "mask": padding()[..., None]}, "batch 1, input 'mask'"),
         ({"ids": tokens().float() + 0.5, "mask": padding()}, "batch 1, input 'ids'"),
-        ((tokens(), padding(), padding()), "batch 1 holds 3 tensors"),
+        ((tokens(),), "batch 1 holds 1 tensor, and the model has the inputs ids, mask"),
         ({"ids": ["a", "b"], "mask": padding()}, "batch 1, input 'ids'"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from graphopt.cli import catalogue, comparisons, inspecting, optimizing, reproducing, timings
+from graphopt.cli.sources import SYNTAX
 from graphopt.errors import GraphoptError, UsageError, described
 
 app = typer.Typer(
@@ -70,7 +71,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for command in COMMANDS:
-    app.command()(guarded(command))
+    takes_source = command in (optimizing.optimize, comparisons.sensitivity, comparisons.compare, timings.bench)
+    app.command(epilog=SYNTAX if takes_source else None)(guarded(command))
 
 
 def main() -> None:

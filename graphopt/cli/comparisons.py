@@ -10,13 +10,14 @@ import typer
 
 from graphopt.cli.options import CalibrationSteps, Json, Model, Target
 from graphopt.cli.printing import print_json, show
-from graphopt.cli.reading import arrays, require_file
+from graphopt.cli.reading import require_file
+from graphopt.cli.sources import batches
 
 
 def compare(
     before: Model,
     after: Model,
-    inputs: Annotated[Path, typer.Option("--data", help="An .npz file: one array per input, samples along axis 0.")],
+    inputs: Annotated[str, typer.Option("--data", metavar="SOURCE", help="Batches of inputs.")],
     sites: Annotated[bool, typer.Option("--sites", help="Show where inside the two go apart, site by site.")] = False,
     steps: Annotated[int | None, typer.Option(help="Most batches to use.", min=1)] = None,
     as_json: Json = False,
@@ -26,7 +27,7 @@ def compare(
 
     for path in (before, after):
         require_file(path)
-    found = measure(before, after, arrays(inputs), steps=steps, sites=sites)
+    found = measure(before, after, batches(inputs), steps=steps, sites=sites)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -39,7 +40,7 @@ def sensitivity(
         list[str],
         typer.Option(help='A pass to try on each site alone, such as "sparsify{amount=0.5}"; may be given again.'),
     ],
-    calibration: Annotated[Path, typer.Option(help="An .npz file: one array per input, samples along axis 0.")],
+    calibration: Annotated[str, typer.Option(metavar="SOURCE", help="Batches of inputs.")],
     calibration_steps: CalibrationSteps = None,
     sites: Annotated[
         list[str] | None,
@@ -64,7 +65,7 @@ def sensitivity(
     found = measure(
         model,
         setting,
-        calibration=arrays(calibration),
+        calibration=batches(calibration),
         calibration_steps=calibration_steps,
         sites=sites or None,
         steps=steps or STEPS,

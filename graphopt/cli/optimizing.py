@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import CalibrationSteps, Cpu, Json, Measure, Passes, Target, Threads
+from graphopt.cli.options import Calibration, CalibrationSteps, Cpu, Inputs, Json, Measure, Passes, Target, Threads
 from graphopt.cli.printing import print_json, show
-from graphopt.cli.reading import arrays, require_file, require_writable
+from graphopt.cli.reading import require_file, require_writable
+from graphopt.cli.sources import batches, example, function
 from graphopt.errors import GraphError, UsageError, outer_door
 
 
@@ -24,10 +25,32 @@ def optimize(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
     passes: Passes = None,
     target: Target = "onnxruntime",
-    calibration: Annotated[
-        Path | None, typer.Option(help="An .npz file: one array per input, samples along axis 0.")
-    ] = None,
+    inputs: Inputs = None,
+    calibration: Calibration = None,
     calibration_steps: CalibrationSteps = None,
+    training: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Batches for passes that train, with labels where the loss needs them; a file is shuffled once.",
+            show_default=False,
+        ),
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="A file of the model to learn from, where it is not MODEL.", show_default=False)
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A folder that keeps the state of training, which goes on from there.", show_default=False),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCRIPT:FUNCTION",
+            help="script.py:function, from a model that is called like the original to how good it is.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what each pass would do, and why not; write nothing.")
     ] = False,
@@ -53,18 +76,29 @@ def optimize(
     if not dry_run and output is None:
         raise UsageError("say where to write: -o FILE, or --dry-run")
     require_writable(model, output, report)
-    batches = None if calibration is None else arrays(calibration)
+    if teacher is not None:
+        require_file(teacher)
+    if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
+        raise UsageError(f"{checkpoint} is a file; name a folder for the checkpoints")
+    given: dict[str, Any] = {
+        "calibration": None if calibration is None else batches(calibration),
+        "training": None if training is None else batches(training, shuffle=True),
+        "evaluate": None if evaluate is None else function(evaluate),
+        "teacher": teacher,
+        "checkpoint": checkpoint,
+        "example_inputs": None if inputs is None else example(inputs, model),
+    }
     quiet = as_json or not sys.stderr.isatty()
     small = run(
         model,
         passes,
         target=target,
-        calibration=batches,
         calibration_steps=calibration_steps,
         threads=threads,
         measure=measure,
         cpu=cpu,
         instruments=() if quiet else [Progress()],
+        **{option: value for option, value in given.items() if value is not None},
     )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if report is not None:

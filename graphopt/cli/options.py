@@ -24,6 +24,18 @@ Cpu = Annotated[
     typer.Option(help="The CPU that the result is for, where not this one: avx2, avx512, avx512_vnni."),
 ]
 Target = Annotated[str, typer.Option(help="What the model will run on; see `graphopt targets`.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="Batches for passes that read activations.", show_default=False),
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Example inputs: the first batch of a SOURCE; of data.npz, all of it.",
+        show_default=False,
+    ),
+]
 CalibrationSteps = Annotated[int | None, typer.Option(help="Most calibration batches to use.", min=1)]
 Passes = Annotated[
     str | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graphopt.errors import LoweringError, UsageError, outer_door
 
@@ -59,18 +59,3 @@ def session_of(path: Path, threads: int | None) -> Callable[[Mapping[str, Tensor
     with outer_door(LoweringError, f"onnxruntime cannot load {path}"):
         session = onnx_run.session(read_model(path), level="all", threads=threads)
     return partial(onnx_run.run, session)
-
-
-def arrays(path: Path) -> dict[str, Any]:
-    """The arrays of an .npz file. Raises UsageError for another file, and for pickled objects, which can run code."""
-    import zipfile
-
-    import numpy as np
-
-    require_file(path)
-    with (
-        outer_door(UsageError, f"{path} is not an .npz file of plain arrays"),
-        zipfile.ZipFile(path),  # which refuses what np.load reads besides: .npy, and pickles
-        np.load(path, allow_pickle=False) as archive,
-    ):
-        return {name: archive[name] for name in archive.files}

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.options import Json, Model, Passes, Threads
+from graphopt.cli.options import Inputs, Json, Model, Passes, Threads
 from graphopt.cli.printing import print_json
-from graphopt.cli.reading import arrays, graph_of, require_file, session_of
+from graphopt.cli.reading import graph_of, require_file, session_of
+from graphopt.cli.sources import example
 from graphopt.errors import LoweringError, UsageError, outer_door
 
 if TYPE_CHECKING:
@@ -23,15 +24,16 @@ def bench(
     other: Annotated[
         Path | None, typer.Argument(help="A second .onnx file; without it, MODEL optimized.", show_default=False)
     ] = None,
-    inputs: Annotated[
-        Path | None, typer.Option(help="An .npz file with one batch; made from the input types without it.")
-    ] = None,
+    inputs: Inputs = None,
     passes: Passes = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Time two models in one interleaved run, with the first against itself as control."""
+    """Time two models in one interleaved run, with the first against itself as control.
+
+    Without --inputs, inputs are made from the types that the model declares.
+    """
     from graphopt.api import optimize as run
     from graphopt.capture.sources import capture
     from graphopt.measure.machine import environment, header
@@ -46,7 +48,7 @@ def bench(
     captured = capture(model, "onnx")
     feeds = captured.feeds[0] if captured.feeds else {}
     if inputs is not None:
-        feeds, _ = captured.signature.bind((arrays(inputs),), {})
+        feeds = example(inputs, model)
     elif not feeds:
         raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
     first = session_of(model, threads)

@@ -32,7 +32,11 @@ def followed(loss: Loss | None) -> Callable[..., Tensor]:
     def users(outputs: Any, batch: Batch, **options: Any) -> Tensor:
         if options:
             raise UsageError(f"{' and '.join(options)} belong to the built-in cross-entropy, and loss= is your own")
-        return call(outputs, batch.raw)
+        loss = call(outputs, batch.raw)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            given = f"a tensor of {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise UsageError(f"your loss function gives {given}; give a tensor of one number, the mean over the batch")
+        return loss.reshape(())
 
     return users
 
@@ -47,16 +51,19 @@ def cross_entropy(
     floats, for which it is the mean squared error; or a dict of start_positions and end_positions, for the outputs
     start_logits and end_logits. Labels that are the token ids of the input are those of the next position (a language
     model), and so is a batch without labels whose logits are as many as its token ids.
-    label_smoothing: Szegedy et al. 2016, section 7. class_weights: one for each class.
-    Raises UsageError where there are no labels, and where they do not fit the logits.
+    label_smoothing: Szegedy et al. 2016, section 7. class_weights: one for each class, of the logits' last axis or of
+    axis 1; the mean is then weighted.
+    Raises UsageError where there are no labels, and where they do not fit the logits or the options.
     """
     named = _named(outputs)
     labels = batch.labels
     if isinstance(labels, Mapping):
+        if class_weights is not None:
+            raise UsageError("class_weights weigh classes, and the labels are positions in a text: leave them out")
         return _spans(named, labels, label_smoothing)
     logits = logits_of(named)
     ids = _token_ids(batch.feeds, logits)
-    if labels is None:
+    if labels is None and ids is not None and int(ids.max()) < logits.shape[-1]:  # else they are no vocabulary's
         labels = ids
     if labels is None:
         raise UsageError(
@@ -70,7 +77,7 @@ def cross_entropy(
         )
     labels = labels.to(logits.device)
     if labels.is_floating_point():
-        return _to_floats(logits, labels)
+        return _to_floats(logits, labels, label_smoothing, class_weights)
     real = padding_mask(batch.feeds)
     if real is not None and real.shape == labels.shape:
         labels = labels.masked_fill(~real.to(labels.device), IGNORED)
@@ -113,11 +120,15 @@ def _token_ids(feeds: Feeds, logits: Tensor) -> Tensor | None:
 
 
 def _are_token_ids(labels: Tensor, ids: Tensor) -> bool:
-    """Whether labels are the input itself, where they are not left out."""
+    """Whether labels are the input itself, where they are not left out.
+
+    That must be in runs: of a masked language model a few tokens here and there count, and some are the input's.
+    """
     if labels.shape != ids.shape:
         return False
     counted = labels != IGNORED
-    return bool(counted.any()) and bool((labels == ids)[counted].all())
+    in_runs = 2 * int((counted[:, 1:] & counted[:, :-1]).sum()) >= int(counted.sum())
+    return bool(counted.any()) and in_runs and bool((labels == ids)[counted].all())
 
 
 def _spans(outputs: Mapping[str, Tensor], labels: Mapping[str, Any], smoothing: float) -> Tensor:
@@ -138,16 +149,24 @@ def _spans(outputs: Mapping[str, Tensor], labels: Mapping[str, Any], smoothing: 
     return torch.stack(total).mean()
 
 
-def _to_floats(logits: Tensor, labels: Tensor) -> Tensor:
+def _to_floats(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
     if labels.shape == logits.shape and logits.shape[-1] > 1 and bool(((labels.sum(-1) - 1).abs() < 1e-3).all()):
-        return F.cross_entropy(logits.float().flatten(0, -2), labels.float().flatten(0, -2))
+        rows, shares = logits.float().flatten(0, -2), labels.float().flatten(0, -2)
+        return F.cross_entropy(rows, shares, _fitting(weights, logits), label_smoothing=smoothing)
+    if smoothing or weights is not None:
+        raise UsageError(
+            f"the labels are {list(labels.shape)} floats, whose loss is the squared error: leave label_smoothing and "
+            "class_weights out, or give classes as integers"
+        )
     if labels.numel() != logits.numel():
         raise UsageError(f"labels of {list(labels.shape)} floats do not fit an output of {list(logits.shape)}")
     return F.mse_loss(logits.float().flatten(), labels.float().flatten())
 
 
 def _to_classes(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
-    if labels.shape == logits.shape[:1] + logits.shape[2:] != logits.shape[:-1]:
+    # Where both axes fit, classes of images are along axis 1, as torch has them, and those of tokens along the last.
+    along_1 = labels.shape == logits.shape[:1] + logits.shape[2:]
+    if along_1 and (logits.dim() > 3 or labels.shape != logits.shape[:-1]):
         logits = logits.movedim(1, -1)
     if labels.numel() != logits[..., 0].numel():
         raise UsageError(
@@ -160,10 +179,20 @@ def _to_classes(logits: Tensor, labels: Tensor, smoothing: float, weights: Tenso
         return logits.sum() * 0.0  # a batch without labels teaches nothing
     if not 0 <= int(counted.min()) <= int(counted.max()) < classes:
         wrong = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
-        raise UsageError(f"a label is {wrong}, and the model has {classes} classes, 0 to {classes - 1}")
-    if weights is not None and len(weights) != classes:
-        raise UsageError(f"class_weights are {len(weights)} numbers, and the model has {classes} classes")
-    weights = None if weights is None else weights.to(logits.device)
+        raise UsageError(
+            f"a label is {wrong}, and the model has {classes} classes, 0 to {classes - 1}; {IGNORED} is for what is "
+            "left out"
+        )
     return F.cross_entropy(
-        logits.flatten(0, -2).float(), labels, weights, ignore_index=IGNORED, label_smoothing=smoothing
-    )
+        logits.flatten(0, -2).float(), labels, _fitting(weights, logits), ignore_index=IGNORED,
+        label_smoothing=smoothing,
+    )  # fmt: skip
+
+
+def _fitting(weights: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The weights of classes, which the last axis of the logits must have as many of."""
+    if weights is None:
+        return None
+    if len(weights) != logits.shape[-1]:
+        raise UsageError(f"class_weights are {len(weights)} numbers, and the model has {logits.shape[-1]} classes")
+    return weights.to(logits.device)

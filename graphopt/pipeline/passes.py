@@ -45,7 +45,7 @@ class Pass:
     """Whether outputs must stay equal, up to rounding."""
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
     trains: ClassVar[bool] = False
-    """Whether it trains weights: then a pipeline runs on torch.fx up to the last such pass, on any target."""
+    """Whether it trains weights."""
     without_calibration: ClassVar[str] = ""
     """Options with which the pass needs no calibration data, as text; empty where there are none."""
     whole_model_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -56,6 +56,11 @@ class Pass:
         check_options(self.name, self)
         if reason := self.contradiction():
             raise UsageError(f"{self.name}: {reason}")
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether it needs gradients: then the pipeline up to it runs on torch.fx, whatever the target."""
+        return self.trains
 
     def contradiction(self) -> str | None:
         """Which options exclude each other though each is valid by itself, and what to give instead; None where none

@@ -26,9 +26,28 @@ def parse(text: str, registry: Mapping[str, Any]) -> Pipeline:
     return _Parser(text, registry).pipeline()
 
 
+def parse_options(text: str, what: str) -> dict[str, Any]:
+    """The options in `{option=value ...}`, with lists as tuples. what: where they stand, for messages.
+
+    Raises UsageError on a syntax error.
+    """
+    parser = _Parser(text, {}, what, "{option=value ...}")
+    options = parser.options()
+    parser.take("end")
+    return {name: _literal(value) for name, value in options.items()}
+
+
 class _Parser:
-    def __init__(self, text: str, registry: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        text: str,
+        registry: Mapping[str, Any],
+        what: str = "pipeline text",
+        form: str = "name{option=value ...},name...",
+    ) -> None:
+        """what, form: what messages call the text, and how it should be written."""
         self.text, self.registry, self.tokens = text, registry, list[tuple[str, str, int]]()
+        self.what, self.form = what, form
         position = 0
         while text[position:].strip():
             match = _TOKEN.match(text, position)
@@ -40,8 +59,8 @@ class _Parser:
 
     def error(self, position: int) -> UsageError:
         return UsageError(
-            f"pipeline text, at character {position + 1}: cannot read {self.text[position : position + 20]!r} "
-            f"in {self.text!r}; the form is name{{option=value ...}},name..."
+            f"{self.what}, at character {position + 1}: cannot read {self.text[position : position + 20]!r} "
+            f"in {self.text!r}; the form is {self.form}"
         )
 
     def take(self, expected: str) -> str:
@@ -90,7 +109,7 @@ class _Parser:
             kind, _, position = self.tokens[0]
             name = str(self.value()) if quoted and kind == "string" else self.take("word")
             if name in options:
-                raise UsageError(f"pipeline text, at character {position + 1}: {name} is given twice in {self.text!r}")
+                raise UsageError(f"{self.what}, at character {position + 1}: {name} is given twice in {self.text!r}")
             self.take("=")
             options[name] = self.value()
             if self.tokens[0][1] == ",":

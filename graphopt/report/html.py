@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from graphopt.report import tables
+from graphopt.report import curves, tables
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import Report
 
@@ -21,7 +21,7 @@ def page(report: Report | None = None, diff: GraphDiff | None = None, title: str
 
 def fragment(report: Report | None = None, diff: GraphDiff | None = None) -> str:
     """What a notebook shows."""
-    return str(_template().module.fragment(report, diff, tables))  # type: ignore[attr-defined]
+    return str(_template().module.fragment(report, diff, tables, curves))  # type: ignore[attr-defined]
 
 
 def write(path: str | Path, report: Report, diff: GraphDiff, title: str) -> None:

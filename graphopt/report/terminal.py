@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphopt.report import tables
+from graphopt.report.curves import curves
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import Report
 from graphopt.report.text import ROWS
@@ -36,6 +37,7 @@ def report(report: Report) -> RenderableType:
     ]
     if declined:
         parts.append(table([("pass", "sites", "declined because", "where"), *declined], "declined", right=(1,)))
+    parts += [Text(f"{one.name}: {curve}") for one in report.passes for curve in curves(one.training)]
     parts += [sensitivity(one.sensitivity, ROWS) for one in report.passes if one.sensitivity is not None]
     if report.agreement:
         parts.append(table(tables.agreement_rows(report.agreement), "outputs against the original"))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graphopt.report import figures, tables
+from graphopt.report.curves import curves
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Relowering, Report, Shipped
 
@@ -33,6 +34,11 @@ def report(report: Report) -> str:
             _titled(f"sensitivity, for {one.name}", [textwrap.indent(sensitivity(one.sensitivity, ROWS), "  ")])
             for one in report.passes
             if one.sensitivity is not None
+        ),
+        *(
+            _titled(f"training, by {one.name}", [f"  {curve}" for curve in curves(one.training)])
+            for one in report.passes
+            if one.training
         ),
         _titled("outputs against the original", outputs),
         _titled("kernels that the engine built", kernels),

@@ -1,7 +1,7 @@
 """A training on disk: what a later call needs to go on as if nothing had happened. No pickles.
 
 A folder belongs to one pipeline on one model. It holds a file for each training pass, safetensors with JSON in its
-metadata, which is written under another name and then renamed, so that it is whole at any moment.
+metadata and a digest of both, which is written under another name and then renamed, so that it is whole at any moment.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import UsageError, first_line
 from graphopt.ir.graph import Graph, digest, raw_bytes
@@ -40,6 +41,8 @@ def held(folder: Path, identity: Mapping[str, str]) -> Iterator[None]:
     something else, is of another run, or cannot be written.
     """
     where = f"checkpoint={str(folder)!r}"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{where} is a file: name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock")
@@ -47,36 +50,46 @@ def held(folder: Path, identity: Mapping[str, str]) -> Iterator[None]:
     except filelock.Timeout:
         raise UsageError(f"{where} is in use by another run: give each run a folder of its own") from None
     except OSError as error:
-        raise UsageError(f"{where} cannot be written: {error.strerror or error}") from error
+        raise _unwritable(where, error) from error
     try:
-        file = folder / _IDENTITY
-        others = [one.name for one in folder.iterdir() if one.name not in (".lock", _IDENTITY)]
-        if not file.exists() and others:
-            raise UsageError(f"{where} is not empty ({', '.join(sorted(others)[:3])}), and no checkpoint: name another")
-        if file.exists():
-            _require_same(where, file, identity)
-        _replace(file, json.dumps(dict(identity), indent=2))
+        _claim(folder, where, identity)
         yield
     finally:
         lock.release()
 
 
+def _claim(folder: Path, where: str, identity: Mapping[str, str]) -> None:
+    """Write whose a new folder is; of one that was used before, require that it is the same run's."""
+    file = folder / _IDENTITY
+    part = file.with_name(f"{file.name}.part")
+    others = [one.name for one in folder.iterdir() if one.name not in (".lock", file.name, part.name)]
+    if file.exists():
+        _require_same(where, file, identity)
+        return
+    if others:
+        raise UsageError(f"{where} is not empty ({', '.join(sorted(others)[:3])}), and no checkpoint: name another")
+    try:
+        part.write_text(json.dumps(dict(identity), indent=2), encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise _unwritable(where, error) from error
+
+
+def _unwritable(where: str, error: Exception) -> UsageError:
+    said = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    return UsageError(f"{where} cannot be written ({said}): make room there, or name a folder that can be written")
+
+
 def _require_same(where: str, file: Path, identity: Mapping[str, str]) -> None:
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        known = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
         raise UsageError(f"{where} holds a damaged {file.name}: delete the folder, or name another") from error
     for name, value in identity.items():
         if known.get(name) != value:
             raise UsageError(
                 f"{where} belongs to another {name} ({known.get(name)}, and now it is {value}): name another folder"
             )
-
-
-def _replace(file: Path, text: str) -> None:
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 class Checkpoints:
@@ -93,13 +106,12 @@ class Checkpoints:
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
-    def saw(self, batch: Batch) -> None:
-        """A batch was read: its content is a part of the digest of this epoch."""
-        for name, tensor in sorted(batch.feeds.items()):
-            self._seen.update(name.encode())
-            self._seen.update(raw_bytes(tensor))
-        if isinstance(batch.labels, Tensor):
-            self._seen.update(raw_bytes(batch.labels))
+    def saw(self, batches: Iterable[Batch]) -> None:
+        """Batches were read: their content is a part of the digest of this epoch."""
+        for batch in batches:
+            for path, leaf in pytree.tree_leaves_with_path((dict(sorted(batch.feeds.items())), batch.labels)):
+                self._seen.update(pytree.keystr(path).encode())
+                self._seen.update(raw_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
 
     def new_epoch(self) -> None:
         self._seen = hashlib.sha256()
@@ -122,14 +134,14 @@ class Checkpoints:
     def write(self, trainer: Trainer, *, is_done: bool = False) -> None:
         """Write all that `resume` reads. Raises UsageError where the disk is full or the folder cannot be written."""
         tensors, facts = _state(trainer)
-        facts |= {"key": self.key, "settings": str(trainer.settings), "seen": self._seen.hexdigest(), "done": is_done}
+        facts |= {**self._whose(trainer), "seen": self._seen.hexdigest(), "done": is_done}
         part = self.file.with_name(f"{self.file.name}.part")
+        stored, text = {name: one.cpu().contiguous() for name, one in tensors.items()}, json.dumps(facts)
         try:
-            stored = {name: one.contiguous().cpu() for name, one in tensors.items()}
-            save_file(stored, part, {"graphopt": json.dumps(facts)})
+            save_file(stored, part, {"graphopt": text, "digest": _digest(stored, text)})
             part.replace(self.file)
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"the checkpoint {self.file} cannot be written: {first_line(error)}") from error
+            raise _unwritable(f"the checkpoint {self.file}", error) from error
         finally:
             part.unlink(missing_ok=True)
         self._written = time.monotonic()
@@ -139,25 +151,63 @@ class Checkpoints:
     def resume(self, trainer: Trainer) -> bool:
         """Bring a trainer to where an earlier session was; whether there was one.
 
-        Raises UsageError for a checkpoint of another training.
+        Raises UsageError for a checkpoint of another training, and for a damaged one.
         """
         if not self.file.exists():
+            self._forget_later()
             return False
-        try:
-            with safe_open(self.file, "pt") as opened:
-                facts = json.loads(opened.metadata()["graphopt"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{self.file} is no checkpoint ({first_line(error)}): delete it to start again") from error
-        if facts["key"] != self.key or facts["settings"] != str(trainer.settings):
+        tensors, facts = self._read()
+        if any(facts.get(name) != value for name, value in self._whose(trainer).items()):
             raise UsageError(
-                f"{self.file} is the checkpoint of another training (its model, its calibration or its options "
-                "differ): name another folder, or delete it"
+                f"{self.file} is the checkpoint of another training (its model, its teacher, its calibration or its "
+                "options differ): name another folder, or delete it"
             )
+        try:
+            _load(trainer, tensors, facts)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
         self._expected = facts["seen"]
-        _load(trainer, tensors, facts)
+        if not trainer.is_done:
+            self._forget_later()
         trainer.outcome.notes.append(f"went on from step {trainer.step}, at {self.file.name}")
         return True
+
+    def _whose(self, trainer: Trainer) -> dict[str, str]:
+        return {"key": self.key, "objective": trainer.objective.key, "settings": str(trainer.settings)}
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        try:
+            with safe_open(self.file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+            if metadata["digest"] != _digest(tensors, metadata["graphopt"]):
+                raise ValueError("its digest is another")
+            return tensors, dict(json.loads(metadata["graphopt"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UsageError:
+        return UsageError(f"{self.file} is damaged ({first_line(error)}): delete it to start again")
+
+    def _forget_later(self) -> None:
+        """Delete the checkpoints of later passes: where this one goes on after an interruption, they are of weights
+        that it does not end with."""
+        for other in self.file.parent.glob("*.safetensors"):
+            if _place(other) > _place(self.file):
+                other.unlink()
+
+
+def _place(file: Path) -> int:
+    """Of a training pass in its pipeline, by which its file is named."""
+    return int(file.name.partition("-")[0])
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    found = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(raw_bytes(tensor))
+    return found.hexdigest()
 
 
 def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -177,6 +227,7 @@ def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     best = trainer.best
     facts = {
         "step": trainer.step, "epoch": trainer.epoch, "batches": trainer.seen, "seconds": trainer.seconds(),
+        "evaluated at": trainer.evaluated_at, "notes": trainer.outcome.notes,
         "best": {"metric": best.metric, "step": best.step, "settled": best.settled, "waited": best.waited},
         "lines": trainer.outcome.lines, "amp": trainer.amp.name, "scaler": trainer.amp.scaler.state_dict(),
         "numpy": [numpy_state[0], *numpy_state[2:]],
@@ -201,9 +252,9 @@ def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, A
         state.setdefault(int(place), {})[key] = one
     trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
     trainer.step, trainer.epoch, trainer.seen = facts["step"], facts["epoch"], facts["batches"]
-    trainer.spent = facts["seconds"]
+    trainer.spent, trainer.evaluated_at = facts["seconds"], facts["evaluated at"]
     trainer.best = Best(part("best/"), **facts["best"])
-    trainer.outcome.lines = facts["lines"]
+    trainer.outcome.lines, trainer.outcome.notes = facts["lines"], facts["notes"]
     trainer.is_done = facts["done"]
     trainer.amp = precision.Amp(facts["amp"], trainer.device)
     trainer.amp.scaler.load_state_dict(facts["scaler"])

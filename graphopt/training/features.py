@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import UsageError, nearest
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.training import streams
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,11 @@ class Projection(nn.Module):
         return mapped
 
 
-def projections(pairs: Sequence[Pair]) -> nn.ModuleDict:
-    """A `Projection` for each pair of different widths, by its place. Raises UsageError where ranks differ."""
+def projections(pairs: Sequence[Pair], seed: int = 0) -> nn.ModuleDict:
+    """A `Projection` for each pair of different widths, by its place; seed: of their first weights.
+
+    Raises UsageError where ranks differ.
+    """
     found = nn.ModuleDict()
     for place, pair in enumerate(pairs):
         shapes = ours, theirs = pair.student.shape or (), pair.teacher.shape or ()
@@ -102,7 +106,8 @@ def projections(pairs: Sequence[Pair]) -> nn.ModuleDict:
         if widths[0] != widths[1]:
             if not all(isinstance(width, int) for width in widths):
                 raise UsageError(f"the width of {pair.name} is dynamic, so that it cannot be projected")
-            found[str(place)] = Projection(int(widths[0]), int(widths[1]))
+            with streams.Stream(seed + place).active():
+                found[str(place)] = Projection(int(widths[0]), int(widths[1]))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import signal
 import threading
@@ -16,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.pipeline.batches import Batch, Batches
-from graphopt.training import precision, streams
+from graphopt.training import memory, precision, streams
 from graphopt.training.objective import Objective
 from graphopt.training.rules import WeightRule
 from graphopt.training.schedule import learning_rate
@@ -47,7 +47,7 @@ class Outcome:
 
 @dataclass
 class Best:
-    """The best weights so far; without `evaluate`, the latest that a loss was finite with."""
+    """The best weights so far; without `evaluate`, the latest whose loss was finite."""
 
     state: dict[str, Tensor]
     """Of the module, with the weights as its forward pass reads them, and of the rules."""
@@ -60,7 +60,7 @@ class Best:
 
 
 class Diverged(Exception):
-    """The loss is NaN or infinite."""
+    """The loss, or a weight, is NaN or infinite."""
 
 
 class Trainer:
@@ -96,9 +96,7 @@ class Trainer:
             trained.to(self.device)
         self.inputs = [value.name for value in graph.inputs]
         self.outcome = Outcome()
-        self.parameters = {
-            name: one for name, one in self.module.named_parameters() if name not in frozen
-        }
+        self.parameters = {name: one for name, one in self.module.named_parameters() if name not in frozen}
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(name in self.parameters)
         if not self.parameters:
@@ -114,7 +112,8 @@ class Trainer:
         self.model_stream = streams.Stream(settings.seed)
         self.is_done = False
         """Whether an earlier session has ended the training."""
-        self._evaluated_at = 0
+        self.evaluated_at = 0
+        """The step of the last evaluation."""
         self._interrupted = False
 
     # --- the whole ---------------------------------------------------------------------------------------------------
@@ -124,8 +123,8 @@ class Trainer:
         with streams.restored(), self._interruptible():
             self._begin = time.monotonic()
             self.total = self._total_steps()
-            self.amp = precision.chosen(self.settings.amp, self.device, self._trial, self.outcome.notes)
             if self.checkpoints is None or not self.checkpoints.resume(self):
+                self.amp = precision.chosen(self.settings.amp, self.device, self._trial, self.outcome.notes)
                 self.best = Best(self._state(), self._score() if self.evaluate else math.nan, 0, self._is_settled)
                 if self.evaluate is not None:
                     self._tell({"step": 0, "metric": self.best.metric})
@@ -134,6 +133,8 @@ class Trainer:
                     self._train()
             except Diverged as error:
                 self._diverged(error)
+                if self.checkpoints is not None:
+                    self.checkpoints.write(self, is_done=True)
         self._load(self.best.state)
         self.graph.absorb(self.module)
         self.outcome.steps = self.step
@@ -141,7 +142,7 @@ class Trainer:
         return self.outcome
 
     def _train(self) -> None:
-        self.module.train()
+        self._train_mode()
         with ExitStack() as stack:
             bars = [stack.enter_context(one.watch(self.name, self.total)) for one in self.watchers]
             for batches in self._steps():
@@ -156,16 +157,26 @@ class Trainer:
                     self.checkpoints.due(self)
                 if self._is_over():
                     break
+            if self.checkpoints is not None and self._interrupted:
+                self.checkpoints.write(self)  # before an evaluation that an unbroken run would not have had
             is_early = not self._is_settled
             if is_early:
                 self.outcome.notes.append(f"training ended early, at step {self.step}: what was left to remove went at "
                                           "once")  # fmt: skip
                 for rule in self.rules.values():
                     rule.progress(1.0)
-            if is_early or self._evaluated_at != self.step:
+            if is_early or self.evaluated_at != self.step:
                 self._evaluated()
             if self.checkpoints is not None and not self._interrupted:
                 self.checkpoints.write(self, is_done=True)
+
+    def _train_mode(self) -> None:
+        """Dropout is active, and batch norms have the statistics of the batch, but for those that are frozen."""
+        self.module.train()
+        for module in self.module.modules():
+            own = list(module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and own and not any(one.requires_grad for one in own):
+                module.eval()
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -177,50 +188,61 @@ class Trainer:
             with data.active():
                 batches = self.batches.with_batches()
             self._skip(batches, data)
-            while True:
-                with data.active():
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                self.seen += 1
-                if self.checkpoints is not None:
-                    self.checkpoints.saw(batch)
+            while (batch := self._next(batches, data)) is not None:
                 several.append(batch)
                 if len(several) == self.settings.accumulate:
-                    yield several
+                    yield self._taken(several)
                     several = []
+            if self._interrupted:
+                return
             if several:
-                yield several
+                yield self._taken(several)
+            if self.evaluate is not None and self.settings.evaluate_every is None and not self._is_over():
+                self._evaluated()
             self.epoch, self.seen = self.epoch + 1, 0
             if self.checkpoints is not None:
                 self.checkpoints.new_epoch()
 
     def _skip(self, batches: Iterator[Batch], data: streams.Stream) -> None:
         """Read the batches of this epoch again that an earlier session has trained on."""
-        for _ in range(self.seen):
+        if not self.seen or self.checkpoints is None:
+            return
+        again = (self._next(batches, data) for _ in range(self.seen))
+        self.checkpoints.saw(batch for batch in again if batch is not None)
+        self.checkpoints.skipped(self.outcome.notes)
+
+    def _taken(self, batches: list[Batch]) -> list[Batch]:
+        """Batches that the next step trains on, counted: what is only read when a session ends is read again."""
+        self.seen += len(batches)
+        if self.checkpoints is not None:
+            self.checkpoints.saw(batches)
+        return batches
+
+    def _next(self, batches: Iterator[Batch], data: streams.Stream) -> Batch | None:
+        """The next batch of an epoch; None after the last, or where Ctrl-C has ended the processes that read them."""
+        try:
             with data.active():
-                batch = next(batches, None)
-            if batch is not None and self.checkpoints is not None:
-                self.checkpoints.saw(batch)
-        if self.seen and self.checkpoints is not None:
-            self.checkpoints.skipped(self.outcome.notes)
+                return next(batches, None)
+        except UsageError:
+            if self._interrupted:
+                return None
+            raise
 
     def _step(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
         """One step of the optimizer on the mean gradient of some batches; the loss, and its terms."""
         done = self._progress()
         for rule in self.rules.values():
             rule.progress(done)
-        self._set_lr(done)
+        self._set_lr(self._progress(self.step + 0.5))
         self.optimizer.zero_grad(set_to_none=True)
         total, sums = 0.0, dict[str, float]()
-        with self.model_stream.active():
+        with self.model_stream.active(), memory.explained(self.name, self.settings, batches):
             for batch in batches:
                 terms = self.losses(batch)
                 loss = torch.stack([term.float() for term in terms.values()]).sum()
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    rate = f"with a learning rate of {self._lr():.3g}"
-                    raise Diverged(f"the loss is {value} at step {self.step + 1}, {rate}")
+                    raise Diverged(f"the loss is {value} at step {self.step + 1}, {self._at_rate()}")
                 if not loss.requires_grad:
                     raise UsageError(f"{self.name}: {self._without_gradient()}")
                 torch.autograd.backward(self.amp.scaler.scale(loss / len(batches)))
@@ -229,6 +251,8 @@ class Trainer:
                     sums[name] = sums.get(name, 0.0) + float(term.detach()) / len(batches)
             if self.step == 0:
                 self._note_unused()
+            if self.evaluate is None and self._is_settled:
+                self._keep()
             self._update()
         self.step += 1
         return total, sums if len(sums) > 1 else {}
@@ -262,12 +286,13 @@ class Trainer:
         """Matrices and kernels decay; vectors (biases, norms, scales) and what the objective and the rules learn do
         not."""
         own = dict.fromkeys(one for rule in self.rules.values() for one in rule.parameters())  # rules may share some
-        vectors = [one for one in self.parameters.values() if one.dim() < 2]
+        decays = {name: one.dim() >= 2 and not name.endswith(".scale") for name, one in self.parameters.items()}
+        weights = [one for name, one in self.parameters.items() if decays[name]]
+        others = [one for name, one in self.parameters.items() if not decays[name]]
         groups = [
-            {"params": [one for one in self.parameters.values() if one.dim() >= 2],
-             "weight_decay": self.settings.weight_decay},
-            {"params": [*vectors, *self.objective.parameters(), *own], "weight_decay": 0.0},
-        ]  # fmt: skip
+            {"params": weights, "weight_decay": self.settings.weight_decay},
+            {"params": [*others, *self.objective.parameters(), *own], "weight_decay": 0.0},
+        ]
         if self.settings.optimizer == "adamw":
             return torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
         return torch.optim.SGD(groups, lr=self.settings.lr, momentum=0.9)
@@ -285,17 +310,16 @@ class Trainer:
     def _total_steps(self) -> int | None:
         """Steps until `epochs` or `steps` ends the training; None where only minutes do."""
         limits = [] if self.settings.steps is None else [self.settings.steps]
-        epochs = self.settings.epochs
-        if epochs is None and self.settings.steps is None and self.settings.minutes is None:
-            epochs = EPOCHS
-        if epochs is not None:
-            limits.append(epochs * self._epoch_steps)
-        if self.batches.once and (not limits or min(limits) > self._epoch_steps):
-            raise UsageError(
-                f"{self.name}: the training data is read more than once, and a generator gives it once; pass a list or "
-                "a DataLoader"
-            )
+        if self._epochs is not None:
+            limits.append(self._epochs * self._epoch_steps)
         return min(limits, default=None)
+
+    @property
+    def _epochs(self) -> int | None:
+        settings = self.settings
+        if settings.epochs is None and settings.steps is None and settings.minutes is None:
+            return EPOCHS
+        return settings.epochs
 
     @property
     def _epoch_steps(self) -> int:
@@ -308,13 +332,19 @@ class Trainer:
                     "learning rate; pass a list or a DataLoader, or steps="
                 )
             self._counted = sum(1 for _ in self.batches.with_batches()) if count is None else count
+            if not self._counted:
+                raise UsageError(f"{self.name}: the training data holds no batch")
         return math.ceil(self._counted / self.settings.accumulate)
 
     _counted: int | None = None
 
-    def _progress(self) -> float:
-        """The share of the training that is done, by steps or by time, whichever is further."""
-        by_steps = 0.0 if self.total is None else self.step / self.total
+    def _progress(self, step: float | None = None) -> float:
+        """The share of the training that is done, by steps or by time, whichever is further.
+
+        step: instead of the one that the training is at. Learning rates are those of the middle of a step, so that
+        they are 0 neither in the first nor in the last.
+        """
+        by_steps = 0.0 if self.total is None else (self.step if step is None else step) / self.total
         by_time = 0.0 if self.settings.minutes is None else self.seconds() / (60 * self.settings.minutes)
         return min(max(by_steps, by_time), 1.0)
 
@@ -326,16 +356,19 @@ class Trainer:
         patience = self.settings.patience
         if patience is not None and self.best.waited >= patience:
             return True
-        return self._interrupted or self._progress() >= 1
+        is_read = self._epochs is not None and self.epoch >= self._epochs  # a source may hold less than its len
+        return self._interrupted or is_read or self._progress() >= 1
 
     def _is_due(self) -> bool:
-        every = self.settings.evaluate_every or self._epoch_steps
-        return self.step % every == 0
+        """Whether to evaluate now, in the middle of an epoch."""
+        every = self.settings.evaluate_every
+        return self.evaluate is not None and every is not None and self.step % every == 0
 
     # --- the best weights --------------------------------------------------------------------------------------------
 
     def _evaluated(self) -> None:
-        self._evaluated_at = self.step
+        self._require_finite()
+        self.evaluated_at = self.step
         if self.evaluate is None:
             if self._is_settled:
                 self.best = Best(self._state(), math.nan, self.step)
@@ -356,7 +389,11 @@ class Trainer:
         with self._as_read():
             trial.absorb(self.module)
         with streams.restored():
-            metric = float(self.evaluate(trial))
+            given = self.evaluate(trial)
+        try:
+            metric = float(given)
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(f"{self.name}: evaluate gives {given!r}; give one number, more is better") from None
         if math.isnan(metric):
             raise UsageError(f"{self.name}: evaluate gives NaN at step {self.step}; give a number, more is better")
         return metric
@@ -365,12 +402,28 @@ class Trainer:
     def _is_settled(self) -> bool:
         return all(rule.is_settled for rule in self.rules.values())
 
+    def _now(self) -> Iterator[tuple[str, Tensor]]:
+        """What the best weights are a copy of: the tensors of the module and of the rules."""
+        yield from self.module.state_dict().items()
+        for parameter, rule in self.rules.items():
+            yield from ((f"rule/{parameter}/{name}", one) for name, one in rule.state_dict().items())
+
     def _state(self) -> dict[str, Tensor]:
         with self._as_read():
-            found = {name: one.detach().clone() for name, one in self.module.state_dict().items()}
-        for parameter, rule in self.rules.items():
-            found |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
-        return found
+            return {name: one.detach().clone() for name, one in self._now()}
+
+    def _keep(self) -> None:
+        """The weights as they are now are the best so far: their loss is finite."""
+        with self._as_read():
+            for name, one in self._now():
+                self.best.state[name].copy_(one)
+        self.best.step, self.best.settled = self.step, True
+
+    def _require_finite(self) -> None:
+        """Raise Diverged where a weight that was finite is not any more."""
+        for name, one in self.module.state_dict().items():
+            if not bool(one.isfinite().all()) and bool(self.best.state[name].isfinite().all()):
+                raise Diverged(f"{name} is not finite after step {self.step}, {self._at_rate()}")
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         left = dict(state)
@@ -406,7 +459,7 @@ class Trainer:
         unused = [name for name, one in self.parameters.items() if one.grad is None]
         if unused:
             self.outcome.notes.append(
-                f"the loss does not depend on {', '.join(unused[:5])}{' and more' * (len(unused) > 5)}, which stay"
+                f"the loss does not depend on {', '.join(unused[:5])}{' and more' * (len(unused) > 5)}, left as it was"
             )
 
     def _without_gradient(self) -> str:
@@ -416,9 +469,19 @@ class Trainer:
         named = f" (the first node without one is {stops[0].label}, {stops[0].kind})" if stops else ""
         return f"the loss has no gradient with respect to any parameter{named}"
 
+    def _at_rate(self) -> str:
+        return f"with a learning rate of {self._lr():.3g}"
+
     def _diverged(self, error: Diverged) -> None:
+        wide = ", or amp=bfloat16" if self.amp.name == "float16" else ""
+        if self.step == 0:
+            raise UsageError(
+                f"{self.name}: {error}, before anything was trained: look at the labels and at loss={wide}"
+            ) from error
         if not self.best.settled or (self.best.step == 0 and self.evaluate is None):
-            raise UsageError(f"{self.name}: {error}, before any weights were kept; give a lower lr, or clip") from error
+            raise UsageError(
+                f"{self.name}: {error}, before any weights were kept; give a lower lr, a lower clip{wide}"
+            ) from error
         self.outcome.notes.append(f"{error}: training stopped, and the weights of step {self.best.step} are kept")
 
     # --- Ctrl-C ------------------------------------------------------------------------------------------------------
@@ -426,7 +489,8 @@ class Trainer:
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
         """The first Ctrl-C ends the training after the current step; the second aborts."""
-        if threading.current_thread() is not threading.main_thread():
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):  # it is ignored already
             yield
             return
 
@@ -436,7 +500,7 @@ class Trainer:
             self._interrupted = True
             self.outcome.notes.append(f"interrupted at step {self.step}: the best weights so far are kept")
 
-        before = signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
@@ -447,19 +511,27 @@ class Trainer:
     @contextmanager
     def _trial(self) -> Iterator[Callable[[precision.Amp], Callable[[], None]]]:
         """Makes functions that run a forward and a backward pass in some precision; nothing that they change stays."""
-        before = self._state()
+        before = {name: one.detach().clone() for name, one in self.module.state_dict().items()}
+        if self.batches.once:
+            raise UsageError(
+                f"{self.name}: amp=auto times the first batch, and a generator gives it once; pass a list or a "
+                "DataLoader, or amp=bfloat16 or off"
+            )
         with streams.restored():
             batch = next(iter(self.batches.with_batches()))
 
             def timed(amp: precision.Amp) -> Callable[[], None]:
                 def call() -> None:
                     self.amp = amp
-                    torch.autograd.backward(torch.stack(list(self.losses(batch).values())).sum())
+                    with memory.explained(self.name, self.settings, [batch]):
+                        loss = torch.stack([term.float() for term in self.losses(batch).values()]).sum()
+                        if loss.requires_grad:
+                            torch.autograd.backward(loss)
                     self.optimizer.zero_grad(set_to_none=True)
 
                 return call
 
-            self.module.train()
+            self._train_mode()
             yield timed
         self._load(before)
 
@@ -472,12 +544,12 @@ def trainable(graph: Graph, objective: Objective, settings: Settings) -> nn.Modu
 def require_batches(batches: Batches, graph: Graph, name: str) -> None:
     """Raise UsageError for batches of one sample where a batch norm computes statistics over the batch."""
     norms = graph.sites("batch_norm")
-    if not norms:
+    if not norms or batches.once:
         return
-    for number, batch in enumerate(itertools.islice(batches.with_batches(), 1)):
-        sizes = [len(feed) for feed in batch.feeds.values() if feed.dim()]
-        if sizes and max(sizes) == 1:
-            raise UsageError(
-                f"{name}: training batch {number} holds one sample, and {norms[0].label} is a batch norm, whose "
-                "statistics need several; use larger batches, or simplify first, which folds it"
-            )
+    with streams.restored():
+        first = next(batches.with_batches())
+    if max((len(feed) for feed in first.feeds.values() if feed.dim()), default=0) == 1:
+        raise UsageError(
+            f"{name}: training batch 0 holds one sample, and {norms[0].label} is a batch norm, whose statistics need "
+            "several; use larger batches, or simplify first, which folds it"
+        )

@@ -61,12 +61,14 @@ def _log_relations(x: Tensor, heads: int, real: Tensor | None) -> Tensor:
 
 
 def pooled(tokens: Tensor, real: Tensor | None) -> Tensor:
-    """The mean of (batch, length, width) over real positions (batch, length); rows (batch, width) are returned as they
-    are."""
+    """The mean of (batch, length, width) over real positions (batch, length), and of images (batch, channels, height,
+    width) over the last two axes; rows (batch, width) are returned as they are."""
     if tokens.dim() < 3:
         return tokens
+    if tokens.dim() > 3:
+        return tokens.flatten(2).mean(-1)
     if real is None:
-        return tokens.flatten(1, -2).mean(1)
+        return tokens.mean(1)
     weight = real.to(tokens.dtype).unsqueeze(-1)
     return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 

@@ -23,7 +23,8 @@ Terms = dict[str, Tensor]
 HardLoss = Callable[[Sequence[Tensor], Batch], Tensor]
 """(the graph's outputs in order, the batch) -> one number."""
 
-Form = Literal["logits", "probabilities", "embedding"]
+Form = Literal["logits", "probabilities", "embedding", "positions"]
+"""Positions: one logit for each token, such as those of the start of an answer."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Objective(nn.Module):
 
     also: Sequence[Value] = ()
     """Values inside the student that it reads."""
+
+    @property
+    def key(self) -> str:
+        """Of what it compares the student with: a checkpoint is of this too."""
+        return ""
 
     def forward(self, outputs: Sequence[Tensor], also: Sequence[Tensor], batch: Batch) -> Terms:
         raise NotImplementedError
@@ -81,16 +87,22 @@ class Distillation(Objective):
         hard: HardLoss | None = None,
         hidden: Sequence[Pair] = (),
         relations: Sequence[Pair] = (),
+        seed: int = 0,
     ) -> None:
-        """teacher: runs on `also` of the pairs: hidden first, then relations. Raises UsageError where the features of a
-        pair cannot be projected, and where alpha is above 0 without a loss to labels."""
+        """teacher: runs on `also` of the pairs: hidden first, then relations. seed: of the projections. Raises
+        UsageError where the features of a pair cannot be projected, and where alpha is above 0 without a loss to
+        labels."""
         if weights.alpha and hard is None:
             raise UsageError("alpha is the weight of a loss to labels, and there is none")
         super().__init__()
         self.teacher, self.outputs, self.weights, self.hard = teacher, outputs, weights, hard
         self.hidden, self.relations = list(hidden), list(relations)
         self.also = [pair.student for pair in (*hidden, *relations)]
-        self.projections = projections(hidden)
+        self.projections = projections(hidden, seed)
+
+    @property
+    def key(self) -> str:
+        return self.teacher.key
 
     def forward(self, outputs: Sequence[Tensor], also: Sequence[Tensor], batch: Batch) -> Terms:
         alpha = self.weights.alpha
@@ -123,7 +135,7 @@ class Distillation(Objective):
             else:
                 if form == "probabilities":
                     x, y = (p.float().clamp(min=1e-9).log() for p in (x, y))
-                if real is not None and x.shape == real.shape:  # one logit for each position: a span's start or end
+                if form == "positions" and real is not None and x.shape == real.shape:
                     x, y = (scores.masked_fill(~real, -1e4) for scores in (x, y))
                 found.append(losses.soft_targets(x, y, self.weights.temperature, positions))
         return torch.stack(found).mean()
@@ -190,6 +202,7 @@ def compared_outputs(
         pairs = [(name, name) for name in chosen if name in theirs]
     else:
         pairs = [(name, theirs[ours.index(name)]) for name in chosen if ours.index(name) < len(theirs)]
+    pairs = [(name, their_name) for name, their_name in pairs if _is_float(teacher[their_name])]
     if not pairs:
         raise UsageError(f"the student returns {', '.join(ours)}, and the teacher {', '.join(theirs)}: none in floats "
                          "can be compared")  # fmt: skip
@@ -220,6 +233,8 @@ def _require_shapes(name: str, ours: Value, their_name: str, theirs: Value) -> N
 
 def _form(name: str, value: Value) -> Form:
     """What an output holds: by its name, else logits where a linear computes it, and probabilities after a softmax."""
+    if any(part in name.lower() for part in ("start_logits", "end_logits")):
+        return "positions"
     if "logits" in name.lower():
         return "logits"
     if any(part in name.lower() for part in ("hidden", "embed", "pool")):
@@ -228,8 +243,3 @@ def _form(name: str, value: Value) -> Form:
     if producer is not None and producer.kind == "softmax":
         return "probabilities"
     return "logits" if producer is not None and producer.kind in ("linear", "add", "matmul") else "embedding"
-
-
-def numbers(terms: Mapping[str, Tensor]) -> dict[str, float]:
-    """The terms as plain numbers."""
-    return {name: float(term.detach()) for name, term in terms.items()}

@@ -27,8 +27,8 @@ def set_state(state: State) -> None:
     torch.set_rng_state(state[0])
     np.random.set_state(state[1])
     random.setstate(state[2])
-    if state[3]:
-        torch.cuda.set_rng_state_all(state[3])
+    for device, one in zip(range(torch.cuda.device_count()), state[3], strict=False):  # a checkpoint of other GPUs
+        torch.cuda.set_rng_state(one, device)
 
 
 def seed_all(seed: int) -> None:

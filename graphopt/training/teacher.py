@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from graphopt.errors import UsageError
+from graphopt.errors import GraphError, UsageError, described, first_line
 from graphopt.ir.graph import Feeds, Graph, Value, digest, raw_bytes
 
 
@@ -30,7 +33,8 @@ class Teacher:
         """also: values inside the graph. inputs: the student's, in order; those of a teacher with other names are
         taken in order. folder: keeps what it says of each batch, by the digest of the batch's content.
 
-        Raises UsageError where the teacher reads inputs that the student has not.
+        Raises UsageError where the teacher reads inputs that the student has not, and when it is called, where it does
+        not run on a batch, or the folder cannot be used.
         """
         self.graph, self.also, self.device = graph, list(also), device
         names = [value.name for value in graph.inputs]
@@ -44,7 +48,11 @@ class Teacher:
         if graph.dialect == "fx":
             self._module = graph.module(tuple, also=self.also).to(device)
         self._folder = None if folder is None else Path(folder)
-        self._key = "" if folder is None else f"{digest(graph)} {[value.name for value in self.also]}"
+
+    @cached_property
+    def key(self) -> str:
+        """Of what it says: the graph, and the values of `also`."""
+        return f"{digest(self.graph)} {[value.name for value in self.also]}"
 
     def __call__(self, feeds: Feeds) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs in order, and the values of `also`, without gradients."""
@@ -56,32 +64,45 @@ class Teacher:
             outputs, also = self._run(given)
             self._keep(file, [*outputs, *also])
             return outputs, also
-        known = load_file(file, device=str(self.device))
+        try:
+            known = load_file(file, device=str(self.device))
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"cache: {file} is damaged ({first_line(error)}): delete it") from error
         values = [known[str(place)] for place in range(len(known))]
         return values[: len(self.graph.outputs)], values[len(self.graph.outputs) :]
 
     def _run(self, feeds: Feeds) -> tuple[list[Tensor], list[Tensor]]:
-        with torch.no_grad():
-            if self._module is not None:
-                result = self._module(*[feed.to(self.device) for feed in feeds.values()])
-                outputs, also = result if self.also else (result, [])
-                return list(outputs), list(also)
-            values = self.graph.evaluate(feeds, [*self.graph.outputs, *self.also])
+        try:
+            with torch.no_grad():
+                if self._module is not None:
+                    result = self._module(*[feed.to(self.device) for feed in feeds.values()])
+                    outputs, also = result if self.also else (result, [])
+                    return list(outputs), list(also)
+                values = self.graph.evaluate(feeds, [*self.graph.outputs, *self.also])
+        except (RuntimeError, ValueError, IndexError, GraphError) as error:
+            shapes = ", ".join(f"{name} {list(feed.shape)}" for name, feed in feeds.items())
+            raise UsageError(f"the teacher does not run on a training batch ({shapes}): {described(error)}") from error
         values = [value.to(self.device) for value in values]
         return values[: len(self.graph.outputs)], values[len(self.graph.outputs) :]
 
     def _digest(self, feeds: Feeds) -> str:
-        found = hashlib.sha256(self._key.encode())
+        kind = self.device.type  # products in bfloat16 are others than in float32
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        found = hashlib.sha256(f"{self.key} {kind} {dtype}".encode())
         for name, tensor in sorted(feeds.items()):
             found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             found.update(raw_bytes(tensor))
         return found.hexdigest()
 
     def _keep(self, file: Path, values: Sequence[Tensor]) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        stored = {str(place): value.cpu().contiguous().clone() for place, value in enumerate(values)}  # none is a view
         try:
-            save_file({str(place): value.contiguous().cpu() for place, value in enumerate(values)}, part)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(stored, part)
             part.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"cache: {file} cannot be written ({first_line(error)}): name another folder") from error
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)

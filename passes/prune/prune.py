@@ -98,6 +98,10 @@ class Prune(Pass):
     ignore: Selector = Selector()
     """Groups to leave as they are; the name of a group means that one only."""
 
+    @property
+    def needs_torch(self) -> bool:
+        return self.criterion == "taylor"
+
     def contradiction(self) -> str | None:
         shares = [kind for kind in KINDS if getattr(self, kind)]
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]

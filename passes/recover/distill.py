@@ -89,6 +89,7 @@ class Distill(Recover):
             self.hard(context) if self.alpha else None,
             hidden,
             related,
+            self.seed,
         )
         self.train(graph, context, objective)
 

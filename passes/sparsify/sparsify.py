@@ -78,6 +78,10 @@ class Sparsify(Pass):
     ignore: Selector = Selector()
     """Sites to leave as they are."""
 
+    @property
+    def needs_torch(self) -> bool:
+        return self.criterion == "gradient"
+
     def contradiction(self) -> str | None:
         try:
             pattern = Pattern.parse(self.pattern)

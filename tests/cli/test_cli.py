@@ -126,7 +126,7 @@ def test_a_dry_run_says_why_not_and_writes_nothing(model: Path, tmp_path: Path) 
         (["{model}", "--dry-run", "--passes", "quantize{{scheme=static}}"], "quantize needs calibration data"),
         (["{model}", "--dry-run", "--passes", "sparsify{{targets=encodr.*}}"], "'encodr.*' selects no site"),
         (["{model}", "--dry-run", "--calibration", "{folder}/none.npz"], "there is no file {folder}/none.npz"),
-        (["{model}", "--dry-run", "--calibration", "{model}"], "is not an .npz file of plain arrays"),
+        (["{model}", "--dry-run", "--calibration", "{model}"], "tiny.onnx' is no source of batches; give an .npz"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(

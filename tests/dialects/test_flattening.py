@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import graphopt
-from graphopt.dialects.onnx.flattening import raise_flattened_linears
+from graphopt.dialects.raising import raise_flattened_linears
 from tests.language import build
 
 
