@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from graphopt.dialects.fx.native import is_constant, meta, source, with_nodes
 from graphopt.dialects.fx.spellings import arguments
+from graphopt.ir.ops.quantization import integer_range
 
 Constant = Callable[[fx.Node], Tensor]
 """The tensor of a node for which `is_stored` holds."""
@@ -54,9 +55,10 @@ class Form:
         if target == f"graphopt.{kind}.default":
             given = arguments(node)
             dtype = meta(node if kind == "quantize" else given["x"]).dtype
-            info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+            most = torch.finfo(dtype).max if dtype.is_floating_point else 0
+            low, high = (-most, most) if most else integer_range(dtype, given["bits"])
             x, scale, zero_point, axis = (given[name] for name in ("x", "scale", "zero_point", "axis"))
-            return cls(x, scale, zero_point, info.min, info.max, dtype, axis, given.get("block", 0))
+            return cls(x, scale, zero_point, low, high, dtype, axis, given.get("block", 0))
         return None
 
 

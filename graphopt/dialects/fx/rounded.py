@@ -100,6 +100,7 @@ class Rounded(nn.Module):
         steps: Tensor
         if self._custom:
             steps = torch.ops.graphopt.quantize(x, scale, zero_point, axis=self.axis)
+            steps = steps if self.dtype.is_floating_point else steps.clamp(self.low, self.high)
         elif self.block:  # torch quantizes groups only to integers of less than 8 bits
             steps = (x / self.along(scale, x)).round() + self.along(zero_point, x)
             steps = steps.clamp(self.low, self.high).to(self.dtype)
