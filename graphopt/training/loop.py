@@ -511,7 +511,7 @@ class Trainer:
     @contextmanager
     def _trial(self) -> Iterator[Callable[[precision.Amp], Callable[[], None]]]:
         """Makes functions that run a forward and a backward pass in some precision; nothing that they change stays."""
-        before = {name: one.detach().clone() for name, one in self.module.state_dict().items()}
+        before = {name: one.detach().clone() for name, one in self._now()}
         if self.batches.once:
             raise UsageError(
                 f"{self.name}: amp=auto times the first batch, and a generator gives it once; pass a list or a "

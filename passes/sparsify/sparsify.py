@@ -133,7 +133,7 @@ class Sparsify(Pass):
                 context.marks.zeros |= {site.label: asked for site in weight.sites}
                 continue
             zeros.add(weight.tensor, sparse.tensor)
-            kept = KeptZeros(self.pattern, None if context.training is None else sparse.mask)
+            kept = KeptZeros(self.pattern, None if context.training is None else sparse.tensor != 0)
             if not is_there:
                 stored.append((weight, graph.add_constant(sparse.tensor, weight.value.name), kept))
                 continue
@@ -141,7 +141,7 @@ class Sparsify(Pass):
             count, total = int((~sparse.mask).sum()), sparse.mask.numel()
             _decline(context, weight, Decline(code, count=count, total=total))
             if count:
-                context.sparse |= {site.label: kept for site in weight.sites}
+                context.sparse = {site.label: kept for site in weight.sites} | context.sparse
         for weight, value, kept in stored:
             for site in weight.sites:
                 new = graph.emit(site.kind, site.input, value, site.bias, at=site, **site.attributes)

@@ -282,6 +282,11 @@ def test_without_evaluate_the_last_weights_are_kept() -> None:
     assert zeros(graph) == 16 and trainer.best.step == 20
 
 
+def test_timing_precisions_leaves_the_rules_as_they_are() -> None:
+    trainer, graph, _ = trained(20, amp="auto")
+    assert zeros(graph) == 16 and trainer.best.step == 20
+
+
 def test_divergence_before_the_zeros_leaves_nothing_to_keep() -> None:
     with pytest.raises(UsageError, match=r"finetune: the loss is .* at step .*, before any weights were kept; give a"):
         trained(40, worse_and_worse(), lr=1e30, optimizer="sgd", clip=None, warmup=0.0)
@@ -289,7 +294,7 @@ def test_divergence_before_the_zeros_leaves_nothing_to_keep() -> None:
 
 def test_a_later_session_goes_on_with_the_same_scores(tmp_path: Path) -> None:
     whole, _, expected = trained(20)
-    file = tmp_path / "training.safetensors"
+    file = tmp_path / "0-finetune.safetensors"
 
     class Stopped(Exception):
         pass
@@ -304,7 +309,7 @@ def test_a_later_session_goes_on_with_the_same_scores(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         trained(20, stopping, checkpoints=file)
     resumed, graph, rule = trained(20, checkpoints=file)
-    assert resumed.outcome.notes == ["went on from step 17, at training.safetensors"]
+    assert resumed.outcome.notes == ["went on from step 17, at 0-finetune.safetensors"]
     assert torch.equal(rule.scores, expected.scores) and zeros(graph) == 16 and resumed.step == whole.step
     again, graph, rule = trained(20, checkpoints=file)  # one that is over
     assert again.step == 20 and torch.equal(rule.scores, expected.scores) and zeros(graph) == 16
