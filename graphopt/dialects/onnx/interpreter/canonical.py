@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,8 +32,8 @@ _PARAMETERS = {"weight": "weight", "bias": "bias", "table": "weight"}
 
 def _custom(call: Call) -> Tensor:
     """The op as one operator, which an fx graph spells in its own way when it is emitted again."""
-    operator = getattr(torch.ops.graphopt, call.kind)
-    result: Tensor = operator(*map(call.optional, range(len(call.given))), **call.attributes)
+    function = getattr(torch.ops.graphopt, call.kind)
+    result: Tensor = function(*map(call.optional, range(len(call.given))), **call.attributes)
     return result
 
 
@@ -55,19 +59,8 @@ def _operands(call: Call) -> tuple[Tensor | float | int, Tensor | float | int]:
     return (a, b) if isinstance(a, Tensor) or isinstance(b, Tensor) else (call[0], b)
 
 
-def _add(call: Call) -> Tensor:
-    a, b = _operands(call)
-    return torch.as_tensor(a + b)
-
-
-def _sub(call: Call) -> Tensor:
-    a, b = _operands(call)
-    return torch.as_tensor(a - b)
-
-
-def _mul(call: Call) -> Tensor:
-    a, b = _operands(call)
-    return torch.as_tensor(a * b)
+def _arithmetic(function: Callable[[Any, Any], Any]) -> Form:
+    return Form(lambda call: torch.as_tensor(function(*_operands(call))))
 
 
 def _div(call: Call) -> Tensor:
@@ -165,9 +158,9 @@ def _split(x: Tensor, heads: int) -> Tensor:
 
 
 FORMS: dict[str, Form] = {name: _reference(name) for name in OPS} | {name: Form(_custom) for name in NAMES} | {
-    "add": Form(_add),
-    "sub": Form(_sub),
-    "mul": Form(_mul),
+    "add": _arithmetic(operator.add),
+    "sub": _arithmetic(operator.sub),
+    "mul": _arithmetic(operator.mul),
     "div": Form(_div),
     "pow": Form(_pow),
     "reshape": Form(_reshape),

@@ -82,7 +82,7 @@ def test_quantized_weights_keep_their_integers() -> None:
 
 def test_paths_and_parameters() -> None:
     """Nodes without a module path have their names for one; names that every module has are told apart."""
-    text = """g (float[n,4] x) => (float[n,4] y, float[n,4] z) {
+    text = """g (float[2,4] x) => (float[2,4] y, float[2,4] z) {
         ["/encoder/type/MatMul"] a = MatMul(x, w)
         ["/encoder/type/Mul"] b = Mul(a, scale)
         ["/encoder/Relu"] c = Relu(b)
