@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -131,18 +131,15 @@ def check_marks(pipeline: Pipeline) -> None:
         )
 
 
-def _in_order(passes: list[Pass]) -> list[Pass]:
-    """By stage; what goes anywhere stays behind the pass that it followed, and before LOWER."""
-    blocks: list[list[Pass]] = [[]]
+def _in_order(passes: Sequence[Pass]) -> list[Pass]:
+    """By stage; what trains stays behind the stage that it followed, and before LOWER."""
+    keys, latest = list[Stage](), Stage.SIMPLIFY
     for one in passes:
         if one.stage not in _ANYWHERE:
-            blocks.append([])
-        blocks[-1].append(one)
-    first, *staged = blocks
-    staged.sort(key=lambda block: block[0].stage)
-    free = [one for block in staged for one in block[1:] if block[0].stage is Stage.LOWER]
-    lower = [block[0] for block in staged if block[0].stage is Stage.LOWER]
-    return [*first, *(one for block in staged if block[0].stage is not Stage.LOWER for one in block), *free, *lower]
+            latest = one.stage
+        keys.append(min(latest, Stage.QUANTIZE) if one.stage is Stage.RECOVER else one.stage)
+    order = sorted(range(len(passes)), key=keys.__getitem__)
+    return [passes[place] for place in order]
 
 
 def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
