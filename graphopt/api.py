@@ -37,6 +37,7 @@ from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.text import parse
 from graphopt.result import Optimized
 from graphopt.run import Run
+from graphopt.training import streams
 from graphopt.training.checkpoints import held
 
 
@@ -189,7 +190,8 @@ def _first_batch(model: Any, **sources: Any) -> Any:
     if isinstance(model, Optimized) or not (again or (given and isinstance(model, nn.Module))):
         return None
     name, source = next(iter((again or given).items()))
-    return first_batch(model, source, name=name)
+    with streams.restored():
+        return first_batch(model, source, name=name)
 
 
 def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Captured) -> AbstractContextManager[None]:
@@ -210,7 +212,10 @@ def _teacher(model: Any, captured: Captured) -> Teacher:
         raise UsageError("the teacher is in training mode, and dropout would teach noise: call teacher.eval()")
     is_onnx = not isinstance(model, nn.Module | torch.export.ExportedProgram)
     feeds = [dict(one) for one in captured.feeds]
-    found = capture(model, "onnx" if is_onnx else "fx", example_inputs=None if is_onnx else feeds)
+    try:
+        found = capture(model, "onnx" if is_onnx else "fx", example_inputs=None if is_onnx else feeds)
+    except CaptureError as error:
+        raise CaptureError(f"teacher: {error}") from error
     return Teacher(found.graph, found.signature.outputs)
 
 

@@ -31,7 +31,8 @@ def followed(loss: Loss | None) -> Callable[..., Tensor]:
 
     def users(outputs: Any, batch: Batch, **options: Any) -> Tensor:
         if options:
-            raise UsageError(f"{' and '.join(options)} belong to the built-in cross-entropy, and loss= is your own")
+            names = f"{' and '.join(options)} {'are' if len(options) > 1 else 'is'}"
+            raise UsageError(f"{names} of the built-in cross-entropy, and loss= is your own: leave one of them out")
         loss = call(outputs, batch.raw)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             given = f"a tensor of {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -195,4 +196,4 @@ def _fitting(weights: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     if len(weights) != logits.shape[-1]:
         raise UsageError(f"class_weights are {len(weights)} numbers, and the model has {logits.shape[-1]} classes")
-    return weights.to(logits.device)
+    return weights.to(logits.device, torch.float32)

@@ -72,6 +72,23 @@ def takes_sites(cls: type, option: str) -> bool:
     return Selector in (kind, *get_args(kind))
 
 
+def takes_text(cls: type, option: str) -> bool:
+    """Whether an option holds texts and nothing else but None: one, several, one for each site, or one of some."""
+    return _texts(_types(cls)[option])
+
+
+def takes_none(cls: type, option: str) -> bool:
+    """Whether an option may be None."""
+    return NoneType in get_args(_types(cls)[option])
+
+
+def _texts(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(kind))
+    parts = [part for part in get_args(kind) if part not in (NoneType, ...)]
+    return all(map(_texts, parts)) if parts else kind is str
+
+
 @cache
 def _types(cls: type) -> dict[str, Any]:
     """The types of the options of a dataclass."""

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from graphopt.errors import UsageError, nearest
-from graphopt.pipeline.options import takes_sites
+from graphopt.pipeline.options import takes_none, takes_sites, takes_text
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import Pipeline, Repeat
 
@@ -140,8 +140,8 @@ class _Parser:
 
 
 class _Bare(str):
-    """A value without quotes. A selector reads it as a string (a module may be called 0); other options read numbers,
-    true, false and none as what they spell."""
+    """A value without quotes. A selector and a text are strings (a module may be called 0); other options read numbers,
+    true, false and none as what they spell, and none is None wherever an option may be that."""
 
     def literal(self) -> Any:
         if self in ("true", "false", "none"):
@@ -162,7 +162,9 @@ def _literal(value: Any) -> Any:
 
 
 def _strings(value: Any) -> Any:
-    """The value with every bare word as a string: the terms of a selector."""
+    """The value with every bare word as a string: the terms of a selector, and texts."""
+    if isinstance(value, dict):
+        return {term: _strings(item) for term, item in value.items()}
     return tuple(map(_strings, value)) if isinstance(value, tuple) else str(value) if isinstance(value, str) else value
 
 
@@ -174,6 +176,10 @@ def _construct(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
             raise UsageError(f"{cls.name} has no option {name!r}{nearest(name, known)}")
     if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in options]:
         raise UsageError(f"{cls.name} needs {', '.join(missing)}")
-    return cls(**{
-        name: _strings(value) if takes_sites(cls, name) else _literal(value) for name, value in options.items()
-    })  # fmt: skip
+
+    def read(name: str, value: Any) -> Any:
+        nothing = value == "none" and takes_none(cls, name)
+        words = takes_sites(cls, name) or (takes_text(cls, name) and not nothing)
+        return _strings(value) if words else _literal(value)
+
+    return cls(**{name: read(name, value) for name, value in options.items()})

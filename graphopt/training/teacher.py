@@ -66,9 +66,9 @@ class Teacher:
             return outputs, also
         try:
             known = load_file(file, device=str(self.device))
-        except (OSError, SafetensorError) as error:
+            values = [known[str(place)] for place in range(len(self.graph.outputs) + len(self.also))]
+        except (OSError, SafetensorError, KeyError) as error:
             raise UsageError(f"cache: {file} is damaged ({first_line(error)}): delete it") from error
-        values = [known[str(place)] for place in range(len(known))]
         return values[: len(self.graph.outputs)], values[len(self.graph.outputs) :]
 
     def _run(self, feeds: Feeds) -> tuple[list[Tensor], list[Tensor]]:

@@ -69,6 +69,8 @@ class Distill(Recover):
             return "alpha=1 leaves nothing to the teacher: use finetune"
         if self.match and not (self.hidden or self.relations):
             return "match says which modules are compared: give hidden or relations a weight"
+        if (self.label_smoothing or self.class_weights) and not self.alpha:
+            return "label_smoothing and class_weights are of the loss to labels: give it a weight, alpha"
         return None
 
     def run(self, graph: Graph, context: Context) -> None:

@@ -45,6 +45,8 @@ class Recover(Settings, Pass):
         module = trainable(graph, objective, self)
         sites = [node for node in graph.nodes if parameters_of(graph, module, node)]
         frozen = [node for node in context.sites(graph, self.freeze) if node in sites] if self.freeze.terms else []
+        if self.freeze.terms and not frozen:
+            raise UsageError(f"{self.name}: freeze={self.freeze} selects no node with weights")
         context.record.eligible.clear()
         context.consider(sites)
         for node in frozen:

@@ -203,7 +203,7 @@ def test_the_users_loss_is_given_the_users_batch() -> None:
     assert followed(None) is cross_entropy
     with pytest.raises(UsageError, match="your loss function failed: IndexError"):
         followed(lambda outputs, batch: batch[2])(LOGITS, Batch({}, LABELS, raw))
-    with pytest.raises(UsageError, match="label_smoothing belong to the built-in cross-entropy, and loss= is your own"):
+    with pytest.raises(UsageError, match="label_smoothing is of the built-in cross-entropy, and loss= is your own"):
         followed(lambda outputs, batch: outputs.sum())(LOGITS, Batch({}, LABELS, raw), label_smoothing=0.1)
 
 

@@ -50,7 +50,7 @@ def resumed(graph: Graph, file: Path, stops: list[int], make: Callable[..., Trai
     return make(graph, checkpoint=file).run()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     graph=st.sampled_from(sorted(GRAPHS)),
     stops=st.lists(st.integers(1, 11), min_size=1, max_size=3, unique=True).map(sorted),

@@ -64,7 +64,7 @@ def reference(
     return {name: one.detach() for name, one in by_name.items()}
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
     optimizer=st.sampled_from(["adamw", "sgd"]),
     clip=st.sampled_from([None, 0.05, 1.0]),
@@ -192,7 +192,7 @@ class Scripted:
         return self.metrics[len(self.seen) - 1]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(metrics=st.lists(st.integers(-3, 3).map(float), min_size=4, max_size=4))
 def test_the_first_best_weights_stay(metrics: list[float]) -> None:
     graph, evaluate = perceptron(), Scripted(*metrics)
