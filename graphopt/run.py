@@ -22,6 +22,7 @@ from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
 from graphopt.measure import cache, machine
+from graphopt.passes.simplify import Simplify
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context, Teacher
@@ -179,15 +180,15 @@ class Run:
             checkpoint=self.checkpoint,
         )
         report.cost_before, report.ops_before = context.cost(captured.graph), count_kinds(captured.graph.nodes)
-        folded = self._applied(pipeline, context)
+        folded = self._applied(pipeline, context, reference)
         if self.calibration is not None and self.calibration.note:
             report.notes.append(self.calibration.note)
         report.cost_after, report.ops_after = context.cost(folded), count_kinds(folded.nodes)
         return kept.graph or folded, folded
 
-    def _applied(self, pipeline: Pipeline, context: Context) -> Graph:
+    def _applied(self, pipeline: Pipeline, context: Context, reference: Agree | None) -> Graph:
         """The graph after all passes. Up to the last one that needs gradients they run on torch.fx, whatever the
-        target."""
+        target; then the graph is converted, and simplified, as it is after a capture."""
         captured = self.captured
         on_torch = [any(leaf.needs_torch for leaf in leaves(one)) for one in pipeline.passes]
         last = max((place for place, one in enumerate(on_torch) if one), default=None)
@@ -200,10 +201,16 @@ class Run:
         is_last = all(leaf.lossless or leaf.stage is Stage.LOWER for one in rest for leaf in leaves(one))
         if is_last and pipeline.is_trained:
             self._trained = Trained(trained, before, captured.state)
-        if captured.graph.dialect != "fx":
-            with outer_door(LoweringError, f"the trained graph cannot become an {captured.graph.dialect} graph"):
-                trained = to_onnx(trained, captured.feeds)
-        return Pipeline(rest).apply(trained, context)
+        if captured.graph.dialect == "fx":
+            return Pipeline(rest).apply(trained, context)
+        what = f"converted to {captured.graph.dialect}, the trained graph"
+        with outer_door(LoweringError, f"{what} does not run"):
+            converted = to_onnx(trained, captured.feeds)
+            moved = None if reference is None else reference.moved(converted, trained)
+        if moved is not None:
+            raise LoweringError(f"{what} computes something else: {moved}")
+        first = [] if rest[:1] == (Simplify(),) else [Simplify()]
+        return Pipeline([*first, *rest]).apply(converted, context)
 
     @cached_property
     def _torch_form(self) -> Captured:

@@ -132,7 +132,10 @@ class Checkpoints:
             self.write(trainer)
 
     def write(self, trainer: Trainer, *, is_done: bool = False) -> None:
-        """Write all that `resume` reads. Raises UsageError where the disk is full or the folder cannot be written."""
+        """Write all that `resume` reads, and the steps and evaluations so far as JSON lines.
+
+        Raises UsageError where the disk is full or the folder cannot be written.
+        """
         tensors, facts = _state(trainer)
         facts |= {**self._whose(trainer), "seen": self._seen.hexdigest(), "done": is_done}
         part = self.file.with_name(f"{self.file.name}.part")
@@ -140,6 +143,9 @@ class Checkpoints:
         try:
             save_file(stored, part, {"graphopt": text, "digest": _digest(stored, text)})
             part.replace(self.file)
+            lines = "".join(f"{json.dumps(one)}\n" for one in trainer.outcome.lines)
+            part.write_text(lines, encoding="utf-8")
+            part.replace(self.file.with_suffix(".jsonl"))
         except (OSError, SafetensorError) as error:
             raise _unwritable(f"the checkpoint {self.file}", error) from error
         finally:
