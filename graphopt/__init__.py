@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.api import optimize
+    from graphopt.capture.conversion import to_torch
     from graphopt.comparing import compare
     from graphopt.errors import CaptureError, GraphError, GraphoptError, LoweringError, PassError, UsageError
     from graphopt.result import Optimized
@@ -24,7 +25,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or
 __version__ = "0.1.0"
 __all__ = [
     "CaptureError", "GraphError", "GraphoptError", "LoweringError", "Optimized", "PassError", "UsageError",
-    "__version__", "compare", "optimize", "sensitivity",
+    "__version__", "compare", "optimize", "sensitivity", "to_torch",
 ]  # fmt: skip
 
 _MODULES = {  # where each public name is defined
@@ -38,6 +39,7 @@ _MODULES = {  # where each public name is defined
     "compare": "comparing",
     "optimize": "api",
     "sensitivity": "sensitivities",
+    "to_torch": "capture.conversion",
 }
 
 

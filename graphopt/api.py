@@ -109,6 +109,9 @@ def optimize(
         backend.accept(model, example_inputs)
         measures = _measures(measure, backend)
         pipeline = whole_pipeline(passes, backend, earlier)
+        for option, given in (("training", training), ("teacher", teacher), ("checkpoint", checkpoint)):
+            if given is not None and not pipeline.is_trained:
+                raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
     with _few_collections():
         if example_inputs is None:
             example_inputs = _first_batch(model, calibration=calibration, training=training)

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from graphopt.capture.conversion import to_fx
 from graphopt.capture.onnx_conversion import to_onnx
 from graphopt.capture.signature import as_model
 from graphopt.capture.sources import Captured
-from graphopt.errors import CaptureError, GraphError, LoweringError, PassError, UsageError, first_line, outer_door
+from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Feeds, Graph, digest
@@ -207,11 +208,7 @@ class Run:
     @cached_property
     def _torch_form(self) -> Captured:
         """The model as a graph that can be trained."""
-        if self.captured.graph.dialect == "fx":
-            return self.captured
-        if self.captured.torch_form is not None:
-            return self.captured.torch_form()
-        raise CaptureError(f"{self.captured.source} has no torch form")
+        return to_fx(self.captured) if self.captured.torch_form is None else self.captured.torch_form()
 
     # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 

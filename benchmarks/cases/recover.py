@@ -9,12 +9,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
@@ -25,7 +26,10 @@ from benchmarks.networks import NETWORKS
 from benchmarks.peers import BASELINE, exports
 from benchmarks.speed import race, tables, write
 from benchmarks.trained import Run, Task
+from graphopt.numerics import metrics
+from graphopt.passes import REGISTRY
 from graphopt.pipeline.instruments import Instrument
+from graphopt.pipeline.text import parse
 
 SEEDS = (0, 1, 2)
 
@@ -57,6 +61,8 @@ class Row:
 
     recipe: str
     seed: int
+    before: float
+    """The score without the passes that train."""
     score: float
     trained: float | None
     """The metric that chose the weights, of what was trained; None without one."""
@@ -84,9 +90,9 @@ def run(settings: Settings) -> bool:
     with tempfile.TemporaryDirectory() as given:
         folder = Path(given)
         for recipe in recipes(settings):
-            found = []
+            found, before = list[Row](), untrained(recipe, settings, folder)
             for seed in recipe.seeds:
-                row, file = one(recipe, seed, settings, folder)
+                row, file = one(recipe, seed, before, settings, folder)
                 files.setdefault(recipe.name, file)
                 found.append(row)
                 settings.console.print(line(row, recipe), highlight=False)
@@ -98,8 +104,19 @@ def run(settings: Settings) -> bool:
     return good
 
 
-def one(recipe: Recipe, seed: int, settings: Settings, folder: Path) -> tuple[Row, Path]:
-    """Train, export, and judge the file."""
+def untrained(recipe: Recipe, settings: Settings, folder: Path) -> float:
+    """The score of the same passes without those that train."""
+    passes = [one for one in parse(recipe.passes.replace("SEED", "0"), REGISTRY).passes if not one.trains]
+    small = graphopt.optimize(
+        recipe.task.model, passes, example_inputs=recipe.task.calibration[:1], calibration=recipe.task.calibration,
+        threads=settings.threads,
+    )  # fmt: skip
+    run = in_onnxruntime(small.export(folder / f"{recipe.name}-untrained.onnx"), settings.threads)
+    return recipe.task.score(recipe.task.predict(run))
+
+
+def one(recipe: Recipe, seed: int, before: float, settings: Settings, folder: Path) -> tuple[Row, Path]:
+    """Train, export, and judge the file. before: the score without training."""
     passes = recipe.passes.replace("SEED", str(seed)).replace("CACHE", f'"{folder / "teacher"}"')
     settings.console.print(f"{recipe.name}, seed {seed}: {passes.replace(str(folder), '')}", highlight=False)
     began = time.process_time()
@@ -110,18 +127,20 @@ def one(recipe: Recipe, seed: int, settings: Settings, folder: Path) -> tuple[Ro
     )  # fmt: skip
     minutes = (time.process_time() - began) / 60
     file = small.export(folder / f"{recipe.name}-{seed}.onnx")
+    for note in (note for record in small.report.passes for note in record.notes if note.startswith("amp=")):
+        settings.console.print(f"  {note}", highlight=False)
     run = in_onnxruntime(file, settings.threads)
     metric = small.report.shipped
     score = recipe.task.score(recipe.task.predict(run))
     others = {name: judge(run) for name, judge in recipe.others.items()}
     trained, shipped = (None, None) if metric is None else (metric.trained, metric.shipped)
-    return Row(recipe.name, seed, score, trained, shipped, minutes, others), file
+    return Row(recipe.name, seed, before, score, trained, shipped, minutes, others), file
 
 
 def line(row: Row, recipe: Recipe) -> Any:
     others = "".join(f"; {name} {value:.4f}" for name, value in row.others.items())
     equal = "" if row.trained is None else f"; chosen by {row.trained:.5g} as trained, {row.shipped:.5g} as shipped"
-    text = (f"  {recipe.task.metric}: {row.score:.2f} (bound {recipe.bound:g}){equal}{others}; "
+    text = (f"  {recipe.task.metric}: {row.before:.4g} -> {row.score:.4g} (bound {recipe.bound:g}){equal}{others}; "
             f"{row.minutes:.1f} CPU minutes")  # fmt: skip
     return checked(text, row.score >= recipe.bound)
 
@@ -160,7 +179,7 @@ def speeds(settings: Settings, cut: Mapping[str, Recipe], files: Mapping[str, Pa
 def recipes(settings: Settings) -> Iterator[Recipe]:
     """All recipes that are chosen, by name."""
     groups: dict[str, Callable[[Settings], Iterator[Recipe]]] = {
-        "minilm": minilm, "sst2": sst2, "resnet20": resnet20, "stories": stories,
+        "minilm": minilm, "sst2": sst2, "resnet20": resnet20, "stories": stories, "file": files,
     }  # fmt: skip
     for prefix, make in groups.items():
         if not settings.only or any(name.startswith(prefix) for name in settings.only):
@@ -179,6 +198,7 @@ MINILM = {
 """The shares of neurons and heads that go, the least Spearman, and the least speed over int8."""
 
 MINILM_STEPS = 3000
+AMP_STEPS = 300
 ASIDE = 500
 """Pairs of STS-B train that choose the best weights; their sentences are not trained on."""
 
@@ -198,12 +218,15 @@ def minilm(settings: Settings) -> Iterator[Recipe]:
         found = [task.read(torch.as_tensor(run(batch)[0]), batch) for batch in reviews]
         return trained.cosine(torch.cat(expected), torch.cat(found))
 
+    common = "outputs=last_hidden_state cache=CACHE seed=SEED"
+    for amp in ("auto", "off", "bfloat16"):
+        passes = f"prune{{neurons=0.9 heads=0.5}},distill{{steps={AMP_STEPS} lr=5e-4 amp={amp} {common}}}"
+        yield Recipe(f"minilm-amp-{amp}", task, passes, 0.0, loader)
     for name, (neurons, heads, bound, speed) in MINILM.items():
         passes = (
             f"prune{{neurons={neurons} heads={heads}}},"
-            f"distill{{steps={MINILM_STEPS} lr=5e-4 evaluate_every=500 outputs=last_hidden_state cache=CACHE "
-            f"seed=SEED}},{INT8},"
-            "distill{steps=200 lr=5e-5 evaluate_every=100 outputs=last_hidden_state cache=CACHE seed=SEED}"
+            f"distill{{steps={MINILM_STEPS} lr=5e-4 evaluate_every=500 {common}}},{INT8},"
+            f"distill{{steps=200 lr=5e-5 evaluate_every=100 {common}}}"
         )
         yield Recipe(name, task, passes, bound, loader, similarities(tokens, aside, task), SEEDS, speed,
                      {"cosine to the teacher on SST-2 dev": kinship})  # fmt: skip
@@ -299,6 +322,34 @@ RESNET20 = {
     ),
     "resnet20-channels": ("prune{channels=0.5},distill{epochs=12 lr=2e-3 hidden=1 seed=SEED}", 86.9),
 }  # fmt: skip
+
+
+# --- ONNX files without their source -------------------------------------------------------------------------------
+
+
+def files(settings: Settings) -> Iterator[Recipe]:
+    """A detector of faces from the corpus, on images that are none of its own, and MiniLM as torch exports it."""
+    path = settings.required("onnx_corpus", "ultraface__version-slim-320_simplified.onnx")
+    with np.load(settings.required("cifar10", "calibration.npz")) as held:
+        small = torch.from_numpy(held["x"][:384]).permute(0, 3, 1, 2).float()
+    images = F.interpolate(small, size=(240, 320), mode="bilinear") / 128 - 1
+    batches = [{"input": image.unsqueeze(0)} for image in images]
+    train, held_out = batches[:320], batches[320:]
+    whole = session(path, settings.threads)
+    expected = torch.cat([torch.from_numpy(whole.run(None, feeds(whole, batch))[0]) for batch in held_out])
+    task = Task(
+        "UltraFace", path, train[:16], held_out, lambda scores, batch: scores, "SQNR in dB of the scores",
+        lambda rows: metrics.sqnr(expected, rows),
+    )  # fmt: skip
+    passes = "prune{channels=0.3},distill{steps=120 accumulate=8 lr=1e-3 seed=SEED}"
+    yield Recipe("file-ultraface", task, passes, 0.0, loaders.Shuffled(train))
+    minilm_task, tokens = trained.minilm(settings, 768), sentences.tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        source = exports(NETWORKS["minilm"]().traceable(), Path(folder))[BASELINE]
+        texts = [text for text, _ in labelled(settings.required("sst2", "train.tsv"))]
+        texts += sentences.read_pairs(settings.required("stsb", "sts-train.csv")).first
+        passes = "prune{neurons=0.8 heads=0.25},distill{steps=400 lr=5e-4 outputs=last_hidden_state seed=SEED}"
+        yield Recipe("file-minilm", replace(minilm_task, model=source), passes, 0.0, loaders.Sentences(tokens, texts))
 
 
 # --- a language model ----------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from graphopt.errors import GraphError
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
@@ -52,6 +54,38 @@ def sweep(graph: Graph) -> None:
 
 SQRT2 = math.sqrt(2.0)
 GELU_TANH = math.sqrt(2.0 / math.pi)
+
+
+# --- linears -------------------------------------------------------------------------------------------------------
+
+
+def raise_flattened_linears(graph: Graph) -> dict[str, RuleLog]:
+    """Let linears read values whose rows were flattened for them, and drop the two reshapes."""
+    return rewrite(graph, [Rule("flattened-linear", _flattened, _of_rows_as_they_are, shared=True, check=_only_reader)])
+
+
+def _flattened(op: Recorder, x: Any, flat: Any, weight: Any, shape: Any, bias: Any = None) -> Pattern:
+    return op.reshape(op.linear(op.reshape(x, flat), weight, bias, bind="linear"), shape)
+
+
+def _only_reader(m: Match) -> bool:
+    return m.linear.result.only_user is not None
+
+
+def _of_rows_as_they_are(op: Builder, m: Match) -> Value:
+    """A linear on x itself, where its trailing axes are joined before it, and its leading axes restored after it."""
+    x, rows, y = m.x.shape, m.linear.input.shape, m.root.result.shape
+    if x is None or y is None or rows is None or not isinstance(rows[-1], int) or "?" in (*x, *y):
+        raise Declined("linear_shapes_unknown")
+    leading = len(y) - 1
+    trailing = x[leading:]
+    joined = all(isinstance(size, int) for size in trailing) and math.prod(map(int, trailing)) == rows[-1]
+    if x[:leading] != y[:-1] or not trailing or not joined:
+        raise Declined("linear_rows_regrouped", before=list(x), after=list(y))
+    value = m.x
+    if len(trailing) > 1:
+        value = _emit(op, "onnx.Reshape", value, op.constant(torch.tensor([*[0] * leading, rows[-1]])))
+    return op.linear(value, m.weight, m.bias)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

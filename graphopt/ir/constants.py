@@ -18,8 +18,9 @@ _LARGE = 1_000_000
 def fold_constants(graph: Graph) -> None:
     """Replace what reads only constants by its value; the graph is evaluated once for all of it.
 
-    Left as they are: what is random or holds subgraphs, the dequantize of a stored weight, a transpose that linears and
-    convs read their weight through, what the graph returns, and a result over 1 MB that is larger than its operands.
+    Left as they are: what is random or holds subgraphs, the dequantize of a stored weight, what ops read a constant
+    through (linears and convs a transpose of their weight, in fx a dequantize a cast of its zero point), what the graph
+    returns, and a result over 1 MB that is larger than its operands.
     Raises GraphError where the graph's engine cannot run a node.
     """
     for node in graph.nodes:
@@ -55,7 +56,7 @@ def _evaluated(graph: Graph, fetch: Sequence[Value]) -> dict[Value, Tensor]:
 
 
 def _is_foldable(node: Node, known: set[Value]) -> bool:
-    if node.signature is None or node.kind == "dequantize" or _is_weight_view(node):
+    if node.signature is None or node.kind == "dequantize" or _is_read_through(node):
         return False
     if any(result.is_output or result.is_constant for result in node.results):
         return False
@@ -64,10 +65,14 @@ def _is_foldable(node: Node, known: set[Value]) -> bool:
     return not _outgrows(node, sum(nbytes(result, {}) for result in node.results))
 
 
-def _is_weight_view(node: Node) -> bool:
-    """Whether a transpose serves linears and convs only: they read the stored weight through it, without a copy."""
-    users = node.result.users if node.kind == "transpose" else ()
-    return bool(users) and all(user.kind in ("linear", "conv") for user in users)
+def _is_read_through(node: Node) -> bool:
+    """Whether all that read a node take its constant operand for theirs: linears and convs, to have no copy of their
+    weight, and what quantizes by zero points that fx holds in wider integers."""
+    readers = _READ_THROUGH.get(node.kind, ())
+    return bool(readers) and bool(node.result.users) and all(user.kind in readers for user in node.result.users)
+
+
+_READ_THROUGH = {"transpose": ("linear", "conv"), "cast": ("quantize", "dequantize")}
 
 
 def _outgrows(node: Node, size: int) -> bool:

@@ -219,11 +219,12 @@ class Backend(ABC):
     ) -> list[Ratio]:
         """How many times faster than `baseline` a graph of ops runs here once lowered: one Ratio for each feeds.
 
-        Paired and interleaved (`timing.paired`). Raises LoweringError where the engine cannot build one of them, and
-        UsageError where it does not run here.
+        Paired and interleaved (`timing.paired`). On a target of ONNX both may be graphs of fx, which a pipeline that
+        trains works on. Raises LoweringError where the engine cannot build one of them, GraphError where one has no
+        form in ONNX, and UsageError where the engine does not run here.
         """
         self.require_runs()
-        graphs = {"baseline": baseline, "candidate": graph}
+        graphs = {name: self._in_own_dialect(one) for name, one in (("baseline", baseline), ("candidate", graph))}
         runners = {name: self.compile(self.lower(one)[0], threads) for name, one in graphs.items()}
         found = []
         for placed in map(self.place, feeds):
@@ -231,6 +232,13 @@ class Backend(ABC):
             ratios = timing.paired(calls, baseline="baseline", rounds=rounds, clock=self.clock)
             found.append(ratios["candidate"])
         return found
+
+    def _in_own_dialect(self, graph: Graph) -> Graph:
+        if graph.dialect == self.dialect or self.dialect != "onnx":
+            return graph
+        from graphopt.capture.onnx_conversion import to_onnx  # which imports both dialects
+
+        return to_onnx(graph)
 
     def times(self) -> bool:
         """Whether results are timed by default. Raises UsageError where the engine should run here, and does not."""

@@ -33,6 +33,46 @@ class Teacher:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class KeptZeros:
+    """Single weights of a site that are zero, and stay so."""
+
+    pattern: str
+    """Where they lie: `numerics.sparsity.Pattern` as text."""
+    mask: Tensor | None
+    """Boolean, of the weight's shape (out, in, ...), False at zeros; None where nothing will be trained."""
+
+
+@dataclass(frozen=True)
+class MarkedZeros:
+    """How many weights of a site the next training is to make zero."""
+
+    pattern: str
+    share: float
+    """Of the weights, those that are zero already included."""
+
+
+@dataclass(frozen=True)
+class MarkedUnits:
+    """How many units of a group the next training is to leave."""
+
+    size: int
+    stay: int
+
+
+@dataclass
+class Marks:
+    """What passes with criterion=movement marked: the next training learns what of it goes."""
+
+    zeros: dict[str, MarkedZeros] = field(default_factory=dict)
+    """By the label of a site."""
+    units: dict[str, MarkedUnits] = field(default_factory=dict)
+    """By the name of a group (`analysis.groups`)."""
+
+    def __bool__(self) -> bool:
+        return bool(self.zeros or self.units)
+
+
 @dataclass
 class Context:
     """What a pass may ask of its surroundings while it runs."""
@@ -65,8 +105,10 @@ class Context:
     """The folder where training passes keep what they need to go on after a crash."""
     is_lossy: bool = False
     """Whether a pass has lost something so far, other than by training."""
-    sparse: dict[str, str] = field(default_factory=dict)
-    """By label, the sites whose zeros must stay, with the pattern of their zeros."""
+    sparse: dict[str, KeptZeros] = field(default_factory=dict)
+    """By label, the sites whose zeros must stay."""
+    marks: Marks = field(default_factory=Marks)
+    """What the next training is to remove, which takes and clears it."""
     round: tuple[int, int] = (1, 1)
     """Which round of how many runs, inside `repeat`."""
     trained: list[str] = field(default_factory=list)

@@ -96,6 +96,10 @@ def units(
                 f"sensitivity: {budgets[0]} of {setting} is a budget for the whole model, and sites run alone; give "
                 f"what each site loses, such as {setting.whole_model_options[budgets[0]]}"
             )
+        if setting.marks:
+            raise UsageError(
+                f"sensitivity: {setting} leaves it to a training what goes, and sites run alone; use another criterion"
+            )
         wanted: Any = setting if sites is None else _with(setting, targets=sites)
         alone = Context(current=wanted, target=context.target)
         selected[setting] = set(alone.sites(graph, wanted.targets, getattr(wanted, "ignore", Selector())))
@@ -150,7 +154,9 @@ def _with(setting: Pass, **options: Any) -> Pass:
 
 def _measured(row: Row, graph: Graph, setting: Pass, reference: Reference, context: Context) -> Row:
     """The row with the damage that the setting does, or with why the pass declined."""
-    alone = dataclasses.replace(context, report=Report(), record=PassRecord("", ""), instruments=(), labels={})
+    alone = dataclasses.replace(
+        context, report=Report(), record=PassRecord("", ""), instruments=(), labels={}, sparse={}
+    )
     clone = graph.clone()
     try:
         run_pass(setting, clone, alone)

@@ -67,6 +67,11 @@ class Pass:
         do. Called when every option has been checked against its type."""
         return None
 
+    @property
+    def marks(self) -> bool:
+        """Whether it changes nothing, and only marks what the training behind it learns to remove (`Context.marks`)."""
+        return False
+
     def given(self) -> dict[str, Any]:
         """The options that differ from their defaults, by name."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}

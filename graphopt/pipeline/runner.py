@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -21,7 +21,8 @@ _ANYWHERE = frozenset({Stage.SIMPLIFY, Stage.RECOVER})
 
 @dataclass(frozen=True)
 class Pipeline(Pass):
-    """Passes in order; itself a pass, so it nests. Raises UsageError when the stages are out of order."""
+    """Passes in order; itself a pass, so it nests. Raises UsageError when the stages are out of order, and where
+    nothing trains what a pass marked."""
 
     name: ClassVar[str] = "pipeline"
     stage: ClassVar[Stage] = Stage.SIMPLIFY
@@ -32,6 +33,7 @@ class Pipeline(Pass):
     def __init__(self, passes: Iterable[Pass] = ()) -> None:
         object.__setattr__(self, "passes", tuple(passes))
         check_order(self)
+        check_marks(self)
 
     def leaves(self) -> Iterator[Pass]:
         """The passes inside, nested ones opened, repeats once."""
@@ -110,18 +112,34 @@ def check_order(pipeline: Pipeline) -> None:
             latest = leaf
 
 
-def _in_order(passes: list[Pass]) -> list[Pass]:
-    """By stage; what goes anywhere stays behind the pass that it followed, and before LOWER."""
-    blocks: list[list[Pass]] = [[]]
+def check_marks(pipeline: Pipeline) -> None:
+    """Raise UsageError where a pass only marks what is to go, and no training is behind it, within the same brackets
+    and before the weights become others."""
+    marking: Pass | None = None
+    for leaf in pipeline.leaves():
+        if marking is not None and not leaf.trains and leaf.stage > Stage.PRUNE:
+            raise UsageError(
+                f"{marking} marks what the training behind it learns to remove, and {leaf.name} comes first: put "
+                f"distill or finetune between them"
+            )
+        if leaf.trains or leaf.marks:
+            marking = None if leaf.trains else leaf
+    if marking is not None:
+        raise UsageError(
+            f"{marking} marks what the training behind it learns to remove, and there is none: put distill or finetune "
+            "behind it, or use another criterion"
+        )
+
+
+def _in_order(passes: Sequence[Pass]) -> list[Pass]:
+    """By stage; what trains stays behind the stage that it followed, and before LOWER."""
+    keys, latest = list[Stage](), Stage.SIMPLIFY
     for one in passes:
         if one.stage not in _ANYWHERE:
-            blocks.append([])
-        blocks[-1].append(one)
-    first, *staged = blocks
-    staged.sort(key=lambda block: block[0].stage)
-    free = [one for block in staged for one in block[1:] if block[0].stage is Stage.LOWER]
-    lower = [block[0] for block in staged if block[0].stage is Stage.LOWER]
-    return [*first, *(one for block in staged if block[0].stage is not Stage.LOWER for one in block), *free, *lower]
+            latest = one.stage
+        keys.append(min(latest, Stage.QUANTIZE) if one.stage is Stage.RECOVER else one.stage)
+    order = sorted(range(len(passes)), key=keys.__getitem__)
+    return [passes[place] for place in order]
 
 
 def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:

@@ -65,6 +65,8 @@ SENTENCES = {
     "not_weighed_unread": "criterion={criterion} cannot score it: no linear or conv with a stored float weight reads "
     "it; use criterion=l2",
     "not_weighed_without_weight": "criterion={criterion} cannot score it: it has no stored float weight",
+    "not_weighed_by_zeros": "criterion={criterion} cannot score it: a norm, a product of two computed values or no "
+    "stored float weight reads it, and zeros in weights do not stand for its units; use criterion=l2",
     # sparsify
     "no_amount": "no term of amount matches it",
     "amounts_differ": "the sites that share it have different amounts: {amounts}",

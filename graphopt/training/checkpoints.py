@@ -216,7 +216,7 @@ def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors |= {f"best/{name}": one for name, one in trainer.best.state.items()}
     tensors |= {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
     for parameter, rule in trainer.rules.items():
-        tensors |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state().items()}
+        tensors |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
     optimizer = trainer.optimizer.state_dict()["state"]
     for place, values in optimizer.items():
         tensors |= {f"optimizer/{place}/{name}": one for name, one in values.items() if isinstance(one, Tensor)}
@@ -228,7 +228,7 @@ def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts = {
         "step": trainer.step, "epoch": trainer.epoch, "batches": trainer.seen, "seconds": trainer.seconds(),
         "evaluated at": trainer.evaluated_at, "notes": trainer.outcome.notes,
-        "best": {"metric": best.metric, "step": best.step, "waited": best.waited},
+        "best": {"metric": best.metric, "step": best.step, "settled": best.settled, "waited": best.waited},
         "lines": trainer.outcome.lines, "amp": trainer.amp.name, "scaler": trainer.amp.scaler.state_dict(),
         "numpy": [numpy_state[0], *numpy_state[2:]],
         "python": [python_state[0], list(python_state[1]), python_state[2]],
@@ -245,7 +245,7 @@ def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, A
     trainer.module.load_state_dict(part("module/"))
     trainer.objective.load_state_dict(part("objective/"))
     for parameter, rule in trainer.rules.items():
-        rule.load_state(part(f"rule/{parameter}/"))
+        rule.load_state_dict(part(f"rule/{parameter}/"))
     state: dict[int, dict[str, Tensor]] = {}
     for name, one in part("optimizer/").items():
         place, key = name.split("/", 1)

@@ -50,8 +50,11 @@ class Best:
     """The best weights so far; without `evaluate`, the latest whose loss was finite."""
 
     state: dict[str, Tensor]
+    """Of the module, with the weights as its forward pass reads them, and of the rules."""
     metric: float
     step: int
+    settled: bool = True
+    """Whether the weights have the form that their rules are to give them; others never ship."""
     waited: int = 0
     """Evaluations since."""
 
@@ -89,8 +92,8 @@ class Trainer:
         self.rules = dict(rules or {})
         self.device = precision.device_of(settings.device)
         self.module = module or trainable(graph, objective, settings)
-        self.module.to(self.device)
-        objective.to(self.device)
+        for trained in (self.module, objective, *self.rules.values()):
+            trained.to(self.device)
         self.inputs = [value.name for value in graph.inputs]
         self.outcome = Outcome()
         self.parameters = {name: one for name, one in self.module.named_parameters() if name not in frozen}
@@ -122,7 +125,7 @@ class Trainer:
             self.total = self._total_steps()
             if self.checkpoints is None or not self.checkpoints.resume(self):
                 self.amp = precision.chosen(self.settings.amp, self.device, self._trial, self.outcome.notes)
-                self.best = Best(self._state(), self._score() if self.evaluate else math.nan, 0)
+                self.best = Best(self._state(), self._score() if self.evaluate else math.nan, 0, self._is_settled)
                 if self.evaluate is not None:
                     self._tell({"step": 0, "metric": self.best.metric})
             try:
@@ -156,7 +159,13 @@ class Trainer:
                     break
             if self.checkpoints is not None and self._interrupted:
                 self.checkpoints.write(self)  # before an evaluation that an unbroken run would not have had
-            if self.evaluated_at != self.step:
+            is_early = not self._is_settled
+            if is_early:
+                self.outcome.notes.append(f"training ended early, at step {self.step}: what was left to remove went at "
+                                          "once")  # fmt: skip
+                for rule in self.rules.values():
+                    rule.progress(1.0)
+            if is_early or self.evaluated_at != self.step:
                 self._evaluated()
             if self.checkpoints is not None and not self._interrupted:
                 self.checkpoints.write(self, is_done=True)
@@ -242,7 +251,7 @@ class Trainer:
                     sums[name] = sums.get(name, 0.0) + float(term.detach()) / len(batches)
             if self.step == 0:
                 self._note_unused()
-            if self.evaluate is None:
+            if self.evaluate is None and self._is_settled:
                 self._keep()
             self._update()
         self.step += 1
@@ -276,7 +285,7 @@ class Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         """Matrices and kernels decay; vectors (biases, norms, scales) and what the objective and the rules learn do
         not."""
-        own = [one for rule in self.rules.values() for one in rule.parameters()]
+        own = dict.fromkeys(one for rule in self.rules.values() for one in rule.parameters())  # rules may share some
         decays = {name: one.dim() >= 2 and not name.endswith(".scale") for name, one in self.parameters.items()}
         weights = [one for name, one in self.parameters.items() if decays[name]]
         others = [one for name, one in self.parameters.items() if not decays[name]]
@@ -361,11 +370,14 @@ class Trainer:
         self._require_finite()
         self.evaluated_at = self.step
         if self.evaluate is None:
-            self.best = Best(self._state(), math.nan, self.step)
+            if self._is_settled:
+                self.best = Best(self._state(), math.nan, self.step)
             return
         metric = self._score()
         self._tell({"step": self.step, "metric": metric})
-        if metric > self.best.metric:
+        if not self._is_settled:
+            return
+        if metric > self.best.metric or not self.best.settled:
             self.best = Best(self._state(), metric, self.step)
         else:
             self.best.waited += 1
@@ -386,16 +398,26 @@ class Trainer:
             raise UsageError(f"{self.name}: evaluate gives NaN at step {self.step}; give a number, more is better")
         return metric
 
+    @property
+    def _is_settled(self) -> bool:
+        return all(rule.is_settled for rule in self.rules.values())
+
+    def _now(self) -> Iterator[tuple[str, Tensor]]:
+        """What the best weights are a copy of: the tensors of the module and of the rules."""
+        yield from self.module.state_dict().items()
+        for parameter, rule in self.rules.items():
+            yield from ((f"rule/{parameter}/{name}", one) for name, one in rule.state_dict().items())
+
     def _state(self) -> dict[str, Tensor]:
         with self._as_read():
-            return {name: one.detach().clone() for name, one in self.module.state_dict().items()}
+            return {name: one.detach().clone() for name, one in self._now()}
 
     def _keep(self) -> None:
         """The weights as they are now are the best so far: their loss is finite."""
         with self._as_read():
-            for name, one in self.module.state_dict().items():
+            for name, one in self._now():
                 self.best.state[name].copy_(one)
-        self.best.step = self.step
+        self.best.step, self.best.settled = self.step, True
 
     def _require_finite(self) -> None:
         """Raise Diverged where a weight that was finite is not any more."""
@@ -404,7 +426,10 @@ class Trainer:
                 raise Diverged(f"{name} is not finite after step {self.step}, {self._at_rate()}")
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
-        self.module.load_state_dict(dict(state))
+        left = dict(state)
+        for parameter, rule in self.rules.items():
+            rule.load_state_dict({name: left.pop(f"rule/{parameter}/{name}") for name in rule.state_dict()})
+        self.module.load_state_dict(left)
 
     @contextmanager
     def _as_read(self) -> Iterator[None]:
@@ -453,7 +478,7 @@ class Trainer:
             raise UsageError(
                 f"{self.name}: {error}, before anything was trained: look at the labels and at loss={wide}"
             ) from error
-        if self.best.step == 0 and self.evaluate is None:
+        if not self.best.settled or (self.best.step == 0 and self.evaluate is None):
             raise UsageError(
                 f"{self.name}: {error}, before any weights were kept; give a lower lr, a lower clip{wide}"
             ) from error
@@ -486,7 +511,7 @@ class Trainer:
     @contextmanager
     def _trial(self) -> Iterator[Callable[[precision.Amp], Callable[[], None]]]:
         """Makes functions that run a forward and a backward pass in some precision; nothing that they change stays."""
-        before = {name: one.detach().clone() for name, one in self.module.state_dict().items()}
+        before = {name: one.detach().clone() for name, one in self._now()}
         if self.batches.once:
             raise UsageError(
                 f"{self.name}: amp=auto times the first batch, and a generator gives it once; pass a list or a "

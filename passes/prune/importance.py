@@ -29,6 +29,7 @@ _STATISTICS = ("mean", "var", "scale", "zero_point", "condition", "mask")
 _UNWEIGHED = {
     "activation": "not_weighed_unread",
     "taylor": "not_weighed_without_weight",
+    "movement": "not_weighed_by_zeros",
     "l1": "not_weighed_without_weight",
     "l2": "not_weighed_without_weight",
 }
@@ -109,6 +110,25 @@ def activation(graph: Graph, context: Context, groups: Sequence[Group], seed: in
     return found
 
 
+def movement(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
+    """All the same: the training behind the pass learns them (Sanh et al. 2020).
+
+    It leaves units out by zeros in the weights that read them. A group is not weighed where that is not what removing
+    them does: where a norm or a product of two computed values reads them too, or no stored float weight does.
+    """
+    return {
+        group: torch.ones(group.size, dtype=torch.float64)
+        for group in groups
+        if group.consumers and not group.reductions and all(_reads(group, site) for site in group.consumers)
+    }
+
+
+def _reads(group: Group, site: Node) -> bool:
+    """Whether a site is a product with a stored float weight whose input axis is in the group."""
+    stored = site.kind in ("linear", "conv") and why_fixed(site) is None
+    return stored and any(axis.value == site.required("weight") and axis.axis == 1 for axis in group.axes)
+
+
 def taylor(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -> Scores:
     """The change of the loss without the unit, to first order: |Σ w · dL/dw| (Molchanov et al. 2017), the batches' sum.
 
@@ -126,7 +146,7 @@ def taylor(graph: Graph, context: Context, groups: Sequence[Group], seed: int) -
 
 
 CRITERIA: Mapping[str, Callable[[Graph, Context, Sequence[Group], int], Scores]] = MappingProxyType(
-    {one.__name__: one for one in (l1, l2, activation, taylor, random)}
+    {one.__name__: one for one in (l1, l2, activation, taylor, movement, random)}
 )
 """Each weighs all units of the groups; none changes the graph."""
 

@@ -17,10 +17,11 @@ from graphopt.passes.prune.costs import CostModel, cut
 from graphopt.passes.prune.importance import weigh
 from graphopt.passes.prune.refit import compensate
 from graphopt.passes.prune.selection import open_groups
-from graphopt.pipeline.context import Context
+from graphopt.pipeline.context import Context, MarkedUnits
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
+from graphopt.training.schedule import cubic
 
 Kind = Literal["neurons", "heads", "channels", "width"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -34,7 +35,9 @@ class Prune(Pass):
     """Remove whole neurons, heads, channels, or positions of the width: those that matter least (Li et al., 2017).
 
     A group holds the units of all axes that shrink together (`graphopt.analysis.groups`), and is called by its first
-    producer. Give the share of units to remove for each kind, or one budget for the model. Declined: groups that cannot
+    producer. Give the share of units to remove for each kind, or one budget for the model. With criterion=movement
+    nothing is removed yet: the `distill` or `finetune` behind it learns which units go, those that training moves
+    towards 0 (Sanh et al., 2020), and cuts them. Declined: groups that cannot
     shrink (of the model's outputs, say), and those that keep all their units.
     """
 
@@ -67,12 +70,17 @@ class Prune(Pass):
     """Kinds that a budget cuts. Heads cost more quality: at 0.55 of the FLOPs, all-MiniLM-L6-v2 in int8 loses 0.4 in
     Spearman on STS-B dev where neurons alone are removed, and 1.4 where heads are removed in the same share."""
 
-    criterion: Literal["auto", "l1", "l2", "activation", "taylor", "random"] = "auto"
-    """How units are ranked: l1, l2, activation, taylor, random; auto is activation with calibration data, else l2."""
+    criterion: Literal["auto", "l1", "l2", "activation", "taylor", "movement", "random"] = "auto"
+    """How units are ranked: l1, l2, activation, taylor, movement (by the training behind it), random; auto is
+    activation with calibration data, else l2."""
 
     scope: Literal["layer", "global"] = "layer"
     """What units are ranked against: those of their group, each of which loses the same share (layer), or all units of
     the model (global)."""
+
+    schedule: Literal["none", "cubic"] = "none"
+    """Inside `repeat`: whether what goes grows over the rounds to what was asked for (cubic: fast at first, Zhu &
+    Gupta, 2017), as a share of the model before the first of them."""
 
     compensate: bool | None = None
     """Solve consumers' weights again on the calibration data (He et al., 2017); none: where there is such data."""
@@ -106,10 +114,21 @@ class Prune(Pass):
             return "kinds are those that a budget cuts; give a share for each instead"
         if self.seed != Prune.seed and self.criterion != "random":
             return f"seed is for criterion=random, and criterion is {self.criterion}"
+        if self.schedule != "none" and budgets:
+            return f"schedule lets the share of a kind grow; give {' or '.join(KINDS)} in place of {budgets[0]}"
+        if self.marks and self.scope == "global":
+            return "movement ranks the units of each group by themselves; use scope=layer"
+        if self.marks and self.compensate:
+            return "the training behind movement makes up for what goes; leave compensate out"
         return None
+
+    @property
+    def marks(self) -> bool:
+        return self.criterion == "movement"
 
     def run(self, graph: Graph, context: Context) -> None:
         compensates = context.calibration is not None if self.compensate is None else self.compensate
+        compensates = compensates and not self.marks
         if compensates and context.batches().once and self.criterion in ("auto", "activation", "taylor"):
             raise UsageError(
                 "prune reads the calibration batches twice, to weigh units and to compensate, and a generator gives "
@@ -121,9 +140,12 @@ class Prune(Pass):
         smaller = {candidate: size for candidate, size in chosen.items() if size < candidate.group.size}
         for group in (candidate.group for candidate in chosen if candidate not in smaller):
             context.record.decline(group.name, Decline("no_units_go", size=group.size, kind=group.kind))
-        for kind in dict.fromkeys(candidate.group.kind for candidate in smaller):
-            of_kind = [(candidate.group, size) for candidate, size in smaller.items() if candidate.group.kind == kind]
-            context.note(f"{kind}: {', '.join(f'{group.name} {group.size} -> {size}' for group, size in of_kind)}")
+        sizing.note_sizes(context, {candidate.group: size for candidate, size in smaller.items()})
+        if self.marks:
+            context.marks.units |= {one.group.name: MarkedUnits(one.group.size, size) for one, size in smaller.items()}
+            if smaller:
+                context.note("nothing is cut yet: the training behind it learns which units go")
+            return
         names = [group.name for group in groups(graph)]
         if compensates:
             compensate(graph, context, {candidate.group: candidate.units(size) for candidate, size in smaller.items()})
@@ -150,8 +172,17 @@ class Prune(Pass):
         for name in BUDGETS:
             if getattr(self, name) is not None:
                 return sizing.within_budget(graph, context, candidates, name, getattr(self, name), together)
-        chosen = sizing.by_shares(context, candidates, {kind: getattr(self, kind) for kind in KINDS}, together)
+        shares: dict[str, float] = {kind: self._share(getattr(self, kind), context) for kind in KINDS}
+        chosen = sizing.by_shares(context, candidates, shares, together)
         model = CostModel(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
         if model.flops and any(size < candidate.group.size for candidate, size in chosen.items()):
             context.note(f"{model.share_left('flops')(chosen):.3f} of the FLOPs stay")
         return chosen
+
+    def _share(self, whole: float, context: Context) -> float:
+        """What goes in this round of a `repeat`, as a share of the units that the rounds before it left."""
+        if self.schedule == "none":
+            return whole
+        number, rounds = context.round
+        left, left_before = (1 - whole * cubic(done / rounds) for done in (number, number - 1))
+        return 1 - left / left_before

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from graphopt.analysis.groups import Group
 from graphopt.errors import UsageError
 from graphopt.ir.cost import sizes
 from graphopt.ir.graph import Graph
@@ -26,6 +27,13 @@ def by_shares(context: Context, candidates: Sequence[Candidate], shares: Mapping
         if abs(gone - share) > budget.TOLERANCE * share:
             context.note(f"{gone:.3f} of the {kind} go, of {share:g} asked: {_why_coarse(of_kind)}")
     return found
+
+
+def note_sizes(context: Context, left: Mapping[Group, int]) -> None:
+    """Say for each kind how many units of its groups stay."""
+    for kind in dict.fromkeys(group.kind for group in left):
+        of_kind = (f"{group.name} {group.size} -> {size}" for group, size in left.items() if group.kind == kind)
+        context.note(f"{kind}: {', '.join(of_kind)}")
 
 
 def _why_coarse(candidates: Sequence[Candidate]) -> str:

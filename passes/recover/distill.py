@@ -100,7 +100,7 @@ class Distill(Recover):
             return context.teacher
         if context.original is None:
             raise UsageError("distill has no teacher: pass teacher=<a module or an ONNX file>")
-        if not context.is_lossy and not context.trained:
+        if not (context.is_lossy or context.marks or context.trained):
             context.note("nothing was cut before it: the student is its own teacher, and learns nothing new")
         return surroundings.Teacher(context.original, tuple(context.outputs))
 

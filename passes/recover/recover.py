@@ -1,4 +1,4 @@
-"""What the passes that train have in common: which parameters stay, which zeros stay, and the record of a training."""
+"""What the passes that train have in common: which parameters stay, and the record of a training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
-from graphopt.numerics.sparsity import Pattern
+from graphopt.passes.recover.rules import Rules
 from graphopt.pipeline.batches import Batch
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range
@@ -21,7 +21,6 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.training.checkpoints import Checkpoints
 from graphopt.training.loop import Trainer, require_batches, trainable
 from graphopt.training.objective import HardLoss, Objective
-from graphopt.training.rules import FixedZeros, MovingPattern, WeightRule
 from graphopt.training.settings import Settings
 
 
@@ -53,12 +52,14 @@ class Recover(Settings, Pass):
         for node in frozen:
             context.decline(node, Decline("frozen"))
         names = {name for node in frozen for name in parameters_of(graph, module, node)}
+        rules = Rules(graph, module, context, frozen=names, sr_ste=self.sr_ste)
         trainer = Trainer(
-            graph, objective, batches, self, frozen=sorted(names), rules=self._rules(graph, module, context, names),
+            graph, objective, batches, self, frozen=sorted(names), rules=rules.by_parameter,
             module=module, evaluate=context.evaluate, checkpoints=self._checkpoints(graph, context),
             watchers=context.instruments, name=self.name,
         )  # fmt: skip
         outcome = trainer.run()
+        rules.finish()
         context.record.training = outcome.lines
         for note in outcome.notes:
             context.note(note)
@@ -81,35 +82,6 @@ class Recover(Settings, Pass):
             return None
         file = context.checkpoint / f"{len(context.trained)}-{self.name}.safetensors"
         return Checkpoints(file, graph, self.checkpoint_minutes)
-
-    def _rules(
-        self, graph: Graph, module: nn.Module, context: Context, frozen: set[str]
-    ) -> dict[str, WeightRule]:
-        """By parameter: the zeros of `sparsify` stay, or move within their N:M pattern."""
-        found: dict[str, WeightRule] = {}
-        parameters = dict(module.named_parameters())
-        for node in graph.sites("linear", "conv"):
-            weight, pattern = node.required("weight"), context.sparse.get(node.label)
-            name = graph.parameter(module, weight)
-            if pattern is None or name is None or name in frozen or name in found:
-                continue
-            if self.sr_ste is None:
-                found[name] = FixedZeros(parameters[name].detach() != 0)
-                continue
-            if Pattern.parse(pattern).amount is None:
-                raise UsageError(
-                    f"{self.name}: sr_ste lets the zeros of an N:M pattern move, and those of {node.label} are "
-                    f"{pattern}: leave sr_ste out, or use sparsify{{pattern=2:4}}"
-                )
-            stored = node.weight
-            transposed = stored is not None and stored.dim() == 2 and not stored.is_contiguous()
-            found[name] = MovingPattern(Pattern.parse(pattern), self.sr_ste, transposed)
-        if self.sr_ste is not None and not found:
-            raise UsageError(
-                f"{self.name}: sr_ste lets the zeros of an N:M pattern move, and there are none: put "
-                "sparsify{pattern=2:4} in front of it"
-            )
-        return found
 
 
 def parameters_of(graph: Graph, module: nn.Module, node: Node) -> list[str]:

@@ -46,6 +46,11 @@ def magnitude(graph: Graph, context: Context, request: Request) -> Iterator[Spar
     return _ranked(request, (weight.tensor for weight in request.weights))
 
 
+def movement(graph: Graph, context: Context, request: Request) -> Iterator[Sparse]:
+    """As many as `magnitude` would; which ones, the training behind the pass learns (Sanh et al. 2020)."""
+    return magnitude(graph, context, request)
+
+
 def threshold(graph: Graph, context: Context, request: Request) -> Iterator[Sparse]:
     """What is below a share of the largest goes."""
     for weight in request.weights:
@@ -115,7 +120,7 @@ def sparsegpt(graph: Graph, context: Context, request: Request) -> Iterator[Spar
 
 
 CRITERIA: Mapping[str, Callable[[Graph, Context, Request], Iterator[Sparse]]] = MappingProxyType(
-    {one.__name__: one for one in (magnitude, threshold, random, gradient, wanda, sparsegpt)}
+    {one.__name__: one for one in (magnitude, movement, threshold, random, gradient, wanda, sparsegpt)}
 )
 """Each gives the weights of a request, in any order; the graph must not change before the last."""
 

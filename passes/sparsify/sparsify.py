@@ -15,12 +15,13 @@ from graphopt.numerics.sparsity import Pattern
 from graphopt.passes.sparsify.amounts import by_sensitivity
 from graphopt.passes.sparsify.criteria import CALIBRATED, CRITERIA, Request
 from graphopt.passes.sparsify.zeros import Zeros
-from graphopt.pipeline.context import Context
+from graphopt.pipeline.context import Context, KeptZeros, MarkedZeros
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.weights import Weight, changeable, selected
 from graphopt.report.declines import Reason
+from graphopt.training.schedule import cubic
 
 Share = Annotated[float, Range(0, 1, open_high=True)]
 
@@ -34,9 +35,10 @@ class Sparsify(Pass):
 
     Shapes and dtypes stay. gradient ranks by |w · dL/dw|, the mean over batches (Molchanov et al., 2017); wanda by
     |w| · ‖x‖ within each output (Sun et al., 2024); sparsegpt by the error of the layer's output, and updates the
-    weights that stay (Frantar & Alistarh, 2023). The input axis of a conv runs over channels, at one position of the
-    kernel. Declined: any op but linear and conv, a weight that the graph computes, that is quantized, or that a node
-    outside the selection reads too, and one that the pattern does not divide.
+    weights that stay (Frantar & Alistarh, 2023). movement changes nothing: the `distill` or `finetune` behind it learns
+    which weights go, those that training moves towards 0 (Sanh et al., 2020). The input axis of a conv runs over
+    channels, at one position of the kernel. Declined: any op but linear and conv, a weight that the graph computes,
+    that is quantized, or that a node outside the selection reads too, and one that the pattern does not divide.
     """
 
     name = "sparsify"
@@ -46,9 +48,9 @@ class Sparsify(Pass):
     """Share of zeros in [0, 1), of all sites or by site; none: 0.5, or as the pattern says. With criterion=threshold:
     share of the largest weight below which weights become zero."""
 
-    criterion: Literal["magnitude", "threshold", "random", "gradient", "wanda", "sparsegpt"] = "magnitude"
-    """How weights are ranked: magnitude, threshold (below a share of the largest), random, gradient, wanda or
-    sparsegpt."""
+    criterion: Literal["magnitude", "movement", "threshold", "random", "gradient", "wanda", "sparsegpt"] = "magnitude"
+    """How weights are ranked: magnitude, movement (by the training behind it), threshold (below a share of the
+    largest), random, gradient, wanda or sparsegpt."""
 
     pattern: str = "unstructured"
     """Where zeros lie: unstructured, N:M (2:4; N of M along the input stay), or blocks of outputs x inputs (4x1)."""
@@ -98,18 +100,24 @@ class Sparsify(Pass):
             return f"sparsegpt has no blocks, and pattern is {self.pattern}; use unstructured, N:M or criterion=wanda"
         if self.scope == "global" and (fixed is not None or by_site):
             return f"scope=global decides the amount of each weight, and so does {'amount' if by_site else 'pattern'}"
-        if self.scope == "global" and self.criterion in ("threshold", "wanda", "sparsegpt"):
+        if self.scope == "global" and self.criterion in ("threshold", "movement", "wanda", "sparsegpt"):
             return f"{self.criterion} ranks each weight by itself; use scope=local, or criterion=magnitude"
         if self.allocate == "sensitivity" and (
             fixed is not None or by_site or self.scope == "global" or self.criterion == "threshold" or self.amount == 0
         ):
             return "allocate=sensitivity spreads one share of zeros; leave out N:M, a threshold, global, 0 and {...}"
+        if self.allocate == "sensitivity" and self.criterion == "movement":
+            return "allocate=sensitivity tries weights one by one, and movement leaves them to training; leave it out"
         if self.schedule != "none" and (fixed is not None or self.criterion == "threshold"):
             return "schedule lets a share of zeros grow; leave it out with N:M and a threshold"
         for option, criterion in (("seed", "random"), ("damping", "sparsegpt")):
             if option in self.given() and self.criterion != criterion:
                 return f"{option} is for criterion={criterion}, and criterion is {self.criterion}"
         return None
+
+    @property
+    def marks(self) -> bool:
+        return self.criterion == "movement"
 
     def run(self, graph: Graph, context: Context) -> None:
         if self.criterion in CALIBRATED:
@@ -119,18 +127,29 @@ class Sparsify(Pass):
             request = by_sensitivity(replace(self, allocate="evenly"), graph, context, request)
         stored, zeros = [], Zeros()
         for sparse in CRITERIA[self.criterion](graph, context, request) if request.weights else ():
-            weight = sparse.weight
+            weight, is_there = sparse.weight, torch.equal(sparse.tensor, sparse.weight.tensor)
+            if self.marks and not is_there:
+                asked = MarkedZeros(self.pattern, request.shares[weight.value])
+                context.marks.zeros |= {site.label: asked for site in weight.sites}
+                continue
             zeros.add(weight.tensor, sparse.tensor)
-            if torch.equal(sparse.tensor, weight.tensor):
-                code = "nothing_to_zero" if sparse.mask.all() else "zero_already"
-                count, total = int((~sparse.mask).sum()), sparse.mask.numel()
-                _decline(context, weight, Decline(code, count=count, total=total))
-            else:
-                stored.append((weight, graph.add_constant(sparse.tensor, weight.value.name)))
-        for weight, value in stored:
+            kept = KeptZeros(self.pattern, None if context.training is None else sparse.tensor != 0)
+            if not is_there:
+                stored.append((weight, graph.add_constant(sparse.tensor, weight.value.name), kept))
+                continue
+            code = "nothing_to_zero" if sparse.mask.all() else "zero_already"
+            count, total = int((~sparse.mask).sum()), sparse.mask.numel()
+            _decline(context, weight, Decline(code, count=count, total=total))
+            if count:
+                context.sparse = {site.label: kept for site in weight.sites} | context.sparse
+        for weight, value, kept in stored:
             for site in weight.sites:
-                context.sparse[site.label] = self.pattern
-                graph.replace(site, graph.emit(site.kind, site.input, value, site.bias, at=site, **site.attributes))
+                new = graph.emit(site.kind, site.input, value, site.bias, at=site, **site.attributes)
+                graph.replace(site, new)
+                if new.producer is not None:  # without a module path, its label is another than that of the site
+                    context.sparse[new.producer.label] = kept
+        if self.marks and context.marks.zeros:
+            context.note("nothing is zero yet: the training behind it learns which weights go")
         for note in zeros.notes(context.target, self.pattern):
             context.note(note)
 
@@ -168,7 +187,7 @@ class Sparsify(Pass):
     def _reached(self, context: Context) -> float:
         """The share of the amount that this round of a `repeat` is to reach."""
         number, rounds = context.round
-        return 1.0 if self.schedule == "none" else 1 - (1 - number / rounds) ** 3
+        return 1.0 if self.schedule == "none" else cubic(number / rounds)
 
 
 def _decline(context: Context, weight: Weight, why: Decline) -> None:

@@ -44,6 +44,13 @@ def test_keeps_the_dequantize_of_a_weight(dialect: str) -> None:
     ]
 
 
+def test_keeps_the_dequantize_of_a_weight_with_zero_points(dialect: str) -> None:
+    """In fx it reads them through a cast to wider integers."""
+    text = "w = dequantize(W[4,8]:uint8:values(1,2), S[4]:ones, Z[4]:uint8:values(1,2), axis=0)\ny = linear(x[2,8], w)"
+    kinds = [line.split(" = ")[-1].split("(")[0] for line in simplified(dialect, text)]
+    assert [kind for kind in kinds if kind != "cast"][:2] == ["dequantize", "linear"]
+
+
 @pytest.mark.parametrize(("rows", "folds"), [(200, True), (800, False)])
 def test_folds_no_large_result_of_small_operands(dialect: str, rows: int, folds: bool) -> None:
     lines = simplified(dialect, f"h = mul(A[{rows},1], B[1,400])\ny = add(x[1,400], h)")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.dialects.fx.native import is_constant, source
+from graphopt.dialects.fx.native import is_constant
+from graphopt.dialects.fx.pairs import Form, inverse, layout
 from graphopt.dialects.fx.rounded import Rounded
 from graphopt.dialects.fx.views import raw_of
 from graphopt.errors import GraphError
-from graphopt.ir.graph import Value
+from graphopt.ir.graph import Value, dtype_name
 
 if TYPE_CHECKING:
     from graphopt.dialects.fx.graph import FxGraph
@@ -46,6 +47,8 @@ class Origins:
     weights: dict[str, RoundedWeight]
     scales: dict[str, str]
     """Learned scales: the `Rounded` that has each."""
+    numbers: dict[str, str]
+    """Of nodes that have a learned scale as a number in their arguments: the `Rounded` that has it."""
 
 
 def absorb(graph: FxGraph, module: nn.Module) -> None:
@@ -56,39 +59,54 @@ def absorb(graph: FxGraph, module: nn.Module) -> None:
     """
     changed = {}
     with torch.no_grad():
-        for name, where, tensor in _learned(_origins(module), module):
+        for name, where, tensor in _learned(graph, _origins(module), module):
             stored = graph.native.stored.get(name)
-            if not isinstance(stored, Tensor) or stored.shape != tensor.shape:
-                shape = f"of shape {list(stored.shape)}" if isinstance(stored, Tensor) else "none"
+            if not isinstance(stored, Tensor) or _form(stored) != _form(tensor):
                 raise GraphError(
-                    f"{where} has shape {list(tensor.shape)}, and the graph's constant {name} is {shape}: absorb a "
-                    "module into the graph that made it, or into a clone, before other passes change the constants"
-                )
-            if not bool(tensor.isfinite().all()) and bool(stored.isfinite().all()):
-                raise GraphError(
-                    f"{where} is not finite after training: train with a smaller learning rate, and absorb the module "
-                    "as it was before"
+                    f"{where} is {_form(tensor)}, and the graph's constant {name} is {_form(stored)}: absorb a module "
+                    "into the graph that made it, or into a clone, before passes change the constants"
                 )
             fresh = torch.empty_like(stored).copy_(tensor)
             if not torch.equal(fresh, stored):
                 parameter = isinstance(stored, nn.Parameter)
                 changed[name] = nn.Parameter(fresh, stored.requires_grad) if parameter else fresh
     graph.native.stored.update(changed)
+    numbers = _origins(module).numbers
+    for node in graph.native.graph.nodes if numbers else ():
+        if node.name in numbers:
+            scale = _rounded(module, numbers[node.name]).step().item()
+            node.args = (node.args[0], scale, *node.args[2:])
     graph.version += 1
 
 
-def _learned(origins: Origins, module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+def _learned(graph: FxGraph, origins: Origins, module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """The constants of the graph as the module has them: name in the graph, name in the module, tensor."""
     for name, path in origins.floats.items():
-        yield name, path, _tensor(module, path)
+        tensor, stored = _tensor(module, path), graph.native.stored.get(name)
+        masks = isinstance(stored, Tensor) and not bool(stored.isfinite().all())  # such as -inf before a softmax
+        yield name, path, tensor if masks else _finite(tensor, path)
     for name, weight in origins.weights.items():
-        floats = _tensor(module, weight.parameter)
-        if not bool(floats.isfinite().all()):  # rounding would hide it
-            yield name, weight.parameter, floats
+        floats = _finite(_tensor(module, weight.parameter), weight.parameter)
         integers = _rounded(module, weight.rounded).integers(floats.permute(weight.permutation))
         yield name, weight.parameter, integers.permute(inverse(weight.permutation))
     for name, path in origins.scales.items():
-        yield name, f"{path}.scale", _rounded(module, path).step()
+        yield name, f"{path}.scale", _finite(_rounded(module, path).step(), f"{path}.scale")
+
+
+def _finite(tensor: Tensor, where: str) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise GraphError(
+            f"{where} is not finite after training: train with a smaller learning rate, and absorb the module as it "
+            "was before"
+        )
+    return tensor
+
+
+def _form(thing: object) -> str:
+    """The shape of a stored tensor, and whether it holds floats (of any dtype, as training may change it)."""
+    if not isinstance(thing, Tensor):
+        return "no tensor"
+    return f"{'float' if thing.is_floating_point() else dtype_name(thing.dtype)} {list(thing.shape)}"
 
 
 def parameter(module: nn.Module, value: Value) -> str | None:
@@ -96,13 +114,11 @@ def parameter(module: nn.Module, value: Value) -> str | None:
     origins, node = _origins(module), raw_of(value)
     if not isinstance(node, fx.Node):
         return None
-    if str(node.target).startswith("quantized_decomposed.dequantize") and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    form = Form.of(node, "dequantize")
+    node = node if form is None else form.x
     if not is_constant(node):
         return None
-    while node.op != "get_attr":
-        node = source(node)
-    name = str(node.target)
+    name, _ = layout(node)
     if name in origins.weights:
         path: str | None = origins.weights[name].parameter
     elif name in origins.scales:
@@ -111,11 +127,6 @@ def parameter(module: nn.Module, value: Value) -> str | None:
         path = origins.floats.get(name)
     found = None if path is None else _tensor(module, path)
     return next((known for known, one in module.named_parameters() if one is found), None)
-
-
-def inverse(permutation: Sequence[int]) -> list[int]:
-    """The permutation that undoes another."""
-    return sorted(range(len(permutation)), key=permutation.__getitem__)
 
 
 def _origins(module: nn.Module) -> Origins:

@@ -39,7 +39,8 @@ class FxAdapter:
 
     def from_model(self, model: Any) -> Graph:
         raise GraphError(
-            "an ONNX model cannot go to a target of the fx dialect; use target=onnxruntime, or hand over the nn.Module"
+            "an ONNX model cannot go to a target of the fx dialect; use target=onnxruntime, or hand over the nn.Module "
+            "(graphopt.to_torch makes one of a file)"
         )
 
     untouched = lift = from_model

@@ -2,7 +2,8 @@
 
 Pools are among them for attributes that aten lacks, quantize and dequantize for scales of rows and for float8. With
 them, a folded int8 graph runs, traces, exports and saves wherever torch does. They are not fast: a backend replaces
-them by its own kernels. Importing this module registers them.
+them by its own kernels. Each has a twin `graphopt_whole::<op>` that no compiler decomposes, which exporters to other
+frameworks translate. Importing this module registers them.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ def _schema(op: Op) -> str:
     return f"({parameters}) -> ({', '.join(['Tensor'] * len(op.results))})"
 
 
-for _name in NAMES:
-    _op = OPS[_name]
-    torch.library.define(f"graphopt::{_name}", _schema(_op), tags=(torch.Tag.pt2_compliant_tag,))
-    if _name in _OPEN:
-        torch.library.impl(f"graphopt::{_name}", "CompositeImplicitAutograd", _op.reference)
+def _register(name: str, op: Op, *, decomposes: bool) -> None:
+    torch.library.define(name, _schema(op), tags=(torch.Tag.pt2_compliant_tag,))
+    if decomposes:
+        torch.library.impl(name, "CompositeImplicitAutograd", op.reference)
     else:
-        torch.library.impl(f"graphopt::{_name}", "CompositeExplicitAutograd", _op.reference)
-        torch.library.register_fake(f"graphopt::{_name}", _op.reference)
+        torch.library.impl(name, "CompositeExplicitAutograd", op.reference)
+        torch.library.register_fake(name, op.reference)
+
+
+for _name in NAMES:
+    _register(f"graphopt::{_name}", OPS[_name], decomposes=_name in _OPEN)
+    _register(f"graphopt_whole::{_name}", OPS[_name], decomposes=False)

@@ -32,6 +32,7 @@ from graphopt.dialects.fx.native import (
     is_state,
     keep_dropout,
     meta,
+    name_inputs,
     needed,
     results,
     target_name,
@@ -126,9 +127,10 @@ class FxGraph(Graph):
                     graph.axis_names[str(sizes[size])] = size
             with native.inserting_before(graph.native.output):
                 node = native.placeholder(identifier(name))
-            node.target, node.meta["input_name"] = node.name, name
+            node.meta["input_name"] = name
             with graph.native.fake:
                 node.meta["val"] = torch.empty([sizes.get(size, size) for size in shape], dtype=dtype)
+        name_inputs(native)
         return graph
 
     def set_outputs(self, outputs: Mapping[str, Value]) -> None:
@@ -313,7 +315,8 @@ class FxGraph(Graph):
         given, ends = cast(list[fx.Node], raws[: len(inputs)]), cast(list[fx.Node], raws[len(inputs) :])
         for value, raw in zip(inputs, given, strict=True):
             env[raw] = part.placeholder(identifier(value.name))
-            env[raw].target, env[raw].meta = env[raw].name, {"val": meta(raw), "input_name": value.name}
+            env[raw].meta = {"val": meta(raw), "input_name": value.name}
+        name_inputs(part)
         stored: dict[str, Any] = {}
         for node in needed(ends, set(given)):
             if node.op == "placeholder" and node not in env:

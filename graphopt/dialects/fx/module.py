@@ -9,15 +9,16 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.dialects.fx.absorb import ORIGINS, Origins, RoundedWeight, inverse
-from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source, with_nodes
+from graphopt.dialects.fx import pairs
+from graphopt.dialects.fx.absorb import ORIGINS, Origins, RoundedWeight
+from graphopt.dialects.fx.native import copied, has_effect, identifier, is_constant, meta, source
+from graphopt.dialects.fx.pairs import Pair, Scale, inverse, layout, scale_of
 from graphopt.dialects.fx.rounded import Rounded
 from graphopt.dialects.fx.spellings import arguments
 from graphopt.dialects.fx.views import raw_of
@@ -103,54 +104,23 @@ def _return_also(graph: FxGraph, clone: FxGraph, also: Sequence[Value]) -> None:
     clone.native.output.args = ((*clone.native.output.args[0], *found),)  # type: ignore[misc]
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A dequantize that becomes a `Rounded`: of what `quantize` rounds, or of stored integers."""
+def _symmetric(integers: Tensor, limits: tuple[float, float]) -> tuple[float, float]:
+    """The range that a weight without zero points was rounded to, within the limits that its dequantize names.
 
-    dequantize: fx.Node
-    quantize: fx.Node | None
-    given: Mapping[str, Any]
-    """The arguments of the dequantize."""
-
-    @property
-    def numbers(self) -> tuple[Any, Any]:
-        """The scale and the zero point of the dequantize."""
-        return _numbers(self.given)
-
-    def scales(self) -> list[fx.Node]:
-        """The scales of both."""
-        found = [self.numbers[0], *([] if self.quantize is None else [_numbers(arguments(self.quantize))[0]])]
-        return [scale for scale in found if isinstance(scale, fx.Node)]
-
-
-def _numbers(given: Mapping[str, Any]) -> tuple[Any, Any]:
-    scale, zero_point = (given[name] if name in given else given.get(f"{name}s") for name in ("scale", "zero_point"))
-    return scale, zero_point
-
-
-def _is_number(node: fx.Node) -> bool:
-    """Whether a node is a stored scale or zero point, or the cast of a zero point to int64."""
-    return is_constant(node) or (node.target is aten._to_copy.default and is_constant(source(node)))
-
-
-def _symmetric(integers: Tensor, low: int, high: int) -> tuple[int, int]:
-    """The range that stored integers of the range low to high are within, if it is one that rounding gives weights.
-
-    Without zero points that is ±high. And where 8 bits have ±63 alone, the weight was rounded to 7, for products that
-    must not saturate; nothing else says so.
+    That is ±high, unless the integers have the lowest one. Where 8 bits hold ±63 alone, the weight was rounded to 7,
+    for products that must not saturate; nothing else says so.
     """
+    low, high = limits
     least, most = (int(end) for end in integers.aminmax())
-    if low >= 0 or least == low:
-        return low, high
-    return (-63, 63) if high == 127 and least >= -63 and most <= 63 else (-high, high)
+    if least == low:
+        return limits
+    return (-63, 63) if high == 127 and -least <= 63 and most <= 63 else (-high, high)
 
 
-def _layout(node: fx.Node) -> tuple[str, tuple[int, ...]]:
-    """The name of the tensor that a constant node stands for, and how it is permuted."""
-    if node.op == "get_attr":
-        return str(node.target), tuple(range(meta(node).dim()))
-    name, inner = _layout(source(node))
-    return name, tuple(inner[axis] for axis in node.args[1])  # type: ignore[union-attr, index]
+def _reads(value: Value, node: fx.Node) -> bool:
+    """Whether a value of the graph is the constant of a get_attr node of its module, or a permute of it."""
+    native = raw_of(value)
+    return isinstance(native, fx.Node) and is_constant(native) and layout(native)[0] == node.target
 
 
 class _Builder:
@@ -159,11 +129,11 @@ class _Builder:
         self.attributes: dict[str, Any] = {}
         self.taken: set[str] = set()
         """The names of attributes, and of all that holds one."""
-        self.origins = Origins({}, {}, {})
+        self.origins = Origins({}, {}, {}, {})
         self.places: dict[str, str] = {}
         """The attribute that stands for a constant of the graph, by name in the graph."""
-        self.steps: dict[str, nn.Parameter] = {}
-        """Learned scales, by name in the graph."""
+        self.steps: dict[Scale, nn.Parameter] = {}
+        """Learned scales."""
         self.calls: dict[Any, fx.Node] = {}
         """The calls of modules, by what they replace: a quantize, the name of stored integers, that and their
         permutation, or the names of the constants of a batch norm."""
@@ -172,6 +142,7 @@ class _Builder:
         self.views = {copy: views[original] for copy, original in originals.items() if original in views}
 
     def module(self, rebuild: Callable[[list[Any]], Any] | None, also: int) -> TrainableModule:
+        self._prune()
         self._round()
         for node in list(self.program.nodes):
             if "dropout" in node.meta and node.op == "call_function":
@@ -210,16 +181,9 @@ class _Builder:
 
     def _round(self) -> None:
         """Replace each quantize and its dequantizes, and the dequantizes of stored integers, by a `Rounded`."""
-        pairs = [pair for node in self.program.nodes if (pair := self._pair(node)) is not None]
-        weights: dict[str, list[_Pair]] = {}
-        for pair in pairs:
-            if pair.quantize is None:
-                same = weights.setdefault(_layout(pair.given["input"])[0], [])
-                if not same or self._twins(same[0], pair):
-                    same.append(pair)
-        activations = [pair for pair in pairs if pair.quantize is not None]
+        weights, activations = pairs.find(self.program.nodes, self._constant)
         if self.learn_scales:
-            self._learn([*([pair] for pair in activations), *weights.values()])
+            self._learn([*weights.values(), *([pair] for pair in activations)])
         for name, same in weights.items():
             self._round_weight(name, same)
         for pair in activations:
@@ -227,103 +191,76 @@ class _Builder:
         for quantize in dict.fromkeys(pair.quantize for pair in activations):
             assert quantize is not None
             if quantize.users:  # by others than dequantizes
-                call = self.calls[quantize]
-                quantize.replace_all_uses_with(self._integers(call, quantize))
+                quantize.replace_all_uses_with(self._integers(self.calls[quantize], quantize))
 
-    def _pair(self, node: fx.Node) -> _Pair | None:
-        """The pair that a node ends, if it is a dequantize whose scale is stored, or comes from choose_qparams."""
-        if not str(node.target).startswith("quantized_decomposed.dequantize"):
-            return None
-        given = arguments(node)
-        x, (scale, _) = given["input"], _numbers(given)
-        fixed = not isinstance(scale, fx.Node) or is_constant(scale)
-        if is_constant(x):
-            return _Pair(node, None, given) if fixed else None
-        if not str(x.target).startswith("quantized_decomposed.quantize_per"):
-            return None
-        if not all(map(self._same, _numbers(arguments(x)), _numbers(given))):
-            return None
-        if not fixed:
-            chooser = source(scale) if scale.args else None
-            chosen = chooser is not None and str(chooser.target) == "graphopt.choose_qparams.default"
-            if not chosen or x.args[0] is not source(chooser):  # type: ignore[arg-type]
-                return None
-        return _Pair(node, x, given)
-
-    def _twins(self, one: _Pair, other: _Pair) -> bool:
-        """Whether two pairs of the same integers, which may be permuted, have the same scales and floats."""
-        same = all(map(self._same, one.numbers, other.numbers))
-        return same and torch.equal(self._floats(one), self._floats(other))
-
-    def _learn(self, groups: Sequence[Sequence[_Pair]]) -> None:
+    def _learn(self, groups: Sequence[Sequence[Pair]]) -> None:
         """Make one parameter of the scales of each group, and of groups that share one, if nothing else reads them."""
-        pairs = [pair for group in groups for pair in group]
-        replaced = {node for pair in pairs for node in (pair.dequantize, pair.quantize)}
-        readers: dict[str, set[fx.Node]] = {}
+        groups = [group for group in groups if all(pair.learns for pair in group)]
+        numbers = [[number for pair in group for number in pair.numbers()] for group in groups]
+        replaced = {node for group in numbers for node, _ in group}
+        readers: dict[Scale, set[fx.Node]] = {}
         for node in self.program.find_nodes(op="get_attr"):
             readers.setdefault(str(node.target), set()).update(node.users)
-        together: dict[str, set[str]] = {}
-        for group in groups:
-            scales = [scale for pair in group for scale in pair.scales()]
-            merged = {_layout(scale)[0] for scale in scales if is_constant(scale)}
-            merged.update(*(together.get(name, ()) for name in merged))
+        together: dict[Scale, set[Scale]] = {}
+        first: dict[Scale, Tensor] = {}
+        for group in numbers:
+            first |= {scale_of(node, scale): self._number(scale) for node, scale in group}
+            merged = {scale_of(node, scale) for node, scale in group}
+            merged.update(*(together.get(scale, ()) for scale in merged))
             together |= dict.fromkeys(merged, merged)
-        for names in {id(names): names for names in together.values()}.values():
-            stored: Tensor = self.graph.native.stored[min(names)]
-            only = all(readers[name] <= replaced for name in names)
-            if only and stored.dtype == torch.float32 and bool((stored != 0).all()):
-                self.steps |= dict.fromkeys(names, nn.Parameter(stored.detach().clone()))
+        for scales in {id(scales): scales for scales in together.values()}.values():
+            start = first[next(iter(scales))]
+            alone = all(readers.get(scale, set()) <= replaced for scale in scales)
+            if alone and start.dtype == torch.float32 and bool((start != 0).all()):
+                self.steps |= dict.fromkeys(scales, nn.Parameter(start))
 
-    def _round_weight(self, name: str, same: Sequence[_Pair]) -> None:
+    def _round_weight(self, name: str, same: Sequence[Pair]) -> None:
         """Make one float parameter of stored integers, in their layout, which each dequantize rounds."""
-        first = same[0].dequantize
-        path = self._path(next(iter(first.users)))
-        floats = self._attribute(nn.Parameter(self._floats(same[0])), f"{path}.weight")
+        path = self._path(next(iter(same[0].dequantize.users)))
+        parameter = self._attribute(nn.Parameter(pairs.floats(same[0], self._constant)), f"{path}.weight")
         for pair in same:
-            permutation = _layout(pair.given["input"])[1]
+            _, permutation = layout(pair.form.x)
             key = name, permutation
             if key not in self.calls:
-                rounded = self._rounded(pair, weight=True)
-                x = self._permuted(floats, permutation, pair.dequantize)
+                rounded = self._rounded(pair)
+                x = self._permuted(parameter, permutation, pair.dequantize)
                 self.calls[key] = self._call(rounded, f"{path}.weight_rounded", x, pair.dequantize)
                 self.calls.setdefault(name, self.calls[key])
-                self.origins.weights.setdefault(
-                    name, RoundedWeight(str(floats.target), str(self.calls[key].target), permutation)
-                )
+                made = RoundedWeight(str(parameter.target), str(self.calls[key].target), permutation)
+                self.origins.weights.setdefault(name, made)
             self._replace(pair, self.calls[key])
 
-    def _round_activation(self, pair: _Pair) -> None:
-        quantize = pair.quantize
-        assert quantize is not None
-        if quantize not in self.calls:
-            x: fx.Node = arguments(quantize)["input"]
-            rounded = self._rounded(pair)
-            call = self._call(rounded, f"{self._path(pair.dequantize)}.input_rounded", x, pair.dequantize)
-            quantize.prepend(call)  # where the integers are wanted too
-            self.calls[quantize] = call
-        self._replace(pair, self.calls[quantize])
+    def _round_activation(self, pair: Pair) -> None:
+        assert pair.quantize is not None and pair.rounds is not None
+        if pair.quantize not in self.calls:
+            name = f"{self._path(pair.dequantize)}.input_rounded"
+            call = self._call(self._rounded(pair), name, pair.rounds.x, pair.dequantize)
+            pair.quantize.prepend(call)  # where what reads the integers may read them of it
+            self.calls[pair.quantize] = call
+        self._replace(pair, self.calls[pair.quantize])
 
-    def _rounded(self, pair: _Pair, weight: bool = False) -> Rounded:
+    def _rounded(self, pair: Pair) -> Rounded:
         """The module in place of a pair."""
-        given, (scale, zero_point) = pair.given, pair.numbers
-        rounds = given if pair.quantize is None else arguments(pair.quantize)
-        low, high, dtype = rounds["quant_min"], rounds["quant_max"], given["dtype"]
-        declared = given["quant_min"], given["quant_max"]
-        if isinstance(scale, fx.Node) and not is_constant(scale):
-            return Rounded(None, None, low, high, dtype, declared=declared)
-        axis, block = given.get("axis", 1 if "group_size" in given else None), given.get("group_size", 0)
-        if weight and zero_point is None and not block:
-            low, high = _symmetric(self._constant(given["input"]), low, high)
-        step = self._number(scale)
-        if isinstance(scale, fx.Node) and scale.op == "get_attr":
-            step = self.steps.get(str(scale.target), step)
-        return Rounded(step, self._number(zero_point), low, high, dtype, axis, block, weight=weight, declared=declared)
+        form, rounds = pair.form, pair.rounds or pair.form
+        limits, declared = (rounds.low, rounds.high), (form.low, form.high)
+        if pair.dynamic:
+            return Rounded(None, None, *limits, form.dtype, rows=pair.rows, declared=declared)
+        weight = pair.quantize is None
+        zero_point = None if form.zero_point is None else self._number(form.zero_point)
+        if weight and form.dtype == torch.int8 and not form.block and (zero_point is None or not zero_point.any()):
+            limits = _symmetric(self._constant(form.x), limits)
+        step = self.steps.get(scale_of(pair.dequantize, form.scale), self._number(form.scale))
+        numbers = step, zero_point, *limits, form.dtype, form.axis, form.block
+        return Rounded(*numbers, weight=weight, declared=declared)
 
-    def _replace(self, pair: _Pair, call: fx.Node) -> None:
-        """Use a call of a `Rounded` in place of a pair's dequantize, and note whose scales it learns."""
-        for scale in pair.scales():
-            if str(scale.target) in self.steps:
-                self.origins.scales.setdefault(str(scale.target), str(call.target))
+    def _replace(self, pair: Pair, call: fx.Node) -> None:
+        """Use a call of a `Rounded` in place of a pair's dequantize, and note which scales it learns."""
+        for node, scale in pair.numbers():
+            if scale_of(node, scale) in self.steps:
+                if isinstance(scale, fx.Node):
+                    self.origins.scales.setdefault(layout(scale)[0], str(call.target))
+                else:
+                    self.origins.numbers[node.name] = str(call.target)
         pair.dequantize.replace_all_uses_with(call)
         self.program.erase_node(pair.dequantize)
 
@@ -336,22 +273,8 @@ class _Builder:
         integers.meta = dict(before.meta)
         return integers
 
-    def _same(self, a: Any, b: Any) -> bool:
-        """Whether two scales, or two zero points, are the same value or equal constants."""
-        stored = all(isinstance(value, fx.Node) and _is_number(value) for value in (a, b))
-        return a is b or a == b or (stored and torch.equal(self._constant(a), self._constant(b)))
-
-    def _number(self, raw: Any) -> Tensor | None:
-        if raw is None:
-            return None
+    def _number(self, raw: fx.Node | float) -> Tensor:
         return self._constant(raw).clone() if isinstance(raw, fx.Node) else torch.tensor(raw)
-
-    def _floats(self, pair: _Pair) -> Tensor:
-        """The floats that a dequantize computes from stored integers, in their layout."""
-        node = pair.dequantize
-        args, kwargs = with_nodes((node.args, node.kwargs), self._constant)
-        tensor: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-        return tensor.permute(inverse(_layout(pair.given["input"])[1])).contiguous()
 
     def _permuted(self, node: fx.Node, permutation: Sequence[int], before: fx.Node) -> fx.Node:
         if list(permutation) == sorted(permutation):
@@ -383,7 +306,7 @@ class _Builder:
         stored = [given[name] for name in _NORM_TENSORS]
         if not all(map(is_constant, stored)):
             return
-        names = [_layout(value)[0] for value in stored]
+        names = [layout(value)[0] for value in stored]
         key = *names, given["eps"], given["momentum"]
         if key in self.calls:  # a module that is called twice
             with self.program.inserting_before(node):
@@ -442,24 +365,18 @@ class _Builder:
 
     def _read_as(self, node: fx.Node) -> tuple[str, bool]:
         """The name of a constant, by module path and operand of the node that reads it; whether it is a parameter."""
-        readers = [user for constant in (node, *filter(is_constant, node.users)) for user in constant.users]
-        for user in readers:
-            view = self.views.get(user)
-            if view is None or view.op is None or view.op.variadic:
-                continue
-            original = next((value for value in view.operands if value is not None and self._is(value, node)), None)
-            if original is None:
-                continue
-            operand = view.op.operands[view.operands.index(original)]
-            if operand in _LEARNED:
-                return (f"{view.path}.{'weight' if operand == 'table' else operand}" if view.path else ""), True
+        waiting = [node]
+        for constant in waiting:
+            waiting += filter(is_constant, constant.users)
+            for view in filter(None, map(self.views.get, constant.users)):
+                if view.op is None or view.op.variadic:
+                    continue
+                found = next((value for value in view.operands if value is not None and _reads(value, node)), None)
+                operand = None if found is None else view.op.operands[view.operands.index(found)]
+                if operand in _LEARNED:
+                    own = "weight" if operand == "table" else operand
+                    return f"{view.path}.{own}" if view.path else "", True
         return "", False
-
-    def _is(self, value: Any, node: fx.Node) -> bool:
-        native = value.native
-        while isinstance(native, fx.Node) and is_constant(native) and native.op != "get_attr":
-            native = source(native)
-        return isinstance(native, fx.Node) and native.op == "get_attr" and native.target == node.target
 
     def _attribute(self, thing: nn.Parameter, name: str) -> fx.Node:
         """A parameter that any node may read."""

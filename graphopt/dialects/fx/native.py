@@ -6,6 +6,7 @@ one result of an operation with several.
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -53,6 +54,18 @@ def identifier(name: str) -> str:
     """A Python identifier that looks like the name."""
     text = re.sub(r"\W", "_", name)
     return text if text[:1].isalpha() else f"v_{text}"
+
+
+def name_inputs(graph: fx.Graph) -> None:
+    """Call the arguments of a module like the inputs, with an underscore for each character that Python refuses, and
+    behind what is taken: torch.fx would call an `input` input_1, and an `inputImage` input_image."""
+    taken = {"self"}
+    for node in graph.find_nodes(op="placeholder"):
+        name = identifier(str(node.meta["input_name"]))
+        while name in taken or keyword.iskeyword(name):
+            name += "_"
+        node.target = name
+        taken.add(name)
 
 
 def is_result(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from graphopt.ir.constants import fold_constants
 STAGES = (
     # First: programs compute the scales and shapes by which the other stages know their forms.
     Stage("constants", fold_constants),
+    Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
     Stage("sweep", sweep),
 )

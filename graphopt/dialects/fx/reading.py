@@ -19,7 +19,16 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 
-from graphopt.dialects.fx.native import ORIGIN, identifier, is_constant, meta, module_path, source, with_nodes
+from graphopt.dialects.fx.native import (
+    ORIGIN,
+    identifier,
+    is_constant,
+    meta,
+    module_path,
+    name_inputs,
+    source,
+    with_nodes,
+)
 from graphopt.dialects.fx.spellings import arguments
 from graphopt.errors import GraphError
 
@@ -79,6 +88,7 @@ class Loader:
             self._copy(node)
         if self._input_names:
             raise GraphError(f"the program has no inputs for the names {self._input_names}")
+        name_inputs(self.graph)
 
     def _written(self, kind: OutputKind) -> set[str | None]:
         """The buffers, or inputs, that the module writes to. Raises GraphError where it writes to something else."""
@@ -115,7 +125,6 @@ class Loader:
         else:
             name = self._next_name(node.name)
             self.env[node] = self._new("placeholder", identifier(name), (), {}, node)
-            self.env[node].target = self.env[node].name  # unique, where two names make one identifier
             self.env[node].meta["input_name"] = name
 
     def _next_name(self, default: str) -> str:

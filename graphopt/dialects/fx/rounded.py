@@ -38,16 +38,19 @@ class Rounded(nn.Module):
     limit: Tensor | None
 
     def __init__(
-        self, scale: Tensor | None, zero_point: Tensor | None, low: int, high: int, dtype: torch.dtype,
-        axis: int | None = None, block: int = 0, *, weight: bool = False, declared: tuple[int, int] | None = None,
+        self, scale: Tensor | None, zero_point: Tensor | None, low: float, high: float, dtype: torch.dtype,
+        axis: int | None = None, block: int = 0, *, weight: bool = False, rows: float | None = None,
+        declared: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         """scale: float32, one number, or one for each index along `axis` (and for each `block` entries along axis 1);
-        None chooses scale and zero point from each x; an nn.Parameter is learned. low and high: the least and the
-        largest integer. weight: whether x is a weight, and so its axis 0 no batch. declared: the range that the
+        None chooses scale and zero point from each x, or, with `rows`, a scale for each row, at which its largest
+        magnitude becomes `rows`; an nn.Parameter is learned. low and high: the least and the largest integer (or number
+        of a float of 8 bits). weight: whether x is a weight, and so its axis 0 no batch. declared: the range that the
         dequantize names, where it is wider."""
         super().__init__()
-        if scale is not None and zero_point is None:
-            zero_point = torch.zeros(scale.shape, dtype=dtype if axis is None else torch.int64)
+        if zero_point is None and (rows is not None or scale is not None):
+            plain = axis is None or dtype.is_floating_point
+            zero_point = torch.zeros(() if scale is None else scale.shape, dtype=dtype if plain else torch.int64)
         if isinstance(scale, nn.Parameter):
             self.scale = scale
         else:
@@ -55,7 +58,7 @@ class Rounded(nn.Module):
         self.register_buffer("limit", scale.detach() * _LEAST if isinstance(scale, nn.Parameter) else None)
         self.register_buffer("zero_point", zero_point)
         self.low, self.high, self.dtype, self.axis, self.block = low, high, dtype, axis, block
-        self.weight, self.declared = weight, declared or (low, high)
+        self.weight, self.rows, self.declared = weight, rows, declared or (low, high)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
@@ -73,44 +76,63 @@ class Rounded(nn.Module):
 
     def parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scale and the zero point of x."""
-        if self.scale is None or self.zero_point is None:
-            scale, zero_point = torch.ops.graphopt.choose_qparams(x.detach())
-            return scale, zero_point
-        return self.step(), self.zero_point
+        scale: Tensor
+        if self.scale is not None and self.zero_point is not None:
+            return self.step(), self.zero_point
+        if self.rows is not None and self.zero_point is not None:
+            scale = torch.ops.graphopt.row_scale(x.detach(), largest=self.rows)
+            return scale, self.zero_point
+        scale, zero_point = torch.ops.graphopt.choose_qparams(x.detach())
+        return scale, zero_point
 
     def step(self) -> Tensor:
-        """The scale in use. A learned one never falls below its limit; the gradient passes there too, so that it comes
+        """The scale in use: a learned one is held at its limit, where the gradient still passes, so that it comes
         back."""
         scale, limit = self.scale, self.limit
         assert scale is not None  # where x chooses it there is none to ask for
         if limit is None:
             return scale
-        held = torch.where(limit > 0, torch.maximum(scale, limit), torch.minimum(scale, limit)).detach()
-        return _InPlaceOf.apply(scale, held)  # type: ignore[no-untyped-call, no-any-return]
+        held: Tensor = _held(scale, limit) if torch.compiler.is_exporting() else _Held.apply(scale, limit)  # type: ignore[no-untyped-call]
+        return held
 
     def _quantized(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         ops, limits = quantized_decomposed(), (self.low, self.high, self.dtype)
         steps: Tensor
-        if self.block:  # torch quantizes groups only to integers of less than 8 bits
+        if self._custom:
+            steps = torch.ops.graphopt.quantize(x, scale, zero_point, axis=self.axis)
+            steps = steps if self.dtype.is_floating_point else steps.clamp(self.low, self.high)
+        elif self.block:  # torch quantizes groups only to integers of less than 8 bits
             steps = (x / self.along(scale, x)).round() + self.along(zero_point, x)
-            return steps.clamp(self.low, self.high).to(self.dtype)
-        if self.axis is None:
-            steps = ops.quantize_per_tensor.tensor(x, scale, zero_point, *limits)
-        else:
+            steps = steps.clamp(self.low, self.high).to(self.dtype)
+        elif self.axis is not None:
             steps = ops.quantize_per_channel(x, scale, zero_point, self.axis, *limits)
+        elif torch.compiler.is_exporting():
+            steps = ops.quantize_per_tensor.tensor(x, scale, zero_point, *limits)
+        else:  # the same, bit for bit; the operator makes Python numbers of its tensors, and waits for a GPU
+            steps = (x * scale.double().reciprocal().float()).round() + zero_point
+            steps = steps.clamp(self.low, self.high).to(self.dtype)
         return steps
 
     def _dequantized(self, steps: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         ops, given = quantized_decomposed(), (steps, scale, zero_point)
         limits = *self.declared, self.dtype
         y: Tensor
-        if self.block:
+        if self._custom:
+            y = torch.ops.graphopt.dequantize(*given, axis=self.axis)
+        elif self.block:
             y = ops.dequantize_per_channel_group(*given, *limits, self.block, torch.float32)
-        elif self.axis is None:
+        elif self.axis is not None:
+            y = ops.dequantize_per_channel(*given, self.axis, *limits)
+        elif torch.compiler.is_exporting():
             y = ops.dequantize_per_tensor.tensor(*given, *limits)
         else:
-            y = ops.dequantize_per_channel(*given, self.axis, *limits)
+            y = (steps.float() - zero_point) * scale
         return y
+
+    @property
+    def _custom(self) -> bool:
+        """Whether torch has no operators for this form."""
+        return self.rows is not None or self.dtype.is_floating_point
 
     def along(self, parameter: Tensor, x: Tensor) -> Tensor:
         """A scale or zero point, shaped to broadcast to x."""
@@ -139,11 +161,13 @@ class Rounded(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
+    """The values of a `Rounded`, with its gradients."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, rounded: Rounded) -> Tensor:
         steps = rounded._quantized(x, scale, zero_point)
         ctx.rounded = rounded
-        exact = x / rounded.along(scale, x) + rounded.along(zero_point, x)
+        exact = x / rounded.along(scale, x) + rounded.along(zero_point, x).float()
         within = (exact >= rounded.low - 0.5) & (exact <= rounded.high + 0.5)
         if ctx.needs_input_grad[1]:
             ctx.save_for_backward(within, scale, zero_point, x, steps)
@@ -159,19 +183,24 @@ class _StraightThrough(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return of_x, None, None, None
         scale, zero_point, x, steps = others
-        zero, exact = rounded.along(zero_point, x), x / rounded.along(scale, x)
+        zero, exact = rounded.along(zero_point, x).float(), x / rounded.along(scale, x)
         inside = (exact + zero >= rounded.low - _AT_END) & (exact + zero <= rounded.high + _AT_END)
         by_scale = steps.float() - zero - exact * inside
         factor = 1 / math.sqrt(rounded.shares(x) * rounded.high)
         return of_x, rounded.summed(gradient * by_scale, scale) * factor, None, None
 
 
-class _InPlaceOf(torch.autograd.Function):
-    """The second tensor, with its gradient given to the first."""
+def _held(scale: Tensor, limit: Tensor) -> Tensor:
+    """The scale, or the limit where that is farther from 0 or has the other sign."""
+    return torch.where(limit > 0, torch.maximum(scale, limit), torch.minimum(scale, limit))
+
+
+class _Held(torch.autograd.Function):
+    """`_held` with the gradient of the identity."""
 
     @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
-        return second
+    def forward(ctx: Any, scale: Tensor, limit: Tensor) -> Tensor:
+        return _held(scale, limit)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,7 @@ from graphopt.dialects.fx import custom_operators
 from graphopt.dialects.fx.native import meta
 from graphopt.errors import GraphError
 from graphopt.ir.ops import OPS
+from graphopt.ir.ops.quantization import integer_range
 
 
 @dataclass(frozen=True)
@@ -318,18 +319,22 @@ _LAST = 2**63 - 1
 """The end that aten gives a slice that reaches to the end of its axis."""
 
 
+_SPELLED_BITS = (8, 4, 2)
+"""Of what a quantize makes: those that ONNX has types for."""
+
+
 def _read_quantize(op: str, per_channel: bool) -> Reader:
     def read_one(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
-        dtype, axis = a["dtype"], a.get("axis")
-        info = torch.iinfo(dtype)
-        full_range = (a["quant_min"], a["quant_max"]) == (info.min, info.max)
-        if (op == "quantize" and not full_range) or a.get("out_dtype") not in (None, torch.float32):
+        dtype, axis, bits = a["dtype"], a.get("axis"), _bits(a)
+        whole = bits in _SPELLED_BITS and (a["quant_min"], a["quant_max"]) == integer_range(dtype, bits)
+        if (op == "quantize" and not whole) or a.get("out_dtype") not in (None, torch.float32):
             return None
         scale, zero_point = (a["scales"], a["zero_points"]) if per_channel else (a["scale"], a["zero_point"])
         scale = scale if isinstance(scale, fx.Node) else Literal(scale, torch.float32)
         zero_point = _zero_point(op, zero_point, dtype, constant)
-        own = {"block": 0, "bits": _bits(a)} if op == "dequantize" else {}
-        return None if zero_point is False else Read(op, (a["input"], scale, zero_point), {"axis": axis} | own)
+        own = {"block": 0} if op == "dequantize" else {}
+        attributes = {"axis": axis, "bits": bits} | own
+        return None if zero_point is False else Read(op, (a["input"], scale, zero_point), attributes)
 
     return read_one
 
@@ -345,7 +350,7 @@ def _read_groups(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None
 
 
 def _bits(a: dict[str, Any]) -> int:
-    """The bits of a dequantize's integers, by the range in its arguments; 8 where the dtype has no 8 bits."""
+    """The bits of the integers, by the range in the arguments; 8 where the dtype has no 8 bits."""
     if a["dtype"] not in (torch.int8, torch.uint8):
         return 8
     low, high = int(a["quant_min"]), int(a["quant_max"])
@@ -648,11 +653,12 @@ def _write_quantize(kind: str) -> Callable[..., fx.Node]:
         assert x is not None and scale is not None
         dtype = meta(x).dtype if kind == "dequantize" else torch.int8 if zero is None else meta(zero).dtype
         if dtype in _FLOAT8 or (axis is None and meta(scale).dim() > 0):  # torch has no operators for these
-            own = {"block": block, "bits": bits} if kind == "dequantize" else {}
-            return writer.call(getattr(torch.ops.graphopt, kind).default, x, scale, zero, axis=axis, **own)
+            own = {"block": block} if kind == "dequantize" else {}
+            target = getattr(torch.ops.graphopt, kind).default
+            return writer.call(target, x, scale, zero, axis=axis, bits=bits, **own)
         if dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32):
             raise GraphError(f"{kind} knows uint8, int8, int16 and int32, not {dtype}")
-        low, high = _range(dtype, bits)
+        low, high = integer_range(dtype, bits)
         if axis is None or meta(scale).dim() == 0:
             zero = zero if zero is not None else writer.add(torch.zeros((), dtype=dtype))
             return writer.call(getattr(ops, f"{kind}_per_tensor").tensor, x, scale, zero, low, high, dtype)
@@ -671,12 +677,6 @@ def _write_quantize(kind: str) -> Callable[..., fx.Node]:
 
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def _range(dtype: torch.dtype, bits: int) -> tuple[int, int]:
-    """The least and the largest integer of a dtype; of `bits` where the dtype has 8."""
-    info = torch.iinfo(dtype)
-    return (info.min >> (8 - bits), info.max >> (8 - bits)) if info.bits == 8 else (info.min, info.max)
 
 
 def _require_groups(shape: Sequence[int], axis: int, block: int) -> None:

@@ -14,11 +14,11 @@ import torch
 
 from graphopt.analysis.masks import labels
 from graphopt.dialects.adapter import Adapter
-from graphopt.dialects.onnx import own_operators
 from graphopt.dialects.onnx import quantized as onnx_quantized
+from graphopt.dialects.onnx import stand_ins
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
 from graphopt.dialects.onnx.raising import FORMS
-from graphopt.dialects.onnx.reading import in_order, parsed, read_model
+from graphopt.dialects.onnx.reading import parsed, read_model
 from graphopt.dialects.raising import run_stages
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, first_line
@@ -47,7 +47,7 @@ class OnnxAdapter:
         with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                custom_translation_table=own_operators.translations(),
+                custom_translation_table=stand_ins.translations(),
             )  # fmt: skip
         assert exported is not None
         model = exported.model
@@ -57,9 +57,7 @@ class OnnxAdapter:
         if len(outputs) != len(returned.names):  # the others are constants, such as None
             model.graph.outputs.clear()
             model.graph.outputs.extend(outputs[place] for place in returned.places)
-        graph = OnnxGraph(in_order(model))
-        own_operators.respell_stand_ins(graph)
-        graph = OnnxGraph.from_model(graph.model)
+        graph = OnnxGraph.from_model(stand_ins.respelled(model))
         _name_axes(graph, axes)
         graph.set_outputs(dict(zip(returned.names, graph.outputs, strict=True)))
         return graph

@@ -90,8 +90,12 @@ class OnnxGraph(Graph):
         return cls(ir.Model(native, ir_version=10))
 
     def set_outputs(self, outputs: Mapping[str, Value]) -> None:
-        """Set what the graph returns, by name."""
+        """Set what the graph returns, by name; a constant or an inner value of such a name gets another."""
         self.model.graph.outputs.clear()
+        inner = [*self.model.graph.initializers.values(), *(one for node in self.model.graph for one in node.outputs)]
+        for native in inner:
+            if native.name is not None and native.name in outputs:
+                native.name = self._unique(native.name)
         for name, value in outputs.items():
             native = self.native(value)
             if native.is_graph_output() or native.producer() is None:

@@ -70,19 +70,17 @@ _GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
 
 
 def _stored_weight(graph: OnnxGraph, native: ir.Value | None) -> OnnxValue | None:
-    """A stored matrix, or the transposed view of one that is read through a Transpose."""
-    if native is None:
-        return None
-    producer = native.producer()
-    if producer is not None and producer.op_type == "Transpose" and producer.domain in STANDARD:
-        inner = producer.inputs[0]
+    """A stored matrix, or the transposed view of one, as it is read through Transposes; None for other values."""
+    transposed = False
+    while native is not None and (producer := native.producer()) is not None:
         perm = producer.attributes.get("perm")
-        if inner is not None and len(inner.shape or ()) == 2 and (perm is None or list(perm.as_ints()) == [1, 0]):
-            view = OnnxValue(graph, inner)
-            return view.transpose() if view.is_constant else None
-        return None
-    view = OnnxValue(graph, native)
-    return view if view.is_constant else None
+        if producer.op_type != "Transpose" or producer.domain not in STANDARD or len(native.shape or ()) != 2:
+            return None
+        if perm is None or list(perm.as_ints()) == [1, 0]:
+            transposed = not transposed
+        native = producer.inputs[0]
+    view = OnnxValue(graph, native) if native is not None else None
+    return None if view is None or not view.is_constant else view.transpose() if transposed else view
 
 
 def _bias_behind(graph: OnnxGraph, node: OnnxNode, width: Shape) -> tuple[OnnxNode, OnnxValue] | None:

@@ -149,7 +149,8 @@ def single(graph: OnnxGraph, value: Value) -> Value:
 
 
 def _normalize(graph: OnnxGraph, node: OnnxNode) -> None:
-    """Parameters of one element as scalars, weights without a zero point of 0, and int32 biases in floats."""
+    """Parameters of one element as scalars (but of a weight with one output), weights without a zero point of 0, and
+    int32 biases in floats."""
     if node.result.is_output:
         return
     tensors = [_constant(graph, value) for value in node.operands]
@@ -159,7 +160,9 @@ def _normalize(graph: OnnxGraph, node: OnnxNode) -> None:
         value = OPS["dequantize"].reference(*tensors, **node.attributes)
         graph.replace(node, graph.add_constant(value, node.name))
         return
-    normal = [None if value is None else single(graph, value) for value in parameters]
+    axis = node.attributes["axis"]
+    per_slice = stored and axis is not None and x is not None and (x.shape or ())[axis] == 1
+    normal = [value if value is None or per_slice else single(graph, value) for value in parameters]
     if node.kind == "dequantize" and stored and x is not None and x.dtype is torch.int8 and len(tensors) == 3:
         normal[1] = None if tensors[2] is not None and not bool(tensors[2].any()) else normal[1]
     if normal != list(parameters):

@@ -9,11 +9,11 @@ operator that is an op by itself needs no stage: `spellings` reads it as it stan
 from __future__ import annotations
 
 from graphopt.dialects import raising
-from graphopt.dialects.onnx.flattening import raise_flattened_linears, raise_sequence_splits
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.linears import raise_linears, respell_attention
 from graphopt.dialects.onnx.positions import raise_positions
 from graphopt.dialects.onnx.quantized import raise_quantized
+from graphopt.dialects.onnx.sequences import raise_sequence_splits
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
 
@@ -31,7 +31,7 @@ FORMS = (
     Stage("constants", fold_constants),
     Stage("positions", raise_positions),
     Stage("splits", raise_sequence_splits),
-    Stage("flattened linears", raise_flattened_linears),
+    Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
     Stage("sweep", sweep),
 )

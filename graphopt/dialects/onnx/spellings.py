@@ -319,11 +319,16 @@ def _read_quantize(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
     if x is None or scale is None or scale.dtype is not torch.float32 or scale.rank not in (0, 1):
         return None
     axis = _scale_axis(node, x, scale)
-    if zero_point is None and _integer(node, "output_dtype", 0) != ir.DataType.INT8:
+    dtype = ir.DataType(_integer(node, "output_dtype", 0)) if zero_point is None else zero_point.native.dtype
+    if zero_point is None and dtype not in _SIGNED:
         return None  # without a zero point ONNX means uint8 by default, and the op int8
-    if _integer(node, "block_size", 0) or (zero_point is not None and zero_point.native.dtype in NARROW):
+    if _integer(node, "block_size", 0):
         return None
-    return "quantize", operands, {"axis": axis}
+    return "quantize", operands, {"axis": axis, "bits": dtype.bitwidth if dtype in NARROW else 8}
+
+
+_SIGNED = {ir.DataType.INT8: 8, ir.DataType.INT4: 4, ir.DataType.INT2: 2}
+"""The types of signed integers, and their bits."""
 
 
 def _scale_axis(node: ir.Node, x: OnnxValue, scale: OnnxValue) -> int | None:
@@ -579,12 +584,18 @@ def _write_slice(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attribu
 
 
 def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-    axis = attributes["axis"]
+    axis, bits = attributes["axis"], attributes["bits"]
     _require_quantized(graph, "quantize", axis)
     spelled = {} if axis is None else {"axis": axis}
-    if len(operands) < 3 or operands[2] is None:
-        spelled["output_dtype"] = int(ir.DataType.INT8)
-    return Spelled("QuantizeLinear", operands, spelled)
+    x, scale, zero_point = (*operands, None)[:3]
+    if bits < 8:
+        if graph.opset < _NARROW_SINCE.get(bits, sys.maxsize):
+            raise GraphError(f"quantize to {bits} bits has no ONNX operator at opset {graph.opset}: there are 8, from "
+                             f"opset 21 4, and from opset 25 2")  # fmt: skip
+        zero_point = None if zero_point is None else graph.narrowed(zero_point, bits)
+    if zero_point is None:
+        spelled["output_dtype"] = next(int(dtype) for dtype, size in _SIGNED.items() if size == bits)
+    return Spelled("QuantizeLinear", [x, scale, zero_point], spelled)
 
 
 def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
@@ -610,9 +621,10 @@ def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], at
         return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
     if bits == 8:
         return Spelled("DequantizeLinear", operands, spelled)
-    if x is not None and x.is_constant and graph.opset >= _NARROW_SINCE.get(bits, sys.maxsize):
+    narrow = x is not None and x.native.dtype in NARROW
+    if x is not None and (narrow or (x.is_constant and graph.opset >= _NARROW_SINCE.get(bits, sys.maxsize))):
         zero_point = None if zero_point is None else graph.narrowed(zero_point, bits)
-        return Spelled("DequantizeLinear", [graph.narrowed(x, bits), scale, zero_point], spelled)
+        return Spelled("DequantizeLinear", [x if narrow else graph.narrowed(x, bits), scale, zero_point], spelled)
     op_type = "dequantize" if zero_point is None else "dequantize__shifted"
     return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
 

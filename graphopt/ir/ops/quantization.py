@@ -39,21 +39,29 @@ def _axes(node: NodeAxes) -> None:
 
 
 @op(flops=0, axes=_axes)
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis: int | None = None) -> Tensor:
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, axis: int | None = None, bits: int = 8
+) -> Tensor:
     """round(x / scale) + zero_point, saturated to the zero point's type (int8 without one).
 
-    scale: one, a vector along axis, or one for each row (..., 1). A zero point of float8 is 0 and gives that type: the
-    nearest of its numbers, saturated too (ONNX QuantizeLinear).
+    scale: one, a vector along axis, or one for each row (..., 1). bits: of int8 and uint8, how many are used: with 4,
+    it saturates to -8..7, or to 0..15. A zero point of float8 is 0 and gives that type: the nearest of its numbers,
+    saturated too (ONNX QuantizeLinear).
     """
     dtype = torch.int8 if zero_point is None else zero_point.dtype
     if dtype.is_floating_point:
         most = torch.finfo(dtype).max
         return (x / _along(scale, x, axis)).clamp(-most, most).to(dtype)
-    info = torch.iinfo(dtype)
     steps = (x / _along(scale, x, axis)).round()
     if zero_point is not None:
         steps = steps + _along(zero_point, x, axis)
-    return steps.clamp(info.min, info.max).to(dtype)
+    return steps.clamp(*integer_range(dtype, bits)).to(dtype)
+
+
+def integer_range(dtype: torch.dtype, bits: int = 8) -> tuple[int, int]:
+    """The least and the largest integer of a dtype; of `bits` where the dtype has 8."""
+    info = torch.iinfo(dtype)
+    return (info.min >> (8 - bits), info.max >> (8 - bits)) if info.bits == 8 else (info.min, info.max)
 
 
 @op(flops=0, axes=_axes)

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import graphopt
-from graphopt.dialects.fx.module import Rounded
+from graphopt.dialects.fx.graph import FxGraph
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.result import Optimized
 from tests import models
@@ -155,36 +154,11 @@ def test_nested_results_and_numbers_come_back() -> None:
     torch.testing.assert_close(a, net(x, y)["a"][0])
 
 
-# --- rounding ------------------------------------------------------------------------------------------------------
-
-
-def test_rounding_passes_the_gradient_within_the_range() -> None:
-    rounded = Rounded(torch.tensor(0.5), torch.tensor(128, dtype=torch.uint8), 0, 255, torch.uint8)
-    x = torch.tensor([-100.0, -64.0, -0.3, 0.2, 63.4, 64.0], requires_grad=True)
-    y = rounded(x)
-    assert torch.equal(y.detach(), torch.tensor([-64.0, -64.0, -0.5, 0.0, 63.5, 63.5]))
-    y.sum().backward()
-    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 1, 0]
-
-
-def test_rounding_by_channel_and_by_block_is_that_of_the_formula() -> None:
-    w = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    scale = torch.rand(6, generator=torch.Generator().manual_seed(1)) * 0.01 + 0.02
-    y = Rounded(scale, None, -128, 127, torch.int8, axis=0)(w)
-    expected = (w / scale[:, None]).round().clamp(-128, 127) * scale[:, None]
-    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
-    scales, zeros = torch.full((6, 2), 0.25), torch.full((6, 2), 3, dtype=torch.int64)
-    y = Rounded(scales, zeros, -8, 7, torch.int8, axis=1, block=4)(w)
-    expected = ((w / 0.25).round() + 3).clamp(-8, 7).sub(3) * 0.25
-    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
-    y.sum().backward()
-    inside = (w.detach() > -11.5 * 0.25) & (w.detach() < 4.5 * 0.25)
-    assert w.grad is not None and torch.equal(w.grad != 0, inside)
-
-
-def test_a_range_chosen_at_run_time_has_no_gradient_of_its_own() -> None:
-    x = torch.linspace(-1, 2, 7, requires_grad=True)
-    y = Rounded(None, None, 0, 255, torch.uint8)(x)
-    assert (y - x).abs().max() <= 0.5 * 3 / 255 + 1e-6
-    F.mse_loss(y, torch.zeros(7), reduction="sum").backward()  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(x.grad, 2 * y.detach())
+def test_inputs_are_called_by_their_names() -> None:
+    """Also by names that torch.fx would change, and by what two names have in common."""
+    names = {"input": "input", "inputImage": "inputImage", "x:0": "x_0", "x.0": "x_0_", "class": "class_", "0": "v_0"}
+    graph = FxGraph.empty({name: ((2,), torch.float32) for name in names})
+    graph.set_outputs({f"y{index}": graph.emit("relu", value) for index, value in enumerate(graph.inputs)})
+    given = {name: torch.full((2,), float(index)) for index, name in enumerate(names.values())}
+    assert [float(one[0]) for one in graph.module()(**given)] == [float(index) for index in range(len(names))]
+    assert [value.name for value in graph.inputs] == list(names)

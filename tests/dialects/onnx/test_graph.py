@@ -193,6 +193,8 @@ SPELLINGS = {
     "Transpose": ("w = Transpose(W)  y = MatMul(x, w)", {"W": W.t().contiguous()}, "linear(x[2,4], [6,4])"),
     "Transpose perm": ("w = Transpose<perm = [1,0]>(W)  y = MatMul(x, w)", {"W": W.t().contiguous()},
                        "linear(x[2,4], [6,4])"),
+    "Transpose twice": ("t = Transpose(W)  w = Transpose<perm = [1,0]>(t)  y = MatMul(x, w)", {"W": W},
+                        "linear(x[2,4], [6,4])"),
     "Constant node": ("W = Constant<value = float[4,1] {1, 2, 3, 4}>()  y = MatMul(x, W)", {}, "linear(x[2,4], [1,4])"),
     "opaque alpha": ("y = Gemm<alpha = 0.5>(x, W, B)", {"W": W, "B": B},
                      "onnx.Gemm(x[2,4], [4,6], [6], alpha=0.5)"),
@@ -336,6 +338,15 @@ def test_replacing_what_makes_an_output_keeps_its_name() -> None:
     x = normal(3, 4)
     expected = x.relu().sigmoid()
     torch.testing.assert_close(graph.evaluate({"x": x}, graph.outputs), [expected, expected.exp()])
+
+
+def test_an_output_gets_a_name_that_another_value_had() -> None:
+    body = "g (float[2,4] x) => (float[2,6] r) { z = MatMul(x, y)  r = Relu(z) }"
+    graph = OnnxGraph.from_model(model(body, {"y": W}))
+    graph.set_outputs({"y": graph.outputs[0], "z": graph.emit("exp", graph.outputs[0])})
+    x = normal(2, 4)
+    expected = (x @ W).relu()
+    torch.testing.assert_close(plain_run(ir.to_proto(graph.model), {"x": x}), [expected, expected.exp()])
 
 
 @pytest.mark.parametrize("place", ["input", "constant", "other output", "inner"])

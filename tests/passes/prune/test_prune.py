@@ -279,7 +279,7 @@ def test_the_option_names_every_criterion() -> None:
     ({"params": 1.0}, "params is 1.0; give a number above 0"),
     ({"flops": 0.5, "params": 0.5}, "and not flops and params"),
     ({"neurons": 0.5, "latency": 0.5}, "and not neurons and latency"),
-    ({"neurons": 0.5, "criterion": "size"}, "criterion is 'size'; give auto, l1, l2, activation, taylor or random"),
+    ({"neurons": 0.5, "criterion": "size"}, "criterion is 'size'; give auto, l1, l2, activation, taylor, movement or"),
     ({"neurons": 0.5, "scope": "local"}, "scope is 'local'; give layer or global"),
     ({"flops": 0.5, "kinds": ["rows"]}, "kinds is 'rows'; give neurons, heads, channels or width"),
     ({"flops": 0.5, "kinds": []}, "kinds is empty; give some of neurons, heads, channels, width"),
@@ -289,6 +289,9 @@ def test_the_option_names_every_criterion() -> None:
     ({"neurons": 0.5, "compensate": 1}, "compensate is 1; give true, false or none"),
     ({"neurons": 0.5, "criterion": "random", "seed": "abc"}, "seed is 'abc'; give a whole number"),
     ({"neurons": 0.5, "seed": 1}, "seed is for criterion=random, and criterion is auto"),
+    ({"params": 0.5, "schedule": "cubic"}, "give neurons or heads or channels or width in place of params"),
+    ({"neurons": 0.5, "criterion": "movement", "scope": "global"}, "movement ranks the units of each group"),
+    ({"neurons": 0.5, "criterion": "movement", "compensate": True}, "makes up for what goes; leave compensate out"),
     ({"neurons": 0.5, "kinds": "heads"}, "kinds are those that a budget cuts; give a share for each instead"),
 ])  # fmt: skip
 def test_refuses(options: dict[str, Any], message: str) -> None:

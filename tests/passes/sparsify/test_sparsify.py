@@ -464,7 +464,7 @@ def test_refuses_amounts_out_of_range(amount: Any) -> None:
     ("options", "message"),
     [
         ({"scope": "layer"}, "scope is 'layer'; give local or global"),
-        ({"criterion": "taylor"}, "criterion is 'taylor'; give magnitude, threshold, random, gradient, wanda or sp"),
+        ({"criterion": "taylor"}, "criterion is 'taylor'; give magnitude, movement, threshold, random, grad"),
         ({"pattern": "2/4"}, "pattern is '2/4'; give unstructured, N:M (2:4) or a block"),
         ({"pattern": 24}, "pattern is 24; give a text"),
         ({"pattern": "4:2"}, "pattern is 4:2; of every M weights N stay, with 1 <= N < M"),

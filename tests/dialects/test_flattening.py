@@ -1,4 +1,4 @@
-"""What torch's exporter makes of GPT-2's Conv1D and of split, against the module."""
+"""Linears over flattened rows, as GPT-2's Conv1D has them, and what torch's exporter makes of split."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import graphopt
-from graphopt.dialects.onnx.flattening import raise_flattened_linears
-from tests.language import build
+from graphopt.capture.sources import capture
+from graphopt.dialects.raising import raise_flattened_linears
+from tests.language import build, outputs
 
 
 class Block(nn.Module):
@@ -42,11 +43,23 @@ def test_linears_read_rows_as_they_are_and_parts_come_of_one_split() -> None:
     torch.testing.assert_close(result(longer), module(longer), rtol=1e-5, atol=1e-6)
 
 
+def test_linears_of_either_dialect_read_rows_as_they_are(dialect: str) -> None:
+    torch.manual_seed(0)
+    module, x = Block().eval(), torch.randn(3, 5, 8)
+    graph = capture(module, dialect, example_inputs=x, dynamic_shapes={"x": {0: "batch", 1: "seq"}}).graph
+    shapes = [node.input.shape for node in graph.sites("linear")]
+    assert shapes == [("batch", "seq", 8)] * 2
+    longer = torch.randn(2, 7, 8)
+    torch.testing.assert_close(outputs(graph, {"x": longer}), [module(longer)], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("rows", "result"), [((24, 8), (6, 4, 5)), ((48, 4), (4, 12, 5))], ids=["other leading axes", "halves of rows"]
 )
-def test_rows_that_are_cut_up_otherwise_stay_flattened(rows: tuple[int, ...], result: tuple[int, ...]) -> None:
-    graph = build("onnx", f"""
+def test_rows_that_are_cut_up_otherwise_stay_flattened(
+    dialect: str, rows: tuple[int, ...], result: tuple[int, ...]
+) -> None:
+    graph = build(dialect, f"""
         f = reshape(x[4,6,8], F[2]:values{rows}:int64)
         h = linear(f, W[5,{rows[1]}])
         y = reshape(h, S[3]:values{result}:int64)""".replace(", ", ",").replace("8],", "8], "))
