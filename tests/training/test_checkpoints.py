@@ -77,6 +77,23 @@ def test_a_crash_at_any_step_changes_nothing(
     assert ", ".join(note.split(", at")[0] for note in found.notes if "went on" in note) == steps
 
 
+def test_a_crash_after_the_last_step_evaluates_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = checkpoints.Checkpoints.write
+
+    def crash_at_the_end(self: Any, trained: Trainer, *, is_done: bool = False) -> None:
+        if is_done:
+            raise Stopped
+        write(self, trained)
+
+    file = tmp_path / "0-finetune.safetensors"
+    options: dict[str, Any] = {"epochs": 1, "evaluate": accuracy, "evaluate_every": 3}
+    expected = trainer(perceptron(), batches(), **options).run()
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(checkpoints.Checkpoints, "write", crash_at_the_end)
+        trainer(perceptron(), batches(), checkpoint=file, **options).run()
+    assert trainer(perceptron(), batches(), checkpoint=file, **options).run().lines == expected.lines
+
+
 def test_a_training_that_is_done_is_not_trained_again(tmp_path: Path) -> None:
     file, unbroken, again = tmp_path / "0-finetune.safetensors", perceptron(), perceptron()
     trainer(unbroken, batches(), epochs=1, checkpoint=file).run()
