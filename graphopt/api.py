@@ -112,6 +112,8 @@ def optimize(
         for option, given in (("training", training), ("teacher", teacher), ("checkpoint", checkpoint)):
             if given is not None and not pipeline.is_trained:
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
+        if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
+            raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
     with _few_collections():
         if example_inputs is None:
             example_inputs = _first_batch(model, calibration=calibration, training=training)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from graphopt.pipeline.calibration import Calibration, S
     from graphopt.pipeline.instruments import Instrument
 
+
 @dataclass(frozen=True)
 class Teacher:
     """A model to learn from: a graph of either dialect, and the names of its outputs in order."""
@@ -112,7 +113,7 @@ class Context:
     round: tuple[int, int] = (1, 1)
     """Which round of how many runs, inside `repeat`."""
     trained: list[str] = field(default_factory=list)
-    """Names of the training passes that have run, which tells their checkpoints apart."""
+    """The training passes that have run, as text, first to last; their number tells checkpoints apart."""
     instruments: Sequence[Instrument] = ()
     """What is called around every pass."""
     reverted: Mapping[str, Decline] = field(default_factory=dict)
