@@ -88,9 +88,10 @@ class Distill(Recover):
             alpha=self.alpha, temperature=self.temperature, cosine=self.cosine, similarity=self.similarity,
             hidden=self.hidden, relations=self.relations,
         )  # fmt: skip
+        outputs = compared_outputs(ours, theirs, self.outputs, None if self.form == "auto" else self.form)
         objective = Distillation(
             runner,
-            compared_outputs(ours, theirs, self.outputs, None if self.form == "auto" else self.form),
+            outputs,
             weights,
             self.hard(context) if self.alpha else None,
             hidden,
@@ -98,6 +99,7 @@ class Distill(Recover):
             self.seed,
         )
         self.train(graph, context, objective)
+        context.note(f"compared with the teacher: {', '.join(f'{one.name} as {one.form}' for one in outputs)}")
 
     def _teacher(self, context: Context) -> TeacherGraph:
         """The teacher that was handed in, else the model before anything was lost."""
