@@ -41,7 +41,8 @@ class KeptZeros:
     pattern: str
     """Where they lie: `numerics.sparsity.Pattern` as text."""
     mask: Tensor | None
-    """Boolean, of the weight's shape (out, in, ...), False at zeros; None where nothing will be trained."""
+    """Boolean, of the weight's shape (out, in, ...), False at zeros; None where nothing was to be trained: then all
+    zeros that the weight has are meant."""
 
 
 @dataclass(frozen=True)
