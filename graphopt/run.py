@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.capture.conversion import to_fx
+from graphopt.capture.fx_conversion import to_fx
 from graphopt.capture.onnx_conversion import to_onnx
 from graphopt.capture.signature import as_model
 from graphopt.capture.sources import Captured
