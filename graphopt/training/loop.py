@@ -514,7 +514,10 @@ def trainable(graph: Graph, objective: Objective, settings: Settings) -> nn.Modu
 
 
 def require_batches(batches: Batches, graph: Graph, name: str) -> None:
-    """Raise UsageError for batches of one sample where a batch norm computes statistics over the batch."""
+    """Raise UsageError where the first batch holds one sample, and a batch norm computes statistics over it.
+
+    Later batches are checked as they come (`memory.explained`).
+    """
     norms = graph.sites("batch_norm")
     if not norms or batches.once:
         return

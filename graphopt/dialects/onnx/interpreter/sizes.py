@@ -1,4 +1,4 @@
-"""What a graph computes of sizes, on Python numbers.
+"""What a graph computes of sizes (the target of a Reshape, say), on Python numbers, which keep dynamic axes symbolic.
 
 By kind of node: a function of a `Call` and of the inputs as arrays of numbers (None where one is left out), which
 returns an array, a tuple of arrays, or None where the node must be computed as tensors.
