@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.api import optimize
-    from graphopt.capture.conversion import to_torch
+    from graphopt.capture.fx_conversion import to_torch
     from graphopt.comparing import compare
     from graphopt.errors import CaptureError, GraphError, GraphoptError, LoweringError, PassError, UsageError
     from graphopt.result import Optimized
@@ -39,7 +39,7 @@ _MODULES = {  # where each public name is defined
     "compare": "comparing",
     "optimize": "api",
     "sensitivity": "sensitivities",
-    "to_torch": "capture.conversion",
+    "to_torch": "capture.fx_conversion",
 }
 
 

@@ -91,7 +91,8 @@ def optimize(
     An `Optimized` goes on where it stands: its transformed graph is what comes in, with its signature and, unless
     others are given, its example inputs. `optimize(optimize(m, "prune{...}"), "quantize")` does what
     `optimize(m, "prune{...},quantize")` does; the passes of all calls together must be in the order of the stages. The
-    target may be another one of the same dialect. Figures of the report are against the model of this call.
+    target may be another one of the same dialect. Figures of the report are against the model of this call, and so is
+    what `distill` learns from, unless teacher= is given.
 
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
     LoweringError when the engine builds less than promised, or the lowered graph computes something else; nothing but
@@ -112,6 +113,8 @@ def optimize(
         for option, given in (("training", training), ("teacher", teacher), ("checkpoint", checkpoint)):
             if given is not None and not pipeline.is_trained:
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
+        if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
+            raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
     with _few_collections():
         if example_inputs is None:
             example_inputs = _first_batch(model, calibration=calibration, training=training)
@@ -137,6 +140,7 @@ def optimize(
             checkpoint=None if checkpoint is None else Path(checkpoint),
             fallback=whole_pipeline(None, backend, earlier),
             earlier=earlier,
+            sparse=model.sparse if isinstance(model, Optimized) else {},
             calibration=batches,
             loss=followed(loss),
             evaluate=None if evaluate is None else user_code("evaluate function", evaluate),

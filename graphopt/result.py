@@ -84,6 +84,8 @@ class Optimized:
 
     trained: Trained | None = None
     """What the passes that train have left, where nothing lossy follows them."""
+    sparse: Mapping[str, str] = field(default_factory=dict)
+    """By the label of a site, the pattern of zeros in its weight that later training must keep."""
 
     @property
     def own_passes(self) -> tuple[Pass, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphopt.capture.conversion import to_fx
+from graphopt.capture.fx_conversion import to_fx
 from graphopt.capture.onnx_conversion import to_onnx
 from graphopt.capture.signature import as_model
 from graphopt.capture.sources import Captured
@@ -25,7 +25,7 @@ from graphopt.measure import cache, machine
 from graphopt.passes.simplify import Simplify
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
-from graphopt.pipeline.context import Context, Teacher
+from graphopt.pipeline.context import Context, KeptZeros, Teacher
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
@@ -73,6 +73,8 @@ class Run:
     training: Batches | None = None
     teacher: Teacher | None = None
     checkpoint: Path | None = None
+    sparse: Mapping[str, str] = field(default_factory=dict)
+    """The zeros that earlier calls of a chain left, as `Optimized.sparse` has them."""
     _trained: Trained | None = None
     """What the passes that train have left, where nothing but lowering follows."""
 
@@ -111,7 +113,7 @@ class Run:
         """All phases but timing, once. lowered: what the target is to run as it is, where nothing is to be lowered."""
         report = self._report(pipeline, reverted or {})
         reference = self._reference(report)
-        transformed, folded = self._transformed(pipeline, report, reference, reverted or {})
+        transformed, folded, sparse = self._transformed(pipeline, report, reference, reverted or {})
         as_it_came = lowered is not None
         if lowered is None:
             lowered = self._lowered(folded, report)
@@ -120,7 +122,7 @@ class Run:
             self._check_sites(folded, report)
         small = Optimized(
             self.captured.graph, transformed, folded, lowered, report, self.backend, self.captured.signature,
-            self.captured.feeds, self.threads, pipeline, self.earlier, self._trained,
+            self.captured.feeds, self.threads, pipeline, self.earlier, self._trained, sparse,
         )  # fmt: skip
         if not self._is_too_large_to_run:
             self._check_kernels(small, reference, promised=not as_it_came)
@@ -157,8 +159,8 @@ class Run:
 
     def _transformed(
         self, pipeline: Pipeline, report: Report, reference: Agree | None, reverted: Mapping[str, Decline]
-    ) -> tuple[Graph, Graph]:
-        """The graph after the passes that were asked for, and after the target's own."""
+    ) -> tuple[Graph, Graph, Mapping[str, str]]:
+        """The graph after the passes that were asked for, and after the target's own; and its zeros that must stay."""
         kept = _BeforeLowering()
         watchers: list[Instrument] = [] if self._is_large else [Reproduce()]
         watchers += [Verify(), *self.instruments, kept]
@@ -178,13 +180,14 @@ class Run:
             outputs=captured.signature.outputs,
             teacher=self.teacher,
             checkpoint=self.checkpoint,
+            sparse={label: KeptZeros(pattern, None) for label, pattern in self.sparse.items()},
         )
         report.cost_before, report.ops_before = context.cost(captured.graph), count_kinds(captured.graph.nodes)
         folded = self._applied(pipeline, context, reference)
         if self.calibration is not None and self.calibration.note:
             report.notes.append(self.calibration.note)
         report.cost_after, report.ops_after = context.cost(folded), count_kinds(folded.nodes)
-        return kept.graph or folded, folded
+        return kept.graph or folded, folded, {label: zeros.pattern for label, zeros in context.sparse.items()}
 
     def _applied(self, pipeline: Pipeline, context: Context, reference: Agree | None) -> Graph:
         """The graph after all passes. Up to the last one that needs gradients they run on torch.fx, whatever the

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.capture import Captured, capture
-from graphopt.capture.conversion import to_fx
+from graphopt.capture.fx_conversion import to_fx
 from graphopt.numerics.metrics import within_tolerance
 from tests.models import model, plain_run
 

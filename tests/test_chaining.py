@@ -87,6 +87,22 @@ def test_a_call_that_ran_no_pass_is_not_named_in_the_source() -> None:
     assert graphopt.optimize(again).report.source == "onnx.ModelProto, optimized by graphopt: simplify"
 
 
+@pytest.mark.parametrize("target", TARGETS.values(), ids=list(TARGETS))
+def test_zeros_of_an_earlier_call_stay_while_a_later_one_trains(target: str) -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)).eval()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"target": target, "measure": False}
+    sparse = graphopt.optimize(network, "sparsify{amount=0.5}", example_inputs=x, **options)
+    training: dict[str, Any] = {"training": [x], "teacher": network, **options}
+    trained = graphopt.optimize(sparse, "distill{steps=3 lr=0.01}", **training)
+    again = graphopt.optimize(trained, "distill{steps=3 lr=0.01}", **training)
+    weights = [[site.weight for site in one.transformed.sites("linear")] for one in (sparse, trained, again)]
+    for before, *after in zip(*weights, strict=True):
+        assert before is not None and int((before == 0).sum()) == before.numel() // 2
+        for weight in after:
+            assert weight is not None and torch.equal(weight == 0, before == 0) and not torch.equal(weight, before)
+
+
 def test_metadata_names_the_earlier_passes(tmp_path: Path) -> None:
     import onnx
 

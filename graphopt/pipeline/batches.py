@@ -131,7 +131,7 @@ class Batches:
         if len(leading) < number or (rest and not all(isinstance(one, Tensor | np.ndarray) for one in leading)):
             names = ", ".join(value.name for value in self.inputs)
             held = f"{len(given)} {'tensor' if len(given) == 1 else 'tensors'}"
-            raise UsageError(f"{where} holds {held}, and the model has the inputs {names}; give a dict")
+            raise UsageError(f"{where} holds {held}, and the model has the inputs {names}; give a dict by these names")
         if rest and self.note is None:
             names = ", ".join(value.name for value in self.inputs)
             inputs = f"the first is input {names}" if number == 1 else f"the first {number} are inputs {names}"

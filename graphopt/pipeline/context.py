@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from graphopt.pipeline.calibration import Calibration, S
     from graphopt.pipeline.instruments import Instrument
 
+
 @dataclass(frozen=True)
 class Teacher:
     """A model to learn from: a graph of either dialect, and the names of its outputs in order."""
@@ -40,7 +41,8 @@ class KeptZeros:
     pattern: str
     """Where they lie: `numerics.sparsity.Pattern` as text."""
     mask: Tensor | None
-    """Boolean, of the weight's shape (out, in, ...), False at zeros; None where nothing will be trained."""
+    """Boolean, of the weight's shape (out, in, ...), False at zeros; None where nothing was to be trained: then all
+    zeros that the weight has are meant."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Context:
     round: tuple[int, int] = (1, 1)
     """Which round of how many runs, inside `repeat`."""
     trained: list[str] = field(default_factory=list)
-    """Names of the training passes that have run, which tells their checkpoints apart."""
+    """The training passes that have run, as text, first to last; their number tells checkpoints apart."""
     instruments: Sequence[Instrument] = ()
     """What is called around every pass."""
     reverted: Mapping[str, Decline] = field(default_factory=dict)

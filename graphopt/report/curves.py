@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,13 @@ class Curve:
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """The loss, and the metric where there is one, of the lines of a training (`PassRecord.training`)."""
+    """The loss, and the metric where there is one, of the lines of a training (`PassRecord.training`).
+
+    A metric may be infinite (a log of 0): such points are left out, as nothing can be drawn for them.
+    """
     found = []
     for name in ("loss", "metric"):
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if name in line and math.isfinite(line[name])]
         if points:
             steps, values = zip(*points, strict=True)
             found.append(Curve(name, steps, values))

@@ -26,6 +26,7 @@ from graphopt.errors import UsageError, first_line
 from graphopt.ir.graph import Graph, digest, raw_bytes
 from graphopt.pipeline.batches import Batch
 from graphopt.training import precision
+from graphopt.training.outcome import Best
 
 if TYPE_CHECKING:
     from graphopt.training.loop import Trainer
@@ -243,8 +244,6 @@ def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    from graphopt.training.loop import Best
-
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
 

@@ -8,9 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from graphopt.ir.graph import Graph
 from graphopt.pipeline.batches import Batch, Batches
 from graphopt.training import memory, precision, streams
 from graphopt.training.objective import Objective
+from graphopt.training.outcome import Best, Line, Outcome
 from graphopt.training.rules import WeightRule
 from graphopt.training.schedule import learning_rate
 from graphopt.training.settings import EPOCHS, Settings
@@ -29,34 +29,6 @@ from graphopt.training.settings import EPOCHS, Settings
 if TYPE_CHECKING:
     from graphopt.pipeline.instruments import Instrument
     from graphopt.training.checkpoints import Checkpoints
-
-Line = dict[str, Any]
-"""One line of a training's record: a step ("step", "loss", its terms, "lr") or an evaluation ("step", "metric")."""
-
-
-@dataclass
-class Outcome:
-    """What a training did."""
-
-    lines: list[Line] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    steps: int = 0
-    metric: float | None = None
-    """Of the weights that were kept."""
-
-
-@dataclass
-class Best:
-    """The best weights so far; without `evaluate`, the latest whose loss was finite."""
-
-    state: dict[str, Tensor]
-    """Of the module, with the weights as its forward pass reads them, and of the rules."""
-    metric: float
-    step: int
-    settled: bool = True
-    """Whether the weights have the form that their rules are to give them; others never ship."""
-    waited: int = 0
-    """Evaluations since."""
 
 
 class Diverged(Exception):
@@ -150,7 +122,7 @@ class Trainer:
                 line: Line = {"step": self.step, "loss": loss, **terms, "lr": self._lr()}
                 self._tell(line)
                 for advance in bars:
-                    advance(self._told(line))
+                    advance(self._progress_text(line))
                 if self._is_due():
                     self._evaluated()
                 if self.checkpoints is not None:
@@ -451,7 +423,7 @@ class Trainer:
         for one in self.watchers:
             one.trained(line)
 
-    def _told(self, line: Line) -> str:
+    def _progress_text(self, line: Line) -> str:
         metric = "" if math.isnan(self.best.metric) else f", best metric {self.best.metric:.4g}"
         return f"loss {line['loss']:.4g}, lr {line['lr']:.2g}{metric}"
 
@@ -542,7 +514,10 @@ def trainable(graph: Graph, objective: Objective, settings: Settings) -> nn.Modu
 
 
 def require_batches(batches: Batches, graph: Graph, name: str) -> None:
-    """Raise UsageError for batches of one sample where a batch norm computes statistics over the batch."""
+    """Raise UsageError where the first batch holds one sample, and a batch norm computes statistics over it.
+
+    Later batches are checked as they come (`memory.explained`).
+    """
     norms = graph.sites("batch_norm")
     if not norms or batches.once:
         return

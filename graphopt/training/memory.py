@@ -1,4 +1,4 @@
-"""What torch says of a step that cannot be run -> which option to change."""
+"""What torch says of a step that cannot be run (out of memory, a batch norm over one sample) -> what to change."""
 
 from __future__ import annotations
 

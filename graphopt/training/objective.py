@@ -65,11 +65,12 @@ class Labels(Objective):
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the terms of distillation; a term with weight 0 is not computed."""
+    """What each term of distillation counts, as the options of `Distill` say; one with weight 0 is not computed."""
 
     alpha: float = 0.0
     """Of the loss to labels; the terms below share 1 - alpha."""
     temperature: float = 1.0
+    """By which logits are divided; no weight, but of the soft term too."""
     cosine: float = 1.0
     similarity: float = 1.0
     hidden: float = 0.0
@@ -232,7 +233,8 @@ def _require_shapes(name: str, ours: Value, their_name: str, theirs: Value) -> N
 
 
 def _form(name: str, value: Value) -> Form:
-    """What an output holds: by its name, else logits where a linear computes it, and probabilities after a softmax."""
+    """What an output holds: by its name, else probabilities after a softmax, and logits after a product or a sum (the
+    bias of one); all else is an embedding."""
     if any(part in name.lower() for part in ("start_logits", "end_logits")):
         return "positions"
     if "logits" in name.lower():

@@ -64,10 +64,10 @@ class Settings:
     """Nodes whose parameters stay: ops, module paths or patterns."""
 
     evaluate_every: Count | None = None
-    """Steps between evaluations; none: after each epoch."""
+    """Steps between evaluations by `evaluate=`; none: after each epoch."""
 
     patience: Count | None = None
-    """Evaluations in a row without a better one, after which training ends."""
+    """Evaluations in a row without a better one, after which training ends; needs `evaluate=`."""
 
     seed: int = 0
     """Of the order of batches, dropout, and whatever else is random."""

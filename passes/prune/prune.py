@@ -37,8 +37,8 @@ class Prune(Pass):
     A group holds the units of all axes that shrink together (`graphopt.analysis.groups`), and is called by its first
     producer. Give the share of units to remove for each kind, or one budget for the model. With criterion=movement
     nothing is removed yet: the `distill` or `finetune` behind it learns which units go, those that training moves
-    towards 0 (Sanh et al., 2020), and cuts them. Declined: groups that cannot
-    shrink (of the model's outputs, say), and those that keep all their units.
+    towards 0 (Sanh et al., 2020), and cuts them. Declined: groups that cannot shrink (of the model's outputs, say), and
+    those that keep all their units.
     """
 
     name = "prune"

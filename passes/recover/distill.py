@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.passes.recover.recover import Recover
-from graphopt.pipeline import context as surroundings
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.context import Teacher as TeacherGraph
 from graphopt.pipeline.options import Range
 from graphopt.training.features import hidden_states, relations
 from graphopt.training.objective import Distillation, Weights, compared_outputs
@@ -84,23 +84,30 @@ class Distill(Recover):
             teacher.graph, [pair.teacher for pair in (*hidden, *related)], device=device_of(self.device),
             inputs=[value.name for value in graph.inputs], folder=self.cache,
         )  # fmt: skip
+        weights = Weights(
+            alpha=self.alpha, temperature=self.temperature, cosine=self.cosine, similarity=self.similarity,
+            hidden=self.hidden, relations=self.relations,
+        )  # fmt: skip
+        outputs = compared_outputs(ours, theirs, self.outputs, None if self.form == "auto" else self.form)
         objective = Distillation(
             runner,
-            compared_outputs(ours, theirs, self.outputs, None if self.form == "auto" else self.form),
-            Weights(self.alpha, self.temperature, self.cosine, self.similarity, self.hidden, self.relations),
+            outputs,
+            weights,
             self.hard(context) if self.alpha else None,
             hidden,
             related,
             self.seed,
         )
         self.train(graph, context, objective)
+        context.note(f"compared with the teacher: {', '.join(f'{one.name} as {one.form}' for one in outputs)}")
 
-    def _teacher(self, context: Context) -> surroundings.Teacher:
+    def _teacher(self, context: Context) -> TeacherGraph:
+        """The teacher that was handed in, else the model before anything was lost."""
         if context.teacher is not None:
             return context.teacher
         if context.original is None:
             raise UsageError("distill has no teacher: pass teacher=<a module or an ONNX file>")
         if not (context.is_lossy or context.marks or context.trained):
             context.note("nothing was cut before it: the student is its own teacher, and learns nothing new")
-        return surroundings.Teacher(context.original, tuple(context.outputs))
+        return TeacherGraph(context.original, tuple(context.outputs))
 

@@ -40,6 +40,7 @@ class Recover(Settings, Pass):
 
     def train(self, graph: Graph, context: Context, objective: Objective) -> None:
         """Train the graph, and record what became of it."""
+        self._require_evaluate(context)
         batches = context.training_batches()
         require_batches(batches, graph, self.name)
         module = trainable(graph, objective, self)
@@ -47,7 +48,7 @@ class Recover(Settings, Pass):
         frozen = [node for node in context.sites(graph, self.freeze) if node in sites] if self.freeze.terms else []
         if self.freeze.terms and not frozen:
             raise UsageError(f"{self.name}: freeze={self.freeze} selects no node with weights")
-        context.record.eligible.clear()
+        context.record.eligible.clear()  # `sites` recorded those of `freeze` alone
         context.consider(sites)
         for node in frozen:
             context.decline(node, Decline("frozen"))
@@ -70,12 +71,21 @@ class Recover(Settings, Pass):
         context.trained.append(str(self))
 
     def hard(self, context: Context) -> HardLoss:
-        """The loss to labels: the user's, or cross-entropy."""
+        """The hard loss, as distillation calls the one to labels: the user's, or cross-entropy."""
         options = {"label_smoothing": self.label_smoothing} if self.label_smoothing else {}
         weights = {"class_weights": torch.tensor(self.class_weights)} if self.class_weights else {}
         if context.loss is None:
             raise UsageError(f"{self.name}: there is no loss; pass loss=<function of (outputs, batch)>")
-        return partial(_as_list, partial(context.loss, **options, **weights))
+        return partial(_of_list, partial(context.loss, **options, **weights))
+
+    def _require_evaluate(self, context: Context) -> None:
+        """Raise UsageError where an option is about evaluations, and there are none."""
+        for option in ("patience", "evaluate_every"):
+            if getattr(self, option) is not None and context.evaluate is None:
+                raise UsageError(
+                    f"{self.name}: {option} is about evaluations, and there are none: pass evaluate=<function of a "
+                    f"model, more is better> (on the command line: --evaluate), or leave {option} out"
+                )
 
     def _checkpoints(self, graph: Graph, context: Context) -> Checkpoints | None:
         if context.checkpoint is None:
@@ -90,5 +100,6 @@ def parameters_of(graph: Graph, module: nn.Module, node: Node) -> list[str]:
     return [name for name in found if name is not None]
 
 
-def _as_list(loss: Callable[..., Tensor], outputs: Sequence[Tensor], batch: Batch) -> Tensor:
+def _of_list(loss: Callable[..., Tensor], outputs: Sequence[Tensor], batch: Batch) -> Tensor:
+    """A loss on the outputs as a list, from which `Context.loss` makes what the model returns."""
     return loss(list(outputs), batch)

@@ -54,7 +54,7 @@ class _Sparse:
 
 
 class Rules:
-    """The rules of one training, and what they leave to do in the graph when it is over."""
+    """What each weight of one training keeps to (`training.rules`), and what is left to do in the graph afterwards."""
 
     def __init__(
         self, graph: Graph, module: nn.Module, context: Context, *, frozen: Collection[str], sr_ste: float | None
@@ -166,7 +166,8 @@ class Rules:
     def _kept(self, site: Node, weight: Tensor) -> KeptZeros | None:
         """The zeros that a site must keep, with their mask; None where it has none.
 
-        Where a pass has changed the weight since, so that the mask does not fit it, they are those that it has now.
+        They are those that the weight has now where a pass has changed it since, so that the mask does not fit it, and
+        where an earlier call left them, which keeps no masks.
         """
         kept = self.context.sparse.get(site.label)
         if kept is None and not site.path:  # it may have had another name: its zeros tell

@@ -22,8 +22,9 @@ from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.training import checkpoints, streams
 from graphopt.training.checkpoints import held
-from graphopt.training.loop import Outcome, Trainer
+from graphopt.training.loop import Trainer
 from graphopt.training.objective import Labels
+from graphopt.training.outcome import Outcome
 from tests.training.networks import (
     Noisy,
     Stop,

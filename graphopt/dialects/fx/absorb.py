@@ -70,12 +70,14 @@ def absorb(graph: FxGraph, module: nn.Module) -> None:
             if not torch.equal(fresh, stored):
                 parameter = isinstance(stored, nn.Parameter)
                 changed[name] = nn.Parameter(fresh, stored.requires_grad) if parameter else fresh
+        numbers = {
+            name: _finite(_rounded(module, path).step(), f"{path}.scale").item()
+            for name, path in _origins(module).numbers.items()
+        }
     graph.native.stored.update(changed)
-    numbers = _origins(module).numbers
     for node in graph.native.graph.nodes if numbers else ():
         if node.name in numbers:
-            scale = _rounded(module, numbers[node.name]).step().item()
-            node.args = (node.args[0], scale, *node.args[2:])
+            node.args = (node.args[0], numbers[node.name], *node.args[2:])
     graph.version += 1
 
 

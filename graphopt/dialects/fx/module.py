@@ -124,6 +124,8 @@ def _reads(value: Value, node: fx.Node) -> bool:
 
 
 class _Builder:
+    """Turns a copy of a graph's program into that of its module, and collects the attributes that it reads."""
+
     def __init__(self, graph: FxGraph, learn_scales: bool) -> None:
         self.graph, self.program, self.learn_scales = graph, copied(graph.native.graph), learn_scales
         self.attributes: dict[str, Any] = {}
@@ -132,8 +134,8 @@ class _Builder:
         self.origins = Origins({}, {}, {}, {})
         self.places: dict[str, str] = {}
         """The attribute that stands for a constant of the graph, by name in the graph."""
-        self.steps: dict[Scale, nn.Parameter] = {}
-        """Learned scales."""
+        self.learned: dict[Scale, nn.Parameter] = {}
+        """The parameter of each learned scale; those of one pair, or of pairs that share a scale, have the same."""
         self.calls: dict[Any, fx.Node] = {}
         """The calls of modules, by what they replace: a quantize, the name of stored integers, that and their
         permutation, or the names of the constants of a batch norm."""
@@ -212,7 +214,7 @@ class _Builder:
             start = first[next(iter(scales))]
             alone = all(readers.get(scale, set()) <= replaced for scale in scales)
             if alone and start.dtype == torch.float32 and bool((start != 0).all()):
-                self.steps |= dict.fromkeys(scales, nn.Parameter(start))
+                self.learned |= dict.fromkeys(scales, nn.Parameter(start))
 
     def _round_weight(self, name: str, same: Sequence[Pair]) -> None:
         """Make one float parameter of stored integers, in their layout, which each dequantize rounds."""
@@ -249,14 +251,14 @@ class _Builder:
         zero_point = None if form.zero_point is None else self._number(form.zero_point)
         if weight and form.dtype == torch.int8 and not form.block and (zero_point is None or not zero_point.any()):
             limits = _symmetric(self._constant(form.x), limits)
-        step = self.steps.get(scale_of(pair.dequantize, form.scale), self._number(form.scale))
+        step = self.learned.get(scale_of(pair.dequantize, form.scale), self._number(form.scale))
         numbers = step, zero_point, *limits, form.dtype, form.axis, form.block
         return Rounded(*numbers, weight=weight, declared=declared)
 
     def _replace(self, pair: Pair, call: fx.Node) -> None:
         """Use a call of a `Rounded` in place of a pair's dequantize, and note which scales it learns."""
         for node, scale in pair.numbers():
-            if scale_of(node, scale) in self.steps:
+            if scale_of(node, scale) in self.learned:
                 if isinstance(scale, fx.Node):
                     self.origins.scales.setdefault(layout(scale)[0], str(call.target))
                 else:

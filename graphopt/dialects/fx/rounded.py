@@ -20,8 +20,8 @@ _LEAST = 2.0**-10
 No range that is worth learning shrinks a thousandfold: it is a guard, not a bound that training should meet."""
 
 _AT_END = 2.0**-10
-"""Steps beyond the last integer that still count as within the range: weights start on integers, the last ones among
-them, up to the rounding of float32."""
+"""How far beyond the last integer, in scales, x still counts as within the range: weights start on integers, the last
+ones among them, up to the rounding of float32."""
 
 
 class Rounded(nn.Module):
@@ -86,8 +86,8 @@ class Rounded(nn.Module):
         return scale, zero_point
 
     def step(self) -> Tensor:
-        """The scale in use: a learned one is held at its limit, where the gradient still passes, so that it comes
-        back."""
+        """The scale in use (the step size of LSQ): a learned one is held at its limit, where the gradient still passes,
+        so that it comes back."""
         scale, limit = self.scale, self.limit
         assert scale is not None  # where x chooses it there is none to ask for
         if limit is None:
@@ -96,25 +96,26 @@ class Rounded(nn.Module):
         return held
 
     def _quantized(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The integers of x; with a float of 8 bits, the nearest of its numbers."""
         ops, limits = quantized_decomposed(), (self.low, self.high, self.dtype)
-        steps: Tensor
+        integers: Tensor
         if self._custom:
-            steps = torch.ops.graphopt.quantize(x, scale, zero_point, axis=self.axis)
-            steps = steps if self.dtype.is_floating_point else steps.clamp(self.low, self.high)
+            integers = torch.ops.graphopt.quantize(x, scale, zero_point, axis=self.axis)
+            integers = integers if self.dtype.is_floating_point else integers.clamp(self.low, self.high)
         elif self.block:  # torch quantizes groups only to integers of less than 8 bits
-            steps = (x / self.along(scale, x)).round() + self.along(zero_point, x)
-            steps = steps.clamp(self.low, self.high).to(self.dtype)
+            integers = (x / self.along(scale, x)).round() + self.along(zero_point, x)
+            integers = integers.clamp(self.low, self.high).to(self.dtype)
         elif self.axis is not None:
-            steps = ops.quantize_per_channel(x, scale, zero_point, self.axis, *limits)
+            integers = ops.quantize_per_channel(x, scale, zero_point, self.axis, *limits)
         elif torch.compiler.is_exporting():
-            steps = ops.quantize_per_tensor.tensor(x, scale, zero_point, *limits)
+            integers = ops.quantize_per_tensor.tensor(x, scale, zero_point, *limits)
         else:  # the same, bit for bit; the operator makes Python numbers of its tensors, and waits for a GPU
-            steps = (x * scale.double().reciprocal().float()).round() + zero_point
-            steps = steps.clamp(self.low, self.high).to(self.dtype)
-        return steps
+            integers = (x * scale.double().reciprocal().float()).round() + zero_point
+            integers = integers.clamp(self.low, self.high).to(self.dtype)
+        return integers
 
-    def _dequantized(self, steps: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        ops, given = quantized_decomposed(), (steps, scale, zero_point)
+    def _dequantized(self, integers: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        ops, given = quantized_decomposed(), (integers, scale, zero_point)
         limits = *self.declared, self.dtype
         y: Tensor
         if self._custom:
@@ -126,7 +127,7 @@ class Rounded(nn.Module):
         elif torch.compiler.is_exporting():
             y = ops.dequantize_per_tensor.tensor(*given, *limits)
         else:
-            y = (steps.float() - zero_point) * scale
+            y = (integers.float() - zero_point) * scale
         return y
 
     @property
@@ -165,15 +166,15 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, rounded: Rounded) -> Tensor:
-        steps = rounded._quantized(x, scale, zero_point)
+        integers = rounded._quantized(x, scale, zero_point)
         ctx.rounded = rounded
         exact = x / rounded.along(scale, x) + rounded.along(zero_point, x).float()
         within = (exact >= rounded.low - 0.5) & (exact <= rounded.high + 0.5)
         if ctx.needs_input_grad[1]:
-            ctx.save_for_backward(within, scale, zero_point, x, steps)
+            ctx.save_for_backward(within, scale, zero_point, x, integers)
         else:
             ctx.save_for_backward(within)
-        return rounded._dequantized(steps, scale, zero_point)
+        return rounded._dequantized(integers, scale, zero_point)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,10 +183,10 @@ class _StraightThrough(torch.autograd.Function):
         of_x = gradient * within if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return of_x, None, None, None
-        scale, zero_point, x, steps = others
+        scale, zero_point, x, integers = others
         zero, exact = rounded.along(zero_point, x).float(), x / rounded.along(scale, x)
         inside = (exact + zero >= rounded.low - _AT_END) & (exact + zero <= rounded.high + _AT_END)
-        by_scale = steps.float() - zero - exact * inside
+        by_scale = integers.float() - zero - exact * inside
         factor = 1 / math.sqrt(rounded.shares(x) * rounded.high)
         return of_x, rounded.summed(gradient * by_scale, scale) * factor, None, None
 

@@ -121,6 +121,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "no metric": (
         FINETUNE, {"training": LABELLED, "evaluate": lambda model: None}, "evaluate gives None; give one number",
     ),
+    "patience without a metric": (
+        "finetune{patience=2}", {"training": LABELLED}, "finetune: patience is about evaluations, and there are none",
+    ),
+    "evaluations without a metric": (
+        "distill{evaluate_every=2}", {"training": UNLABELLED}, "evaluate_every is about evaluations, and there are no",
+    ),
     "no memory": (
         "finetune{accumulate=2}", {"training": LABELLED, "loss": no_memory},
         "finetune: out of memory with batches of 4: give batches of 2 with accumulate=4, .* or amp=bfloat16",
@@ -139,6 +145,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a teacher with other outputs": (
         DISTILL, {"training": UNLABELLED, "teacher": module(6, 5)},
         r"the student's output output is \['batch', 4\], and the teacher's output is \['batch', 5\]: name the outputs",
+    ),
+    "a teacher of finetune": (
+        FINETUNE, {"training": LABELLED, "teacher": module(6, 4)}, "teacher= is for distill, and finetune learns from",
     ),
     "a teacher in training mode": (
         DISTILL, {"training": UNLABELLED, "teacher": module(6, 4).train()},

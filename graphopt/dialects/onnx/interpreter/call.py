@@ -16,7 +16,7 @@ from graphopt.errors import GraphError
 Size = Any
 """An int, or the SymInt of a dynamic axis."""
 
-MOST = 1024
+MOST_STORED = 1024
 """Most entries of a stored tensor that is read as numbers."""
 
 T = TypeVar("T")
@@ -48,8 +48,8 @@ def numbers(items: Any, dtype: torch.dtype = torch.int64) -> Numbers:
 
 
 def numbers_of(tensor: Tensor | None) -> Numbers | None:
-    """The numbers of a stored tensor; None where it has more than `MOST`. Not for a tensor that is traced."""
-    if tensor is None or tensor.numel() > MOST:
+    """The numbers of a stored tensor; None where it has more than `MOST_STORED`. Not for a tensor that is traced."""
+    if tensor is None or tensor.numel() > MOST_STORED:
         return None
     return Numbers(np.asarray(tensor.tolist(), dtype=object).reshape(tensor.shape), tensor.dtype)
 
@@ -70,7 +70,8 @@ class Call:
     """How many results are read."""
     given: Sequence[Traced]
     stored: Sequence[Numbers | None]
-    """By input, the numbers of a tensor that the model stores, up to `MOST`; None for what is larger, or computed."""
+    """By input, the numbers of a tensor that the model stores; None where it has more than `MOST_STORED`, or is
+    computed."""
     derived: Mapping[str, Tensor]
     """Parameters that are made of the stored inputs (`Form.derive`)."""
 

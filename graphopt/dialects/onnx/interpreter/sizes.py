@@ -1,4 +1,4 @@
-"""What a graph computes of sizes, on Python numbers.
+"""What a graph computes of sizes (the target of a Reshape, say), on Python numbers, which keep dynamic axes symbolic.
 
 By kind of node: a function of a `Call` and of the inputs as arrays of numbers (None where one is left out), which
 returns an array, a tuple of arrays, or None where the node must be computed as tensors.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from graphopt.dialects.onnx.interpreter.call import Call, Numbers, Traced, numbers
 
 Array = NDArray[np.object_]
-MOST = 64
+MOST_COMPUTED = 64
 """Most entries of what is computed as numbers."""
 
 
@@ -44,7 +44,7 @@ def of_sizes(call: Call) -> Traced | tuple[Traced, ...]:
 
 def _array(value: Traced, known: Numbers | None) -> Array | None:
     found = value if isinstance(value, Numbers) else known
-    return None if found is None or found.array.size > MOST else found.array
+    return None if found is None or found.array.size > MOST_COMPUTED else found.array
 
 
 def _dtype(call: Call) -> torch.dtype:
@@ -180,19 +180,19 @@ def _split(call: Call, array: Array, sizes: Array | None = None) -> Any:
 
 def _expand(call: Call, array: Array, shape: Array) -> Any:
     sizes = _whole(shape)
-    if sizes is None or math.prod(sizes) > MOST:
+    if sizes is None or math.prod(sizes) > MOST_COMPUTED:
         return None
     return np.broadcast_to(array, np.broadcast_shapes(array.shape, tuple(sizes)))
 
 
 def _tile(call: Call, array: Array, repeats: Array) -> Any:
     listed = _whole(repeats)
-    return None if listed is None or array.size * math.prod(listed) > MOST else np.tile(array, listed)
+    return None if listed is None or array.size * math.prod(listed) > MOST_COMPUTED else np.tile(array, listed)
 
 
 def _constant_of_shape(call: Call, shape: Array) -> Any:
     sizes, value = _whole(shape), call.attributes.get("value")
-    if sizes is None or len(sizes) != 1 or sizes[0] > MOST or value is None or value.dtype is not torch.int64:
+    if sizes is None or len(sizes) != 1 or sizes[0] > MOST_COMPUTED or value is None or value.dtype is not torch.int64:
         return None
     return np.full(sizes, value.array.item(), dtype=object)
 
@@ -202,7 +202,7 @@ def _range(call: Call, start: Array, limit: Array, step: Array) -> Any:
     if any(one is None for one in listed):
         return None
     bounds = [one[0] for one in listed if one is not None]
-    return np.asarray(range(*bounds), dtype=object) if len(range(*bounds)) <= MOST else None
+    return np.asarray(range(*bounds), dtype=object) if len(range(*bounds)) <= MOST_COMPUTED else None
 
 
 def _reduced(function: Callable[[Any, Any], Any], empty: Any) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graphopt.capture import Captured, Signature, capture
-from graphopt.capture.conversion import to_fx, to_torch
+from graphopt.capture.fx_conversion import to_fx, to_torch
 from graphopt.errors import CaptureError
 from tests.language import build, feeds
 from tests.models import model

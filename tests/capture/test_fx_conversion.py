@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import graphopt
 from graphopt.capture import capture
-from graphopt.capture.conversion import to_fx
+from graphopt.capture.fx_conversion import to_fx
 from graphopt.errors import CaptureError
 from graphopt.numerics.metrics import within_tolerance
 from tests.models import ConvNet, Decoder, Encoder, exported, images, model, padding, plain_run, seeded, tokens
