@@ -212,8 +212,8 @@ class Run:
             moved = None if reference is None else reference.moved(converted, trained)
         if moved is not None:
             raise LoweringError(f"{what} computes something else: {moved}")
-        first = [] if rest[:1] == (Simplify(),) else [Simplify()]
-        return Pipeline([*first, *rest]).apply(converted, context)
+        tidy = [] if rest[:1] == (Simplify(),) else [Simplify()]
+        return Pipeline([*tidy, *rest]).apply(converted, context)
 
     @cached_property
     def _torch_form(self) -> Captured:
