@@ -8,6 +8,7 @@ import torch
 
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.ops.quantization import integer_range
 from graphopt.ir.qdq.integer_forms import normalize
 from graphopt.ir.qdq.numbers import saturates, stored
 from graphopt.ir.qdq.regions import MOVES
@@ -31,6 +32,9 @@ class FoldInt8(Pass):
     channel (zero points of weights are folded in where int8 has room for that), and a conv whose bias is computed. A
     bias in integers becomes float. An op that only moves values, between a dequantize and a quantize of the same scale
     and zero point, moves integers instead.
+
+    A quantize to fewer than 8 bits becomes a clip and a quantize to 8, which makes the same integers: kernels that read
+    them need not know of it, and are no faster for it.
     """
 
     name = "fold-int8"
@@ -42,6 +46,8 @@ class FoldInt8(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         normalize(graph)
+        for node in graph.sites("quantize"):
+            _widen(graph, node)
         for site in context.sites(graph, Selector("linear", "conv", "add"), self.ignore, where=_reads_integers):
             try:
                 _FOLDS[site.kind](graph, site)
@@ -50,6 +56,30 @@ class FoldInt8(Pass):
         for node in graph.sites(*MOVES):
             if node not in self.ignore:
                 _fold_move(graph, node)
+
+
+def _widen(graph: Graph, node: Node) -> None:
+    """quantize(x, bits=4)  ->  quantize(clip(x)), and likewise each dequantize that reads it: the same integers."""
+    step, zero_point = scalar(graph, node.required("scale")), node.operand("zero_point")
+    zero = 0.0 if zero_point is None else scalar(graph, zero_point)
+    readers = node.result.users
+    if node.attributes["bits"] == 8 or step is None or zero is None or node.result.is_output:
+        return
+    if any(user.kind != "dequantize" for user in readers) or node.result.dtype not in (torch.uint8, torch.int8):
+        return
+    low, high = integer_range(node.result.dtype, node.attributes["bits"])
+    x = graph.emit("clip", node.input, low=(low - zero) * step, high=(high - zero) * step, at=node)
+    integers = graph.emit("quantize", x, *_widened(graph, node), at=node)
+    for reader in readers:
+        graph.replace(reader, graph.emit("dequantize", integers, *_widened(graph, reader), at=reader))
+    graph.erase(node)
+
+
+def _widened(graph: Graph, node: Node) -> list[Value]:
+    """Scale and zero point of a quantize or dequantize, the zero point in all 8 bits."""
+    stored = graph.constant(zero_point) if (zero_point := node.operand("zero_point")) is not None else None
+    scale = node.required("scale")
+    return [scale] if stored is None else [scale, graph.add_constant(stored, "zero_point")]
 
 
 def _reads_integers(site: Node) -> bool:
@@ -64,7 +94,7 @@ def _data(site: Node) -> list[Value]:
 def _fold_move(graph: Graph, node: Node) -> None:
     """quantize(move(dequantize(x)))  ->  move(x), where both have the same scale and zero point."""
     reader, x = node.result.only_user, _activation(node.input)
-    if x is None or reader is None or reader.kind != "quantize" or node.attributes.get("value", 0) != 0:
+    if x is None or reader is None or not _is_8_bit(reader) or node.attributes.get("value", 0) != 0:
         return
     numbers = [scalar(graph, value) for value in (*x[1:], reader.required("scale"), reader.operand("zero_point"))]
     if None in numbers or numbers[:2] != numbers[2:] or reader.result.dtype != torch.uint8:
@@ -114,7 +144,7 @@ def _quantize_behind(graph: Graph, site: Node) -> tuple[Node, Value, Value]:
     bounded = reader if reader is not None and reader.kind in ("relu", "clip") else None
     if bounded is not None:
         reader = bounded.result.only_user
-    if reader is None or reader.kind != "quantize":
+    if reader is None or not _is_8_bit(reader):
         raise Declined("read_in_float")
     scale, zero_point = reader.required("scale"), reader.operand("zero_point")
     if scale.rank != 0 or zero_point is None or zero_point.dtype != torch.uint8:
@@ -125,6 +155,11 @@ def _quantize_behind(graph: Graph, site: Node) -> tuple[Node, Value, Value]:
     return reader, scale, zero_point
 
 
+def _is_8_bit(node: Node) -> bool:
+    """Whether a node quantizes to all 8 bits."""
+    return node.kind == "quantize" and node.attributes["bits"] == 8
+
+
 def _maker(value: Value) -> Node | None:
     """The dequantize that makes a value."""
     return value.producer if value.producer is not None and value.producer.kind == "dequantize" else None
@@ -132,7 +167,9 @@ def _maker(value: Value) -> Node | None:
 
 def _input(site: Node) -> _Quantized:
     """The quantized input of a site. Raises Declined where it is none."""
-    x = _activation(site.input)
+    x, maker = _activation(site.input), _maker(site.input)
+    if x is None and maker is not None and maker.attributes["bits"] < 8:
+        raise Declined("activation_bits", bits=maker.attributes["bits"])
     if x is None:
         raise Declined("input_not_uint8")
     return x
@@ -140,7 +177,7 @@ def _input(site: Node) -> _Quantized:
 
 def _activation(value: Value) -> _Quantized | None:
     maker = _maker(value)
-    if maker is None or maker.required("scale").rank != 0:
+    if maker is None or maker.required("scale").rank != 0 or maker.attributes["bits"] < 8:
         return None
     integers, zero_point = maker.required("x"), maker.operand("zero_point")
     if integers.dtype != torch.uint8 or integers.is_constant:
@@ -164,6 +201,9 @@ def _weight(value: Value) -> tuple[Value, Value]:
         raise Declined("weight_zero_points")
     rows = maker is not None and maker.attributes["axis"] == 0 and not maker.attributes["block"]
     integers = maker.required("x") if maker is not None and rows else None
-    if maker is None or integers is None or not integers.is_constant or integers.dtype != torch.int8:
+    tensor = None if maker is None or integers is None else maker.graph.constant(integers)
+    if maker is None or integers is None or tensor is None or tensor.dtype != torch.int8:
         raise Declined("weight_not_int8")
+    if maker.attributes["bits"] < 8:  # which may be stored packed
+        integers = maker.graph.add_constant(tensor, integers.name)
     return integers, maker.required("scale")

@@ -38,6 +38,8 @@ def why_no_kernel(site: Node) -> Decline | None:
         return Decline("weight_not_per_channel")
     if x is None:
         return Decline("float8_weight_only") if stored.dtype != torch.int8 else None
+    if x.attributes["bits"] < 8:
+        return Decline("activation_bits", bits=x.attributes["bits"])
     if x.required("x").dtype != stored.dtype or not _is_symmetric(x):
         return Decline("activation_not_symmetric", dtype=str(x.required("x").dtype), kernel=str(stored.dtype))
     scale = x.required("scale")

@@ -17,7 +17,7 @@ from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule
 def _asymmetric_linear(
     op: Recorder, x: str, scale: str, zero_point: str, w: str, w_scale: str, w_zero_point: str, bias: str | None = None
 ) -> Pattern:
-    read = op.dequantize(x, scale, zero_point, bind="input")
+    read = op.dequantize(x, scale, zero_point, bits=8, bind="input")
     return op.linear(read, op.dequantize(w, w_scale, w_zero_point, bind="weight"), bias)
 
 
@@ -25,9 +25,9 @@ def _asymmetric_conv(
     op: Recorder, x: str, scale: str, zero_point: str, w: str, w_scale: str, w_zero_point: str, y_scale: str,
     y_zero_point: str, bias: str | None = None,
 ) -> Pattern:  # fmt: skip
-    read = op.dequantize(x, scale, zero_point, bind="input")
+    read = op.dequantize(x, scale, zero_point, bits=8, bind="input")
     conv = op.conv(read, op.dequantize(w, w_scale, w_zero_point, bind="weight"), bias, bind="conv")
-    return op.quantize(conv, y_scale, y_zero_point)
+    return op.quantize(conv, y_scale, y_zero_point, bits=8)
 
 
 def _is_asymmetric(m: Match) -> bool:

@@ -82,7 +82,7 @@ def _matmul_nbits(op: Builder, m: Match) -> Value:
 
 
 def _quantized(op: Recorder, y: str, scale: str, zero_point: str) -> Pattern:
-    return op.quantize(y, scale, zero_point)
+    return op.quantize(y, scale, zero_point, bits=8)
 
 
 def _linear_before(quantize: Node) -> tuple[Node, ...]:

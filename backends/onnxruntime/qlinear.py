@@ -68,10 +68,11 @@ def reads_uint8(op: Node) -> bool:
 
 
 def _is_uint8(node: Node) -> bool:
-    """Whether a quantize or dequantize has a stored scale per tensor, and a stored zero point in uint8."""
+    """Whether a quantize or dequantize has a stored scale per tensor, a stored zero point in uint8, and all 8 bits."""
     scale, zero_point = node.required("scale"), node.operand("zero_point")
     stored = scale.is_constant and zero_point is not None and zero_point.is_constant
-    return stored and scale.rank == 0 and zero_point is not None and zero_point.dtype is torch.uint8
+    whole = stored and scale.rank == 0 and node.attributes["bits"] == 8
+    return whole and zero_point is not None and zero_point.dtype is torch.uint8
 
 
 def _qlinear(op: Builder, m: Match, signed: bool) -> Value:

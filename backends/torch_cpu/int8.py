@@ -172,7 +172,8 @@ def _behind(*kinds: str) -> Callable[..., Pattern]:
         for kind in kinds:
             rest = {"quantize": (y_scale, y_zero_point), "add": (residual,)}.get(kind, ())
             bind = {"quantize": "quantize", "add": "add"}.get(kind, "post")
-            made = getattr(op, kind)(made, *rest, bind=bind)
+            whole = {"bits": 8} if kind == "quantize" else {}
+            made = getattr(op, kind)(made, *rest, bind=bind, **whole)
         return made
 
     return pattern

@@ -126,7 +126,9 @@ def _site(graph: Graph, node: Node) -> _Site | None:
         values = [node.input] if node.kind in _WEIGHTED else [value for value in node.operands if value is not None]
         producers = [value.producer for value in values]
         dequantizes = [node for node in producers if node is not None and node.kind == "dequantize"]
-        if len(dequantizes) < len(producers):
+        if len(dequantizes) < len(producers) or any(
+            one.attributes["bits"] < 8 and not one.required("x").is_constant for one in dequantizes
+        ):  # activations of fewer bits are floats between a quantize and a dequantize
             return None
         read = [(dequantize.required("x"), dequantize.operand("zero_point")) for dequantize in dequantizes]
         quantized = _quantize_behind(node)
@@ -148,7 +150,7 @@ def _quantize_behind(node: Node) -> Node | None:
     for bounds in (("relu", "clip"), ()):
         reader = node.result.only_user
         if reader is None or reader.kind == "quantize":
-            return reader
+            return reader if reader is not None and reader.attributes["bits"] == 8 else None
         if reader.kind not in bounds:
             return None
         node = reader

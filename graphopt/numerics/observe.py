@@ -49,8 +49,9 @@ class MinMax:
     count: int
     """Elements seen, those that a mask left out not among them."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, steps: int = STEPS) -> None:
+        """steps: how many the range is to have, one fewer than the integers."""
+        self.count, self.steps = 0, steps
         self._low = float("inf")
         self._high = float("-inf")
 
@@ -102,8 +103,8 @@ class Histogram(MinMax):
     bins = 8192
     """Bins held, 8 bytes each."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, steps: int = STEPS) -> None:
+        super().__init__(steps)
         self._counts: Tensor | None = None
         self._first = 0
         self._exponent = -126
@@ -161,9 +162,9 @@ class Percentile(Histogram):
     section 3.
     """
 
-    def __init__(self, tail: float = 1e-5) -> None:
+    def __init__(self, tail: float = 1e-5, *, steps: int = STEPS) -> None:
         """tail: the share left out at either end, in [0, 0.5)."""
-        super().__init__()
+        super().__init__(steps)
         if not 0 <= tail < 0.5:
             raise ValueError(f"tail must be in [0, 0.5), got {tail}")
         self.tail = tail
@@ -186,7 +187,7 @@ class Percentile(Histogram):
 
 
 class Mse(Histogram):
-    """The range whose 8-bit integers have the least mean squared error over all that was seen.
+    """The range whose integers have the least mean squared error over all that was seen.
 
     Each bin counts at its middle. Either end is searched down to 1/256 of the extreme, the
     two together, to within 3% of the end. Source: Krishnamoorthi 2018; Banner et al. 2019; Nagel et al. 2021, section
@@ -205,20 +206,21 @@ class Mse(Histogram):
             lows = sorted({max(low * step**-power, least) for power in powers})
             highs = sorted({min(high * step**-power, most) for power in powers})
             pairs = torch.tensor(list(itertools.product(lows, highs)), dtype=torch.float64)
-            low, high = pairs[_squared_errors(middles, weights, pairs).argmin()].tolist()
+            low, high = pairs[_squared_errors(middles, weights, pairs, self.steps).argmin()].tolist()
             step **= 0.25
         return low, high
 
 
 class Entropy(Histogram):
-    """The range whose 256 integers keep most of the distribution: least Kullback-Leibler divergence.
+    """The range whose integers keep most of the distribution: least Kullback-Leibler divergence.
 
     Candidates cut both tails at the same magnitude, each end then drawn in to the next filled bin; 128 magnitudes from
-    the one that leaves 256 bins up to all. P is the histogram with what is cut off added to the end bins; Q spreads
-    each of 256 groups of the uncut bins evenly over those of its bins that are filled. The bin of 0 counts no more than
-    the fuller one beside it: zeros are exact in every range, and the peak that a relu makes of them would outweigh all
-    that is cut off. Source: Migacz 2017 (TensorRT 8-bit calibration, which has the positive half), the bin of 0 as in
-    NVIDIA's pytorch-quantization; asymmetric as in ONNX Runtime's entropy calibration.
+    the one that leaves a bin for each integer (256 of 8 bits) up to all. P is the histogram with what is cut off added
+    to the end bins; Q spreads each of as many groups of the uncut bins evenly over those of its bins that are filled.
+    The bin of 0 counts no more than the fuller one beside it: zeros are exact in every range, and the peak that a relu
+    makes of them would outweigh all that is cut off. Source: Migacz 2017 (TensorRT 8-bit calibration, which has the
+    positive half), the bin of 0 as in NVIDIA's pytorch-quantization; asymmetric as in ONNX Runtime's entropy
+    calibration.
     """
 
     bins = 4096
@@ -229,13 +231,13 @@ class Entropy(Histogram):
         counts = _without_peak(counts, -round(float(edges[0]) / self.width))
         filled = torch.nonzero(counts).flatten()
         magnitudes = torch.maximum(edges.abs(), (edges + self.width).abs())
-        smallest = magnitudes.sort().values[min(STEPS, len(counts) - 1)]
+        smallest = magnitudes.sort().values[min(self.steps, len(counts) - 1)]
         divergences: dict[tuple[int, int], float] = {}
         for cut in torch.linspace(float(magnitudes.max()), float(smallest), 128, dtype=torch.float64):
             kept = filled[magnitudes[filled] <= cut]
             ends = (int(kept[0]), int(kept[-1])) if len(kept) else (0, len(counts) - 1)
             if ends not in divergences:
-                divergences[ends] = _divergence(counts, *ends)
+                divergences[ends] = _divergence(counts, *ends, self.steps)
         first, last = min(divergences, key=lambda ends: divergences[ends])
         return max(float(edges[first]), self._low), min(float(edges[last]) + self.width, self._high)
 
@@ -301,10 +303,10 @@ class ChannelMinMax:
         return torch.nonzero(sizes > factor * alive.median()).flatten().tolist()
 
 
-OBSERVERS: Mapping[str, Callable[[], Observer]] = MappingProxyType(
+OBSERVERS: Mapping[str, Callable[..., Observer]] = MappingProxyType(
     {"minmax": MinMax, "percentile": Percentile, "mse": Mse, "entropy": Entropy}
 )
-"""Each way to choose a range, by the name that an option has for it."""
+"""Each way to choose a range, by the name that an option has for it; `steps` is how many the range is to have."""
 
 
 def oddity(seen: Observer) -> str | None:
@@ -354,15 +356,15 @@ def _exponent(magnitude: float) -> int:
     return math.frexp(max(magnitude, torch.finfo(torch.float32).tiny))[1]
 
 
-def _squared_errors(values: Tensor, weights: Tensor, ranges: Tensor) -> Tensor:
-    """The squared error that 8-bit integers over each of `ranges` (float64 (r, 2), low <= 0 <= high) make of values
-    (n,), each as often as its weight; float64 (r,). Integers as in `quantize.activation_parameters`."""
+def _squared_errors(values: Tensor, weights: Tensor, ranges: Tensor, most: int) -> Tensor:
+    """The squared error that the integers 0..most over each of `ranges` (float64 (r, 2), low <= 0 <= high) make of
+    values (n,), each as often as its weight; float64 (r,). Integers as in `quantize.activation_parameters`."""
     errors = []
     for part in torch.split(ranges, 32):
         low, high = part[:, :1], part[:, 1:]
-        scale = torch.where(high > low, (high - low) / STEPS, 1.0)
+        scale = torch.where(high > low, (high - low) / most, 1.0)
         zero_point = torch.round(-low / scale)
-        steps = torch.round(values / scale).add_(zero_point).clamp_(0, STEPS).sub_(zero_point)
+        steps = torch.round(values / scale).add_(zero_point).clamp_(0, most).sub_(zero_point)
         errors.append(steps.mul_(scale).sub_(values).square_() @ weights)
     return torch.cat(errors)
 
@@ -377,15 +379,15 @@ def _without_peak(counts: Tensor, zero: int) -> Tensor:
     return counts
 
 
-def _divergence(counts: Tensor, first: int, last: int) -> float:
+def _divergence(counts: Tensor, first: int, last: int, steps: int) -> float:
     """KL(P || Q) in nats, when the bins from first to last (both filled) are kept of `counts` (n,)."""
     kept = counts[first : last + 1].double()
     p = kept.clone()
     p[0] += counts[:first].sum()
     p[-1] += counts[last + 1 :].sum()
-    groups = torch.arange(len(kept)) * (STEPS + 1) // len(kept)
+    groups = torch.arange(len(kept)) * (steps + 1) // len(kept)
     filled = (kept > 0).double()
-    sums = torch.zeros(2, STEPS + 1, dtype=torch.float64).index_add_(1, groups, torch.stack([kept, filled]))
+    sums = torch.zeros(2, steps + 1, dtype=torch.float64).index_add_(1, groups, torch.stack([kept, filled]))
     q = (sums[0] / sums[1])[groups]
     p, q = (p / p.sum())[kept > 0], (q / kept.sum())[kept > 0]
     return float((p * (p / q).log()).sum())

@@ -140,21 +140,22 @@ def fit(
     return Grid(scale.reshape(shape), None if symmetric else zero_point.to(torch.uint8).reshape(shape), low, high, axis)
 
 
-def activation_parameters(low: Tensor | float, high: Tensor | float) -> tuple[float, int]:
-    """Scale and zero point that map the range [low, high] onto the unsigned integers 0..255, asymmetric.
+def activation_parameters(low: Tensor | float, high: Tensor | float, bits: int = 8) -> tuple[float, int]:
+    """Scale and zero point that map the range [low, high] onto the unsigned integers 0..2**bits - 1, asymmetric.
 
     low, high: numbers or tensors of one element. The range is first widened to hold 0, so that 0 is exact.
-    Returns the scale (a float32 value, > 0, in units of activation per step) and the zero point (0 to 255).
+    Returns the scale (a float32 value, > 0, in units of activation per step) and the zero point (one of the integers).
     A range that is only 0, or so narrow that its scale would be subnormal in float32, gets scale 1 and zero point 0.
     Error per element within the range is at most scale / 2, but for the rounding of float32.
     Raises ValueError when low > high, or when an end or the width is not finite in float32.
     Source: Jacob et al. 2018, section 3; the arithmetic, in float32, is that of ONNX DynamicQuantizeLinear.
     """
     bottom, top = _widened(low, high)
-    scale = (top - bottom) / 255.0
+    most = 2**bits - 1
+    scale = (top - bottom) / most
     if float(scale) < _SMALLEST_SCALE:
         return 1.0, 0
-    return float(scale), int(torch.round(-bottom / scale).clamp(0, 255))
+    return float(scale), int(torch.round(-bottom / scale).clamp(0, most))
 
 
 def largest(dtype: torch.dtype) -> float:

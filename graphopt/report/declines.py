@@ -93,6 +93,9 @@ SENTENCES = {
     "no_kernel_uncalibrated": "{target} has no fast {scheme} {op}; static needs calibration",
     "dtype_weight_only": "{dtype} is for products of two sides: give scheme=static, dynamic or auto",
     "bits_unsupported": "a {scheme} {op} has weights of {known} bits here, not {bits}",
+    "activation_bits_static": "activations of {bits} bits are int8 of a range that is known: give calibration, and "
+    "scheme=static or auto",
+    "activation_bits_unread": "{target} reads quantize and dequantize of 8 bits alone, not of {bits}",
     "block_not_dividing": "block {block} does not divide {inputs} inputs",
     "no_term_matches": "no term of {option} matches it",
     "kept_for_goal": "kept in higher precision for {goal}: quantized alone, it leaves the worst output {sqnr:.1f} dB",
@@ -129,6 +132,7 @@ SENTENCES = {
     "bias_computed": "its bias is computed by the graph",
     "alone_on_input": "no other linear on its input can be merged",
     "input_not_uint8": "its input is not quantized to uint8 with one scale",
+    "activation_bits": "there is no kernel for activations of {bits} bits: quantize and dequantize stay around floats",
     "side_not_uint8": "one side is not quantized to uint8 with one scale",
     "output_not_uint8": "its result is not quantized to uint8 with one scale",
     "weight_not_int8": "its weight is not stored in int8 with one scale per output channel",

@@ -10,11 +10,11 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import end_of, is_dequantized
 from graphopt.numerics import quantize
 from graphopt.passes.quantize.plan import QuantizationPlan
-from graphopt.passes.quantize.ranges import Parameters
+from graphopt.passes.quantize.ranges import Activation, Parameters
 from graphopt.passes.quantize.weights import Stored, Weights
 
 
-def emit(graph: Graph, plan: QuantizationPlan, parameters: Mapping[Value, Parameters], weights: Weights) -> None:
+def emit(graph: Graph, plan: QuantizationPlan, parameters: Mapping[Activation, Parameters], weights: Weights) -> None:
     """Change the graph as planned, in topological order. All readers of a quantized value share one quantize."""
     nodes = plan.sites.keys() | {*plan.regions.joined, *plan.regions.moves}
     planned = [(node, node.operands) for node in graph.nodes if node in nodes]
@@ -27,11 +27,11 @@ class _Emitter:
     """Emits the plan. Its dictionaries are by the values of the planned graph, before any node was replaced."""
 
     def __init__(
-        self, graph: Graph, plan: QuantizationPlan, parameters: Mapping[Value, Parameters], weights: Weights
+        self, graph: Graph, plan: QuantizationPlan, parameters: Mapping[Activation, Parameters], weights: Weights
     ) -> None:
         self.graph, self.plan, self.parameters, self.weights = graph, plan, parameters, weights
-        self.activations: dict[tuple[Value, str], Value] = {}
-        """The dequantized form of a value, by scheme."""
+        self.activations: dict[tuple[Value, str, int], Value] = {}
+        """The dequantized form of a value, by scheme and bits."""
         self.dequantized: dict[Stored, Value] = {}
         """The dequantized form of a weight."""
 
@@ -43,7 +43,8 @@ class _Emitter:
         elif node.kind == "embedding":
             value = self.graph.emit(node, self._weight(node), node.required("ids"), at=node)
         elif node.kind in ("linear", "conv"):
-            x, weight = self._activation(planned[0], node.input, scheme, node), self._weight(node)
+            bits = self.plan.sites[node].activation_bits
+            x, weight = self._activation(planned[0], node.input, scheme, node, bits), self._weight(node)
             value = self.graph.emit(node.kind, x, weight, self._bias(node), at=node, **node.attributes)
         else:
             sides = zip(planned, node.operands, strict=True)
@@ -63,21 +64,21 @@ class _Emitter:
         if end != node:
             self.graph.erase(node)
 
-    def _activation(self, planned: Value | None, x: Value | None, scheme: str, at: Node) -> Value | None:
+    def _activation(self, planned: Value | None, x: Value | None, scheme: str, at: Node, bits: int = 8) -> Value | None:
         """The value that a node reads for x. planned: x in the planned graph."""
-        if planned is None or x is None or planned in self.plan.regions.floats or is_dequantized(x):
+        if planned is None or x is None or scheme == "weight-only":
             return x
-        if scheme == "weight-only":
+        if bits == 8 and (planned in self.plan.regions.floats or is_dequantized(x)):
             return x
-        if (planned, scheme) not in self.activations:
-            static = scheme == "static"
-            self.activations[planned, scheme] = self._static(x, planned, at) if static else self._dynamic(x, at)
-        return self.activations[planned, scheme]
+        key = planned, scheme, bits
+        if key not in self.activations:
+            self.activations[key] = self._static(x, planned, at, bits) if scheme == "static" else self._dynamic(x, at)
+        return self.activations[key]
 
-    def _static(self, x: Value, planned: Value, at: Node) -> Value:
+    def _static(self, x: Value, planned: Value, at: Node, bits: int = 8) -> Value:
         """dequantize(quantize(x)) with the parameters of the planned value."""
-        found = self.parameters[planned]
-        return self._quantized(x, found.scale, found.zero_point, at=at)
+        found = self.parameters[planned, bits]
+        return self._quantized(x, found.scale, found.zero_point, at=at, bits=bits)
 
     def _dynamic(self, x: Value, at: Node) -> Value:
         """dequantize(quantize(x)) with the range that x has at each run."""
@@ -91,10 +92,10 @@ class _Emitter:
         integers = self.graph.emit("quantize", x, scale, zero_point, at=at)
         return self.graph.emit("dequantize", integers, scale, at=at)
 
-    def _quantized(self, x: Value, scale: Value, zero_point: Value, *, at: Node) -> Value:
+    def _quantized(self, x: Value, scale: Value, zero_point: Value, *, at: Node, bits: int = 8) -> Value:
         """dequantize(quantize(x))."""
-        integers = self.graph.emit("quantize", x, scale, zero_point, at=at)
-        return self.graph.emit("dequantize", integers, scale, zero_point, at=at)
+        integers = self.graph.emit("quantize", x, scale, zero_point, at=at, bits=bits)
+        return self.graph.emit("dequantize", integers, scale, zero_point, at=at, bits=bits)
 
     def _weight(self, site: Node) -> Value:
         """The weight or the table of a site, dequantized."""

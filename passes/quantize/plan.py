@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,11 @@ import torch
 
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Graph, Node, Value
 from graphopt.passes.quantize import schemes
 from graphopt.passes.quantize.regions import Regions, closed_regions, read_regions
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.selectors import PerSite
 from graphopt.report.declines import Reason
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Asked:
     """Auto, static, dynamic or weight-only."""
     bits: int | None
     """Of its weight; None for the default."""
+    activation_bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class SitePlan:
     """Of its activations: static, dynamic or weight-only."""
     weight: WeightPlan | None
     """None for a matmul, which multiplies two activations."""
+    activation_bits: int = 8
+    """Of what it reads. With fewer than 8 its result is in no quantized region."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,15 @@ class QuantizationPlan:
     row_dtype: torch.dtype | None = None
     """Of dynamically quantized activations: a symmetric dtype, one scale per row; None: uint8 with a zero point, per
     tensor."""
+
+    kept_at_8: tuple[Node, ...] = ()
+    """First and last layers that keep 8 bits, while the others have fewer."""
+
+    @property
+    def narrow(self) -> dict[tuple[Value, int], None]:
+        """What sites read in fewer than 8 bits, with the bits, in the order of the graph."""
+        sites = ((site, one.activation_bits) for site, one in self.sites.items())
+        return dict.fromkeys((site.input, bits) for site, bits in sites if bits < 8)
 
     def static(self, *kinds: str) -> Iterator[Node]:
         return (site for site, plan in self.sites.items() if plan.scheme == "static" and site.kind in kinds)
@@ -96,7 +109,8 @@ def plan_of(
     stay in higher precision, and why. Raises UsageError where bits or blocks that were asked for are possible at no
     site.
     """
-    chosen, declined = _sites(asked, options, context, kept)
+    ends = _ends(graph)
+    chosen, declined = _sites(asked, options, context, kept, ends)
     softmaxes = [site for site in chosen if site.kind == "softmax"]
     planned = {site: plan for site, plan in chosen.items() if site.kind != "softmax"}
     tied = _tied_tables(planned)
@@ -113,27 +127,54 @@ def plan_of(
     def stays(node: Node) -> Decline | None:
         return Decline("ignored") if node in options.ignore else context.reverted.get(node.label)
 
-    by_site = {site: plan.scheme for site, plan in planned.items()}
+    by_site = {site: plan.scheme for site, plan in planned.items() if plan.activation_bits == 8}
+    kept_at_8 = tuple(site for site in planned if site in ends and _is_narrow(asked[site], planned[site]))
     placement, dtype = context.target.placement, schemes.TYPES[options.dtype]
     if placement is None:
         regions = closed_regions(graph, by_site, legal, stays, softmaxes)
-        return QuantizationPlan(planned, regions, {**declined, **regions.declined})
+        return QuantizationPlan(planned, regions, {**declined, **regions.declined}, kept_at_8=kept_at_8)
     regions = read_regions(graph, by_site, legal, stays, fuses_sum=placement.fuses_sum)
     return QuantizationPlan(
         planned, regions, {**declined, **regions.declined},
         static_dtype=dtype if placement.signed else torch.uint8, row_dtype=dtype if placement.rows else None,
+        kept_at_8=kept_at_8,
     )  # fmt: skip
 
 
+def _ends(graph: Graph) -> set[Node]:
+    """The first and the last layers: linears and convs with no other layer before them, or none after them."""
+    layers = [node for node in graph.nodes if node.kind in ("linear", "conv")]
+    behind: set[Value] = set()
+    for node in graph.nodes:
+        if node.kind in ("linear", "conv", "embedding") or not behind.isdisjoint(node.operands):
+            behind.update(node.results)
+    before: set[Value] = set()
+    for node in reversed(graph.nodes):
+        if node.kind in ("linear", "conv") or not before.isdisjoint(node.results):
+            before.update(value for value in node.operands if value is not None)
+    return {site for site in layers if site.input not in behind or before.isdisjoint(site.results)}
+
+
+def _is_narrow(asked: Asked | Decline, planned: SitePlan) -> bool:
+    """Whether fewer bits were asked for than are planned."""
+    if isinstance(asked, Decline) or planned.weight is None:
+        return False
+    return asked.activation_bits < planned.activation_bits or (asked.bits or 8) < min(planned.weight.bits, 7)
+
+
 def _sites(
-    asked: Mapping[Node, Asked | Decline], options: Quantize, context: Context, kept: Mapping[Node, Decline]
+    asked: Mapping[Node, Asked | Decline],
+    options: Quantize,
+    context: Context,
+    kept: Mapping[Node, Decline],
+    ends: set[Node],
 ) -> tuple[dict[Node, SitePlan], dict[Node, Decline]]:
     """The plan of each site by itself, and why the others stay float."""
     chosen: dict[Node, SitePlan] = {}
     declined: dict[Node, Decline] = {}
     for site, form in asked.items():
         found = kept.get(site) or schemes.why_not(site) or form
-        planned = _site(site, found, options, context) if isinstance(found, Asked) else found
+        planned = _site(site, found, options, context, site in ends) if isinstance(found, Asked) else found
         if isinstance(planned, SitePlan):
             chosen[site] = planned
         else:
@@ -145,16 +186,23 @@ def _sites(
     return chosen, declined
 
 
-def _site(site: Node, asked: Asked, options: Quantize, context: Context) -> SitePlan | Decline:
-    """The plan of a site by what was asked for, or why there is none."""
+def _site(site: Node, asked: Asked, options: Quantize, context: Context, is_end: bool) -> SitePlan | Decline:
+    """The plan of a site by what was asked for, or why there is none. is_end: whether it is a first or last layer."""
     scheme = schemes.scheme_of(site.kind, asked.scheme, context)
+    if is_end and scheme == "static":
+        asked = _at_8(asked, options)
     if why := schemes.why_no_kernel(site, scheme, options.dtype, context):
         return why
     if site.kind in ("matmul", "softmax"):
         return SitePlan(scheme, None)
     bits = schemes.bits_of(site.kind, scheme, asked.bits, context)
     block = schemes.block_of(site, scheme, bits, options.block)
-    if why := schemes.why_wrong_bits(site.kind, scheme, bits, context) or schemes.why_no_block(site, block):
+    activation_bits = asked.activation_bits if site.kind in ("linear", "conv") else 8
+    if why := (
+        schemes.why_wrong_bits(site.kind, scheme, bits, context)
+        or schemes.why_wrong_activation_bits(scheme, activation_bits, options.dtype, context)
+        or schemes.why_no_block(site, block)
+    ):
         return why
     clip = bits < 7 if options.clip is None else options.clip
     symmetric = options.symmetric or scheme != "weight-only"
@@ -166,8 +214,15 @@ def _site(site: Node, asked: Asked, options: Quantize, context: Context) -> Site
     if options.dtype != "int8":
         return SitePlan(scheme, WeightPlan(schemes.TYPES[options.dtype], bias_correction=corrects))
     gptq = calibrated if options.rounding == "auto" else options.rounding == "gptq"
-    return SitePlan(scheme, WeightPlan(bits=bits, block=block, symmetric=symmetric, clip=clip, gptq=gptq,
-                                       bias_correction=corrects))  # fmt: skip
+    weight = WeightPlan(bits=bits, block=block, symmetric=symmetric, clip=clip, gptq=gptq, bias_correction=corrects)
+    return SitePlan(scheme, weight, activation_bits)
+
+
+def _at_8(asked: Asked, options: Quantize) -> Asked:
+    """What is asked of a first or last layer: 8 bits, in place of fewer that are asked of all sites alike."""
+    bits = asked.bits if isinstance(options.bits, PerSite) or asked.bits == 7 else None
+    activation_bits = asked.activation_bits if isinstance(options.activation_bits, PerSite) else 8
+    return replace(asked, bits=bits, activation_bits=activation_bits)
 
 
 def _tied_tables(planned: Mapping[Node, SitePlan]) -> dict[Node, Node]:

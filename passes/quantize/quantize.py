@@ -27,10 +27,16 @@ Scheme = Literal["auto", "static", "dynamic", "weight-only"]
 
 Bits = Literal[8, 7, 4, 2]
 
+ActivationBits = Literal[8, 4]
+
+
+_BY_SITE = ("scheme", "bits", "activation_bits")
+"""The options that may have a value for each site."""
+
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Round weights, and activations to 8 bits: quantize and dequantize around float ops (Jacob et al., 2018).
+    """Round weights, and activations to 8 or 4 bits: quantize and dequantize around float ops (Jacob et al., 2018).
 
     Weights are signed and symmetric, with one scale per output channel; weight-only they may have blocks and
     zero points. Activations are uint8, with one scale and zero point per value, for all sites that read it. The results
@@ -53,7 +59,12 @@ class Quantize(Pass):
     """What is multiplied: int8, or float8 (e4m3: 3 bits of fraction) where the target has kernels for it."""
 
     bits: Bits | Mapping[str, Bits] | None = None
-    """Of weights, by site if wanted: 8, 7 (none: where products may saturate), or weight-only 8, 4, 2."""
+    """Of weights, by site if wanted: 8, 7 (none: where products may saturate), 4 or 2; dynamic sites have 8 or 7. Of
+    static sites, the first and the last layers keep 8 in place of 4 and 2, unless they are given theirs by site."""
+
+    activation_bits: ActivationBits | Mapping[str, ActivationBits] = 8
+    """Of what static linears and convs read, by site if wanted (others: 8). No target has kernels for 4: linears take
+    the 16 integers as 8 bits, convs as floats. First and last layers keep 8 unless they are given theirs by site."""
 
     block: Literal[16, 32, 64, 128, 256] | None = None
     """Of weight-only: weights along the input that share a scale; none: 32 or 16 below 8 bits, else all."""
@@ -122,8 +133,9 @@ class Quantize(Pass):
         values = {
             option: context.per_site(graph, f"quantize: {option}", value, self.targets)
             if isinstance(value := getattr(self, option), PerSite) else dict.fromkeys(graph.nodes, value)
-            for option in ("scheme", "bits")
+            for option in _BY_SITE
         }  # fmt: skip
+        values["activation_bits"] = dict.fromkeys(graph.nodes, 8) | values["activation_bits"]
         asked: dict[Node, Asked | Decline] = {}
         sites = context.sites(graph, self.targets, self.ignore)
         if not any(node in self.targets for node in graph.nodes):
@@ -151,7 +163,7 @@ class Quantize(Pass):
         sites = {site: form for site, form in asked.items() if isinstance(form, Asked)}
         by_site: dict[str, Any] = {
             option: PerSite({Selector.of(site).terms[0]: getattr(form, option) for site, form in sites.items()})
-            for option in ("scheme", "bits") if isinstance(getattr(self, option), PerSite)
+            for option in _BY_SITE if isinstance(getattr(self, option), PerSite)
         }  # fmt: skip
         alone = self.alone()
         return replace(alone, sqnr=None, cosine=None, max_drop=None, targets=Selector.of(*sites), **by_site)
@@ -161,6 +173,14 @@ class Quantize(Pass):
         context.consider([node for node in (*plan.regions.joined, *plan.declined) if node not in context.labels])
         for node, why in plan.declined.items():
             context.decline(node, why)
-        products = [one.weight.bits for one in plan.sites.values() if one.weight and one.scheme != "weight-only"]
+        if narrow := [site for site, one in plan.sites.items() if one.activation_bits < 8]:
+            context.note(schemes.without_kernel([context.labels[site] for site in narrow], context))
+        if plan.kept_at_8:
+            kept = ", ".join(context.labels[site] for site in plan.kept_at_8)
+            context.note(f"first and last layers keep 8 bits ({kept}); bits and activation_bits by site change that")
+        products = [
+            one.weight.bits for one in plan.sites.values()
+            if one.weight and one.scheme != "weight-only" and one.activation_bits == 8
+        ]  # fmt: skip
         if products and context.target.runs and self.dtype == "int8":
             context.note(schemes.safety(products))

@@ -20,6 +20,10 @@ _SOFTMAX = 1 / 256, 0
 """Scale and zero point of a softmax in integers: its results are between 0 and 1, and need no calibration."""
 
 
+Activation = tuple[Value, int]
+"""A value that is quantized, and to how many bits."""
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Scale and zero point of an activation, among the constants of the graph."""
@@ -33,61 +37,65 @@ class Parameters:
 
 
 def calibrate(
-    graph: Graph, context: Context, plan: QuantizationPlan, observer: Callable[[], Observer]
-) -> Mapping[Value, Parameters]:
+    graph: Graph, context: Context, plan: QuantizationPlan, observer: Callable[..., Observer]
+) -> Mapping[Activation, Parameters]:
     """The parameters of each value that is quantized with a calibrated range.
 
-    They are added to the constants of the graph; no node changes. Ranges of a single number, and outliers among
-    channels, are noted. Raises UsageError without calibration, and where calibration never exercised a value;
-    ValueError, naming the node, where a range is not finite.
+    observer: makes what chooses a range, for a number of `steps`. Parameters are added to the constants of the graph;
+    no node changes. Ranges of a single number, and outliers among channels, are noted. Raises UsageError without
+    calibration, and where calibration never exercised a value; ValueError, naming the node, where a range is not
+    finite.
     """
-    found: dict[Value, Parameters] = {}
-    for value, seen in _observe(graph, context, plan, observer).items():
+    found: dict[Activation, Parameters] = {}
+    for (value, bits), seen in _observe(graph, context, plan, observer).items():
+        dtype = plan.static_dtype if bits == 8 else torch.uint8
         try:
-            scale, zero_point = _scale_and_zero_point(seen, plan.static_dtype)
+            scale, zero_point = _scale_and_zero_point(seen, dtype, bits)
         except ValueError as error:
             raise ValueError(f"activation of {label_of(value)}: {error}") from error
-        found[value] = _stored(graph, scale, zero_point, plan.static_dtype)
+        found[value, bits] = _stored(graph, scale, zero_point, dtype, bits)
     for node in plan.regions.joined:
         if node.kind == "softmax":
-            found[node.result] = _stored(graph, *_SOFTMAX, torch.uint8)
+            found[node.result, 8] = _stored(graph, *_SOFTMAX, torch.uint8)
     for value, source in plan.regions.inherited.items():
-        found[value] = found[source]
+        found[value, 8] = found[source, 8]
     return found
 
 
-def _stored(graph: Graph, scale: float, zero_point: int, dtype: torch.dtype) -> Parameters:
+def _stored(graph: Graph, scale: float, zero_point: int, dtype: torch.dtype, bits: int = 8) -> Parameters:
     step, zero = torch.tensor(scale), torch.tensor(zero_point, dtype=dtype)
     grid = None
     if not dtype.is_floating_point:
         signed = dtype == torch.int8
-        low, high = (-128, 127) if signed else (0, 255)
+        low, high = (-128, 127) if signed else (0, 2**bits - 1)
         grid = quantize.Grid(step, None if signed else zero, low, high, axis=None)
     return Parameters(graph.add_constant(step, "scale"), graph.add_constant(zero, "zero_point"), grid)
 
 
-def _scale_and_zero_point(seen: Observer, dtype: torch.dtype) -> tuple[float, int]:
+def _scale_and_zero_point(seen: Observer, dtype: torch.dtype, bits: int) -> tuple[float, int]:
     if dtype == torch.uint8:
-        return quantize.activation_parameters(*seen.range())
+        return quantize.activation_parameters(*seen.range(), bits=bits)
     return quantize.symmetric_scale(*seen.range(), largest=quantize.largest(dtype)), 0
 
 
 def _observe(
-    graph: Graph, context: Context, plan: QuantizationPlan, observer: Callable[[], Observer]
-) -> Mapping[Value, Observer]:
+    graph: Graph, context: Context, plan: QuantizationPlan, observer: Callable[..., Observer]
+) -> Mapping[Activation, Observer]:
     """The range of each value that the plan observes."""
-    values = plan.regions.observed
-    if not values:
+    activations = [*((value, 8) for value in plan.regions.observed), *plan.narrow]
+    if not activations:
         return {}
+    values = {value for value, _ in activations}
     axes = {site.input: 1 if site.kind == "conv" else -1 for site in plan.static("linear", "conv")}
     channels = {value: value.shape[axis] for value, axis in axes.items() if value in values and value.shape is not None}
     by_channel = {value: ChannelMinMax(size, axes[value]) for value, size in channels.items() if isinstance(size, int)}
-    wanted: list[tuple[Value, Observer]] = [*((value, observer()) for value in values), *by_channel.items()]
+    ranges = [(value, observer(steps=2**bits - 1)) for value, bits in activations]
+    wanted: list[tuple[Value, Observer]] = [*ranges, *by_channel.items()]
     seen = list(context.statistics(graph, wanted))
-    found = dict(zip(values, seen, strict=False))
-    if silent := [label_of(value) for value, one in found.items() if not one.count]:
+    found = dict(zip(activations, seen, strict=False))
+    if silent := [label_of(value) for (value, _), one in found.items() if not one.count]:
         raise UsageError(f"quantize: {unexercised(', '.join(silent))}")
-    strange = [f"{label_of(value)} is {what}" for value, one in found.items() if (what := oddity(one))]
+    strange = [f"{label_of(value)} is {what}" for (value, _), one in found.items() if (what := oddity(one))]
     if strange:
         context.note(f"degenerate ranges (calibration saw only these values): {', '.join(strange)}")
     _note_outliers(context, by_channel)

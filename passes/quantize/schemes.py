@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ OPS = ("linear", "conv", "matmul", "softmax", "embedding")
 """What may be selected; other ops are quantized where they stand between these. A softmax is asked for by name,
 and is quantized only after a static matmul."""
 
-WRONG = ("bits_unsupported", "block_not_dividing")
+WRONG = ("bits_unsupported", "activation_bits_static", "activation_bits_unread", "block_not_dividing")
 """Codes of declines that other options would avoid."""
 
 _BLOCKS = (32, 16)
@@ -123,10 +123,25 @@ def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> Decl
 
 def why_wrong_bits(op: str, scheme: str, bits: int, context: Context) -> Decline | None:
     """Why the weight of this op cannot have this number of bits in this scheme."""
-    known = (8, 7) if scheme != "weight-only" else context.target.weight_bits.get(op, ())
+    known: tuple[int, ...] = (8, 7)
+    if scheme == "weight-only":
+        known = context.target.weight_bits.get(op, ())
+    elif scheme == "static" and context.target.placement is None:  # others read Q/DQ, of 8 bits alone
+        known = (8, 7, 4, 2)
     if bits in known:
         return None
     return Decline("bits_unsupported", scheme=scheme, op=op, known=" or ".join(map(str, known)), bits=bits)
+
+
+def why_wrong_activation_bits(scheme: str, bits: int, dtype: str, context: Context) -> Decline | None:
+    """Why activations cannot have this number of bits in this scheme."""
+    if bits == 8 or scheme == "weight-only":
+        return None
+    if scheme != "static" or dtype != "int8":
+        return Decline("activation_bits_static", bits=bits)
+    if context.target.placement is not None:
+        return Decline("activation_bits_unread", target=context.target.name, bits=bits)
+    return None
 
 
 def why_no_block(site: Node, block: int | None) -> Decline | None:
@@ -142,10 +157,19 @@ def _width(site: Node) -> int:
     return int(shape[-1])
 
 
+def without_kernel(labels: Sequence[str], context: Context) -> str:
+    """A note for the user: which sites have activations that no kernel multiplies."""
+    where = f"on {context.target.name}" if context.target.runs else "on any target"
+    return (
+        f"no kernel for 4-bit activations {where}: linears multiply them as 8-bit integers, convs as floats between "
+        f"quantize and dequantize ({', '.join(labels)})"
+    )
+
+
 def safety(bits: Iterable[int]) -> str:
     """A note for the user: on which CPUs int8 weights of these bits cannot saturate."""
     if max(bits) < 8:
-        return "weights of 7 bits: sums of products cannot saturate, with VNNI or without"
+        return "weights of 7 bits or fewer: sums of products cannot saturate, with VNNI or without"
     return (
         "weights of 8 bits: safe on x86 with VNNI or AMX, and on ARM; with AVX2 or AVX-512 alone sums of two products "
         "may saturate in 16 bits, and bits=7 is safe"

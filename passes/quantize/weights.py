@@ -14,7 +14,7 @@ from graphopt.numerics import quantize
 from graphopt.numerics.finite import require_finite
 from graphopt.numerics.reconstruct import bias_shift, fitted, reconstruct, refine
 from graphopt.passes.quantize.plan import QuantizationPlan, WeightPlan
-from graphopt.passes.quantize.ranges import Parameters
+from graphopt.passes.quantize.ranges import Activation, Parameters
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
@@ -51,7 +51,9 @@ class Weights:
     """The corrected bias (out,) of each site that has one."""
 
 
-def solve(graph: Graph, context: Context, plan: QuantizationPlan, parameters: Mapping[Value, Parameters]) -> Weights:
+def solve(
+    graph: Graph, context: Context, plan: QuantizationPlan, parameters: Mapping[Activation, Parameters]
+) -> Weights:
     """Round the weights of the plan to integers, and correct biases.
 
     Integers are added to the constants of the graph as they are found, so that they need not fit memory together; no
@@ -59,8 +61,9 @@ def solve(graph: Graph, context: Context, plan: QuantizationPlan, parameters: Ma
     these are the quantized inputs. Raises ValueError, naming the site, where a weight holds NaN or infinity.
     """
     plans = {site: one.weight for site, one in plan.sites.items() if one.weight is not None}
-    grids = {site: grid for site in plan.static("linear", "conv")
-             if site.input in parameters and (grid := parameters[site.input].grid) is not None}  # fmt: skip
+    read = {site: (site.input, plan.sites[site].activation_bits) for site in plan.static("linear", "conv")}
+    grids = {site: grid for site, activation in read.items()
+             if activation in parameters and (grid := parameters[activation].grid) is not None}  # fmt: skip
     stored: dict[tuple[Value, WeightPlan], Stored] = {}
     shifts: dict[Node, Tensor] = {}
     for how in dict.fromkeys(how for how in plans.values() if how.needs_inputs):
@@ -135,12 +138,15 @@ def _goals(
         for weight, mean in inputs.means(graph, context, weights):
             yield _Goal(weight, weight.tensor, None, mean, mean)
         return
-    static, others = list[Weight](), list[Weight]()
+    static, others = dict[float, list[Weight]](), list[Weight]()
     for weight in weights:
-        (static if all(site in grids for site in weight.sites) else others).append(weight)
-    rounded = {site.input: grids[site] for weight in static for site in weight.sites}
-    for weight, moments in inputs.quantized_moments(graph, context, static, rounded) if static else ():
-        yield _goal(weight, how, *moments.unbind())
+        known = {grids[site].high if site in grids else None for site in weight.sites}
+        high = known.pop() if len(known) == 1 else None
+        (others if high is None else static.setdefault(high, [])).append(weight)
+    for same in static.values():  # an input may be read in several numbers of bits
+        rounded = {site.input: grids[site] for weight in same for site in weight.sites}
+        for weight, moments in inputs.quantized_moments(graph, context, same, rounded):
+            yield _goal(weight, how, *moments.unbind())
     for weight, moments in inputs.affine(graph, context, others) if others else ():
         yield _goal(weight, how, moments, moments)
 

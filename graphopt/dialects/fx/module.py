@@ -117,12 +117,6 @@ def _symmetric(integers: Tensor, limits: tuple[float, float]) -> tuple[float, fl
     return (-63, 63) if high == 127 and -least <= 63 and most <= 63 else (-high, high)
 
 
-def _reads(value: Value, node: fx.Node) -> bool:
-    """Whether a value of the graph is the constant of a get_attr node of its module, or a permute of it."""
-    native = raw_of(value)
-    return isinstance(native, fx.Node) and is_constant(native) and layout(native)[0] == node.target
-
-
 class _Builder:
     """Turns a copy of a graph's program into that of its module, and collects the attributes that it reads."""
 
@@ -139,9 +133,9 @@ class _Builder:
         self.calls: dict[Any, fx.Node] = {}
         """The calls of modules, by what they replace: a quantize, the name of stored integers, that and their
         permutation, or the names of the constants of a batch norm."""
-        originals = dict(zip(self.program.nodes, graph.native.graph.nodes, strict=True))
+        self.originals = dict(zip(self.program.nodes, graph.native.graph.nodes, strict=True))
         views = {node.native: node for node in graph.nodes}  # type: ignore[attr-defined]
-        self.views = {copy: views[original] for copy, original in originals.items() if original in views}
+        self.views = {node: views[original] for node, original in self.originals.items() if original in views}
 
     def module(self, rebuild: Callable[[list[Any]], Any] | None, also: int) -> TrainableModule:
         self._prune()
@@ -218,15 +212,16 @@ class _Builder:
 
     def _round_weight(self, name: str, same: Sequence[Pair]) -> None:
         """Make one float parameter of stored integers, in their layout, which each dequantize rounds."""
-        path = self._path(next(iter(same[0].dequantize.users)))
-        parameter = self._attribute(nn.Parameter(pairs.floats(same[0], self._constant)), f"{path}.weight")
+        path, operand = self._read_as(same[0].dequantize)
+        own = f"{path}.{operand or 'weight'}"
+        parameter = self._attribute(nn.Parameter(pairs.floats(same[0], self._constant)), own)
         for pair in same:
             _, permutation = layout(pair.form.x)
             key = name, permutation
             if key not in self.calls:
                 rounded = self._rounded(pair)
                 x = self._permuted(parameter, permutation, pair.dequantize)
-                self.calls[key] = self._call(rounded, f"{path}.weight_rounded", x, pair.dequantize)
+                self.calls[key] = self._call(rounded, f"{own}_rounded", x, pair.dequantize)
                 self.calls.setdefault(name, self.calls[key])
                 made = RoundedWeight(str(parameter.target), str(self.calls[key].target), permutation)
                 self.origins.weights.setdefault(name, made)
@@ -344,14 +339,14 @@ class _Builder:
             return
         if name not in self.places:
             thing = self.graph.native.stored.get(name)
-            where, learned = self._read_as(node) if isinstance(thing, Tensor) else ("", False)
+            path, operand = self._read_as(node) if isinstance(thing, Tensor) else ("", None)
             if not isinstance(thing, Tensor):
                 attribute: Any = copy.deepcopy(thing)
-            elif thing.is_floating_point() and (learned or isinstance(thing, nn.Parameter)):
+            elif thing.is_floating_point() and (operand or isinstance(thing, nn.Parameter)):
                 attribute = nn.Parameter(thing.detach().clone())
             else:
                 attribute = thing.detach().clone()
-            self.places[name] = self._add(where or name, attribute)
+            self.places[name] = self._add(f"{path}.{operand}" if path and operand else name, attribute)
             if isinstance(attribute, nn.Parameter):
                 self.origins.floats[name] = self.places[name]
         node.target = self.places[name]
@@ -365,20 +360,28 @@ class _Builder:
         node.replace_all_uses_with(stored)
         self.program.erase_node(node)
 
-    def _read_as(self, node: fx.Node) -> tuple[str, bool]:
-        """The name of a constant, by module path and operand of the node that reads it; whether it is a parameter."""
-        waiting = [node]
+    def _read_as(self, node: fx.Node) -> tuple[str, str | None]:
+        """Of a constant, or of the dequantize of one: the module path of a node that reads it (one that reads it as a
+        weight, bias or table, if there is one), and which of these it is: weight (of a table too), bias or None."""
+        waiting, path = [node], ""
         for constant in waiting:
             waiting += filter(is_constant, constant.users)
             for view in filter(None, map(self.views.get, constant.users)):
+                path = path or view.path
                 if view.op is None or view.op.variadic:
                     continue
-                found = next((value for value in view.operands if value is not None and _reads(value, node)), None)
+                found = next((value for value in view.operands if value is not None and self._reads(value, node)), None)
                 operand = None if found is None else view.op.operands[view.operands.index(found)]
                 if operand in _LEARNED:
-                    own = "weight" if operand == "table" else operand
-                    return f"{view.path}.{own}" if view.path else "", True
-        return "", False
+                    return view.path, "weight" if operand == "table" else operand
+        return path, None
+
+    def _reads(self, value: Value, node: fx.Node) -> bool:
+        """Whether a value of the graph is what a node of its module computes, or a permute of its constant."""
+        native = raw_of(value)
+        if not isinstance(native, fx.Node) or not is_constant(native):
+            return native is self.originals.get(node)
+        return node.op == "get_attr" and layout(native)[0] == node.target
 
     def _attribute(self, thing: nn.Parameter, name: str) -> fx.Node:
         """A parameter that any node may read."""

@@ -58,7 +58,7 @@ class Rounded(nn.Module):
         self.register_buffer("limit", scale.detach() * _LEAST if isinstance(scale, nn.Parameter) else None)
         self.register_buffer("zero_point", zero_point)
         self.low, self.high, self.dtype, self.axis, self.block = low, high, dtype, axis, block
-        self.weight, self.rows, self.declared = weight, rows, declared or (low, high)
+        self.is_weight, self.rows, self.declared = weight, rows, declared or (low, high)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
@@ -151,7 +151,7 @@ class Rounded(nn.Module):
     def shares(self, x: Tensor) -> int:
         """How many elements of x share a scale, those of one sample where x is an activation."""
         scales = 1 if self.scale is None else self.scale.numel()
-        batch = 1 if self.weight or not x.dim() else x.shape[0]
+        batch = 1 if self.is_weight or not x.dim() else x.shape[0]
         return max(1, x.numel() // max(1, scales * batch))
 
     def extra_repr(self) -> str:

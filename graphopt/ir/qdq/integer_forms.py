@@ -74,6 +74,8 @@ def _is_signed(node: Node) -> bool:
     """Whether a node is a quantize to int8 with one scale and a stored zero point (0 where it has none)."""
     if node.kind != "quantize" or node.result.dtype != torch.int8 or node.required("scale").rank != 0:
         return False
+    if node.attributes["bits"] < 8:  # which no kernel takes
+        return False
     zero_point = node.operand("zero_point")
     return zero_point is None or zero_point.is_constant
 

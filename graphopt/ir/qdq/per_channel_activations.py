@@ -19,7 +19,7 @@ from graphopt.ir.qdq.numbers import saturates, stored
 
 def share_one_scale(graph: Graph) -> None:
     """Do so where both convs have stored int8 weights, and saturation makes a relu or clip between them superfluous."""
-    for quantize in graph.sites("quantize"):
+    for quantize in (node for node in graph.sites("quantize") if node.attributes["bits"] == 8):
         scale, zero_point = (stored(graph, quantize.operand(name)) for name in ("scale", "zero_point"))
         if scale is None or scale.dim() != 1 or quantize.attributes["axis"] != 1 or zero_point is None:
             continue

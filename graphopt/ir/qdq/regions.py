@@ -49,8 +49,14 @@ def end_of(node: Node) -> Node:
 
 
 def reads_integers(site: Node) -> bool:
-    """Whether all that a linear, conv or matmul multiplies is dequantized."""
-    return all(is_dequantized(value) for value in site.operands[:2] if value is not None)
+    """Whether all that a linear, conv or matmul multiplies is dequantized, activations from integers of 8 bits."""
+    makers = [value.producer for value in site.operands[:2] if value is not None]
+    return all(
+        maker is not None
+        and maker.kind == "dequantize"
+        and (maker.attributes["bits"] == 8 or maker.required("x").is_constant)
+        for maker in makers
+    )
 
 
 def require_no_int8_ops(folded: Graph, target: str) -> None:

@@ -18,6 +18,8 @@ from graphopt.dialects.fx.spellings import quantized_decomposed
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Value
 from graphopt.passes import Quantize
+from graphopt.passes.fold_int8 import FoldInt8
+from graphopt.pipeline.selectors import PerSite
 from tests import models
 from tests.language import build, feeds, outputs, run
 from tests.language import stored as constant
@@ -28,6 +30,8 @@ SCHEMES = {
     "static": Quantize(scheme="static", smooth=False), "dynamic": Quantize(scheme="dynamic"),
     **{f"weight-only-{bits}": Quantize(scheme="weight-only", bits=bits) for bits in (8, 4, 2)},
     "zero-points": Quantize(scheme="weight-only", bits=4, symmetric=False),
+    "static-4": Quantize(scheme="static", smooth=False, bits=PerSite({"linear": 4}),
+                         activation_bits=PerSite({"linear": 4})),
 }  # fmt: skip
 WIDE = "y = linear(relu(linear(x[4,32], W[32,32], b[32])), V[6,32])"
 
@@ -98,7 +102,7 @@ def test_integers_start_exactly_and_go_back_as_they_were_seen(scheme: str, learn
         rounded = module.get_submodule(f"{graph.parameter(module, node.result)}_rounded".replace("weight_1", "weight"))
         assert isinstance(rounded, Rounded)
     scales = [name for name in names if name.endswith("scale")]
-    assert len(scales) == ((4 if scheme == "static" else 2) if learn else 0)
+    assert len(scales) == ((4 if scheme.startswith("static") else 2) if learn else 0)
     perturb(module)
     assert_absorbs(graph, module)
     for node in weights:
@@ -122,6 +126,36 @@ def test_any_parameters_are_absorbed(scheme: str, learn: bool, seed: int, amount
     inputs = feeds(graph, seed)
     torch.testing.assert_close(outputs(clone, inputs), [one.detach() for one in module(**inputs)], rtol=1e-6, atol=1e-6)
     assert graph.version == clone.version - 1
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_quantized_regions_go_back(learn: bool) -> None:
+    x = models.images(4)
+    graph = load(models.seeded(models.ConvNet), x)
+    run(Quantize(scheme="static"), graph, calibration=[{"x": x}])
+    module = graph.module(learn_scales=learn)
+    perturb(module)
+    assert_absorbs(graph, module, {"x": x})
+    folded = graph.clone()
+    run(FoldInt8(), folded)
+    assert len(folded.sites("conv_int8", "add_int8", "linear_int8")) >= 4
+    torch.testing.assert_close(outputs(folded, {"x": x}), outputs(graph, {"x": x}), rtol=1e-4, atol=1e-4)
+    module = folded.module(learn_scales=learn)  # int8 ops read the same constants
+    perturb(module, seed=1)
+    folded.absorb(module)
+    expected = [one.detach() for one in module(x=x)]
+    torch.testing.assert_close(outputs(folded, {"x": x}), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_in_integers_is_a_bias() -> None:
+    graph = cast(FxGraph, build("fx", """
+        w = dequantize(W[8,8]:int8:values(3,-5,7), C[8]:ones, axis=0)
+        y = linear(x[4,8], w, dequantize(B[8]:int32:values(40000,-3), S[8]:ones, axis=0))
+    """))  # fmt: skip
+    module = graph.module(learn_scales=True)
+    assert {name for name, _ in module.named_parameters()} == {"weight", "weight_rounded.scale", "bias"}
+    perturb(module)
+    assert_absorbs(graph, module)
 
 
 def test_weights_of_7_bits_stay_within_them() -> None:

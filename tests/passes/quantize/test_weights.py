@@ -173,13 +173,13 @@ def test_which_cpus_saturate(flags: str, expected: bool) -> None:
     ("options", "reason"),
     [
         ({"scheme": "weight-only", "bits": 2}, "a weight-only linear has weights of 8 or 4 bits here, not 2"),
-        ({"scheme": "static", "bits": 4}, "a static linear has weights of 8 or 7 bits here, not 4"),
+        ({"scheme": "dynamic", "bits": 4}, "a dynamic linear has weights of 8 or 7 bits here, not 4"),
         ({"scheme": "weight-only", "block": 64}, "block 64 does not divide 32 inputs"),
     ],
 )
 def test_what_no_weight_can_have_is_an_error(dialect: str, options: Any, reason: str) -> None:
     graph = build(dialect, LINEAR)
-    target = FakeTarget(schemes=WEIGHT_ONLY, weight_bits=NARROW)
+    target = FakeTarget(schemes={"linear": ("static", "dynamic", "weight-only")}, weight_bits=NARROW)
     with pytest.raises(UsageError, match=f"nothing is left to quantize .*: {reason}"):
         run(Quantize(**options), graph, target=target, calibration=[feeds(graph)])
 
