@@ -209,7 +209,7 @@ def minilm(settings: Settings) -> Iterator[Recipe]:
     aside, kept = sentences.parted(sentences.read_pairs(settings.required("stsb", "sts-train.csv")), ASIDE)
     texts = sorted({*kept.first, *kept.second} - {*aside.first, *aside.second})
     texts += [text for text, _ in labelled(settings.required("sst2", "train.tsv"))]
-    loader = loaders.Sentences(tokens, texts)
+    loader, fixed = loaders.Edited(tokens, texts), loaders.Sentences(tokens, texts)
     reviews = sentences.batches(tokens, [text for text, _ in labelled(settings.required("sst2", "dev.tsv"))], 64)
     expected = [task.read(task.run_module(batch)[0], batch) for batch in reviews]
 
@@ -218,10 +218,10 @@ def minilm(settings: Settings) -> Iterator[Recipe]:
         found = [task.read(torch.as_tensor(run(batch)[0]), batch) for batch in reviews]
         return trained.cosine(torch.cat(expected), torch.cat(found))
 
-    common = "outputs=last_hidden_state cache=CACHE seed=SEED"
+    common = "outputs=last_hidden_state cosine=10 similarity=10 seed=SEED"
     for amp in ("auto", "off", "bfloat16"):
-        passes = f"prune{{neurons=0.9 heads=0.5}},distill{{steps={AMP_STEPS} lr=5e-4 amp={amp} {common}}}"
-        yield Recipe(f"minilm-amp-{amp}", task, passes, 0.0, loader)
+        passes = f"prune{{neurons=0.9 heads=0.5}},distill{{steps={AMP_STEPS} lr=5e-4 amp={amp} cache=CACHE {common}}}"
+        yield Recipe(f"minilm-amp-{amp}", task, passes, 0.0, fixed)
     for name, (neurons, heads, bound, speed) in MINILM.items():
         passes = (
             f"prune{{neurons={neurons} heads={heads}}},"
