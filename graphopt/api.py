@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from graphopt.backends import target as target_of
-from graphopt.capture.sources import Captured, capture
+from graphopt.capture.sources import Captured, capture, declared_inputs
 from graphopt.capture.tracing import several
 from graphopt.errors import (
     CaptureError,
@@ -214,13 +215,23 @@ def _teacher(model: Any, captured: Captured) -> Teacher:
     training mode, whose dropout would teach noise."""
     if isinstance(model, nn.Module) and model.training:
         raise UsageError("the teacher is in training mode, and dropout would teach noise: call teacher.eval()")
-    is_onnx = not isinstance(model, nn.Module | torch.export.ExportedProgram)
-    feeds = [dict(one) for one in captured.feeds]
+    is_program = isinstance(model, torch.export.ExportedProgram) or Path(str(model)).suffix == ".pt2"
+    dialect = "fx" if isinstance(model, nn.Module) or is_program else "onnx"
     try:
-        found = capture(model, "onnx" if is_onnx else "fx", example_inputs=None if is_onnx else feeds)
+        names = [value.name for value in captured.graph.inputs]
+        by_name = set(names) <= set(_input_names(model))
+        examples = [dict(one) if by_name else tuple(one[name] for name in names) for one in captured.feeds]
+        found = capture(model, dialect, example_inputs=examples or None)
     except CaptureError as error:
         raise CaptureError(f"teacher: {error}") from error
     return Teacher(found.graph, found.signature.outputs)
+
+
+def _input_names(model: Any) -> list[str]:
+    """What a model calls its inputs: a module its arguments, anything else what it declares."""
+    if isinstance(model, nn.Module):
+        return list(inspect.signature(model.forward).parameters)
+    return [one.name for one in declared_inputs(model)]
 
 
 def _place_of_simplify(passes: Sequence[Pass]) -> int:

@@ -221,3 +221,13 @@ def _magnitude_bits(score: Tensor, integers: torch.dtype) -> Tensor:
     """|score| as the integers of its float32 or float64 bits, flat and in row-major order."""
     floats = torch.float64 if integers == torch.int64 else torch.float32
     return score.detach().to(floats).abs().reshape(-1).contiguous().view(integers)
+
+
+# --- gradual pruning -----------------------------------------------------------------------------------------------
+
+
+def cubic(progress: float, *, start: float = 0.0, end: float = 1.0) -> float:
+    """The share of the final amount that is removed (Zhu & Gupta 2017, equation 1): 1 - (1 - t)³, t rising from 0 at
+    `start` to 1 at `end`."""
+    t = min(max((progress - start) / (end - start), 0.0), 1.0)
+    return 1 - (1 - t) ** 3

@@ -233,8 +233,8 @@ def _require_shapes(name: str, ours: Value, their_name: str, theirs: Value) -> N
 
 
 def _form(name: str, value: Value) -> Form:
-    """What an output holds: by its name, else probabilities after a softmax, and logits after a product or a sum (the
-    bias of one); all else is an embedding."""
+    """What an output holds: by its name, else probabilities after a softmax, and logits after a linear or a product,
+    with a bias or without; all else is an embedding."""
     if any(part in name.lower() for part in ("start_logits", "end_logits")):
         return "positions"
     if "logits" in name.lower():
@@ -244,4 +244,8 @@ def _form(name: str, value: Value) -> Form:
     producer = value.producer
     if producer is not None and producer.kind == "softmax":
         return "probabilities"
-    return "logits" if producer is not None and producer.kind in ("linear", "add", "matmul") else "embedding"
+    products = ("linear", "matmul")
+    if producer is not None and producer.kind == "add":  # of a bias, which is stored; not a residual sum
+        sides = [one for one in producer.operands if one is not None and not one.is_constant]
+        producer = sides[0].producer if len(sides) == 1 else None
+    return "logits" if producer is not None and producer.kind in products else "embedding"

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.numerics.sparsity import Pattern, as_matrix, as_weight
-from graphopt.training.schedule import cubic
+from graphopt.numerics.sparsity import Pattern, as_matrix, as_weight, cubic
 
 RISE = (0.1, 0.7)
 """The shares of the training between which movement pruning removes more and more; after that the rest settles."""

@@ -11,6 +11,7 @@ from graphopt.errors import UsageError
 from graphopt.ir.cost import sizes
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
+from graphopt.numerics.sparsity import cubic
 from graphopt.passes.prune import sizing
 from graphopt.passes.prune.budget import Candidate, Sizes
 from graphopt.passes.prune.costs import CostModel, cut
@@ -21,7 +22,6 @@ from graphopt.pipeline.context import Context, MarkedUnits
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
-from graphopt.training.schedule import cubic
 
 Kind = Literal["neurons", "heads", "channels", "width"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

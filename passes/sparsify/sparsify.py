@@ -11,7 +11,7 @@ import torch
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Value
-from graphopt.numerics.sparsity import Pattern
+from graphopt.numerics.sparsity import Pattern, cubic
 from graphopt.passes.sparsify.amounts import by_sensitivity
 from graphopt.passes.sparsify.criteria import CALIBRATED, CRITERIA, Request
 from graphopt.passes.sparsify.zeros import Zeros
@@ -21,7 +21,6 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.weights import Weight, changeable, selected
 from graphopt.report.declines import Reason
-from graphopt.training.schedule import cubic
 
 Share = Annotated[float, Range(0, 1, open_high=True)]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
-from graphopt.numerics.sparsity import Pattern, as_matrix
+from graphopt.numerics.sparsity import Pattern, as_matrix, cubic
 from graphopt.pipeline.batches import Batch, Batches
 from graphopt.training.checkpoints import Checkpoints
 from graphopt.training.loop import Trainer
@@ -31,7 +31,6 @@ from graphopt.training.rules import (
     UnitScores,
     WeightRule,
 )
-from graphopt.training.schedule import cubic
 from graphopt.training.settings import Settings
 from tests.language import build, weight_of
 
