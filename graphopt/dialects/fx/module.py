@@ -231,7 +231,8 @@ class _Builder:
         assert pair.quantize is not None and pair.rounds is not None
         if pair.quantize not in self.calls:
             name = f"{self._path(pair.dequantize)}.input_rounded"
-            call = self._call(self._rounded(pair), name, pair.rounds.x, pair.dequantize)
+            x = source(pair.quantize)  # as it is now: what it read may be rounded itself
+            call = self._call(self._rounded(pair), name, x, pair.dequantize)
             pair.quantize.prepend(call)  # where what reads the integers may read them of it
             self.calls[pair.quantize] = call
         self._replace(pair, self.calls[pair.quantize])

@@ -162,3 +162,19 @@ def test_inputs_are_called_by_their_names() -> None:
     given = {name: torch.full((2,), float(index)) for index, name in enumerate(names.values())}
     assert [float(one[0]) for one in graph.module()(**given)] == [float(index) for index in range(len(names))]
     assert [value.name for value in graph.inputs] == list(names)
+
+
+def test_an_activation_that_is_rounded_twice() -> None:
+    """To 8 bits for one reader, and from there to 4 bits for another."""
+    graph = FxGraph.empty({"x": (("batch", 4), torch.float32)})
+    scales = [graph.add_constant(torch.tensor(scale)) for scale in (0.01, 0.2)]
+    (value,) = graph.inputs
+    for scale, bits in zip(scales, (8, 4), strict=True):
+        zero_point = graph.add_constant(torch.tensor(8, dtype=torch.uint8))
+        integers = graph.emit("quantize", value, scale, zero_point, bits=bits)
+        value = graph.emit("dequantize", integers, scale, zero_point, bits=bits)
+    graph.set_outputs({"y": value})
+    x = torch.linspace(-2, 2, 12).reshape(3, 4)
+    expected = graph.evaluate({"x": x}, graph.outputs)[0]
+    for learns in (False, True):
+        assert torch.equal(graph.module(learn_scales=learns)(x)[0], expected)
