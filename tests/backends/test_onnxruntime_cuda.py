@@ -56,6 +56,7 @@ def optimized(kv_heads: int, passes: str) -> tuple[Block, Any]:
     return module, graphopt.optimize(module, passes, target=target, example_inputs=X, dynamic_shapes=AXES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize(
     ("passes", "packed", "least"),

@@ -47,6 +47,7 @@ def test_trace_by_the_environment(model: Path) -> None:
     assert "Traceback" in found.stderr and "UsageError: say where to write" in found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["graphopt", "onnxruntime"])
 def test_nothing_is_reported_to_the_maker_of_an_engine(first: str, model: Path, tmp_path: Path) -> None:
     unset = ("ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI")  # what keeps onnxruntime from it

@@ -60,7 +60,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if list(parsed(page).examples())], ids=lambda page: page.name)
+def marked(page: Path) -> Any:
+    """Pages that train take most of a minute each."""
+    return pytest.param(page, marks=[pytest.mark.slow] if "training" in page.name else [])
+
+
+@pytest.mark.parametrize(
+    "page", [marked(page) for page in PAGES if list(parsed(page).examples())], ids=lambda page: page.name
+)
 def test_code_runs(page: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)

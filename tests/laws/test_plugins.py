@@ -63,6 +63,7 @@ def test_both_are_found_by_name(python: Path) -> None:
     assert second.startswith("1 {") and second.endswith("'within the limit (largest 1.0, limit 2)'}"), second
 
 
+@pytest.mark.slow
 def test_the_commands_list_them_and_what_is_broken(python: Path) -> None:
     done = run(python, "-m", "graphopt", "passes")
     assert done.returncode == 0, done.stderr
@@ -83,6 +84,7 @@ def test_the_commands_list_them_and_what_is_broken(python: Path) -> None:
     assert "fast  (broken: target 'fast' of package rival 0.1 cannot be imported" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

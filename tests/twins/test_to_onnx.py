@@ -88,6 +88,7 @@ def lowered(graph: Graph) -> Runner:
     return backend.compile(backend.lower(folded)[0], threads=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "passes"), CASES)
 def test_a_pass_before_and_after_the_conversion(name: str, passes: str) -> None:
     fx, converted, direct = twins(name, passes)
