@@ -324,7 +324,7 @@ RESNET20 = {
         "quantize{scheme=static bits=4 activation_bits=4},"
         "distill{epochs=4 lr=2e-4 temperature=4 learn_scales=true seed=SEED}", 91.42,
     ),
-    "resnet20-channels": ("prune{channels=0.5},distill{epochs=12 lr=2e-3 temperature=4 seed=SEED}", 86.9),
+    "resnet20-channels": ("prune{channels=0.5},distill{epochs=12 lr=2e-3 hidden=1 seed=SEED}", 86.9),
 }  # fmt: skip
 
 

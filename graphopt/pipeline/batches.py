@@ -227,7 +227,7 @@ def _labels(labels: Any, is_row: bool) -> Any:
     if labels is None:
         return None
     try:
-        tensor = torch.as_tensor(labels).detach().cpu()
+        tensor = _on_cpu(labels)
     except (TypeError, ValueError, RuntimeError):
         return labels
     if tensor.dtype == torch.float64:  # which Python and numpy use where nothing is meant by it
@@ -237,9 +237,15 @@ def _labels(labels: Any, is_row: bool) -> Any:
 
 def _tensor(array: Any, where: str) -> Tensor:
     try:
-        return torch.as_tensor(array).detach().cpu()
+        return _on_cpu(array)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{where}: a {type(array).__qualname__} is not an array of numbers ({error})") from error
+
+
+def _on_cpu(array: Any) -> Tensor:
+    """The array as a tensor on the CPU; what was made in inference mode is copied, as nothing trains on it."""
+    tensor = torch.as_tensor(array).detach().cpu()
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _fitted(tensor: Tensor, value: Input, where: str) -> Tensor:

@@ -237,3 +237,12 @@ def test_every_form_of_a_batch_gives_the_same_feeds_and_labels(rows: int, form: 
     assert list(found.feeds) == ["input_ids", "attention_mask"]
     assert torch.equal(found.feeds["input_ids"], ids) and torch.equal(found.feeds["attention_mask"], mask)
     assert torch.equal(found.labels, labels)
+
+
+def test_tensors_of_inference_mode_can_be_trained_on() -> None:
+    with torch.inference_mode():
+        x, labels = torch.ones(2, 3), torch.zeros(2)
+    (batch,) = Batches([(x, labels)], X).with_batches()
+    weight = torch.ones(3, requires_grad=True)
+    ((batch.feeds["x"] @ weight - batch.labels) ** 2).sum().backward()
+    assert weight.grad is not None

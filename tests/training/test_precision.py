@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphopt.errors import UsageError
+from graphopt.measure.timing import paired
 from graphopt.training import precision
 from graphopt.training.precision import Amp, chosen, device_of
 from tests.training.networks import accuracy, batches, perceptron, same, trainer, weights
@@ -90,6 +92,26 @@ def test_auto_takes_what_is_faster(low: float, name: str, monkeypatch: pytest.Mo
     assert chosen("auto", torch.device("cpu"), trial, notes).name == name
     assert called == ["off", "bfloat16"]
     assert notes == [f"amp={name}: a step in bfloat16 is {low:.2f} times as fast [{low:.2f}, {low:.2f}] here"]
+
+
+def test_what_is_steadily_faster_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the timing as it is, on a clock that only steps advance: the rounds are enough to tell."""
+    now = [0.0]
+
+    def step(amp: Amp) -> Any:
+        def call() -> None:
+            now[0] += 0.03 if amp.name == "bfloat16" else 0.06
+
+        return call
+
+    def probe() -> None:
+        now[0] += 0.001
+
+    options: Any = {"clock": lambda: now[0], "sleep": lambda seconds: None, "probe": probe}
+    monkeypatch.setattr(precision, "paired", partial(paired, **options))
+    notes: list[str] = []
+    assert chosen("auto", torch.device("cpu"), lambda: nullcontext(step), notes).name == "bfloat16"
+    assert notes == ["amp=bfloat16: a step in bfloat16 is 2.00 times as fast [2.00, 2.00] here"]
 
 
 def test_a_trial_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
