@@ -392,6 +392,20 @@ def digest(graph: Graph) -> str:
     return whole.hexdigest()
 
 
+def tensors_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 over a text, and the names, dtypes, shapes and contents of tensors, in the order of their names."""
+    found = hashlib.sha256(text.encode())
+    update_digest(found, tensors)
+    return found.hexdigest()
+
+
+def update_digest(found: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Take the names, dtypes, shapes and contents of tensors into a hash, in the order of their names."""
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(raw_bytes(tensor))
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, in row-major order."""
     flat = tensor.detach().cpu().contiguous().flatten()

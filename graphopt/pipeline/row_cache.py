@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import UsageError
-from graphopt.ir.graph import Feeds, Graph, digest, raw_bytes
+from graphopt.ir.graph import Feeds, Graph, digest, update_digest
 from graphopt.measure.machine import version
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.reference import Evaluate
@@ -34,9 +34,7 @@ def cache_key(graph: Graph, batches: Sequence[Feeds], context: Context, evaluate
 def _batches_digest(batches: Iterable[Feeds]) -> str:
     found = hashlib.sha256()
     for feeds in batches:
-        for name, tensor in sorted(feeds.items()):
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            found.update(raw_bytes(tensor))
+        update_digest(found, feeds)
     return found.hexdigest()
 
 

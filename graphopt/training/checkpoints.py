@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import UsageError, first_line
-from graphopt.ir.graph import Graph, digest, raw_bytes
+from graphopt.ir.graph import Graph, digest, raw_bytes, tensors_digest
 from graphopt.pipeline.batches import Batch
 from graphopt.training import precision
 from graphopt.training.outcome import Best
@@ -142,7 +142,7 @@ class Checkpoints:
         part = self.file.with_name(f"{self.file.name}.part")
         stored, text = {name: one.cpu().contiguous() for name, one in tensors.items()}, json.dumps(facts)
         try:
-            save_file(stored, part, {"graphopt": text, "digest": _digest(stored, text)})
+            save_file(stored, part, {"graphopt": text, "digest": tensors_digest(stored, text)})
             part.replace(self.file)
             lines = "".join(f"{json.dumps(one)}\n" for one in trainer.outcome.lines)
             part.write_text(lines, encoding="utf-8")
@@ -187,7 +187,7 @@ class Checkpoints:
             with safe_open(self.file, "pt") as opened:
                 metadata = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
-            if metadata["digest"] != _digest(tensors, metadata["graphopt"]):
+            if metadata["digest"] != tensors_digest(tensors, metadata["graphopt"]):
                 raise ValueError("its digest is another")
             return tensors, dict(json.loads(metadata["graphopt"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -207,14 +207,6 @@ class Checkpoints:
 def _place(file: Path) -> int:
     """Of a training pass in its pipeline, by which its file is named."""
     return int(file.name.partition("-")[0])
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    found = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(raw_bytes(tensor))
-    return found.hexdigest()
 
 
 def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:

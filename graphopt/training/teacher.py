@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from graphopt.errors import GraphError, UsageError, described, first_line
-from graphopt.ir.graph import Feeds, Graph, Value, digest, raw_bytes
+from graphopt.ir.graph import Feeds, Graph, Value, digest, tensors_digest
 
 
 class Teacher:
@@ -88,11 +87,7 @@ class Teacher:
     def _digest(self, feeds: Feeds) -> str:
         kind = self.device.type  # products in bfloat16 are others than in float32
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        found = hashlib.sha256(f"{self.key} {kind} {dtype}".encode())
-        for name, tensor in sorted(feeds.items()):
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            found.update(raw_bytes(tensor))
-        return found.hexdigest()
+        return tensors_digest(feeds, f"{self.key} {kind} {dtype}")
 
     def _keep(self, file: Path, values: Sequence[Tensor]) -> None:
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
