@@ -41,7 +41,20 @@ Input = TypeVar("Input", bound=Named)
 
 def mask_inputs(inputs: Sequence[Input]) -> list[Input]:
     """The inputs that are attention masks by their name; `real_positions` reads those of rank 2."""
-    return [value for value in inputs if "mask" in value.name.lower()]
+    return [value for value in inputs if is_mask(value.name)]
+
+
+def is_mask(name: str) -> bool:
+    """Whether an input is an attention mask, by its name."""
+    return "mask" in name.lower()
+
+
+def padding_mask(feeds: Mapping[str, Tensor]) -> Tensor | None:
+    """Which positions are no padding, by the first input that is a mask (batch, length) of integers or booleans:
+    boolean; None without one."""
+    masks = (feed for name, feed in feeds.items() if is_mask(name) and feed.dim() == 2 and not feed.is_floating_point())
+    mask = next(masks, None)
+    return None if mask is None else mask.bool()
 
 
 def real_positions(

@@ -21,13 +21,6 @@ from graphopt.ir.graph import Feeds, Graph
 from graphopt.ir.structure import Structure
 from graphopt.numerics import metrics
 
-QUANTIZED_RTOL = 2 / 255
-"""Relative tolerance where the file rounds activations: a float that differs in its last bit may round to the next
-integer, and one step of an 8-bit range is at most so much of the largest value."""
-
-QUANTIZED_SQNR = 30.0
-"""SQNR (dB) that is enough there, as such steps accumulate over layers."""
-
 _LOUD = ("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 """Loggers that report what a trace runs into, which is an error of graphopt's own then."""
 
@@ -189,9 +182,9 @@ def _check(captured: Captured, graph: Graph, kind: type[GraphoptError]) -> None:
         for name, a, b in zip(captured.signature.outputs, expected, found, strict=True):
             if a.shape != b.shape:
                 raise GraphError(f"output {name!r} is {list(b.shape)} in torch, and {list(a.shape)} in ONNX Runtime")
-            if metrics.within_tolerance(a, b, rtol=QUANTIZED_RTOL if rounds else None):
+            if metrics.within_tolerance(a, b, rtol=metrics.QUANTIZED_RTOL if rounds else None):
                 continue
-            if rounds and a.is_floating_point() and metrics.sqnr(a, b) >= QUANTIZED_SQNR:
+            if rounds and a.is_floating_point() and metrics.sqnr(a, b) >= metrics.QUANTIZED_SQNR:
                 continue
             largest = float(torch.nan_to_num(a.double()).abs().max())
             raise kind(

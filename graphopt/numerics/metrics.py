@@ -6,6 +6,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+QUANTIZED_RTOL = 2 / 255
+"""Relative tolerance of two forms of a quantized graph: one step of an 8-bit range, at most 2 max|a| wide.
+
+A float that differs in its last bit may be rounded to the next integer, which moves an output by about one step.
+"""
+
+QUANTIZED_SQNR = 30.0
+"""SQNR (dB) that is enough where activations are quantized already, as such steps accumulate over layers: what the
+output is without that noise is unknown.
+
+Less is enough where the network itself amplifies rounding (a value that rounds differently changes roundings in later
+layers). Measured: a quantized transformer of 6 layers has 27 dB against the same model after the engine's optimizer; an
+untrained MobileNetV2 has 20 dB against itself with inputs perturbed by 8 eps.
+"""
+
 
 def sqnr(reference: Tensor, candidate: Tensor) -> float:
     """Signal to quantization noise: 10 log10(sum(reference**2) / sum((reference - candidate)**2)), in dB.

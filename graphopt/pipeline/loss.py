@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphopt.analysis.masks import is_mask, padding_mask
 from graphopt.errors import UsageError, user_code
 from graphopt.ir.graph import Feeds, dtype_name
 from graphopt.pipeline.batches import Batch
@@ -95,14 +96,6 @@ def logits_of(outputs: Mapping[str, Tensor]) -> Tensor:
     return outputs.get("logits", floats[0])
 
 
-def padding_mask(feeds: Feeds) -> Tensor | None:
-    """Which positions are no padding, by the input that is an attention mask (batch, length): boolean; None without
-    one."""
-    masks = [feed for name, feed in feeds.items()
-             if "mask" in name.lower() and feed.dim() == 2 and not feed.is_floating_point()]  # fmt: skip
-    return masks[0].bool() if masks else None
-
-
 def _named(outputs: Any) -> dict[str, Tensor]:
     """What a model returned, by name; without names, by place."""
     if isinstance(outputs, Mapping):
@@ -116,7 +109,7 @@ def _token_ids(feeds: Feeds, logits: Tensor) -> Tensor | None:
     if logits.dim() != 3:
         return None
     fitting = [name for name, feed in feeds.items() if feed.shape == logits.shape[:2] and not feed.is_floating_point()
-               and "mask" not in name.lower() and "type" not in name.lower()]  # fmt: skip
+               and not is_mask(name) and "type" not in name.lower()]  # fmt: skip
     return feeds[fitting[0]] if fitting else None
 
 

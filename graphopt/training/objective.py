@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from graphopt.analysis.masks import padding_mask
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Value
 from graphopt.pipeline.batches import Batch
-from graphopt.pipeline.loss import padding_mask
 from graphopt.training import losses
 from graphopt.training.features import Pair, projections, tokens_by_width
 from graphopt.training.teacher import Teacher

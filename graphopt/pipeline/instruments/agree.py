@@ -22,24 +22,10 @@ if TYPE_CHECKING:
     from graphopt.pipeline.passes import Pass
 
 
-QUANTIZED_RTOL = 2 / 255
-"""Relative tolerance of a lossless pass in a quantized graph: one step of an 8-bit range, at most 2 max|a| wide.
-
-A float that differs in its last bit may be rounded to the next integer, which moves an output by about one step.
-"""
-
 QUANTIZED_MARGIN = 6.0
 """dB. When the tolerance is exceeded, the SQNR against the original may still drop by this much (6 dB = twice the
-error): values that round to the neighbouring integer accumulate over layers.
-"""
-
-QUANTIZED_SQNR = 30.0
-"""SQNR (dB) that is enough if the original quantizes activations already: its output without that noise is unknown.
-
-Less is enough where the network itself amplifies rounding (a value that rounds differently changes roundings in later
-layers): QUANTIZED_MARGIN below the noise floor. Measured: a quantized transformer of 6 layers has 27 dB against the
-same model after the engine's optimizer; an untrained MobileNetV2 has 20 dB against itself with inputs perturbed by
-PERTURBATION.
+error): values that round to the neighbouring integer accumulate over layers. Where activations are quantized already,
+an output may be this far below the noise floor, if that is less than metrics.QUANTIZED_SQNR.
 """
 
 QUANTIZED_FLOOR = 10.0
@@ -54,8 +40,8 @@ class Agree(Instrument):
 
     The record gets the worst figures over the examples; padding is left out where an input is a mask. Raises GraphError
     where a pass changes an output's shape, and where a lossless pass moves an output of the last lossy pass (or of
-    the original) by more than the tolerance: `numerics.metrics.tolerance`; in a quantized graph QUANTIZED_RTOL,
-    QUANTIZED_MARGIN or QUANTIZED_SQNR; integers must stay equal.
+    the original) by more than the tolerance: `numerics.metrics.tolerance`; in a quantized graph metrics.QUANTIZED_RTOL,
+    QUANTIZED_MARGIN or metrics.QUANTIZED_SQNR; integers must stay equal.
     """
 
     def __init__(
@@ -125,7 +111,7 @@ class Agree(Instrument):
 
     def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:
         """The first output of `graph` that moves by more than rounding explains, and by how much; None where none."""
-        rtol = QUANTIZED_RTOL if _is_quantized(graph) else None
+        rtol = metrics.QUANTIZED_RTOL if _is_quantized(graph) else None
         for number, (expected, found) in enumerate(zip(before, after, strict=True)):
             for name, a, b, first in zip(self.names, expected, found, self.original[number], strict=True):
                 if not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
@@ -147,7 +133,7 @@ class Agree(Instrument):
     @cached_property
     def _least(self) -> float:
         """Least SQNR (dB) of an output in floats, where the original rounds activations."""
-        return max(QUANTIZED_FLOOR, min(QUANTIZED_SQNR, self._noise_floor() - QUANTIZED_MARGIN))
+        return max(QUANTIZED_FLOOR, min(metrics.QUANTIZED_SQNR, self._noise_floor() - QUANTIZED_MARGIN))
 
     def _noise_floor(self) -> float:
         """The least SQNR (dB) of the original against its run by the engine, and against itself on perturbed inputs."""
