@@ -29,7 +29,7 @@ from graphopt.lowering.backend import Backend
 from graphopt.passes import REGISTRY
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration
-from graphopt.pipeline.context import Teacher
+from graphopt.pipeline.context import TeacherGraph
 from graphopt.pipeline.examples import first_batch
 from graphopt.pipeline.instruments import Instrument
 from graphopt.pipeline.loss import Loss, followed
@@ -136,7 +136,7 @@ def optimize(
             captured,
             pipeline,
             backend,
-            training=_training(training, captured),
+            training=None if training is None else Batches(training, captured.graph.inputs, name="training"),
             teacher=None if teacher is None else _teacher(teacher, captured),
             checkpoint=None if checkpoint is None else Path(checkpoint),
             fallback=whole_pipeline(None, backend, earlier),
@@ -206,11 +206,7 @@ def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Capture
     return held(Path(folder), {"pipeline": str(pipeline), "model": digest(captured.graph)})
 
 
-def _training(source: Any, captured: Captured) -> Batches | None:
-    return None if source is None else Batches(source, captured.graph.inputs, name="training")
-
-
-def _teacher(model: Any, captured: Captured) -> Teacher:
+def _teacher(model: Any, captured: Captured) -> TeacherGraph:
     """What distillation learns from, as a graph: of torch.fx where it is a module. Raises UsageError for a module in
     training mode, whose dropout would teach noise."""
     if isinstance(model, nn.Module) and model.training:
@@ -224,7 +220,7 @@ def _teacher(model: Any, captured: Captured) -> Teacher:
         found = capture(model, dialect, example_inputs=examples or None)
     except CaptureError as error:
         raise CaptureError(f"teacher: {error}") from error
-    return Teacher(found.graph, found.signature.outputs)
+    return TeacherGraph(found.graph, found.signature.outputs)
 
 
 def _input_names(model: Any) -> list[str]:

@@ -25,7 +25,7 @@ from graphopt.measure import cache, machine
 from graphopt.passes.simplify import Simplify
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
-from graphopt.pipeline.context import Context, KeptZeros, Teacher
+from graphopt.pipeline.context import Context, KeptZeros, TeacherGraph
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
@@ -71,7 +71,7 @@ class Run:
     measure: bool
     instruments: Sequence[Instrument]
     training: Batches | None = None
-    teacher: Teacher | None = None
+    teacher: TeacherGraph | None = None
     checkpoint: Path | None = None
     sparse: Mapping[str, str] = field(default_factory=dict)
     """The zeros that earlier calls of a chain left, as `Optimized.sparse` has them."""

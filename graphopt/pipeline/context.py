@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherGraph:
     """A model to learn from: a graph of either dialect, and the names of its outputs in order."""
 
     graph: Graph
@@ -101,7 +101,7 @@ class Context:
     original: Graph | None = None
     """The model before anything was lost, which is what a student is compared with: as captured, or after the last
     `finetune` in front of the first lossy pass."""
-    teacher: Teacher | None = None
+    teacher: TeacherGraph | None = None
     """Another model to learn from, where the user gave one."""
     checkpoint: Path | None = None
     """The folder where training passes keep what they need to go on after a crash."""

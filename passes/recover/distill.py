@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.passes.recover.recover import Recover
-from graphopt.pipeline.context import Context
-from graphopt.pipeline.context import Teacher as TeacherGraph
+from graphopt.pipeline.context import Context, TeacherGraph
 from graphopt.pipeline.options import Range
 from graphopt.training.features import hidden_states, relations
 from graphopt.training.objective import Distillation, Weights, compared_outputs
@@ -110,4 +109,3 @@ class Distill(Recover):
         if not (context.is_lossy or context.marks or context.trained):
             context.note("nothing was cut before it: the student is its own teacher, and learns nothing new")
         return TeacherGraph(context.original, tuple(context.outputs))
-

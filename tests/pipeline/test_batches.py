@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import BatchEncoding
 
+from graphopt.capture.sources import Declared
 from graphopt.errors import UsageError
-from graphopt.ir.graph import Shape
 from graphopt.pipeline.batches import SAMPLES, Batch, Batches
 
-
-@dataclass(frozen=True)
-class Input:
-    """An input of no graph in particular."""
-
-    name: str
-    shape: Shape | None
-    dtype: torch.dtype | None
-
-
-X = (Input("x", ("batch", 3), torch.float32),)
+X = (Declared("x", ("batch", 3), torch.float32),)
 TOKENS = (
-    Input("input_ids", ("batch", "seq"), torch.int64),
-    Input("attention_mask", ("batch", "seq"), torch.int64),
+    Declared("input_ids", ("batch", "seq"), torch.int64),
+    Declared("attention_mask", ("batch", "seq"), torch.int64),
 )
 FEED = torch.arange(6.0).reshape(2, 3)
 LABELS = torch.tensor([0, 1])
@@ -40,7 +29,7 @@ IDS, MASK = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1
 ENCODING = {"input_ids": IDS, "attention_mask": MASK}
 
 
-def only(source: Any, inputs: tuple[Input, ...] = X) -> Batch:
+def only(source: Any, inputs: tuple[Declared, ...] = X) -> Batch:
     (batch,) = Batches(source, inputs, name="training").with_batches()
     return batch
 
@@ -94,7 +83,7 @@ def test_several_labels_stay_several() -> None:
 
 
 def test_what_is_an_input_is_no_label() -> None:
-    inputs = (*X, Input("labels", ("batch",), torch.int64))
+    inputs = (*X, Declared("labels", ("batch",), torch.int64))
     assert only([{"x": FEED, "labels": LABELS}], inputs).labels is None
 
 
@@ -201,7 +190,7 @@ def failing() -> Iterator[Tensor]:
         (failing(), X, "your training batches failed: OSError: the disk is gone"),
     ],
 )
-def test_refuses(source: Any, inputs: tuple[Input, ...], message: str) -> None:
+def test_refuses(source: Any, inputs: tuple[Declared, ...], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         list(Batches(source, inputs, name="training"))
     assert message in str(caught.value)

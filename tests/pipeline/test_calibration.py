@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from graphopt.capture.sources import Declared
 from graphopt.errors import PassError, UsageError
-from graphopt.ir.graph import Shape
 from graphopt.numerics.observe import MinMax
 from graphopt.pipeline.batches import SAMPLES
 from graphopt.pipeline.calibration import Calibration, NotFinite
@@ -24,20 +23,10 @@ from graphopt.pipeline.runner import run_pass
 from graphopt.report.records import PassRecord
 from tests.language import build
 
-
-@dataclass(frozen=True)
-class Input:
-    """An input of no graph in particular."""
-
-    name: str
-    shape: Shape | None
-    dtype: torch.dtype | None
-
-
-X = (Input("x", ("batch", 3), torch.float32),)
+X = (Declared("x", ("batch", 3), torch.float32),)
 TOKENS = (
-    Input("input_ids", ("batch", "seq"), torch.int64),
-    Input("attention_mask", ("batch", "seq"), torch.int64),
+    Declared("input_ids", ("batch", "seq"), torch.int64),
+    Declared("attention_mask", ("batch", "seq"), torch.int64),
 )
 
 
@@ -112,7 +101,7 @@ def test_stacked_arrays_are_cut(tmp_path: Path) -> None:
     np.savez(tmp_path / "calibration.npz", x=np.zeros((2 * SAMPLES + 1, 3), np.float32))
     with np.load(tmp_path / "calibration.npz") as archive:
         assert shapes(Calibration(archive, X)) == [[SAMPLES, 3], [SAMPLES, 3], [1, 3]]
-    fixed = (Input("x", (2, 3), torch.float32),)
+    fixed = (Declared("x", (2, 3), torch.float32),)
     assert shapes(Calibration({"x": np.zeros((4, 3), np.float32)}, fixed)) == [[2, 3], [2, 3]]
 
 
@@ -161,17 +150,17 @@ def endless() -> Iterator[np.ndarray[Any, Any]]:
             TOKENS,
             "the same number of samples in every array, not {'input_ids': 2, 'attention_mask': 3}",
         ),
-        ({"x": BATCH}, (Input("x", (4, 3), torch.float32),), "2 samples cannot be cut into batches of 4"),
+        ({"x": BATCH}, (Declared("x", (4, 3), torch.float32),), "2 samples cannot be cut into batches of 4"),
     ],
 )
-def test_refuses(batches: Any, inputs: tuple[Input, ...], message: str) -> None:
+def test_refuses(batches: Any, inputs: tuple[Declared, ...], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         list(Calibration(batches, inputs))
     assert message in str(caught.value)
 
 
 def test_refuses_integers_that_do_not_fit() -> None:
-    narrow = (Input("ids", ("batch",), torch.int32),)
+    narrow = (Declared("ids", ("batch",), torch.int32),)
     with pytest.raises(UsageError, match="holds int64, and the model takes int32"):
         list(Calibration([{"ids": np.array([2**40])}], narrow))
 

@@ -135,7 +135,7 @@ def distilled(student: Captured, teacher: Captured, data: Any, **options: Any) -
         training=Batches(data, graph.inputs, name="training"),
         outputs=student.signature.outputs,
         original=student.graph,
-        teacher=surroundings.Teacher(teacher.graph, tuple(teacher.signature.outputs)),
+        teacher=surroundings.TeacherGraph(teacher.graph, tuple(teacher.signature.outputs)),
         loss=lambda outputs, batch, **more: cross_entropy(rebuild(outputs), batch, **more),
     )
     run_pass(Distill(**options), graph, context)
