@@ -85,7 +85,7 @@ def shipped(found: Shipped) -> str:
     line = f"metric: {found.original:.6g} of the original, {found.trained:.6g} as trained, {found.shipped:.6g} shipped"
     if found.is_equal:
         return line
-    return f"warning: {line}, and the last two differ by more than {found.tolerance:g} of the largest"
+    return f"warning: {line}, and the last two differ by more than {found.tolerance:g} of the original's"
 
 
 def relowering(found: Relowering) -> str:
