@@ -13,6 +13,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.linears import raise_linears, respell_attention
 from graphopt.dialects.onnx.positions import raise_positions
 from graphopt.dialects.onnx.quantized import raise_quantized
+from graphopt.dialects.onnx.recurrent import drop_zero_states, raise_recurrent
 from graphopt.dialects.onnx.sequences import raise_sequence_splits
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
@@ -23,6 +24,7 @@ OPERATORS = (
     # Before constants: a linear reads a stored weight through its Transpose, and folding would make a copy of it.
     Stage("linears", raise_linears),
     Stage("attention with one mask row", respell_attention),
+    Stage("recurrent layers", raise_recurrent),
     Stage("sweep", sweep),
 )
 
@@ -31,6 +33,7 @@ FORMS = (
     Stage("constants", fold_constants),
     Stage("positions", raise_positions),
     Stage("splits", raise_sequence_splits),
+    Stage("zero states", drop_zero_states),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
     Stage("sweep", sweep),
