@@ -43,6 +43,7 @@ class Prune(Pass):
 
     name = "prune"
     stage = Stage.PRUNE
+    changes_weights = True
     whole_model_options = MappingProxyType(dict.fromkeys(BUDGETS, "neurons=0.5"))
 
     neurons: Share = 0.0
@@ -92,7 +93,7 @@ class Prune(Pass):
     seed: int = 0
     """Of criterion=random."""
 
-    targets: Selector = Selector("linear", "conv", "embedding")
+    targets: Selector = Selector("linear", "conv", "embedding", "conv_transpose", "lstm", "gru", "rnn")
     """Groups to consider: by their names, or by their producers, else consumers (ops, module paths or patterns)."""
 
     ignore: Selector = Selector()

@@ -49,6 +49,7 @@ class Quantize(Pass):
 
     name = "quantize"
     stage = Stage.QUANTIZE
+    changes_weights = True
     without_calibration = "scheme=dynamic"
 
     scheme: Scheme | Mapping[str, Scheme] = "auto"
