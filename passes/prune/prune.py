@@ -47,7 +47,8 @@ class Prune(Pass):
     whole_model_options = MappingProxyType(dict.fromkeys(BUDGETS, "neurons=0.5"))
 
     neurons: Share = 0.0
-    """Share of the inner neurons of feed-forward pairs to remove, at least 0 and below 1."""
+    """Share of the inner neurons of feed-forward pairs, and of the hidden units of recurrent layers, to remove: at
+    least 0 and below 1."""
 
     heads: Share = 0.0
     """Share of the attention heads to remove."""
