@@ -45,7 +45,7 @@ def test_the_input_of_an_lstm_too(dialect: str) -> None:
         (GRU, {"scheme": "dynamic"}, "no_kernel"),
         (RNN, {"scheme": "static"}, "no_kernel"),
         (TRANSPOSED, {"scheme": "dynamic"}, "no_kernel"),
-        ("h, a, b = lstm(x[6,2,3], A[1,20,3], linear(z[1,20,5], C[5,5]))\nreturn h", {}, "weight_computed"),
+        ("h, a, b = lstm(x[6,2,3], A[1,20,3], relu(z[1,20,5]))\nreturn h", {}, "weight_computed"),
     ],
 )
 def test_declines(text: str, options: dict[str, str], code: str, dialect: str) -> None:
