@@ -25,10 +25,11 @@ from graphopt.measure import cache, machine
 from graphopt.passes.simplify import Simplify
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
-from graphopt.pipeline.context import Context, KeptZeros, TeacherGraph
+from graphopt.pipeline.context import Context, TeacherGraph
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
+from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
 from graphopt.result import Optimized, Trained, shapes_text, versions

@@ -18,10 +18,11 @@ from graphopt.passes.prune.costs import CostModel, cut
 from graphopt.passes.prune.importance import weigh
 from graphopt.passes.prune.refit import compensate
 from graphopt.passes.prune.selection import open_groups
-from graphopt.pipeline.context import Context, MarkedUnits
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.zeros import MarkedUnits
 
 Kind = Literal["neurons", "heads", "channels", "width"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
