@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -94,7 +95,7 @@ def user_batches(what: str, batches: Iterable[T]) -> Iterator[T]:
 
 def described(error: BaseException) -> str:
     """An exception of another library in one line: its class, and the beginning of its message."""
-    message = " ".join(str(error).split())
+    message = " ".join(_plain(error).split())
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f" ({error.filename})" if error.filename else "")
     if len(message) > LONGEST:
@@ -118,5 +119,10 @@ def require_positive_integer(name: str, value: object) -> None:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class where it has none."""
-    lines = str(error).strip().splitlines()
+    lines = _plain(error).strip().splitlines()
     return lines[0].rstrip() if lines else type(error).__name__
+
+
+def _plain(error: BaseException) -> str:
+    """An error's message without the codes that color it on a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))

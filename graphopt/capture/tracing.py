@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.decode import DecodeStep
+from graphopt.capture.failures import trace_failure, user_line
 from graphopt.capture.labels import without_labels
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line, nearest
@@ -70,7 +69,7 @@ def trace(
         try:
             program = _export(module, traced, constants, axes)
         except Exception as error:
-            raise CaptureError(_trace_failure(module, error)) from error
+            raise CaptureError(trace_failure(module, error)) from error
         if isinstance(module, DecodeStep):
             examples = [module.of_one_token(example) for example in examples]
             result = _run(module, examples[0])
@@ -197,7 +196,7 @@ def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
         shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
         raise CaptureError(
             f"{type(module).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: "
-            f"{first_line(error)}{_user_line(module, error)}"
+            f"{first_line(error)}{user_line(error)}"
         ) from error
 
 
@@ -270,21 +269,3 @@ def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mappi
             if isinstance(value, Tensor) and str(value.shape[axis]).isdigit():  # also a symbol that stands for a number
                 notes.append(f"the export fixed axis {axis} ({label}) of {name} at {value.shape[axis]}")
     return notes
-
-
-def _trace_failure(module: nn.Module, error: BaseException) -> str:
-    return (
-        f"torch.export cannot trace {type(module).__name__}{_user_line(module, error)}: {first_line(error)}. "
-        "Control flow that depends on values must go through torch.cond or torch.where"
-    )
-
-
-def _user_line(module: nn.Module, error: BaseException) -> str:
-    """' at file:line (code)' of the innermost frame outside torch."""
-    root = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if not f.filename.startswith((root, "<")) and Path(f.filename) != Path(__file__)]  # fmt: skip
-    if not frames:  # the exporter quotes the user's code in its message
-        found = re.search(rf'File "(?!{re.escape(root)})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
-        return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
-    return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
