@@ -407,7 +407,7 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         result.export(tmp_path / "file" / "out.onnx")
 
 
-@pytest.mark.parametrize("name", ["out.onnx", "out.onnx.data", "out.onnx.json"])
+@pytest.mark.parametrize("name", ["out.onnx", "out.onnx.json"])
 def test_a_folder_in_the_place_of_a_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(GraphError, match=rf"{name} is a folder; name another file"):

@@ -67,6 +67,7 @@ def optimize(
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
+    from graphopt.backends import target as target_of
     from graphopt.pipeline.instruments import Progress
     from graphopt.report import html
 
@@ -76,6 +77,8 @@ def optimize(
     if not dry_run and output is None:
         raise UsageError("say where to write: -o FILE, or --dry-run")
     require_writable(model, output, report)
+    if output is not None:
+        target_of(target, cpu).require_suffix(output)
     if teacher is not None:
         require_file(teacher)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():

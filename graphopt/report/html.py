@@ -8,6 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from graphopt import writing
 from graphopt.report import curves, tables
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import Report
@@ -25,11 +26,8 @@ def fragment(report: Report | None = None, diff: GraphDiff | None = None) -> str
 
 
 def write(path: str | Path, report: Report, diff: GraphDiff, title: str) -> None:
-    """Write the page whole, or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(page(report, diff, title), encoding="utf-8")
-    partial.replace(path)
+    with writing.whole(Path(path)) as part:
+        part.write_text(page(report, diff, title), encoding="utf-8")
 
 
 @cache

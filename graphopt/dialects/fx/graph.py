@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
+from graphopt import writing
 from graphopt.analysis.masks import labels
 from graphopt.dialects.fx import absorb as fx_absorb
 from graphopt.dialects.fx import archive
@@ -350,7 +351,8 @@ class FxGraph(Graph):
 
     def save(self, path: str | Path) -> None:
         """Write a torch.export archive (.pt2) of the graph as it is, with its names."""
-        archive.save(self, path)
+        with writing.whole(Path(path)) as part:
+            archive.save(self, part)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

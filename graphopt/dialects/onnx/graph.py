@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from graphopt import writing
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx import functions as onnx_functions
 from graphopt.dialects.onnx import reading as onnx_reading
@@ -434,9 +435,8 @@ class OnnxGraph(Graph):
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        outside = onnx_files.size(self.model) > onnx_files.INSIDE
-        onnx_files.save(self.model, path, path.name + ".data" if outside else None)
+        with writing.together(Path(path)) as (part,):
+            onnx_files.save(self.model, part, external_data=onnx_files.size(self.model) > onnx_files.INSIDE)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
