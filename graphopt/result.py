@@ -24,6 +24,8 @@ from graphopt.report.diff import GraphDiff
 from graphopt.report.records import BenchResult, Report
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from graphopt.measure.timing import Ratio
 
 _VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -56,7 +58,7 @@ class Trained:
         return {name: found.get(before.data_ptr(), before).detach().clone() for name, before in self.state.items()}
 
 
-@dataclass
+@dataclass(repr=False)
 class Optimized:
     """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it.
 
@@ -87,6 +89,27 @@ class Optimized:
     """What the passes that train have left, where nothing lossy follows them."""
     sparse: Mapping[str, str] = field(default_factory=dict)
     """By the label of a site, the pattern of zeros in its weight that later training must keep."""
+
+    def __str__(self) -> str:
+        """The headline and the table of passes; `.report` has the rest."""
+        from graphopt.report import text
+
+        return text.summary(self.report)
+
+    def __repr__(self) -> str:
+        from graphopt.report import tables
+
+        return f"<Optimized {self.report.source} for {self.backend.name}: {tables.headline(self.report)}>"
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.report import terminal
+
+        return terminal.summary(self.report)
+
+    def _repr_html_(self) -> str:
+        from graphopt.report import html
+
+        return html.summary(self.report)
 
     @property
     def own_passes(self) -> tuple[Pass, ...]:
