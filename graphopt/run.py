@@ -287,8 +287,16 @@ class Run:
                 self.backend.check(small.folded, small.runner)
             report.kernels = small.runner.kernels()
             if reference is not None:
-                report.agreement = reference.compare(small.run_anew)
+                self._compare(small, reference)
             small.forget_state()
+
+    def _compare(self, small: Optimized, reference: Agree) -> None:
+        """Report how far the result is from the original. Raises LoweringError where that is no number."""
+        try:
+            small.report.agreement, notes = reference.compare(small.run_anew)
+        except GraphError as error:
+            raise LoweringError(f"run by {self.backend.name}, the result fails: {error}") from error
+        small.report.notes += notes
 
     def _check_metric(self, small: Optimized) -> None:
         """Evaluate what was trained and what ships: the same metric is promised, and reported."""

@@ -295,6 +295,8 @@ class Comparison:
     batches: int
     propagation: Propagation | None = None
     """The results of the sites inside, where they were asked for."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """By output whose sizes depend on data, on how many batches they differ, so that it was not compared there."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: infinity and NaN as text."""
