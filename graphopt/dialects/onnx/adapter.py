@@ -18,7 +18,7 @@ from graphopt.dialects.onnx import quantized as onnx_quantized
 from graphopt.dialects.onnx import stand_ins
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
 from graphopt.dialects.onnx.raising import FORMS
-from graphopt.dialects.onnx.reading import parsed, read_model
+from graphopt.dialects.onnx.reading import NOTES, parsed, read_model
 from graphopt.dialects.raising import run_stages
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, first_line
@@ -97,7 +97,7 @@ class OnnxAdapter:
 
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))
-        return [] if note is None else [note]
+        return [*_onnx(graph).model.meta.get(NOTES, ()), *([] if note is None else [note])]
 
 
 ADAPTER: Adapter = OnnxAdapter()
