@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from graphopt.dialects import raising
+from graphopt.dialects import heads, raising
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.linears import PRODUCT_KINDS, raise_linears, respell_attention
 from graphopt.dialects.onnx.positions import raise_positions
@@ -33,9 +33,11 @@ OPERATORS = (
 FORMS = (
     # First: exporters compute the axes, scales and shapes by which the other stages know their forms.
     Stage("constants", fold_constants),
+    Stage("linears of computed weights", raise_linears),
     Stage("positions", raise_positions),
     Stage("splits", raise_sequence_splits),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
+    heads.STAGE,
     Stage("sweep", sweep),
 )
