@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, r
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.measure.machine import version
+from graphopt.pipeline.instruments import display, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
@@ -187,12 +188,12 @@ class Optimized:
         """The graph before and after, to print (text), to show in a terminal (rich) or in a notebook (html)."""
         return GraphDiff.of(self.captured, self.folded)
 
-    def bench(self, inputs: Any = None, *, rounds: int = 15) -> BenchResult:
+    def bench(self, inputs: Any = None, *, rounds: int = 15, verbose: bool | None = None) -> BenchResult:
         """Time against the original graph on the same engine, paired and interleaved, at each example shape.
 
         inputs: a batch or a list of batches; the example inputs by default. rounds: of the two, one after the other,
-        at least 1. Raises UsageError without inputs, where these are not the model's, and where the engine does not
-        run here.
+        at least 1. verbose: as for `optimize`. Raises UsageError without inputs, where these are not the model's, and
+        where the engine does not run here.
         """
         from graphopt.measure.machine import environment, header
 
@@ -207,18 +208,23 @@ class Optimized:
         machine = environment()
         result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
-            with outer_door(UsageError, partial(self._does_not_run, feeds)):
-                result.rows.append((shapes_text(feeds), self._ratios(original, feeds, rounds)))
+            with (
+                outer_door(UsageError, partial(self._does_not_run, feeds)),
+                watched(display(verbose), f"measure {shapes_text(feeds)}", rounds) as advance,
+            ):
+                result.rows.append((shapes_text(feeds), self._ratios(original, feeds, rounds, advance)))
         return result
 
-    def _ratios(self, original: Runner, feeds: Feeds, rounds: int) -> dict[str, Ratio]:
+    def _ratios(
+        self, original: Runner, feeds: Feeds, rounds: int, told: Callable[[str], object]
+    ) -> dict[str, Ratio]:
         """How many times faster than the original this is at one example shape; the control is the original again."""
         from graphopt.measure.timing import paired
 
         placed = self.backend.place(feeds)
         runners = {"original": original, "control": original, "optimized": self.runner}
         calls = {name: partial(runner, placed) for name, runner in runners.items()}
-        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
+        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock, told=told)
         return {name: ratios[name] for name in ("optimized", "control")}
 
     def graphsurgeon(self) -> Any:

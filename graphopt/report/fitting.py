@@ -61,6 +61,8 @@ def listed(rows: Sequence[Sequence[str]], width: int) -> list[str]:
 
 def wrapped(text: str, width: int) -> list[str]:
     """Lines of at most a width, broken at blanks; a word wider than that is broken after its commas, or stays whole."""
+    if cell_len(text) <= width:
+        return [text]
     lines, line = list[str](), ""
     for word in text.split():
         parts = [word] if cell_len(word) <= width else re.findall(r"[^,]*,|[^,]+", word)

@@ -36,7 +36,7 @@ OPTIONAL = "nodes", "parameters", "FLOPs", "sites", "seconds"
 
 def headline(report: Report) -> str:
     """One line: how much smaller, how much faster, and how close the outputs are; what was not measured says so."""
-    return ", ".join(filter(None, [_smaller(report), faster(report.speed), _closeness(report), _metric(report)]))
+    return ", ".join(filter(None, [_smaller(report), faster(report.speed), closeness(report), _metric(report)]))
 
 
 def rest(report: Report) -> list[str]:
@@ -91,7 +91,8 @@ def _bounds(one: Mapping[str, Any]) -> str:
     return f" [{figures.times(one['low'])}, {figures.times(one['high'])}]" if math.isfinite(one["high"]) else ""
 
 
-def _closeness(report: Report) -> str:
+def closeness(report: Report) -> str:
+    """How close the deployed outputs are to the original's: the least cosine."""
     if not report.agreement:
         return "outputs not compared"
     if all(one.sqnr == math.inf for one in report.agreement):
