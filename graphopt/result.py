@@ -45,7 +45,9 @@ class Trained:
         """See `Optimized.state_dict`."""
         if not self.state:
             raise GraphError("state_dict is for a module, and none was handed in: export the model, or use .module")
-        now, read = self.graph.module().state_dict(), {name for name, _ in self.before.constants()}
+        module = self.graph.module()
+        now = module.state_dict() | self.graph.unpacked(module)
+        read = {*self.before.unpacked(), *(name for name, _ in self.before.constants())}
         found: dict[int, Tensor] = {}  # by the memory of the tensor that it replaces: tied weights have several names
         for name, before in self.state.items():
             if name in now and now[name].shape == before.shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.decode import DecodeStep
 from graphopt.capture.failures import trace_failure, user_line
 from graphopt.capture.labels import without_labels
+from graphopt.dialects.fx.traced_layers import whole_layers
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line, nearest
 from graphopt.ir.graph import Feeds
@@ -70,10 +71,12 @@ def trace(
             program = _export(module, traced, constants, axes)
         except Exception as error:
             raise CaptureError(trace_failure(module, error)) from error
+        _require_open(module, traced | constants, dynamic_shapes or {}, axes, _fixed(program, axes))
         if isinstance(module, DecodeStep):
             examples = [module.of_one_token(example) for example in examples]
             result = _run(module, examples[0])
-    notes += _specialized(program, axes)
+    notes += [f"the export fixed axis {axis} ({axes[name][axis]}) of {name} at {size}"
+              for (name, axis), size in _fixed(program, axes).items()]  # fmt: skip
     program, moved = on_cpu(program)
     notes += moved
     examples = [{key: value.cpu() for key, value in example.items()} for example in examples]
@@ -256,16 +259,57 @@ def _export(
         plain |= {p.name: {name: shapes[name] for name in by_keyword}
                   for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
     with quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
-        return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
+        with whole_layers():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
 
 
-def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """Notes on axes that were to be dynamic, and that the export fixed."""
+Fixed = Mapping[tuple[str, int], int]
+"""Axes that were to be dynamic, by input and axis, with the one size that they have in a program."""
+
+
+def _fixed(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> Fixed:
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    notes = []
-    for name, axes in spec.items():
-        value = placeholders.get(name)
-        for axis, label in axes.items():
-            if isinstance(value, Tensor) and str(value.shape[axis]).isdigit():  # also a symbol that stands for a number
-                notes.append(f"the export fixed axis {axis} ({label}) of {name} at {value.shape[axis]}")
-    return notes
+    return {
+        (name, axis): int(value.shape[axis])
+        for name, axes in spec.items() if isinstance(value := placeholders.get(name), Tensor)
+        for axis in axes if str(value.shape[axis]).isdigit()  # also a symbol that stands for a number
+    }  # fmt: skip
+
+
+def _resized(traced: Feeds, spec: DynamicAxes, key: tuple[str, int]) -> dict[str, Any]:
+    """The inputs with one entry more along an axis, and along all that have its name."""
+    label = spec[key[0]][key[1]]
+    return {
+        name: _longer(tensor, [axis for axis, named in spec.get(name, {}).items() if named == label])
+        for name, tensor in traced.items()
+    }
+
+
+def _longer(tensor: Tensor, axes: Iterable[int]) -> Tensor:
+    for axis in axes:
+        tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+    return tensor
+
+
+def _require_open(
+    module: nn.Module,
+    arguments: Mapping[str, Any],
+    asked: Mapping[str, Mapping[int, str]],
+    spec: DynamicAxes,
+    fixed: Fixed,
+) -> None:
+    """Raise CaptureError where an axis that the user named has one size in the program."""
+    for (name, axis), size in fixed.items():
+        if axis not in [given % arguments[name].dim() for given in asked.get(name, ())]:
+            continue
+        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+        rest = {key: value for key, value in arguments.items() if key not in tensors}
+        try:
+            _run(module, _resized(tensors, spec, (name, axis)) | rest)
+            why = "the model runs at other sizes, and computes with this one as a number while it is traced"
+        except CaptureError as error:
+            why = f"at another one, {error}"
+        raise CaptureError(
+            f"dynamic_shapes names axis {axis} of {name} {spec[name][axis]!r}, and the export fixed it at {size}: {why}. "
+            "Leave the axis out of dynamic_shapes, or let the model take other sizes"
+        )

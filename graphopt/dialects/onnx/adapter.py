@@ -15,7 +15,7 @@ import torch
 from graphopt.analysis.masks import labels
 from graphopt.dialects.adapter import Adapter
 from graphopt.dialects.onnx import quantized as onnx_quantized
-from graphopt.dialects.onnx import stand_ins
+from graphopt.dialects.onnx import stand_ins, torch_layers
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
 from graphopt.dialects.onnx.raising import FORMS
 from graphopt.dialects.onnx.reading import NOTES, parsed, read_model
@@ -47,7 +47,7 @@ class OnnxAdapter:
         with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                custom_translation_table=stand_ins.translations(),
+                custom_translation_table=stand_ins.translations() | torch_layers.translations(),
             )  # fmt: skip
         assert exported is not None
         model = exported.model
