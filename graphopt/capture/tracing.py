@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ import numpy as np
 import torch
 import torch.export.passes
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.decode import DecodeStep
@@ -256,7 +263,8 @@ def _export(
     if by_keyword:
         plain |= {p.name: {name: shapes[name] for name in by_keyword}
                   for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
-    with quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
+    # torch prints the graph of a failed trace to stderr
+    with quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"), redirect_stderr(io.StringIO()):
         return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
 
 
@@ -274,9 +282,20 @@ def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mappi
 
 def _trace_failure(module: nn.Module, error: BaseException) -> str:
     return (
-        f"torch.export cannot trace {type(module).__name__}{_user_line(module, error)}: {first_line(error)}. "
-        "Control flow that depends on values must go through torch.cond or torch.where"
+        f"torch.export cannot trace {type(module).__name__}{_user_line(module, error)}: "
+        f"{type(error).__name__}: {first_line(error).rstrip('.')}. {_way_out(error)}"
     )
+
+
+def _way_out(error: BaseException) -> str:
+    """What to do about a failed trace: by the kind of the error, for not all of them are about control flow."""
+    if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException | DynamicOutputShapeException):
+        return "Control flow that depends on values must go through torch.cond or torch.where"
+    if isinstance(error, UnsupportedOperatorException):
+        return "Say which shapes that operator returns, with torch.library.register_fake"
+    if "numpy" in str(error):
+        return "NumPy is not traced: compute with torch"
+    return "The module runs by itself, and this is raised while it is traced"
 
 
 def _user_line(module: nn.Module, error: BaseException) -> str:
