@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,9 +259,9 @@ def _export(
     if by_keyword:
         plain |= {p.name: {name: shapes[name] for name in by_keyword}
                   for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
-    with quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
-        with whole_layers():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
+    silent = quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
+    with silent, redirect_stderr(io.StringIO()), whole_layers():  # torch prints the graph of a failed trace to stderr
+        return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
 
 
 Fixed = Mapping[tuple[str, int], int]
@@ -310,6 +311,6 @@ def _require_open(
         except CaptureError as error:
             why = f"at another one, {error}"
         raise CaptureError(
-            f"dynamic_shapes names axis {axis} of {name} {spec[name][axis]!r}, and the export fixed it at {size}: {why}. "
-            "Leave the axis out of dynamic_shapes, or let the model take other sizes"
+            f"dynamic_shapes names axis {axis} of {name} {spec[name][axis]!r}, and the export fixed it at {size}: "
+            f"{why}. Leave the axis out of dynamic_shapes, or let the model take other sizes"
         )

@@ -126,7 +126,7 @@ def _read_conv(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
     weight = meta(a["weight"])
     if not isinstance(weight, Tensor) or weight.dim() not in (3, 4, 5):
         return None
-    if a["transposed"] if "transposed" in a else "output_padding" in a:
+    if a.get("transposed", "output_padding" in a):
         return _read_conv_transpose(a)
     rank = weight.dim() - 2
 
