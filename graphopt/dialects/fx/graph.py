@@ -303,7 +303,7 @@ class FxGraph(Graph):
         for node in filter(is_state, native.graph.nodes):  # a tensor that runs write to is not shared
             native.stored[str(node.target)] = native.stored[str(node.target)].detach().clone()
         clone = type(self)(native, self.output_names, self.axis_names)
-        clone.version, clone.returns = self.version, self.returns
+        clone.version, clone.returns, clone.scaled = self.version, self.returns, self.scaled
         return clone
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FxGraph:
