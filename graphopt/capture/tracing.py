@@ -263,8 +263,8 @@ def _export(
     if by_keyword:
         plain |= {p.name: {name: shapes[name] for name in by_keyword}
                   for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
-    # torch prints the graph of a failed trace to stderr
-    with quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"), redirect_stderr(io.StringIO()):
+    silent = quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
+    with silent, redirect_stderr(io.StringIO()):  # where torch prints the graph of a failed trace
         return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
 
 

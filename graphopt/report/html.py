@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from graphopt import writing
 from graphopt.report import curves, tables
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import Report
@@ -23,11 +21,6 @@ def page(report: Report | None = None, diff: GraphDiff | None = None, title: str
 def fragment(report: Report | None = None, diff: GraphDiff | None = None) -> str:
     """What a notebook shows."""
     return str(_template().module.fragment(report, diff, tables, curves))  # type: ignore[attr-defined]
-
-
-def write(path: str | Path, report: Report, diff: GraphDiff, title: str) -> None:
-    with writing.whole(Path(path)) as part:
-        part.write_text(page(report, diff, title), encoding="utf-8")
 
 
 @cache
