@@ -10,8 +10,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LONGEST = 300
+LONGEST = 160
 """Most characters of another library's message: an engine's may hold the whole model."""
+
+_CODE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_NODE = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ")
+_SOURCE = re.compile(r"(?:Exception during initialization: )?(?:/\S*/)?\w+\.(?:cc|h|cpp):\d+:? ")
+_SIGNATURE = re.compile(r"[\w:<>~*&, ]*::[~\w]+(?:<[^()]*>)?\(|[A-Z]\w+ (?=[A-Z])")
+_ASSERTION = re.compile(r"^[^.]*(?:\.\w[^.]*)* was false\. (?=\S)")
+"""What engines say in front of a reason: a code, the node, and the line and function of their source."""
 
 
 class GraphoptError(Exception):
@@ -28,6 +35,10 @@ class CaptureError(GraphoptError, ValueError):
 
 class GraphError(GraphoptError):
     """A graph is malformed, or was asked for something it cannot do."""
+
+
+class SpellingError(GraphError):
+    """An operation has no spelling in the version of operators that a graph is written in; says which one has."""
 
 
 class PassError(GraphoptError):
@@ -95,12 +106,10 @@ def user_batches(what: str, batches: Iterable[T]) -> Iterator[T]:
 
 def described(error: BaseException) -> str:
     """An exception of another library in one line: its class, and the beginning of its message."""
-    message = " ".join(str(error).split())
+    message = _without_source(" ".join(_plain(error).split()))
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f" ({error.filename})" if error.filename else "")
-    if len(message) > LONGEST:
-        message = message[:LONGEST].rstrip() + " ..."
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{type(error).__name__}: {_short(message)}" if message else type(error).__name__
 
 
 def nearest(name: str, names: Sequence[str], aliases: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -170,6 +179,46 @@ def require_positive_integer(name: str, value: object) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip() if lines else type(error).__name__
+    """The first line of an error's message, without code and source of an engine; its class where it has none."""
+    lines = _plain(error).strip().splitlines()
+    return _short(_without_source(lines[0].strip())) if lines else type(error).__name__
+
+
+def _plain(error: BaseException) -> str:
+    """An error's message without the codes that color it on a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= LONGEST else message[:LONGEST].rstrip() + " ..."
+
+
+def _without_source(message: str) -> str:
+    """An engine's message as the node and the reason."""
+    message = _NODE.sub(r"\1 (\2): ", _CODE.sub("", message))
+    while found := _SOURCE.search(message):
+        message = message[: found.start()] + _without_signature(message[found.end() :])
+    return message
+
+
+def _without_signature(text: str) -> str:
+    """What follows the signature of a C++ function, its template arguments and its assertion at the start of a text."""
+    found = _SIGNATURE.match(text)
+    if found is None:
+        return text
+    rest = text[found.end() :]
+    if found[0].endswith("("):
+        rest = _behind(rest, "()").removeprefix(" const").lstrip()
+        if rest.startswith("[with "):
+            rest = _behind(rest[1:], "[]").lstrip()
+    return _ASSERTION.sub("", rest)
+
+
+def _behind(text: str, brackets: str) -> str:
+    """What follows the end of a bracket that is open at the start of a text."""
+    depth = 1
+    for index, character in enumerate(text):
+        depth += (character == brackets[0]) - (character == brackets[1])
+        if depth == 0:
+            return text[index + 1 :]
+    return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,12 +18,15 @@ from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, r
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.measure.machine import version
+from graphopt.pipeline.instruments import display, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import BenchResult, Report
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from graphopt.measure.timing import Ratio
 
 _VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -42,7 +45,9 @@ class Trained:
         """See `Optimized.state_dict`."""
         if not self.state:
             raise GraphError("state_dict is for a module, and none was handed in: export the model, or use .module")
-        now, read = self.graph.module().state_dict(), {name for name, _ in self.before.constants()}
+        module = self.graph.module()
+        now = module.state_dict() | self.graph.unpacked(module)
+        read = {*self.before.unpacked(), *(name for name, _ in self.before.constants())}
         found: dict[int, Tensor] = {}  # by the memory of the tensor that it replaces: tied weights have several names
         for name, before in self.state.items():
             if name in now and now[name].shape == before.shape:
@@ -56,7 +61,7 @@ class Trained:
         return {name: found.get(before.data_ptr(), before).detach().clone() for name, before in self.state.items()}
 
 
-@dataclass
+@dataclass(repr=False)
 class Optimized:
     """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it.
 
@@ -87,6 +92,27 @@ class Optimized:
     """What the passes that train have left, where nothing lossy follows them."""
     sparse: Mapping[str, str] = field(default_factory=dict)
     """By the label of a site, the pattern of zeros in its weight that later training must keep."""
+
+    def __str__(self) -> str:
+        """The headline and the table of passes; `.report` has the rest."""
+        from graphopt.report import text
+
+        return text.summary(self.report)
+
+    def __repr__(self) -> str:
+        from graphopt.report import tables
+
+        return f"<Optimized {self.report.source} for {self.backend.name}: {tables.headline(self.report)}>"
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.report import terminal
+
+        return terminal.summary(self.report)
+
+    def _repr_html_(self) -> str:
+        from graphopt.report import html
+
+        return html.summary(self.report)
 
     @property
     def own_passes(self) -> tuple[Pass, ...]:
@@ -164,12 +190,12 @@ class Optimized:
         """The graph before and after, to print (text), to show in a terminal (rich) or in a notebook (html)."""
         return GraphDiff.of(self.captured, self.folded)
 
-    def bench(self, inputs: Any = None, *, rounds: int = 15) -> BenchResult:
+    def bench(self, inputs: Any = None, *, rounds: int = 15, verbose: bool | None = None) -> BenchResult:
         """Time against the original graph on the same engine, paired and interleaved, at each example shape.
 
         inputs: a batch or a list of batches; the example inputs by default. rounds: of the two, one after the other,
-        at least 1. Raises UsageError without inputs, where these are not the model's, and where the engine does not
-        run here.
+        at least 1. verbose: as for `optimize`. Raises UsageError without inputs, where these are not the model's, and
+        where the engine does not run here.
         """
         from graphopt.measure.machine import environment, header
 
@@ -184,18 +210,23 @@ class Optimized:
         machine = environment()
         result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
-            with outer_door(UsageError, partial(self._does_not_run, feeds)):
-                result.rows.append((shapes_text(feeds), self._ratios(original, feeds, rounds)))
+            with (
+                outer_door(UsageError, partial(self._does_not_run, feeds)),
+                watched(display(verbose), f"measure {shapes_text(feeds)}", rounds) as advance,
+            ):
+                result.rows.append((shapes_text(feeds), self._ratios(original, feeds, rounds, advance)))
         return result
 
-    def _ratios(self, original: Runner, feeds: Feeds, rounds: int) -> dict[str, Ratio]:
+    def _ratios(
+        self, original: Runner, feeds: Feeds, rounds: int, told: Callable[[str], object]
+    ) -> dict[str, Ratio]:
         """How many times faster than the original this is at one example shape; the control is the original again."""
         from graphopt.measure.timing import paired
 
         placed = self.backend.place(feeds)
         runners = {"original": original, "control": original, "optimized": self.runner}
         calls = {name: partial(runner, placed) for name, runner in runners.items()}
-        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
+        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock, told=told)
         return {name: ratios[name] for name in ("optimized", "control")}
 
     def graphsurgeon(self) -> Any:

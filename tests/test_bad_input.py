@@ -105,8 +105,8 @@ def test_an_untraceable_module_names_the_line(target: str) -> None:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Untraceable(), "GuardOnDataDependentSymNode: Could not guard on .* Control flow that depends on values"),
-        (Importing(), "ModuleNotFoundError: No module named 'a_module_that_is_not_there'. The module runs by itself"),
+        (Untraceable(), "GuardOnDataDependentSymNode: Could not guard .* Control flow and sizes that depend on values"),
+        (Importing(), "ModuleNotFoundError: No module named 'a_module_that_is_not_there'. Install what forward"),
         (OverNumPy(), r"RuntimeError: .numpy\(\) is not supported .* NumPy is not traced: compute with torch"),
         (Undescribed(), "UnsupportedOperatorException: graphopt_tests.undescribed.default. Say which shapes that"),
     ],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
+from graphopt.capture.failures import export_failure
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import DynamicAxes, Traced, on_cpu, several, trace
 from graphopt.dialects.adapter import Adapter, adapter
@@ -159,7 +160,12 @@ def _refuse_options(what: str, dynamic_shapes: Any, cache: bool) -> None:
 def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced) -> Captured:
     returned = traced.structure
     signature = Signature(tuple(traced.examples[0]), returned.names, returned.rebuild)
-    graph = dialect.from_program(traced.program, signature.inputs, traced.axes, returned)
+    try:
+        graph = dialect.from_program(traced.program, signature.inputs, traced.axes, returned)
+    except GraphError as error:
+        raise CaptureError(f"{type(module).__name__}: {error}") from error
+    except Exception as error:  # whatever torch's exporter raises
+        raise CaptureError(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
     notes = list(traced.notes)
     for example in traced.examples:
         _require_shapes(graph, example)

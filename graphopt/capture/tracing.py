@@ -5,27 +5,21 @@ from __future__ import annotations
 import inspect
 import io
 import re
-import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.export.passes
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.decode import DecodeStep
+from graphopt.capture.failures import trace_failure, user_line
 from graphopt.capture.labels import without_labels
+from graphopt.dialects.fx.traced_layers import whole_layers
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line, nearest
 from graphopt.ir.graph import Feeds
@@ -77,11 +71,13 @@ def trace(
         try:
             program = _export(module, traced, constants, axes)
         except Exception as error:
-            raise CaptureError(_trace_failure(module, error)) from error
+            raise CaptureError(trace_failure(module, error)) from error
+        _require_open(module, traced | constants, dynamic_shapes or {}, axes, _fixed(program, axes))
         if isinstance(module, DecodeStep):
             examples = [module.of_one_token(example) for example in examples]
             result = _run(module, examples[0])
-    notes += _specialized(program, axes)
+    notes += [f"the export fixed axis {axis} ({axes[name][axis]}) of {name} at {size}"
+              for (name, axis), size in _fixed(program, axes).items()]  # fmt: skip
     program, moved = on_cpu(program)
     notes += moved
     examples = [{key: value.cpu() for key, value in example.items()} for example in examples]
@@ -204,7 +200,7 @@ def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
         shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
         raise CaptureError(
             f"{type(module).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: "
-            f"{first_line(error)}{_user_line(module, error)}"
+            f"{first_line(error)}{user_line(error)}"
         ) from error
 
 
@@ -264,46 +260,57 @@ def _export(
         plain |= {p.name: {name: shapes[name] for name in by_keyword}
                   for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
     silent = quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
-    with silent, redirect_stderr(io.StringIO()):  # where torch prints the graph of a failed trace
+    with silent, redirect_stderr(io.StringIO()), whole_layers():  # torch prints the graph of a failed trace to stderr
         return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
 
 
-def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """Notes on axes that were to be dynamic, and that the export fixed."""
+Fixed = Mapping[tuple[str, int], int]
+"""Axes that were to be dynamic, by input and axis, with the one size that they have in a program."""
+
+
+def _fixed(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> Fixed:
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    notes = []
-    for name, axes in spec.items():
-        value = placeholders.get(name)
-        for axis, label in axes.items():
-            if isinstance(value, Tensor) and str(value.shape[axis]).isdigit():  # also a symbol that stands for a number
-                notes.append(f"the export fixed axis {axis} ({label}) of {name} at {value.shape[axis]}")
-    return notes
+    return {
+        (name, axis): int(value.shape[axis])
+        for name, axes in spec.items() if isinstance(value := placeholders.get(name), Tensor)
+        for axis in axes if str(value.shape[axis]).isdigit()  # also a symbol that stands for a number
+    }  # fmt: skip
 
 
-def _trace_failure(module: nn.Module, error: BaseException) -> str:
-    return (
-        f"torch.export cannot trace {type(module).__name__}{_user_line(module, error)}: "
-        f"{type(error).__name__}: {first_line(error).rstrip('.')}. {_way_out(error)}"
-    )
+def _resized(traced: Feeds, spec: DynamicAxes, key: tuple[str, int]) -> dict[str, Any]:
+    """The inputs with one entry more along an axis, and along all that have its name."""
+    label = spec[key[0]][key[1]]
+    return {
+        name: _longer(tensor, [axis for axis, named in spec.get(name, {}).items() if named == label])
+        for name, tensor in traced.items()
+    }
 
 
-def _way_out(error: BaseException) -> str:
-    """What to do about a failed trace: by the kind of the error, for not all of them are about control flow."""
-    if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException | DynamicOutputShapeException):
-        return "Control flow that depends on values must go through torch.cond or torch.where"
-    if isinstance(error, UnsupportedOperatorException):
-        return "Say which shapes that operator returns, with torch.library.register_fake"
-    if "numpy" in str(error):
-        return "NumPy is not traced: compute with torch"
-    return "The module runs by itself, and this is raised while it is traced"
+def _longer(tensor: Tensor, axes: Iterable[int]) -> Tensor:
+    for axis in axes:
+        tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+    return tensor
 
 
-def _user_line(module: nn.Module, error: BaseException) -> str:
-    """' at file:line (code)' of the innermost frame outside torch."""
-    root = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if not f.filename.startswith((root, "<")) and Path(f.filename) != Path(__file__)]  # fmt: skip
-    if not frames:  # the exporter quotes the user's code in its message
-        found = re.search(rf'File "(?!{re.escape(root)})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
-        return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
-    return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+def _require_open(
+    module: nn.Module,
+    arguments: Mapping[str, Any],
+    asked: Mapping[str, Mapping[int, str]],
+    spec: DynamicAxes,
+    fixed: Fixed,
+) -> None:
+    """Raise CaptureError where an axis that the user named has one size in the program."""
+    for (name, axis), size in fixed.items():
+        if axis not in [given % arguments[name].dim() for given in asked.get(name, ())]:
+            continue
+        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+        rest = {key: value for key, value in arguments.items() if key not in tensors}
+        try:
+            _run(module, _resized(tensors, spec, (name, axis)) | rest)
+            why = "the model runs at other sizes, and computes with this one as a number while it is traced"
+        except CaptureError as error:
+            why = f"at another one, {error}"
+        raise CaptureError(
+            f"dynamic_shapes names axis {axis} of {name} {spec[name][axis]!r}, and the export fixed it at {size}: "
+            f"{why}. Leave the axis out of dynamic_shapes, or let the model take other sizes"
+        )

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import Calibration, CalibrationSteps, Cpu, Inputs, Json, Measure, Passes, Target, Threads
-from graphopt.cli.printing import print_json, show
+from graphopt.cli.options import (
+    Calibration,
+    CalibrationSteps,
+    Cpu,
+    Inputs,
+    Json,
+    Measure,
+    Passes,
+    Target,
+    Threads,
+    Verbose,
+)
+from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file, require_writable
 from graphopt.cli.sources import batches, example, function
 from graphopt.errors import UsageError
@@ -66,11 +76,11 @@ def optimize(
     report: Annotated[
         Path | None, typer.Option(help="A file for the report: .html, with the graph diff, or .txt or .json.")
     ] = None,
+    verbose: Verbose = None,
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
     from graphopt.backends import target as target_of
-    from graphopt.pipeline.instruments import Progress
     from graphopt.report.records import require_report_name
 
     require_file(model)
@@ -95,18 +105,18 @@ def optimize(
         "checkpoint": checkpoint,
         "example_inputs": None if inputs is None else example(inputs, model),
     }
-    quiet = as_json or not sys.stderr.isatty()
-    small = run(
-        model,
-        passes,
-        target=target,
-        calibration_steps=calibration_steps,
-        threads=threads,
-        measure=measure,
-        cpu=cpu,
-        instruments=() if quiet else [Progress()],
-        **{option: value for option, value in given.items() if value is not None},
-    )
+    with logged(verbose):
+        small = run(
+            model,
+            passes,
+            target=target,
+            calibration_steps=calibration_steps,
+            threads=threads,
+            measure=measure,
+            cpu=cpu,
+            verbose=False if verbose is False else None,
+            **{option: value for option, value in given.items() if value is not None},
+        )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if report is not None:
         small.report.save(report, small.diff())

@@ -19,6 +19,14 @@ Measure = Annotated[
         show_default=False,
     ),
 ]
+Verbose = Annotated[
+    bool | None,
+    typer.Option(
+        "--verbose/--quiet",
+        help="Say each step on stderr, or nothing. Without either: what runs now, and a line for each stage.",
+        show_default=False,
+    ),
+]
 Cpu = Annotated[
     str | None,
     typer.Option(help="The CPU that the result is for, where not this one: avx2, avx512, avx512_vnni."),

@@ -41,6 +41,9 @@ from graphopt.pipeline.target import Placement
 class Chooser(Protocol):
     """Picks a form for each match of a choice, and records how."""
 
+    told: Callable[[str], object]
+    """To be called before a site is measured, with its name; the run sets it."""
+
     @property
     def notes(self) -> list[str]:
         """What the user should know, such as that the machine was too noisy to measure."""

@@ -73,7 +73,7 @@ class QuantizationPlan:
     """All that is decided before anything is calibrated or changed."""
 
     sites: Mapping[Node, SitePlan]
-    """The linears, convs, matmuls and embeddings that are quantized, in the order of the graph."""
+    """The ops with weights, and the matmuls, that are quantized, in the order of the graph."""
     regions: Regions
     declined: Mapping[Node, Decline]
     """Sites and other ops that stay float, and why."""
@@ -228,6 +228,8 @@ def _site(
     corrects = corrects and (site.bias is None or site.bias.is_constant)
     if options.dtype != "int8":
         return SitePlan(scheme, WeightPlan(schemes.TYPES[options.dtype], bias_correction=corrects))
+    if site.kind not in ("linear", "conv"):  # whose inputs no moments describe
+        return SitePlan(scheme, WeightPlan(bits=bits, symmetric=symmetric, clip=clip))
     gptq = calibrated if options.rounding == "auto" else options.rounding == "gptq"
     weight = WeightPlan(bits=bits, block=block, symmetric=symmetric, clip=clip, gptq=gptq, bias_correction=corrects)
     return SitePlan(scheme, weight, activation_bits)

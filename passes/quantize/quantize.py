@@ -97,7 +97,7 @@ class Quantize(Pass):
     max_drop: Annotated[float, Range(0)] | None = None
     """Most that `evaluate` (more is better) may fall, in the same way."""
 
-    targets: Selector = Selector("linear", "conv", "embedding")
+    targets: Selector = Selector("linear", "conv", "embedding", "conv_transpose", "lstm", "gru", "rnn")
     """Sites to consider: ops (matmul too, and softmax between matmuls), module paths or patterns."""
 
     ignore: Selector = Selector()

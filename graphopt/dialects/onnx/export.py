@@ -15,8 +15,9 @@ import torch
 
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
-from graphopt.dialects.onnx.opset import lower_opset
-from graphopt.dialects.onnx.reading import MAP_TYPE
+from graphopt.dialects.onnx.mended import MAP_TYPE, restore_map_types
+from graphopt.dialects.onnx.opset import at_opset
+from graphopt.dialects.onnx.reading import fix_names
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError, first_line
 from graphopt.ir.graph import Graph, Node, Value
@@ -43,7 +44,9 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     if model.functions:
         _inline(model)
     if opset is not None and opset != graph.opset:
-        lower_opset(graph, opset)
+        at_opset(graph, opset)
+        if model.functions:  # of ops that the other opset has no operator for
+            _inline(model)
     _spell_zero_points(model)
     ir_passes.RemoveUnusedOpsetsPass()(model)
     model.producer_name = "graphopt"
@@ -125,7 +128,7 @@ def _inline(model: ir.Model) -> None:
         owner = names.get(node.outputs[0].name, owner)
         node.metadata_props.update(owner[1])
         node.name = f"{owner[0]}/{node.op_type}" if owner[0] else node.name
-    ir_passes.NameFixPass()(model)
+    fix_names(model)
     model.functions.clear()
 
 
@@ -252,11 +255,8 @@ def graphsurgeon(model: ir.Model) -> Any:
 
 
 def _restore_maps(model: ir.Model, written: Path) -> None:
-    """Write the types of outputs that hold a map, which onnx-ir cannot write."""
-    maps = {output.name: output.meta[MAP_TYPE] for output in model.graph.outputs if MAP_TYPE in output.meta}
-    if maps:
+    """Write the types of inputs and outputs that hold a map, which onnx-ir cannot write."""
+    if any(MAP_TYPE in value.meta for value in (*model.graph.inputs, *model.graph.outputs)):
         proto = onnx.load(written, load_external_data=False)
-        for output in proto.graph.output:
-            if output.name in maps:
-                output.type.CopyFrom(maps[output.name])
+        restore_map_types(proto, model)
         onnx.save(proto, written)

@@ -24,7 +24,7 @@ from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.dialects.onnx.tensors import NARROW, onnx_dtype, packed, to_numpy, to_torch
 from graphopt.dialects.onnx.views import PATH, OnnxNode, OnnxValue, holds_graph
 from graphopt.dialects.raising import run_stages
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.graph import Flow, Graph, Node, Value
 from graphopt.ir.ops import OPS
 
@@ -203,7 +203,8 @@ class OnnxGraph(Graph):
             spelled = onnx_spellings.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
         else:
             raise GraphError(f"onnx cannot emit {kind!r}: it is no op, and no operation of the form domain.Op")
-        native = self._make(spelled, path)
+        is_copy = isinstance(kind, OnnxNode) and spelled.op_type == kind.native.op_type
+        native = self._make(spelled, path, is_copy=is_copy)
         if isinstance(at, OnnxNode):
             at.native.prepend(native)
         else:
@@ -260,10 +261,13 @@ class OnnxGraph(Graph):
                        for key, default in (("stride", ones), ("dilation", ones), ("padding", zeros))}  # fmt: skip
         return onnx_spellings.write(self, kind, _onnx_values(operands), filled)
 
-    def _make(self, spelled: onnx_spellings.Spelled, path: str) -> ir.Node:
+    def _make(self, spelled: onnx_spellings.Spelled, path: str, is_copy: bool) -> ir.Node:
         inputs = [None if value is None else self.native(value) for value in spelled.inputs]
         while inputs and inputs[-1] is None:
             inputs.pop()
+        reason = None if is_copy else onnx_functions.why_not_spelled(spelled, self.opset, inputs)
+        if reason is not None:
+            raise SpellingError(f"{reason} ({path})" if path else reason)
         opsets = self.model.graph.opset_imports
         if spelled.domain not in opsets:
             opsets[spelled.domain] = 1
