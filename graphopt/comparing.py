@@ -115,7 +115,7 @@ class _Runner:
         self.graph: Graph | None = None
         self._names: tuple[str, ...] | None = None
         if isinstance(model, str | Path):
-            model = capture(model, "onnx").graph
+            model = capture(model, "onnx", run=False).graph  # it is run on the batches
         if isinstance(model, Graph):
             self.graph, self.inputs, self._names = model, model.inputs, tuple(value.name for value in model.outputs)
             self._call: Callable[..., Any] = lambda **feeds: model.evaluate(feeds, model.outputs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import onnx
 import onnx_ir as ir
@@ -72,7 +72,7 @@ def why_not_spelled(spelled: Spelled, opset: int, inputs: Sequence[ir.Value | No
     return misfit(spelled.op_type, opset, spelled.attributes, [None if one is None else one.dtype for one in inputs])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _body_misfit(op_type: str, opset: int) -> str | None:
     found = (misfit(node.op_type, opset, node.attributes, [None] * len(node.inputs))
              for node in function(op_type, opset))  # fmt: skip
