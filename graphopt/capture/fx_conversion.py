@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from graphopt.capture.signature import Signature
 from graphopt.capture.sources import Captured, capture
-from graphopt.capture.tracing import DynamicAxes
+from graphopt.capture.axes import DynamicAxes
 from graphopt.dialects.adapter import adapter
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, GraphoptError, outer_door
