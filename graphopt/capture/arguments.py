@@ -36,7 +36,7 @@ class Call:
 
 
 def call_of(module: nn.Module, example: Any) -> Call:
-    """The call that an example stands for: a tensor, a tuple by position, or a dict by the names of forward's arguments.
+    """The call that an example stands for: a tensor, a tuple by position, or a dict by the names of arguments.
 
     Arguments are tensors (torch or numpy), None, numbers, booleans and texts, and lists, tuples and dicts of these;
     those of *xs are called xs_0, xs_1 and so on. Raises CaptureError for anything else, and for arguments that forward

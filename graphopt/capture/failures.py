@@ -10,6 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -28,10 +33,14 @@ def trace_failure(module: nn.Module, error: BaseException) -> str:
 
 
 def _way_out(error: BaseException) -> str:
-    if isinstance(error, GuardOnDataDependentSymNode):
+    if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException | DynamicOutputShapeException):
         return ". Control flow and sizes that depend on values must go through torch.cond or torch.where"
+    if isinstance(error, UnsupportedOperatorException):
+        return ". Say which shapes that operator returns, with torch.library.register_fake"
     if isinstance(error, ImportError):
         return ". Install what forward imports"
+    if "numpy" in str(error):
+        return ". NumPy is not traced: compute with torch"
     return ""
 
 

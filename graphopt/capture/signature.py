@@ -37,7 +37,7 @@ class Signature:
     rebuild: Callable[[list[Any]], Any]
     """Makes what the model returns from the graph's outputs."""
     arguments: tuple[str, ...] = ()
-    """What a call gives by position, where that is not the inputs: an argument may be a structure of several, or fixed."""
+    """What a call gives by position, where that is not the inputs: an argument may hold several, or be fixed."""
     constants: Mapping[str, Constant] = field(default_factory=dict)
     """What the capture fixed, by name."""
 

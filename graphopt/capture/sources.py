@@ -360,7 +360,7 @@ def _raise_checked(
 
 
 def _computes(graph: Graph, feeds: Sequence[Feeds], expected: Outputs) -> bool:
-    """Whether a graph has the expected outputs; those that differ from run to run, as they are random, may be others."""
+    """Whether a graph has the expected outputs; those that differ from run to run, being random, may be others."""
     found = _reference(graph, feeds, [])
     if found is None:
         return False

@@ -22,11 +22,11 @@ from graphopt.capture.entry import Entry
 from graphopt.capture.failures import trace_failure, user_line
 from graphopt.capture.labels import without_labels
 from graphopt.capture.precision import behind_half, captured_half, captured_wide, half_types, in_float32
+from graphopt.dialects.fx.traced_layers import whole_layers
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, first_line
 from graphopt.ir.graph import Feeds
 from graphopt.ir.structure import Structure, flattened, structure_of
-
 
 _LOUD = ("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
 """Loggers that report what a trace runs into, which an error says."""
@@ -52,7 +52,7 @@ def trace(module: nn.Module, example_inputs: Any, dynamic_shapes: Any, cache: bo
     """Run the module on its examples and export it, in eval mode. Raises CaptureError; the module stays as it was.
 
     example_inputs: as `call_of` takes them, or arguments of a decode step with its cache; a list holds several.
-    dynamic_shapes: as `dynamic_axes` takes it. cache: the examples are prompts, and the decode step after them is meant.
+    dynamic_shapes: as `dynamic_axes` takes it. cache: the examples are prompts, and the step after them is meant.
     """
     _require_traceable(module)
     if cache and dynamic_shapes is not None:
@@ -73,14 +73,17 @@ def trace(module: nn.Module, example_inputs: Any, dynamic_shapes: Any, cache: bo
             notes.append("dynamic axes of size 1 in the example inputs were repeated to 2 for tracing")
         entry = Entry(traced, partial(call.run, **further), list(example))
         try:
-            with quiet(*_LOUD), redirect_stderr(io.StringIO()):  # where torch prints the whole graph of a failure
+            with quiet(*_LOUD), redirect_stderr(io.StringIO()), whole_layers():  # torch prints the graph of a failure
                 program = entry.exported(example, axes)
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(trace_failure(module, error)) from error
-    shapes = input_shapes(program, calls[0].tensors)
-    notes += _specialized(shapes, axes)
+        shapes = input_shapes(program, calls[0].tensors)
+        fixed = _fixed(shapes, axes)
+        _require_open(traced, replace(call, tensors=example), axes, given, fixed, further)
+    notes += [f"the export fixed axis {axis} ({axes[name][axis]}) of {name} at {size}"
+              for (name, axis), size in fixed.items()]  # fmt: skip
     program, moved = on_cpu(program)
     notes += moved
     returned = structure_of(result, entry.sizes)
@@ -151,7 +154,7 @@ def _require_traceable(module: nn.Module) -> None:
     name = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         raise CaptureError(
-            f"{name} is compiled by TorchScript, which torch.export does not trace: hand over the nn.Module that it was "
+            f"{name} is compiled by TorchScript, which torch.export does not trace: hand over the nn.Module that it is "
             "made of, or an ONNX file of it"
         )
     stored = [*module.named_parameters(), *module.named_buffers()]
@@ -240,11 +243,47 @@ def input_shapes(program: torch.export.ExportedProgram, names: Iterable[str]) ->
     return {name: tensor.shape for name, tensor in zip(names, tensors, strict=True)}
 
 
-def _specialized(shapes: Mapping[str, Sequence[Any]], spec: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """Notes on axes that were to be dynamic, and that the export fixed."""
-    return [
-        f"the export fixed axis {axis} ({label}) of {name} at {shapes[name][axis]}"
+Fixed = Mapping[Axis, int]
+"""Axes that were to be dynamic, by input and axis, with the one size that they have in a program."""
+
+
+def _fixed(shapes: Mapping[str, Sequence[Any]], spec: Mapping[str, Mapping[int, str]]) -> Fixed:
+    return {
+        (name, axis): int(str(shapes[name][axis]))
         for name, axes in spec.items()
-        for axis, label in axes.items()
+        for axis in axes
         if str(shapes[name][axis]).isdigit()  # also a symbol that stands for a number
-    ]
+    }
+
+
+def _resized(traced: Feeds, spec: DynamicAxes, key: Axis) -> Feeds:
+    """The inputs with one entry more along an axis, and along all that have its name."""
+    label = spec[key[0]][key[1]]
+    return {
+        name: _longer(tensor, [axis for axis, named in spec.get(name, {}).items() if named == label])
+        for name, tensor in traced.items()
+    }
+
+
+def _longer(tensor: Tensor, axes: Iterable[int]) -> Tensor:
+    for axis in axes:
+        tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+    return tensor
+
+
+def _require_open(
+    module: nn.Module, call: Call, spec: DynamicAxes, given: set[Axis], fixed: Fixed, further: Mapping[str, Any]
+) -> None:
+    """Raise CaptureError where an axis that the user named has one size in the program. call: what was traced."""
+    for (name, axis), size in fixed.items():
+        if (name, axis) not in given:
+            continue
+        try:
+            _run(module, replace(call, tensors=_resized(call.tensors, spec, (name, axis))), further)
+            why = "the model runs at other sizes, and computes with this one as a number while it is traced"
+        except CaptureError as error:
+            why = f"at another one, {error}"
+        raise CaptureError(
+            f"dynamic_shapes names axis {axis} of {name} {spec[name][axis]!r}, and the export fixed it at {size}: "
+            f"{why}. Leave the axis out of dynamic_shapes, or let the model take other sizes"
+        )

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import Calibration, CalibrationSteps, Cpu, Inputs, Json, Measure, Passes, Target, Threads
-from graphopt.cli.printing import print_json, show
+from graphopt.cli.options import (
+    Calibration,
+    CalibrationSteps,
+    Cpu,
+    Inputs,
+    Json,
+    Measure,
+    Passes,
+    Target,
+    Threads,
+    Verbose,
+)
+from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file, require_writable
 from graphopt.cli.sources import batches, example, function
 from graphopt.errors import GraphError, UsageError, outer_door
@@ -64,10 +74,11 @@ def optimize(
         bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="An .html file for the report and the graph diff.")] = None,
+    verbose: Verbose = None,
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
-    from graphopt.pipeline.instruments import Progress
+    from graphopt.backends import target as target_of
     from graphopt.report import html
 
     require_file(model)
@@ -76,6 +87,8 @@ def optimize(
     if not dry_run and output is None:
         raise UsageError("say where to write: -o FILE, or --dry-run")
     require_writable(model, output, report)
+    if output is not None:
+        target_of(target, cpu).require_suffix(output)
     if teacher is not None:
         require_file(teacher)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
@@ -88,18 +101,18 @@ def optimize(
         "checkpoint": checkpoint,
         "example_inputs": None if inputs is None else example(inputs, model),
     }
-    quiet = as_json or not sys.stderr.isatty()
-    small = run(
-        model,
-        passes,
-        target=target,
-        calibration_steps=calibration_steps,
-        threads=threads,
-        measure=measure,
-        cpu=cpu,
-        instruments=() if quiet else [Progress()],
-        **{option: value for option, value in given.items() if value is not None},
-    )
+    with logged(verbose):
+        small = run(
+            model,
+            passes,
+            target=target,
+            calibration_steps=calibration_steps,
+            threads=threads,
+            measure=measure,
+            cpu=cpu,
+            verbose=False if verbose is False else None,
+            **{option: value for option, value in given.items() if value is not None},
+        )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if report is not None:
         with outer_door(GraphError, f"{report} cannot be written"):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.options import Inputs, Json, Model, Passes, Threads
-from graphopt.cli.printing import print_json
+from graphopt.cli.options import Inputs, Json, Model, Passes, Threads, Verbose
+from graphopt.cli.printing import logged, print_json
 from graphopt.cli.reading import graph_of, require_file, session_of
 from graphopt.cli.sources import example
 from graphopt.errors import LoweringError, UsageError, outer_door
@@ -29,6 +29,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
     threads: Threads = None,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Time two models in one interleaved run, with the first against itself as control.
 
@@ -38,6 +39,7 @@ def bench(
     from graphopt.capture.sources import capture
     from graphopt.measure.machine import environment, header
     from graphopt.measure.timing import paired
+    from graphopt.pipeline.instruments import display, watched
     from graphopt.report.records import BenchResult, plain
     from graphopt.result import shapes_text
 
@@ -51,16 +53,22 @@ def bench(
         feeds = example(inputs, model)
     elif not feeds:
         raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
-    first = session_of(model, threads)
+    first, shown = session_of(model, threads), False if verbose is False else None
     second: Callable[[Mapping[str, Tensor]], list[Tensor]]
     if other is None:
-        second, name = run(model, passes, threads=threads).runner, "optimized"
+        with logged(verbose):
+            second, name = run(model, passes, threads=threads, verbose=shown).runner, "optimized"
     else:
         _require_inputs(other, set(feeds))
         second, name = session_of(other, threads), other.name if other.name != model.name else str(other)
     calls = {model.name: first, name: second, "control": first}
-    with outer_door(LoweringError, f"{shapes_text(feeds)}: one of the models does not run on that"):
-        ratios = paired({key: partial(call, feeds) for key, call in calls.items()}, baseline=model.name, rounds=rounds)
+    with (
+        outer_door(LoweringError, f"{shapes_text(feeds)}: one of the models does not run on that"),
+        logged(verbose),
+        watched(display(shown), "measure", rounds) as told,
+    ):
+        timed = {key: partial(call, feeds) for key, call in calls.items()}
+        ratios = paired(timed, baseline=model.name, rounds=rounds, told=told)
     row = {key: ratios[key] for key in (name, "control")}
     machine = environment()
     if as_json:

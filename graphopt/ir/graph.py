@@ -315,6 +315,14 @@ class Graph(ABC):
         """
         raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
 
+    def unpacked(self, module: nn.Module | None = None) -> dict[str, Tensor]:
+        """The tensors of the program that capture packed into one constant, by the names that they had: parts of it.
+
+        module: one made of this graph, whose parameters are taken apart in place of the constants; without those that
+        are stored in integers.
+        """
+        return {}
+
     def package(self, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
         """Compile the graph to a file that its framework runs without graphopt; returns the number of kernels by name.
 

@@ -18,6 +18,10 @@ SCHEMES = ("static", "dynamic", "weight-only")
 """Activations: quantized with calibrated ranges; quantized with the range of each run; in float."""
 
 
+STORED = ("lstm", "gru", "rnn", "conv_transpose")
+"""Ops whose weights may be stored in 8 bits, in weight-only quantization, without a kernel that multiplies them."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """For targets that quantize activations only where int8 ops read them: in which form."""
@@ -96,9 +100,10 @@ class AnyTarget:
     name = "no target in particular"
     schemes: Mapping[str, tuple[str, ...]] = {
         **dict.fromkeys(JOINED, ("static",)), "linear": SCHEMES, "conv": SCHEMES[:2], "matmul": SCHEMES[:2],
-        "embedding": ("weight-only",),
+        "embedding": ("weight-only",), "lstm": SCHEMES[1:], **dict.fromkeys(STORED[1:], ("weight-only",)),
     }  # fmt: skip
-    weight_bits: Mapping[str, tuple[int, ...]] = {"linear": (8, 4, 2), "conv": (8, 4, 2), "embedding": (8, 4, 2)}
+    weight_bits: Mapping[str, tuple[int, ...]] = {"linear": (8, 4, 2), "conv": (8, 4, 2), "embedding": (8, 4, 2),
+                                              **dict.fromkeys(STORED, (8,))}  # fmt: skip
     placement: Placement | None = None
     types: tuple[str, ...] = ("int8",)
     floats: tuple[str, ...] = ("float16", "bfloat16")

@@ -62,7 +62,7 @@ class PassRecord:
         return sum(label not in self.declined for label in self.eligible) if self.eligible else self.changes
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """One optimization, from what was handed in to what runs on the target."""
 
@@ -97,6 +97,11 @@ class Report:
         """Plain data, for JSON: a reason as its code, values and sentence; infinity and NaN as text."""
         passes = [plain(record) | {"changed": record.changed} for record in self.passes]
         return dict(plain(self)) | {"passes": passes}
+
+    def __repr__(self) -> str:
+        from graphopt.report import tables
+
+        return f"<Report of {self.source} for {self.target}: {tables.headline(self)}>"
 
     def __str__(self) -> str:
         from graphopt.report import text
@@ -161,7 +166,7 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
-@dataclass
+@dataclass(repr=False)
 class BenchResult:
     """Ratios of one interleaved run: for each example shape, how many times faster than the original graph."""
 
@@ -173,6 +178,21 @@ class BenchResult:
         from graphopt.report import text
 
         return text.bench(self)
+
+    def __repr__(self) -> str:
+        from graphopt.report import tables
+
+        return f"<BenchResult: {tables.bench_headline(self)}>"
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.report import terminal
+
+        return terminal.bench(self)
+
+    def _repr_html_(self) -> str:
+        from graphopt.report import html
+
+        return html.bench(self)
 
 
 @dataclass(frozen=True)
@@ -275,6 +295,8 @@ class Comparison:
     batches: int
     propagation: Propagation | None = None
     """The results of the sites inside, where they were asked for."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """By output whose sizes depend on data, on how many batches they differ, so that it was not compared there."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: infinity and NaN as text."""

@@ -15,7 +15,7 @@ from graphopt.ir.cost import Cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.rewrite import RuleLog
 from graphopt.measure.timing import Ratio
-from graphopt.report import figures, html, tables, terminal
+from graphopt.report import figures, html, tables
 from graphopt.report.agreements import Agreement
 from graphopt.report.declines import Reason
 from graphopt.report.diff import DiffLine, GraphDiff
@@ -100,7 +100,9 @@ def test_plain_of_what_json_lacks() -> None:
 def test_text_says_everything_in_100_columns() -> None:
     lines = str(example()).splitlines()
     assert max(map(len, lines)) <= 100
-    assert lines[:4] == [
+    assert lines[:6] == [
+        "2.0 times smaller, speed not measured, cosine 0.9991",
+        "",
         "model      tiny.onnx",
         "target     onnxruntime",
         "pipeline   simplify,low-rank{energy=0.9}",
@@ -271,9 +273,13 @@ def test_bench_tables() -> None:
     ]
     assert str(result).startswith("machine\n")
     assert "15 paired rounds" in str(result) and "kept changing speed" in str(result)
-    assert "8.00 [7.00, 9.00]" in rendered(terminal.bench(result))
+    headline = "2.0 [1.8, 2.2] to 8.0 [7.0, 9.0] times as fast over 2 shapes"
+    assert repr(result) == f"<BenchResult: {headline}>"
+    for shown in (rendered(result), result._repr_html_()):
+        assert headline in shown and "8.00 [7.00, 9.00]" in shown and "machine" in shown
 
 
 def test_an_empty_report_can_be_shown() -> None:
-    assert str(Report()).splitlines()[0] == "size       0 B -> 0 B"
+    first, _, size, *_ = str(Report()).splitlines()
+    assert (first, size) == ("no smaller, speed not measured, outputs not compared", "size       0 B -> 0 B")
     assert "0 B -> 0 B" in rendered(Report())

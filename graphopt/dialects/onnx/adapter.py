@@ -14,11 +14,11 @@ import torch
 
 from graphopt.dialects.adapter import Adapter
 from graphopt.dialects.onnx import quantized as onnx_quantized
-from graphopt.dialects.onnx import stand_ins
+from graphopt.dialects.onnx import stand_ins, torch_layers
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
 from graphopt.dialects.onnx.kernels import newest_opset
 from graphopt.dialects.onnx.raising import FORMS
-from graphopt.dialects.onnx.reading import parsed, read_model
+from graphopt.dialects.onnx.reading import NOTES, parsed, read_model
 from graphopt.dialects.raising import run_stages
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, first_line
@@ -100,7 +100,7 @@ class OnnxAdapter:
 
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))
-        return [] if note is None else [note]
+        return [*_onnx(graph).model.meta.get(NOTES, ()), *([] if note is None else [note])]
 
 
 ADAPTER: Adapter = OnnxAdapter()
@@ -112,7 +112,7 @@ def _from_program(
     with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
         exported = torch.onnx.export(
             program, dynamo=True, opset_version=opset, optimize=False, verbose=False,
-            custom_translation_table=stand_ins.translations(),
+            custom_translation_table=stand_ins.translations() | torch_layers.translations(),
         )  # fmt: skip
     assert exported is not None
     model = exported.model

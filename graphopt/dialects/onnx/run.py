@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from graphopt.dialects.onnx.mended import restore_map_types
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES, array_to_torch, to_numpy
 from graphopt.errors import GraphError
 
@@ -104,7 +105,9 @@ def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol
             value.const_value = ir.ExternalTensor(
                 "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
             )
-        return weights, ir.to_proto(model)
+        proto = ir.to_proto(model)
+        restore_map_types(proto, model)
+        return weights, proto
     finally:
         for value, tensor in held.items():
             value.const_value = tensor
