@@ -126,6 +126,11 @@ class Node(ABC):
         """The graph that it is part of."""
 
     @property
+    def held(self) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
+        """The dtype and shape of each constant that its subgraphs read, which is none of its operands."""
+        return ()
+
+    @property
     def op(self) -> Op | None:
         """The canonical op; None of an opaque node."""
         return OPS.get(self.kind)

@@ -109,11 +109,17 @@ ADAPTER: Adapter = OnnxAdapter()
 def _from_program(
     program: torch.export.ExportedProgram, inputs: Sequence[str], returned: Structure, opset: int
 ) -> OnnxGraph:
-    with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
-        exported = torch.onnx.export(
-            program, dynamo=True, opset_version=opset, optimize=False, verbose=False,
-            custom_translation_table=stand_ins.translations() | torch_layers.translations(),
-        )  # fmt: skip
+    try:
+        with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, optimize=False, verbose=False,
+                custom_translation_table=stand_ins.translations() | torch_layers.translations(),
+            )  # fmt: skip
+    except Exception as error:  # of the exporter's own, around that of a translation
+        own: BaseException | None = error
+        while own is not None and not isinstance(own, GraphError):
+            own = own.__cause__
+        raise own or error from error
     assert exported is not None
     model = exported.model
     for value, name in zip(model.graph.inputs, inputs, strict=True):
