@@ -410,7 +410,7 @@ def _mask(op: Builder, mask: Value, attention: _Attention) -> Value | None:
     """A mask over (batch, heads, queries, keys) that repeats nothing; None where batch and heads stay one axis."""
     if mask.rank == 3 and attention.node.kind != "attention":
         return _apart(op, mask)
-    node = mask.producer
+    node = _maker(mask)
     merged = node.operands[0] if node is not None and node.kind in _RESHAPES else None
     if merged is None or merged.rank != 3 or mask.rank != 4:
         return _unrepeated(mask)
@@ -418,9 +418,17 @@ def _mask(op: Builder, mask: Value, attention: _Attention) -> Value | None:
     return _unrepeated(mask) if apart is None else apart
 
 
+def _maker(value: Value) -> Node | None:
+    """The node that makes a value, behind those that only copy it."""
+    node = value.producer
+    while node is not None and node.kind == "identity":
+        node = node.input.producer
+    return node
+
+
 def _apart(op: Builder, mask: Value) -> Value | None:
     """A mask over (batch · heads, queries, keys) on four axes, by what it was made of; None where that is not known."""
-    node, shape = mask.producer, mask.shape
+    node, shape = _maker(mask), mask.shape
     if shape is None or len(shape) != 3:
         return None
     if shape[0] == 1:
@@ -438,7 +446,7 @@ def _apart(op: Builder, mask: Value) -> Value | None:
 
 def _unrepeated(mask: Value) -> Value:
     """A mask before it is repeated for each head."""
-    node = mask.producer
+    node = _maker(mask)
     x = node.operands[0] if node is not None and node.kind in ("onnx.Expand", "aten.expand.default") else None
     if x is None or x.shape is None or mask.shape is None or len(x.shape) != 4 or len(mask.shape) != 4:
         return mask
