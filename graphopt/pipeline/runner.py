@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -161,7 +161,10 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
         record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
         version, start = graph.version, time.perf_counter()
         held = account.weights(graph) if pass_.changes_weights else {}
-        pass_.run(graph, context)
+        with ExitStack() as stack:
+            for instrument in active:
+                stack.enter_context(instrument.running(record.text))
+            pass_.run(graph, context)
         graph.sweep()
         account.close(pass_, graph, context, held)
         if not pass_.lossless and not pass_.trains and graph.version > version:

@@ -157,7 +157,7 @@ SENTENCES = {
     "norm_mean_without_axis": "the mean drops its axis, so it broadcasts along another one",
     "norm_not_over_last_axis": "the mean is not over the last axis alone",
     "norm_weight_unfit": "the weight is not a constant of shape [{width}], the size of the last axis",
-    "not_spelled": "{op} cannot be written here: {reason}",
+    "not_spelled": "what would replace it cannot be written: {reason}",
     "softmax_row_may_be_nan": "a row that is masked as a whole may be NaN",
     "transpose_reshapes_differ": "the reshapes do more than merge the batch axes and split them again",
     "transpose_shapes_unknown": "the shapes are not known to be 4-D",

@@ -59,9 +59,10 @@ class Quantize(Pass):
     dtype: Literal["int8", "float8"] = "int8"
     """What is multiplied: int8, or float8 (e4m3: 3 bits of fraction) where the target has kernels for it."""
 
-    bits: Bits | Mapping[str, Bits] | None = None
+    bits: Bits | tuple[Bits, ...] | Mapping[str, Bits] | None = None
     """Of weights, by site if wanted: 8, 7 (none: where products may saturate), 4 or 2; dynamic sites have 8 or 7. Of
-    static sites, the first and the last layers keep 8 in place of 4 and 2, unless they are given theirs by site."""
+    several, a site takes the first that it may have. Of static sites, the first and the last layers keep 8 in place of
+    4 and 2, unless they are given theirs by site."""
 
     activation_bits: ActivationBits | Mapping[str, ActivationBits] = 8
     """Of what static linears and convs read, by site if wanted (others: 8). No target has kernels for 4: linears take
@@ -109,6 +110,9 @@ class Quantize(Pass):
             warnings.warn("quantize: rounding=second-order is called gptq now", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "rounding", "gptq")
         super().__post_init__()
+
+    def contradiction(self) -> str | None:
+        return "bits is empty; give 8, 7, 4 or 2, or several of them" if self.bits == () else None
 
     def alone(self) -> Self:
         """At one site: without smoothing, which changes the nodes before it too."""

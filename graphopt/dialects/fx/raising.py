@@ -6,7 +6,7 @@ stages here find what people and libraries wrote out in several operators.
 
 from __future__ import annotations
 
-from graphopt.dialects import raising
+from graphopt.dialects import heads, raising
 from graphopt.dialects.fx.recurrent import raise_recurrent
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
@@ -17,5 +17,6 @@ STAGES = (
     Stage("recurrent layers", raise_recurrent),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
+    heads.STAGE,
     Stage("sweep", sweep),
 )

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from graphopt.dialects.onnx.tensors import FLOATS, NARROW, READABLE, TORCH_DTYPES, onnx_dtype
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.graph import Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.ops.recurrent import reordered
@@ -489,7 +489,11 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
 
 
 def write(graph: OnnxGraph, op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-    """The node that means `op` at the graph's opset. Raises GraphError where that has no spelling of it."""
+    """The node that means `op` at the graph's opset. Raises SpellingError where that has no spelling of it.
+
+    A writer decides what depends on the values of operands and attributes. That the opset has the operator, with these
+    inputs and attributes, is checked of every node that is made (`OnnxGraph.emit`).
+    """
     if op in _PLAIN_OPS and (op != "hard_swish" or graph.opset >= 14):
         return Spelled(_PLAIN_OPS[op], operands, {})
     writer = _WRITERS.get(op)
@@ -575,7 +579,7 @@ def _write_pool(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
 
 def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     if graph.opset < 23:
-        raise GraphError(f"attention has no ONNX operator at opset {graph.opset}; it needs 23")
+        raise SpellingError(f"attention has no ONNX operator at opset {graph.opset}; it needs 23")
     if repeats_over_queries(*operands):
         given = {name: value for name, value in attributes.items() if value}
         return Spelled("attention__over_queries", operands, given, DOMAIN)
@@ -607,7 +611,7 @@ def _write_rms_norm(
     graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]
 ) -> Spelled | None:
     if graph.opset < 23:
-        raise GraphError(f"rms_norm has no ONNX operator at opset {graph.opset}; it needs 23")
+        raise SpellingError(f"rms_norm has no ONNX operator at opset {graph.opset}; it needs 23")
     return Spelled("RMSNormalization", operands, {"axis": -_rank(operands[1]), "epsilon": attributes["eps"]})
 
 
@@ -619,7 +623,7 @@ def _rank(value: OnnxValue | None) -> int:
 
 def _write_gelu(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     if graph.opset < 20:
-        raise GraphError(f"gelu has no ONNX operator at opset {graph.opset}; it needs 20")
+        raise SpellingError(f"gelu has no ONNX operator at opset {graph.opset}; it needs 20")
     return Spelled("Gelu", operands, {"approximate": attributes["approximate"]})
 
 
@@ -662,7 +666,26 @@ def _write_squeeze(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
     return write_one
 
 
+def _write_softmax(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    axis, rank = attributes["axis"], operands[0].rank if operands[0] is not None else None
+    if graph.opset < 13 and axis != -1 and (rank is None or axis != rank - 1):
+        raise SpellingError(f"softmax along axis {axis} has no ONNX operator at opset {graph.opset}; it needs 13")
+    return Spelled("Softmax", operands, {"axis": axis})
+
+
+def _write_reshape(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset >= 14:
+        return Spelled("Reshape", operands, {"allowzero": 1})
+    shape = operands[1]
+    if shape is None or _may_hold_zero(graph, shape):
+        raise SpellingError(f"reshape to a size of 0 has no ONNX operator at opset {graph.opset}; it needs 14")
+    return Spelled("Reshape", operands, {})
+
+
 def _write_slice(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset < 10:
+        names = {"starts": "start", "ends": "end", "axes": "axis"}
+        return Spelled("Slice", operands, {name: [attributes[key]] for name, key in names.items()})
     bounds = [graph.add_constant(torch.tensor([attributes[key]])) for key in ("start", "end", "axis")]
     return Spelled("Slice", [*operands, *bounds], {})
 
@@ -674,33 +697,44 @@ def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attr
     x, scale, zero_point = (*operands, None)[:3]
     if bits < 8:
         if graph.opset < _NARROW_SINCE.get(bits, sys.maxsize):
-            raise GraphError(f"quantize to {bits} bits has no ONNX operator at opset {graph.opset}: there are 8, from "
-                             f"opset 21 4, and from opset 25 2")  # fmt: skip
+            raise SpellingError(f"quantize to {bits} bits has no ONNX operator at opset {graph.opset}: there are 8, "
+                                f"from opset 21 4, and from opset 25 2")  # fmt: skip
         zero_point = None if zero_point is None else graph.narrowed(zero_point, bits)
-    if zero_point is None:
+    if zero_point is None and graph.opset < 21:
+        zero_point = graph.add_constant(torch.zeros(_sizes_of(scale), dtype=torch.int8), "zero_point")
+    elif zero_point is None:
         spelled["output_dtype"] = next(int(dtype) for dtype, size in _SIGNED.items() if size == bits)
     return Spelled("QuantizeLinear", [x, scale, zero_point], spelled)
 
 
 def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
-    """Raise GraphError where the opset has no such operator: it needs 10, or 13 with scales along an axis."""
+    """Raise SpellingError where the opset has no such operator: it needs 10, or 13 with scales along an axis."""
     needed = 10 if axis is None else 13
     if graph.opset < needed:
         several = "" if axis is None else f" with scales along axis {axis}"
-        raise GraphError(
-            f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}: convert the file first"
-        )
+        raise SpellingError(f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}")
+
+
+def _sizes_of(scale: OnnxValue | None) -> list[int]:
+    """The shape of the scales of a quantize, in numbers."""
+    shape = scale.shape if scale is not None else None
+    if shape is None or not all(isinstance(size, int) for size in shape):
+        raise SpellingError("a quantize to int8 without a zero point, and with scales of unknown number, needs opset 21")
+    return [int(size) for size in shape]
 
 
 def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-    block, bits = attributes["block"], attributes["bits"]
-    _require_quantized(graph, "dequantize", attributes["axis"])
-    spelled = {"axis": attributes["axis"]} if attributes["axis"] is not None else {}
+    block, bits, axis = attributes["block"], attributes["bits"], attributes["axis"]
+    spelled = {"axis": axis} if axis is not None else {}
     spelled |= {"block_size": block} if block else {}
     x, scale, zero_point = (*operands, None)[:3]
+    if graph.opset < 13 and not block and axis == 0 and x is not None and x.rank is not None:
+        op_type = "dequantize__rows" + ("" if zero_point is None else "_shifted")
+        return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
+    _require_quantized(graph, "dequantize", axis)
     if block and graph.opset < 21:  # where the operator has no blocks
         if x is None or x.rank != 2 or attributes["axis"] != 1:
-            raise GraphError("dequantize has a form for matrices only, in blocks along axis 1, before opset 21")
+            raise SpellingError("dequantize has a form for matrices only, in blocks along axis 1, before opset 21")
         op_type = "dequantize__blocks" + ("" if zero_point is None else "_shifted")
         return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
     if bits == 8:
@@ -738,11 +772,11 @@ _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "hard_sigmoid": lambda graph, operands, attributes: Spelled(
         "HardSigmoid", operands, {"alpha": 1 / 6, "beta": 0.5}
     ),
-    "softmax": lambda graph, operands, attributes: Spelled("Softmax", operands, {"axis": attributes["axis"]}),
+    "softmax": _write_softmax,
     "mean": _write_mean,
     "quantize": _write_quantize,
     "dequantize": _write_dequantize,
-    "reshape": lambda graph, operands, attributes: Spelled("Reshape", operands, {"allowzero": 1}),
+    "reshape": _write_reshape,
     "transpose": lambda graph, operands, attributes: Spelled("Transpose", operands, {"perm": attributes["perm"]}),
     "cast": lambda graph, operands, attributes: Spelled("Cast", operands, {"to": int(onnx_dtype(attributes["dtype"]))}),
     "slice": _write_slice,

@@ -57,7 +57,8 @@ class OnnxValue(Value):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return READABLE.get(self.native.dtype) if self.native.dtype is not None else None
+        tensor = isinstance(self.native.type, ir.TensorType)
+        return READABLE.get(self.native.type.dtype) if tensor else None  # else a sequence or an optional
 
     @property
     def producer(self) -> Node | None:
