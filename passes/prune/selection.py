@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from graphopt.analysis.branches import Branch
 from graphopt.analysis.groups import Group, groups
 from graphopt.errors import UsageError, nearest
 from graphopt.ir.decline import Decline
@@ -45,7 +46,7 @@ def open_groups(
         there = ", ".join(f"{count} of {kind}" for kind, count in counts.items()) or "none"
         raise UsageError(
             f"{name}: the model has no group of {' or '.join(missing or kinds)}; its groups: {there}"
-            + _locks([group for group in everything if group.locked]) + already_quantized(graph)
+            + locks([group for group in everything if group.locked]) + already_quantized(graph)
         )  # fmt: skip
     names = {group.name for group in everything} - OPS.keys()
 
@@ -81,13 +82,13 @@ def open_groups(
     for several in [[kind] for kind in required] or [list(kinds)]:
         if not any(group.kind in several for group in left):
             held = [group for group in chosen if group.kind in several]
-            why = _locks(held) if held else "; targets and ignore leave none of them"
+            why = locks(held) if held else "; targets and ignore leave none of them"
             all_ = "graphopt inspect MODEL --groups lists them"
             raise UsageError(f"{name}: no group of {' or '.join(several)} can shrink{why} ({all_})")
     return left
 
 
-def _locks(locked: Sequence[Group]) -> str:
+def locks(locked: Sequence[Group | Branch]) -> str:
     """The first locks, after a semicolon; nothing where there are none."""
     told = [f"{group.name} ({group.kind}): {Reason.of(group.locked)}" for group in locked[:3] if group.locked]
     more = f" and {len(locked) - 3} more" if len(locked) > 3 else ""

@@ -1,0 +1,150 @@
+"""Residual branches: the parts of a graph that are added to a value which they read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from graphopt.ir.decline import Decline
+from graphopt.ir.graph import Graph, Node, Value
+
+WEIGHTED = ("linear", "conv")
+"""A branch holds one of these ops at least: x + x³ inside of a gelu is none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """f of a sum x + f(x): an attention or a feed-forward sublayer, the convs beside a shortcut.
+
+    A norm that f starts with is part of it, a norm of the sum is not. Without the branch the sum is x.
+    """
+
+    name: str
+    """The label of its last linear or conv, made unique."""
+    sum: Node
+    shortcut: Value
+    """x, which stays."""
+    nodes: tuple[Node, ...]
+    """What computes f of x, in the order of the graph."""
+    locked: Decline | None
+    """Why it cannot be removed, or None where it can."""
+
+    kind: ClassVar[str] = "layers"
+    """What the report calls it, as `groups.Group.kind`."""
+
+    def remove(self, graph: Graph) -> None:
+        """Use x in place of the sum, and sweep f."""
+        graph.replace(self.sum, self.shortcut)
+        graph.sweep()
+
+
+def branches(graph: Graph) -> list[Branch]:
+    """The residual branches of a graph, in the order of their sums, locked ones included. Valid until it changes.
+
+    Of branches inside a branch, only the inner ones are given. A sum of two branches that are both computed from one
+    value (a projection shortcut) is given with the one of more linears and convs, and is locked.
+    """
+    above = _Above(graph)
+    sums = [node for node in graph.nodes if node.kind == "add"]
+    found = {node: branch for node in sums if (branch := _residual(node, above))}
+    found = {node: branch for node, branch in found.items() if found.keys().isdisjoint(branch.nodes)}
+    inside = {node for branch in found.values() for node in branch.nodes}
+    others = (node for node in sums if node not in found and node not in inside)
+    found |= {node: branch for node in others if (branch := _projected(node, above))}
+    often = Counter(branch.name for branch in found.values())
+    return [
+        branch if often[branch.name] == 1 else replace(branch, name=f"{branch.name} ({node.name})")
+        for node in sums
+        if (branch := found.get(node))
+    ]
+
+
+class _Above:
+    """What each value is computed from, itself included: inputs and nodes, each a bit of a number."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.nodes = graph.nodes
+        inputs = graph.inputs
+        self._bits = {value: 1 << index for index, value in enumerate(inputs)}
+        self._masks = dict(self._bits)
+        for index, node in enumerate(self.nodes, len(inputs)):
+            mask = 1 << index
+            for value in node.operands:
+                mask |= 0 if value is None else self.mask(value)
+            for value in node.results:
+                self._bits[value], self._masks[value] = 1 << index, mask
+
+    def bit(self, value: Value) -> int:
+        """Of a value itself; 0 of a constant."""
+        return self._bits.get(value, 0)
+
+    def mask(self, value: Value) -> int:
+        """Of all that a value is computed from."""
+        return self._masks.get(value, 0)
+
+    def between(self, sources: int, value: Value, without: int = 0) -> tuple[Node, ...]:
+        """The nodes that `value` is computed from and that read one of `sources`, but for those of `without`."""
+        inside = self.mask(value) & ~without
+        return tuple(
+            node
+            for node in self.nodes
+            if any(self.bit(result) & inside for result in node.results)
+            and any(value is not None and self.mask(value) & sources for value in node.operands)
+        )
+
+
+def _residual(node: Node, above: _Above) -> Branch | None:
+    """The branch of a sum x + f(x); None where neither term is computed from the other, or from a term of the other."""
+    a, b = node.required("a"), node.required("b")
+    for shortcut, value in ((a, b), (b, a)):
+        terms = sum({above.bit(term) for term in _terms(shortcut)})
+        nodes = above.between(terms & above.mask(value), value, above.mask(shortcut))
+        if sites := _weighted(nodes):
+            return Branch(sites[-1].label, node, shortcut, nodes, _lock(node, shortcut, nodes))
+    return None
+
+
+def _projected(node: Node, above: _Above) -> Branch | None:
+    """The longer branch of a sum g(x) + f(x); None of other sums."""
+    a, b = node.required("a"), node.required("b")
+    common = above.mask(a) & above.mask(b)
+    sides = [(above.between(common, value, common), other) for value, other in ((a, b), (b, a))]
+    (nodes, shortcut), (others, _) = sorted(sides, key=lambda side: -len(_weighted(side[0])))
+    if not (_weighted(nodes) and _weighted(others)) or a.shape != b.shape:
+        return None
+    lock = Decline("shortcut_not_identity", site=_weighted(others)[-1].label)
+    return Branch(_weighted(nodes)[-1].label, node, shortcut, nodes, lock)
+
+
+def _weighted(nodes: Sequence[Node]) -> list[Node]:
+    return [node for node in nodes if node.kind in WEIGHTED]
+
+
+def _terms(value: Value) -> Iterator[Value]:
+    """The value itself, and the terms of the sums that it is made of."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        yield value
+        if value.producer is not None and value.producer.kind == "add":
+            waiting += [operand for operand in value.producer.operands if operand is not None]
+
+
+def _lock(node: Node, shortcut: Value, nodes: tuple[Node, ...]) -> Decline | None:
+    """Why x cannot stand for x + f(x). Sizes that f computes, which are no floats, may be read elsewhere."""
+    result = node.result
+    if shortcut.shape is None or shortcut.shape != result.shape or shortcut.dtype != result.dtype:
+        return Decline("shortcut_differs", shortcut=shortcut.shape, result=result.shape)
+    inside = {node, *nodes}
+    for one in nodes:
+        if one.op is None and one.signature is None:
+            return Decline("branch_not_pure", op=one.kind)
+        for value in one.results:
+            read = value.is_output or not inside.issuperset(value.users)
+            if read and (value.dtype is None or value.dtype.is_floating_point):
+                return Decline("branch_read_elsewhere", site=one.label)
+    if result.is_output and (shortcut.producer is None or shortcut.is_output):
+        return Decline("shortcut_returned")
+    return None
