@@ -271,7 +271,7 @@ def test_the_option_names_every_criterion() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({}, r"give shares by kind \(neurons, heads, channels, width\), or one budget \(flops, params, latency\)$"),
+    ({}, r"give shares by kind \(neurons, heads, channels, width, layers\), or one budget \(flops, params, latency\)$"),
     ({"neurons": 1.0}, "neurons is 1.0; give a number of at least 0 and below 1"),
     ({"heads": -0.1}, "heads is -0.1; give a number of at least 0"),
     ({"channels": "half"}, "channels is 'half'"),
