@@ -26,8 +26,10 @@ class Branch:
     sum: Node
     shortcut: Value
     """x, which stays."""
+    sites: tuple[Node, ...]
+    """The linears and convs of f, in the order of the graph."""
     nodes: tuple[Node, ...]
-    """What computes f of x, in the order of the graph."""
+    """What computes f of x, and nothing else reads, in the order of the graph."""
     locked: Decline | None
     """Why it cannot be removed, or None where it can."""
 
@@ -102,8 +104,18 @@ def _residual(node: Node, above: _Above) -> Branch | None:
         terms = sum({above.bit(term) for term in _terms(shortcut)})
         nodes = above.between(terms & above.mask(value), value, above.mask(shortcut))
         if sites := _weighted(nodes):
-            return Branch(sites[-1].label, node, shortcut, nodes, _lock(node, shortcut, nodes))
+            own = _own(node, nodes)
+            return Branch(sites[-1].label, node, shortcut, sites, own, _lock(node, shortcut, own, sites))
     return None
+
+
+def _own(node: Node, nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """Those of the nodes that nothing needs without the sum: a norm that two branches read is of neither."""
+    own = {node: None}
+    for one in reversed(nodes):
+        if not any(value.is_output or not own.keys() >= set(value.users) for value in one.results):
+            own[one] = None
+    return tuple(one for one in nodes if one in own)
 
 
 def _projected(node: Node, above: _Above) -> Branch | None:
@@ -112,14 +124,15 @@ def _projected(node: Node, above: _Above) -> Branch | None:
     common = above.mask(a) & above.mask(b)
     sides = [(above.between(common, value, common), other) for value, other in ((a, b), (b, a))]
     (nodes, shortcut), (others, _) = sorted(sides, key=lambda side: -len(_weighted(side[0])))
-    if not (_weighted(nodes) and _weighted(others)) or a.shape != b.shape:
+    sites, beside = _weighted(nodes), _weighted(others)
+    if not (sites and beside) or a.shape != b.shape:
         return None
-    lock = Decline("shortcut_not_identity", site=_weighted(others)[-1].label)
-    return Branch(_weighted(nodes)[-1].label, node, shortcut, nodes, lock)
+    lock = Decline("shortcut_not_identity", site=beside[-1].label)
+    return Branch(sites[-1].label, node, shortcut, sites, nodes, lock)
 
 
-def _weighted(nodes: Sequence[Node]) -> list[Node]:
-    return [node for node in nodes if node.kind in WEIGHTED]
+def _weighted(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    return tuple(node for node in nodes if node.kind in WEIGHTED)
 
 
 def _terms(value: Value) -> Iterator[Value]:
@@ -132,19 +145,17 @@ def _terms(value: Value) -> Iterator[Value]:
             waiting += [operand for operand in value.producer.operands if operand is not None]
 
 
-def _lock(node: Node, shortcut: Value, nodes: tuple[Node, ...]) -> Decline | None:
-    """Why x cannot stand for x + f(x). Sizes that f computes, which are no floats, may be read elsewhere."""
+def _lock(node: Node, shortcut: Value, own: Sequence[Node], sites: Sequence[Node]) -> Decline | None:
+    """Why x cannot stand for x + f(x). sites: the linears and convs of f."""
     result = node.result
     if shortcut.shape is None or shortcut.shape != result.shape or shortcut.dtype != result.dtype:
         return Decline("shortcut_differs", shortcut=shortcut.shape, result=result.shape)
-    inside = {node, *nodes}
-    for one in nodes:
-        if one.op is None and one.signature is None:
-            return Decline("branch_not_pure", op=one.kind)
-        for value in one.results:
-            read = value.is_output or not inside.issuperset(value.users)
-            if read and (value.dtype is None or value.dtype.is_floating_point):
-                return Decline("branch_read_elsewhere", site=one.label)
+    shared = next((site for site in sites if site not in own), None)
+    if shared is not None:
+        return Decline("branch_read_elsewhere", site=shared.label)
+    unsafe = next((one for one in own if one.op is None and one.signature is None), None)
+    if unsafe is not None:
+        return Decline("branch_not_pure", op=unsafe.kind)
     if result.is_output and (shortcut.producer is None or shortcut.is_output):
         return Decline("shortcut_returned")
     return None

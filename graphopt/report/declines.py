@@ -61,8 +61,8 @@ SENTENCES = {
     "weight_tied": "weight is tied with {reader}",
     # prune
     "no_group": "in no group of {kinds}",
-    "branch_read_elsewhere": "another node reads what {site}, which is in it, computes",
-    "branch_not_pure": "{op}, which is in it, is random or has effects",
+    "branch_read_elsewhere": "others than its sum read what {site} in it computes",
+    "branch_not_pure": "{op} in it is random, or has effects",
     "shortcut_differs": "its sum is {result}, and its shortcut {shortcut}",
     "shortcut_not_identity": "its shortcut is computed too, by {site}",
     "shortcut_returned": "without it the graph would return an input, or one value twice",

@@ -105,7 +105,7 @@ def _open(graph: Graph, context: Context, targets: Selector, ignore: Selector, n
 
 
 def _selected(branch: Branch, terms: Selector) -> bool:
-    return any(node in terms for node in branch.nodes)
+    return any(site in terms for site in branch.sites)
 
 
 def _planned(graph: Graph, context: Context, chosen: list[Branch], enough: Callable[[Graph, int], bool]) -> _Plan:
