@@ -35,6 +35,8 @@ class Branch:
 
     kind: ClassVar[str] = "layers"
     """What the report calls it, as `groups.Group.kind`."""
+    size: ClassVar[int] = 1
+    """It goes whole."""
 
     def remove(self, graph: Graph) -> None:
         """Use x in place of the sum, and sweep f."""

@@ -15,6 +15,7 @@ from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Report
 
 if TYPE_CHECKING:
+    from graphopt.analysis.branches import Branch
     from graphopt.analysis.groups import Group
     from graphopt.analysis.propagation import Propagation
     from graphopt.measure.timing import Ratio
@@ -289,6 +290,14 @@ def group_rows(groups: Sequence[Group]) -> Rows:
          Reason.of(group.locked) if group.locked else "")
         for group in groups
     ]  # fmt: skip
+
+
+def branch_rows(branches: Sequence[Branch]) -> Rows:
+    """One row for a residual branch: its linears and convs, and what locks it."""
+    rows: Rows = [("residual branch (layers)", "linears and convs", "locked")]
+    return rows + [
+        (branch.name, str(len(branch.sites)), Reason.of(branch.locked) if branch.locked else "") for branch in branches
+    ]
 
 
 def diff_summary(diff: GraphDiff) -> str:

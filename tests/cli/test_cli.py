@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
 from graphopt.cli import app as cli
+from tests import models
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -234,6 +235,15 @@ def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
     found = json.loads(done("inspect", model, "--groups", "--json"))
     assert found[-1]["locked"]["sentence"] == "it is the model's output 'y'"
     assert all(group["name"] in shown and group["kind"] in shown for group in found)
+
+
+def test_inspect_lists_residual_branches(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    model = models.exported(models.seeded(models.Encoder), {"ids": models.tokens(), "mask": models.padding()}, 18, True)
+    onnx.save(model, path)
+    shown = done("inspect", path, "--groups")
+    layers = [one for one in json.loads(done("inspect", path, "--groups", "--json")) if one["kind"] == "layers"]
+    assert len(layers) == 4 and all(one["name"] in shown and one["locked"] is None for one in layers)
 
 
 def test_inspect_as_json(tmp_path: Path) -> None:
