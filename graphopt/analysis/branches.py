@@ -10,8 +10,8 @@ from typing import ClassVar
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 
-WEIGHTED = ("linear", "conv")
-"""A branch holds one of these ops at least: x + x³ inside of a gelu is none."""
+WEIGHTED = ("linear", "conv", "conv_transpose", "lstm", "gru", "rnn")
+"""Layers with weights, of which a branch holds one at least: x + x³ inside of a gelu is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +22,12 @@ class Branch:
     """
 
     name: str
-    """The label of its last linear or conv, made unique."""
+    """The label of its last layer with weights, made unique."""
     sum: Node
     shortcut: Value
     """x, which stays."""
     sites: tuple[Node, ...]
-    """The linears and convs of f, in the order of the graph."""
+    """The layers of f that have weights, in the order of the graph."""
     nodes: tuple[Node, ...]
     """What computes f of x, and nothing else reads, in the order of the graph."""
     locked: Decline | None
@@ -48,7 +48,7 @@ def branches(graph: Graph) -> list[Branch]:
     """The residual branches of a graph, in the order of their sums, locked ones included. Valid until it changes.
 
     Of branches inside a branch, only the inner ones are given. A sum of two branches that are both computed from one
-    value (a projection shortcut) is given with the one of more linears and convs, and is locked.
+    value (a projection shortcut) is given with the one of more layers, and is locked.
     """
     above = _Above(graph)
     sums = [node for node in graph.nodes if node.kind == "add"]
@@ -148,7 +148,7 @@ def _terms(value: Value) -> Iterator[Value]:
 
 
 def _lock(node: Node, shortcut: Value, own: Sequence[Node], sites: Sequence[Node]) -> Decline | None:
-    """Why x cannot stand for x + f(x). sites: the linears and convs of f."""
+    """Why x cannot stand for x + f(x). sites: the layers of f that have weights."""
     result = node.result
     if shortcut.shape is None or shortcut.shape != result.shape or shortcut.dtype != result.dtype:
         return Decline("shortcut_differs", shortcut=shortcut.shape, result=result.shape)

@@ -24,6 +24,18 @@ BATCHES = 8
 """Calibration batches on which outputs are compared."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which branches a pass may remove."""
+
+    targets: Selector
+    ignore: Selector
+    named: bool = False
+    """Whether the user wrote `targets`."""
+    required: bool = True
+    """Whether it is an error where none may go."""
+
+
 @dataclass
 class _Plan:
     """Which branches go, and what was measured."""
@@ -34,33 +46,32 @@ class _Plan:
     """Of those that stay: the SQNR without them, in place of the last that goes."""
 
 
-def remove_share(
-    graph: Graph, context: Context, share: float, targets: Selector, ignore: Selector, *, named: bool = False
-) -> None:
+def remove_share(graph: Graph, context: Context, share: float, choice: Choice) -> bool:
     """Remove this share of the branches that may go, to the nearest number; one stays at least.
 
-    named: whether the user wrote `targets`. Raises UsageError where a term of the user's selects no branch, none can
-    go, or there is no data to measure on.
+    Returns whether any may go. Raises UsageError where a term of the user's selects no branch, none can go and they are
+    required, or there is no data to measure on.
     """
-    chosen = _open(graph, context, targets, ignore, named)
+    chosen = _open(graph, context, choice)
+    if not chosen:
+        return False
     count = len(chosen)
     stay = min(range(count, 0, -1), key=lambda size: abs(size - count * (1 - share)))
     plan = _planned(graph, context, chosen, lambda trial, gone: gone == count - stay)
     _apply(graph, context, chosen, plan)
-    missed = len(plan.gone) / count
-    if abs(missed - share) > TOLERANCE * share:
-        context.note(f"{missed:.3f} of the layers go, of {share:g} asked: branches go whole, and one stays at least")
+    gone = len(plan.gone) / count
+    if abs(gone - share) > TOLERANCE * share:
+        context.note(f"{gone:.3f} of the layers go, of {share:g} asked: branches go whole, and one stays at least")
+    return True
 
 
-def remove_within(
-    graph: Graph, context: Context, of: str, share: float, targets: Selector, ignore: Selector, *, named: bool = False
-) -> None:
+def remove_within(graph: Graph, context: Context, of: str, share: float, choice: Choice) -> bool:
     """Remove branches until no more than this share of the model's flops, params or latency stays.
 
-    named: as `remove_share`. Raises UsageError as that, and where the cost is not known or all but one of the branches
-    leave more.
+    Returns whether any may go. Raises UsageError as `remove_share`, and where the cost is not known or all but one of
+    the branches leave more.
     """
-    chosen = _open(graph, context, targets, ignore, named)
+    chosen = _open(graph, context, choice)
     left = _share_left(graph, context, of, share)
     shares = {0: 1.0}
 
@@ -78,29 +89,33 @@ def remove_within(
         )
     _apply(graph, context, chosen, plan)
     context.note(f"{least:.3f} of the {of} stay, of {share:g} that the budget leaves")
+    return bool(chosen)
 
 
-def _open(graph: Graph, context: Context, targets: Selector, ignore: Selector, named: bool) -> list[Branch]:
+def _open(graph: Graph, context: Context, choice: Choice) -> list[Branch]:
     """The branches that are selected, and that nothing locks; the report says which."""
     name, found = context.record.name, branches(graph)
-    if not found:
+    if not found and choice.required:
         raise UsageError(
-            f"{name}: the model has no residual branch: no sum x + f(x) with a linear or conv in f"
+            f"{name}: the model has no residual branch: no sum x + f(x) with a layer that has weights in f"
             + already_quantized(graph)
         )
-    for term in (*(targets.terms if named else ()), *ignore.terms):
+    for term in (*(choice.targets.terms if choice.named else ()), *choice.ignore.terms) if found else ():
         if not any(_selected(branch, Selector(term)) for branch in found):
             near = nearest(term, [branch.name for branch in found])
             raise UsageError(f"{name}: {term!r} selects no residual branch{near}")
-    chosen = [branch for branch in found if _selected(branch, targets) and not _selected(branch, ignore)]
+    chosen = [one for one in found if _selected(one, choice.targets) and not _selected(one, choice.ignore)]
     context.consider([branch.name for branch in chosen])
+    context.considered.update(site for branch in found for site in branch.sites)
     for branch in chosen:
         if branch.locked:
             context.record.decline(branch.name, branch.locked)
     left = [branch for branch in chosen if not (branch.locked or context.reverts(branch.name))]
-    if not left:
+    if not left and choice.required:
         why = locks(chosen) if chosen else "; targets and ignore leave none of them"
         raise UsageError(f"{name}: no residual branch can go{why} (graphopt inspect MODEL --groups lists them)")
+    if not left:
+        context.note("layers: the model has none that can go")
     return left
 
 
