@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
@@ -376,6 +377,29 @@ def test_help_is_whole_at_80_columns(command: str, monkeypatch: pytest.MonkeyPat
     shown = done(*filter(None, [command]), "--help")
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown and "<bool>" not in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_every_option_is_tried() -> None:
+    commands = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
+    options = {name for command in commands for param in command.params for name in param.opts if name.startswith("--")}
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    assert not {name for name in options if f'"{name}"' not in tests}
+
+
+def test_a_file_for_any_engine(model: Path, tmp_path: Path) -> None:
+    for options, opset in ((["--portable"], 23), (["--portable", "--opset", "17"], 17)):
+        done("optimize", model, "-o", tmp_path / "a.onnx", "--passes", "fast", *options)
+        written = onnx.load(tmp_path / "a.onnx")
+        assert {one.domain: one.version for one in written.opset_import} == {"": opset}
+        assert "DynamicQuantizeLinear" in {node.op_type for node in written.graph.node}
+
+
+def test_calibration_steps_and_what_is_said_of_them(model: Path, calibration: Path) -> None:
+    arguments = "optimize", model, "--dry-run", "--passes", "fast", "--calibration", f"{calibration}{{batch=4}}"
+    said = [run(*arguments, "--verbose", *more).stderr for more in ([], ["--calibration-steps", "1"])]
+    assert all("quantize" in lines for lines in said)
+    few, many = (json.loads(done(*arguments, "--json", *more)) for more in (["--calibration-steps", "1"], []))
+    assert few["passes"] and many["passes"]
 
 
 def test_the_version() -> None:
