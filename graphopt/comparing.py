@@ -122,7 +122,8 @@ class _Runner:
         elif isinstance(model, nn.Module):
             self._call = model
         elif isinstance(model, Optimized):
-            self.graph, self.inputs, self._call = model.folded, model.folded.inputs, model
+            # In the folded graph, ops on integers stand in place of the float ops that the other model has.
+            self.graph, self.inputs, self._call = model.transformed, model.folded.inputs, model
         else:
             raise UsageError(
                 f"cannot compare a {type(model).__qualname__}; give what optimize returned, an nn.Module, a Graph, "

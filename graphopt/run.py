@@ -121,7 +121,7 @@ class Run:
             lowered = self._lowered(folded, report)
         self._check_outputs(folded, lowered, reference)
         if self._is_held_by_sites(pipeline) and not as_it_came:
-            self._check_sites(folded, report)
+            self._check_sites(transformed, folded, report)
         small = Optimized(
             self.captured.graph, transformed, folded, lowered, report, self.backend, self.captured.signature,
             self.captured.feeds, self.threads, pipeline, self.earlier, self._trained, sparse,
@@ -214,6 +214,7 @@ class Run:
         what = f"converted to {captured.graph.dialect}, the trained graph"
         with outer_door(LoweringError, f"{what} does not run"), phase(self.instruments, "convert"):
             converted = to_onnx(trained, captured.feeds)
+            converted.scaled = trained.scaled
             moved = None if reference is None else reference.moved(converted, trained)
         if moved is not None:
             raise LoweringError(f"{what} computes something else: {moved}")
@@ -276,10 +277,14 @@ class Run:
             return False
         return all(one.lossless for one in pipeline.leaves()) and relower.has_quantized_sites(self.captured.graph)
 
-    def _check_sites(self, folded: Graph, report: Report) -> None:
-        """Hold each quantized site by itself to what it was, at the first example inputs. Raises LoweringError."""
+    def _check_sites(self, transformed: Graph, folded: Graph, report: Report) -> None:
+        """Hold each quantized site by itself to what it was, at the first example inputs. Raises LoweringError.
+
+        What it was is read from the transformed graph: all passes are lossless here, and one of them may have folded a
+        batch norm into a site, which then means something else than in the file.
+        """
         with outer_door(LoweringError, f"re-lowered for {self.backend.name}, a site does not run by itself"):
-            report.relowering = relower.compare_sites(self.captured.graph, folded, self.backend, self.captured.feeds[0])
+            report.relowering = relower.compare_sites(transformed, folded, self.backend, self.captured.feeds[0])
         report.notes.append(str(report.relowering))
         try:
             relower.require_within_one_step(report.relowering)

@@ -30,10 +30,10 @@ from graphopt.backends.onnxruntime.runner import OrtRunner
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
+from graphopt.ir.qdq.regions import STORED
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Runner
 from graphopt.lowering.timed_forms import TimedChooser
-from graphopt.pipeline.target import STORED
 
 
 class OnnxRuntime(OnnxTarget):

@@ -15,9 +15,9 @@ from graphopt.dialects.onnx import export as onnx_export
 from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.qdq.regions import STORED as STORED_OPS
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 from graphopt.numerics.quantize import BLOCKS, pack
-from graphopt.pipeline.target import STORED as STORED_OPS
 
 LARGEST_BLOCK = 128
 """Rows with one scale are cut into blocks of this: larger ones are no faster, and activations are rounded by block."""
@@ -197,7 +197,9 @@ RULES = (
     Rule("matmul-nbits", _linear, _matmul_nbits, shared=True, check=lambda m: is_stored(m.weight)),
     EMBEDDING,
 )
-STORED = (Rule("stored-integers", _stored, _scaled, check=lambda m: is_stored(m.root) and _read_by(m.root, *STORED_OPS)),)
+STORED = (
+    Rule("stored-integers", _stored, _scaled, check=lambda m: is_stored(m.root) and _read_by(m.root, *STORED_OPS)),
+)
 """Weights of ops that no kernel computes from integers."""
 FOLDED = (Rule("float-weights", _stored, _fold, check=lambda m: is_stored(m.root)),)
 """Applied after all rules that read integers: weights for which none of them has a kernel."""

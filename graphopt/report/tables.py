@@ -279,7 +279,11 @@ def comparison_rows(found: Comparison) -> Rows:
 def site_rows(found: Propagation) -> Rows:
     """One row per site that both models have, in the order of the graph."""
     rows: Rows = [("site", "op", "SQNR", "cosine")]
-    return rows + [(one.site, one.kind, figures.decibels(one.sqnr), figures.cosine(one.cosine)) for one in found.sites]
+    return rows + [
+        (one.site, one.kind, figures.decibels(one.sqnr) if one.alike else f"({figures.decibels(one.sqnr)})",
+         figures.cosine(one.cosine))
+        for one in found.sites
+    ]  # fmt: skip
 
 
 def comparison_notes(found: Comparison) -> list[str]:
@@ -301,6 +305,9 @@ def comparison_notes(found: Comparison) -> list[str]:
         if math.isfinite(worst.before):
             read = f"what it reads has {figures.decibels(worst.before)}"
         notes.append(f"most noise is added by {worst.site}: {read}, its result {figures.decibels(worst.sqnr)}")
+    if unlike := [one.site for one in inside.sites if not one.alike]:
+        notes.append("in brackets: what reads it agrees, so a scaling, a shift or an order of channels stands between, "
+                     f"and it is no alarm: {_first_names(unlike)}")  # fmt: skip
     unpaired = {site: Reason.of(why) for site, why in inside.unpaired.items()}
     return notes + [f"not compared, {n} x {reason}: {names}" for reason, n, names in declined(unpaired)]
 

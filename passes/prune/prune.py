@@ -47,6 +47,7 @@ class Prune(Pass):
 
     name = "prune"
     stage = Stage.PRUNE
+    changes_weights = True
     whole_model_options = MappingProxyType(dict.fromkeys(BUDGETS, "neurons=0.5"))
 
     amount: Share = 0.0
@@ -54,7 +55,7 @@ class Prune(Pass):
     the width."""
 
     neurons: Share = 0.0
-    """Share of the inner neurons of feed-forward pairs to remove."""
+    """Share of the inner neurons of feed-forward pairs, and of the hidden units of recurrent layers, to remove."""
 
     heads: Share = 0.0
     """Share of the attention heads to remove."""
@@ -104,7 +105,7 @@ class Prune(Pass):
     seed: int = 0
     """Of criterion=random."""
 
-    targets: Selector = Selector("linear", "conv", "embedding")
+    targets: Selector = Selector("linear", "conv", "embedding", "conv_transpose", "lstm", "gru", "rnn")
     """Groups to consider: by their names, or by their producers, else consumers (ops, module paths or patterns)."""
 
     ignore: Selector = Selector()

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
 from graphopt import writing
-from graphopt.analysis.masks import labels
 from graphopt.dialects.fx import absorb as fx_absorb
 from graphopt.dialects.fx import archive
 from graphopt.dialects.fx import module as fx_module
@@ -98,12 +97,11 @@ class FxGraph(Graph):
             )
         fakes = [value.fake_mode for value in map(meta, loaded.graph.nodes) if hasattr(value, "fake_mode")]
         native = Native(loaded.graph, loaded.stored, fakes[0] if fakes else FakeTensorMode())
-        symbols = labels(
-            (str(meta(node).shape[axis]), label, node.meta["input_name"])
-            for node in native.graph.find_nodes(op="placeholder")
-            for axis, label in axis_names.get(node.meta["input_name"], {}).items()
-            if not isinstance(meta(node).shape[axis], int)
-        )
+        symbols: dict[str, str] = {}
+        for node in native.graph.find_nodes(op="placeholder"):
+            for axis, label in axis_names.get(node.meta["input_name"], {}).items():
+                if not isinstance(meta(node).shape[axis], int):
+                    symbols.setdefault(str(meta(node).shape[axis]), label)
         graph = cls(native, names, symbols)
         graph.sweep()
         return graph
@@ -311,7 +309,8 @@ class FxGraph(Graph):
         for node in filter(is_state, native.graph.nodes):  # a tensor that runs write to is not shared
             native.stored[str(node.target)] = native.stored[str(node.target)].detach().clone()
         clone = type(self)(native, self.output_names, self.axis_names)
-        clone.version, clone.returns, native.packed = self.version, self.returns, dict(self.native.packed)
+        clone.version, clone.returns, clone.scaled = self.version, self.returns, self.scaled
+        native.packed = dict(self.native.packed)
         return clone
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FxGraph:

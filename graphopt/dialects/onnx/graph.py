@@ -27,11 +27,15 @@ from graphopt.dialects.raising import run_stages
 from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.graph import Flow, Graph, Node, Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.scaled import Place, Scaled, dumps, loads
 
 __all__ = ["OPSET", "PATH", "OnnxGraph", "OnnxNode", "OnnxValue"]
 
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
+
+SCALED = "graphopt.scaled"
+"""The metadata key of what passes have divided (`Graph.scaled`)."""
 
 MANY_NODES = 5000
 """Nodes above which the engine's own optimizer costs more time than it saves in an evaluation."""
@@ -122,6 +126,18 @@ class OnnxGraph(Graph):
     @property
     def outputs(self) -> tuple[Value, ...]:
         return tuple(OnnxValue(self, value) for value in self.model.graph.outputs)
+
+    @property
+    def scaled(self) -> Mapping[Place, Scaled]:
+        """In the metadata of the model, which an exported file keeps."""
+        return loads(self.model.metadata_props.get(SCALED, ""))
+
+    @scaled.setter
+    def scaled(self, scaled: Mapping[Place, Scaled]) -> None:
+        if scaled:
+            self.model.metadata_props[SCALED] = dumps(scaled)
+        else:
+            self.model.metadata_props.pop(SCALED, None)
 
     def values(self, natives: Sequence[ir.Value | None]) -> tuple[OnnxValue | None, ...]:
         """Views of native values; None stays None."""

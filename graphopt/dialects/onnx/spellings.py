@@ -170,20 +170,21 @@ def _read_recurrent(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue |
 
 def recurrence(node: ir.Node) -> dict[str, Any] | None:
     """The attributes of an LSTM, GRU or RNN; None where its gates are others than the op's, or are clipped."""
+    op_type = node.op_type.removeprefix("DynamicQuantize")
     activations = [name.lower() for name in _texts(node, "activations")]
     direction = _text(node, "direction", "forward")
-    each, rest = len(_ACTIVATIONS[node.op_type]), 2 if direction == "bidirectional" else 1
-    first = activations[:each] or list(_ACTIVATIONS[node.op_type])
+    each, rest = len(_ACTIVATIONS[op_type]), 2 if direction == "bidirectional" else 1
+    first = activations[:each] or list(_ACTIVATIONS[op_type])
     if {"clip", "activation_alpha", "activation_beta"} & set(node.attributes) or _integer(node, "input_forget", 0):
         return None
     if activations not in ([], first * rest):
         return None
-    if node.op_type == "RNN":
+    if op_type == "RNN":
         return {"direction": direction, "activation": first[0]} if first[0] in ("tanh", "relu") else None
-    if first != list(_ACTIVATIONS[node.op_type]):
+    if first != list(_ACTIVATIONS[op_type]):
         return None
-    own = {"reset_after": bool(_integer(node, "linear_before_reset", 0))} if node.op_type == "GRU" else {}
-    return {"direction": direction, "gates": OPS[RECURRENT[node.op_type]].attributes["gates"]} | own
+    own = {"reset_after": bool(_integer(node, "linear_before_reset", 0))} if op_type == "GRU" else {}
+    return {"direction": direction, "gates": OPS[RECURRENT[op_type]].attributes["gates"]} | own
 
 
 _ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}

@@ -25,6 +25,8 @@ def conv_axes(node: NodeAxes, groups: int, *, transposed: bool = False) -> None:
     x, weight, *bias = node.given
     y = node.y
     out, into = (1, 0) if transposed else (0, 1)
+    if transposed and groups > 1:
+        raise Unclear("axis_of_groups")
     if node.rank(x) != node.rank(weight):
         raise Unclear("axis_in_unknown_form")
     rows, columns = node.positions(weight, out), node.positions(weight, into)
@@ -38,8 +40,6 @@ def conv_axes(node: NodeAxes, groups: int, *, transposed: bool = False) -> None:
     node.link(after, rows)
     if groups == 1:
         node.link(before, columns)
-    elif transposed:
-        raise Unclear("axis_of_groups")
     else:
         first = after.reshape(groups, -1)[:, :1]  # a group goes whole, with the channels that it reads
         node.link(*np.broadcast_arrays(first, after.reshape(groups, -1)))
