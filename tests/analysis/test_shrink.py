@@ -315,7 +315,7 @@ def zeroed_graph(graph: Graph, group: Group, keep: Tensor) -> None:
         graph.replace(consumer, *graph.emit_all(consumer.kind, *operands, at=consumer, **consumer.attributes))
 
 
-READ = {"conv_transpose": {1: 0}, **dict.fromkeys(("lstm", "gru", "rnn"), {1: 2, 2: 2})}
+READ = {"conv_transpose": {1: 0}, **{op: {1: 2, 2: 2} for op in ("lstm", "gru", "rnn")}}
 """By op, the operands that are weights, and the axis of each that reads the inputs."""
 
 
