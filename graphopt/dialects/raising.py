@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from graphopt.errors import GraphError
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, RuleLog, rewrite, scalar
@@ -85,7 +84,7 @@ def _of_rows_as_they_are(op: Builder, m: Match) -> Value:
     joined = trailing and all(isinstance(size, int) for size in trailing) and math.prod(map(int, trailing)) == rows[-1]
     if op.graph.dialect == "onnx" and leading == y[:-1] and joined:  # sizes that are copied need no operators
         shape = op.constant(torch.tensor([*[0] * len(leading), rows[-1]]))
-        return op.linear(_emit(op, "onnx.Reshape", m.x, shape), m.weight, m.bias)
+        return op.linear(op("onnx.Reshape", m.x, shape), m.weight, m.bias)
     value = op.graph.emit_sized(m.root, m.x, m.shape, sizes={len(y) - 1: rows[-1]}, at=m.root)
     return op.linear(value, m.weight, m.bias)
 
@@ -169,7 +168,7 @@ def _over_last_axis(m: Match, *means: Node) -> float:
 
 def to_rms_norm(op: Builder, m: Match) -> Value:
     """Zhang & Sennrich, 2019."""
-    return _emit(op, "rms_norm", m.x, m.weight, eps=_over_last_axis(m, m.mean))
+    return op.rms_norm(m.x, m.weight, eps=_over_last_axis(m, m.mean))
 
 
 def to_layer_norm(op: Builder, m: Match) -> Value:
@@ -177,15 +176,7 @@ def to_layer_norm(op: Builder, m: Match) -> Value:
     eps = _over_last_axis(m, m.mean, m.variance)
     if not m.bias.is_constant or m.bias.shape != m.weight.shape:
         raise Declined("norm_bias_unfit", shape=list(m.weight.shape))
-    return _emit(op, "layer_norm", m.x, m.weight, m.bias, eps=eps)
-
-
-def _emit(op: Builder, kind: str, *operands: Value | None, **attributes: Any) -> Value:
-    """Emit, or decline where the dialect cannot spell the op (an ONNX file that stays at an old opset)."""
-    try:
-        return op(kind, *operands, **attributes)
-    except GraphError as error:
-        raise Declined("not_spelled", op=kind, reason=str(error)) from error
+    return op.layer_norm(m.x, m.weight, m.bias, eps=eps)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -220,7 +211,7 @@ def to_attention(op: Builder, m: Match) -> Value:
     if mask is not None and (mask.rank not in (2, 3, 4) or _broadcasts(scores, m.scores, 4)):
         raise Declined("attention_mask_unfit", rank=mask.rank)
     scale *= query_scale * key_scale
-    return _emit(op, "attention", query, key, m.value, _as_allowed(op.graph, mask), scale=scale)
+    return op.attention(query, key, m.value, _as_allowed(op.graph, mask), scale=scale)
 
 
 def _broadcasts(value: Value, other: Value, axes: int) -> bool:
@@ -318,7 +309,7 @@ def _rule(pattern: Callable[..., Pattern], replace: Callable[[Builder, Match], V
 
 
 def _to_gelu(approximate: str) -> Callable[[Builder, Match], Value]:
-    return lambda op, m: _emit(op, "gelu", m.x, approximate=approximate)
+    return lambda op, m: op.gelu(m.x, approximate=approximate)
 
 
 FORMS = (

@@ -18,10 +18,11 @@ from graphopt.passes.prune.costs import CostModel, cut
 from graphopt.passes.prune.importance import weigh
 from graphopt.passes.prune.refit import compensate
 from graphopt.passes.prune.selection import open_groups
-from graphopt.pipeline.context import Context, MarkedUnits
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.zeros import MarkedUnits
 
 Kind = Literal["neurons", "heads", "channels", "pooler", "width"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -46,6 +47,7 @@ class Prune(Pass):
 
     name = "prune"
     stage = Stage.PRUNE
+    changes_weights = True
     whole_model_options = MappingProxyType(dict.fromkeys(BUDGETS, "neurons=0.5"))
 
     amount: Share = 0.0
@@ -53,7 +55,7 @@ class Prune(Pass):
     the width."""
 
     neurons: Share = 0.0
-    """Share of the inner neurons of feed-forward pairs to remove."""
+    """Share of the inner neurons of feed-forward pairs, and of the hidden units of recurrent layers, to remove."""
 
     heads: Share = 0.0
     """Share of the attention heads to remove."""
@@ -103,7 +105,7 @@ class Prune(Pass):
     seed: int = 0
     """Of criterion=random."""
 
-    targets: Selector = Selector("linear", "conv", "embedding")
+    targets: Selector = Selector("linear", "conv", "embedding", "conv_transpose", "lstm", "gru", "rnn")
     """Groups to consider: by their names, or by their producers, else consumers (ops, module paths or patterns)."""
 
     ignore: Selector = Selector()

@@ -72,6 +72,8 @@ def open_groups(
     wanted = {group for term in targets.terms for group in hits(term)} - ignored
     chosen = [group for group in found if group in wanted]
     context.consider([group.name for group in chosen])
+    for group in everything:
+        context.considered.update(group.producers, group.consumers)
     for group in chosen:
         if group.locked:
             context.record.decline(group.name, group.locked)
