@@ -230,7 +230,7 @@ class Prune(Pass):
         found = open_groups(graph, context, kinds, self.targets, self.ignore, named=named, required=required)
         for kind in self._shares:
             if not any(group.kind == kind for group in found):
-                context.note(f"{kind}: the model has none that can shrink")
+                context.note(f"{kind}: no group that may be cut")
         return found
 
     def _multiple(self, group: Group, context: Context) -> int:

@@ -231,7 +231,7 @@ def test_a_kind_that_is_not_there_is_skipped_with_a_note(options: dict[str, Any]
     graph = build(dialect, MLP)
     notes = run(Prune(**options), graph).record.notes
     assert weight_of(graph.nodes[0]).shape == (8, 8)
-    assert "heads: the model has none that can shrink" in notes
+    assert "heads: no group that may be cut" in notes
     assert [note for note in notes if "width" in note or "pooler" in note] == []
 
 
