@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,12 @@ def done(*arguments: object) -> str:
 
 
 def refused(code: int, *arguments: object) -> str:
-    """The one line of an error."""
+    """The one line of an error, which is the last; those above it are of stages that were done."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, "")
-    line, end = result.stderr.split("\n", 1)
-    assert end == "" and line.startswith("graphopt: ")
+    *stages, line = result.stderr.splitlines()
+    assert result.stderr.endswith("\n") and line.startswith("graphopt: ")
+    assert all(re.fullmatch(r"[\w -]+: (.+, )?\d+\.\d s", stage) for stage in stages)
     return line.removeprefix("graphopt: ")
 
 
