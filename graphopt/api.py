@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from graphopt.backends import target as target_of
+from graphopt.capture.arguments import several
 from graphopt.capture.sources import Captured, capture, declared_inputs
-from graphopt.capture.tracing import several
 from graphopt.errors import (
     CaptureError,
     LoweringError,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
+from graphopt import writing
 from graphopt.capture.signature import Signature
 from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, require_positive_integer
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
@@ -44,7 +45,9 @@ class Trained:
         """See `Optimized.state_dict`."""
         if not self.state:
             raise GraphError("state_dict is for a module, and none was handed in: export the model, or use .module")
-        now, read = self.graph.module().state_dict(), {name for name, _ in self.before.constants()}
+        module = self.graph.module()
+        now = module.state_dict() | self.graph.unpacked(module)
+        read = {*self.before.unpacked(), *(name for name, _ in self.before.constants())}
         found: dict[int, Tensor] = {}  # by the memory of the tensor that it replaces: tied weights have several names
         for name, before in self.state.items():
             if name in now and now[name].shape == before.shape:
@@ -245,42 +248,39 @@ class Optimized:
     ) -> Path:
         """Write the deployable file, and beside it NAME.json with the report's figures; returns the file's path.
 
+        path: a new file, or a regular one to replace, which may be the file that was optimized; links are followed. Its
+        suffix is .onnx, or .pt2 for targets of PyTorch.
+
         Targets of PyTorch write a torch.export archive (.pt2), which runs where graphopt is installed. aot: compile an
         AOTInductor package in its place, which `torch._inductor.aoti_load_package` runs without graphopt, with inputs
         by keyword; it needs a C++ compiler, and an example input.
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
-        target). external_data: keep weights in NAME.data; None decides by size. The same input, pipeline and versions
-        give the same bytes.
+        target). external_data: keep weights in NAME.DIGEST.data, which is named by its content, so that at any moment
+        the file and its weights are of one export; what an earlier export left there is removed. None decides by size.
+        The same input, pipeline and versions give the same bytes.
 
-        Raises UsageError for options that don't go together or that the target does not have; GraphError where there
-        is no folder, or one in a file's place, where a node has no spelling at `opset` (naming it), and where the file
-        cannot be written, such as on a full disk. Then nothing is written, and what was there stays.
+        Raises UsageError for another suffix, and for options that don't go together or that the target does not have;
+        GraphError where there is no folder, or one in a file's place, a FIFO, a device or a link that leads nowhere,
+        where a node has no spelling at `opset` (naming it), and where the file cannot be written, such as on a full
+        disk. Then nothing is written, and what was there stays.
         """
         with outer_door(GraphError, f"{path} cannot be written"):
             return self._export(Path(path), opset, portable, external_data, aot)
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
-        if not path.parent.is_dir():
-            raise GraphError(f"there is no folder {path.parent}; make it first")
-        manifest = path.with_name(path.name + ".json")
-        for file in (path, manifest):
-            if file.is_dir():
-                raise GraphError(f"{file} is a folder; name another file")
+        path = writing.place_of(path)
+        self.backend.require_suffix(path)
         if aot and (opset is not None or portable or external_data is not None):
             raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
         if aot and not self.feeds:
             raise UsageError("aot=True needs example_inputs, for the compiler")
         graph, metadata = self.folded if portable else self.lowered, self._metadata(portable)
-        unfinished = manifest.with_name(f".{manifest.name}.part")
-        try:  # the manifest first, so that a full disk leaves an older pair of files as it was
-            unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+        with writing.together(path, path.with_name(path.name + ".json")) as (part, manifest):
+            manifest.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
-                self.transformed.package(path, self.feeds[0], metadata)
+                self.transformed.package(part, self.feeds[0], metadata)
             else:
-                self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=metadata)
-            unfinished.replace(manifest)
-        finally:
-            unfinished.unlink(missing_ok=True)
+                self.backend.export(graph, part, opset=opset, external_data=external_data, metadata=metadata)
         return path
 
     def _metadata(self, portable: bool) -> dict[str, str]:

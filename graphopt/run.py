@@ -25,10 +25,11 @@ from graphopt.measure import cache, machine, timing
 from graphopt.passes.simplify import Simplify
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
-from graphopt.pipeline.context import Context, KeptZeros, TeacherGraph
+from graphopt.pipeline.context import Context, TeacherGraph
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify, phase, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
+from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report import tables
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
@@ -305,9 +306,17 @@ class Run:
                 self.backend.check(small.folded, small.runner)
             report.kernels = small.runner.kernels()
             if reference is not None:
-                report.agreement = reference.compare(small.run_anew)
+                self._compare(small, reference)
             small.forget_state()
             now.result = tables.closeness(report)
+
+    def _compare(self, small: Optimized, reference: Agree) -> None:
+        """Report how far the result is from the original. Raises LoweringError where that is no number."""
+        try:
+            small.report.agreement, notes = reference.compare(small.run_anew)
+        except GraphError as error:
+            raise LoweringError(f"run by {self.backend.name}, the result fails: {error}") from error
+        small.report.notes += notes
 
     def _check_metric(self, small: Optimized) -> None:
         """Evaluate what was trained and what ships: the same metric is promised, and reported."""

@@ -268,6 +268,17 @@ def test_sites_as_text_and_in_a_terminal() -> None:
     assert plain["propagation"]["lost"]["site"] == found.propagation.lost.site
 
 
+def test_an_output_whose_size_depends_on_data_is_left_out_where_the_sizes_differ() -> None:
+    chosen = "h = add(x[batch,4], C[4]:values({by}))\nn = onnx.NonZero(relu(h))\nreturn h, n"
+    first, second = (build("onnx", chosen.format(by=by)) for by in (0.0, 0.5))
+    found = compare(first, second, [torch.full((1, 4), -1.0), torch.tensor([[-0.2, 1.0, 1.0, 1.0]])])
+    assert [one.output for one in found.outputs] == ["h", "n"] and found.left_out == {"n": 1}
+    assert "not compared on 1 of them, as its size depends on data and differs: n" in str(found)
+    fixed = build("onnx", "h = add(x[batch,4], C[4]:zeros)\nn = cast(concat(h, h, axis=1), dtype=int64)\nreturn h, n")
+    with pytest.raises(UsageError, match="output 'n' has shape"):
+        compare(fixed, build("onnx", "h = add(x[batch,4], C[4]:zeros)\nn = cast(h, dtype=int64)\nreturn h, n"), BATCHES)
+
+
 # --- sites that mean something else --------------------------------------------------------------------------------
 
 NETWORKS = {

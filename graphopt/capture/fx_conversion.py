@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphopt.capture.axes import DynamicAxes
 from graphopt.capture.signature import Signature
 from graphopt.capture.sources import Captured, capture
-from graphopt.capture.tracing import DynamicAxes
 from graphopt.dialects.adapter import adapter
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, GraphoptError, outer_door

@@ -22,7 +22,7 @@ from graphopt.cli.options import (
 from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file, require_writable
 from graphopt.cli.sources import batches, example, function
-from graphopt.errors import GraphError, UsageError, outer_door
+from graphopt.errors import UsageError
 
 
 def optimize(
@@ -56,7 +56,7 @@ def optimize(
     evaluate: Annotated[
         str | None,
         typer.Option(
-            metavar="SCRIPT:FUNCTION",
+            metavar="FUNCTION",
             help="script.py:function, from a model that is called like the original to how good it is.",
             show_default=False,
         ),
@@ -73,12 +73,15 @@ def optimize(
     aot: Annotated[
         bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="An .html file for the report and the graph diff.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A file for the report: .html, with the graph diff, or .txt or .json.")
+    ] = None,
     verbose: Verbose = None,
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
-    from graphopt.report import html
+    from graphopt.backends import target as target_of
+    from graphopt.report.records import require_report_name
 
     require_file(model)
     if dry_run and (output or report):
@@ -86,6 +89,10 @@ def optimize(
     if not dry_run and output is None:
         raise UsageError("say where to write: -o FILE, or --dry-run")
     require_writable(model, output, report)
+    if report is not None:
+        require_report_name(report)
+    if output is not None:
+        target_of(target, cpu).require_suffix(output)
     if teacher is not None:
         require_file(teacher)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
@@ -112,8 +119,7 @@ def optimize(
         )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if report is not None:
-        with outer_door(GraphError, f"{report} cannot be written"):
-            html.write(report, small.report, small.diff(), f"{model.name} by graphopt")
+        small.report.save(report, small.diff())
         written.append(report)
     if as_json:
         print_json(small.report.to_dict() | {"written": [str(path) for path in written]})

@@ -48,8 +48,8 @@ CalibrationSteps = Annotated[int | None, typer.Option(help="Most calibration bat
 Passes = Annotated[
     str | None,
     typer.Option(
-        help='As text, such as "sparsify{amount=0.5},low-rank{energy=0.95},quantize{scheme=static}"; see '
-        "`graphopt passes`. Without it nothing is lost: simplify, and lowering to the target.",
+        help='As text, such as "prune{neurons=0.5}, quantize", or a preset: '
+        "safe, fast or small; see `graphopt passes`. Without it nothing is lost: simplify, and lowering to the target.",
         show_default=False,
     ),
 ]

@@ -126,6 +126,11 @@ class Node(ABC):
         """The graph that it is part of."""
 
     @property
+    def held(self) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
+        """The dtype and shape of each constant that its subgraphs read, which is none of its operands."""
+        return ()
+
+    @property
     def op(self) -> Op | None:
         """The canonical op; None of an opaque node."""
         return OPS.get(self.kind)
@@ -326,6 +331,14 @@ class Graph(ABC):
         value: a constant (a permuted one, stored integers and learned scales too), or a dequantize of stored integers.
         """
         raise GraphError(f"a graph of the {self.dialect} dialect is no module: use a target of PyTorch, such as fbgemm")
+
+    def unpacked(self, module: nn.Module | None = None) -> dict[str, Tensor]:
+        """The tensors of the program that capture packed into one constant, by the names that they had: parts of it.
+
+        module: one made of this graph, whose parameters are taken apart in place of the constants; without those that
+        are stored in integers.
+        """
+        return {}
 
     def package(self, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
         """Compile the graph to a file that its framework runs without graphopt; returns the number of kernels by name.

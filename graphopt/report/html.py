@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
@@ -38,14 +37,6 @@ def bench(result: BenchResult) -> str:
 
 def _notebook(headline: str, rows: tables.Rows, notes: Sequence[str]) -> str:
     return str(_template().module.notebook(headline, rows, notes))  # type: ignore[attr-defined]
-
-
-def write(path: str | Path, report: Report, diff: GraphDiff, title: str) -> None:
-    """Write the page whole, or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(page(report, diff, title), encoding="utf-8")
-    partial.replace(path)
 
 
 @cache

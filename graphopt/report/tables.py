@@ -290,6 +290,8 @@ def comparison_notes(found: Comparison) -> list[str]:
     """How many batches; the first site whose signal is lost, and the site that adds most noise."""
     batches = "1 batch" if found.batches == 1 else f"{found.batches} batches; SQNR and cosine are of the worst"
     notes, inside = [f"over {batches}"], found.propagation
+    notes += [f"not compared on {number} of them, as its size depends on data and differs: {output}"
+              for output, number in found.left_out.items()]  # fmt: skip
     if inside is None:
         return notes
     lost, worst = inside.lost, inside.noisiest

@@ -215,11 +215,69 @@ def test_no_pass_changes_the_shape_of_an_output(dialect: str) -> None:
         run(graph, Narrow(), instruments=[Agree(graph, examples(graph))])
 
 
+CHOSEN = """
+    h = linear(x[batch,4], W[3,4]:seed1)
+    n = onnx.NonZero(relu(h))
+    return h, n
+"""
+
+
+def test_an_output_whose_size_depends_on_data_may_have_another_size() -> None:
+    """The other outputs are compared, and a note names it."""
+    graph = build("onnx", CHOSEN)
+    feeds = [{"x": torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]])}]
+
+    @dataclass(frozen=True)
+    class Shift(Pass):
+        name = "shift"
+        stage = Stage.SIMPLIFY
+
+        def run(self, graph: Graph, context: Context) -> None:
+            (site,) = graph.sites("linear")
+            one = graph.add_constant(torch.ones(3))
+            graph.replace(site, graph.emit("linear", site.input, site.required("weight"), one, at=site))
+
+    context = Context(feeds=feeds, instruments=[Agree(graph, feeds)])
+    Pipeline([Shift()]).run(graph, context)
+    (record,) = context.report.passes
+    assert [found.output for found in record.agreement] == ["h"]
+    (note,) = record.notes
+    assert note.startswith("the size of output 'n' went from [2, ") and note.endswith("not compared")
+
+
+def test_no_pass_makes_nan_or_infinity_of_finite_numbers(dialect: str) -> None:
+    """Lossy or not. The error names where they come from."""
+
+    @dataclass(frozen=True)
+    class Overflow(Pass):
+        name = "overflow"
+        stage = Stage.SIMPLIFY
+
+        def run(self, graph: Graph, context: Context) -> None:
+            site = graph.nodes[-1]
+            product = graph.emit(site, *site.operands, at=site)
+            short = graph.emit("cast", product, at=site, dtype=torch.float16)
+            graph.replace(site, graph.emit("cast", short, at=site, dtype=torch.float32))
+
+    graph = build(dialect, "y = mul(relu(x[2,4]), BIG[]:values(1e6))")
+    with pytest.raises(PassError, match="on example 0, 8 of the 8 numbers of output 'y' become NaN or infinite, first"):
+        run_on(graph, Overflow(), {"x": torch.ones(2, 4)})
+    finite = {"x": torch.full((2, 4), -1.0)}
+    run_on(build(dialect, "y = mul(relu(x[2,4]), BIG[]:values(1e6))"), Overflow(), finite)
+    given = {"x": torch.full((2, 4), math.inf)}
+    run_on(build(dialect, "y = mul(relu(x[2,4]), BIG[]:values(1e6))"), Overflow(), given)
+
+
+def run_on(graph: Graph, pass_: Pass, feeds: dict[str, Tensor]) -> None:
+    Pipeline([pass_]).run(graph, Context(feeds=[feeds], instruments=[Agree(graph, [feeds])]))
+
+
 def test_compare_takes_any_runner() -> None:
     graph = build("onnx", TEXT)
     agree = Agree(graph, examples(graph))
     halved: Callable[..., list[Tensor]] = lambda one: [0.5 * y for y in graph.evaluate(one, graph.outputs)]  # noqa: E731
-    (found,) = agree.compare(halved)
+    (found,), notes = agree.compare(halved)
+    assert notes == []
     assert found.output == "y" and found.sqnr == pytest.approx(20 * math.log10(2), abs=1e-6)
 
 

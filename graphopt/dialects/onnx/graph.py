@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from graphopt import writing
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx import functions as onnx_functions
 from graphopt.dialects.onnx import reading as onnx_reading
@@ -23,7 +24,7 @@ from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.dialects.onnx.tensors import NARROW, onnx_dtype, packed, to_numpy, to_torch
 from graphopt.dialects.onnx.views import PATH, OnnxNode, OnnxValue, holds_graph
 from graphopt.dialects.raising import run_stages
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.graph import Flow, Graph, Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.scaled import Place, Scaled, dumps, loads
@@ -218,7 +219,8 @@ class OnnxGraph(Graph):
             spelled = onnx_spellings.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
         else:
             raise GraphError(f"onnx cannot emit {kind!r}: it is no op, and no operation of the form domain.Op")
-        native = self._make(spelled, path)
+        is_copy = isinstance(kind, OnnxNode) and spelled.op_type == kind.native.op_type
+        native = self._make(spelled, path, is_copy=is_copy)
         if isinstance(at, OnnxNode):
             at.native.prepend(native)
         else:
@@ -275,10 +277,13 @@ class OnnxGraph(Graph):
                        for key, default in (("stride", ones), ("dilation", ones), ("padding", zeros))}  # fmt: skip
         return onnx_spellings.write(self, kind, _onnx_values(operands), filled)
 
-    def _make(self, spelled: onnx_spellings.Spelled, path: str) -> ir.Node:
+    def _make(self, spelled: onnx_spellings.Spelled, path: str, is_copy: bool) -> ir.Node:
         inputs = [None if value is None else self.native(value) for value in spelled.inputs]
         while inputs and inputs[-1] is None:
             inputs.pop()
+        reason = None if is_copy else onnx_functions.why_not_spelled(spelled, self.opset, inputs)
+        if reason is not None:
+            raise SpellingError(f"{reason} ({path})" if path else reason)
         opsets = self.model.graph.opset_imports
         if spelled.domain not in opsets:
             opsets[spelled.domain] = 1
@@ -450,9 +455,8 @@ class OnnxGraph(Graph):
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        outside = onnx_files.size(self.model) > onnx_files.INSIDE
-        onnx_files.save(self.model, path, path.name + ".data" if outside else None)
+        with writing.together(Path(path)) as (part,):
+            onnx_files.save(self.model, part, external_data=onnx_files.size(self.model) > onnx_files.INSIDE)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
