@@ -17,7 +17,7 @@ from graphopt.capture.sources import Captured
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Feeds, Graph, digest
+from graphopt.ir.graph import Feeds, Graph, digest, shapes_text
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
@@ -31,9 +31,10 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report import tables
+from graphopt.report.agreements import worst_of_each
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
-from graphopt.result import Optimized, Trained, shapes_text, versions
+from graphopt.result import Optimized, Trained, versions
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ class Run:
             target=self.backend,
             report=report,
             feeds=captured.feeds,
+            made_up=captured.made_up,
             calibration=self.calibration,
             loss=lambda outputs, batch, **options: loss(captured.signature.rebuild(outputs), batch, **options),
             evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
@@ -313,9 +315,10 @@ class Run:
     def _compare(self, small: Optimized, reference: Agree) -> None:
         """Report how far the result is from the original. Raises LoweringError where that is no number."""
         try:
-            small.report.agreement, notes = reference.compare(small.run_anew)
+            small.report.agreement_by_shapes, notes = reference.compare(small.run_anew)
         except GraphError as error:
             raise LoweringError(f"run by {self.backend.name}, the result fails: {error}") from error
+        small.report.agreement = worst_of_each(small.report.agreement_by_shapes.values())
         small.report.notes += notes
 
     def _check_metric(self, small: Optimized) -> None:

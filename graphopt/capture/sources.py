@@ -65,6 +65,8 @@ class Captured:
     """Captures the same model as a graph of torch.fx, to be trained; None where `graph` is one."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of a module that was handed in, by their names in its state_dict."""
+    made_up: bool = False
+    """Whether the feeds were made from the input types, as there were no example inputs."""
 
 
 def capture(
@@ -219,13 +221,15 @@ def _capture_program(
         examples = [tuple(leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor))]
     feeds = [_on_cpu_feeds(signature, example) for example in examples]
     graph = dialect.from_program(program, signature.inputs, axes, returned)
-    if make_feeds and not feeds:
+    made_up = make_feeds and not feeds
+    if made_up:
         feeds = [_made_feeds(graph.inputs, notes)]
     graph = _raised(dialect, graph, feeds, _reference(graph, feeds, notes) if feeds else None, notes)
     torch_form = None if graph.dialect == "fx" else partial(_capture_program, program, adapter("fx"), example_inputs)
     return Captured(
-        graph, signature, feeds, "torch.export.ExportedProgram", notes, torch_form=torch_form, state=program.state_dict
-    )
+        graph, signature, feeds, "torch.export.ExportedProgram", notes, torch_form=torch_form,
+        state=program.state_dict, made_up=made_up,
+    )  # fmt: skip
 
 
 def _user_inputs(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
@@ -298,7 +302,8 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     graph = lifted or _raised(dialect, graph, feeds, expected, notes)
     dialect.refine(graph)
     untouched = partial(dialect.untouched, model)
-    return Captured(graph, signature, feeds if expected is not None else [], source, notes, untouched)
+    feeds, made_up = feeds if expected is not None else [], example_inputs is None
+    return Captured(graph, signature, feeds, source, notes, untouched, made_up=made_up)
 
 
 def _lifted(

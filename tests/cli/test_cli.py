@@ -58,11 +58,12 @@ def done(*arguments: object) -> str:
 
 
 def refused(code: int, *arguments: object) -> str:
-    """The one line of an error, which is the last; lines of what ran before it may stand above."""
+    """The one line of an error, which is the last; those above it are of stages that were done."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, "")
-    *said, line = result.stderr.splitlines()
-    assert line.startswith("graphopt: ") and all(re.fullmatch(r"[a-z].*: .*\d s", one) for one in said)
+    *stages, line = result.stderr.splitlines()
+    assert result.stderr.endswith("\n") and line.startswith("graphopt: ")
+    assert all(re.fullmatch(r"[\w -]+: (.+, )?\d+\.\d s", stage) for stage in stages)
     return line.removeprefix("graphopt: ")
 
 
