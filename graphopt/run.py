@@ -116,7 +116,7 @@ class Run:
         transformed, folded, sparse = self._transformed(pipeline, report, reference, reverted or {})
         as_it_came = lowered is not None
         if lowered is None:
-            lowered = self._lowered(folded, report)
+            lowered = self._lowered(pipeline, folded, report)
         self._check_outputs(folded, lowered, reference)
         if self._is_held_by_sites(pipeline) and not as_it_came:
             self._check_sites(folded, report)
@@ -155,7 +155,7 @@ class Run:
         if self._is_too_large_to_run or self.agree is False or not captured.feeds:
             return None
         with outer_door(LoweringError, f"{captured.source} does not run on its example inputs (or pass agree=False)"):
-            return Agree(captured.graph, captured.feeds, captured.signature.outputs, lambda: self._baseline.runner)
+            return Agree(captured.graph, captured.feeds, captured.signature.outputs)
 
     def _transformed(
         self, pipeline: Pipeline, report: Report, reference: Agree | None, reverted: Mapping[str, Decline]
@@ -222,11 +222,15 @@ class Run:
 
     # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 
-    def _lowered(self, folded: Graph, report: Report) -> Graph:
+    def _is_lossless(self, pipeline: Pipeline) -> bool:
+        """Whether nothing may be rounded that the model does not round: no lossy pass was asked for."""
+        return not self.captured.rounds and all(one.lossless for one in (*self.earlier, *pipeline.leaves()))
+
+    def _lowered(self, pipeline: Pipeline, folded: Graph, report: Report) -> Graph:
         """The target's own operators, in the forms that run fastest here where that is measured."""
         chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._is_timed else None
         with outer_door(LoweringError, f"the graph cannot be lowered for {self.backend.name}"):
-            lowered, logs = self.backend.lower(folded, chooser)
+            lowered, logs = self.backend.lower(folded, chooser, lossless=self._is_lossless(pipeline))
         found = {} if chooser is None else chooser.measured
         report.notes += [] if chooser is None else chooser.notes
         report.choices += [
@@ -285,9 +289,14 @@ class Run:
             if promised:
                 self.backend.check(small.folded, small.runner)
             report.kernels = small.runner.kernels()
+            moved = None
             if reference is not None:
                 report.agreement = reference.compare(small.run_anew)
+                moved = reference.moved_by(small.run_anew, small.folded) if promised else None
             small.forget_state()
+        if moved is not None:
+            what = f"the file computes something else as {self.backend.engine()} optimizes it"
+            raise LoweringError(f"{what}: {moved}. Please report this with the model")
 
     def _check_metric(self, small: Optimized) -> None:
         """Evaluate what was trained and what ships: the same metric is promised, and reported."""

@@ -57,6 +57,8 @@ class Captured:
     optimized for the same engine, its lowered graph. None where that is the captured graph: of modules and programs."""
     torch_form: Callable[[], Captured] | None = None
     """Captures the same model as a graph of torch.fx, to be trained; None where `graph` is one."""
+    rounds: bool = False
+    """Whether the model's own operators round activations, which forms of a target may then do too."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of a module that was handed in, by their names in its state_dict."""
 
@@ -274,7 +276,7 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run{stays} (agree=True runs it)")
         graph = _raised(dialect, graph, [], None, notes)
         dialect.refine(graph)
-        return Captured(graph, signature, feeds, source, notes)
+        return Captured(graph, signature, feeds, source, notes, rounds=dialect.rounds(model))
     expected = _reference(graph, feeds, notes)
     if expected is None and example_inputs is not None:
         raise CaptureError(f"{source} does not run on the example inputs: {notes[-1]}")
@@ -282,7 +284,9 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     graph = lifted or _raised(dialect, graph, feeds, expected, notes)
     dialect.refine(graph)
     untouched = partial(dialect.untouched, model)
-    return Captured(graph, signature, feeds if expected is not None else [], source, notes, untouched)
+    return Captured(
+        graph, signature, feeds if expected is not None else [], source, notes, untouched, rounds=dialect.rounds(model)
+    )
 
 
 def _lifted(

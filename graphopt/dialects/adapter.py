@@ -68,6 +68,9 @@ class Adapter(Protocol):
     def refine(self, graph: Graph) -> None:
         """Infer the shapes that a model left open again, as ops that were raised tell more. [changes]"""
 
+    def rounds(self, model: Any) -> bool:
+        """Whether a model has operators that round activations as they multiply, beside those that quantize."""
+
     def notes(self, model: Any, graph: Graph) -> list[str]:
         """What a report says of a model that was handed in: how it is quantized, where it is."""
 

@@ -120,6 +120,10 @@ class Backend(ABC):
     ) -> None:
         """Write a deployable file: complete and checked under its name, or not at all. See `Optimized.export`."""
 
+    def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Mapping[str, Tensor]], Sequence[Any]]]:
+        """Runs of the file that `export` would write, by how an engine optimizes it; none where it is what ran here."""
+        return {}
+
     # --- what some targets say -------------------------------------------------------------------------------------
 
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
@@ -180,13 +184,19 @@ class Backend(ABC):
 
     # --- what the core calls ---------------------------------------------------------------------------------------
 
-    def lower(self, graph: Graph, chooser: Chooser | None = None) -> tuple[Graph, dict[str, RuleLog]]:
+    def lower(
+        self, graph: Graph, chooser: Chooser | None = None, *, lossless: bool = False
+    ) -> tuple[Graph, dict[str, RuleLog]]:
         """A clone in this engine's own operators, verified, and the log of each rule by its name.
 
-        chooser: picks the form of each choice; without it, each takes its first legal form.
+        chooser: picks the form of each choice; without it, each takes its first legal form. lossless: leave out forms
+        that round more than the graph says (`Choice.lossy`).
         """
         lowered = graph.clone()
-        logs = self._apply(lowered, self.rules(lowered), chooser)
+        stages = self.rules(lowered)
+        if lossless:
+            stages = [[one.exact() if isinstance(one, Choice) else one for one in stage] for stage in stages]
+        logs = self._apply(lowered, stages, chooser)
         lowered.verify()
         return lowered, logs
 

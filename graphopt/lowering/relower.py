@@ -117,6 +117,7 @@ def _found(graph: Graph) -> Iterator[_Site]:
 def _site(graph: Graph, node: Node) -> _Site | None:
     """The site of an op on integers with stored zero points; None for any other op."""
     read: list[tuple[Value, Value | None]]
+    last = node
     if node.kind.endswith(_INT8):
         names = [("a", "a_zero_point"), ("b", "b_zero_point")] if node.kind == "add_int8" else [("x", "zero_point")]
         read = [(node.required(integers), node.required(zero)) for integers, zero in names]
@@ -131,7 +132,8 @@ def _site(graph: Graph, node: Node) -> _Site | None:
         ):  # activations of fewer bits are floats between a quantize and a dequantize
             return None
         read = [(dequantize.required("x"), dequantize.operand("zero_point")) for dequantize in dequantizes]
-        quantized = _quantize_behind(node)
+        last = _with_norm(node)
+        quantized = _quantize_behind(last)
         zero_point = None if quantized is None else quantized.operand("zero_point")
     read = [(integers, zero) for integers, zero in read if not integers.is_constant]
     zeros = [_stored(graph, zero) for _, zero in read]
@@ -140,9 +142,15 @@ def _site(graph: Graph, node: Node) -> _Site | None:
         return None
     activations = tuple(integers for integers, _ in read)
     if quantized is None or node.kind.removesuffix(_INT8) == "linear":  # which is read in float
-        return _Site(node, activations, tuple(stored), node.result, None)
+        return _Site(node, activations, tuple(stored), last.result, None)
     number = _stored(graph, zero_point)
     return None if number is None else _Site(node, activations, tuple(stored), quantized.result, number)
+
+
+def _with_norm(node: Node) -> Node:
+    """The batch norm that alone reads a conv or linear, as the folded graph may hold both in one; else the node."""
+    reader = node.result.only_user if node.kind in _WEIGHTED else None
+    return reader if reader is not None and reader.kind == "batch_norm" else node
 
 
 def _quantize_behind(node: Node) -> Node | None:
@@ -185,5 +193,5 @@ def _shifted(integers: Tensor, zero: Tensor, new_zero: Tensor, like: Value) -> T
 
 def _run(folded: Graph, target: Backend, given: Mapping[Value, Tensor], result: Value) -> list[Tensor]:
     """One site by itself, lowered and compiled."""
-    lowered, _ = target.lower(folded.extract(list(given), [result]))
+    lowered, _ = target.lower(folded.extract(list(given), [result]), lossless=True)
     return target.compile(lowered)({value.name: tensor for value, tensor in given.items()})

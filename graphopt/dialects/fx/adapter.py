@@ -57,6 +57,9 @@ class FxAdapter:
     def refine(self, graph: Graph) -> None:
         """Nothing: fake tensors have all shapes."""
 
+    def rounds(self, model: Any) -> bool:
+        return False
+
     def notes(self, model: Any, graph: Graph) -> list[str]:
         return []
 

@@ -95,6 +95,9 @@ class OnnxAdapter:
     def refine(self, graph: Graph) -> None:
         _onnx(graph).refine_shapes()
 
+    def rounds(self, model: Model) -> bool:
+        return onnx_quantized.rounds_activations(model)
+
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))
         return [*_onnx(graph).model.meta.get(NOTES, ()), *([] if note is None else [note])]

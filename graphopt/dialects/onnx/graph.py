@@ -32,9 +32,6 @@ __all__ = ["OPSET", "PATH", "OnnxGraph", "OnnxNode", "OnnxValue"]
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
 
-MANY_NODES = 5000
-"""Nodes above which the engine's own optimizer costs more time than it saves in an evaluation."""
-
 
 class OnnxGraph(Graph):
     """An ONNX model as a graph of ops. Make one with `from_model`, `from_file` or `empty`."""
@@ -365,7 +362,7 @@ class OnnxGraph(Graph):
     # --- running
 
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
-        """Run in ONNX Runtime at the BASIC level, or without its optimizer where there are more than MANY_NODES nodes.
+        """Run in ONNX Runtime without its optimizer, which may change what a graph computes.
 
         A large model whose weights lie in files runs in sections (`sections.Sections`). Raises GraphError naming a
         missing input.
@@ -396,8 +393,7 @@ class OnnxGraph(Graph):
                 if not onnx_sections.fit_together(nodes):
                     seen = onnx_sections.Sections(self, [feeds], nodes).through(wanted)
                     return {value: tensor for _, _, some in seen for value, tensor in some.items()}
-            level = "basic" if len(self.model.graph) <= MANY_NODES else "disable"
-            self._session = key, onnx_run.session(self.model, natives, level=level)
+            self._session = key, onnx_run.session(self.model, natives, level="disable")
         return dict(zip(wanted, onnx_run.run(self._session[1], feeds), strict=True))
 
     def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:

@@ -148,7 +148,7 @@ def spatial(node: ir.Node, weight: OnnxValue) -> dict[str, Any] | None:
 
 
 def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    attributes = window(node)
+    attributes = window(node, operands[0])
     if attributes is None:
         return None
     dilation = _integers(node, "dilations") or (1,) * len(attributes["kernel"])
@@ -156,21 +156,44 @@ def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
 
 
 def _read_average_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    attributes = window(node)
+    attributes = window(node, operands[0])
     if attributes is None or set(_integers(node, "dilations")) - {1}:
         return None
     return "average_pool", operands, attributes | {"include_pad": bool(_integer(node, "count_include_pad", 0))}
 
 
-def window(node: ir.Node) -> dict[str, Any] | None:
-    """The attributes that both pools have; None where padding depends on the input's size, or torch has none."""
+def window(node: ir.Node, x: OnnxValue | None = None) -> dict[str, Any] | None:
+    """The attributes that both pools have; None where padding depends on an unknown size of x, or torch has none."""
     kernel, ceil = _integers(node, "kernel_shape"), bool(_integer(node, "ceil_mode", 0))
     auto_pad = _text(node, "auto_pad", "NOTSET")
-    if len(kernel) not in (1, 2, 3) or auto_pad not in ("NOTSET", "VALID") or (ceil and auto_pad == "VALID"):
+    if len(kernel) not in (1, 2, 3) or (ceil and auto_pad == "VALID"):
         return None
     stride = _integers(node, "strides") or (1,) * len(kernel)
-    padding = _integers(node, "pads") or (0,) * (2 * len(kernel))
+    padding: tuple[int, ...] | None = _integers(node, "pads") or (0,) * (2 * len(kernel))
+    if auto_pad.startswith("SAME"):
+        dilation = _integers(node, "dilations") or (1,) * len(kernel)
+        padding, ceil = _same(auto_pad, x, kernel, stride, dilation), False
+    if padding is None:
+        return None
     return {"kernel": kernel, "stride": stride, "padding": padding, "ceil": ceil}
+
+
+def _same(
+    auto_pad: str, x: OnnxValue | None, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...] | None:
+    """The padding with which a window of stride s makes ceil(size / s) of each size; None where one is not known."""
+    sizes = x.shape[2:] if x is not None and x.shape is not None else ()
+    if len(sizes) != len(kernel):
+        return None
+    begins, ends = list[int](), list[int]()
+    for size, width, step, apart in zip(sizes, kernel, stride, dilation, strict=True):
+        if not isinstance(size, int):
+            return None
+        missing = max((-(-size // step) - 1) * step + (width - 1) * apart + 1 - size, 0)
+        less, more = missing // 2, missing - missing // 2
+        begins.append(more if auto_pad == "SAME_LOWER" else less)
+        ends.append(less if auto_pad == "SAME_LOWER" else more)
+    return (*begins, *ends)
 
 
 def _read_attention(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
