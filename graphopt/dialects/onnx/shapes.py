@@ -77,6 +77,12 @@ def infer_node_anew(node: ir.Node, infer: Callable[[ir.Node], None]) -> list[str
     return denied
 
 
+def complete(value: ir.Value, known: ir.Shape | None) -> None:
+    """Complete what inference found of a value by what was known of it, unless the two contradict each other."""
+    if not _contradict(value.shape, known):
+        value.shape = _merge(value.shape, known)
+
+
 def _contradict(found: ir.Shape | None, stated: ir.Shape | None) -> bool:
     """Whether two shapes cannot be those of one value."""
     if found is None or stated is None:

@@ -473,13 +473,17 @@ def write(graph: OnnxGraph, op: str, operands: Sequence[OnnxValue | None], attri
         return Spelled(_PLAIN_OPS[op], operands, {})
     writer = _WRITERS.get(op)
     spelled = writer(graph, operands, attributes) if writer is not None else None
-    return spelled if spelled is not None else _write_function(op, operands, attributes)
+    return spelled if spelled is not None else _write_function(graph, op, operands, attributes)
 
 
-def _write_function(op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+def _write_function(
+    graph: OnnxGraph, op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]
+) -> Spelled:
     names = OPS[op].operands
     operands = list(operands)
     variant = []
+    if op == "conv_int8" and graph.opset < 13:  # where the body has to say the axes of the weight
+        variant.append(str(_rank(operands[names.index("weight")])))
     if "bias" in names and len(operands) > names.index("bias") and operands[names.index("bias")] is not None:
         variant.append("bias")
     if "weight" in names and op.startswith("linear"):
@@ -556,7 +560,7 @@ def _write_rms_norm(
 
 def _rank(value: OnnxValue | None) -> int:
     if value is None or value.rank is None:
-        raise GraphError("a norm needs a weight of known rank")
+        raise GraphError("a norm or conv needs a weight of known rank")
     return value.rank
 
 
@@ -651,7 +655,9 @@ def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
     needed = 10 if axis is None else 13
     if graph.opset < needed:
         several = "" if axis is None else f" with scales along axis {axis}"
-        raise SpellingError(f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}")
+        raise SpellingError(
+            f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}: convert the file first"
+        )
 
 
 def _sizes_of(scale: OnnxValue | None) -> list[int]:
@@ -668,7 +674,7 @@ def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], at
     spelled |= {"block_size": block} if block else {}
     x, scale, zero_point = (*operands, None)[:3]
     if graph.opset < 13 and not block and axis == 0 and x is not None and x.rank is not None:
-        op_type = "dequantize__rows" + ("" if zero_point is None else "_shifted")
+        op_type = f"dequantize__rows_{x.rank}" + ("" if zero_point is None else "_shifted")
         return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
     _require_quantized(graph, "dequantize", axis)
     if block and graph.opset < 21:  # where the operator has no blocks
