@@ -13,7 +13,7 @@ from torch import Tensor
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Feeds, Graph
 from graphopt.ir.qdq.regions import require_no_int8_ops
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Backend
@@ -42,7 +42,7 @@ class OnnxTarget(Backend):
         assert isinstance(graph, OnnxGraph)
         onnx_export.write(self.deployable(graph, opset), path, metadata, external_data)
 
-    def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Mapping[str, Tensor]], list[Tensor]]]:
+    def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Feeds], list[Tensor]]]:
         assert isinstance(graph, OnnxGraph)
         model = self.deployable(graph, opset)
         return {level: partial(onnx_run.run, onnx_run.session(model, level=level)) for level in self.levels}

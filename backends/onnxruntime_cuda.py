@@ -17,9 +17,9 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from graphopt.backends.onnxruntime.guards import guarded
 from graphopt.backends.onnx_target import OnnxTarget
 from graphopt.backends.onnxruntime.attention import ATTENTION_3D, attention, multi_head
+from graphopt.backends.onnxruntime.guards import guarded
 from graphopt.backends.onnxruntime.linear import linear
 from graphopt.backends.onnxruntime.weight_only import FOLDED, Blocks, in_blocks, is_stored
 from graphopt.dialects.onnx import export as onnx_export

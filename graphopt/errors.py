@@ -145,7 +145,7 @@ def _without_source(message: str) -> str:
 
 
 def _without_signature(text: str) -> str:
-    """What follows the signature of a C++ function, its template arguments and its assertion, at the start of a text."""
+    """What follows the signature of a C++ function, its template arguments and its assertion."""
     found = _SIGNATURE.match(text)
     if found is None:
         return text

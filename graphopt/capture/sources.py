@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import DynamicAxes, Traced, on_cpu, several, trace
 from graphopt.dialects.adapter import Adapter, adapter
+from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, Shape, Value
@@ -108,7 +109,8 @@ def _capture(
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, adapter(dialect), example_inputs)
     proto, source = _proto(model)
-    return _capture_model(proto, adapter(dialect), example_inputs, source, run)
+    with quiet("onnx_ir", "onnxscript"):
+        return _capture_model(proto, adapter(dialect), example_inputs, source, run)
 
 
 def declared_inputs(model: Any) -> Sequence[Declared]:
@@ -240,7 +242,8 @@ def _capture_file(path: Path, dialect: Adapter, example_inputs: Any, run: bool |
             return replace(_capture_program(model, dialect, example_inputs, make_feeds=True), source=str(path))
         except GraphError as error:
             raise CaptureError(str(error)) from error
-    return _capture_model(model, dialect, example_inputs, str(path), run)
+    with quiet("onnx_ir", "onnxscript"):  # which print what a damaged file makes them doubt
+        return _capture_model(model, dialect, example_inputs, str(path), run)
 
 
 def _read(path: Path) -> Any:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from graphopt.errors import GraphError, UsageError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Feeds, Graph, Node
 from graphopt.ir.rewrite import Choice, Match, Rule, RuleLog, rewrite
 from graphopt.lowering.saturation import CPUS, cpu_saturates
 from graphopt.measure import timing
@@ -120,7 +120,7 @@ class Backend(ABC):
     ) -> None:
         """Write a deployable file: complete and checked under its name, or not at all. See `Optimized.export`."""
 
-    def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Mapping[str, Tensor]], Sequence[Any]]]:
+    def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Feeds], Sequence[Any]]]:
         """Runs of the file that `export` would write, by how an engine optimizes it; none where it is what ran here."""
         return {}
 

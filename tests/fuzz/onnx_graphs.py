@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Array = np.ndarray[Any, Any]
@@ -48,7 +48,8 @@ class Drawn:
         """The names of the results; None, and nothing is added, where the engine refuses the node."""
         names = [f"v{len(self.flow) + index}" for index in range(outputs)]
         node = helper.make_node(op_type, inputs, names, name=f"n{len(self.nodes)}", **attributes)
-        found = _run_node(node, {name: self.flow.get(name, self.stored.get(name)) for name in inputs if name}, self.opset)
+        given = {name: self.flow.get(name, self.stored.get(name)) for name in inputs if name}
+        found = _run_node(node, given, self.opset)
         if found is None or any(not _is_tame(array) for array in found):
             return None
         self.nodes.append(node)
@@ -349,14 +350,14 @@ _SHAPES = st.sampled_from([(BATCH, 4), (BATCH, 3, 4), (BATCH, 2, 4, 5), (BATCH, 
 
 @st.composite
 def models(
-    draw: Draw, makers: Sequence[Maker] = MAKERS, opsets: Sequence[int] = OPSETS, nodes: int = 5
+    draw: Draw, makers: Sequence[Maker] = MAKERS, opsets: Sequence[int] = OPSETS, nodes: int = 8
 ) -> tuple[onnx.ModelProto, dict[str, Array]]:
     """A model with one or two inputs and up to about `nodes` nodes, and feeds for it at n = BATCH."""
     drawn = Drawn(draw(st.sampled_from(opsets)))
     for index in range(draw(st.integers(1, 2))):
         drawn.inputs.append(f"x{index}")
         drawn.flow[f"x{index}"] = _numbers(draw, *draw(_SHAPES))
-    for maker in draw(st.lists(st.sampled_from(makers), min_size=1, max_size=nodes)):
+    for maker in draw(st.lists(st.sampled_from(makers), min_size=2, max_size=nodes)):
         maker(draw, drawn)
     read = {name for node in drawn.nodes for name in node.input}
     made = [name for node in drawn.nodes for name in node.output]

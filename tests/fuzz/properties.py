@@ -52,14 +52,15 @@ def export_at(opset: int, model: onnx.ModelProto, feeds: Feeds) -> bool:
 def _assert_same(model: onnx.ModelProto, written: onnx.ModelProto, expected: list[Any], feeds: Feeds) -> None:
     step = _largest_step(model)
     for level in LEVELS:
-        for output, a, b in zip(model.graph.output, expected, session(written, level).run(None, dict(feeds)), strict=True):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{output.name} at {level}: {b.dtype} {b.shape}"
+        found = session(written, level).run(None, dict(feeds))
+        for output, a, b in zip(model.graph.output, expected, found, strict=True):
+            where = f"{output.name} at {level}"
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{where}: {b.dtype} {b.shape}, not {a.dtype} {a.shape}"
             if a.dtype.kind != "f":
-                assert a.dtype == np.bool_ or np.abs(a.astype(int) - b.astype(int)).max() <= (step > 0), output.name
+                assert np.abs(a.astype(int) - b.astype(int)).max() <= (step > 0), where
                 continue
-            largest = float(np.abs(a).max())
-            allowed = 1e-4 * largest + 1e-6 + step * max(1.0, largest)
-            assert float(np.abs(a - b).max()) <= allowed, f"{output.name} at {level}: {np.abs(a - b).max()} of {largest}"
+            largest, distance = float(np.abs(a).max()), float(np.abs(a - b).max())
+            assert distance <= 1e-4 * largest + 1e-6 + step * max(1.0, largest), f"{where}: {distance} of {largest}"
 
 
 def _largest_step(model: onnx.ModelProto) -> float:

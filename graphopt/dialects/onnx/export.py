@@ -17,8 +17,8 @@ import torch
 
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
-from graphopt.dialects.onnx.opset import at_opset
 from graphopt.dialects.onnx.mended import MAP_TYPE, restore_map_types
+from graphopt.dialects.onnx.opset import at_opset
 from graphopt.dialects.onnx.reading import fix_names
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError, first_line

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import onnx
 import onnx_ir as ir
@@ -39,7 +39,8 @@ def _linear_int8_body(bias: bool, kn: bool, form: str, opset: int) -> tuple[str,
     transposed = "" if kn else f"wt = Transpose<perm=[1,0]>({source})"
     floats = f"wf = DequantizeLinear<axis={1 if kn else 0}>(weight, weight_scale)"
     if opset < 13:
-        floats = "wx = Cast<to = 1>(weight) wf = Mul(wx, weight_scale)" if kn else _rows("weight", "weight_scale", "wf", 2)
+        columns = "wx = Cast<to = 1>(weight) wf = Mul(wx, weight_scale)"
+        floats = columns if kn else _rows("weight", "weight_scale", "wf", 2)
     body = _LINEAR_INT8[form].format(floats=floats, t=transposed, w=source if kn else "wt")
     finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
     inputs = f"(x, scale, zero_point, weight, weight_scale{', bias' if bias else ''}) => (y)"
@@ -70,7 +71,7 @@ def why_not_spelled(spelled: Spelled, opset: int, inputs: Sequence[ir.Value | No
     return misfit(spelled.op_type, opset, spelled.attributes, [None if one is None else one.dtype for one in inputs])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _body_misfit(op_type: str, opset: int) -> str | None:
     found = (misfit(node.op_type, opset, node.attributes, [None] * len(node.inputs))
              for node in function(op_type, opset))  # fmt: skip

@@ -199,7 +199,8 @@ class OnnxGraph(Graph):
             spelled = onnx_spellings.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
         else:
             raise GraphError(f"onnx cannot emit {kind!r}: it is no op, and no operation of the form domain.Op")
-        native = self._make(spelled, path, is_copy=isinstance(kind, OnnxNode) and spelled.op_type == kind.native.op_type)
+        is_copy = isinstance(kind, OnnxNode) and spelled.op_type == kind.native.op_type
+        native = self._make(spelled, path, is_copy)
         if isinstance(at, OnnxNode):
             at.native.prepend(native)
         else:

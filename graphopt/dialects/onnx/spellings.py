@@ -664,7 +664,7 @@ def _sizes_of(scale: OnnxValue | None) -> list[int]:
     """The shape of the scales of a quantize, in numbers."""
     shape = scale.shape if scale is not None else None
     if shape is None or not all(isinstance(size, int) for size in shape):
-        raise SpellingError("a quantize to int8 without a zero point, and with scales of unknown number, needs opset 21")
+        raise SpellingError("a quantize to int8 without a zero point and with computed scales needs opset 21")
     return [int(size) for size in shape]
 
 

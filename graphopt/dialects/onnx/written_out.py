@@ -195,7 +195,7 @@ def _reduction(op_type: str) -> WriteOut:
 
 
 def _split_axis(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
-    """Split: its sizes were an attribute before opset 13; from 18 on it says the number of parts where they are equal."""
+    """Split: its sizes were an attribute before opset 13; from 18 on it states the number of equal parts."""
     x, sizes = (*operands, None)[:2]
     assert x is not None
     axis, count = attributes.get("axis", 0), len(op.at.results)

@@ -151,5 +151,6 @@ def test_inner_shapes_are_those_of_the_opset(source: int, opset: int) -> None:
     bare = onnx.ModelProto()
     bare.CopyFrom(written)
     del bare.graph.value_info[:]
-    found = {value.name: value.type for value in onnx.shape_inference.infer_shapes(bare, strict_mode=True).graph.value_info}
+    inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True)
+    found = {value.name: value.type for value in inferred.graph.value_info}
     assert {value.name: value.type for value in written.graph.value_info if value.name in found} == found
