@@ -175,7 +175,7 @@ class Choice:
         return replace(self, forms={name: form for name, form in self.forms.items() if name not in self.lossy})
 
     def rule(self, form: Callable[[Match], str] | None = None) -> Rule:
-        """A rule that tries the form named by `form`, if it is offered, then all in order, and takes the first legal one.
+        """A rule that tries the form named by `form` (if it is offered), then all in order, and takes the first legal.
 
         A form is illegal that declines, or that the graph's opset cannot spell. If none is legal, the first decline is
         reported.
