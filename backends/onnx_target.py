@@ -23,6 +23,7 @@ class OnnxTarget(Backend):
     """A target that deploys an ONNX file."""
 
     dialect: ClassVar[str] = "onnx"
+    suffix: ClassVar[str] = ".onnx"
     levels: ClassVar[tuple[str, ...]] = ("disable", "all")
     """The optimizations of onnxruntime (`run.LEVELS`) at which a file for another opset is compared with the graph."""
 

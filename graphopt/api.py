@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from graphopt.backends import target as target_of
+from graphopt.capture.arguments import several
 from graphopt.capture.sources import Captured, capture, declared_inputs
-from graphopt.capture.tracing import several
 from graphopt.errors import (
     CaptureError,
     LoweringError,
@@ -31,7 +31,7 @@ from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import TeacherGraph
 from graphopt.pipeline.examples import first_batch
-from graphopt.pipeline.instruments import Instrument
+from graphopt.pipeline.instruments import Instrument, display, phase
 from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
@@ -62,6 +62,7 @@ def optimize(
     measure: bool | None = None,
     cpu: str | None = None,
     instruments: Sequence[Instrument] = (),
+    verbose: bool | None = None,
 ) -> Optimized:
     """Make a model smaller and faster on a target.
 
@@ -87,7 +88,9 @@ def optimize(
     it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given. Without
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
     (avx2, avx512, avx512_vnni).
-    instruments: further watchers of the pipeline, such as Dump or Progress.
+    instruments: further watchers of the pipeline, such as Dump.
+    verbose: True says what is done on stderr, with bars on a terminal; False says nothing. None does so on a terminal
+    and in a notebook; elsewhere lines go to the logger `graphopt`, which is silent until `logging` is set up.
 
     An `Optimized` goes on where it stands: its transformed graph is what comes in, with its signature and, unless
     others are given, its example inputs. `optimize(optimize(m, "prune{...}"), "quantize")` does what
@@ -104,9 +107,10 @@ def optimize(
     with outer_door(UsageError, "optimize cannot use its arguments"):
         if threads is not None:
             require_positive_integer("threads", threads)
-        for option, flag in (("agree", agree), ("measure", measure)):
+        for option, flag in (("agree", agree), ("measure", measure), ("verbose", verbose)):
             if not isinstance(flag, bool | None):
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
+        instruments = display(verbose, instruments)
         backend = target_of(target, cpu)
         backend.accept(model, example_inputs)
         measures = _measures(measure, backend)
@@ -119,13 +123,15 @@ def optimize(
     with _few_collections():
         if example_inputs is None:
             example_inputs = _first_batch(model, calibration=calibration, training=training)
-        if isinstance(model, Optimized):
-            captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
-        else:
-            captured = capture(
-                model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
-                run=agree or None,
-            )  # fmt: skip
+        with phase(instruments, "capture") as found:
+            if isinstance(model, Optimized):
+                captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
+            else:
+                captured = capture(
+                    model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
+                    run=agree or None,
+                )  # fmt: skip
+            found.result = f"{len(captured.graph.nodes)} nodes"
         with outer_door(UsageError, "optimize cannot use its arguments"):
             batches = None
             if calibration is not None:

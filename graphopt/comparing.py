@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphopt.analysis.data_sizes import sized_by_data
 from graphopt.analysis.propagation import propagate
 from graphopt.capture.sources import capture
 from graphopt.errors import GraphError, UsageError, outer_door, require_positive_integer, user_batches
@@ -32,7 +34,9 @@ def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bo
     modules, dicts of keyword arguments, tuples of arguments, or tensors. steps: most batches to use. sites: compare the
     results of the sites inside too (`propagation.propagate`), of models that are graphs; both are simplified first, so
     that what a pass folds does not stand apart. That runs over the batches several times.
-    Outputs are paired by name where the names are the same, else in order. A module runs in the mode that it is in.
+    Outputs are paired by name where the names are the same, else in order. An output whose sizes depend on data (the
+    boxes that a detector keeps) is compared on the batches where both have the same; the result says where it was not.
+    A module runs in the mode that it is in.
 
     Raises UsageError when there is no batch, the outputs do not pair, or a model does not run on a batch; CaptureError
     where a file cannot be read; nothing but a GraphoptError.
@@ -54,10 +58,19 @@ def _compared(a: Any, b: Any, batches: Any, steps: int | None, sites: bool) -> C
     inputs = first.inputs or second.inputs
     given = Calibration(batches, inputs, steps) if inputs else _limited(batches, steps)
     found: dict[str, list[tuple[Agreement, float | None, int]]] = {}
+    sized = first.sized_by_data or second.sized_by_data
+    left_out: dict[str, int] = {}
     count = 0
     for batch in given:
         count += 1
-        for name, x, y in _paired(first(batch), second(batch)):
+        for place, (name, x, y) in enumerate(_paired(first(batch), second(batch))):
+            if x.shape != y.shape:
+                if not (place < len(sized) and sized[place]):
+                    raise UsageError(
+                        f"output {name!r} has shape {list(x.shape)} in one model and {list(y.shape)} in the other"
+                    )
+                left_out[name] = left_out.get(name, 0) + 1
+                continue
             rows = x.numel() // x.shape[-1] if x.dim() > 1 and x.shape[-1] > 1 else 0
             top1 = metrics.top1_agreement(x, y) if rows else None
             found.setdefault(name, []).append((agreement(name, x, y), top1, rows))
@@ -67,7 +80,7 @@ def _compared(a: Any, b: Any, batches: Any, steps: int | None, sites: bool) -> C
     if sites and isinstance(given, Calibration):
         assert first.graph is not None and second.graph is not None
         inside = propagate(_simplified(first.graph), _simplified(second.graph), given)
-    return Comparison([_over_batches(name, seen) for name, seen in found.items()], count, inside)
+    return Comparison([_over_batches(name, seen) for name, seen in found.items()], count, inside, left_out)
 
 
 def _simplified(graph: Graph) -> Graph:
@@ -89,9 +102,6 @@ def _paired(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Iterator[tuple[
         pairs = [(name, x, y) for (name, x), y in zip(a.items(), b.values(), strict=True)]
     else:
         raise UsageError(f"the outputs do not pair: {', '.join(a)} and {', '.join(b)}")
-    for name, x, y in pairs:
-        if x.shape != y.shape:
-            raise UsageError(f"output {name!r} has shape {list(x.shape)} in one model and {list(y.shape)} in the other")
     return iter(pairs)
 
 
@@ -105,14 +115,15 @@ class _Runner:
         self.graph: Graph | None = None
         self._names: tuple[str, ...] | None = None
         if isinstance(model, str | Path):
-            model = capture(model, "onnx").graph
+            model = capture(model, "onnx", run=False).graph  # it is run on the batches
         if isinstance(model, Graph):
             self.graph, self.inputs, self._names = model, model.inputs, tuple(value.name for value in model.outputs)
             self._call: Callable[..., Any] = lambda **feeds: model.evaluate(feeds, model.outputs)
         elif isinstance(model, nn.Module):
             self._call = model
         elif isinstance(model, Optimized):
-            self.graph, self.inputs, self._call = model.folded, model.folded.inputs, model
+            # In the folded graph, ops on integers stand in place of the float ops that the other model has.
+            self.graph, self.inputs, self._call = model.transformed, model.folded.inputs, model
         else:
             raise UsageError(
                 f"cannot compare a {type(model).__qualname__}; give what optimize returned, an nn.Module, a Graph, "
@@ -131,6 +142,11 @@ class _Runner:
         if not outputs:
             raise UsageError(f"the model returns a {type(result).__qualname__} without a tensor in it")
         return outputs
+
+    @cached_property
+    def sized_by_data(self) -> list[bool]:
+        """For each output of a graph, whether its sizes depend on values; nothing is known of a module's."""
+        return [] if self.graph is None else sized_by_data(self.graph)
 
     def _positional(self, batch: Mapping[str, Any]) -> bool:
         """Whether a module calls its inputs by other names than the batch, so that their order must do."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from graphopt.cli.options import CalibrationSteps, Json, Model, Target
-from graphopt.cli.printing import print_json, show
+from graphopt.cli.options import CalibrationSteps, Json, Model, Target, Verbose
+from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file
 from graphopt.cli.sources import batches
 
@@ -54,25 +53,25 @@ def sensitivity(
     ] = None,
     target: Target = "onnxruntime",
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Show how much the outputs suffer when one site alone is changed."""
     from graphopt.pipeline.damage import STEPS
-    from graphopt.pipeline.instruments import Progress
     from graphopt.sensitivities import sensitivity as measure
 
     require_file(model)
-    quiet = as_json or not sys.stderr.isatty()
-    found = measure(
-        model,
-        setting,
-        calibration=batches(calibration),
-        calibration_steps=calibration_steps,
-        sites=sites or None,
-        steps=steps or STEPS,
-        cache=cache,
-        target=target,
-        instruments=() if quiet else [Progress()],
-    )
+    with logged(verbose):
+        found = measure(
+            model,
+            setting,
+            calibration=batches(calibration),
+            calibration_steps=calibration_steps,
+            sites=sites or None,
+            steps=steps or STEPS,
+            cache=cache,
+            target=target,
+            verbose=False if verbose is False else None,
+        )
     if as_json:
         print_json(found.to_dict())
     else:

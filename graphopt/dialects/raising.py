@@ -72,18 +72,20 @@ def _only_reader(m: Match) -> bool:
 
 
 def _of_rows_as_they_are(op: Builder, m: Match) -> Value:
-    """A linear on x itself, where its trailing axes are joined before it, and its leading axes restored after it."""
+    """A linear on x itself where only leading axes were joined, else on x with the leading axes of the result."""
     x, rows, y = m.x.shape, m.linear.input.shape, m.root.result.shape
     if x is None or y is None or rows is None or not isinstance(rows[-1], int) or "?" in (*x, *y):
         raise Declined("linear_shapes_unknown")
-    leading = len(y) - 1
-    trailing = x[leading:]
-    joined = all(isinstance(size, int) for size in trailing) and math.prod(map(int, trailing)) == rows[-1]
-    if x[:leading] != y[:-1] or not trailing or not joined:
+    if y[-1] != m.linear.result.shape[-1]:
         raise Declined("linear_rows_regrouped", before=list(x), after=list(y))
-    value = m.x
-    if len(trailing) > 1:
-        value = op("onnx.Reshape", value, op.constant(torch.tensor([*[0] * leading, rows[-1]])))
+    leading, trailing = x[: len(y) - 1], x[len(y) - 1 :]
+    if leading == y[:-1] and trailing == (rows[-1],):
+        return op.linear(m.x, m.weight, m.bias)
+    joined = trailing and all(isinstance(size, int) for size in trailing) and math.prod(map(int, trailing)) == rows[-1]
+    if op.graph.dialect == "onnx" and leading == y[:-1] and joined:  # sizes that are copied need no operators
+        shape = op.constant(torch.tensor([*[0] * len(leading), rows[-1]]))
+        return op.linear(op("onnx.Reshape", m.x, shape), m.weight, m.bias)
+    value = op.graph.emit_sized(m.root, m.x, m.shape, sizes={len(y) - 1: rows[-1]}, at=m.root)
     return op.linear(value, m.weight, m.bias)
 
 
@@ -194,13 +196,13 @@ def to_attention(op: Builder, m: Match) -> Value:
     axis, rank = m.softmax.attributes["axis"], m.scores.rank
     if rank != 4 or axis not in (-1, 3):
         raise Declined("attention_scores_unfit", rank=rank, axis=axis)
-    scores, mask = _peel_mask(m.scores)
-    scores, scale = _peel_scale(op.graph, scores)
+    scores, mask = peel_mask(m.scores)
+    scores, scale = peel_scale(op.graph, scores)
     product = scores.producer
     if product is None or product.kind != "matmul" or _is_shared(scores, m.scores):
         raise Declined("attention_without_product")
-    query, query_scale = _peel_scale(op.graph, product.required("a"))
-    transposed, key_scale = _peel_scale(op.graph, product.required("b"))
+    query, query_scale = peel_scale(op.graph, product.required("a"))
+    transposed, key_scale = peel_scale(op.graph, product.required("b"))
     key = _untranspose(op, transposed)
     if m.value.rank != 4 or query.rank != 4 or key.rank != 4:
         raise Declined("attention_operands_not_4d")
@@ -231,7 +233,7 @@ def _is_shared(value: Value, scores: Value) -> bool:
     return value.only_user is None or scores.is_output
 
 
-def _peel_mask(scores: Value) -> tuple[Value, Value | None]:
+def peel_mask(scores: Value) -> tuple[Value, Value | None]:
     """The scores before a mask is added, and the mask: the operand that does not come from a product."""
     node = scores.producer
     if node is None or node.kind != "add":
@@ -249,7 +251,7 @@ def _comes_from_product(value: Value) -> bool:
     return node is not None and node.kind == "matmul"
 
 
-def _peel_scale(graph: Graph, value: Value) -> tuple[Value, float]:
+def peel_scale(graph: Graph, value: Value) -> tuple[Value, float]:
     """The value before multiplications and divisions by constant numbers, and their product."""
     scale = 1.0
     while (node := value.producer) is not None and node.kind in ("mul", "div"):

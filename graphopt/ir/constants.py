@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -15,22 +15,27 @@ _LARGE = 1_000_000
 """Bytes above which a result must not outgrow what it is computed from, so that files stay small."""
 
 
-def fold_constants(graph: Graph) -> None:
+def fold_constants(graph: Graph, products: Collection[str] = ()) -> None:
     """Replace what reads only constants by its value; the graph is evaluated once for all of it.
 
     Left as they are: what is random or holds subgraphs, the dequantize of a stored weight, what ops read a constant
     through (linears and convs a transpose of their weight, in fx a dequantize a cast of its zero point), what the graph
-    returns, and a result over 1 MB that is larger than its operands.
-    Raises GraphError where the graph's engine cannot run a node.
+    returns, and a result over 1 MB that is larger than its operands; weights in 16 bits are widened whatever their
+    size, as no pass knows a weight through a cast. An identity of a constant is the constant, and no copy of it.
+    products: kinds that read a stored matrix through its transpose too. Raises GraphError where the graph's engine
+    cannot run a node.
     """
     for node in graph.nodes:
+        if _passes_constant_on(node):
+            graph.replace(node, node.input)
+            continue
         shape = _static_shape(node) if node.kind == "onnx.Shape" else None
         if shape is not None and not node.result.is_output:
             graph.replace(node, graph.add_constant(shape))
     folded: dict[Node, None] = {}
     known: set[Value] = set()
     for node in graph.nodes:
-        if _is_foldable(node, known):
+        if _is_foldable(node, known, products):
             folded[node] = None
             known.update(node.results)
     edge = [node for node in folded if any(user not in folded for result in node.results for user in result.users)]
@@ -55,8 +60,16 @@ def _evaluated(graph: Graph, fetch: Sequence[Value]) -> dict[Value, Tensor]:
         ) from error
 
 
-def _is_foldable(node: Node, known: set[Value]) -> bool:
-    if node.signature is None or node.kind == "dequantize" or _is_read_through(node):
+def _passes_constant_on(node: Node) -> bool:
+    """Whether a node is a constant as it stands: an identity, or a transpose that moves no axis."""
+    if node.signature is None or node.kind not in ("identity", "transpose") or node.result.is_output:
+        return False
+    perm = node.attributes.get("perm", ())
+    return node.input.is_constant and list(perm) == sorted(perm)
+
+
+def _is_foldable(node: Node, known: set[Value], products: Collection[str]) -> bool:
+    if node.signature is None or node.kind == "dequantize" or _is_read_through(node, products):
         return False
     if any(result.is_output or result.is_constant for result in node.results):
         return False
@@ -65,17 +78,22 @@ def _is_foldable(node: Node, known: set[Value]) -> bool:
     return not _outgrows(node, sum(nbytes(result, {}) for result in node.results))
 
 
-def _is_read_through(node: Node) -> bool:
+def _is_read_through(node: Node, products: Collection[str]) -> bool:
     """Whether all that read a node take its constant operand for theirs: linears and convs, to have no copy of their
     weight, and what quantizes by zero points that fx holds in wider integers."""
     readers = _READ_THROUGH.get(node.kind, ())
+    if node.kind == "transpose" and node.result.rank == 2:
+        readers = (*readers, *products)
     return bool(readers) and bool(node.result.users) and all(user.kind in readers for user in node.result.users)
 
 
+_SHORT = (torch.float16, torch.bfloat16)
 _READ_THROUGH = {"transpose": ("linear", "conv"), "cast": ("quantize", "dequantize")}
 
 
 def _outgrows(node: Node, size: int) -> bool:
+    if node.kind == "cast" and node.input.dtype in _SHORT and node.attributes["dtype"] == torch.float32:
+        return False
     return size > _LARGE and size > sum(nbytes(value, {}) for value in node.operands if value is not None)
 
 

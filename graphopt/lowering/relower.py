@@ -117,7 +117,6 @@ def _found(graph: Graph) -> Iterator[_Site]:
 def _site(graph: Graph, node: Node) -> _Site | None:
     """The site of an op on integers with stored zero points; None for any other op."""
     read: list[tuple[Value, Value | None]]
-    last = node
     if node.kind.endswith(_INT8):
         names = [("a", "a_zero_point"), ("b", "b_zero_point")] if node.kind == "add_int8" else [("x", "zero_point")]
         read = [(node.required(integers), node.required(zero)) for integers, zero in names]
@@ -132,8 +131,7 @@ def _site(graph: Graph, node: Node) -> _Site | None:
         ):  # activations of fewer bits are floats between a quantize and a dequantize
             return None
         read = [(dequantize.required("x"), dequantize.operand("zero_point")) for dequantize in dequantizes]
-        last = _with_norm(node)
-        quantized = _quantize_behind(last)
+        quantized = _quantize_behind(node)
         zero_point = None if quantized is None else quantized.operand("zero_point")
     read = [(integers, zero) for integers, zero in read if not integers.is_constant]
     zeros = [_stored(graph, zero) for _, zero in read]
@@ -142,15 +140,9 @@ def _site(graph: Graph, node: Node) -> _Site | None:
         return None
     activations = tuple(integers for integers, _ in read)
     if quantized is None or node.kind.removesuffix(_INT8) == "linear":  # which is read in float
-        return _Site(node, activations, tuple(stored), last.result, None)
+        return _Site(node, activations, tuple(stored), node.result, None)
     number = _stored(graph, zero_point)
     return None if number is None else _Site(node, activations, tuple(stored), quantized.result, number)
-
-
-def _with_norm(node: Node) -> Node:
-    """The batch norm that alone reads a conv or linear, as the folded graph may hold both in one; else the node."""
-    reader = node.result.only_user if node.kind in _WEIGHTED else None
-    return reader if reader is not None and reader.kind == "batch_norm" else node
 
 
 def _quantize_behind(node: Node) -> Node | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from graphopt.analysis.data_sizes import sized_by_data
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Feeds, Graph, Value
@@ -30,8 +31,9 @@ class Reference:
         """
         self.graph, self.batches, self._evaluate = graph, batches, evaluate
         self._masks = mask_inputs(graph.inputs)
-        floats = [index for index, value in enumerate(graph.outputs) if value.dtype and value.dtype.is_floating_point]
-        self._compared = floats or list(range(len(graph.outputs)))
+        fixed = [index for index, sized in enumerate(sized_by_data(graph)) if not sized]
+        floats = [index for index in fixed if (dtype := graph.outputs[index].dtype) and dtype.is_floating_point]
+        self._compared = floats or fixed
         self._kept: dict[int, list[Tensor]] = {}
         self._bytes = 0
         self.baseline = None if evaluate is None else _metric(evaluate, graph, "the unchanged model")

@@ -12,7 +12,10 @@ SENTENCES = {
     "told": "{sentence}",
     "slower": "slower when changed: {after:.0f} us in place of {before:.0f} us",
     "nothing_to_change": "nothing to change",
+    "op_without_form": "this pass has no form for the weights of {op}",
+    "opaque_operator": "{op} is an operator that no pass knows: its weights stay as they are",
     # groups (analysis)
+    "axis_of_directions": "it is the axis of the directions of {op} ({node})",
     "axis_of_input": "it is the model's input '{input}'",
     "axis_of_output": "it is the model's output '{output}'",
     "axis_of_one_unit": "it has a single unit",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +14,7 @@ import onnx_ir.passes.common as ir_passes
 import torch
 
 from graphopt.dialects.onnx import files as onnx_files
-from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx.graph import PATH, SCALED, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx.mended import MAP_TYPE, restore_map_types
 from graphopt.dialects.onnx.opset import at_opset
 from graphopt.dialects.onnx.reading import fix_names
@@ -221,33 +219,23 @@ DYNAMIC_QUANTIZE = Rule(
 
 
 def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_data: bool | None = None) -> None:
-    """Write the file under a temporary name in its folder, check it, and rename it.
+    """Write the file and check it; both lie in a folder of their own (`writing.together`).
 
-    external_data: whether weights go to NAME.onnx.data beside the file, one at a time in memory; None does so where
-    they do not fit one file, or were not held in memory before. Raises GraphError where the folder is missing, or a
-    folder has the file's name, and OSError where the disk is full; then nothing is left behind.
+    external_data: whether weights go to a file beside it, one at a time in memory; None does so where they do not fit
+    one file, or were not held in memory before. Raises GraphError where the model is not valid, and OSError where the
+    disk is full.
     """
-    if not path.parent.is_dir():
-        raise GraphError(f"there is no folder {path.parent}; make it first")
-    for file in (path, path.with_name(path.name + ".data")):
-        if file.is_dir():
-            raise GraphError(f"{file} is a folder; name another file")
     size = onnx_files.size(model)
     needed = size > onnx_files.INSIDE
     external = needed or onnx_files.is_spilled(model) if external_data is None else external_data
     if needed and not external:
         raise GraphError(f"{size / 2**30:.1f} GiB of weights do not fit one ONNX file: leave external_data to graphopt")
+    scaled = model.metadata_props.get(SCALED)
     model.metadata_props.clear()
-    model.metadata_props.update(metadata)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
-        onnx_files.save(model, written, path.name + ".data" if external else None)
-        _restore_maps(model, written)
-        _check(model, written)
-        data = written.with_name(path.name + ".data")
-        if data.exists():
-            os.replace(data, path.with_name(data.name))
-        os.replace(written, path)
+    model.metadata_props.update(metadata if scaled is None else {**metadata, SCALED: scaled})
+    onnx_files.save(model, path, external_data=external)
+    _restore_maps(model, path)
+    _check(model, path)
 
 
 def _check(model: ir.Model, written: Path) -> None:

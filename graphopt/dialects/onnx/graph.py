@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from graphopt import writing
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx import functions as onnx_functions
 from graphopt.dialects.onnx import reading as onnx_reading
@@ -26,11 +27,15 @@ from graphopt.dialects.raising import run_stages
 from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.graph import Flow, Graph, Node, Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.scaled import Place, Scaled, dumps, loads
 
 __all__ = ["OPSET", "PATH", "OnnxGraph", "OnnxNode", "OnnxValue"]
 
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
+
+SCALED = "graphopt.scaled"
+"""The metadata key of what passes have divided (`Graph.scaled`)."""
 
 
 class OnnxGraph(Graph):
@@ -119,6 +124,18 @@ class OnnxGraph(Graph):
     def outputs(self) -> tuple[Value, ...]:
         return tuple(OnnxValue(self, value) for value in self.model.graph.outputs)
 
+    @property
+    def scaled(self) -> Mapping[Place, Scaled]:
+        """In the metadata of the model, which an exported file keeps."""
+        return loads(self.model.metadata_props.get(SCALED, ""))
+
+    @scaled.setter
+    def scaled(self, scaled: Mapping[Place, Scaled]) -> None:
+        if scaled:
+            self.model.metadata_props[SCALED] = dumps(scaled)
+        else:
+            self.model.metadata_props.pop(SCALED, None)
+
     def values(self, natives: Sequence[ir.Value | None]) -> tuple[OnnxValue | None, ...]:
         """Views of native values; None stays None."""
         return tuple(None if native is None else OnnxValue(self, native) for native in natives)
@@ -200,7 +217,7 @@ class OnnxGraph(Graph):
         else:
             raise GraphError(f"onnx cannot emit {kind!r}: it is no op, and no operation of the form domain.Op")
         is_copy = isinstance(kind, OnnxNode) and spelled.op_type == kind.native.op_type
-        native = self._make(spelled, path, is_copy)
+        native = self._make(spelled, path, is_copy=is_copy)
         if isinstance(at, OnnxNode):
             at.native.prepend(native)
         else:
@@ -434,9 +451,8 @@ class OnnxGraph(Graph):
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        outside = onnx_files.size(self.model) > onnx_files.INSIDE
-        onnx_files.save(self.model, path, path.name + ".data" if outside else None)
+        with writing.together(Path(path)) as (part,):
+            onnx_files.save(self.model, part, external_data=onnx_files.size(self.model) > onnx_files.INSIDE)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

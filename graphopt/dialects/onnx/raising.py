@@ -8,11 +8,14 @@ operator that is an op by itself needs no stage: `spellings` reads it as it stan
 
 from __future__ import annotations
 
-from graphopt.dialects import raising
+from functools import partial
+
+from graphopt.dialects import heads, raising
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.dialects.onnx.linears import raise_linears, respell_attention
+from graphopt.dialects.onnx.linears import PRODUCT_KINDS, raise_linears, respell_attention
 from graphopt.dialects.onnx.positions import raise_positions
 from graphopt.dialects.onnx.quantized import raise_quantized
+from graphopt.dialects.onnx.recurrent import drop_zero_states, raise_recurrent
 from graphopt.dialects.onnx.sequences import raise_sequence_splits
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
@@ -20,18 +23,24 @@ from graphopt.ir.constants import fold_constants
 OPERATORS = (
     Stage("shapes", OnnxGraph.refine_shapes),
     Stage("integer operators", raise_quantized),
-    # Before constants: a linear reads a stored weight through its Transpose, and folding would make a copy of it.
+    # Before linears: a stored weight may be a Cast, a Reshape or a norm of what the file holds. A product reads a
+    # stored matrix through its Transpose, as a linear does, and folding would make a copy of it.
+    Stage("constants", partial(fold_constants, products=PRODUCT_KINDS)),
     Stage("linears", raise_linears),
     Stage("attention with one mask row", respell_attention),
+    Stage("recurrent layers", raise_recurrent),
     Stage("sweep", sweep),
 )
 
 FORMS = (
     # First: exporters compute the axes, scales and shapes by which the other stages know their forms.
     Stage("constants", fold_constants),
+    Stage("linears of computed weights", raise_linears),
     Stage("positions", raise_positions),
     Stage("splits", raise_sequence_splits),
+    Stage("zero states", drop_zero_states),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
+    heads.STAGE,
     Stage("sweep", sweep),
 )

@@ -1,4 +1,4 @@
-"""Runs an onnx-ir model in ONNX Runtime, at the BASIC level by default, without a copy of the weights."""
+"""Runs an onnx-ir model in ONNX Runtime, by default without its optimizer, and without a copy of the weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx.mended import restore_map_types
@@ -37,7 +38,7 @@ def session(
     model: ir.Model,
     outputs: Sequence[ir.Value] | None = None,
     *,
-    level: str = "basic",
+    level: str = "disable",
     threads: int | None = None,
     options: ort.SessionOptions | None = None,
     providers: Sequence[str] = (CPU,),
@@ -57,6 +58,7 @@ def session(
         _widen(proto.graph)
     if outputs is not None:
         _keep_only(proto.graph, outputs)
+    wide = _widen_ends(proto.graph)
     kept = [tensor.name for tensor in proto.graph.initializer if tensor.name in weights]
     shared = {name: np.ascontiguousarray(weights[name].numpy()) for name in kept}
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
@@ -64,17 +66,23 @@ def session(
         options.add_external_initializers(list(shared), values)
     created = ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
     created._graphopt_weights = (shared, values)  # they must live as long as the session
+    created._graphopt_wide = wide
     return created
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]:
     """Run on inputs by name and return every output. Raises GraphError naming inputs that are missing."""
-    missing = [value.name for value in session.get_inputs() if value.name not in feeds]
+    wide: Mapping[str, str] = session._graphopt_wide
+    names = {value.name: wide.get(value.name, value.name) for value in session.get_inputs()}
+    missing = [name for name in names.values() if name not in feeds]
     if missing:
         raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
-    arrays = {value.name: to_numpy(feeds[value.name]) for value in session.get_inputs()}
-    results = session.run(None, arrays)
-    return [_from_result(result) for result in results]
+    arrays = {given: to_numpy(feeds[name].float() if given in wide else feeds[name]) for given, name in names.items()}
+    results = zip(session.get_outputs(), session.run(None, arrays), strict=True)
+    return [
+        _from_result(result).to(torch.bfloat16) if value.name in wide else _from_result(result)
+        for value, result in results
+    ]
 
 
 def _from_result(result: Any) -> Any:
@@ -155,6 +163,26 @@ def _widen(graph: onnx.GraphProto) -> None:
                 nodes.append(onnx.helper.make_node("Cast", [node.output[index]], [name], to=types[name]))
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _widen_ends(graph: onnx.GraphProto) -> dict[str, str]:
+    """Let inputs and outputs in bfloat16, which numpy does not have, be float32, which holds each of their numbers.
+
+    Returns by their new names what they are called in the model.
+    """
+    renamed: dict[str, str] = {}
+    for values, is_input in ((graph.input, True), (graph.output, False)):
+        for value in values:
+            kind = value.type.tensor_type
+            if kind.elem_type != onnx.TensorProto.BFLOAT16:
+                continue
+            name, wide = value.name, f"{value.name}.as_float32"
+            ends = (wide, name, onnx.TensorProto.BFLOAT16) if is_input else (name, wide, onnx.TensorProto.FLOAT)
+            cast = onnx.helper.make_node("Cast", [ends[0]], [ends[1]], to=ends[2])
+            graph.node.insert(0 if is_input else len(graph.node), cast)
+            value.name, kind.elem_type = wide, onnx.TensorProto.FLOAT
+            renamed[wide] = name
+    return renamed
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:

@@ -19,6 +19,7 @@ from graphopt.dialects.onnx.tensors import FLOATS, NARROW, READABLE, TORCH_DTYPE
 from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.graph import Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.ops.recurrent import reordered
 
 if TYPE_CHECKING:
     from graphopt.dialects.onnx.graph import OnnxGraph, OnnxValue
@@ -52,10 +53,12 @@ _PLAIN = {
 _PLAIN_OPS = {kind: op_type for op_type, kind in _PLAIN.items()}
 
 
+RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}
+
 KEPT = ("GlobalAveragePool",)
 """Operators that stay when a node is emitted again, as they have kernels of their own (an integer one of a mean)."""
 
-_SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization")
+_SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization", *RECURRENT)
 """Operators that may have further results; their readers check that nobody uses those."""
 
 
@@ -128,6 +131,11 @@ def _text(node: ir.Node, name: str, default: str) -> str:
     return attribute.as_string() if attribute is not None else default
 
 
+def _texts(node: ir.Node, name: str) -> list[str]:
+    attribute = node.attributes.get(name)
+    return list(attribute.as_strings()) if attribute is not None else []
+
+
 def _read_conv(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
     attributes = spatial(node, operands[1]) if operands[1] is not None else None
     return None if attributes is None else ("conv", operands, attributes)
@@ -145,6 +153,42 @@ def spatial(node: ir.Node, weight: OnnxValue) -> dict[str, Any] | None:
         "dilation": _integers(node, "dilations") or (1,) * rank,
         "groups": _integer(node, "group", 1),
     }
+
+
+def _read_conv_transpose(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    attributes = spatial(node, operands[1]) if operands[1] is not None else None
+    if attributes is None or "output_shape" in node.attributes:  # the padding then depends on the input's size
+        return None
+    more = _integers(node, "output_padding") or (0,) * len(attributes["stride"])
+    return "conv_transpose", operands, attributes | {"output_padding": more}
+
+
+def _read_recurrent(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    attributes = None if _integer(node, "layout", 0) else recurrence(node)  # `recurrent` puts the batch second
+    return None if attributes is None else (RECURRENT[node.op_type], operands, attributes)
+
+
+def recurrence(node: ir.Node) -> dict[str, Any] | None:
+    """The attributes of an LSTM, GRU or RNN; None where its gates are others than the op's, or are clipped."""
+    op_type = node.op_type.removeprefix("DynamicQuantize")
+    activations = [name.lower() for name in _texts(node, "activations")]
+    direction = _text(node, "direction", "forward")
+    each, rest = len(_ACTIVATIONS[op_type]), 2 if direction == "bidirectional" else 1
+    first = activations[:each] or list(_ACTIVATIONS[op_type])
+    if {"clip", "activation_alpha", "activation_beta"} & set(node.attributes) or _integer(node, "input_forget", 0):
+        return None
+    if activations not in ([], first * rest):
+        return None
+    if op_type == "RNN":
+        return {"direction": direction, "activation": first[0]} if first[0] in ("tanh", "relu") else None
+    if first != list(_ACTIVATIONS[op_type]):
+        return None
+    own = {"reset_after": bool(_integer(node, "linear_before_reset", 0))} if op_type == "GRU" else {}
+    return {"direction": direction, "gates": OPS[RECURRENT[op_type]].attributes["gates"]} | own
+
+
+_ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
+"""Of one direction, where the node names none."""
 
 
 def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
@@ -432,6 +476,8 @@ def _read_dropout(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | N
 
 _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
     "Conv": _read_conv,
+    "ConvTranspose": _read_conv_transpose,
+    **dict.fromkeys(RECURRENT, _read_recurrent),
     "MaxPool": _read_max_pool,
     "AveragePool": _read_average_pool,
     "GlobalAveragePool": _read_global_mean,
@@ -503,8 +549,44 @@ def _write_function(
 
 
 def _conv_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups"}
-    return {onnx_name: attributes[name] for onnx_name, name in names.items() if attributes[name] != ()}
+    names = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups",
+             "output_padding": "output_padding"}  # fmt: skip
+    return {onnx_name: attributes[name] for onnx_name, name in names.items() if attributes.get(name, ()) != ()}
+
+
+def _write_recurrent(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
+    def write_one(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+        op, recurrent = RECURRENT[op_type], operands[2]
+        hidden = recurrent.shape[2] if recurrent is not None and recurrent.shape is not None else None
+        if not isinstance(hidden, int):
+            raise GraphError(f"{op} has no ONNX operator where the number of its hidden units is not known")
+        spelled: dict[str, Any] = {"hidden_size": hidden, "direction": attributes["direction"]}
+        if op_type == "GRU":
+            spelled["linear_before_reset"] = int(attributes["reset_after"])
+        if op_type == "RNN" and attributes["activation"] != "tanh":
+            spelled["activations"] = ["Relu"] * (2 if attributes["direction"] == "bidirectional" else 1)
+        wanted = OPS[op].attributes.get("gates")
+        if wanted is not None and attributes["gates"] != wanted:
+            order = [attributes["gates"].index(gate) for gate in wanted]
+            operands = [
+                _with_gates(graph, value, order * (2 if index == 3 else 1)) if index in (1, 2, 3) else value
+                for index, value in enumerate(operands)
+            ]
+        return Spelled(op_type, operands, spelled, outputs=len(OPS[op].results))
+
+    return write_one
+
+
+def _with_gates(graph: OnnxGraph, value: OnnxValue | None, order: Sequence[int]) -> OnnxValue | None:
+    """A weight or bias of a recurrent layer whose rows, gate by gate, are in another order."""
+    if value is None:
+        return None
+    tensor = graph.constant(value)
+    if tensor is None:
+        raise GraphError(f"'{value.name}' is computed, and its gates are in an order that ONNX does not have")
+    half = len(set(order))
+    places = [place + index // half * half for index, place in enumerate(order)]  # a bias has two halves
+    return graph.add_constant(reordered(tensor, places, axis=1), value.name)
 
 
 def _write_pool(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
@@ -698,6 +780,10 @@ _NARROW_SINCE = {4: 21, 2: 25}
 
 _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "conv": lambda graph, operands, attributes: Spelled("Conv", operands, _conv_attributes(attributes)),
+    "conv_transpose": lambda graph, operands, attributes: Spelled(
+        "ConvTranspose", operands, _conv_attributes(attributes)
+    ),
+    **{op: _write_recurrent(op_type) for op_type, op in RECURRENT.items()},
     "max_pool": _write_pool("MaxPool"),
     "average_pool": _write_pool("AveragePool"),
     "attention": _write_attention,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graphopt.analysis.data_sizes import sized_by_data
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Feeds, Graph
@@ -31,6 +32,9 @@ an output may be this far below the noise floor, if that is less than metrics.QU
 QUANTIZED_FLOOR = 10.0
 """SQNR (dB) that is always required: rounding does not make noise of a third of the signal."""
 
+RANDOM_RUNS = 3
+"""Further runs of the original that tell which outputs are random: few numbers may come out alike once."""
+
 PERTURBATION = 8
 """Relative perturbation of the inputs that measures the noise floor, in units of the dtype's eps."""
 
@@ -39,9 +43,13 @@ class Agree(Instrument):
     """Compares the outputs on the example inputs with the original's after every pass that changed something.
 
     The record gets the worst figures over the examples; padding is left out where an input is a mask. Raises GraphError
-    where a pass changes an output's shape, and where a lossless pass moves an output of the last lossy pass (or of
-    the original) by more than the tolerance: `numerics.metrics.tolerance`; in a quantized graph metrics.QUANTIZED_RTOL,
-    QUANTIZED_MARGIN or metrics.QUANTIZED_SQNR; integers must stay equal.
+    where a pass changes an output's shape, where it makes NaN or infinity of a finite number, and where a lossless pass
+    moves an output of the last lossy pass (or of the original) by more than the tolerance:
+    `numerics.metrics.tolerance`; in a quantized graph metrics.QUANTIZED_RTOL, QUANTIZED_MARGIN or
+    metrics.QUANTIZED_SQNR; integers must stay equal.
+    An output whose sizes depend on data (`sized_by_data`) may have another size; then a note says that it was not
+    compared.
+    Outputs that differ from run to run, since they are random, are held to nothing.
     """
 
     def __init__(self, original: Graph, feeds: Sequence[Feeds], names: Sequence[str] | None = None) -> None:
@@ -49,25 +57,32 @@ class Agree(Instrument):
         self.feeds = list(feeds)
         self.names = list(names) if names is not None else [value.name for value in original.outputs]
         self._shapes = [value.shape for value in original.outputs]
+        self._sized = sized_by_data(original)
         self._masks = mask_inputs(original.inputs)
         self._rounds = any(node.kind == "quantize" for node in original.nodes)
         self._given = original.clone() if self._rounds else None
         self.original = self._outputs(original)
+        self._random = self._random_outputs(original)
         self._accepted = self._latest = self.original
 
     def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
         if not context.record.changes:
             return
         outputs = self._outputs(graph)
-        context.record.agreement = self._agreements(outputs)
+        context.record.agreement, notes = self._agreements(outputs, graph)
+        for note in notes:
+            context.note(note)
         if not pass_.lossless:
             self._accepted = outputs
         elif (moved := self._moved(self._accepted, outputs, graph)) is not None:
             raise GraphError(f"this pass is declared lossless, and {moved}")
         self._latest = outputs
 
-    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> list[Agreement]:
-        """The original's outputs compared with those of `run` for the same feeds."""
+    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[list[Agreement], list[str]]:
+        """The original's outputs compared with those of `run` for the same feeds; and notes on what was not compared.
+
+        Raises GraphError where `run` makes NaN or infinity of a finite number, or changes an output's shape.
+        """
         return self._agreements([list(run(feeds)) for feeds in self.feeds])
 
     def moved(self, lowered: Graph, graph: Graph) -> str | None:
@@ -85,29 +100,61 @@ class Agree(Instrument):
             return None
         return moved
 
+    def _random_outputs(self, graph: Graph) -> set[str]:
+        """The outputs that differ from run to run."""
+        if all(node.signature is not None for node in graph.nodes):  # equal signatures compute equal results
+            return set()
+        runs = [self._outputs(graph) for _ in range(RANDOM_RUNS)]
+        return {
+            name
+            for run in runs
+            for expected, found in zip(self.original, run, strict=True)
+            for name, a, b in zip(self.names, expected, found, strict=True)
+            if isinstance(a, Tensor) and not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        }
+
     def _outputs(self, graph: Graph) -> list[list[Any]]:
         return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
 
-    def _agreements(self, outputs: list[list[Any]]) -> list[Agreement]:
-        """One for each output that is a tensor (an ONNX model may also return sequences)."""
+    def _agreements(
+        self, outputs: list[list[Any]], graph: Graph | None = None
+    ) -> tuple[list[Agreement], list[str]]:
+        """One for each output that is a tensor (an ONNX model may also return sequences), and notes on the others.
+
+        graph: what computed the outputs, to find where numbers stop being finite.
+        """
         by_output: dict[str, list[Agreement]] = {}
-        for feeds, expected, found in zip(self.feeds, self.original, outputs, strict=True):
-            for name, shape, a, b in zip(self.names, self._shapes, expected, found, strict=True):
+        notes: dict[str, str] = {}
+        for number, (feeds, expected, found) in enumerate(zip(self.feeds, self.original, outputs, strict=True)):
+            of_each = zip(self.names, self._shapes, self._sized, expected, found, strict=True)
+            for name, shape, sized, a, b in of_each:
                 if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
                     continue
                 if a.shape != b.shape:
-                    raise GraphError(f"the shape of output {name!r} went from {list(a.shape)} to {list(b.shape)}")
+                    changed = f"output {name!r} went from {list(a.shape)} to {list(b.shape)}"
+                    if not sized:
+                        raise GraphError(f"the shape of {changed}")
+                    notes[name] = f"the size of {changed}, as it depends on data: not compared"
+                    continue
                 real = real_positions(shape, a, self._masks, feeds)
                 kept = (a, b) if real is None else (a[real], b[real])
+                if count := _not_finite_anew(*kept):
+                    raise GraphError(
+                        f"on example {number}, {count} of the {kept[0].numel()} numbers of output {name!r} become NaN "
+                        f"or infinite{_origin(graph, feeds)}: leave that out with ignore=[...]"
+                    )
                 by_output.setdefault(name, []).append(agreement(name, *kept))
-        return [worst(several) for several in by_output.values()]
+        return [worst(several) for several in by_output.values()], list(notes.values())
 
     def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:
         """The first output of `graph` that moves by more than rounding explains, and by how much; None where none."""
         rtol = metrics.QUANTIZED_RTOL if _is_quantized(graph) else None
         for number, (expected, found) in enumerate(zip(before, after, strict=True)):
-            for name, a, b, first in zip(self.names, expected, found, self.original[number], strict=True):
-                if not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
+            of_each = zip(self.names, self._sized, expected, found, self.original[number], strict=True)
+            for name, sized, a, b, first in of_each:
+                if name in self._random or not isinstance(a, Tensor) or metrics.within_tolerance(a, b, rtol=rtol):
+                    continue
+                if a.shape != b.shape and sized:
                     continue
                 if a.shape != b.shape:
                     return f"on example {number} output {name!r} is {list(b.shape)}, not {list(a.shape)}"
@@ -139,6 +186,31 @@ class Agree(Instrument):
                  for a, b in zip(before, after, strict=True)
                  if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape]  # fmt: skip
         return min(found, default=math.inf)
+
+
+def _not_finite_anew(before: Tensor, after: Tensor) -> int:
+    """How many numbers are finite before, and NaN or infinite after."""
+    if not after.is_floating_point() or bool(torch.isfinite(after).all()):
+        return 0
+    return int((torch.isfinite(before) & ~torch.isfinite(after)).sum())
+
+
+def _origin(graph: Graph | None, feeds: Feeds) -> str:
+    """', first at <node>', the first node of a graph that makes NaN or infinity of finite numbers; "" if not found."""
+    if graph is None:
+        return ""
+    floats = [value for node in graph.nodes for value in node.results if value.dtype and value.dtype.is_floating_point]
+    try:
+        found = dict(zip(floats, graph.evaluate(feeds, floats), strict=True))
+    except Exception:  # the engine may not return what lies inside a graph; the error itself says enough
+        return ""
+    bad = {value for value, tensor in found.items() if not bool(torch.isfinite(tensor).all())}
+    for node in graph.nodes:
+        constants = [graph.constant(value) for value in node.operands if value is not None and value.is_constant]
+        given = all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in constants)
+        if given and not bad.intersection(node.operands) and bad.intersection(node.results):
+            return f", first at {node.label}"
+    return ""
 
 
 def _perturbed(feeds: Feeds, ulps: int) -> Feeds:
