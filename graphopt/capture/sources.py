@@ -282,7 +282,9 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         raise CaptureError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
     names = tuple(value.name for value in graph.inputs)
     outputs = tuple(value.name for value in graph.outputs)
-    signature = Signature(names, outputs, lambda results: dict(zip(outputs, results, strict=True)))
+    signature = Signature(
+        names, outputs, lambda results: dict(zip(outputs, results, strict=True)), optional=dialect.optional(graph)
+    )
     notes = dialect.notes(model, graph)
     if example_inputs is None:
         feeds = [_made_feeds(graph.inputs, notes)] if all(v.dtype is not None for v in graph.inputs) else []

@@ -174,7 +174,8 @@ def _converted(
     given = [value for value in dict.fromkeys(native.inputs) if value is not None]
     if any(value.type is None for value in given):
         raise SpellingError(refusal)
-    stored = [value for value in given if value.const_value is not None and value.const_value.size <= _SMALL]
+    stored = [value for value in given if OnnxValue(graph, value).is_constant and value.const_value is not None
+              and value.const_value.size <= _SMALL]  # fmt: skip
     proto = onnx.helper.make_graph(
         [ir.serde.serialize_node(native)], "node",
         [ir.serde.serialize_value(value) for value in given if value not in stored],

@@ -77,6 +77,7 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tens
     missing = [name for name in names.values() if name not in feeds]
     if missing:
         raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
+    names |= {value.name: value.name for value in session.get_overridable_initializers() if value.name in feeds}
     arrays = {given: to_numpy(feeds[name].float() if given in wide else feeds[name]) for given, name in names.items()}
     results = zip(session.get_outputs(), session.run(None, arrays), strict=True)
     return [
@@ -99,7 +100,7 @@ def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol
     weights = {}
     try:
         for value, tensor in held.items():
-            if tensor.nbytes <= _LARGE or tensor.dtype not in SHAREABLE:
+            if tensor.nbytes <= _LARGE or tensor.dtype not in SHAREABLE or value.is_graph_input():
                 continue
             weights[value.name or ""] = tensor
             value.const_value = ir.ExternalTensor(

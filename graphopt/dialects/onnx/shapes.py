@@ -142,7 +142,7 @@ def held_in(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Si
         return None
     if value in held:
         return held[value]
-    tensor = value.const_value
+    tensor = None if value.is_graph_input() else value.const_value
     if tensor is not None and tensor.dtype in _INTEGERS and tensor.size <= 64 and len(tensor.shape) <= 1:
         return [int(n) for n in tensor.numpy().reshape(-1)]
     return None
