@@ -149,9 +149,10 @@ def _parsed(proto: onnx.ModelProto) -> ir.Model:
 def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model as `OnnxGraph` wants it.
 
-    Nodes are sorted; constants become initializers; initializers are no inputs, but for those that are none's weights,
-    from IR 4 on, which a caller may give; model-local functions are inlined (by onnx-ir); nodes have module paths in their metadata; types and shapes are inferred anew, and what the file says
-    of them counts where that tells nothing.
+    Nodes are sorted; constants become initializers. Of inputs that are stored, those that are read as weights (before
+    IR 4, all) become constants; the others stay, with their defaults. Model-local functions are inlined (by onnx-ir);
+    nodes have module paths in their metadata. Types and shapes are inferred anew; what the file says of them counts
+    where inference tells nothing.
     """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)

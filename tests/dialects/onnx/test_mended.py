@@ -57,7 +57,8 @@ def test_of_constants_of_one_name_the_last_counts() -> None:
 
 
 def test_a_constant_of_another_attribute() -> None:
-    assert_captured(file(helper.make_node("Constant", [], ["c"], value=1.5), helper.make_node("Add", ["x", "c"], ["y"])))
+    number = helper.make_node("Constant", [], ["c"], value=1.5)
+    assert_captured(file(number, helper.make_node("Add", ["x", "c"], ["y"])))
 
 
 def test_an_input_that_is_an_output_too_keeps_its_shape() -> None:
@@ -140,10 +141,9 @@ def test_several_nodes_of_one_name() -> None:
 
 
 def test_a_message_of_the_engine_is_one_short_line() -> None:
-    sizes = numpy_helper.from_array(np.array([4, 3]), "s")
-    proto = file(helper.make_node("Reshape", ["w", "s"], ["r"], name="turn"), helper.make_node("MatMul", ["x", "r"], ["y"]),
-                 w=np.ones((3, 5)))  # fmt: skip
-    proto.graph.initializer.append(sizes)
+    turn = helper.make_node("Reshape", ["w", "s"], ["r"], name="turn")
+    proto = file(turn, helper.make_node("MatMul", ["x", "r"], ["y"]), w=np.ones((3, 5)))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([4, 3]), "s"))
     with pytest.raises(CaptureError, match=r"Reshape \(turn\): .*cannot be reshaped") as caught:
         capture(proto, "onnx", example_inputs=X)
     assert len(str(caught.value)) < 300 and "onnxruntime::" not in str(caught.value)
