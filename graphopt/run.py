@@ -119,7 +119,7 @@ class Run:
         transformed, folded, sparse = self._transformed(pipeline, report, reference, reverted or {})
         as_it_came = lowered is not None
         if lowered is None:
-            lowered = self._lowered(folded, report)
+            lowered = self._lowered(pipeline, folded, report)
         self._check_outputs(folded, lowered, reference)
         if self._is_held_by_sites(pipeline) and not as_it_came:
             self._check_sites(transformed, folded, report)
@@ -161,7 +161,7 @@ class Run:
             outer_door(LoweringError, f"{captured.source} does not run on its example inputs (or pass agree=False)"),
             phase(self.instruments, "run the original"),
         ):
-            return Agree(captured.graph, captured.feeds, captured.signature.outputs, lambda: self._baseline.runner)
+            return Agree(captured.graph, captured.feeds, captured.signature.outputs)
 
     def _transformed(
         self, pipeline: Pipeline, report: Report, reference: Agree | None, reverted: Mapping[str, Decline]
@@ -230,7 +230,11 @@ class Run:
 
     # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 
-    def _lowered(self, folded: Graph, report: Report) -> Graph:
+    def _is_lossless(self, pipeline: Pipeline) -> bool:
+        """Whether nothing may be rounded that the model does not round: no lossy pass was asked for."""
+        return not self.captured.rounds and all(one.lossless for one in (*self.earlier, *pipeline.leaves()))
+
+    def _lowered(self, pipeline: Pipeline, folded: Graph, report: Report) -> Graph:
         """The target's own operators, in the forms that run fastest here where that is measured."""
         chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._is_timed else None
         with (
@@ -240,7 +244,7 @@ class Run:
         ):
             if chooser is not None:
                 chooser.told = advance
-            lowered, logs = self.backend.lower(folded, chooser)
+            lowered, logs = self.backend.lower(folded, chooser, lossless=self._is_lossless(pipeline))
             now.result = f"{len(lowered.nodes)} nodes"
         found = {} if chooser is None else chooser.measured
         report.notes += [] if chooser is None else chooser.notes
@@ -307,10 +311,14 @@ class Run:
             if promised:
                 self.backend.check(small.folded, small.runner)
             report.kernels = small.runner.kernels()
+            moved = None
             if reference is not None:
                 self._compare(small, reference)
+                moved = reference.moved_by(small.run_anew, small.folded) if promised else None
             small.forget_state()
             now.result = tables.closeness(report)
+        if moved is not None:
+            raise LoweringError(f"the file computes something else as {self.backend.engine()} optimizes it: {moved}")
 
     def _compare(self, small: Optimized, reference: Agree) -> None:
         """Report how far the result is from the original. Raises LoweringError where that is no number."""

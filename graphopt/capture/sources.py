@@ -24,6 +24,7 @@ from graphopt.capture.failures import export_failure
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import Traced, on_cpu, trace
 from graphopt.dialects.adapter import Adapter, adapter
+from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, Shape, Value
@@ -63,6 +64,8 @@ class Captured:
     optimized for the same engine, its lowered graph. None where that is the captured graph: of modules and programs."""
     torch_form: Callable[[], Captured] | None = None
     """Captures the same model as a graph of torch.fx, to be trained; None where `graph` is one."""
+    rounds: bool = False
+    """Whether the model's own operators round activations, which forms of a target may then do too."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of a module that was handed in, by their names in its state_dict."""
     made_up: bool = False
@@ -114,7 +117,8 @@ def _capture(
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, adapter(dialect), example_inputs)
     proto, source = _proto(model)
-    return _capture_model(proto, adapter(dialect), example_inputs, source, run)
+    with quiet("onnx_ir", "onnxscript"):
+        return _capture_model(proto, adapter(dialect), example_inputs, source, run)
 
 
 def declared_inputs(model: Any) -> Sequence[Declared]:
@@ -258,7 +262,8 @@ def _capture_file(path: Path, dialect: Adapter, example_inputs: Any, run: bool |
             return replace(_capture_program(model, dialect, example_inputs, make_feeds=True), source=str(path))
         except GraphError as error:
             raise CaptureError(str(error)) from error
-    return _capture_model(model, dialect, example_inputs, str(path), run)
+    with quiet("onnx_ir", "onnxscript"):  # which print what a damaged file makes them doubt
+        return _capture_model(model, dialect, example_inputs, str(path), run)
 
 
 def _read(path: Path) -> Any:
@@ -281,7 +286,9 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         raise CaptureError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
     names = tuple(value.name for value in graph.inputs)
     outputs = tuple(value.name for value in graph.outputs)
-    signature = Signature(names, outputs, lambda results: dict(zip(outputs, results, strict=True)))
+    signature = Signature(
+        names, outputs, lambda results: dict(zip(outputs, results, strict=True)), optional=dialect.optional(graph)
+    )
     notes = dialect.notes(model, graph)
     if example_inputs is None:
         feeds = [_made_feeds(graph.inputs, notes)] if all(v.dtype is not None for v in graph.inputs) else []
@@ -294,7 +301,7 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run{stays} (agree=True runs it)")
         graph = _raised(dialect, graph, [], None, notes)
         dialect.refine(graph)
-        return Captured(graph, signature, feeds, source, notes)
+        return Captured(graph, signature, feeds, source, notes, rounds=dialect.rounds(model))
     expected = _reference(graph, feeds, notes)
     if expected is None and example_inputs is not None:
         raise CaptureError(f"{source} does not run on the example inputs: {notes[-1]}")
@@ -303,7 +310,9 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     dialect.refine(graph)
     untouched = partial(dialect.untouched, model)
     feeds, made_up = feeds if expected is not None else [], example_inputs is None
-    return Captured(graph, signature, feeds, source, notes, untouched, made_up=made_up)
+    return Captured(
+        graph, signature, feeds, source, notes, untouched, rounds=dialect.rounds(model), made_up=made_up
+    )
 
 
 def _lifted(
