@@ -80,7 +80,8 @@ def optimize(
     cross-entropy to the labels in the batches. evaluate: (a model that is called like the original) -> how good it is,
     more is better: for goals in that measure, and to choose the best weights while training.
     threads: of the engine, None for its default.
-    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
+    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. False also lets a
+    module pass whose captured graph computes something else, with a note. An ONNX file above
     that is run only where agree=True or calibration asks for it, and then in sections of its layers; its weights are
     read one by one, and memory holds a few copies of the largest.
     measure: time the forms that a pattern may take at the example inputs, and the result against the input; what makes
@@ -124,7 +125,7 @@ def optimize(
         else:
             captured = capture(
                 model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
-                run=agree or None,
+                run=agree or None, check=agree is not False,
             )  # fmt: skip
         with outer_door(UsageError, "optimize cannot use its arguments"):
             batches = None

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 from torch import Tensor
 
+from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
@@ -34,6 +35,7 @@ class OrtRunner(Runner):
         self.model, self.threads = onnx_export.deployable(graph), threads
         self.names = [value.name for value in graph.outputs]
         try:
+            crashing.require_loads(self.model)
             self.session = onnx_run.session(self.model, level="all", threads=threads)
         except Exception as error:  # the engine's own exceptions have no base of theirs
             raise LoweringError(f"onnxruntime cannot load the model: {first_line(error)}") from error

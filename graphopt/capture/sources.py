@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
+from graphopt.capture import differences
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import DynamicAxes, Traced, on_cpu, several, trace
 from graphopt.dialects.adapter import Adapter, adapter
@@ -69,6 +70,7 @@ def capture(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     cache: bool = False,
     run: bool | None = None,
+    check: bool = True,
 ) -> Captured:
     """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx
     or .pt2 (a torch.export archive without pickles). The model is not changed.
@@ -77,12 +79,13 @@ def capture(
     for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
     axis 0 of every input and axis 1 of integer inputs. cache: capture the decode step of a language model.
     Both are for modules, which are traced; anything else has its axes already. run: whether an ONNX model is run, to
-    check that the captured graph computes the same; None runs models of up to `cost.LARGE` bytes. Raises CaptureError,
-    and nothing but a GraphoptError.
+    check that the captured graph computes the same; None runs models of up to `cost.LARGE` bytes. check: whether it is
+    an error where the graph of a module computes something else than the module (and is not random), or a note. Raises
+    CaptureError, and nothing but a GraphoptError.
     """
     what = model if isinstance(model, str | Path) else f"the {type(model).__name__}"
     with outer_door(CaptureError, f"{what} cannot be captured"):
-        return _capture(model, dialect, example_inputs, dynamic_shapes, cache, run)
+        return _capture(model, dialect, example_inputs, dynamic_shapes, cache, run, check)
 
 
 def _capture(
@@ -92,6 +95,7 @@ def _capture(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None,
     cache: bool,
     run: bool | None,
+    check: bool,
 ) -> Captured:
     kind = type(model)
     if isinstance(model, str | Path):
@@ -101,7 +105,7 @@ def _capture(
         if example_inputs is None:
             name = type(model).__name__
             raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, to trace it with")
-        return _capture_module(model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache))
+        return _capture_module(model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache), check)
     _refuse_options(f"a {kind.__name__}", dynamic_shapes, cache)
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, adapter(dialect), example_inputs)
@@ -156,16 +160,26 @@ def _refuse_options(what: str, dynamic_shapes: Any, cache: bool) -> None:
 # --- modules and programs ------------------------------------------------------------------------------------------
 
 
-def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced) -> Captured:
+def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced, check: bool = True) -> Captured:
     returned = traced.structure
     signature = Signature(tuple(traced.examples[0]), returned.names, returned.rebuild)
     graph = dialect.from_program(traced.program, signature.inputs, traced.axes, returned)
     notes = list(traced.notes)
     for example in traced.examples:
         _require_shapes(graph, example)
-    graph = _raised(dialect, graph, traced.examples[:1], [traced.expected], notes)
     source = f"{type(module).__module__}.{type(module).__name__}"
-    torch_form = None if graph.dialect == "fx" else partial(_capture_module, module, adapter("fx"), traced)
+
+    def judge(unraised: Graph) -> None:
+        difference = differences.found(unraised, traced.examples[0], traced.expected, traced.structure.names)
+        if difference is None:
+            return
+        if difference.is_error and check:
+            what = f"the {unraised.dialect} graph of {source} computes something else"
+            raise CaptureError(f"{what}: {difference}; agree=False goes on with a note")
+        notes.append(f"the captured graph does not compute what the module does: {difference}")
+
+    graph = _raised(dialect, graph, traced.examples[:1], [traced.expected], notes, judge)
+    torch_form = None if graph.dialect == "fx" else partial(_capture_module, module, adapter("fx"), traced, check)
     return Captured(
         graph, signature, traced.examples, source, notes, torch_form=torch_form, state=traced.program.state_dict
     )
@@ -310,15 +324,24 @@ def _lifted(
 
 
 def _raised(
-    dialect: Adapter, graph: Graph, feeds: Sequence[Feeds], expected: Outputs | None, notes: list[str]
+    dialect: Adapter,
+    graph: Graph,
+    feeds: Sequence[Feeds],
+    expected: Outputs | None,
+    notes: list[str],
+    judge: Callable[[Graph], None] | None = None,
 ) -> Graph:
-    """The raised graph; the unraised one, and a note, where the outputs of either differ from the expected ones."""
+    """The raised graph; the unraised one, which goes to `judge` (or a note says it), where the outputs of either differ
+    from the expected ones."""
     try:
         raised, left = _raise_checked(dialect, graph, feeds, expected)
     except GraphError as error:
         raise CaptureError(str(error)) from error
     if raised is None:
-        notes.append("the captured graph does not compute what the model does on the example inputs; is it random?")
+        if judge is not None:
+            judge(graph)
+        else:
+            notes.append("the graph does not compute the same twice on the example inputs: it is random")
         return graph
     notes += left
     return raised
