@@ -16,6 +16,7 @@ from torch import nn
 from graphopt.backends import target as target_of
 from graphopt.capture.sources import Captured, capture, declared_inputs
 from graphopt.capture.tracing import several
+from graphopt.dialects.adapter import adapter
 from graphopt.errors import (
     CaptureError,
     LoweringError,
@@ -61,6 +62,7 @@ def optimize(
     agree: bool | None = None,
     measure: bool | None = None,
     cpu: str | None = None,
+    custom_ops: Sequence[Any] = (),
     instruments: Sequence[Instrument] = (),
 ) -> Optimized:
     """Make a model smaller and faster on a target.
@@ -88,6 +90,9 @@ def optimize(
     it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given. Without
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
     (avx2, avx512, avx512_vnni).
+    custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
+    onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
+    known is not run: passes that need no run work, and only the shapes of outputs are checked.
     instruments: further watchers of the pipeline, such as Dump or Progress.
 
     An `Optimized` goes on where it stands: its transformed graph is what comes in, with its signature and, unless
@@ -109,6 +114,8 @@ def optimize(
             if not isinstance(flag, bool | None):
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
         backend = target_of(target, cpu)
+        if custom_ops:
+            adapter(backend.dialect).register(custom_ops)
         backend.accept(model, example_inputs)
         measures = _measures(measure, backend)
         pipeline = whole_pipeline(passes, backend, earlier)

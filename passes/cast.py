@@ -143,9 +143,7 @@ def _unfit(graph: Graph, dtype: torch.dtype, max_abs: dict[Value, float]) -> dic
     return found
 
 
-def _passed_on(
-    node: Node, reads: list[bool], small: set[Value], lost: bool, wide: bool
-) -> tuple[bool, bool, bool]:
+def _passed_on(node: Node, reads: list[bool], small: set[Value], lost: bool, wide: bool) -> tuple[bool, bool, bool]:
     """Whether the result of a node may be too small, a reciprocal of such a number, and too large."""
     reads_small, reads_inverse, reads_large = reads
     if node.kind in _BOUNDED:

@@ -60,6 +60,8 @@ class Captured:
     """Captures the same model as a graph of torch.fx, to be trained; None where `graph` is one."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of a module that was handed in, by their names in its state_dict."""
+    unknown: Sequence[str] = ()
+    """The custom operators that the engine does not know, so that the model is not run."""
 
 
 def capture(
@@ -290,6 +292,8 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         dialect.refine(graph)
         return Captured(graph, signature, feeds, source, notes)
     expected = _reference(graph, feeds, notes)
+    if expected is None and (unknown := dialect.unknown(graph)):
+        return _not_run(dialect, graph, signature, source, unknown, dialect.notes(model, graph))
     if expected is None and example_inputs is not None:
         raise CaptureError(f"{source} does not run on the example inputs: {notes[-1]}")
     lifted = _lifted(dialect, model, graph, feeds, expected, notes) if dialect.is_liftable(graph) else None
@@ -297,6 +301,17 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     dialect.refine(graph)
     untouched = partial(dialect.untouched, model)
     return Captured(graph, signature, feeds if expected is not None else [], source, notes, untouched)
+
+
+def _not_run(
+    dialect: Adapter, graph: Graph, signature: Signature, source: str, unknown: Sequence[str], notes: list[str]
+) -> Captured:
+    """A model with operators that the engine does not know: it stays at its version, and nothing of it is run."""
+    notes.append(f"the engine does not know {', '.join(unknown)}, so nothing is run: only the shapes of outputs are "
+                 "checked, and forms have a fixed order (custom_ops=[the library] runs it)")  # fmt: skip
+    graph = _raised(dialect, graph, [], None, notes)
+    dialect.refine(graph)
+    return Captured(graph, signature, [], source, notes, unknown=unknown)
 
 
 def _lifted(

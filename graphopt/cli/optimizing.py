@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import Calibration, CalibrationSteps, Cpu, Inputs, Json, Measure, Passes, Target, Threads
+from graphopt.cli.options import Calibration, CalibrationSteps, Cpu, CustomOps, Inputs, Json, Measure, Passes, Target, Threads
 from graphopt.cli.printing import print_json, show
 from graphopt.cli.reading import require_file, require_writable
 from graphopt.cli.sources import batches, example, function
@@ -58,6 +58,7 @@ def optimize(
     threads: Threads = None,
     measure: Measure = None,
     cpu: Cpu = None,
+    custom_ops: CustomOps = None,
     opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
     aot: Annotated[
@@ -97,6 +98,7 @@ def optimize(
         threads=threads,
         measure=measure,
         cpu=cpu,
+        custom_ops=custom_ops or (),
         instruments=() if quiet else [Progress()],
         **{option: value for option, value in given.items() if value is not None},
     )

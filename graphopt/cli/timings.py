@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.options import Inputs, Json, Model, Passes, Threads
+from graphopt.cli.options import CustomOps, Inputs, Json, Model, Passes, Threads
 from graphopt.cli.printing import print_json
 from graphopt.cli.reading import graph_of, require_file, session_of
 from graphopt.cli.sources import example
@@ -28,6 +28,7 @@ def bench(
     passes: Passes = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
     threads: Threads = None,
+    custom_ops: CustomOps = None,
     as_json: Json = False,
 ) -> None:
     """Time two models in one interleaved run, with the first against itself as control.
@@ -36,6 +37,7 @@ def bench(
     """
     from graphopt.api import optimize as run
     from graphopt.capture.sources import capture
+    from graphopt.dialects.adapter import adapter
     from graphopt.measure.machine import environment, header
     from graphopt.measure.timing import paired
     from graphopt.report.records import BenchResult, plain
@@ -45,6 +47,7 @@ def bench(
         require_file(path)
     if other is not None and passes is not None:
         raise UsageError("--passes optimizes MODEL, and a second file is given to compare it with; leave out one")
+    adapter("onnx").register(custom_ops or ())
     captured = capture(model, "onnx")
     feeds = captured.feeds[0] if captured.feeds else {}
     if inputs is not None:

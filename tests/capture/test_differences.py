@@ -69,7 +69,9 @@ def test_capture_refuses_a_graph_that_computes_something_else(dialect: str, monk
     graph = type(capture(_Wrong(), dialect, example_inputs=X).graph)
     right = graph.evaluate
     monkeypatch.setattr(graph, "evaluate", off)
-    with pytest.raises(CaptureError, match=rf"the {dialect} graph of .*_Wrong computes something else: output 'output' is"):
+    with pytest.raises(
+        CaptureError, match=rf"the {dialect} graph of .*_Wrong computes something else: output 'output' is"
+    ):
         capture(_Wrong(), dialect, example_inputs=X)
     captured = capture(_Wrong(), dialect, example_inputs=X, check=False)
     assert captured.notes[-1].startswith("the captured graph does not compute what the module does: output 'output'")

@@ -148,8 +148,7 @@ def test_what_comes_of_a_number_that_is_too_large_stays_in_float32(dialect: str)
     """Up to the softmax, behind which all is between 0 and 1."""
     graph = build(
         dialect,
-        "m = mul(m[2,8], LOW[]:values(-1e9))\ns = add(relu(x[2,8]), m)\n"
-        "y = linear(softmax(add(s, s)), W[4,8])",
+        "m = mul(m[2,8], LOW[]:values(-1e9))\ns = add(relu(x[2,8]), m)\ny = linear(softmax(add(s, s)), W[4,8])",
     )
     context = run(Cast(), graph)
     assert declined(context) == ["beyond_dtype", "reads_unfit", "reads_unfit"]

@@ -13,7 +13,7 @@ from graphopt.dialects.fx import archive
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.raising import STAGES
 from graphopt.dialects.raising import run_stages
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.structure import Structure, plain_structure
 
@@ -58,6 +58,12 @@ class FxAdapter:
         """Nothing: fake tensors have all shapes."""
 
     def notes(self, model: Any, graph: Graph) -> list[str]:
+        return []
+
+    def register(self, custom_ops: Any) -> None:
+        raise UsageError("custom_ops are operators of ONNX files; those of torch.library are known once they are imported")
+
+    def unknown(self, graph: Graph) -> list[str]:
         return []
 
 

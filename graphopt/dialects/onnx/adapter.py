@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -14,6 +15,7 @@ import torch
 
 from graphopt.analysis.masks import labels
 from graphopt.dialects.adapter import Adapter
+from graphopt.dialects.onnx import custom_operators
 from graphopt.dialects.onnx import quantized as onnx_quantized
 from graphopt.dialects.onnx import stand_ins
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
@@ -98,6 +100,13 @@ class OnnxAdapter:
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))
         return [] if note is None else [note]
+
+    def register(self, custom_ops: Any) -> None:
+        custom_operators.register(custom_ops)
+
+    def unknown(self, graph: Graph) -> list[str]:
+        nodes = _onnx(graph).model.graph.all_nodes()
+        return custom_operators.unknown((node.domain, node.op_type) for node in nodes)
 
 
 ADAPTER: Adapter = OnnxAdapter()

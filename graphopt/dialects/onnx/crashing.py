@@ -95,7 +95,10 @@ def require_loads(model: ir.Model) -> None:
 
 def _suspect(model: ir.Model) -> ir.Node | None:
     """A product that reads a transpose through a cast, or in 16 bits."""
-    nodes = [*model.graph.all_nodes(), *(node for function in model.functions.values() for node in function.all_nodes())]
+    nodes = [
+        *model.graph.all_nodes(),
+        *(node for function in model.functions.values() for node in function.all_nodes()),
+    ]
     for node in nodes:
         if node.op_type in ("MatMul", "FusedMatMul") and any(map(_reads_moved, node.inputs)):
             return node

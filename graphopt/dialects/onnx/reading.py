@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
+from graphopt.dialects.onnx import custom_operators
 from graphopt.dialects.onnx.files import open_weights
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES
@@ -132,8 +133,8 @@ def parsed(proto: onnx.ModelProto) -> ir.Model:
 def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model as `OnnxGraph` wants it.
 
-    Nodes are sorted; constants become initializers, and initializers are no inputs; model-local functions are inlined
-    (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are missing.
+    Nodes are sorted; constants become initializers, and initializers are no inputs; model-local functions, and registered
+    ones, are inlined (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are missing.
     """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)
@@ -147,6 +148,7 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
     needed = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     model.ir_version = min(max(model.ir_version or 0, 4), max(needed, 10))
+    custom_operators.add_functions(model)
     if any(domain != DOMAIN for domain, _, _ in model.functions):
         ir_passes.InlinePass()(model)
     ir_passes.RemoveInitializersFromInputsPass()(model)
