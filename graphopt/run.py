@@ -263,7 +263,7 @@ class Run:
             sizes = () if was is None or now is None else zip(was, now, strict=False)
             ranks = was is not None and now is not None and len(was) != len(now)
             known = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
-            if ranks or known or None not in (before.dtype, after.dtype) and before.dtype != after.dtype:
+            if ranks or known or (None not in (before.dtype, after.dtype) and before.dtype != after.dtype):
                 raise LoweringError(f"output {before.name!r} went from {was}, {before.dtype}, to {now}, {after.dtype}")
 
     def _is_held_by_sites(self, pipeline: Pipeline) -> bool:

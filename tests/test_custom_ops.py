@@ -27,7 +27,7 @@ OWN = Opset("own.ops", 1)
 
 
 @script(OWN)  # type: ignore[untyped-decorator]
-def Twice(x: Any) -> Any:  # noqa: N802  (the operator's name)
+def Twice(x: Any) -> Any:
     return op.Mul(x, op.CastLike(op.Constant(value_float=2.0), x))
 
 

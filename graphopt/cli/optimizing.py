@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from graphopt.cli.options import Calibration, CalibrationSteps, Cpu, CustomOps, Inputs, Json, Measure, Passes, Target, Threads
+from graphopt.cli.options import (
+    Calibration,
+    CalibrationSteps,
+    Cpu,
+    CustomOps,
+    Inputs,
+    Json,
+    Measure,
+    Passes,
+    Target,
+    Threads,
+)
 from graphopt.cli.printing import print_json, show
 from graphopt.cli.reading import require_file, require_writable
 from graphopt.cli.sources import batches, example, function

@@ -61,7 +61,7 @@ class FxAdapter:
         return []
 
     def register(self, custom_ops: Any) -> None:
-        raise UsageError("custom_ops are operators of ONNX files; those of torch.library are known once they are imported")
+        raise UsageError("custom_ops are of ONNX files; operators of torch.library are known once they are imported")
 
     def unknown(self, graph: Graph) -> list[str]:
         return []

@@ -15,9 +15,8 @@ import torch
 
 from graphopt.analysis.masks import labels
 from graphopt.dialects.adapter import Adapter
-from graphopt.dialects.onnx import custom_operators
+from graphopt.dialects.onnx import custom_operators, stand_ins
 from graphopt.dialects.onnx import quantized as onnx_quantized
-from graphopt.dialects.onnx import stand_ins
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
 from graphopt.dialects.onnx.raising import FORMS
 from graphopt.dialects.onnx.reading import parsed, read_model

@@ -40,8 +40,8 @@ def register(custom_ops: Iterable[Any]) -> None:
             _load(str(one.get_library_path()))
         else:
             raise UsageError(
-                f"custom_ops: {one!r} is of type {type(one).__name__}; give the path of a library, a function of onnxscript, "
-                "or the module onnxruntime_extensions"
+                f"custom_ops: {one!r} is of type {type(one).__name__}; give the path of a library, a function of "
+                "onnxscript, or the module onnxruntime_extensions"
             )
 
 
@@ -53,7 +53,7 @@ def _load(path: str) -> None:
     try:
         if not hasattr(ctypes.CDLL(path), "RegisterCustomOps"):
             raise UsageError(
-                f"custom_ops: {path} has no function RegisterCustomOps, so it is no library of onnxruntime"
+                f"custom_ops: {path} has no function RegisterCustomOps: it is no library of operators"
             )
         ort.SessionOptions().register_custom_ops_library(path)
     except UsageError:
