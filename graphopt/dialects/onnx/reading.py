@@ -133,8 +133,8 @@ def parsed(proto: onnx.ModelProto) -> ir.Model:
 def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model as `OnnxGraph` wants it.
 
-    Nodes are sorted; constants become initializers, and initializers are no inputs; functions, of the model or registered,
-    are inlined (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are missing.
+    Nodes are sorted; constants become initializers, and initializers are no inputs; functions, of the model or
+    registered, are inlined (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are missing.
     """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)

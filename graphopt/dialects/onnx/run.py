@@ -45,8 +45,8 @@ def session(
     """A session of the model that shares the memory of its weights.
 
     outputs: what it returns in place of the model's own outputs. level: one of LEVELS, the engine's own optimizations.
-    Custom operators that are registered are known to it. On the CPU alone, ops that have no kernels in 16 bits there are
-    computed in float32 between casts. Raises GraphError naming operators that nothing defines.
+    Custom operators that are registered are known to it. On the CPU alone, ops that have no kernels in 16 bits there
+    are computed in float32 between casts. Raises GraphError naming operators that nothing defines.
     """
     options = options or ort.SessionOptions()
     custom_operators.add_libraries(options)
