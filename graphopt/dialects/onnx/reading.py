@@ -134,7 +134,8 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model as `OnnxGraph` wants it.
 
     Nodes are sorted; constants become initializers, and initializers are no inputs; functions, of the model or
-    registered, are inlined (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are missing.
+    registered, are inlined (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are
+    missing.
     """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)
