@@ -29,8 +29,8 @@ class Axis:
 class Group:
     """Axes that shrink together, by units: a unit is removed from every axis, or from none.
 
-    A unit is a neuron, a channel (of a grouped conv: all channels of a group, or the same channel of each group), a head (with grouped queries a key
-    head and the heads that read it), or a position of the width of a residual stream.
+    A unit is a neuron, a channel (of a grouped conv: all channels of a group, or the same channel of each group), a head
+    (with grouped queries a key head and the heads that read it), or a position of the width of a residual stream.
     """
 
     name: str
