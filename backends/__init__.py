@@ -6,6 +6,7 @@ A package adds its own by an entry point of the group `graphopt.backends` (`grap
 from __future__ import annotations
 
 from graphopt.lowering.backend import Backend
+from graphopt.pipeline import aliases
 from graphopt.pipeline.registry import Registry
 
 TARGETS: Registry[Backend] = Registry(
@@ -22,6 +23,7 @@ TARGETS: Registry[Backend] = Registry(
         "openvino": "graphopt.backends.openvino:OpenVino",
         "tensorrt": "graphopt.backends.tensorrt:TensorRt",
     },
+    aliases.TARGETS,
 )
 """The class of each target; `TARGETS["onnxruntime"]` imports it."""
 

@@ -20,6 +20,7 @@ class OnnxTarget(Backend):
     """A target that deploys an ONNX file."""
 
     dialect: ClassVar[str] = "onnx"
+    suffix: ClassVar[str] = ".onnx"
 
     def deployable(self, graph: OnnxGraph, opset: int | None = None) -> ir.Model:
         """The model as it is deployed; see `onnx_export.deployable`."""

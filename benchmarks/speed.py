@@ -212,8 +212,8 @@ def footprint(file: File, batch: Batch, threads: int) -> Footprint:
         np.savez(given, **{name: tensor.numpy() for name, tensor in batch.items()})  # type: ignore[arg-type]
         command = [sys.executable, "-m", "benchmarks.loading", engine, str(path), str(given), str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
-    size = sum(part.stat().st_size for part in (path, beside) if part.exists())
+    beside = path.parent.glob(f"{path.stem}.bin" if path.suffix == ".xml" else f"{path.name}*.data")
+    size = sum(part.stat().st_size for part in (path, *beside))
     return Footprint(size, **json.loads(done.stdout.splitlines()[-1]))
 
 

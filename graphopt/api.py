@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from graphopt.backends import target as target_of
+from graphopt.capture.arguments import several
 from graphopt.capture.sources import Captured, capture, declared_inputs
-from graphopt.capture.tracing import several
 from graphopt.dialects.adapter import adapter
 from graphopt.errors import (
     CaptureError,
@@ -32,7 +32,7 @@ from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import TeacherGraph
 from graphopt.pipeline.examples import first_batch
-from graphopt.pipeline.instruments import Instrument
+from graphopt.pipeline.instruments import Instrument, display, phase
 from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
@@ -64,6 +64,7 @@ def optimize(
     cpu: str | None = None,
     custom_ops: Sequence[Any] = (),
     instruments: Sequence[Instrument] = (),
+    verbose: bool | None = None,
 ) -> Optimized:
     """Make a model smaller and faster on a target.
 
@@ -93,7 +94,9 @@ def optimize(
     custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
     onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
     known is not run: passes that need no run work, and only the shapes of outputs are checked.
-    instruments: further watchers of the pipeline, such as Dump or Progress.
+    instruments: further watchers of the pipeline, such as Dump.
+    verbose: True says what is done on stderr, with bars on a terminal; False says nothing. None does so on a terminal
+    and in a notebook; elsewhere lines go to the logger `graphopt`, which is silent until `logging` is set up.
 
     An `Optimized` goes on where it stands: its transformed graph is what comes in, with its signature and, unless
     others are given, its example inputs. `optimize(optimize(m, "prune{...}"), "quantize")` does what
@@ -110,9 +113,10 @@ def optimize(
     with outer_door(UsageError, "optimize cannot use its arguments"):
         if threads is not None:
             require_positive_integer("threads", threads)
-        for option, flag in (("agree", agree), ("measure", measure)):
+        for option, flag in (("agree", agree), ("measure", measure), ("verbose", verbose)):
             if not isinstance(flag, bool | None):
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
+        instruments = display(verbose, instruments)
         backend = target_of(target, cpu)
         if custom_ops:
             adapter(backend.dialect).register(custom_ops)
@@ -127,13 +131,15 @@ def optimize(
     with _few_collections():
         if example_inputs is None:
             example_inputs = _first_batch(model, calibration=calibration, training=training)
-        if isinstance(model, Optimized):
-            captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
-        else:
-            captured = capture(
-                model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
-                run=agree or None, check=agree is not False,
-            )  # fmt: skip
+        with phase(instruments, "capture") as found:
+            if isinstance(model, Optimized):
+                captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
+            else:
+                captured = capture(
+                    model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
+                    run=agree or None, check=agree is not False,
+                )  # fmt: skip
+            found.result = f"{len(captured.graph.nodes)} nodes"
         with outer_door(UsageError, "optimize cannot use its arguments"):
             batches = None
             if calibration is not None:

@@ -120,14 +120,15 @@ class _Runner:
         self.graph: Graph | None = None
         self._names: tuple[str, ...] | None = None
         if isinstance(model, str | Path):
-            model = capture(model, "onnx").graph
+            model = capture(model, "onnx", run=False).graph  # it is run on the batches
         if isinstance(model, Graph):
             self.graph, self.inputs, self._names = model, model.inputs, tuple(value.name for value in model.outputs)
             self._call: Callable[..., Any] = lambda **feeds: model.evaluate(feeds, model.outputs)
         elif isinstance(model, nn.Module):
             self._call = model
         elif isinstance(model, Optimized):
-            self.graph, self.inputs, self._call = model.folded, model.folded.inputs, model
+            # In the folded graph, ops on integers stand in place of the float ops that the other model has.
+            self.graph, self.inputs, self._call = model.transformed, model.folded.inputs, model
         else:
             raise UsageError(
                 f"cannot compare a {type(model).__qualname__}; give what optimize returned, an nn.Module, a Graph, "

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import TypeVar
 
 T = TypeVar("T")
 
-LONGEST = 300
+LONGEST = 160
 """Most characters of another library's message: an engine's may hold the whole model."""
+
+_CODE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_NODE = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ")
+_SOURCE = re.compile(r"(?:Exception during initialization: )?(?:/\S*/)?\w+\.(?:cc|h|cpp):\d+:? ")
+_SIGNATURE = re.compile(r"[\w:<>~*&, ]*::[~\w]+(?:<[^()]*>)?\(|[A-Z]\w+ (?=[A-Z])")
+_ASSERTION = re.compile(r"^[^.]*(?:\.\w[^.]*)* was false\. (?=\S)")
+"""What engines say in front of a reason: a code, the node, and the line and function of their source."""
 
 
 class GraphoptError(Exception):
@@ -27,6 +35,10 @@ class CaptureError(GraphoptError, ValueError):
 
 class GraphError(GraphoptError):
     """A graph is malformed, or was asked for something it cannot do."""
+
+
+class SpellingError(GraphError):
+    """An operation has no spelling in the version of operators that a graph is written in; says which one has."""
 
 
 class PassError(GraphoptError):
@@ -94,20 +106,70 @@ def user_batches(what: str, batches: Iterable[T]) -> Iterator[T]:
 
 def described(error: BaseException) -> str:
     """An exception of another library in one line: its class, and the beginning of its message."""
-    message = " ".join(str(error).split())
+    message = _without_source(" ".join(_plain(error).split()))
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f" ({error.filename})" if error.filename else "")
-    if len(message) > LONGEST:
-        message = message[:LONGEST].rstrip() + " ..."
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    return f"{type(error).__name__}: {_short(message)}" if message else type(error).__name__
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
-    """ '; did you mean ...', or the whole list where nothing is near and the list is short."""
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
+def nearest(name: str, names: Sequence[str], aliases: Mapping[str, str] = MappingProxyType({})) -> str:
+    """ '; did you mean ...' (see `near`), or the whole list where nothing is near and the list is short."""
+    if meant := near(name, names, aliases):
+        return f"; did you mean {meant!r}?"
     return f"; there are {', '.join(sorted(names))}" if len(names) <= 20 else ""
+
+
+def near(name: str, names: Iterable[str], aliases: Mapping[str, str] = MappingProxyType({})) -> str | None:
+    """What was meant by a name that is none of `names`; None where that is not clear.
+
+    aliases: by `plain_name`, a text that begins with one of `names`. Else it is a name that differs by its spelling
+    alone, or the one with the fewest typing errors, at most a quarter of its letters. Of a module path, the first or
+    the last parts are enough.
+    """
+    known, plain = list(names), plain_name(name)
+    meant = aliases.get(plain)
+    if meant is not None and re.split(r"[{,=]", meant)[0] in known:
+        return meant
+    found: list[tuple[int, str]] = []
+    for one in known:
+        for part in _ends(one, name.count(".") + 1):
+            errors = 0 if plain_name(part) == plain else typing_errors(name.lower(), part.lower())
+            if errors <= max(1, len(name) // 4) and errors < min(len(name), len(part)):
+                found.append((errors, one))
+    return min(found, key=lambda pair: pair[0], default=(0, None))[1]
+
+
+def _ends(path: str, length: int) -> Iterator[str]:
+    """A path, and its first and last parts."""
+    parts = path.split(".")
+    yield path
+    if len(parts) > length:
+        yield ".".join(parts[:length])
+        yield ".".join(parts[-length:])
+
+
+def plain_name(name: str) -> str:
+    """A name in lower case, without hyphens, underscores and spaces: how aliases are written."""
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+def typing_errors(a: str, b: str) -> int:
+    """How many letters are missing, too many, wrong or swapped with the next one; a wrong digit counts as two, since
+    int4 is no misspelt int8.
+
+    Source: the optimal string alignment distance (Damerau, 1964).
+    """
+    before, last = [0] * (len(b) + 1), list(range(len(b) + 1))
+    for row, one in enumerate(a, 1):
+        line = [row]
+        for column, other in enumerate(b, 1):
+            wrong = 0 if one == other else 2 if one.isdigit() or other.isdigit() else 1
+            cost = min(last[column] + 1, line[column - 1] + 1, last[column - 1] + wrong)
+            if row > 1 and column > 1 and one == b[column - 2] and a[row - 2] == other:
+                cost = min(cost, before[column - 2] + 1)
+            line.append(cost)
+        before, last = last, line
+    return last[-1]
 
 
 def require_positive_integer(name: str, value: object) -> None:
@@ -117,6 +179,46 @@ def require_positive_integer(name: str, value: object) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip() if lines else type(error).__name__
+    """The first line of an error's message, without code and source of an engine; its class where it has none."""
+    lines = _plain(error).strip().splitlines()
+    return _short(_without_source(lines[0].strip())) if lines else type(error).__name__
+
+
+def _plain(error: BaseException) -> str:
+    """An error's message without the codes that color it on a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= LONGEST else message[:LONGEST].rstrip() + " ..."
+
+
+def _without_source(message: str) -> str:
+    """An engine's message as the node and the reason."""
+    message = _NODE.sub(r"\1 (\2): ", _CODE.sub("", message))
+    while found := _SOURCE.search(message):
+        message = message[: found.start()] + _without_signature(message[found.end() :])
+    return message
+
+
+def _without_signature(text: str) -> str:
+    """What follows the signature of a C++ function, its template arguments and its assertion at the start of a text."""
+    found = _SIGNATURE.match(text)
+    if found is None:
+        return text
+    rest = text[found.end() :]
+    if found[0].endswith("("):
+        rest = _behind(rest, "()").removeprefix(" const").lstrip()
+        if rest.startswith("[with "):
+            rest = _behind(rest[1:], "[]").lstrip()
+    return _ASSERTION.sub("", rest)
+
+
+def _behind(text: str, brackets: str) -> str:
+    """What follows the end of a bracket that is open at the start of a text."""
+    depth = 1
+    for index, character in enumerate(text):
+        depth += (character == brackets[0]) - (character == brackets[1])
+        if depth == 0:
+            return text[index + 1 :]
+    return ""

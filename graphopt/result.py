@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
+from graphopt import writing
 from graphopt.capture.signature import Signature
 from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, require_positive_integer
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.measure.machine import version
+from graphopt.pipeline.instruments import display, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import BenchResult, Report
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from graphopt.measure.timing import Ratio
 
 _VERSIONS = ("graphopt", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
@@ -41,7 +45,9 @@ class Trained:
         """See `Optimized.state_dict`."""
         if not self.state:
             raise GraphError("state_dict is for a module, and none was handed in: export the model, or use .module")
-        now, read = self.graph.module().state_dict(), {name for name, _ in self.before.constants()}
+        module = self.graph.module()
+        now = module.state_dict() | self.graph.unpacked(module)
+        read = {*self.before.unpacked(), *(name for name, _ in self.before.constants())}
         found: dict[int, Tensor] = {}  # by the memory of the tensor that it replaces: tied weights have several names
         for name, before in self.state.items():
             if name in now and now[name].shape == before.shape:
@@ -55,7 +61,7 @@ class Trained:
         return {name: found.get(before.data_ptr(), before).detach().clone() for name, before in self.state.items()}
 
 
-@dataclass
+@dataclass(repr=False)
 class Optimized:
     """A model that was made smaller and faster. Call it as the original; `.report` says what was done to it.
 
@@ -86,6 +92,27 @@ class Optimized:
     """What the passes that train have left, where nothing lossy follows them."""
     sparse: Mapping[str, str] = field(default_factory=dict)
     """By the label of a site, the pattern of zeros in its weight that later training must keep."""
+
+    def __str__(self) -> str:
+        """The headline and the table of passes; `.report` has the rest."""
+        from graphopt.report import text
+
+        return text.summary(self.report)
+
+    def __repr__(self) -> str:
+        from graphopt.report import tables
+
+        return f"<Optimized {self.report.source} for {self.backend.name}: {tables.headline(self.report)}>"
+
+    def __rich__(self) -> RenderableType:
+        from graphopt.report import terminal
+
+        return terminal.summary(self.report)
+
+    def _repr_html_(self) -> str:
+        from graphopt.report import html
+
+        return html.summary(self.report)
 
     @property
     def own_passes(self) -> tuple[Pass, ...]:
@@ -163,12 +190,12 @@ class Optimized:
         """The graph before and after, to print (text), to show in a terminal (rich) or in a notebook (html)."""
         return GraphDiff.of(self.captured, self.folded)
 
-    def bench(self, inputs: Any = None, *, rounds: int = 15) -> BenchResult:
+    def bench(self, inputs: Any = None, *, rounds: int = 15, verbose: bool | None = None) -> BenchResult:
         """Time against the original graph on the same engine, paired and interleaved, at each example shape.
 
         inputs: a batch or a list of batches; the example inputs by default. rounds: of the two, one after the other,
-        at least 1. Raises UsageError without inputs, where these are not the model's, and where the engine does not
-        run here.
+        at least 1. verbose: as for `optimize`. Raises UsageError without inputs, where these are not the model's, and
+        where the engine does not run here.
         """
         from graphopt.measure.machine import environment, header
 
@@ -183,18 +210,23 @@ class Optimized:
         machine = environment()
         result = BenchResult(header(machine, self.threads or int(machine["cores"])))
         for feeds in batches or self.feeds:
-            with outer_door(UsageError, partial(self._does_not_run, feeds)):
-                result.rows.append((shapes_text(feeds), self._ratios(original, feeds, rounds)))
+            with (
+                outer_door(UsageError, partial(self._does_not_run, feeds)),
+                watched(display(verbose), f"measure {shapes_text(feeds)}", rounds) as advance,
+            ):
+                result.rows.append((shapes_text(feeds), self._ratios(original, feeds, rounds, advance)))
         return result
 
-    def _ratios(self, original: Runner, feeds: Feeds, rounds: int) -> dict[str, Ratio]:
+    def _ratios(
+        self, original: Runner, feeds: Feeds, rounds: int, told: Callable[[str], object]
+    ) -> dict[str, Ratio]:
         """How many times faster than the original this is at one example shape; the control is the original again."""
         from graphopt.measure.timing import paired
 
         placed = self.backend.place(feeds)
         runners = {"original": original, "control": original, "optimized": self.runner}
         calls = {name: partial(runner, placed) for name, runner in runners.items()}
-        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock)
+        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock, told=told)
         return {name: ratios[name] for name in ("optimized", "control")}
 
     def graphsurgeon(self) -> Any:
@@ -216,42 +248,39 @@ class Optimized:
     ) -> Path:
         """Write the deployable file, and beside it NAME.json with the report's figures; returns the file's path.
 
+        path: a new file, or a regular one to replace, which may be the file that was optimized; links are followed. Its
+        suffix is .onnx, or .pt2 for targets of PyTorch.
+
         Targets of PyTorch write a torch.export archive (.pt2), which runs where graphopt is installed. aot: compile an
         AOTInductor package in its place, which `torch._inductor.aoti_load_package` runs without graphopt, with inputs
         by keyword; it needs a C++ compiler, and an example input.
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
-        target). external_data: keep weights in NAME.data; None decides by size. The same input, pipeline and versions
-        give the same bytes.
+        target). external_data: keep weights in NAME.DIGEST.data, which is named by its content, so that at any moment
+        the file and its weights are of one export; what an earlier export left there is removed. None decides by size.
+        The same input, pipeline and versions give the same bytes.
 
-        Raises UsageError for options that don't go together or that the target does not have; GraphError where there
-        is no folder, or one in a file's place, where a node has no spelling at `opset` (naming it), and where the file
-        cannot be written, such as on a full disk. Then nothing is written, and what was there stays.
+        Raises UsageError for another suffix, and for options that don't go together or that the target does not have;
+        GraphError where there is no folder, or one in a file's place, a FIFO, a device or a link that leads nowhere,
+        where a node has no spelling at `opset` (naming it), and where the file cannot be written, such as on a full
+        disk. Then nothing is written, and what was there stays.
         """
         with outer_door(GraphError, f"{path} cannot be written"):
             return self._export(Path(path), opset, portable, external_data, aot)
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
-        if not path.parent.is_dir():
-            raise GraphError(f"there is no folder {path.parent}; make it first")
-        manifest = path.with_name(path.name + ".json")
-        for file in (path, manifest):
-            if file.is_dir():
-                raise GraphError(f"{file} is a folder; name another file")
+        path = writing.place_of(path)
+        self.backend.require_suffix(path)
         if aot and (opset is not None or portable or external_data is not None):
             raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
         if aot and not self.feeds:
             raise UsageError("aot=True needs example_inputs, for the compiler")
         graph, metadata = self.folded if portable else self.lowered, self._metadata(portable)
-        unfinished = manifest.with_name(f".{manifest.name}.part")
-        try:  # the manifest first, so that a full disk leaves an older pair of files as it was
-            unfinished.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+        with writing.together(path, path.with_name(path.name + ".json")) as (part, manifest):
+            manifest.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
-                self.transformed.package(path, self.feeds[0], metadata)
+                self.transformed.package(part, self.feeds[0], metadata)
             else:
-                self.backend.export(graph, path, opset=opset, external_data=external_data, metadata=metadata)
-            unfinished.replace(manifest)
-        finally:
-            unfinished.unlink(missing_ok=True)
+                self.backend.export(graph, part, opset=opset, external_data=external_data, metadata=metadata)
         return path
 
     def _metadata(self, portable: bool) -> dict[str, str]:

@@ -21,14 +21,16 @@ from graphopt.ir.graph import Feeds, Graph, digest
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
-from graphopt.measure import cache, machine
+from graphopt.measure import cache, machine, timing
 from graphopt.passes.simplify import Simplify
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
-from graphopt.pipeline.context import Context, KeptZeros, TeacherGraph
-from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify
+from graphopt.pipeline.context import Context, TeacherGraph
+from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify, phase, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
+from graphopt.pipeline.zeros import KeptZeros
+from graphopt.report import tables
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
 from graphopt.result import Optimized, Trained, shapes_text, versions
@@ -121,7 +123,7 @@ class Run:
         if self.captured.unknown:
             self._check_shapes(lowered)
         if self._is_held_by_sites(pipeline) and not as_it_came:
-            self._check_sites(folded, report)
+            self._check_sites(transformed, folded, report)
         small = Optimized(
             self.captured.graph, transformed, folded, lowered, report, self.backend, self.captured.signature,
             self.captured.feeds, self.threads, pipeline, self.earlier, self._trained, sparse,
@@ -156,7 +158,10 @@ class Run:
         captured = self.captured
         if self._is_too_large_to_run or self.agree is False or not captured.feeds:
             return None
-        with outer_door(LoweringError, f"{captured.source} does not run on its example inputs (or pass agree=False)"):
+        with (
+            outer_door(LoweringError, f"{captured.source} does not run on its example inputs (or pass agree=False)"),
+            phase(self.instruments, "run the original"),
+        ):
             return Agree(captured.graph, captured.feeds, captured.signature.outputs, lambda: self._baseline.runner)
 
     def _transformed(
@@ -209,8 +214,9 @@ class Run:
         if captured.graph.dialect == "fx":
             return Pipeline(rest).apply(trained, context)
         what = f"converted to {captured.graph.dialect}, the trained graph"
-        with outer_door(LoweringError, f"{what} does not run"):
+        with outer_door(LoweringError, f"{what} does not run"), phase(self.instruments, "convert"):
             converted = to_onnx(trained, captured.feeds)
+            converted.scaled = trained.scaled
             moved = None if reference is None else reference.moved(converted, trained)
         if moved is not None:
             raise LoweringError(f"{what} computes something else: {moved}")
@@ -227,8 +233,15 @@ class Run:
     def _lowered(self, folded: Graph, report: Report) -> Graph:
         """The target's own operators, in the forms that run fastest here where that is measured."""
         chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._is_timed else None
-        with outer_door(LoweringError, f"the graph cannot be lowered for {self.backend.name}"):
+        with (
+            outer_door(LoweringError, f"the graph cannot be lowered for {self.backend.name}"),
+            phase(self.instruments, "lower") as now,
+            watched(self.instruments, "measure forms", None) as advance,
+        ):
+            if chooser is not None:
+                chooser.told = advance
             lowered, logs = self.backend.lower(folded, chooser)
+            now.result = f"{len(lowered.nodes)} nodes"
         found = {} if chooser is None else chooser.measured
         report.notes += [] if chooser is None else chooser.notes
         report.choices += [
@@ -276,10 +289,14 @@ class Run:
             return False
         return all(one.lossless for one in pipeline.leaves()) and relower.has_quantized_sites(self.captured.graph)
 
-    def _check_sites(self, folded: Graph, report: Report) -> None:
-        """Hold each quantized site by itself to what it was, at the first example inputs. Raises LoweringError."""
+    def _check_sites(self, transformed: Graph, folded: Graph, report: Report) -> None:
+        """Hold each quantized site by itself to what it was, at the first example inputs. Raises LoweringError.
+
+        What it was is read from the transformed graph: all passes are lossless here, and one of them may have folded a
+        batch norm into a site, which then means something else than in the file.
+        """
         with outer_door(LoweringError, f"re-lowered for {self.backend.name}, a site does not run by itself"):
-            report.relowering = relower.compare_sites(self.captured.graph, folded, self.backend, self.captured.feeds[0])
+            report.relowering = relower.compare_sites(transformed, folded, self.backend, self.captured.feeds[0])
         report.notes.append(str(report.relowering))
         try:
             relower.require_within_one_step(report.relowering)
@@ -293,13 +310,17 @@ class Run:
         promised: whether fewer int8 kernels than the graph promises are an error. Raises LoweringError.
         """
         report = small.report
-        with outer_door(LoweringError, f"{self.backend.name} does not run the lowered graph"):
+        with (
+            outer_door(LoweringError, f"{self.backend.name} does not run the lowered graph"),
+            phase(self.instruments, "check") as now,
+        ):
             if promised:
                 self.backend.check(small.folded, small.runner)
             report.kernels = small.runner.kernels()
             if reference is not None:
                 self._compare(small, reference)
             small.forget_state()
+            now.result = tables.closeness(report)
 
     def _compare(self, small: Optimized, reference: Agree) -> None:
         """Report how far the result is from the original. Raises LoweringError where that is no number."""
@@ -329,7 +350,13 @@ class Run:
         return bool(self.measure and self.captured.feeds and not self._is_too_large_to_run)
 
     def _timed(self, check: SpeedCheck, small: Optimized, notes: list[str]) -> _Attempt:
-        return _Attempt(small, check.time(small.runner, digest(small.lowered)), notes)
+        with (
+            phase(self.instruments, "measure") as now,
+            watched(self.instruments, "measure", timing.ROUNDS) as advance,
+        ):
+            speed = check.time(small.runner, digest(small.lowered), advance)
+            now.result = tables.faster([vars(ratio) for ratio in speed.ratios])
+        return _Attempt(small, speed, notes)
 
     def _without_losers(self, check: SpeedCheck, attempt: _Attempt) -> _Attempt:
         """Run again without the sites that make the model slower, while there are some, up to RERUNS times."""
@@ -339,6 +366,8 @@ class Run:
             if not lost:
                 break
             reverted |= lost
+            with phase(self.instruments, "revert") as now:
+                now.result = f"{len(reverted)} sites that are slower; once more without them"
             try:
                 small = self._optimized(self.pipeline, reverted)
             except (UsageError, PassError) as error:  # such as a budget that cannot be met without these sites

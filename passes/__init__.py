@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from graphopt.pipeline import aliases, presets
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.registry import Registry
 
@@ -44,7 +45,7 @@ _BUILT_IN = {
     "fold-int8": "graphopt.passes.fold_int8:FoldInt8",
 }
 
-REGISTRY: Registry[Pass] = Registry("graphopt.passes", "pass", Pass, _BUILT_IN)
+REGISTRY: Registry[Pass] = Registry("graphopt.passes", "pass", Pass, _BUILT_IN, aliases.PASSES, presets.RESERVED)
 """The class of each pass; `REGISTRY["quantize"]` imports it."""
 
 

@@ -35,6 +35,7 @@ class Cast(Pass):
 
     name = "cast"
     stage = Stage.QUANTIZE
+    changes_weights = True
 
     dtype: Literal["float16", "bfloat16"] = "float16"
     """float16 (10 bits of fraction, up to 65504) or bfloat16 (7 bits, the range of float32)."""
@@ -42,7 +43,7 @@ class Cast(Pass):
     targets: Selector = Selector(
         "linear", "conv", "matmul", "attention", "embedding", "add", "sub", "mul", "gelu", "silu", "relu", "clip",
         "leaky_relu", "hard_sigmoid", "hard_swish", "sigmoid", "tanh", "max_pool", "concat", "pad", "reshape",
-        "transpose", "slice", "squeeze", "unsqueeze",
+        "transpose", "slice", "squeeze", "unsqueeze", "conv_transpose",
     )  # fmt: skip
     """Sites to consider: ops, module paths or patterns."""
 

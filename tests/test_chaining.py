@@ -48,8 +48,8 @@ def test_signature_examples_and_provenance_are_kept(pruned: Optimized, tmp_path:
     third = graphopt.optimize(chained, target=pruned.report.target, example_inputs=[{**INPUTS}])
     assert third.report.source.endswith(f"simplify,{PRUNE}, optimized by graphopt: quantize{{scheme=dynamic}}")
     assert third.report.kernels == chained.report.kernels and third.feeds is not pruned.feeds
-    third.export(tmp_path / "out")
-    manifest = json.loads((tmp_path / "out.json").read_text())
+    path = third.export(tmp_path / f"out{third.backend.suffix}")
+    manifest = json.loads(path.with_name(path.name + ".json").read_text())
     assert manifest["source"] == third.report.source
 
 

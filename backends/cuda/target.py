@@ -34,6 +34,7 @@ class Cuda(Backend):
 
     name: ClassVar[str] = "cuda"
     dialect: ClassVar[str] = "fx"
+    suffix: ClassVar[str] = ".pt2"
     summary: ClassVar[str] = "PyTorch on NVIDIA GPUs: int8, float8, 2:4 under torch.compile and CUDA graphs"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {"linear": ("static", "dynamic", "weight-only")}
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8,)}

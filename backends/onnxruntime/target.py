@@ -18,6 +18,7 @@ from graphopt.backends.onnxruntime import (
     gelu,
     linear,
     linear_int8,
+    lstm,
     merged_linears,
     qlinear,
     saturation,
@@ -29,6 +30,7 @@ from graphopt.backends.onnxruntime.runner import OrtRunner
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
+from graphopt.ir.qdq.regions import STORED
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Runner
 from graphopt.lowering.timed_forms import TimedChooser
@@ -44,11 +46,15 @@ class OnnxRuntime(OnnxTarget):
         "conv": ("static",),
         "add": ("static",),
         "embedding": ("weight-only",),
+        "lstm": ("dynamic", "weight-only"),
+        **dict.fromkeys(STORED[1:], ("weight-only",)),
         **dict.fromkeys(qlinear.QLINEAR, ("static",)),
     }
     floats: ClassVar[tuple[str, ...]] = ("float16",)
     """Stored so, and computed in float32 between casts: files are smaller, not faster."""
-    weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4, 2), "embedding": (8, 4)}
+    weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "linear": (8, 4, 2), "embedding": (8, 4), **dict.fromkeys(STORED, (8,)),
+    }  # fmt: skip
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
     """Floats in a register of AVX-512: blocked convolutions pad channels to it, and GEMM tiles are multiples of it."""
     zeros: str = (
@@ -69,6 +75,7 @@ class OnnxRuntime(OnnxTarget):
             (merged_linears.FLOAT, merged_linears.INT8),
             (linear.BIAS, gelu.TANH),
             # int8
+            (lstm.DYNAMIC,),
             (linear_int8.TO_INTEGERS,),
             (linear_int8.DYNAMIC, linear_int8.STATIC),
             (conv_int8.PADDING,),
@@ -78,6 +85,7 @@ class OnnxRuntime(OnnxTarget):
             (qlinear.in_floats(not saturates),),
             # stored weights
             (*asymmetric_weights.RULES, *weight_only.RULES),
+            (*weight_only.STORED,),
             weight_only.FOLDED,
             saturation.RULES if saturates else (),
         )

@@ -15,6 +15,7 @@ from graphopt.dialects.onnx import export as onnx_export
 from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.qdq.regions import STORED as STORED_OPS
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 from graphopt.numerics.quantize import BLOCKS, pack
 
@@ -156,6 +157,29 @@ def _constants(op: Builder, found: Blocks, packed: Tensor | None = None) -> list
     return [None if tensor is None else op.constant(tensor) for tensor in tensors]
 
 
+def _scaled(op: Builder, m: Match) -> Value:
+    """Cast and scaled by operators that the engine folds when it loads the file: there the weights are integers, and
+    each run multiplies floats. A DequantizeLinear would run each time: a bidirectional LSTM of 64 units takes 476 us
+    with it, 140 with these and 128 in floats."""
+    x, scale, zero_point = (*m.root.operands, None)[:3]
+    axis, rank = m.root.attributes["axis"], x.rank
+    floats = op.cast(x, dtype=torch.float32)
+    if zero_point is not None:
+        floats = op.sub(floats, op.constant(_along(op, zero_point, axis, rank)))
+    return op.mul(floats, op.constant(_along(op, scale, axis, rank)))
+
+
+def _read_by(node: Node, *kinds: str) -> bool:
+    return not node.result.is_output and all(user.kind in kinds for user in node.result.users)
+
+
+def _along(op: Builder, parameter: Value, axis: int | None, rank: int) -> Tensor:
+    """A scale or zero point in a shape that is broadcast to a weight."""
+    tensor = op.graph.constant(parameter)
+    assert tensor is not None  # as stored
+    return tensor.float() if axis is None else tensor.float().reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
 def _fold(op: Builder, m: Match) -> Value:
     """The engine would dequantize a stored weight at each run: it does not fold a DequantizeLinear."""
     tensors = [None if value is None else op.graph.constant(value) for value in m.root.operands]
@@ -173,5 +197,9 @@ RULES = (
     Rule("matmul-nbits", _linear, _matmul_nbits, shared=True, check=lambda m: is_stored(m.weight)),
     EMBEDDING,
 )
+STORED = (
+    Rule("stored-integers", _stored, _scaled, check=lambda m: is_stored(m.root) and _read_by(m.root, *STORED_OPS)),
+)
+"""Weights of ops that no kernel computes from integers."""
 FOLDED = (Rule("float-weights", _stored, _fold, check=lambda m: is_stored(m.root)),)
 """Applied after all rules that read integers: weights for which none of them has a kernel."""

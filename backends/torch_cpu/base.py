@@ -29,6 +29,7 @@ class EagerTarget(Backend):
     """An fx graph that runs eagerly on the CPU, and calls kernels of some of torch's engines."""
 
     dialect: ClassVar[str] = "fx"
+    suffix: ClassVar[str] = ".pt2"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "linear": ("static", "dynamic"),
         "conv": ("static",),

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.analysis.opaque import axis_of, gather_index
 from graphopt.analysis.relations import relate
-from graphopt.ir.axes import AxisRelations, Positions, ReshapeBlock
+from graphopt.ir.axes import AxisRelations, NodeAxes, Positions, ReshapeBlock
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 
@@ -29,14 +30,15 @@ class Axis:
 class Group:
     """Axes that shrink together, by units: a unit is removed from every axis, or from none.
 
-    A unit is a neuron, a channel (of a grouped conv: all channels of a group, or the same channel of each group), a head
-    (with grouped queries a key head and the heads that read it), or a position of the width of a residual stream.
+    A unit is a neuron (of a pooler too, a linear that reads one position taken out of a sequence), a channel (of a
+    grouped conv: all channels of a group, or the same channel of each group), a head (with grouped queries a key head
+    and the heads that read it), or a position of the width of a residual stream.
     """
 
     name: str
     """The module path of its first producer, made unique."""
     kind: str
-    """neurons, heads, channels or width."""
+    """neurons, heads, channels, pooler or width."""
     size: int
     """How many units it has."""
     axes: tuple[Axis, ...]
@@ -149,6 +151,8 @@ def _described(
             normed=index in normed,
             averaged=index in averaged,
         )
+        if kind == "neurons" and all(_sees_one_position(relations, node) for node in producers):
+            kind = "pooler"
         lock = relations.locks[first[index]][1] if first[index] < len(relations.locks) else None
         described.append(
             Group(
@@ -175,6 +179,29 @@ def _kind(producers: Sequence[Node], *, heads: bool, several: bool, normed: bool
     if convs:
         return "channels"
     return "heads" if several else "neurons"
+
+
+def _sees_one_position(relations: AxisRelations, node: Node) -> bool:
+    """Whether what a linear reads is one position of a sequence, taken out of a 3-D value, and what is made of it."""
+    value = node.input
+    while (producer := value.producer) is not None:
+        axes = NodeAxes(relations, producer)
+        if producer.kind in ("aten.select.int", "onnx.Gather"):
+            one, axis = isinstance(gather_index(axes)[0], int), axis_of(axes)
+        elif producer.kind == "slice":
+            one = producer.attributes["end"] - producer.attributes["start"] == 1
+            axis = producer.attributes["axis"] % axes.rank(axes.x)
+        elif producer.kind in _OF_EACH_POSITION or (producer.op is not None and producer.op.family == "activations"):
+            value = producer.input
+            continue
+        else:
+            return False
+        return one and axes.rank(axes.x) == 3 and axis < 2
+    return False
+
+
+_OF_EACH_POSITION = ("linear", "layer_norm", "rms_norm", "identity", "cast", "squeeze", "reshape")
+"""Besides activations, the ops that compute each position of a sequence by itself."""
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -20,14 +20,15 @@ class Named(Protocol):
     def shape(self) -> Shape | None: ...
 
 
-def labels(claims: Iterable[tuple[str, str, str]]) -> dict[str, str]:
-    """A unique name for each symbolic size of a traced program.
+def labels(claims: Iterable[tuple[str, str, str]], given: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A name for each symbolic size of a traced program.
 
     claims: (symbol, label, input name), one for each dynamic axis of an input. Axes of one name have one size, so only
     the first symbol that claims a label gets it; a later one is prefixed by its input: decoder_input_ids_seq. A symbol
-    that several inputs claim is named after the first.
+    that several inputs claim is named after the first. given: names of symbols that are known to have them; those of
+    one name have one size, too.
     """
-    names: dict[str, str] = {}
+    names = dict(given or {})
     for symbol, label, owner in claims:
         if symbol not in names:
             taken = set(names.values())

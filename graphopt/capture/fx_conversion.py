@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphopt.capture.axes import DynamicAxes
 from graphopt.capture.signature import Signature
 from graphopt.capture.sources import Captured, capture
-from graphopt.capture.tracing import DynamicAxes
 from graphopt.dialects.adapter import adapter
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, GraphoptError, outer_door
@@ -92,6 +92,7 @@ def to_fx(captured: Captured) -> Captured:
                  for (name, axis), size in fixed.items()]  # fmt: skip
         if _is_large(captured.graph):
             notes.append("above 2 GB: the outputs of the torch module were not compared with the model's")
+        graph.scaled = captured.graph.scaled
         return replace(captured, graph=graph, notes=captured.notes + notes)
     sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in captured.feeds[0].items())
     raise CaptureError(f"{captured.source}, traced on {sizes}: {failed[0]}") from failed[0]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from graphopt.capture.tracing import as_tensor
+from graphopt.capture.arguments import Constant, as_tensor
+from graphopt.capture.decode import named_leaves
 from graphopt.errors import CaptureError, nearest
 from graphopt.ir.graph import Feeds, Graph
 
@@ -35,19 +36,42 @@ class Signature:
     outputs: tuple[str, ...]
     rebuild: Callable[[list[Any]], Any]
     """Makes what the model returns from the graph's outputs."""
+    arguments: tuple[str, ...] = ()
+    """What a call gives by position, where that is not the inputs: an argument may hold several, or be fixed."""
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    """What the capture fixed, by name."""
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Feeds, bool]:
         """Arguments as feeds, and whether they were numpy (then so is the result). Raises CaptureError on misuse."""
         if len(args) == 1 and isinstance(args[0], Mapping):
             kwargs, args = {**args[0], **kwargs}, ()
-        if len(args) > len(self.inputs):
-            raise CaptureError(f"the model takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), not {len(args)}")
-        named = dict(zip(self.inputs, args, strict=False)) | dict(kwargs)
-        for name in named:
-            if name not in self.inputs:
+        names = self.arguments or self.inputs
+        if len(args) > len(names):
+            raise CaptureError(f"the model takes {len(names)} inputs ({', '.join(names)}), not {len(args)}")
+        named = self._leaves(dict(zip(names, args, strict=False)) | dict(kwargs))
+        for name, value in named.items():
+            if name in self.constants:
+                self._require_constant(name, value)
+            elif name not in self.inputs:
                 raise CaptureError(f"the model has no input {name!r}{nearest(name, self.inputs)}")
         missing = [name for name in self.inputs if name not in named]
         if missing:
             raise CaptureError(f"missing inputs: {', '.join(missing)}")
-        numpy = all(isinstance(value, np.ndarray) for value in named.values())
+        numpy = all(isinstance(named[name], np.ndarray) for name in self.inputs)
         return {name: as_tensor(named[name], name) for name in self.inputs}, numpy
+
+    def _leaves(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments as values by input name: what is a structure, taken apart."""
+        found: dict[str, Any] = {}
+        for name, value in given.items():
+            found |= {name: value} if name in self.inputs else named_leaves(name, value)
+        return found
+
+    def _require_constant(self, name: str, value: Any) -> None:
+        fixed = self.constants[name]
+        if type(value) is not type(fixed) or value != fixed:
+            shown = f"a {type(value).__name__}" if isinstance(value, Tensor | np.ndarray) else repr(value)
+            raise CaptureError(
+                f"{name} was {fixed!r} in the example inputs, which fixed it, and is {shown} now: capture the model "
+                "again with that in its example inputs"
+            )

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import inspect
-import re
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.export.passes
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.capture.decode import DecodeStep
+from graphopt.capture.arguments import Call, call_of, several
+from graphopt.capture.axes import Axis, DynamicAxes, distinct, dynamic_axes
+from graphopt.capture.decode import after_prompt, axes_of, has_cache, has_past, step_of, to_trace
+from graphopt.capture.entry import Entry
+from graphopt.capture.failures import trace_failure, user_line
 from graphopt.capture.labels import without_labels
+from graphopt.capture.precision import behind_half, captured_half, captured_wide, half_types, in_float32
+from graphopt.dialects.fx.traced_layers import whole_layers
 from graphopt.dialects.silence import quiet
-from graphopt.errors import CaptureError, first_line, nearest
+from graphopt.errors import CaptureError, first_line
 from graphopt.ir.graph import Feeds
-from graphopt.ir.structure import Structure, structure_of
+from graphopt.ir.structure import Structure, flattened, structure_of
 
-DynamicAxes = dict[str, dict[int, str]]
-"""By input, the names of its dynamic axes."""
+_LOUD = ("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
+"""Loggers that report what a trace runs into, which an error says."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Traced:
 
     program: torch.export.ExportedProgram
     examples: list[Feeds]
-    """The example inputs by argument name, one for each shape."""
+    """The example inputs by name, one for each shape."""
+    call: Call
+    """The first of them as a call of the module."""
     axes: DynamicAxes
     structure: Structure
     expected: list[Tensor]
@@ -42,49 +48,121 @@ class Traced:
     notes: list[str]
 
 
-def trace(
-    module: nn.Module, example_inputs: Any, dynamic_shapes: Mapping[str, Mapping[int, str]] | None, cache: bool
-) -> Traced:
-    """Run the module on its examples and export it, in eval mode. Raises CaptureError; the module stays as it was."""
-    notes: list[str] = []
+def trace(module: nn.Module, example_inputs: Any, dynamic_shapes: Any, cache: bool) -> Traced:
+    """Run the module on its examples and export it, in eval mode. Raises CaptureError; the module stays as it was.
+
+    example_inputs: as `call_of` takes them, or arguments of a decode step with its cache; a list holds several.
+    dynamic_shapes: as `dynamic_axes` takes it. cache: the examples are prompts, and the step after them is meant.
+    """
+    _require_traceable(module)
+    if cache and dynamic_shapes is not None:
+        raise CaptureError("cache=True names the axes of the decode step itself: leave out dynamic_shapes")
     with _inference(module):
-        if cache:
-            if dynamic_shapes is not None:
-                raise CaptureError("cache=True names the axes of the decode step itself: leave out dynamic_shapes")
-            module, example_inputs, dynamic_shapes = DecodeStep.around(module, example_inputs)
-        device = _device(module)
-        given = [_arguments(module, without_labels(module, example)) for example in several(example_inputs)]
-        examples = [{key: value.to(device) for key, value in example.items()} for example in given]
-        constants: dict[str, Any] = {}
-        result = _run(module, examples[0])
+        calls, axes, given, notes = _calls(module, example_inputs, dynamic_shapes, cache)
+        result = _run(module, calls[0])
+        further = {}
         if _holds_cache(result) and _accepts(module, "use_cache"):
-            constants = {"use_cache": False}
-            result = _run(module, examples[0] | constants)
+            further = {"use_cache": False}
+            result = _run(module, calls[0], further)
             notes.append("captured with use_cache=False; for the decode step with its cache, pass cache=True")
-        for example in examples[1:]:
-            _run(module, example | constants)
-        axes = _dynamic_axes(examples[0], dynamic_shapes)
-        traced = {key: _at_least_two(value, axes.get(key, {})) for key, value in examples[0].items()}
-        if any(traced[key].shape != examples[0][key].shape for key in traced):
+        for call in calls[1:]:
+            _run(module, call, further)
+        traced, call, result = _wide(module, calls[0], result, further, notes)
+        example = {name: _at_least_two(tensor, axes.get(name, {})) for name, tensor in _to_trace(calls[0]).items()}
+        if any(example[name].shape != tensor.shape for name, tensor in calls[0].tensors.items()):
             notes.append("dynamic axes of size 1 in the example inputs were repeated to 2 for tracing")
+        entry = Entry(traced, partial(call.run, **further), list(example))
         try:
-            program = _export(module, traced, constants, axes)
+            with quiet(*_LOUD), redirect_stderr(io.StringIO()), whole_layers():  # torch prints the graph of a failure
+                program = entry.exported(example, axes)
+        except CaptureError:
+            raise
         except Exception as error:
-            raise CaptureError(_trace_failure(module, error)) from error
-        if isinstance(module, DecodeStep):
-            examples = [module.of_one_token(example) for example in examples]
-            result = _run(module, examples[0])
-    notes += _specialized(program, axes)
+            raise CaptureError(trace_failure(module, error)) from error
+        shapes = input_shapes(program, calls[0].tensors)
+        fixed = _fixed(shapes, axes)
+        _require_open(traced, replace(call, tensors=example), axes, given, fixed, further)
+    notes += [f"the export fixed axis {axis} ({axes[name][axis]}) of {name} at {size}"
+              for (name, axis), size in fixed.items()]  # fmt: skip
     program, moved = on_cpu(program)
     notes += moved
-    examples = [{key: value.cpu() for key, value in example.items()} for example in examples]
-    public = getattr(module, "public_names", {})
-    named_feeds: list[Feeds] = [
-        {public.get(name, name): tensor for name, tensor in example.items()} for example in examples
-    ]
-    axes = {public.get(name, name): named for name, named in axes.items()}
-    expected = [leaf.cpu() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    return Traced(program, named_feeds, axes, structure_of(result), expected, notes)
+    returned = structure_of(result, entry.sizes)
+    leaves = [leaf for _, leaf in flattened(result)[0]]
+    expected = [torch.as_tensor(leaves[place]).cpu() for place in returned.places]
+    examples = [{name: tensor.cpu() for name, tensor in call.tensors.items()} for call in calls]
+    return Traced(program, examples, calls[0], distinct(shapes, axes, given), returned, expected, notes)
+
+
+def _calls(
+    module: nn.Module, example_inputs: Any, dynamic_shapes: Any, cache: bool
+) -> tuple[list[Call], DynamicAxes, set[Axis], list[str]]:
+    """The examples as calls on the module's device; its dynamic axes, and those that were named; and notes."""
+    examples = several(example_inputs)
+    if cache:
+        examples = [after_prompt(module, example) for example in examples]
+    steps = has_cache(examples[0])
+    make = step_of if steps else call_of
+    device, calls = _device(module), list[Call]()
+    for example in examples:
+        call = make(module, without_labels(module, example))
+        calls.append(replace(call, tensors={name: tensor.to(device) for name, tensor in call.tensors.items()}))
+        if (list(call.tensors), call.constants) != (list(calls[0].tensors), calls[0].constants):
+            raise CaptureError(
+                "example_inputs: all must have the same inputs and constants, and these differ: "
+                f"{_described(calls[0])}; {_described(call)}"
+            )
+    if not calls[0].tensors:
+        raise CaptureError(f"example_inputs hold no tensor: {_described(calls[0])}")
+    notes = []
+    if calls[0].constants:
+        notes.append("fixed in the captured graph, as they are no tensors: "
+                     + ", ".join(f"{name}={value!r}" for name, value in calls[0].constants.items()))  # fmt: skip
+    axes, given = dynamic_axes(calls, dynamic_shapes, axes_of(calls[0].tensors) if steps else {})
+    return calls, axes, given, notes
+
+
+def _wide(
+    module: nn.Module, call: Call, result: Any, further: Mapping[str, Any], notes: list[str]
+) -> tuple[nn.Module, Call, Any]:
+    """The module, its call and its result; of a module in 16 bits those of a copy in float32, if that runs."""
+    narrow = half_types(module)
+    if not narrow:
+        return module, call, result
+    try:
+        wide = in_float32(module)
+        made = behind_half(replace(call, run=call.of(wide).run), result)
+        found = _run(wide, made, further)
+    except Exception as error:  # whatever copying and running the module raises
+        notes.append(captured_half(narrow, error))
+        return module, call, result
+    notes.append(captured_wide(narrow))
+    return wide, made, found
+
+
+def _described(call: Call) -> str:
+    return ", ".join([*call.tensors, *(f"{name}={value!r}" for name, value in call.constants.items())])
+
+
+def _to_trace(call: Call) -> Feeds:
+    """The tensors to trace: copies, for torch takes one tensor that is given twice for one input."""
+    tensors = to_trace(call.tensors) if has_past(call.tensors) else call.tensors
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _require_traceable(module: nn.Module) -> None:
+    """Raise CaptureError for modules that torch.export does not take."""
+    name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{name} is compiled by TorchScript, which torch.export does not trace: hand over the nn.Module that it is "
+            "made of, or an ONNX file of it"
+        )
+    stored = [*module.named_parameters(), *module.named_buffers()]
+    if empty := next((path for path, tensor in stored if tensor.is_meta), None):
+        raise CaptureError(
+            f"{empty} of {name} is on the meta device and has no numbers: load the weights first (module.to_empty and "
+            "load_state_dict, or from_pretrained)"
+        )
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -116,88 +194,26 @@ def _inference(module: nn.Module) -> Iterator[None]:
             inner.training = mode
 
 
-def several(example_inputs: Any) -> list[Any]:
-    if not isinstance(example_inputs, list):
-        return [example_inputs]
-    if not example_inputs:
-        raise CaptureError("example_inputs is an empty list; give at least one batch")
-    return example_inputs
-
-
-def _arguments(module: nn.Module, example: Any) -> Feeds:
-    """One example as tensors by the names of forward's arguments; those of *xs are xs_0, xs_1 and so on."""
-    parameters = inspect.signature(module.forward).parameters
-    if isinstance(example, Mapping):
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        for key in example:
-            if key in parameters and parameters[key].kind is inspect.Parameter.VAR_POSITIONAL:
-                raise CaptureError(f"example_inputs: {key!r} takes any number of tensors; give a tuple, not a dict")
-            if key not in parameters and not open_ended:
-                known = list(parameters)
-                raise CaptureError(
-                    f"example_inputs: {type(module).__name__}.forward has no argument {key!r}{nearest(key, known)}"
-                )
-        first = [key for key, p in parameters.items() if p.kind is p.POSITIONAL_ONLY and key in example]
-        order = (*first, *(key for key in example if key not in first))
-        return {str(key): as_tensor(example[key], str(key)) for key in order}
-    values = tuple(example) if isinstance(example, tuple) else (example,)
-    named = [key for key, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    named += [f"{starred}_{number}" for starred in _starred(parameters) for number in range(len(values) - len(named))]
-    if len(values) > len(named):
-        raise CaptureError(
-            f"example_inputs has {len(values)} tensors, and {type(module).__name__}.forward takes {len(named)}"
-        )
-    return {key: as_tensor(value, key) for key, value in zip(named, values, strict=False)}
-
-
-def _starred(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """The name of *xs, if there is one."""
-    return [key for key, p in parameters.items() if p.kind is p.VAR_POSITIONAL]
-
-
-def _call(module: nn.Module, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments by position and by keyword. By position go those that allow nothing else, and all before *xs."""
-    parameters = inspect.signature(module.forward).parameters
-    rest = [key for key in named if key not in parameters]
-    extra = [key for starred in _starred(parameters) for key in rest if re.fullmatch(rf"{starred}_\d+", key)]
-    by_position = {inspect.Parameter.POSITIONAL_ONLY} | ({inspect.Parameter.POSITIONAL_OR_KEYWORD} if extra else set())
-    first = [key for key, p in parameters.items() if p.kind in by_position and key in named] + extra
-    return tuple(named[key] for key in first), {key: value for key, value in named.items() if key not in first}
-
-
-def as_tensor(value: Any, name: str) -> Tensor:
-    """A torch tensor of a tensor or a numpy array; CaptureError for anything else."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, np.ndarray):
-        try:
-            return torch.from_numpy(np.asarray(value, order="C"))
-        except TypeError as error:
-            raise CaptureError(f"input {name!r} is an array of {value.dtype}, which is no tensor") from error
-    if isinstance(value, bool | int | float):
-        return torch.tensor(value)
-    raise CaptureError(f"input {name!r} is a {type(value).__name__}; give a torch tensor or a numpy array")
-
-
-def _run(module: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """What the module returns. Buffers and arguments that it writes to are restored."""
-    copies = {key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()}
+def _run(module: nn.Module, call: Call, further: Mapping[str, Any] | None = None) -> Any:
+    """What the module returns, called with further arguments. Buffers and arguments that it writes to are restored."""
+    copies = {name: tensor.clone() for name, tensor in call.tensors.items()}
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     try:
-        args, kwargs = _call(module, copies)
-        result = module(*args, **kwargs)
+        result = call.run(copies, **(further or {}))
         written = [(buffer, before) for buffer, version, before in buffers if buffer._version != version]
         if written:  # the module may return the buffer itself
             result = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, result)
         for buffer, before in written:
             buffer.copy_(before)
         return result
+    except CaptureError:
+        raise
     except Exception as error:
-        tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-        shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
+        given = [f"{name} {list(tensor.shape)}" for name, tensor in call.tensors.items()]
+        given += [f"{name}={value!r}" for name, value in call.constants.items()]
         raise CaptureError(
-            f"{type(module).__name__} fails on the example inputs ({shapes}): {type(error).__name__}: "
-            f"{first_line(error)}{_user_line(module, error)}"
+            f"{type(module).__name__} fails on the example inputs ({', '.join(given)}): {type(error).__name__}: "
+            f"{first_line(error)}{user_line(error)}"
         ) from error
 
 
@@ -211,26 +227,6 @@ def _accepts(module: nn.Module, argument: str) -> bool:
     return any(p.name == argument or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _dynamic_axes(
-    example: Feeds, dynamic_shapes: Mapping[str, Mapping[int, str]] | None
-) -> dict[str, dict[int, str]]:
-    """By input, the names of its dynamic axes: the user's where given, the defaults elsewhere."""
-    for name, axes in (dynamic_shapes or {}).items():
-        if name not in example:
-            raise CaptureError(f"dynamic_shapes: there is no input {name!r}{nearest(name, list(example))}")
-        for axis in axes:
-            if not -example[name].dim() <= axis < example[name].dim():
-                raise CaptureError(f"dynamic_shapes: {name} has {example[name].dim()} axes, and no axis {axis}")
-    spec: dict[str, dict[int, str]] = {}
-    for name, tensor in example.items():
-        given = (dynamic_shapes or {}).get(name)
-        if given is None:
-            integer = not tensor.is_floating_point() and tensor.dim() > 1
-            given = ({0: "batch"} if tensor.dim() else {}) | ({1: "seq"} if integer else {})
-        spec[name] = {axis % tensor.dim(): str(label) for axis, label in given.items()}
-    return spec
-
-
 def _at_least_two(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
     """torch.export specializes axes of size 1, so dynamic ones are repeated to 2."""
     for axis in axes:
@@ -239,52 +235,55 @@ def _at_least_two(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
     return tensor
 
 
-def _export(
-    module: nn.Module, traced: Feeds, constants: Mapping[str, Any], spec: Mapping[str, Mapping[int, str]]
-) -> torch.export.ExportedProgram:
-    shapes: dict[str, Any] = {
-        name: {axis: torch.export.Dim.AUTO for axis in axes} or None for name, axes in spec.items()
-    } | dict.fromkeys(constants)
-    parameters = inspect.signature(module.forward).parameters
-    args, kwargs = _call(module, {**traced, **constants})
-    # torch.export wants what is given through *args or **kwargs under the name of that parameter, in its order.
-    plain = {name: shape for name, shape in shapes.items() if name in parameters}
-    by_position = [name for name in shapes if name not in parameters and name not in kwargs]
-    by_keyword = [name for name in shapes if name not in parameters and name in kwargs]
-    if by_position:
-        plain |= {starred: tuple(shapes[name] for name in by_position) for starred in _starred(parameters)}
-    if by_keyword:
-        plain |= {p.name: {name: shapes[name] for name in by_keyword}
-                  for p in parameters.values() if p.kind is p.VAR_KEYWORD}  # fmt: skip
-    with quiet("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes"):
-        return torch.export.export(module, args, kwargs, dynamic_shapes=plain, strict=False)
+def input_shapes(program: torch.export.ExportedProgram, names: Iterable[str]) -> dict[str, Sequence[Any]]:
+    """The shapes of a program's inputs, which are called so in order."""
+    placeholders = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    values = [placeholders.get(str(name)) for name in program.graph_signature.user_inputs]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return {name: tensor.shape for name, tensor in zip(names, tensors, strict=True)}
 
 
-def _specialized(program: torch.export.ExportedProgram, spec: Mapping[str, Mapping[int, str]]) -> list[str]:
-    """Notes on axes that were to be dynamic, and that the export fixed."""
-    placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    notes = []
-    for name, axes in spec.items():
-        value = placeholders.get(name)
-        for axis, label in axes.items():
-            if isinstance(value, Tensor) and str(value.shape[axis]).isdigit():  # also a symbol that stands for a number
-                notes.append(f"the export fixed axis {axis} ({label}) of {name} at {value.shape[axis]}")
-    return notes
+Fixed = Mapping[Axis, int]
+"""Axes that were to be dynamic, by input and axis, with the one size that they have in a program."""
 
 
-def _trace_failure(module: nn.Module, error: BaseException) -> str:
-    return (
-        f"torch.export cannot trace {type(module).__name__}{_user_line(module, error)}: {first_line(error)}. "
-        "Control flow that depends on values must go through torch.cond or torch.where"
-    )
+def _fixed(shapes: Mapping[str, Sequence[Any]], spec: Mapping[str, Mapping[int, str]]) -> Fixed:
+    return {
+        (name, axis): int(str(shapes[name][axis]))
+        for name, axes in spec.items()
+        for axis in axes
+        if str(shapes[name][axis]).isdigit()  # also a symbol that stands for a number
+    }
 
 
-def _user_line(module: nn.Module, error: BaseException) -> str:
-    """' at file:line (code)' of the innermost frame outside torch."""
-    root = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if not f.filename.startswith((root, "<")) and Path(f.filename) != Path(__file__)]  # fmt: skip
-    if not frames:  # the exporter quotes the user's code in its message
-        found = re.search(rf'File "(?!{re.escape(root)})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
-        return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
-    return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+def _resized(traced: Feeds, spec: DynamicAxes, key: Axis) -> Feeds:
+    """The inputs with one entry more along an axis, and along all that have its name."""
+    label = spec[key[0]][key[1]]
+    return {
+        name: _longer(tensor, [axis for axis, named in spec.get(name, {}).items() if named == label])
+        for name, tensor in traced.items()
+    }
+
+
+def _longer(tensor: Tensor, axes: Iterable[int]) -> Tensor:
+    for axis in axes:
+        tensor = torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis)
+    return tensor
+
+
+def _require_open(
+    module: nn.Module, call: Call, spec: DynamicAxes, given: set[Axis], fixed: Fixed, further: Mapping[str, Any]
+) -> None:
+    """Raise CaptureError where an axis that the user named has one size in the program. call: what was traced."""
+    for (name, axis), size in fixed.items():
+        if (name, axis) not in given:
+            continue
+        try:
+            _run(module, replace(call, tensors=_resized(call.tensors, spec, (name, axis))), further)
+            why = "the model runs at other sizes, and computes with this one as a number while it is traced"
+        except CaptureError as error:
+            why = f"at another one, {error}"
+        raise CaptureError(
+            f"dynamic_shapes names axis {axis} of {name} {spec[name][axis]!r}, and the export fixed it at {size}: "
+            f"{why}. Leave the axis out of dynamic_shapes, or let the model take other sizes"
+        )

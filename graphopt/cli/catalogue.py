@@ -20,11 +20,17 @@ def passes(
     name: Annotated[str | None, typer.Argument(help="A pass, to see its options.", show_default=False)] = None,
     as_json: Json = False,
 ) -> None:
-    """List the passes, or the options of one."""
+    """List the passes and the presets, or the options of one."""
     from graphopt.passes import REGISTRY
+    from graphopt.pipeline.presets import PRESETS
 
     listed: list[dict[str, Any]] = []
-    for one in [name] if name else REGISTRY:
+    for one in [name] if name else [*REGISTRY, *PRESETS]:
+        if one in PRESETS:
+            listed.append({"name": one, "preset": PRESETS[one].text, "help": PRESETS[one].summary})
+            if unused := REGISTRY.why_unused(one):
+                listed.append({"name": one, "broken": unused})
+            continue
         try:
             listed.append(_described(REGISTRY.lookup(one)))
         except UsageError as error:
@@ -39,6 +45,9 @@ def passes(
     for facts in listed:
         if "broken" in facts:
             typer.echo(f"{facts['name']}  (broken: {facts['broken']})")
+            continue
+        if "preset" in facts:
+            typer.echo(f"{facts['name']}  (preset: {facts['preset']})\n    {facts['help']}")
             continue
         kind = "loses nothing" if facts["lossless"] else "lossy"
         typer.echo(f"{facts['name']}  ({facts['stage']}, {kind}, {' and '.join(facts['dialects'])})")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from graphopt.cli.options import CalibrationSteps, CustomOps, Json, Model, Target
-from graphopt.cli.printing import print_json, show
+from graphopt.cli.options import CalibrationSteps, CustomOps, Json, Model, Target, Verbose
+from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file
 from graphopt.cli.sources import batches
 
@@ -56,26 +55,26 @@ def sensitivity(
     target: Target = "onnxruntime",
     custom_ops: CustomOps = None,
     as_json: Json = False,
+    verbose: Verbose = None,
 ) -> None:
     """Show how much the outputs suffer when one site alone is changed."""
     from graphopt.pipeline.damage import STEPS
-    from graphopt.pipeline.instruments import Progress
     from graphopt.sensitivities import sensitivity as measure
 
     require_file(model)
-    quiet = as_json or not sys.stderr.isatty()
-    found = measure(
-        model,
-        setting,
-        calibration=batches(calibration),
-        calibration_steps=calibration_steps,
-        sites=sites or None,
-        steps=steps or STEPS,
-        cache=cache,
-        target=target,
-        custom_ops=custom_ops or (),
-        instruments=() if quiet else [Progress()],
-    )
+    with logged(verbose):
+        found = measure(
+            model,
+            setting,
+            calibration=batches(calibration),
+            calibration_steps=calibration_steps,
+            sites=sites or None,
+            steps=steps or STEPS,
+            cache=cache,
+            target=target,
+            custom_ops=custom_ops or (),
+            verbose=False if verbose is False else None,
+        )
     if as_json:
         print_json(found.to_dict())
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +18,12 @@ from graphopt.cli.options import (
     Passes,
     Target,
     Threads,
+    Verbose,
 )
-from graphopt.cli.printing import print_json, show
+from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file, require_writable
 from graphopt.cli.sources import batches, example, function
-from graphopt.errors import GraphError, UsageError, outer_door
+from graphopt.errors import UsageError
 
 
 def optimize(
@@ -57,7 +57,7 @@ def optimize(
     evaluate: Annotated[
         str | None,
         typer.Option(
-            metavar="SCRIPT:FUNCTION",
+            metavar="FUNCTION",
             help="script.py:function, from a model that is called like the original to how good it is.",
             show_default=False,
         ),
@@ -75,12 +75,15 @@ def optimize(
     aot: Annotated[
         bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="An .html file for the report and the graph diff.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A file for the report: .html, with the graph diff, or .txt or .json.")
+    ] = None,
+    verbose: Verbose = None,
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
-    from graphopt.pipeline.instruments import Progress
-    from graphopt.report import html
+    from graphopt.backends import target as target_of
+    from graphopt.report.records import require_report_name
 
     require_file(model)
     if dry_run and (output or report):
@@ -88,6 +91,10 @@ def optimize(
     if not dry_run and output is None:
         raise UsageError("say where to write: -o FILE, or --dry-run")
     require_writable(model, output, report)
+    if report is not None:
+        require_report_name(report)
+    if output is not None:
+        target_of(target, cpu).require_suffix(output)
     if teacher is not None:
         require_file(teacher)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
@@ -100,23 +107,22 @@ def optimize(
         "checkpoint": checkpoint,
         "example_inputs": None if inputs is None else example(inputs, model),
     }
-    quiet = as_json or not sys.stderr.isatty()
-    small = run(
-        model,
-        passes,
-        target=target,
-        calibration_steps=calibration_steps,
-        threads=threads,
-        measure=measure,
-        cpu=cpu,
-        custom_ops=custom_ops or (),
-        instruments=() if quiet else [Progress()],
-        **{option: value for option, value in given.items() if value is not None},
-    )
+    with logged(verbose):
+        small = run(
+            model,
+            passes,
+            target=target,
+            calibration_steps=calibration_steps,
+            threads=threads,
+            measure=measure,
+            cpu=cpu,
+            custom_ops=custom_ops or (),
+            verbose=False if verbose is False else None,
+            **{option: value for option, value in given.items() if value is not None},
+        )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if report is not None:
-        with outer_door(GraphError, f"{report} cannot be written"):
-            html.write(report, small.report, small.diff(), f"{model.name} by graphopt")
+        small.report.save(report, small.diff())
         written.append(report)
     if as_json:
         print_json(small.report.to_dict() | {"written": [str(path) for path in written]})

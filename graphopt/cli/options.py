@@ -19,6 +19,14 @@ Measure = Annotated[
         show_default=False,
     ),
 ]
+Verbose = Annotated[
+    bool | None,
+    typer.Option(
+        "--verbose/--quiet",
+        help="Say each step on stderr, or nothing. Without either: what runs now, and a line for each stage.",
+        show_default=False,
+    ),
+]
 Cpu = Annotated[
     str | None,
     typer.Option(help="The CPU that the result is for, where not this one: avx2, avx512, avx512_vnni."),
@@ -40,8 +48,8 @@ CalibrationSteps = Annotated[int | None, typer.Option(help="Most calibration bat
 Passes = Annotated[
     str | None,
     typer.Option(
-        help='As text, such as "sparsify{amount=0.5},low-rank{energy=0.95},quantize{scheme=static}"; see '
-        "`graphopt passes`. Without it nothing is lost: simplify, and lowering to the target.",
+        help='As text, such as "prune{neurons=0.5}, quantize", or a preset: '
+        "safe, fast or small; see `graphopt passes`. Without it nothing is lost: simplify, and lowering to the target.",
         show_default=False,
     ),
 ]

@@ -1,9 +1,12 @@
-"""How commands print: tables and colours on a terminal, plain text elsewhere, or JSON."""
+"""How commands print: tables and colours on a terminal, plain text elsewhere, or JSON; and what runs now, on stderr."""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -21,3 +24,21 @@ def show(what: Any) -> None:
 
 def print_json(facts: Any) -> None:
     typer.echo(json.dumps(facts, indent=2))
+
+
+@contextmanager
+def logged(verbose: bool | None) -> Iterator[None]:
+    """What the logger `graphopt` says, as lines on stderr: each step where asked for (True), nothing (False); without
+    either, a line for each stage where stderr is no terminal, on which bars show more."""
+    if verbose is False or (verbose is None and sys.stderr.isatty()):
+        yield
+        return
+    logger, handler = logging.getLogger("graphopt"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)

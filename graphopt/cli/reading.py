@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graphopt import writing
 from graphopt.errors import LoweringError, UsageError, outer_door
 
 if TYPE_CHECKING:
@@ -22,19 +23,18 @@ def require_file(path: Path) -> None:
 
 
 def require_writable(model: Path, output: Path | None, report: Path | None) -> None:
-    """Raise UsageError where a file to write is a folder, the model, a file of its weights, or written twice."""
+    """Raise UsageError where a file to write is none that can be written, holds weights of the model, or is written
+    twice, and where the report would replace the model. Output may be the model itself."""
     from graphopt.dialects.onnx.reading import external_files
 
-    files = [] if output is None else [output, *(output.with_name(output.name + end) for end in (".json", ".data"))]
-    files += [] if report is None else [report]
+    exported = [] if output is None else [output, output.with_name(output.name + ".json")]
+    files = [*exported, *([] if report is None else [report])]
     for path in files:
-        if not path.parent.is_dir():
-            raise UsageError(f"there is no folder {path.parent} to write {path.name} into")
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder; name a file")
-        if path.resolve() == model.resolve():
-            raise UsageError(f"{path} is the model itself; write to another file")
-    if report is not None and report.resolve() in [path.resolve() for path in files[:-1]]:
+        if reason := writing.why_not(path):
+            raise UsageError(reason)
+    if report is not None and report.resolve() == model.resolve():
+        raise UsageError(f"{report} is the model itself; write the report to another file")
+    if report is not None and report.resolve() in [path.resolve() for path in exported]:
         raise UsageError(f"{report} is what --output writes; write the report to another file")
     there = [path for path in files if path.exists()]
     weights = {path.resolve() for path in external_files(model)} if there and model.suffix != ".pt2" else set()

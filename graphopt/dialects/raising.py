@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from graphopt.errors import GraphError
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, RuleLog, rewrite, scalar
@@ -73,18 +72,20 @@ def _only_reader(m: Match) -> bool:
 
 
 def _of_rows_as_they_are(op: Builder, m: Match) -> Value:
-    """A linear on x itself, where its trailing axes are joined before it, and its leading axes restored after it."""
+    """A linear on x itself where only leading axes were joined, else on x with the leading axes of the result."""
     x, rows, y = m.x.shape, m.linear.input.shape, m.root.result.shape
     if x is None or y is None or rows is None or not isinstance(rows[-1], int) or "?" in (*x, *y):
         raise Declined("linear_shapes_unknown")
-    leading = len(y) - 1
-    trailing = x[leading:]
-    joined = all(isinstance(size, int) for size in trailing) and math.prod(map(int, trailing)) == rows[-1]
-    if x[:leading] != y[:-1] or not trailing or not joined:
+    if y[-1] != m.linear.result.shape[-1]:
         raise Declined("linear_rows_regrouped", before=list(x), after=list(y))
-    value = m.x
-    if len(trailing) > 1:
-        value = _emit(op, "onnx.Reshape", value, op.constant(torch.tensor([*[0] * leading, rows[-1]])))
+    leading, trailing = x[: len(y) - 1], x[len(y) - 1 :]
+    if leading == y[:-1] and trailing == (rows[-1],):
+        return op.linear(m.x, m.weight, m.bias)
+    joined = trailing and all(isinstance(size, int) for size in trailing) and math.prod(map(int, trailing)) == rows[-1]
+    if op.graph.dialect == "onnx" and leading == y[:-1] and joined:  # sizes that are copied need no operators
+        shape = op.constant(torch.tensor([*[0] * len(leading), rows[-1]]))
+        return op.linear(op("onnx.Reshape", m.x, shape), m.weight, m.bias)
+    value = op.graph.emit_sized(m.root, m.x, m.shape, sizes={len(y) - 1: rows[-1]}, at=m.root)
     return op.linear(value, m.weight, m.bias)
 
 
@@ -167,7 +168,7 @@ def _over_last_axis(m: Match, *means: Node) -> float:
 
 def to_rms_norm(op: Builder, m: Match) -> Value:
     """Zhang & Sennrich, 2019."""
-    return _emit(op, "rms_norm", m.x, m.weight, eps=_over_last_axis(m, m.mean))
+    return op.rms_norm(m.x, m.weight, eps=_over_last_axis(m, m.mean))
 
 
 def to_layer_norm(op: Builder, m: Match) -> Value:
@@ -175,15 +176,7 @@ def to_layer_norm(op: Builder, m: Match) -> Value:
     eps = _over_last_axis(m, m.mean, m.variance)
     if not m.bias.is_constant or m.bias.shape != m.weight.shape:
         raise Declined("norm_bias_unfit", shape=list(m.weight.shape))
-    return _emit(op, "layer_norm", m.x, m.weight, m.bias, eps=eps)
-
-
-def _emit(op: Builder, kind: str, *operands: Value | None, **attributes: Any) -> Value:
-    """Emit, or decline where the dialect cannot spell the op (an ONNX file that stays at an old opset)."""
-    try:
-        return op(kind, *operands, **attributes)
-    except GraphError as error:
-        raise Declined("not_spelled", op=kind, reason=str(error)) from error
+    return op.layer_norm(m.x, m.weight, m.bias, eps=eps)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -203,13 +196,13 @@ def to_attention(op: Builder, m: Match) -> Value:
     axis, rank = m.softmax.attributes["axis"], m.scores.rank
     if rank != 4 or axis not in (-1, 3):
         raise Declined("attention_scores_unfit", rank=rank, axis=axis)
-    scores, mask = _peel_mask(m.scores)
-    scores, scale = _peel_scale(op.graph, scores)
+    scores, mask = peel_mask(m.scores)
+    scores, scale = peel_scale(op.graph, scores)
     product = scores.producer
     if product is None or product.kind != "matmul" or _is_shared(scores, m.scores):
         raise Declined("attention_without_product")
-    query, query_scale = _peel_scale(op.graph, product.required("a"))
-    transposed, key_scale = _peel_scale(op.graph, product.required("b"))
+    query, query_scale = peel_scale(op.graph, product.required("a"))
+    transposed, key_scale = peel_scale(op.graph, product.required("b"))
     key = _untranspose(op, transposed)
     if m.value.rank != 4 or query.rank != 4 or key.rank != 4:
         raise Declined("attention_operands_not_4d")
@@ -218,7 +211,7 @@ def to_attention(op: Builder, m: Match) -> Value:
     if mask is not None and (mask.rank not in (2, 3, 4) or _broadcasts(scores, m.scores, 4)):
         raise Declined("attention_mask_unfit", rank=mask.rank)
     scale *= query_scale * key_scale
-    return _emit(op, "attention", query, key, m.value, _as_allowed(op.graph, mask), scale=scale)
+    return op.attention(query, key, m.value, _as_allowed(op.graph, mask), scale=scale)
 
 
 def _broadcasts(value: Value, other: Value, axes: int) -> bool:
@@ -240,7 +233,7 @@ def _is_shared(value: Value, scores: Value) -> bool:
     return value.only_user is None or scores.is_output
 
 
-def _peel_mask(scores: Value) -> tuple[Value, Value | None]:
+def peel_mask(scores: Value) -> tuple[Value, Value | None]:
     """The scores before a mask is added, and the mask: the operand that does not come from a product."""
     node = scores.producer
     if node is None or node.kind != "add":
@@ -258,7 +251,7 @@ def _comes_from_product(value: Value) -> bool:
     return node is not None and node.kind == "matmul"
 
 
-def _peel_scale(graph: Graph, value: Value) -> tuple[Value, float]:
+def peel_scale(graph: Graph, value: Value) -> tuple[Value, float]:
     """The value before multiplications and divisions by constant numbers, and their product."""
     scale = 1.0
     while (node := value.producer) is not None and node.kind in ("mul", "div"):
@@ -316,7 +309,7 @@ def _rule(pattern: Callable[..., Pattern], replace: Callable[[Builder, Match], V
 
 
 def _to_gelu(approximate: str) -> Callable[[Builder, Match], Value]:
-    return lambda op, m: _emit(op, "gelu", m.x, approximate=approximate)
+    return lambda op, m: op.gelu(m.x, approximate=approximate)
 
 
 FORMS = (

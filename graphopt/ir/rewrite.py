@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Graph, Node, Shape, Value, unique_labels
 
@@ -102,6 +102,8 @@ Replace = Callable[[Builder, Match], Replacement]
 class Rule:
     """pattern(op, variables...) matches from its result backwards; replace(op, match) emits or raises Declined.
 
+    A replacement that the graph's opset cannot spell is declined too.
+
     A pattern variable with a default of None stands for an operand that may be left out. Values inside the pattern
     must have no other user, unless `shared`. `check` says what a pattern cannot: a match for which it is
     False does not count.
@@ -169,7 +171,8 @@ class Choice:
     def rule(self, form: Callable[[Match], str] | None = None) -> Rule:
         """A rule that tries the form named by `form`, then all forms in order, and takes the first legal one.
 
-        If none is legal, the first decline is reported.
+        A form is illegal that declines, or that the graph's opset cannot spell. If none is legal, the first decline is
+        reported.
         """
 
         def replace(op: Builder, match: Match) -> Replacement:
@@ -180,8 +183,8 @@ class Choice:
                 try:
                     if emit is not None:
                         return emit(op, match)
-                except Declined as reason:
-                    declines.append(reason.decline)
+                except (Declined, SpellingError) as reason:
+                    declines.append(_decline(reason))
                 else:
                     break  # the ops stay as they are
             if declines:
@@ -289,12 +292,16 @@ def _try(
         for one in match.group:
             log.declined.pop(labels[one.root], None)
         return True
-    except Declined as reason:
+    except (Declined, SpellingError) as reason:
         roots = [op.at] if match is None else [one.root for one in match.group]
-        log.declined |= {labels[root]: reason.decline for root in roots}
+        log.declined |= {labels[root]: _decline(reason) for root in roots}
         return False
     finally:
         log.seconds += time.perf_counter() - start
+
+
+def _decline(reason: Declined | SpellingError) -> Decline:
+    return reason.decline if isinstance(reason, Declined) else Decline("not_spelled", reason=str(reason))
 
 
 def _substitute(graph: Graph, match: Match, replacement: Value | Mapping[Value, Value], rule: str) -> set[Node]:

@@ -41,6 +41,9 @@ from graphopt.pipeline.target import Placement
 class Chooser(Protocol):
     """Picks a form for each match of a choice, and records how."""
 
+    told: Callable[[str], object]
+    """To be called before a site is measured, with its name; the run sets it."""
+
     @property
     def notes(self) -> list[str]:
         """What the user should know, such as that the machine was too noisy to measure."""
@@ -118,10 +121,15 @@ class Backend(ABC):
         opset: int | None = None,
         external_data: bool | None = None,
     ) -> None:
-        """Write a deployable file: complete and checked under its name, or not at all. See `Optimized.export`."""
+        """Write a deployable file, checked; see `Optimized.export`.
+
+        `path` lies in an empty folder, whose files are moved to where the user wants them once this returns.
+        """
 
     # --- what some targets say -------------------------------------------------------------------------------------
 
+    suffix: ClassVar[str] = ""
+    """How the name of a file that it writes ends, such as .onnx; empty for any."""
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
@@ -239,6 +247,12 @@ class Backend(ABC):
         from graphopt.capture.onnx_conversion import to_onnx  # which imports both dialects
 
         return to_onnx(graph)
+
+    def require_suffix(self, path: Path) -> None:
+        """Raise UsageError, with the right name, for a file that this target does not write."""
+        if self.suffix and path.suffix != self.suffix:
+            what = f"{path.name} is no {self.suffix} file" if path.suffix else f"{path.name} has no suffix"
+            raise UsageError(f"{what}, and {self.name} writes {self.suffix}: name it {path.stem}{self.suffix}")
 
     def times(self) -> bool:
         """Whether results are timed by default. Raises UsageError where the engine should run here, and does not."""

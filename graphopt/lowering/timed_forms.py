@@ -127,7 +127,18 @@ class TimedChooser:
     timings: Timings = field(default_factory=opened)
     measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By choice, for each signature: the label of one site, how many sites there are, and its Measurement."""
-    notes: list[str] = field(default_factory=list)
+    told: Callable[[str], object] = lambda site: None
+    """Called before a site is measured, with its name."""
+    _unsure: dict[str, int] = field(default_factory=dict)
+    """By choice, at how many kinds of sites the machine was too unsteady to decide."""
+
+    @property
+    def notes(self) -> list[str]:
+        """One line where the machine was too unsteady, whatever the number of choices."""
+        if not self._unsure:
+            return []
+        sites = ", ".join(f"{name} ({count})" for name, count in self._unsure.items())
+        return [f"measuring failed: the machine is busy; the static order stands for {sites}"]
 
     def decide(self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]) -> Callable[[Match], str]:
         """From a match of a choice to the name of its form, once all its matches are measured.
@@ -146,10 +157,8 @@ class TimedChooser:
             {"site": subgraphs[signature].match.root.label, "sites": counts[signature], **vars(measurement)}
             for signature, measurement in found.items()
         ]
-        unsure = [subgraphs[signature].match.root.label for signature, one in found.items() if not one.sure]
-        if unsure:
-            self.notes.append(f"{choice.name}: the machine is too unsteady to measure {', '.join(unsure)}; "
-                              f"the static order stands")  # fmt: skip
+        if unsure := sum(not one.sure for one in found.values()):
+            self._unsure[choice.name] = unsure
         first = next(iter(choice.forms))
         return lambda match: found[signatures[match.root]].form if match.root in signatures else first
 
@@ -170,6 +179,7 @@ class TimedChooser:
                    "shapes": [[of[value] for value in subgraph.inputs] for of in shapes]}  # fmt: skip
             kept = self.timings.get(key)
             if kept is None:
+                self.told(f"{choice.name} at {subgraph.match.root.label}")
                 flows = flows or self._flows(graph, subgraphs.values())
                 inputs = [self.place({value.name: flow[value] for value in subgraph.inputs}) for flow in flows]
                 measurement = self._compare_forms(graph, choice, subgraph, inputs, finish)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.ir.graph import Flow, Graph, Value
 from graphopt.pipeline.batches import Batches, Input
+from graphopt.pipeline.instruments.phases import watched
 
 if TYPE_CHECKING:
     from graphopt.pipeline.instruments import Instrument
@@ -82,12 +82,11 @@ class Calibration(Batches):
         """Fill the statistics of a part, yield them in order, and keep no reference to those yielded."""
         fetch = list(dict.fromkeys(value for value, _ in part))
         masks = mask_inputs(self.inputs)
-        with ExitStack() as stack:
-            told = [stack.enter_context(one.watch("calibration", self.count)) for one in self.watchers]
+        with watched(self.watchers, "calibration", self.count) as advance:
             last = -1
             for number, feeds, tensors in flow.through(fetch):
-                for tell in told if number != last else ():
-                    tell(f"batch {number}")
+                if number != last:
+                    advance(f"batch {number}")
                 last = number
                 for place in [place for place, (value, _) in enumerate(part) if value in tensors]:
                     value = part[place][0]

@@ -18,6 +18,7 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.target import AnyTarget, Target
+from graphopt.pipeline.zeros import KeptZeros, Marks
 from graphopt.report.records import PassRecord, Report
 
 if TYPE_CHECKING:
@@ -32,47 +33,6 @@ class TeacherGraph:
 
     graph: Graph
     outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class KeptZeros:
-    """Single weights of a site that are zero, and stay so."""
-
-    pattern: str
-    """Where they lie: `numerics.sparsity.Pattern` as text."""
-    mask: Tensor | None
-    """Boolean, of the weight's shape (out, in, ...), False at zeros; None where nothing was to be trained: then all
-    zeros that the weight has are meant."""
-
-
-@dataclass(frozen=True)
-class MarkedZeros:
-    """How many weights of a site the next training is to make zero."""
-
-    pattern: str
-    share: float
-    """Of the weights, those that are zero already included."""
-
-
-@dataclass(frozen=True)
-class MarkedUnits:
-    """How many units of a group the next training is to leave."""
-
-    size: int
-    stay: int
-
-
-@dataclass
-class Marks:
-    """What passes with criterion=movement marked: the next training learns what of it goes."""
-
-    zeros: dict[str, MarkedZeros] = field(default_factory=dict)
-    """By the label of a site."""
-    units: dict[str, MarkedUnits] = field(default_factory=dict)
-    """By the name of a group (`analysis.groups`)."""
-
-    def __bool__(self) -> bool:
-        return bool(self.zeros or self.units)
 
 
 @dataclass
@@ -123,12 +83,14 @@ class Context:
     """The pass that runs now."""
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The record of the pass that runs now."""
+    considered: set[Node] = field(default_factory=set)
+    """The nodes that the pass that runs now has changed, declined or weighed."""
     labels: dict[Node, str] = field(default_factory=dict)
     """How the record names sites: by label, with the node's name where several share one (a module called twice)."""
 
     def begin(self, pass_: Pass, record: PassRecord) -> None:
         """A pass starts, and this is its record."""
-        self.current, self.record, self.labels = pass_, record, {}
+        self.current, self.record, self.labels, self.considered = pass_, record, {}, set()
 
     def sites(
         self,
@@ -161,6 +123,7 @@ class Context:
         often = Counter([*self.record.eligible, *names])
         for site, name in zip(sites, names, strict=True):
             if not isinstance(site, str):
+                self.considered.add(site)
                 name = self.labels[site] = name if often[name] == 1 else f"{name} ({site.name})"
             self.record.eligible.append(name)
 
@@ -189,6 +152,7 @@ class Context:
 
     def decline(self, site: Node, why: Decline | str) -> None:
         """Record that a site stays as it is, and why."""
+        self.considered.add(site)
         self.record.decline(self.labels.get(site, site.label), why)
 
     def note(self, text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from graphopt.errors import UsageError, require_positive_integer
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.pipeline.context import Context
+from graphopt.pipeline.instruments.phases import watched
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.reference import Evaluate, Reference
 from graphopt.pipeline.row_cache import RowCache, cache_key
@@ -57,8 +57,7 @@ def scan(
     reference = Reference(graph, batches, evaluate)
     known = None if cache is None else RowCache(cache, cache_key(graph, batches, context, evaluate))
     found = Sensitivity(list(dict.fromkeys(map(str, settings))), batches=len(batches), baseline=reference.baseline)
-    with ExitStack() as stack:
-        watched = [stack.enter_context(one.watch("sensitivity", len(trials))) for one in context.instruments]
+    with watched(context.instruments, "sensitivity", len(trials)) as advance:
         for label, nodes, setting, narrowed in trials:
             row = Row(label, tuple(node.name for node in nodes), str(setting))
             if known is not None and (row.setting, row.nodes) in known.rows:
@@ -68,8 +67,7 @@ def scan(
                 if known is not None:
                     known.add(row)
             found.rows.append(row)
-            for advance in watched:
-                advance(f"{row.setting} at {row.site}")
+            advance(f"{row.setting} at {row.site}")
     context.record.sensitivity = found
     return found
 

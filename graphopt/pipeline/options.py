@@ -18,7 +18,8 @@ from math import isnan
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, near
+from graphopt.pipeline import aliases
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.spelling import value_text
 
@@ -56,8 +57,10 @@ def check_options(name: str, options: Any) -> None:
         try:
             accepted = _accept(kind, value)
         except _Refused as refused:
-            wanted = _either(list(dict.fromkeys(_choices(refused.kind))))
-            raise UsageError(f"{name}: {option} is {refused.value!r}; give {wanted}") from None
+            choices = list(dict.fromkeys(_choices(refused.kind)))
+            meant = near(refused.value, choices, aliases.VALUES) if isinstance(refused.value, str) else None
+            perhaps = f"; did you mean {meant!r}?" if meant else ""
+            raise UsageError(f"{name}: {option} is {refused.value!r}; give {_either(choices)}{perhaps}") from None
         object.__setattr__(options, option, accepted)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.pipeline.options import check_options
+from graphopt.pipeline.presets import PRESETS
 from graphopt.pipeline.spelling import value_text
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class Pass:
     lossless: ClassVar[bool] = False
     """Whether outputs must stay equal, up to rounding."""
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
+    changes_weights: ClassVar[bool] = False
+    """Whether it makes weights smaller or fewer: then each op with weights is changed, or declined by name
+    (`graphopt.pipeline.account`)."""
     trains: ClassVar[bool] = False
     """Whether it trains weights."""
     without_calibration: ClassVar[str] = ""
@@ -51,6 +55,11 @@ class Pass:
     whole_model_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Options that set a budget for the whole model, and have no meaning for one site: each with options to give to a
     pass that runs at one site alone, as text."""
+
+    def __init_subclass__(cls) -> None:
+        """Raise UsageError for the name of a preset."""
+        if cls.__dict__.get("name") in PRESETS:
+            raise UsageError(f"{cls.__qualname__}: {cls.name!r} is a preset, and no pass has its name: choose another")
 
     def __post_init__(self) -> None:
         check_options(self.name, self)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from graphopt.errors import UsageError, nearest, outer_door
@@ -23,14 +24,25 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         clip-weights = "clipping:ClipWeights"
 
     A name of graphopt's own always stands for graphopt's class; where a package registers it too, a warning says so.
+    So it is with names that are reserved for something else.
     """
 
-    def __init__(self, group: str, kind: str, base: type[Any], built_in: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        group: str,
+        kind: str,
+        base: type[Any],
+        built_in: Mapping[str, str],
+        aliases: Mapping[str, str] = MappingProxyType({}),
+        reserved: Collection[str] = (),
+    ) -> None:
         """group: of the entry points. kind: what one is called in messages. base: what a class must derive from.
 
-        built_in: "module:class" by name.
+        built_in: "module:class" by name. aliases: what users write in place of names (`errors.near`). reserved: names
+        that no class may have.
         """
         self.group, self.kind, self.base, self.built_in = group, kind, base, built_in
+        self.aliases, self.reserved = aliases, reserved
 
     @cached_property
     def added(self) -> Mapping[str, list[EntryPoint]]:
@@ -54,7 +66,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
             with outer_door(UsageError, f"{self.kind} {name!r} cannot be imported"):  # where an engine is not installed
                 found: type[T] = getattr(import_module(module), class_name)
             return found
-        if not entries:
+        if not entries or name in self.reserved:
             raise KeyError(name)
         if len(entries) > 1:
             packages = " and ".join(map(_package, entries))
@@ -64,7 +76,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def lookup(self, name: str) -> type[T]:
         """As `[name]`, for a name that the user wrote: raises UsageError where there is none, naming the nearest."""
         if name not in self:
-            raise UsageError(f"there is no {self.kind} {name!r}{nearest(name, list(self))}")
+            raise UsageError(f"there is no {self.kind} {name!r}{nearest(name, [*self, *self.reserved], self.aliases)}")
         return self[name]
 
     def _loaded(self, entry: EntryPoint) -> type[T]:
@@ -81,16 +93,17 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return f"{self.kind} {entry.name!r} of package {_package(entry)}"
 
     def why_unused(self, name: str) -> str:
-        """Which packages register a name of graphopt's own; "" where none does."""
-        packages = " and ".join(_package(entry) for entry in self.added.get(name, []) if name in self.built_in)
+        """Which packages register a name of graphopt's own, or a reserved one; "" where none does."""
+        taken = name in self.built_in or name in self.reserved
+        packages = " and ".join(_package(entry) for entry in self.added.get(name, []) if taken)
         return f"that of package {packages} is not used: it needs another name" if packages else ""
 
     def __contains__(self, name: object) -> bool:
-        return name in self.built_in or name in self.added
+        return name in self.built_in or (name in self.added and name not in self.reserved)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.built_in
-        yield from (name for name in self.added if name not in self.built_in)
+        yield from (name for name in self.added if name not in self.built_in and name not in self.reserved)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

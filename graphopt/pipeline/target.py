@@ -11,7 +11,7 @@ from torch import Tensor
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
-from graphopt.ir.qdq.regions import JOINED
+from graphopt.ir.qdq.regions import JOINED, STORED
 from graphopt.measure.timing import Ratio
 
 SCHEMES = ("static", "dynamic", "weight-only")
@@ -96,9 +96,10 @@ class AnyTarget:
     name = "no target in particular"
     schemes: Mapping[str, tuple[str, ...]] = {
         **dict.fromkeys(JOINED, ("static",)), "linear": SCHEMES, "conv": SCHEMES[:2], "matmul": SCHEMES[:2],
-        "embedding": ("weight-only",),
+        "embedding": ("weight-only",), "lstm": SCHEMES[1:], **dict.fromkeys(STORED[1:], ("weight-only",)),
     }  # fmt: skip
-    weight_bits: Mapping[str, tuple[int, ...]] = {"linear": (8, 4, 2), "conv": (8, 4, 2), "embedding": (8, 4, 2)}
+    weight_bits: Mapping[str, tuple[int, ...]] = {"linear": (8, 4, 2), "conv": (8, 4, 2), "embedding": (8, 4, 2),
+                                              **dict.fromkeys(STORED, (8,))}  # fmt: skip
     placement: Placement | None = None
     types: tuple[str, ...] = ("int8",)
     floats: tuple[str, ...] = ("float16", "bfloat16")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from typing import Any
 
 from graphopt.errors import UsageError, nearest
+from graphopt.pipeline import aliases
 from graphopt.pipeline.options import takes_none, takes_sites, takes_text
 from graphopt.pipeline.passes import Pass
+from graphopt.pipeline.presets import PRESETS, RESERVED
+from graphopt.pipeline.registry import Registry
 from graphopt.pipeline.runner import Pipeline, Repeat
 
 _TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}()\[\],="]+)|(?P<mark>[{}()\[\],=]))""")
@@ -20,8 +24,8 @@ _TOKEN = re.compile(r"""\s*(?:(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}()\[\
 def parse(text: str, registry: Mapping[str, Any]) -> Pipeline:
     """The pipeline that `text` describes; `registry` gives the class of each pass by name.
 
-    Raises UsageError on a syntax error (with its position), an unknown pass or option (with the nearest name), and a
-    value that the pass refuses. `str(pipeline)` is the inverse.
+    Raises UsageError on a syntax error (with its position), an unknown pass or option (with what was probably meant),
+    and a value that the pass refuses. `str(pipeline)` is the inverse; it spells presets out.
     """
     return _Parser(text, registry).pipeline()
 
@@ -78,22 +82,29 @@ class _Parser:
     def passes(self) -> list[Pass]:
         if self.tokens[0][1] in ("", ")"):
             return []
-        passes = [self.pass_()]
+        passes = self.step()
         while self.tokens[0][1] == ",":
             self.take(",")
-            passes.append(self.pass_())
+            passes += self.step()
         return passes
 
-    def pass_(self) -> Pass:
+    def step(self) -> list[Pass]:
+        """One pass, or those of a preset."""
         if self.tokens[0][1] == "(":
-            return Pipeline(self.group())
+            return [Pipeline(self.group())]
         name = self.take("word")
         options = self.options() if self.tokens[0][1] == "{" else {}
         if name == "repeat":
-            return _construct(Repeat, options | {"passes": tuple(self.group())})
+            return [_construct(Repeat, options | {"passes": tuple(self.group())})]
+        if name in PRESETS:
+            if isinstance(self.registry, Registry) and (unused := self.registry.why_unused(name)):
+                warnings.warn(f"pass {name!r} is a preset of graphopt; {unused}", stacklevel=2)
+            if options:
+                raise UsageError(f"{name} is a preset without options: write {PRESETS[name].text}, with yours")
+            return list(parse(PRESETS[name].text, self.registry).passes)
         if name not in self.registry:
-            raise UsageError(f"there is no pass {name!r}{nearest(name, [*self.registry, 'repeat'])}")
-        return _construct(self.registry[name], options)
+            raise UsageError(f"there is no pass {name!r}{nearest(name, [*self.registry, *RESERVED], aliases.PASSES)}")
+        return [_construct(self.registry[name], options)]
 
     def group(self) -> list[Pass]:
         self.take("(")
@@ -173,7 +184,7 @@ def _construct(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
     known = [field.name for field in fields(cls)]
     for name in options:
         if name not in known:
-            raise UsageError(f"{cls.name} has no option {name!r}{nearest(name, known)}")
+            raise UsageError(f"{cls.name} has no option {name!r}{nearest(name, known, aliases.OPTIONS)}")
     if missing := [field.name for field in fields(cls) if field.default is MISSING and field.name not in options]:
         raise UsageError(f"{cls.name} needs {', '.join(missing)}")
 

@@ -24,7 +24,7 @@ class DiffLine:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GraphDiff:
     """Two listings of a graph (`Graph.text`), aligned.
 
@@ -92,6 +92,9 @@ class GraphDiff:
 
     def __str__(self) -> str:
         return self.text()
+
+    def __repr__(self) -> str:
+        return f"<GraphDiff: {self.removed} removed, {self.added} added, {self.unchanged} unchanged lines>"
 
     def __rich__(self) -> RenderableType:
         from graphopt.report import terminal

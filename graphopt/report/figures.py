@@ -51,6 +51,11 @@ def interval(median: float, low: float, high: float, steady: bool = True) -> str
     return f"{'' if steady else '~'}{median:.2f}{bounds}"
 
 
+def times(ratio: float) -> str:
+    """How many times, for a headline: 4.3, and two digits after the point where 1 is near: 1.04."""
+    return f"{ratio:.2f}" if ratio < 1.15 else f"{ratio:.1f}"
+
+
 def ratios(by_form: Mapping[str, Sequence[float]]) -> str:
     """Form by form: median, and the 95% interval."""
     return ", ".join(f"{form} {interval(median, low, high)}" for form, (median, low, high) in by_form.items())

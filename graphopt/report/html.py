@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from graphopt.report import curves, tables
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import Report
+from graphopt.report.records import BenchResult, Report
 
 
 def page(report: Report | None = None, diff: GraphDiff | None = None, title: str = "graphopt") -> str:
@@ -24,12 +24,19 @@ def fragment(report: Report | None = None, diff: GraphDiff | None = None) -> str
     return str(_template().module.fragment(report, diff, tables, curves))  # type: ignore[attr-defined]
 
 
-def write(path: str | Path, report: Report, diff: GraphDiff, title: str) -> None:
-    """Write the page whole, or not at all."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(page(report, diff, title), encoding="utf-8")
-    partial.replace(path)
+def summary(report: Report) -> str:
+    """What a notebook shows of a result: the headline, one row per pass, and what else the report holds."""
+    return _notebook(tables.headline(report), tables.pass_rows(report), tables.rest(report))
+
+
+def bench(result: BenchResult) -> str:
+    """What a notebook shows of timings."""
+    notes = [result.header, *tables.bench_notes(result)]
+    return _notebook(tables.bench_headline(result), tables.bench_rows(result), notes)
+
+
+def _notebook(headline: str, rows: tables.Rows, notes: Sequence[str]) -> str:
+    return str(_template().module.notebook(headline, rows, notes))  # type: ignore[attr-defined]
 
 
 @cache

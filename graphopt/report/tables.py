@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.analysis.propagation import LOST
 from graphopt.measure.timing import geometric_mean, slower_than
+from graphopt.numerics import metrics
 from graphopt.report import figures
 from graphopt.report.agreements import Agreement
 from graphopt.report.declines import Reason
@@ -26,8 +27,83 @@ SITES = 3
 Rows = list[tuple[str, ...]]
 """A table; the first row is its header."""
 
+OPTIONAL = "nodes", "parameters", "FLOPs", "sites", "seconds"
+"""Columns of `pass_rows` that a narrow terminal does without, the first to go first."""
+
 
 # --- the report of an optimization ---------------------------------------------------------------------------------
+
+
+def headline(report: Report) -> str:
+    """One line: how much smaller, how much faster, and how close the outputs are; what was not measured says so."""
+    return ", ".join(filter(None, [_smaller(report), faster(report.speed), closeness(report), _metric(report)]))
+
+
+def rest(report: Report) -> list[str]:
+    """What a summary says under its table: the warnings, and what else the report holds."""
+    counts = {
+        "note": len(remarks(report)),
+        "declined site": sum(len(record.declined) for record in report.passes),
+        "reverted site": len(report.reverted),
+        "choice": len(report.choices),
+        "kernel": sum(report.kernels.values()),
+    }
+    named = [f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count]
+    warnings = [note for note in remarks(report) if note.startswith("warning:")]
+    return [*warnings, *([f"more in .report: {', '.join(named)}"] if named else [])]
+
+
+def _smaller(report: Report) -> str:
+    before, after = report.cost_before.bytes, report.cost_after.bytes
+    if not (before and after) or 0.995 < before / after < 1.005:
+        return "no smaller"
+    if after < before:
+        return f"{figures.times(before / after)} times smaller"
+    return f"{figures.times(after / before)} times as large"
+
+
+def faster(speed: Sequence[Mapping[str, Any]]) -> str:
+    """How many times as fast as the input: at the one example shape, or at the slowest and the fastest of several.
+
+    speed: "median", "low", "high" and "steady" by shape, as in `Report.speed`.
+    """
+    if not speed:
+        return "speed not measured"
+    ordered = sorted(speed, key=lambda one: one["median"])
+    slower = sum(one["high"] < 1 for one in ordered)
+    if len(ordered) > 1:
+        words = f"{' to '.join(_times(one) + _bounds(one) for one in (ordered[0], ordered[-1]))} times as fast"
+        words += f" over {len(ordered)} shapes"
+    else:
+        words = f"{_times(ordered[0])} times as fast{_bounds(ordered[0])}"
+    if slower:
+        return f"slower{f' at {slower}' if len(ordered) > 1 else ''}: {words}"
+    if all(one["low"] > 1 for one in ordered):
+        return words
+    return f"perhaps {'faster' if ordered[0]['median'] > 1 else 'slower'}: {words}"
+
+
+def _times(one: Mapping[str, Any]) -> str:
+    return f"{'' if one['steady'] else '~'}{figures.times(one['median'])}"
+
+
+def _bounds(one: Mapping[str, Any]) -> str:
+    return f" [{figures.times(one['low'])}, {figures.times(one['high'])}]" if math.isfinite(one["high"]) else ""
+
+
+def closeness(report: Report) -> str:
+    """How close the deployed outputs are to the original's: the least cosine."""
+    if not report.agreement:
+        return "outputs not compared"
+    if all(one.sqnr == math.inf for one in report.agreement):
+        return "outputs equal"
+    cosine = metrics.worst(one.cosine for one in report.agreement)
+    return f"cosine {cosine:.4f}"
+
+
+def _metric(report: Report) -> str:
+    found = report.shipped
+    return "" if found is None else f"metric {found.shipped:.4g} of {found.original:.4g}"
 
 
 def cost_rows(report: Report) -> list[tuple[str, str]]:
@@ -69,6 +145,11 @@ def _pass_row(record: PassRecord) -> tuple[str, ...]:
         figures.cosine(min(one.cosine for one in record.agreement)) if record.agreement else "-",
         f"{record.seconds:.2f}",
     )
+
+
+def left_out(names: Sequence[str]) -> str:
+    """What a table says below, where columns are left out."""
+    return f"too narrow for: {', '.join(names)}"
 
 
 def sites(record: PassRecord) -> str:
@@ -198,7 +279,11 @@ def comparison_rows(found: Comparison) -> Rows:
 def site_rows(found: Propagation) -> Rows:
     """One row per site that both models have, in the order of the graph."""
     rows: Rows = [("site", "op", "SQNR", "cosine")]
-    return rows + [(one.site, one.kind, figures.decibels(one.sqnr), figures.cosine(one.cosine)) for one in found.sites]
+    return rows + [
+        (one.site, one.kind, figures.decibels(one.sqnr) if one.alike else f"({figures.decibels(one.sqnr)})",
+         figures.cosine(one.cosine))
+        for one in found.sites
+    ]  # fmt: skip
 
 
 def comparison_notes(found: Comparison) -> list[str]:
@@ -220,6 +305,9 @@ def comparison_notes(found: Comparison) -> list[str]:
         if math.isfinite(worst.before):
             read = f"what it reads has {figures.decibels(worst.before)}"
         notes.append(f"most noise is added by {worst.site}: {read}, its result {figures.decibels(worst.sqnr)}")
+    if unlike := [one.site for one in inside.sites if not one.alike]:
+        notes.append("in brackets: what reads it agrees, so a scaling, a shift or an order of channels stands between, "
+                     f"and it is no alarm: {_first_names(unlike)}")  # fmt: skip
     unpaired = {site: Reason.of(why) for site, why in inside.unpaired.items()}
     return notes + [f"not compared, {n} x {reason}: {names}" for reason, n, names in declined(unpaired)]
 
@@ -239,6 +327,11 @@ def bench_rows(result: BenchResult) -> Rows:
         means = [geometric_mean(ratios[name].median for _, ratios in result.rows) for name in candidates]
         rows.append(("geometric mean", "", *(f"{mean:.2f}" for mean in means)))
     return rows
+
+
+def bench_headline(result: BenchResult) -> str:
+    """One line: how many times as fast as the baseline the first candidate is."""
+    return faster([vars(next(iter(ratios.values()))) for _, ratios in result.rows])
 
 
 def bench_notes(result: BenchResult) -> list[str]:

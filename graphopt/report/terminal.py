@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from graphopt.report import tables
+from graphopt.report import fitting, tables
 from graphopt.report.curves import curves
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import Report
@@ -24,12 +26,10 @@ STYLES = {"-": "red", "+": "green", " ": "dim"}
 def report(report: Report) -> RenderableType:
     """What was done to a model, as tables."""
     facts = [("model", report.source), ("target", report.target), ("pipeline", report.pipeline)]
-    heading = Table.grid(padding=(0, 2))
-    for name, value in [*facts, *tables.cost_rows(report)]:
-        heading.add_row(Text(name, style="bold"), Text(value))
-    parts: list[RenderableType] = [heading]
+    heading = _Facts([*facts, *tables.cost_rows(report)])
+    parts: list[RenderableType] = [Text(tables.headline(report), style="bold"), heading]
     parts += [Text(f"- {note}", style="yellow") for note in tables.remarks(report)]
-    parts.append(table(tables.pass_rows(report), "passes"))
+    parts.append(passes(report))
     declined = [
         (record.name, str(number), reason, names)
         for record in report.passes
@@ -47,8 +47,20 @@ def report(report: Report) -> RenderableType:
     if report.speed:
         parts.append(table(tables.speed_rows(report), "speed over the input"))
     if report.reverted:
-        parts.append(table([("site", "reverted because"), *report.reverted.items()], "reverted", right=()))
+        rows: tables.Rows = [("site", "reverted because"), *report.reverted.items()]
+        parts.append(table(rows, "reverted", right=()))
     return Group(*parts)
+
+
+def summary(report: Report) -> RenderableType:
+    """The headline, one row per pass, and what else the report holds."""
+    rest = [Text(line, style="yellow" if line.startswith("warning:") else "dim") for line in tables.rest(report)]
+    return Group(Text(tables.headline(report) + "\n", style="bold"), passes(report), *rest)
+
+
+def passes(report: Report) -> RenderableType:
+    """One row per pass."""
+    return table(tables.pass_rows(report), "passes", optional=tables.OPTIONAL)
 
 
 def diff(diff: GraphDiff, context: int | None = 3) -> RenderableType:
@@ -72,7 +84,8 @@ def comparison(found: Comparison) -> RenderableType:
 def bench(result: BenchResult) -> RenderableType:
     """One row per shape, under the description of the machine."""
     notes = Text("\n".join(tables.bench_notes(result)), style="dim")
-    return Group(Text(result.header, style="dim"), table(tables.bench_rows(result)), notes)
+    headline = Text(tables.bench_headline(result), style="bold")
+    return Group(headline, Text(result.header, style="dim"), table(tables.bench_rows(result)), notes)
 
 
 def sensitivity(found: Sensitivity, limit: int | None = None) -> RenderableType:
@@ -84,13 +97,58 @@ def sensitivity(found: Sensitivity, limit: int | None = None) -> RenderableType:
     return Group(*([table(shown, "sensitivity")] if len(rows) > 1 else []), *notes)
 
 
-def table(rows: tables.Rows, title: str | None = None, *, right: Sequence[int] | None = None) -> Table:
-    """`right` are the columns set to the right (None: all but the first)."""
-    header, *body = rows
-    drawn = Table(title=title, title_justify="left", title_style="bold")
-    for index, name in enumerate(header):
-        to_the_right = index in right if right is not None else index > 0
-        drawn.add_column(name, justify="right" if to_the_right else "left", overflow="fold")
-    for row in body:
-        drawn.add_row(*(Text(cell) for cell in row))
-    return drawn
+def table(
+    rows: tables.Rows, title: str | None = None, *, right: Sequence[int] | None = None, optional: Sequence[str] = ()
+) -> RenderableType:
+    """A table that splits no word (`fitting`). right: the columns set to the right, by index (None: all but the first).
+    optional: the columns that may be left out where the terminal is narrow, by name, the first to go first."""
+    figures = tuple(range(1, len(rows[0]))) if right is None else tuple(right)
+    return _Table(rows, title, figures, tuple(optional))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Drawn when the width is known."""
+
+    rows: tables.Rows
+    title: str | None
+    right: tuple[int, ...]
+    optional: tuple[str, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        found = fitting.fitted(self.rows, width, right=self.right, optional=self.optional)
+        if self.title:
+            yield Text(self.title, style="bold")
+        if found is None:
+            yield from map(Text, fitting.listed(self.rows, width))
+        else:
+            yield self._drawn(found)
+            if found.left_out:
+                yield Text("\n".join(fitting.wrapped(tables.left_out(found.left_out), width)), style="dim")
+        yield Text("")
+
+    def _drawn(self, found: fitting.Fitted) -> Table:
+        drawn = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, fitting.GAP - 1, 0, 0))
+        for index, width in zip(found.columns, found.widths, strict=True):
+            justify = "right" if index in self.right else "left"
+            name = "\n".join(fitting.wrapped(self.rows[0][index], width))
+            drawn.add_column(Text(name), justify=justify, width=width, no_wrap=True)  # type: ignore[arg-type]
+        for row in self.rows[1:]:
+            cells = [fitting.wrapped(row[i], width) for i, width in zip(found.columns, found.widths, strict=True)]
+            drawn.add_row(*(Text("\n".join(lines)) for lines in cells))
+        return drawn
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Names in bold, and behind them their values, whose further lines stand under the first."""
+
+    rows: Sequence[tuple[str, str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        indent = max(len(name) for name, _ in self.rows) + fitting.GAP
+        for name, value in self.rows:
+            lines = fitting.wrapped(value, options.max_width - indent)
+            first = Text.assemble((name.ljust(indent), "bold"), lines[0])
+            yield Text("\n").join([first, *(Text(" " * indent + line) for line in lines[1:])])

@@ -1,12 +1,16 @@
-"""Plain text, at most 100 columns wide where names allow it."""
+"""Plain text: as wide as the terminal that it is printed on, else at most 100 columns where names allow it."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from graphopt.report import figures, tables
+from rich.cells import cell_len
+
+from graphopt.report import figures, fitting, tables
 from graphopt.report.curves import curves
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Relowering, Report, Shipped
@@ -23,12 +27,12 @@ ROWS = 10
 
 def report(report: Report) -> str:
     """What was done to a model, why the rest was not, and what that did to cost and outputs."""
-    outputs = [_indented(tables.agreement_rows(report.agreement))] if report.agreement else []
+    outputs = [table(tables.agreement_rows(report.agreement), indent="  ")] if report.agreement else []
     kernels = [_wrapped(figures.counts(report.kernels), "  ")] if report.kernels else []
     sections = [
-        _heading(report),
+        f"{tables.headline(report)}\n\n{_heading(report)}",
         _titled("notes", [_wrapped(note, "  - ") for note in tables.remarks(report)]),
-        table(tables.pass_rows(report)),
+        passes(report),
         _titled("declined", [_declined(record) for record in report.passes if record.declined]),
         *(
             _titled(f"sensitivity, for {one.name}", [textwrap.indent(sensitivity(one.sensitivity, ROWS), "  ")])
@@ -43,10 +47,16 @@ def report(report: Report) -> str:
         _titled("outputs against the original", outputs),
         _titled("kernels that the engine built", kernels),
         _titled("choices", [_wrapped(line, "  ") for line in tables.choices(report)]),
-        _titled("speed over the input", [_indented(tables.speed_rows(report))] if report.speed else []),
+        _titled("speed over the input", [table(tables.speed_rows(report), indent="  ")] if report.speed else []),
         _titled("reverted", [_wrapped(line, "  ") for line in tables.reverted(report)]),
     ]
     return "\n\n".join(section for section in sections if section)
+
+
+def summary(report: Report) -> str:
+    """The headline, one row per pass, and what else the report holds."""
+    rest = [_wrapped(line, "") for line in tables.rest(report)]
+    return "\n\n".join([_wrapped(tables.headline(report), ""), passes(report), *(["\n".join(rest)] if rest else [])])
 
 
 def diff(diff: GraphDiff, context: int | None = 3) -> str:
@@ -105,14 +115,49 @@ def groups(groups: Sequence[Group]) -> str:
     return table(tables.group_rows(groups))
 
 
-def table(rows: tables.Rows) -> str:
-    """Columns as wide as needed, the first to the left and the others to the right; a rule under the header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def passes(report: Report) -> str:
+    """One row per pass."""
+    return table(tables.pass_rows(report), optional=tables.OPTIONAL)
+
+
+def table(rows: tables.Rows, *, optional: Sequence[str] = (), indent: str = "") -> str:
+    """Columns as wide as needed, the first to the left and the others to the right; a rule under the header.
+
+    On a terminal it is as wide as that at most, and splits no word (`fitting`). optional: the columns that may be left
+    out for it, by name, the first to go first.
+    """
+    width = _columns()
+    room = sys.maxsize if width is None else width - len(indent)
+    found = fitting.fitted(rows, room, right=range(1, len(rows[0])), optional=optional)
+    if found is None:
+        lines = fitting.listed(rows, room)
+    else:
+        lines = _drawn(rows, found)
+        lines += fitting.wrapped(tables.left_out(found.left_out), room) if found.left_out else []
+    return textwrap.indent("\n".join(lines), indent)
+
+
+def _drawn(rows: tables.Rows, found: fitting.Fitted) -> list[str]:
+    lines: list[str] = []
+    for row in rows:
+        cells = [fitting.wrapped(row[index], width) for index, width in zip(found.columns, found.widths, strict=True)]
+        for part in range(max(map(len, cells))):
+            texts = [cell[part] if part < len(cell) else "" for cell in cells]
+            first, *others = zip(texts, found.widths, strict=True)
+            padded = [first[0] + _blanks(*first), *(_blanks(*one) + one[0] for one in others)]
+            lines.append((" " * fitting.GAP).join(padded).rstrip())
+        if row is rows[0]:
+            lines.append("-" * max(map(cell_len, lines)))
+    return lines
+
+
+def _blanks(text: str, width: int) -> str:
+    return " " * (width - cell_len(text))
+
+
+def _columns() -> int | None:
+    """The width of the terminal that is printed on; None where the output goes elsewhere."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _heading(report: Report) -> str:
@@ -132,15 +177,11 @@ def _titled(title: str, blocks: Sequence[str]) -> str:
     return "\n".join([title, *blocks]) if blocks else ""
 
 
-def _indented(rows: tables.Rows) -> str:
-    return textwrap.indent(table(rows), "  ")
-
-
 def _wrapped(line: str, prefix: str) -> str:
     """`line` after `prefix`, its further lines under its beginning. Long names stay whole, to be copied."""
     return textwrap.fill(
         line,
-        WIDTH,
+        min(WIDTH, _columns() or WIDTH),
         initial_indent=prefix,
         subsequent_indent=" " * len(prefix),
         break_long_words=False,

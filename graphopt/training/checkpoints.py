@@ -1,13 +1,14 @@
 """A training on disk: what a later call needs to go on as if nothing had happened. No pickles.
 
 A folder belongs to one pipeline on one model. It holds a file for each training pass, safetensors with JSON in its
-metadata and a digest of both, which is written under another name and then renamed, so that it is whole at any moment.
+metadata and a digest of both, which is whole at any moment (`graphopt.writing`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphopt import writing
 from graphopt.errors import UsageError, first_line
 from graphopt.ir.graph import Graph, digest, raw_bytes, tensors_digest
 from graphopt.pipeline.batches import Batch
@@ -54,6 +56,8 @@ def held(folder: Path, identity: Mapping[str, str]) -> Iterator[None]:
         raise _unwritable(where, error) from error
     try:
         _claim(folder, where, identity)
+        for unfinished in folder.glob(f"{writing.MARK}*"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         yield
     finally:
         lock.release()
@@ -62,16 +66,16 @@ def held(folder: Path, identity: Mapping[str, str]) -> Iterator[None]:
 def _claim(folder: Path, where: str, identity: Mapping[str, str]) -> None:
     """Write whose a new folder is; of one that was used before, require that it is the same run's."""
     file = folder / _IDENTITY
-    part = file.with_name(f"{file.name}.part")
-    others = [one.name for one in folder.iterdir() if one.name not in (".lock", file.name, part.name)]
+    others = [one.name for one in folder.iterdir() if one.name not in (".lock", file.name)]
+    others = [name for name in others if not name.startswith(writing.MARK)]
     if file.exists():
         _require_same(where, file, identity)
         return
     if others:
         raise UsageError(f"{where} is not empty ({', '.join(sorted(others)[:3])}), and no checkpoint: name another")
     try:
-        part.write_text(json.dumps(dict(identity), indent=2), encoding="utf-8")
-        part.replace(file)
+        with writing.whole(file) as part:
+            part.write_text(json.dumps(dict(identity), indent=2), encoding="utf-8")
     except OSError as error:
         raise _unwritable(where, error) from error
 
@@ -139,18 +143,14 @@ class Checkpoints:
         """
         tensors, facts = _state(trainer)
         facts |= {**self._whose(trainer), "seen": self._seen.hexdigest(), "done": is_done}
-        part = self.file.with_name(f"{self.file.name}.part")
         stored, text = {name: one.cpu().contiguous() for name, one in tensors.items()}, json.dumps(facts)
         try:
-            save_file(stored, part, {"graphopt": text, "digest": tensors_digest(stored, text)})
-            part.replace(self.file)
-            lines = "".join(f"{json.dumps(one)}\n" for one in trainer.outcome.lines)
-            part.write_text(lines, encoding="utf-8")
-            part.replace(self.file.with_suffix(".jsonl"))
+            with writing.whole(self.file) as part:
+                save_file(stored, part, {"graphopt": text, "digest": tensors_digest(stored, text)})
+            with writing.whole(self.file.with_suffix(".jsonl")) as part:
+                part.write_text("".join(f"{json.dumps(one)}\n" for one in trainer.outcome.lines), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise _unwritable(f"the checkpoint {self.file}", error) from error
-        finally:
-            part.unlink(missing_ok=True)
         self._written = time.monotonic()
 
     # --- reading -----------------------------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from graphopt import writing
 from graphopt.errors import GraphError, UsageError, described, first_line
 from graphopt.ir.graph import Feeds, Graph, Value, digest, tensors_digest
 
@@ -90,14 +89,10 @@ class Teacher:
         return tensors_digest(feeds, f"{self.key} {kind} {dtype}")
 
     def _keep(self, file: Path, values: Sequence[Tensor]) -> None:
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
         stored = {str(place): value.cpu().contiguous().clone() for place, value in enumerate(values)}  # none is a view
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(stored, part)
-            part.replace(file)
+            with writing.whole(file) as part:
+                save_file(stored, part)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"cache: {file} cannot be written ({first_line(error)}): name another folder") from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)

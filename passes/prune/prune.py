@@ -18,13 +18,16 @@ from graphopt.passes.prune.costs import CostModel, cut
 from graphopt.passes.prune.importance import weigh
 from graphopt.passes.prune.refit import compensate
 from graphopt.passes.prune.selection import open_groups
-from graphopt.pipeline.context import Context, MarkedUnits
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.zeros import MarkedUnits
 
-Kind = Literal["neurons", "heads", "channels", "width"]
+Kind = Literal["neurons", "heads", "channels", "pooler", "width"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+OF_AMOUNT = tuple(kind for kind in KINDS if kind not in ("pooler", "width"))
+"""The kinds that `amount` cuts: what is inside a layer that sees all positions."""
 BUDGETS = ("flops", "params", "latency")
 Share = Annotated[float, Range(0, 1, open_high=True)]
 Budget = Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None
@@ -35,24 +38,34 @@ class Prune(Pass):
     """Remove whole neurons, heads, channels, or positions of the width: those that matter least (Li et al., 2017).
 
     A group holds the units of all axes that shrink together (`graphopt.analysis.groups`), and is called by its first
-    producer. Give the share of units to remove for each kind, or one budget for the model. With criterion=movement
-    nothing is removed yet: the `distill` or `finetune` behind it learns which units go, those that training moves
-    towards 0 (Sanh et al., 2020), and cuts them. Declined: groups that cannot shrink (of the model's outputs, say), and
-    those that keep all their units.
+    producer. Give one amount for all kinds of inner units, the share of units to remove for each kind, or one budget
+    for the model. A kind that the model does not have is skipped with a note, and only where nothing is left to cut
+    this is an error: one recipe fits many models. With criterion=movement nothing is removed yet: the `distill` or
+    `finetune` behind it learns which units go, those that training moves towards 0 (Sanh et al., 2020), and cuts them.
+    Declined: groups that cannot shrink (of the model's outputs, say), and those that keep all their units.
     """
 
     name = "prune"
     stage = Stage.PRUNE
+    changes_weights = True
     whole_model_options = MappingProxyType(dict.fromkeys(BUDGETS, "neurons=0.5"))
 
+    amount: Share = 0.0
+    """Share of the neurons, of the heads and of the channels to remove, at least 0 and below 1; never of the pooler or
+    the width."""
+
     neurons: Share = 0.0
-    """Share of the inner neurons of feed-forward pairs to remove, at least 0 and below 1."""
+    """Share of the inner neurons of feed-forward pairs, and of the hidden units of recurrent layers, to remove."""
 
     heads: Share = 0.0
     """Share of the attention heads to remove."""
 
     channels: Share = 0.0
     """Share of the channels of convolutions to remove."""
+
+    pooler: Share = 0.0
+    """Share of the neurons to remove from linears that read one position of the sequence, such as BERT's pooler. They
+    cost little, and all that a classifier knows of a text goes through them."""
 
     width: Share = 0.0
     """Share of the width of a transformer's residual stream to remove; consumers after norms are not compensated."""
@@ -92,7 +105,7 @@ class Prune(Pass):
     seed: int = 0
     """Of criterion=random."""
 
-    targets: Selector = Selector("linear", "conv", "embedding")
+    targets: Selector = Selector("linear", "conv", "embedding", "conv_transpose", "lstm", "gru", "rnn")
     """Groups to consider: by their names, or by their producers, else consumers (ops, module paths or patterns)."""
 
     ignore: Selector = Selector()
@@ -105,9 +118,11 @@ class Prune(Pass):
     def contradiction(self) -> str | None:
         shares = [kind for kind in KINDS if getattr(self, kind)]
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(budgets) + bool(shares) != 1:
-            given = f", and not {' and '.join(shares + budgets)}" if shares or budgets else ""
-            return f"give shares by kind ({', '.join(KINDS)}), or one budget ({', '.join(BUDGETS)}){given}"
+        amount = ["amount"] if self.amount else []
+        if len(amount) + bool(shares) + len(budgets) != 1:
+            given = f", and not {' and '.join(amount + shares + budgets)}" if amount or shares or budgets else ""
+            kinds, of_model = ", ".join(KINDS), ", ".join(BUDGETS)
+            return f"give amount, shares by kind ({kinds}), or one budget ({of_model}){given}"
         if not self.kinds:
             return f"kinds is empty; give some of {', '.join(KINDS)}"
         if self.kinds != Prune.kinds and not budgets:
@@ -115,7 +130,7 @@ class Prune(Pass):
         if self.seed != Prune.seed and self.criterion != "random":
             return f"seed is for criterion=random, and criterion is {self.criterion}"
         if self.schedule != "none" and budgets:
-            return f"schedule lets the share of a kind grow; give {' or '.join(KINDS)} in place of {budgets[0]}"
+            return f"schedule lets the share of a kind grow; give amount, or shares by kind, in place of {budgets[0]}"
         if self.marks and self.scope == "global":
             return "movement ranks the units of each group by themselves; use scope=layer"
         if self.marks and self.compensate:
@@ -151,20 +166,28 @@ class Prune(Pass):
             compensate(graph, context, {candidate.group: candidate.units(size) for candidate, size in smaller.items()})
         cut(graph, smaller, names)
 
+    @property
+    def _shares(self) -> dict[str, float]:
+        """By kind, the share of its units to remove; empty where a budget is given."""
+        if self.amount:
+            return dict.fromkeys(OF_AMOUNT, self.amount)
+        return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind)}
+
     def _groups(self, graph: Graph, context: Context) -> list[Group]:
-        """The groups that may be cut; of each kind that has a share there must be one."""
-        shares = [kind for kind in KINDS if getattr(self, kind)]
-        named = self.targets != Prune.targets
-        return open_groups(
-            graph, context, shares or self.kinds, self.targets, self.ignore, required=shares, named=named
-        )
+        """The groups that may be cut. A note names each kind that has a share and no such group."""
+        kinds = tuple(self._shares) or self.kinds
+        found = open_groups(graph, context, kinds, self.targets, self.ignore, named=self.targets != Prune.targets)
+        for kind in self._shares:
+            if not any(group.kind == kind for group in found):
+                context.note(f"{kind}: the model has none that can shrink")
+        return found
 
     def _multiple(self, group: Group, context: Context) -> int:
         if group.kind == "heads":
             return 1
         if self.round_to is not None:
             return self.round_to
-        return context.target.round_to.get(group.kind, 1)
+        return context.target.round_to.get("neurons" if group.kind == "pooler" else group.kind, 1)
 
     def _sizes(self, graph: Graph, context: Context, candidates: list[Candidate]) -> Sizes:
         """How many units of each stay, by the shares or the budget."""
@@ -172,7 +195,7 @@ class Prune(Pass):
         for name in BUDGETS:
             if getattr(self, name) is not None:
                 return sizing.within_budget(graph, context, candidates, name, getattr(self, name), together)
-        shares: dict[str, float] = {kind: self._share(getattr(self, kind), context) for kind in KINDS}
+        shares = {kind: self._share(share, context) for kind, share in self._shares.items()}
         chosen = sizing.by_shares(context, candidates, shares, together)
         model = CostModel(graph, candidates, sizes(graph, context.feeds[0]) if context.feeds else {})
         if model.flops and any(size < candidate.group.size for candidate, size in chosen.items()):

@@ -23,28 +23,26 @@ def open_groups(
     targets: Selector,
     ignore: Selector,
     *,
-    required: Sequence[str] = (),
     named: bool = False,
 ) -> list[Group]:
     """The groups of these kinds that are selected and that nothing locks, in the order of the graph.
 
     Those that are selected are counted as eligible, by name, and those that are locked are declined. A term that is the
     name of a group, and no op, selects that group only; any other selects those with such a producer or consumer.
-    required: kinds of which there must be a group; named: whether the user wrote `targets`.
+    named: whether the user wrote `targets`.
     Producers come first: a module selects by what it consumes only where it produces no group.
-    Raises UsageError where the graph has no group of a required kind, or of any, where a term that the user wrote
-    selects none, or none but locked ones, and where all that is selected of a required kind is locked. A site that is
-    named and has none is declined before.
+    Raises UsageError where the graph has no group of these kinds, where a term that the user wrote selects none, or
+    none but locked ones, and where nothing that is selected can shrink. A site that is named and has none is declined
+    before.
     """
     name = context.record.name
     everything = groups(graph)
     found = [group for group in everything if group.kind in kinds]
     counts = Counter(group.kind for group in everything)
-    missing = [kind for kind in required if not counts[kind]]
-    if missing or not found:
+    if not found:
         there = ", ".join(f"{count} of {kind}" for kind, count in counts.items()) or "none"
         raise UsageError(
-            f"{name}: the model has no group of {' or '.join(missing or kinds)}; its groups: {there}"
+            f"{name}: the model has no group of {' or '.join(kinds)}; its groups: {there}"
             + _locks([group for group in everything if group.locked]) + already_quantized(graph)
         )  # fmt: skip
     names = {group.name for group in everything} - OPS.keys()
@@ -74,16 +72,16 @@ def open_groups(
     wanted = {group for term in targets.terms for group in hits(term)} - ignored
     chosen = [group for group in found if group in wanted]
     context.consider([group.name for group in chosen])
+    for group in everything:
+        context.considered.update(group.producers, group.consumers)
     for group in chosen:
         if group.locked:
             context.record.decline(group.name, group.locked)
     left = [group for group in chosen if not (group.locked or context.reverts(group.name))]
-    for several in [[kind] for kind in required] or [list(kinds)]:
-        if not any(group.kind in several for group in left):
-            held = [group for group in chosen if group.kind in several]
-            why = _locks(held) if held else "; targets and ignore leave none of them"
-            all_ = "graphopt inspect MODEL --groups lists them"
-            raise UsageError(f"{name}: no group of {' or '.join(several)} can shrink{why} ({all_})")
+    if not left:
+        why = _locks(chosen) if chosen else "; targets and ignore leave none of them"
+        all_ = "graphopt inspect MODEL --groups lists them"
+        raise UsageError(f"{name}: no group of {' or '.join(kinds)} can shrink{why} ({all_})")
     return left
 
 

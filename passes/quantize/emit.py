@@ -9,6 +9,7 @@ import torch
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import end_of, is_dequantized
 from graphopt.numerics import quantize
+from graphopt.passes.quantize import schemes
 from graphopt.passes.quantize.plan import QuantizationPlan
 from graphopt.passes.quantize.ranges import Activation, Parameters
 from graphopt.passes.quantize.weights import Stored, Weights
@@ -41,8 +42,11 @@ class _Emitter:
         if node in self.plan.regions.moves:
             value = self.graph.emit(node, *node.operands, at=node)
         elif node.kind == "embedding":
-            value = self.graph.emit(node, self._weight(node), node.required("ids"), at=node)
-        elif node.kind in ("linear", "conv"):
+            value = self.graph.emit(node, self._weight(node, "table"), node.required("ids"), at=node)
+        elif node.kind in schemes.RECURRENT:
+            self._emit_recurrent(node, planned[0], scheme)
+            return
+        elif node.kind in ("linear", "conv", "conv_transpose"):
             bits = self.plan.sites[node].activation_bits
             x, weight = self._activation(planned[0], node.input, scheme, node, bits), self._weight(node)
             value = self.graph.emit(node.kind, x, weight, self._bias(node), at=node, **node.attributes)
@@ -54,6 +58,12 @@ class _Emitter:
             self._close(node, value)
         else:
             self.graph.replace(node, value)
+
+    def _emit_recurrent(self, node: Node, planned: Value | None, scheme: str) -> None:
+        """Replace a recurrent layer, whose state stays float in the graph."""
+        x = self._activation(planned, node.input, scheme, node)
+        operands = x, self._weight(node, "weight"), self._weight(node, "recurrent"), *node.operands[3:]
+        self.graph.replace(node, *self.graph.emit_all(node, *operands, at=node))
 
     def _close(self, node: Node, value: Value) -> None:
         """Quantize the result of a node, after the relu or clip that follows it, and replace these."""
@@ -97,9 +107,9 @@ class _Emitter:
         integers = self.graph.emit("quantize", x, scale, zero_point, at=at, bits=bits)
         return self.graph.emit("dequantize", integers, scale, zero_point, at=at, bits=bits)
 
-    def _weight(self, site: Node) -> Value:
-        """The weight or the table of a site, dequantized."""
-        stored = self.weights.stored[site]
+    def _weight(self, site: Node, name: str = "weight") -> Value:
+        """A weight of a site, dequantized."""
+        stored = self.weights.stored[site][name]
         if stored not in self.dequantized:
             operands = stored.integers, stored.scale, stored.zero_point
             self.dequantized[stored] = self.graph.emit("dequantize", *operands, at=site, **stored.attributes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ class Asked:
 
     scheme: str
     """Auto, static, dynamic or weight-only."""
-    bits: int | None
-    """Of its weight; None for the default."""
+    bits: int | tuple[int, ...] | None
+    """Of its weight; None for the default; several in the order of preference."""
     activation_bits: int = 8
 
 
@@ -73,7 +73,7 @@ class QuantizationPlan:
     """All that is decided before anything is calibrated or changed."""
 
     sites: Mapping[Node, SitePlan]
-    """The linears, convs, matmuls and embeddings that are quantized, in the order of the graph."""
+    """The ops with weights, and the matmuls, that are quantized, in the order of the graph."""
     regions: Regions
     declined: Mapping[Node, Decline]
     """Sites and other ops that stay float, and why."""
@@ -159,7 +159,8 @@ def _is_narrow(asked: Asked | Decline, planned: SitePlan) -> bool:
     """Whether fewer bits were asked for than are planned."""
     if isinstance(asked, Decline) or planned.weight is None:
         return False
-    return asked.activation_bits < planned.activation_bits or (asked.bits or 8) < min(planned.weight.bits, 7)
+    first = asked.bits[0] if isinstance(asked.bits, tuple) else asked.bits
+    return asked.activation_bits < planned.activation_bits or (first or 8) < min(planned.weight.bits, 7)
 
 
 def _sites(
@@ -174,7 +175,7 @@ def _sites(
     declined: dict[Node, Decline] = {}
     for site, form in asked.items():
         found = kept.get(site) or schemes.why_not(site) or form
-        planned = _site(site, found, options, context, site in ends) if isinstance(found, Asked) else found
+        planned = _first_possible(site, found, options, context, site in ends) if isinstance(found, Asked) else found
         if isinstance(planned, SitePlan):
             chosen[site] = planned
         else:
@@ -186,18 +187,32 @@ def _sites(
     return chosen, declined
 
 
-def _site(site: Node, asked: Asked, options: Quantize, context: Context, is_end: bool) -> SitePlan | Decline:
-    """The plan of a site by what was asked for, or why there is none. is_end: whether it is a first or last layer."""
+def _first_possible(
+    site: Node, asked: Asked, options: Quantize, context: Context, is_end: bool
+) -> SitePlan | Decline:
+    """The plan of a site with the first of the bits that were asked for which it may have, or why it has none.
+
+    is_end: whether it is a first or last layer.
+    """
+    several = asked.bits if isinstance(asked.bits, tuple) else (asked.bits,)
+    plans = [_site(site, asked, bits, options, context, is_end) for bits in several]
+    return next((plan for plan in plans if isinstance(plan, SitePlan)), plans[-1])
+
+
+def _site(
+    site: Node, asked: Asked, bits: int | None, options: Quantize, context: Context, is_end: bool
+) -> SitePlan | Decline:
+    """The plan of a site with these bits, or why there is none."""
     scheme = schemes.scheme_of(site.kind, asked.scheme, context)
+    activation_bits = asked.activation_bits if site.kind in ("linear", "conv") else 8
     if is_end and scheme == "static":
-        asked = _at_8(asked, options)
+        bits, activation_bits = _at_8(bits, activation_bits, options)
     if why := schemes.why_no_kernel(site, scheme, options.dtype, context):
         return why
     if site.kind in ("matmul", "softmax"):
         return SitePlan(scheme, None)
-    bits = schemes.bits_of(site.kind, scheme, asked.bits, context)
+    bits = schemes.bits_of(site.kind, scheme, bits, context)
     block = schemes.block_of(site, scheme, bits, options.block)
-    activation_bits = asked.activation_bits if site.kind in ("linear", "conv") else 8
     if why := (
         schemes.why_wrong_bits(site.kind, scheme, bits, context)
         or schemes.why_wrong_activation_bits(scheme, activation_bits, options.dtype, context)
@@ -213,16 +228,19 @@ def _site(site: Node, asked: Asked, options: Quantize, context: Context, is_end:
     corrects = corrects and (site.bias is None or site.bias.is_constant)
     if options.dtype != "int8":
         return SitePlan(scheme, WeightPlan(schemes.TYPES[options.dtype], bias_correction=corrects))
+    if site.kind not in ("linear", "conv"):  # whose inputs no moments describe
+        return SitePlan(scheme, WeightPlan(bits=bits, symmetric=symmetric, clip=clip))
     gptq = calibrated if options.rounding == "auto" else options.rounding == "gptq"
     weight = WeightPlan(bits=bits, block=block, symmetric=symmetric, clip=clip, gptq=gptq, bias_correction=corrects)
     return SitePlan(scheme, weight, activation_bits)
 
 
-def _at_8(asked: Asked, options: Quantize) -> Asked:
-    """What is asked of a first or last layer: 8 bits, in place of fewer that are asked of all sites alike."""
-    bits = asked.bits if isinstance(options.bits, PerSite) or asked.bits == 7 else None
-    activation_bits = asked.activation_bits if isinstance(options.activation_bits, PerSite) else 8
-    return replace(asked, bits=bits, activation_bits=activation_bits)
+def _at_8(bits: int | None, activation_bits: int, options: Quantize) -> tuple[int | None, int]:
+    """The bits of a first or last layer: 8, in place of fewer that are asked of all sites alike."""
+    return (
+        bits if isinstance(options.bits, PerSite) or bits == 7 else None,
+        activation_bits if isinstance(options.activation_bits, PerSite) else 8,
+    )
 
 
 def _tied_tables(planned: Mapping[Node, SitePlan]) -> dict[Node, Node]:

@@ -43,12 +43,13 @@ class Quantize(Pass):
     of static convs are quantized too, after the following relu or clip, and so are ops that compute with or move
     them: a target then finds closed quantized regions. With calibration the default is all that is known to help
     without labels: channels are smoothed, weights are fitted to quantized inputs and rounded by GPTQ, and biases
-    compensate mean errors. Declined: a weight that is not stored in float32, and what the target has no fast kernel
-    for.
+    compensate mean errors. A recurrent layer has one scale for each row of its gates, which its directions share.
+    Declined: a weight that is not stored in float32, and what the target has no fast kernel for.
     """
 
     name = "quantize"
     stage = Stage.QUANTIZE
+    changes_weights = True
     without_calibration = "scheme=dynamic"
 
     scheme: Scheme | Mapping[str, Scheme] = "auto"
@@ -58,9 +59,10 @@ class Quantize(Pass):
     dtype: Literal["int8", "float8"] = "int8"
     """What is multiplied: int8, or float8 (e4m3: 3 bits of fraction) where the target has kernels for it."""
 
-    bits: Bits | Mapping[str, Bits] | None = None
+    bits: Bits | tuple[Bits, ...] | Mapping[str, Bits] | None = None
     """Of weights, by site if wanted: 8, 7 (none: where products may saturate), 4 or 2; dynamic sites have 8 or 7. Of
-    static sites, the first and the last layers keep 8 in place of 4 and 2, unless they are given theirs by site."""
+    several, a site takes the first that it may have. Of static sites, the first and the last layers keep 8 in place of
+    4 and 2, unless they are given theirs by site."""
 
     activation_bits: ActivationBits | Mapping[str, ActivationBits] = 8
     """Of what static linears and convs read, by site if wanted (others: 8). No target has kernels for 4: linears take
@@ -96,7 +98,7 @@ class Quantize(Pass):
     max_drop: Annotated[float, Range(0)] | None = None
     """Most that `evaluate` (more is better) may fall, in the same way."""
 
-    targets: Selector = Selector("linear", "conv", "embedding")
+    targets: Selector = Selector("linear", "conv", "embedding", "conv_transpose", "lstm", "gru", "rnn")
     """Sites to consider: ops (matmul too, and softmax between matmuls), module paths or patterns."""
 
     ignore: Selector = Selector()
@@ -108,6 +110,9 @@ class Quantize(Pass):
             warnings.warn("quantize: rounding=second-order is called gptq now", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "rounding", "gptq")
         super().__post_init__()
+
+    def contradiction(self) -> str | None:
+        return "bits is empty; give 8, 7, 4 or 2, or several of them" if self.bits == () else None
 
     def alone(self) -> Self:
         """At one site: without smoothing, which changes the nodes before it too."""

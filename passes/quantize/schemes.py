@@ -15,7 +15,9 @@ from graphopt.pipeline.weights import why_fixed
 TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 """What weights and activations are stored in, by name."""
 
-OPS = ("linear", "conv", "matmul", "softmax", "embedding")
+RECURRENT = ("lstm", "gru", "rnn")
+
+OPS = ("linear", "conv", "matmul", "softmax", "embedding", "conv_transpose", *RECURRENT)
 """What may be selected; other ops are quantized where they stand between these. A softmax is asked for by name,
 and is quantized only after a static matmul."""
 
@@ -62,10 +64,22 @@ def bits_of(op: str, scheme: str, asked: int | None, context: Context) -> int:
     return context.target.product_bits()
 
 
+def weights_of(kind: str) -> tuple[str, ...]:
+    """The operands of an op that are weights, and become integers together."""
+    return ("table",) if kind == "embedding" else ("weight", "recurrent") if kind in RECURRENT else ("weight",)
+
+
+def rows_of(kind: str) -> int:
+    """The axis of the outputs of an op's weights, along which each has a scale."""
+    return 1 if kind in ("conv_transpose", *RECURRENT) else 0
+
+
 def block_of(site: Node, scheme: str, bits: int, asked: int | None) -> int | None:
     """How many weights of a site share one scale; None: all of an output (or row). See `why_no_block`."""
-    if scheme != "weight-only" or asked is not None or bits == 8:
-        return asked if scheme == "weight-only" else None
+    if scheme != "weight-only" or site.kind not in ("linear", "embedding"):  # blocks are of matrices
+        return None
+    if asked is not None or bits == 8:
+        return asked
     return next((block for block in _BLOCKS if _width(site) % block == 0), _BLOCKS[0])
 
 
@@ -82,7 +96,8 @@ def why_not(site: Node) -> Decline | None:
     weight = site.weight
     if weight is not None and weight.is_floating_point() and weight.dtype != torch.float32:
         return not_float32("weight", weight.dtype)
-    return why_fixed(site)
+    others = (site.required(name) for name in weights_of(site.kind)[1:])
+    return why_fixed(site) or (None if all(value.is_constant for value in others) else Decline("weight_computed"))
 
 
 def not_float32(name: str, dtype: torch.dtype | None) -> Decline:

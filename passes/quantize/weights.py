@@ -15,6 +15,7 @@ from graphopt.numerics.finite import require_finite
 from graphopt.numerics.reconstruct import bias_shift, fitted, reconstruct, refine
 from graphopt.passes.quantize.plan import QuantizationPlan, WeightPlan
 from graphopt.passes.quantize.ranges import Activation, Parameters
+from graphopt.passes.quantize.schemes import rows_of, weights_of
 from graphopt.pipeline import inputs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import Weight
@@ -45,8 +46,8 @@ class Stored:
 class Weights:
     """What `solve` found."""
 
-    stored: Mapping[Node, Stored]
-    """The weight or the table of each site that has one."""
+    stored: Mapping[Node, Mapping[str, Stored]]
+    """Of each site, its weights (or its table), by operand."""
     biases: Mapping[Node, Tensor]
     """The corrected bias (out,) of each site that has one."""
 
@@ -67,27 +68,31 @@ def solve(
     stored: dict[tuple[Value, WeightPlan], Stored] = {}
     shifts: dict[Node, Tensor] = {}
     for how in dict.fromkeys(how for how in plans.values() if how.needs_inputs):
-        sites = [site for site, one in plans.items() if one == how and site.kind != "embedding"]
+        sites = [site for site, one in plans.items() if one == how and site.kind in ("linear", "conv")]
         for goal in _goals(graph, context, how, list(_weights(sites)), grids):
             weight = goal.weight
             least = _least_scales(graph, weight.value, how, plans, grids)
             rounded = _rounded(goal.wanted, how, least, goal.covariance, weight.sites[0])
-            stored[weight.value, how] = _stored(graph, weight.value, how, rounded)
+            stored[weight.value, how] = _stored(graph, weight.value, how, rounded, 0)
             if how.bias_correction:
                 shifts |= dict.fromkeys(weight.sites, goal.shift(rounded.values()))
     for site, how in plans.items():
-        value = _value(site)
-        if (value, how) not in stored:
-            tensor = graph.constant(value)
-            assert tensor is not None  # others are declined
-            rounded = _rounded(tensor, how, _least_scales(graph, value, how, plans, grids), None, site)
-            stored[value, how] = _stored(graph, value, how, rounded)
+        axis = rows_of(site.kind)
+        for value in _values(site).values():
+            if (value, how) not in stored:
+                tensor = graph.constant(value)
+                assert tensor is not None  # others are declined
+                least = _least_scales(graph, value, how, plans, grids)
+                rounded = _rounded(tensor.movedim(axis, 0).contiguous(), how, least, None, site)
+                stored[value, how] = _stored(graph, value, how, rounded, axis)
     biases = {site: _bias(graph, site) + shift for site, shift in shifts.items()}
-    return Weights({site: stored[_value(site), how] for site, how in plans.items()}, biases)
+    found = {site: {name: stored[value, how] for name, value in _values(site).items()} for site, how in plans.items()}
+    return Weights(found, biases)
 
 
-def _value(site: Node) -> Value:
-    return site.required("table" if site.kind == "embedding" else "weight")
+def _values(site: Node) -> dict[str, Value]:
+    """The weights of a site, by operand."""
+    return {name: site.required(name) for name in weights_of(site.kind)}
 
 
 def _bias(graph: Graph, site: Node) -> Tensor:
@@ -225,12 +230,13 @@ def _of_each(squares: Tensor, weight: Tensor) -> Tensor:
     return squares.repeat_interleave(len(weight) // len(squares), 0).reshape(weight.shape)
 
 
-def _stored(graph: Graph, value: Value, how: WeightPlan, rounded: _Rounded) -> Stored:
-    """Add a rounded weight to the constants of the graph. value: the weight, whose name they take."""
-    form = {"axis": 0} if how.block is None else {"axis": 1, "block": how.block}
+def _stored(graph: Graph, value: Value, how: WeightPlan, rounded: _Rounded, axis: int) -> Stored:
+    """Add a rounded weight to the constants of the graph. value: the weight, whose name they take; axis: of its
+    outputs, which was moved to the front to round it."""
+    form = {"axis": axis} if how.block is None else {"axis": 1, "block": how.block}
     zero_point = rounded.zero_point
     return Stored(
-        graph.add_constant(rounded.integers, value.name),
+        graph.add_constant(rounded.integers.movedim(0, axis).contiguous(), value.name),
         graph.add_constant(rounded.scale, f"{value.name}_scale"),
         None if zero_point is None else graph.add_constant(zero_point, f"{value.name}_zero_point"),
         form | ({"bits": how.bits} if how.bits < 7 else {}),

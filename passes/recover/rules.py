@@ -15,7 +15,8 @@ from graphopt.ir.graph import Graph, Node
 from graphopt.numerics.sparsity import Pattern
 from graphopt.passes.prune.sizing import note_sizes
 from graphopt.passes.sparsify.zeros import Zeros
-from graphopt.pipeline.context import Context, KeptZeros, Marks
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.zeros import KeptZeros, Marks
 from graphopt.training.rules import (
     FixedZeros,
     Movement,

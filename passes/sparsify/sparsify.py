@@ -15,11 +15,12 @@ from graphopt.numerics.sparsity import Pattern, cubic
 from graphopt.passes.sparsify.amounts import by_sensitivity
 from graphopt.passes.sparsify.criteria import CALIBRATED, CRITERIA, Request
 from graphopt.passes.sparsify.zeros import Zeros
-from graphopt.pipeline.context import Context, KeptZeros, MarkedZeros
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.weights import Weight, changeable, selected
+from graphopt.pipeline.zeros import KeptZeros, MarkedZeros
 from graphopt.report.declines import Reason
 
 Share = Annotated[float, Range(0, 1, open_high=True)]
@@ -42,6 +43,7 @@ class Sparsify(Pass):
 
     name = "sparsify"
     stage = Stage.PRUNE
+    changes_weights = True
 
     amount: Share | Mapping[str, Share] | None = None
     """Share of zeros in [0, 1), of all sites or by site; none: 0.5, or as the pattern says. With criterion=threshold:

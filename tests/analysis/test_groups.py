@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,8 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.axes import reshape_blocks
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
-from graphopt.passes import Simplify
+from graphopt.passes import Prune, Simplify
+from graphopt.passes.prune.prune import OF_AMOUNT
 from tests import models
 from tests.language import build, run
 
@@ -204,6 +206,22 @@ def captured(name: str, dialect: str) -> Graph:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_amount_fits_every_architecture(name: str, dialect: str) -> None:
+    """All groups of the kinds that it names shrink, and no other does; a kind that is not there is named in a note."""
+    graph = captured(name, dialect).clone()
+    found = [group for group in groups(graph) if group.locked is None]
+    named = [group for group in found if group.kind in OF_AMOUNT]
+    left = {site.path: Fraction(-(-group.size // 2), group.size) for group in named for site in group.producers}
+    rows = {site.path: site.weight.shape[0] for site in graph.sites("linear", "conv") if site.weight is not None}
+    notes = run(Prune(amount=0.5, round_to=1), graph).record.notes
+    for site in graph.sites("linear", "conv"):
+        if site.weight is not None:
+            assert site.weight.shape[0] == rows[site.path] * left.get(site.path, 1)
+    absent = {note.split(":")[0] for note in notes if note.endswith("none that can shrink")}
+    assert absent == set(OF_AMOUNT) - {group.kind for group in named}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_finds_the_groups_of_an_architecture(name: str, dialect: str) -> None:
     found = groups(captured(name, dialect))
     _, _, expected, locked = ARCHITECTURES[name]
@@ -278,6 +296,21 @@ def test_a_residual_width_is_one_group(dialect: str) -> None:
         dialect,
     )
     assert found == [("width", 8, None), ("neurons", 12, None), ("neurons", 5, output("y"))]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("h = slice(x[2,5,8], axis=1, start=4, end=5)\np = squeeze(h, axes=[1])", "pooler"),
+        ("h = slice(x[2,5,8], axis=1, start=0, end=1)\np = layer_norm(relu(linear(h, A[8,8])), G[8], C[8])", "pooler"),
+        ("p = slice(x[2,5,8], axis=1, start=0, end=2)", "neurons"),
+        ("p = mean(x[2,5,8], axes=[1], keepdim=False)", "neurons"),
+        ("p = relu(x[2,5,8])", "neurons"),
+    ],
+)
+def test_a_pooler_reads_one_position_of_a_sequence(text: str, kind: str, dialect: str) -> None:
+    graph = build(dialect, f"{text}\nq = relu(linear(p, W[16,8]))\ny = linear(q, V[3,16])")
+    assert [group.kind for group in groups(graph) if group.size == 16] == [kind]
 
 
 def test_a_tied_embedding_joins_what_it_ties(dialect: str) -> None:

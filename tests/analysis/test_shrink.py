@@ -294,6 +294,17 @@ OPS = {
     " S[2]:values(-1,24):int64), C[5,24])",
     "attention": "q = linear(x[2,5,8], Q[24,8])\n"
     "y = linear(attention(q, linear(x, K[12,8]), linear(x, V[12,8]), heads=6, kv_heads=3), O[5,24])",
+    "transposed-conv": "h = relu(conv(x[2,3,6,6], A[8,3,1,1]))\n"
+    "y = conv(concat(conv_transpose(h, B[8,6,2,2], D[6], stride=[2,2]), z[2,3,12,12], axis=1), C[5,9,1,1])",
+    "lstm": "h, a, b = lstm(x[5,2,3], A[1,24,3], B[1,24,6], D[1,48])\ny = linear(squeeze(h, axes=[1]), C[5,6])",
+    "gru": "h, a = gru(x[5,2,3], A[1,18,3], B[1,18,6], D[1,36], -, linear(z[1,2,4], E[6,4]))\n"
+    "y = linear(add(squeeze(h, axes=[1]), a), C[5,6])",
+    "gru-reset-before": "h, a = gru(x[5,2,3], A[1,18,3], B[1,18,6], D[1,36], direction=reverse, reset_after=False)\n"
+    "y = linear(squeeze(h, axes=[1]), C[5,6])",
+    "layers": "h, a = rnn(x[5,2,3], A[2,6,3], B[2,6,6], direction=bidirectional, activation=relu)\n"
+    "f = reshape(transpose(h, perm=[0,2,1,3]), S[3]:values(5,2,12):int64)\n"
+    "i, b, c = lstm(f, E[2,24,12], F[2,24,6], G[2,48], direction=bidirectional)\n"
+    "y = linear(reshape(transpose(i, perm=[0,2,1,3]), S), C[5,12])",
     "quantized": "y = linear(linear(x[2,8], dequantize(A[8,8]:int8, S[8]:ones, axis=0), B[8]), C[5,8])",
 }
 
@@ -301,13 +312,20 @@ OPS = {
 def zeroed_graph(graph: Graph, group: Group, keep: Tensor) -> None:
     """Set the consumers' weights for removed units to zero, in the graph."""
     for consumer in group.consumers:
-        weight = consumer.required("weight")
-        tensor = consumer.graph.constant(weight)
-        assert tensor is not None
-        tensor = tensor.clone()
-        tensor[:, removed(group, keep, weight, 1)] = 0
-        operands = [graph.add_constant(tensor) if value == weight else value for value in consumer.operands]
-        graph.replace(consumer, graph.emit(consumer.kind, *operands, at=consumer, **consumer.attributes))
+        operands = list(consumer.operands)
+        for place, axis in READ.get(consumer.kind, {1: 1}).items():
+            weight = operands[place]
+            tensor = None if weight is None else graph.constant(weight)
+            assert weight is not None and tensor is not None
+            if any((one.value, one.axis) == (weight, axis) for one in group.axes):
+                tensor = tensor.clone()
+                tensor.movedim(axis, 0)[removed(group, keep, weight, axis)] = 0
+                operands[place] = graph.add_constant(tensor)
+        graph.replace(consumer, *graph.emit_all(consumer.kind, *operands, at=consumer, **consumer.attributes))
+
+
+READ = {"conv_transpose": {1: 0}, **dict.fromkeys(("lstm", "gru", "rnn"), {1: 2, 2: 2})}
+"""By op, the operands that are weights, and the axis of each that reads the inputs."""
 
 
 @pytest.mark.parametrize("name", OPS)

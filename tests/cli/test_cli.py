@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
+import graphopt
 from graphopt.cli import app as cli
 
 RANDOM = np.random.default_rng(0)
@@ -115,9 +116,13 @@ def test_a_dry_run_says_why_not_and_writes_nothing(model: Path, tmp_path: Path) 
         (["{model}"], "say where to write: -o FILE, or --dry-run"),
         (["{model}", "--dry-run", "-o", "{folder}/small.onnx"], "--dry-run writes nothing"),
         (["{folder}/none.onnx", "--dry-run"], "there is no file {folder}/none.onnx"),
-        (["{model}", "-o", "{folder}/none/small.onnx"], "there is no folder {folder}/none to write small.onnx into"),
-        (["{model}", "-o", "{folder}"], "{folder} is a folder; name a file"),
-        (["{model}", "-o", "{model}"], "{model} is the model itself; write to another file"),
+        (["{model}", "-o", "{folder}/none/small.onnx"], "there is no folder {folder}/none; make it first"),
+        (["{model}", "-o", "{folder}"], "{folder} is a folder; name another file"),
+        (["{model}", "-o", "{folder}/a.txt"], "a.txt is no .onnx file, and onnxruntime writes .onnx: name it a.onnx"),
+        (["{model}", "-o", "{folder}/a"], "a has no suffix, and onnxruntime writes .onnx: name it a.onnx"),
+        (["{model}", "-o", "/dev/null"], "/dev/null is a device, which is never overwritten"),
+        (["{model}", "-o", "{folder}/a.onnx", "--target", "fbgemm"], "fbgemm writes .pt2: name it a.pt2"),
+        (["{model}", "-o", "{folder}/a.onnx", "--report", "{model}"], "{model} is the model itself; write the"),
         (["{model}", "--dry-run", "--passes", "quantise"], "there is no pass 'quantise'; did you mean 'quantize'?"),
         (["{model}", "--dry-run", "--passes", "sparsify{{amuont=1}}"], "no option 'amuont'; did you mean 'amount'?"),
         (["{model}", "--dry-run", "--passes", "quantize,sparsify"], "the right order is sparsify,quantize"),
@@ -161,22 +166,26 @@ def test_wrong_calibration(model: Path, tmp_path: Path, arrays: dict[str, Any], 
     ("output", "report", "message"),
     [
         ("a.onnx", "a.onnx", "a.onnx is what --output writes"), ("a.onnx", "a.onnx.json", "is what --output writes"),
-        ("a.onnx", "a.onnx.data", "is what --output writes"),
-        ("outside.onnx", None, "outside.onnx is the model itself"),
         ("a.onnx", "outside.onnx", "outside.onnx is the model itself"),
-        ("w.json", None, "w.json holds weights of the model"), ("w", None, "w.json holds weights of the model"),
-        ("a.onnx", "w.json", "w.json holds weights of the model"),
+        ("w.onnx", None, "w.onnx.json holds weights of the model"),
+        ("a.onnx", "w.onnx.json", "w.onnx.json holds weights of the model"),
     ],
 )  # fmt: skip
 def test_nothing_that_is_read_or_written_is_overwritten(
     output: str, report: str | None, message: str, model: Path, tmp_path: Path
 ) -> None:
     outside = tmp_path / "outside.onnx"
-    onnx.save(onnx.load(model), outside, save_as_external_data=True, location="w.json", size_threshold=64)
+    onnx.save(onnx.load(model), outside, save_as_external_data=True, location="w.onnx.json", size_threshold=64)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     result = run("optimize", outside, "-o", tmp_path / output, *(["--report", tmp_path / report] if report else []))
     assert result.exit_code == 2 and message in result.stderr
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_model_over_itself(model: Path) -> None:
+    before = model.read_bytes()
+    done("optimize", model, "-o", model, "--passes", "quantize{scheme=dynamic}")
+    assert model.read_bytes() != before and "linear" in done("inspect", model)
 
 
 def test_a_failing_pass_is_one_line_and_leaves_a_reproducer(
@@ -228,6 +237,13 @@ def test_inspect(model: Path) -> None:
     assert "return %2[batch,4]" in done("inspect", model, "--full").splitlines()
 
 
+def test_flops_are_at_the_sizes_of_the_inputs(model: Path, calibration: Path) -> None:
+    assert "FLOPs    1.28 k at x [1, 16]" in done("inspect", model).splitlines()
+    assert "FLOPs    25.6 k at x [20, 16]" in done("inspect", model, "--inputs", calibration).splitlines()
+    facts = json.loads(done("inspect", model, "--inputs", calibration, "--json"))
+    assert (facts["flops"], facts["flops_at"]) == (20 * 1280, {"x": [20, 16]})
+
+
 def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model.onnx")
     shown = done("inspect", model, "--groups")
@@ -240,7 +256,8 @@ def test_inspect_as_json(tmp_path: Path) -> None:
     facts = json.loads(done("inspect", write_model(tmp_path / "a.onnx", activation="Softplus"), "--json", "--full"))
     assert facts["inputs"] == {"x": "[batch, 16] float32"}
     assert (facts["ops"], facts["opaque"]) == ({"linear": 2}, {"onnx.Softplus": 1})
-    assert (facts["parameters"], facts["bytes"], facts["flops"]) == (672, 2688, None)
+    assert (facts["parameters"], facts["bytes"], facts["flops"]) == (672, 2688, 1280)
+    assert facts["flops_at"] == {"x": [1, 16]}
     assert len(facts["listing"]) == 4
 
 
@@ -263,7 +280,7 @@ def fake_ratios(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     seen: dict[str, int] = {}
 
-    def paired(candidates: Any, *, baseline: str, rounds: int) -> dict[str, timing.Ratio]:
+    def paired(candidates: Any, *, baseline: str, rounds: int, told: Any) -> dict[str, timing.Ratio]:
         for name, call in candidates.items():
             seen[name] = len(call())
         return {
@@ -292,11 +309,77 @@ def test_bench_of_two_files(model: Path, calibration: Path, tmp_path: Path, monk
     assert set(seen) == {"tiny.onnx", str(other), "control"}
 
 
+def test_bench_uses_the_data_that_it_is_given(
+    model: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is measured and calibrated on, none of it is made up."""
+    import graphopt.api
+    from graphopt.capture import sources
+
+    fake_ratios(monkeypatch)
+    monkeypatch.setattr(sources, "_made_feeds", lambda *_: pytest.fail("inputs were made up"))
+    given: list[dict[str, Any]] = []
+    optimize = graphopt.api.optimize
+
+    def seen(*args: Any, **options: Any) -> Any:
+        given.append(options)
+        return optimize(*args, **options)
+
+    monkeypatch.setattr(graphopt.api, "optimize", seen)
+    arguments = "bench", model, "--passes", "quantize{scheme=static}", "--calibration", calibration
+    assert "x [8, 16]" in done(*arguments)
+    np.savez(model.with_name("few.npz"), x=np.ones((3, 16), np.float32))
+    assert "x [3, 16]" in done(*arguments, "--inputs", model.with_name("few.npz"))
+    assert [list(options["example_inputs"]["x"].shape) for options in given] == [[8, 16], [3, 16]]
+
+
+@pytest.mark.parametrize("command", ["optimize", "sensitivity", "compare"])
+def test_no_inputs_are_made_up_where_data_is_given(
+    command: str, model: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphopt.capture import sources
+    from graphopt.dialects.onnx.graph import OnnxGraph
+
+    arguments: dict[str, list[object]] = {
+        "optimize": [model, "--dry-run", "--passes", "fast", "--calibration", calibration],
+        "sensitivity": [model, "--setting", "sparsify{amount=0.5}", "--calibration", calibration],
+        "compare": [model, model, "--data", calibration],
+    }
+    ran: list[tuple[int, ...]] = []
+    evaluate = OnnxGraph.evaluate
+
+    def seen(graph: OnnxGraph, feeds: Any, fetch: Any) -> Any:
+        ran.extend(tuple(feed.shape) for feed in feeds.values())
+        return evaluate(graph, feeds, fetch)
+
+    monkeypatch.setattr(OnnxGraph, "evaluate", seen)
+    if command != "compare":  # which captures graphs alone, and runs none on what was made up
+        monkeypatch.setattr(sources, "_made_feeds", lambda *_: pytest.fail("inputs were made up"))
+    done(command, *arguments[command])
+    assert (1, 16) not in ran
+
+
 def test_bench_refuses(model: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other.onnx", name="z")
     assert "different inputs: x and z" in refused(2, "bench", model, other)
     assert "leave out one" in refused(2, "bench", model, other, "--passes", "simplify")
+    assert "leave out one" in refused(2, "bench", model, other, "--calibration", "x.npz")
     assert "there is no file" in refused(2, "bench", model, tmp_path / "none.onnx")
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", *(command.__name__ for command in cli.COMMANDS)])
+def test_help_is_whole_at_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = done(*filter(None, [command]), "--help")
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown and "<bool>" not in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_the_version() -> None:
+    assert done("--version") == f"graphopt {graphopt.__version__}\n"
 
 
 # --- passes, targets, reproduce ------------------------------------------------------------------------------------
@@ -304,9 +387,12 @@ def test_bench_refuses(model: Path, tmp_path: Path) -> None:
 
 def test_passes_lists_every_pass_with_its_options() -> None:
     from graphopt.passes import REGISTRY
+    from graphopt.pipeline.presets import PRESETS
 
     facts = {one["name"]: one for one in json.loads(done("passes", "--json"))}
-    assert set(facts) == set(REGISTRY)
+    assert set(facts) == {*REGISTRY, *PRESETS}
+    for name in PRESETS:
+        assert facts.pop(name)["preset"] == PRESETS[name].text and PRESETS[name].text in done("passes", name)
     for one in facts.values():
         assert one["help"]
         assert all(help_ for _, help_ in one["options"].values()), f"an option of {one['name']} has no docstring"

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, save
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "graphopt.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "graphopt", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
 
 
@@ -28,7 +28,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_optimize_and_its_exit_codes(model: Path, tmp_path: Path) -> None:
     found = run("optimize", model, "-o", tmp_path / "small.onnx")
-    assert (found.returncode, found.stderr) == (0, "")
+    assert found.returncode == 0
+    stages = [line.split(":")[0] for line in found.stderr.splitlines()]
+    assert [stage for stage in stages if stage != "measure"] == [
+        "capture", "run the original", "simplify", "fold-int8", "lower", "check"
+    ]  # fmt: skip
+    assert run("optimize", model, "-o", tmp_path / "small.onnx", "--quiet").stderr == ""
     assert (tmp_path / "small.onnx").is_file()
 
     wrong = run("optimize", model, "-o", tmp_path / "other.onnx", "--passes", "distil")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
+import re
 import shlex
 import subprocess
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +19,24 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from graphopt.errors import GraphError, PassError
+from graphopt.errors import GraphError, PassError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.instruments import Agree, Diff, Dump, Instrument, Progress, Reproduce, Timing, Verify
+from graphopt.pipeline.instruments import (
+    Agree,
+    Diff,
+    Dump,
+    Instrument,
+    Log,
+    Progress,
+    Reproduce,
+    Timing,
+    Verify,
+    display,
+    phase,
+    watched,
+)
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, run_pass
 from graphopt.pipeline.selectors import Selector
@@ -316,6 +332,96 @@ def test_progress_prints_one_line_a_pass() -> None:
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert [" ".join(line.split()[:-2]) for line in lines] == ["scale 2 of 2 sites", "shorten 1 change"]
+
+
+def terminal() -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, force_terminal=True, width=100), file
+
+
+def test_progress_shows_what_runs_inside_what_and_takes_it_away() -> None:
+    console, file = terminal()
+    progress, threads = Progress(console), threading.active_count()
+    with phase([progress], "lower") as now, watched([progress], "measure", 2) as advance:
+        now.result = "7 nodes"
+        advance("a [bold] site")
+        assert threading.active_count() == threads  # which would disturb what is timed
+    shown = file.getvalue()
+    assert "measure: a [bold] site" in shown and "50%" in shown
+    assert re.search(r"lower +7 nodes +\d+\.\d\d s", shown)
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is hidden, and comes back
+
+
+@pytest.mark.parametrize("error", [UsageError("wrong"), RuntimeError("broken"), KeyboardInterrupt()])
+def test_progress_gives_the_terminal_back_when_a_pass_fails(error: BaseException) -> None:
+    class Failing(Nothing):
+        def run(self, graph: Graph, context: Context) -> None:
+            raise error
+
+    console, file = terminal()
+    with pytest.raises((UsageError, PassError, KeyboardInterrupt)):
+        run(build("onnx", TEXT), Failing(), instruments=[Progress(console)])
+    assert file.getvalue().count("\x1b[?25h") == 1
+
+
+def test_what_is_printed_stays_on_stdout_while_bars_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    console, file = terminal()
+    with Progress(console).running("evaluate"):
+        print('{"json": 1}')
+    assert capsys.readouterr().out == '{"json": 1}\n' and "json" not in file.getvalue()
+
+
+def test_log_has_a_line_for_each_pass_and_phase(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "graphopt"):
+        run(build("onnx", TEXT), Scale(by=1.0), Shorten(), instruments=[Log()])
+        with phase([Log()], "check"), watched([Log()], "calibration", 2) as advance:
+            advance("batch 0")
+    lines = [(record.levelname, re.sub(r"\d+\.\d s", "0.0 s", record.getMessage())) for record in caplog.records]
+    assert lines == [
+        ("DEBUG", "scale begins"), ("INFO", "scale: 2 of 2 sites, 0.0 s"),
+        ("DEBUG", "shorten begins"), ("INFO", "shorten: 1 change, 0.0 s"),
+        ("DEBUG", "check begins"), ("DEBUG", "calibration: 1 of 2, batch 0"), ("INFO", "check: 0.0 s"),
+    ]  # fmt: skip
+
+
+def test_a_phase_that_fails_is_not_done(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "graphopt"), pytest.raises(ValueError), phase([Log()], "check"):
+        raise ValueError
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("verbose", "is_terminal", "level", "kinds"),
+    [
+        (False, True, logging.INFO, []),
+        (None, False, logging.WARNING, [Log]),
+        (None, True, logging.WARNING, [Log, Progress]),
+        (None, True, logging.INFO, [Log]),
+        (True, False, logging.WARNING, [Log, Progress]),
+    ],
+)
+def test_what_a_run_says_and_where(
+    verbose: bool | None, is_terminal: bool, level: int, kinds: list[type], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
+    with caplog.at_level(level, "graphopt"):
+        assert [type(one) for one in display(verbose)] == kinds
+        own = Progress()
+        assert [type(one) for one in display(verbose, [own])] == [Progress, *(one for one in kinds if one is Log)]
+
+
+def test_nothing_is_said_without_being_asked(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import graphopt
+
+    build("onnx", TEXT).save(tmp_path / "model.onnx")
+    graphopt.optimize(tmp_path / "model.onnx", measure=False)
+    assert capfd.readouterr() == ("", "")
+    graphopt.optimize(tmp_path / "model.onnx", measure=False, verbose=True)
+    said = capfd.readouterr()
+    assert said.out == "" and [line.split()[0] for line in said.err.splitlines()][:2] == ["capture", "run"]
+    with pytest.raises(UsageError, match="verbose is 'yes'; give True, False or None"):
+        graphopt.optimize(tmp_path / "model.onnx", verbose="yes")  # type: ignore[arg-type]
 
 
 def test_should_run_leaves_passes_out() -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from graphopt.errors import GraphError, UsageError
 from graphopt.ir.cost import Cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.rewrite import RuleLog
 from graphopt.measure.timing import Ratio
-from graphopt.report import figures, html, tables, terminal
+from graphopt.report import figures, html, tables
 from graphopt.report.agreements import Agreement
 from graphopt.report.declines import Reason
 from graphopt.report.diff import DiffLine, GraphDiff
@@ -100,7 +101,9 @@ def test_plain_of_what_json_lacks() -> None:
 def test_text_says_everything_in_100_columns() -> None:
     lines = str(example()).splitlines()
     assert max(map(len, lines)) <= 100
-    assert lines[:4] == [
+    assert lines[:6] == [
+        "2.0 times smaller, speed not measured, cosine 0.9991",
+        "",
         "model      tiny.onnx",
         "target     onnxruntime",
         "pipeline   simplify,low-rank{energy=0.9}",
@@ -181,11 +184,28 @@ def test_html_is_one_escaped_page() -> None:
         assert fact in page.text
 
 
-def test_html_is_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    html.write(path, example(), GraphDiff("a", "b"), "title")
-    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+def test_a_report_is_saved_by_the_suffix(tmp_path: Path) -> None:
+    for name in ("a.html", "a.txt", "a.json"):
+        example().save(tmp_path / name, GraphDiff("a", "b"))
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>") and "- a" in Tags(page).text
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == f"{example()}\n"
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == json.loads(json.dumps(example().to_dict()))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.json", "a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("a.pdf", UsageError, "a.pdf ends in .pdf, and a report is an .html, .txt or .json file: name it a.html"),
+        ("a", UsageError, "a has no suffix, and a report is an .html, .txt or .json file: name it a.html"),
+        ("none/a.html", GraphError, "there is no folder .*none; make it first"),
+    ],
+)
+def test_a_report_that_cannot_be_saved(name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        example().save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_notebooks_get_a_fragment() -> None:
@@ -271,9 +291,13 @@ def test_bench_tables() -> None:
     ]
     assert str(result).startswith("machine\n")
     assert "15 paired rounds" in str(result) and "kept changing speed" in str(result)
-    assert "8.00 [7.00, 9.00]" in rendered(terminal.bench(result))
+    headline = "2.0 [1.8, 2.2] to 8.0 [7.0, 9.0] times as fast over 2 shapes"
+    assert repr(result) == f"<BenchResult: {headline}>"
+    for shown in (rendered(result), result._repr_html_()):
+        assert headline in shown and "8.00 [7.00, 9.00]" in shown and "machine" in shown
 
 
 def test_an_empty_report_can_be_shown() -> None:
-    assert str(Report()).splitlines()[0] == "size       0 B -> 0 B"
+    first, _, size, *_ = str(Report()).splitlines()
+    assert (first, size) == ("no smaller, speed not measured, outputs not compared", "size       0 B -> 0 B")
     assert "0 B -> 0 B" in rendered(Report())

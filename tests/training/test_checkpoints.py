@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
+from graphopt import writing
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.training import checkpoints, streams
@@ -181,13 +183,15 @@ def test_a_crash_within_a_write(tmp_path: Path, moment: str, monkeypatch: pytest
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints, "save_file", saved)
         patched.setattr(Path, "replace", replaced)
-        patched.setattr(Path, "unlink", lambda *args, **kwargs: None)  # which a process that is killed does not reach
+        # which a process that is killed does not reach
+        patched.setattr(TemporaryDirectory, "__exit__", lambda *args: None)
         with pytest.raises(Stopped):
             trainer(broken, shuffled(), epochs=1, checkpoint=file).run()
     outcome = trainer(broken, shuffled(), epochs=1, checkpoint=file).run()
     assert same(unbroken, broken)
     assert outcome.notes == [f"went on from step {4 if moment.startswith('after') else 3}, at {file.name}"]
-    assert {one.name for one in tmp_path.iterdir()} == {file.name, file.with_suffix(".jsonl").name}
+    left = {one.name for one in tmp_path.iterdir() if not one.name.startswith(writing.MARK)}
+    assert left == {file.name, file.with_suffix(".jsonl").name}
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +296,8 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_crash_before_the_folder_was_claimed(tmp_path: Path) -> None:
-    (tmp_path / "graphopt.json.part").write_text("{")
+    (tmp_path / ".graphopt-killed").mkdir()
+    (tmp_path / ".graphopt-killed" / "graphopt.json").write_text("{")
     (tmp_path / ".lock").touch()
     with held(tmp_path, IDENTITY):
         assert sorted(one.name for one in tmp_path.iterdir()) == [".lock", "graphopt.json"]

@@ -131,6 +131,12 @@ def parameter(module: nn.Module, value: Value) -> str | None:
     return next((known for known, one in module.named_parameters() if one is found), None)
 
 
+def float_of(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter or statistic of a module that stands for a constant of its graph; None for stored integers."""
+    path = _origins(module).floats.get(name)
+    return None if path is None else _tensor(module, path)
+
+
 def _origins(module: nn.Module) -> Origins:
     origins = getattr(module, "meta", {}).get(ORIGINS)
     if not isinstance(origins, Origins):

@@ -41,7 +41,7 @@ _NAMES = "graphopt.json"
 
 
 def save(graph: FxGraph, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the graph, its names and the texts in `metadata`; a file is complete or not written at all.
+    """Write the graph, its names and the texts in `metadata`, once all is known to be writable.
 
     Raises GraphError where torch cannot write an operation.
     """
@@ -52,13 +52,7 @@ def save(graph: FxGraph, path: str | Path, metadata: Mapping[str, str] | None = 
         torch.export.save(program, buffer, extra_files=extra | {_NAMES: json.dumps(names)})
     except Exception as error:
         raise GraphError(f"torch.export cannot write this graph: {error}") from error
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(buffer.getvalue())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    Path(path).write_bytes(buffer.getvalue())
 
 
 def load(path: str | Path) -> tuple[ExportedProgram, dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from graphopt.analysis.masks import labels
+from graphopt import writing
 from graphopt.dialects.fx import absorb as fx_absorb
 from graphopt.dialects.fx import archive
 from graphopt.dialects.fx import module as fx_module
@@ -97,12 +97,11 @@ class FxGraph(Graph):
             )
         fakes = [value.fake_mode for value in map(meta, loaded.graph.nodes) if hasattr(value, "fake_mode")]
         native = Native(loaded.graph, loaded.stored, fakes[0] if fakes else FakeTensorMode())
-        symbols = labels(
-            (str(meta(node).shape[axis]), label, node.meta["input_name"])
-            for node in native.graph.find_nodes(op="placeholder")
-            for axis, label in axis_names.get(node.meta["input_name"], {}).items()
-            if not isinstance(meta(node).shape[axis], int)
-        )
+        symbols: dict[str, str] = {}
+        for node in native.graph.find_nodes(op="placeholder"):
+            for axis, label in axis_names.get(node.meta["input_name"], {}).items():
+                if not isinstance(meta(node).shape[axis], int):
+                    symbols.setdefault(str(meta(node).shape[axis]), label)
         graph = cls(native, names, symbols)
         graph.sweep()
         return graph
@@ -296,6 +295,13 @@ class FxGraph(Graph):
     def parameter(self, module: nn.Module, value: Value) -> str | None:
         return fx_absorb.parameter(module, value)
 
+    def unpacked(self, module: nn.Module | None = None) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, packed in self.native.packed.items():
+            tensor = self.native.stored.get(name) if module is None else fx_absorb.float_of(module, name)
+            found |= {} if tensor is None else packed.parts(tensor)
+        return found
+
     # --- the whole graph
 
     def clone(self) -> Self:
@@ -303,7 +309,8 @@ class FxGraph(Graph):
         for node in filter(is_state, native.graph.nodes):  # a tensor that runs write to is not shared
             native.stored[str(node.target)] = native.stored[str(node.target)].detach().clone()
         clone = type(self)(native, self.output_names, self.axis_names)
-        clone.version, clone.returns = self.version, self.returns
+        clone.version, clone.returns, clone.scaled = self.version, self.returns, self.scaled
+        native.packed = dict(self.native.packed)
         return clone
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FxGraph:
@@ -350,7 +357,8 @@ class FxGraph(Graph):
 
     def save(self, path: str | Path) -> None:
         """Write a torch.export archive (.pt2) of the graph as it is, with its names."""
-        archive.save(self, path)
+        with writing.whole(Path(path)) as part:
+            archive.save(self, part)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

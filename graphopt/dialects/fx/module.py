@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from graphopt.dialects.fx.graph import FxGraph
 
 aten = torch.ops.aten
-_LEARNED = ("weight", "bias", "table")
+_LEARNED = ("weight", "recurrent", "bias", "peepholes", "table")
 """The operands of ops that become parameters."""
 _NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 """The batch norm module by the rank of its input."""

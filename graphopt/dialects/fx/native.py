@@ -10,6 +10,7 @@ import keyword
 import operator
 import re
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -179,11 +180,28 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"@\d+", "", re.sub(r"^L\['self'\]\.?", "", path))
 
 
+@dataclass(frozen=True)
+class Packed:
+    """What a constant was packed from: along its first axis, and there along the second, by names in the program."""
+
+    names: tuple[tuple[str, ...], ...]
+
+    def parts(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The parts of the constant, by name."""
+        return {
+            name: part
+            for one, names in zip(tensor, self.names, strict=True)
+            for name, part in zip(names, one.chunk(len(names)), strict=True)
+        }
+
+
 class Native:
     """A torch.fx.Graph that ends in its output node, what its get_attr nodes name, and the mode of its fake tensors."""
 
     def __init__(self, graph: fx.Graph, stored: dict[str, Any], fake: FakeTensorMode) -> None:
         self.graph, self.stored, self.fake = graph, stored, fake
+        self.packed: dict[str, Packed] = {}
+        """By name, stored tensors that were packed from several of the program."""
         self.output: fx.Node = next(iter(reversed(graph.nodes)))
         for node in graph.nodes:
             self._complete(node)

@@ -7,7 +7,6 @@ activations as numbers, weights dequantized per channel, and no custom operators
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ INT8_KERNELS = ("onednn.qlinear_pointwise", "onednn.qconv2d_pointwise", "onednn.
 
 
 def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, int]:
-    """Write a package that `torch._inductor.aoti_load_package` runs, or nothing where it cannot be complete.
+    """Write a package that `torch._inductor.aoti_load_package` runs.
 
     graph: an FxGraph of ops. feeds: an example, for the compiler. The package takes inputs by keyword and returns what
     the model returned, with a dict for any mapping, and without entries that are numbers or None. Returns how many
@@ -41,8 +40,6 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     Raises LoweringError without a C++ compiler, and, naming the sites, where a quantized linear or conv did not become
     an int8 kernel; GraphError where torch cannot compile an operation.
     """
-    if path.suffix != ".pt2":
-        raise GraphError(f"a package ends in .pt2, for torch reads no other: name it {path.with_suffix('.pt2').name}")
     require_compiler()
     graph = graph.clone()
     unfold(graph)
@@ -52,14 +49,13 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     program = to_program(graph, keywords=True)
     program._example_inputs = (), {name: feeds[name] for name in graph.input_names}
     kernels = KernelCounts()
-    part = path.with_name(f".{path.stem}.part.pt2")
     try:
         # With gradients enabled inductor freezes nothing.
         with torch.no_grad(), quiet("torch._inductor", "torch._export", "torch.export"):
             own = {getattr(torch.ops.graphopt, name).default: OPS[name].reference for name in custom_operators.NAMES}
             torch._inductor.aoti_compile_and_package(
                 program.run_decompositions(own),
-                package_path=str(part),
+                package_path=str(path),
                 inductor_configs={
                     "freezing": True,
                     "post_grad_custom_pre_pass": kernels,
@@ -67,13 +63,10 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
                 },
             )
         kernels.require(promised)
-        os.replace(part, path)
     except LoweringError:
         raise
     except Exception as error:
         raise GraphError(f"AOTInductor cannot compile this graph: {first_line(error)}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return dict(kernels.counts.most_common())
 
 

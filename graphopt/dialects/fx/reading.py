@@ -206,6 +206,9 @@ class Loader:
             case "aten.addmm.default" if self._is_matrix(a["mat2"]) and (a["alpha"], a["beta"]) == (1, 1):
                 if self._is_bias(a["self"], meta(node)):
                     return self._linear(a["mat1"], a["mat2"], a["self"], node)
+            case "aten.baddbmm.default" if (a["alpha"], a["beta"]) == (1, 1):
+                product = self._new("call_function", aten.bmm.default, (a["batch1"], a["batch2"]), {}, node)
+                return self._new("call_function", aten.add.Tensor, (product, a["self"]), {}, node)
             case "aten.add.Tensor" if a["alpha"] == 1:
                 for x, bias in ((args[0], args[1]), (args[1], args[0])):
                     if self._is_lone_linear(x, node) and self._is_bias(bias, meta(node)):

@@ -124,8 +124,10 @@ def _read_where(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
 
 def _read_conv(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
     weight = meta(a["weight"])
-    if a.get("transposed") or not isinstance(weight, Tensor) or weight.dim() not in (3, 4, 5):
+    if not isinstance(weight, Tensor) or weight.dim() not in (3, 4, 5):
         return None
+    if a.get("transposed", "output_padding" in a):
+        return _read_conv_transpose(a)
     rank = weight.dim() - 2
 
     def per_axis(name: str) -> tuple[int, ...]:
@@ -140,6 +142,18 @@ def _read_conv(node: fx.Node, a: dict[str, Any], constant: Any) -> Read | None:
         padding = per_axis("padding") * 2
     attributes = {"stride": per_axis("stride"), "padding": padding, "dilation": dilation, "groups": a["groups"]}
     return Read("conv", (a["input"], a["weight"], a["bias"]), attributes)
+
+
+def _read_conv_transpose(a: dict[str, Any]) -> Read | None:
+    rank = meta(a["weight"]).dim() - 2
+    if meta(a["input"]).dim() != rank + 2:  # without a batch
+        return None
+    per_axis = {
+        name: tuple(a[name]) * (rank if len(a[name]) == 1 else 1)
+        for name in ("stride", "padding", "output_padding", "dilation")
+    }
+    attributes = per_axis | {"padding": per_axis["padding"] * 2, "groups": a["groups"]}
+    return Read("conv_transpose", (a["input"], a["weight"], a["bias"]), attributes)
 
 
 def _read_pool(op: str, given: str = "self") -> Reader:
@@ -391,6 +405,9 @@ _READERS: dict[str, Reader] = {
     "aten.conv2d.padding": _read_conv,
     "aten.conv3d.padding": _read_conv,
     "aten.convolution.default": _read_conv,
+    "aten.conv_transpose1d.default": _read_conv,
+    "aten.conv_transpose2d.input": _read_conv,
+    "aten.conv_transpose3d.input": _read_conv,
     **{f"aten.max_pool{rank}d.default": _read_pool("max_pool") for rank in (1, 2, 3)},
     "quantized.max_pool2d.default": _read_pool("max_pool", "qx"),
     **{f"aten.avg_pool{rank}d.default": _read_pool("average_pool") for rank in (1, 2, 3)},
@@ -499,6 +516,29 @@ def _write_conv(
     return writer.call(
         target, x, weight, bias, list(stride) or ones, list(begin), list(dilation) or ones, groups
     )  # fmt: skip
+
+
+def _write_conv_transpose(
+    writer: Writer, x: Raw, weight: Raw, bias: Raw, *, stride: Any, padding: Any, output_padding: Any, dilation: Any,
+    groups: int,
+) -> fx.Node:  # fmt: skip
+    x, weight, bias = writer.tensor(x), writer.tensor(weight), writer.tensor(bias)
+    assert x is not None and weight is not None
+    rank = meta(weight).dim() - 2
+    if rank not in (1, 2, 3):
+        raise GraphError(f"conv_transpose takes a weight of rank 3 to 5, not {rank + 2}")
+    ones, zeros = [1] * rank, [0] * rank
+    begin, end = list(padding[:rank]) or zeros, list(padding[rank:]) or zeros
+    common = list(map(min, begin, end))  # aten cuts off as much at either end
+    target = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)[rank - 1]
+    y = writer.call(
+        target, x, weight, bias, list(stride) or ones, common, list(output_padding) or zeros, groups,
+        list(dilation) or ones,
+    )  # fmt: skip
+    if begin == end:
+        return y
+    rest = [least - side for ends in (begin, end) for least, side in zip(common, ends, strict=True)]
+    return _write_pad(writer, y, padding=rest, value=0.0)
 
 
 def _write_pool(op: str) -> Callable[..., fx.Node]:
@@ -694,6 +734,7 @@ def quantized_decomposed() -> Any:
 
 _SPELLINGS: dict[str, Callable[..., fx.Node]] = {
     "conv": _write_conv,
+    "conv_transpose": _write_conv_transpose,
     "max_pool": _write_pool("max_pool"),
     "average_pool": _write_pool("average_pool"),
     "attention": _write_attention,

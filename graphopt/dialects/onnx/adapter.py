@@ -13,13 +13,13 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from graphopt.analysis.masks import labels
 from graphopt.dialects.adapter import Adapter
-from graphopt.dialects.onnx import custom_operators, stand_ins
+from graphopt.dialects.onnx import custom_operators, stand_ins, torch_layers
 from graphopt.dialects.onnx import quantized as onnx_quantized
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
+from graphopt.dialects.onnx.kernels import newest_opset
 from graphopt.dialects.onnx.raising import FORMS
-from graphopt.dialects.onnx.reading import parsed, read_model
+from graphopt.dialects.onnx.reading import NOTES, parsed, read_model
 from graphopt.dialects.raising import run_stages
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, first_line
@@ -27,6 +27,9 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.structure import Structure
 
 Model = ir.Model | onnx.ModelProto
+
+_OLDEST = 18
+"""The oldest opset that torch's exporter writes."""
 
 
 class OnnxAdapter:
@@ -44,21 +47,12 @@ class OnnxAdapter:
         axes: Mapping[str, Mapping[int, str]],
         returned: Structure,
     ) -> OnnxGraph:
-        """Export at OPSET, without the exporter's own optimizer; inputs, outputs and dynamic axes get their names."""
-        with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
-            exported = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
-                custom_translation_table=stand_ins.translations(),
-            )  # fmt: skip
-        assert exported is not None
-        model = exported.model
-        for value, name in zip(model.graph.inputs, inputs, strict=True):
-            value.name = name
-        outputs = list(model.graph.outputs)
-        if len(outputs) != len(returned.names):  # the others are constants, such as None
-            model.graph.outputs.clear()
-            model.graph.outputs.extend(outputs[place] for place in returned.places)
-        graph = OnnxGraph.from_model(stand_ins.respelled(model))
+        """Export at OPSET, or at the newest before it that the engine runs, without the exporter's own optimizer;
+        inputs, outputs and dynamic axes get their names."""
+        graph = _from_program(program, inputs, returned, OPSET)
+        newest = newest_opset(graph.model)
+        if _OLDEST <= newest < OPSET:
+            graph = _from_program(program, inputs, returned, newest)
         _name_axes(graph, axes)
         graph.set_outputs(dict(zip(returned.names, graph.outputs, strict=True)))
         return graph
@@ -78,17 +72,26 @@ class OnnxAdapter:
     def lift(self, model: Model) -> OnnxGraph:
         from onnxscript import version_converter  # takes half a second
 
-        copy = _copy(model)
-        copy.graph.sort()
-        try:
-            with quiet("onnxscript", "onnx_ir"):
-                version_converter.convert_version(copy, OPSET, fallback=True)
-            lifted = OnnxGraph.from_model(copy)
-        except Exception as error:  # whatever the converter raises
-            raise GraphError(f"it does not convert to {OPSET} ({first_line(error)})") from error
-        if lifted.opset < OPSET:
-            raise GraphError(f"it does not convert to {OPSET}")
-        return lifted
+        def converted(opset: int) -> OnnxGraph:
+            copy = _copy(model)
+            copy.graph.sort()
+            try:
+                with quiet("onnxscript", "onnx_ir"):
+                    version_converter.convert_version(copy, opset, fallback=True)
+                found = OnnxGraph.from_model(copy)
+            except Exception as error:  # whatever the converter raises
+                raise GraphError(f"it does not convert to {opset} ({first_line(error)})") from error
+            if found.opset < opset:
+                raise GraphError(f"it does not convert to {opset}")
+            return found
+
+        lifted = converted(OPSET)
+        newest = newest_opset(lifted.model)
+        if newest == OPSET:
+            return lifted
+        if newest <= _opset(model):
+            raise GraphError("the engine has no kernel for some of its operators in a newer opset")
+        return converted(newest)
 
     def raise_(self, graph: Graph) -> dict[str, int]:
         return run_stages(FORMS, graph)
@@ -98,7 +101,7 @@ class OnnxAdapter:
 
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))
-        return [] if note is None else [note]
+        return [*_onnx(graph).model.meta.get(NOTES, ()), *([] if note is None else [note])]
 
     def register(self, custom_ops: Any) -> None:
         custom_operators.register(custom_ops)
@@ -109,6 +112,37 @@ class OnnxAdapter:
 
 
 ADAPTER: Adapter = OnnxAdapter()
+
+
+def _from_program(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], returned: Structure, opset: int
+) -> OnnxGraph:
+    try:
+        with quiet("torch.onnx"), contextlib.redirect_stdout(io.StringIO()):
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, optimize=False, verbose=False,
+                custom_translation_table=stand_ins.translations() | torch_layers.translations(),
+            )  # fmt: skip
+    except Exception as error:  # of the exporter's own, around that of a translation
+        own: BaseException | None = error
+        while own is not None and not isinstance(own, GraphError):
+            own = own.__cause__
+        raise own or error from error
+    assert exported is not None
+    model = exported.model
+    for value, name in zip(model.graph.inputs, inputs, strict=True):
+        value.name = name
+    outputs = list(model.graph.outputs)
+    if len(outputs) != len(returned.names):  # the others are constants, such as None
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(outputs[place] for place in returned.places)
+    return OnnxGraph.from_model(stand_ins.respelled(model))
+
+
+def _opset(model: Model) -> int:
+    if isinstance(model, onnx.ModelProto):
+        return next((int(one.version) for one in model.opset_import if not one.domain), 1)
+    return model.opset_imports.get("", 1)
 
 
 def _copy(model: Model) -> ir.Model:
@@ -123,14 +157,12 @@ def _onnx(graph: Graph) -> OnnxGraph:
 
 def _name_axes(graph: OnnxGraph, dynamic_axes: Mapping[str, Mapping[int, str]]) -> None:
     """Give the symbols of the trace (s18) the names of the axes they stand for (batch), also inside expressions."""
-    names = labels(
-        (str(size.value), label, value.name)
-        for value in graph.model.graph.inputs
-        if value.name is not None and value.shape is not None
-        for axis, label in dynamic_axes.get(value.name, {}).items()
-        if isinstance(size := value.shape[axis], ir.SymbolicDim)
-        and size.value is not None and not str(size.value).isdigit()
-    )
+    names: dict[str, str] = {}
+    for value in graph.model.graph.inputs:
+        for axis, label in dynamic_axes.get(value.name or "", {}).items():
+            size = None if value.shape is None else value.shape[axis]
+            if isinstance(size, ir.SymbolicDim) and size.value is not None and not str(size.value).isdigit():
+                names.setdefault(str(size.value), label)
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b") if names else re.compile(r"$^")
     values = [o for node in graph.model.graph for o in node.outputs] + list(graph.model.graph.inputs)
     for value in values:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +15,10 @@ import torch
 
 from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx import files as onnx_files
-from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
-from graphopt.dialects.onnx.opset import lower_opset
-from graphopt.dialects.onnx.reading import MAP_TYPE
+from graphopt.dialects.onnx.graph import PATH, SCALED, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx.mended import MAP_TYPE, restore_map_types
+from graphopt.dialects.onnx.opset import at_opset
+from graphopt.dialects.onnx.reading import fix_names
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.errors import GraphError, first_line
 from graphopt.ir.graph import Graph, Node, Value
@@ -47,7 +46,9 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     if model.functions:
         _inline(model)
     if opset is not None and opset != graph.opset:
-        lower_opset(graph, opset)
+        at_opset(graph, opset)
+        if model.functions:  # of ops that the other opset has no operator for
+            _inline(model)
     _spell_zero_points(model)
     ir_passes.RemoveUnusedOpsetsPass()(model)
     model.producer_name = "graphopt"
@@ -129,7 +130,7 @@ def _inline(model: ir.Model) -> None:
         owner = names.get(node.outputs[0].name, owner)
         node.metadata_props.update(owner[1])
         node.name = f"{owner[0]}/{node.op_type}" if owner[0] else node.name
-    ir_passes.NameFixPass()(model)
+    fix_names(model)
     model.functions.clear()
 
 
@@ -220,33 +221,23 @@ DYNAMIC_QUANTIZE = Rule(
 
 
 def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_data: bool | None = None) -> None:
-    """Write the file under a temporary name in its folder, check it, and rename it.
+    """Write the file and check it; both lie in a folder of their own (`writing.together`).
 
-    external_data: whether weights go to NAME.onnx.data beside the file, one at a time in memory; None does so where
-    they do not fit one file, or were not held in memory before. Raises GraphError where the folder is missing, or a
-    folder has the file's name, and OSError where the disk is full; then nothing is left behind.
+    external_data: whether weights go to a file beside it, one at a time in memory; None does so where they do not fit
+    one file, or were not held in memory before. Raises GraphError where the model is not valid, and OSError where the
+    disk is full.
     """
-    if not path.parent.is_dir():
-        raise GraphError(f"there is no folder {path.parent}; make it first")
-    for file in (path, path.with_name(path.name + ".data")):
-        if file.is_dir():
-            raise GraphError(f"{file} is a folder; name another file")
     size = onnx_files.size(model)
     needed = size > onnx_files.INSIDE
     external = needed or onnx_files.is_spilled(model) if external_data is None else external_data
     if needed and not external:
         raise GraphError(f"{size / 2**30:.1f} GiB of weights do not fit one ONNX file: leave external_data to graphopt")
+    scaled = model.metadata_props.get(SCALED)
     model.metadata_props.clear()
-    model.metadata_props.update(metadata)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
-        onnx_files.save(model, written, path.name + ".data" if external else None)
-        _restore_maps(model, written)
-        _check(model, written)
-        data = written.with_name(path.name + ".data")
-        if data.exists():
-            os.replace(data, path.with_name(data.name))
-        os.replace(written, path)
+    model.metadata_props.update(metadata if scaled is None else {**metadata, SCALED: scaled})
+    onnx_files.save(model, path, external_data=external)
+    _restore_maps(model, path)
+    _check(model, path)
 
 
 def _check(model: ir.Model, written: Path) -> None:
@@ -267,11 +258,8 @@ def graphsurgeon(model: ir.Model) -> Any:
 
 
 def _restore_maps(model: ir.Model, written: Path) -> None:
-    """Write the types of outputs that hold a map, which onnx-ir cannot write."""
-    maps = {output.name: output.meta[MAP_TYPE] for output in model.graph.outputs if MAP_TYPE in output.meta}
-    if maps:
+    """Write the types of inputs and outputs that hold a map, which onnx-ir cannot write."""
+    if any(MAP_TYPE in value.meta for value in (*model.graph.inputs, *model.graph.outputs)):
         proto = onnx.load(written, load_external_data=False)
-        for output in proto.graph.output:
-            if output.name in maps:
-                output.type.CopyFrom(maps[output.name])
+        restore_map_types(proto, model)
         onnx.save(proto, written)

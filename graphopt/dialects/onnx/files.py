@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from graphopt import writing
 from graphopt.ir import cost
 
 SMALL = 2**16
@@ -159,20 +160,28 @@ def is_spilled(model: ir.Model) -> bool:
     return any(isinstance(value.const_value, SpilledTensor) for value in model.graph.initializers.values())
 
 
-def save(model: ir.Model, path: Path, data: str | None) -> None:
-    """Write a model. `data` names a file beside it for its weights, which are written one after the other."""
+def save(model: ir.Model, path: Path, *, external_data: bool) -> None:
+    """Write a model. external_data: put its weights in a file beside it, one after the other, which is named by its
+    content (`writing.data_name`)."""
     values = [value for value in model.graph.initializers.values() if value.const_value is not None]
     held = {value: value.const_value for value in values}
+    outside = [(value, tensor) for value, tensor in held.items() if external_data and _is_outside(tensor)]
     try:
-        if data is not None:
-            with path.with_name(data).open("wb") as file:
-                for value, tensor in held.items():
-                    if tensor is not None and tensor.nbytes > INLINE and tensor.dtype not in _WITHOUT_BYTES:
-                        name, shape, offset = value.name or "", ir.Shape(tensor.shape.numpy()), append(file, tensor)
-                        value.const_value = ir.ExternalTensor(
-                            data, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name
-                        )
+        if outside:
+            written = path.with_name(".weights")
+            with written.open("wb") as file:
+                offsets = [append(file, tensor) for _, tensor in outside]
+            data = writing.data_name(path.name, writing.digest_of(written))
+            written.replace(path.with_name(data))
+            for (value, tensor), offset in zip(outside, offsets, strict=True):
+                name, shape = value.name or "", ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor(data, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name)
         ir.save(model, path)
     finally:
         for value, tensor in held.items():
             value.const_value = tensor
+
+
+def _is_outside(tensor: ir.TensorProtocol) -> bool:
+    """Whether a weight goes to the file beside the model, where there is one."""
+    return tensor.nbytes > INLINE and tensor.dtype not in _WITHOUT_BYTES

@@ -8,18 +8,20 @@ at each run.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from functools import cache
 
 import onnx
 import onnx_ir as ir
 
-from graphopt.dialects.onnx.spellings import DOMAIN
+from graphopt.dialects.onnx.spellings import DOMAIN, STANDARD, Spelled
+from graphopt.dialects.onnx.versions import misfit
 from graphopt.errors import GraphError
 
 _CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @group"
 _LINEAR_INT8 = {
     # DequantizeLinear + MatMul is what engines fold when scales are known; MatMulInteger when they are not.
-    "static": "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis={axis}>(weight, weight_scale) "
-    "{t} m = MatMul(xf, {w})",
+    "static": "xf = DequantizeLinear(x, scale, zero_point) {floats} {t} m = MatMul(xf, {w})",
     "dynamic": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) "
     "m = Mul(xf, s)",
 }
@@ -32,13 +34,50 @@ def _linear_body(bias: bool, kn: bool) -> tuple[str, str]:
     return f"(x, weight{', bias' if bias else ''}) => (y)", f"{transposed} {product} {finish}"
 
 
-def _linear_int8_body(bias: bool, kn: bool, form: str) -> tuple[str, str]:
+def _linear_int8_body(bias: bool, kn: bool, form: str, opset: int) -> tuple[str, str]:
     source = "wf" if form == "static" else "weight"
     transposed = "" if kn else f"wt = Transpose<perm=[1,0]>({source})"
-    body = _LINEAR_INT8[form].format(axis=1 if kn else 0, t=transposed, w=source if kn else "wt")
+    floats = f"wf = DequantizeLinear<axis={1 if kn else 0}>(weight, weight_scale)"
+    if opset < 13:
+        floats = "wx = Cast<to = 1>(weight) wf = Mul(wx, weight_scale)" if kn else _rows("weight", "weight_scale", "wf")
+    body = _LINEAR_INT8[form].format(floats=floats, t=transposed, w=source if kn else "wt")
     finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
     inputs = f"(x, scale, zero_point, weight, weight_scale{', bias' if bias else ''}) => (y)"
     return inputs, f"{body} {finish}"
+
+
+def _rows(x: str, scale: str, y: str, zero_point: str | None = None) -> str:
+    """Integers dequantized by one scale for each slice along axis 0: DequantizeLinear has one for all before opset 13.
+
+    The arguments name values of the body.
+    """
+    shift = "d = Identity(f)"
+    if zero_point is not None:
+        shift = f"z = Cast<to = 1>({zero_point}) zr = Unsqueeze<axes = [1]>(z) d = Sub(f, zr)"
+    return (
+        f"fx = Cast<to = 1>({x}) f = Flatten<axis = 1>(fx) s = Unsqueeze<axes = [1]>({scale}) {shift} p = Mul(d, s) "
+        f"shape = Shape({x}) {y} = Reshape(p, shape)"
+    )
+
+
+def why_not_spelled(spelled: Spelled, opset: int, inputs: Sequence[ir.Value | None]) -> str | None:
+    """Why an opset cannot say a node that is to be made; None where it can.
+
+    inputs: of the node. Of a function, all that its body calls is looked at.
+    """
+    if spelled.domain == DOMAIN:
+        return _body_misfit(spelled.op_type, opset)
+    if spelled.domain not in STANDARD:
+        return None
+    return misfit(spelled.op_type, opset, spelled.attributes, [None if one is None else one.dtype for one in inputs])
+
+
+@cache
+def _body_misfit(op_type: str, opset: int) -> str | None:
+    found = (misfit(node.op_type, opset, node.attributes, [None] * len(node.inputs))
+             for node in function(op_type, opset))  # fmt: skip
+    reason = next((one for one in found if one is not None), None)
+    return None if reason is None else f"{op_type.partition('__')[0]} cannot be written: {reason}"
 
 
 def function(op_type: str, opset: int) -> ir.Function:
@@ -50,19 +89,23 @@ def function(op_type: str, opset: int) -> ir.Function:
     if name == "linear":
         signature, body = _linear_body(bias, kn)
     elif name == "linear_int8":
-        signature, body = _linear_int8_body(bias, kn, "static" if "static" in variant else "dynamic")
+        signature, body = _linear_int8_body(bias, kn, "static" if "static" in variant else "dynamic", opset)
     elif name == "conv_int8":
         attributes = "<strides, pads, dilations, group>"
         given = "x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point" + (", bias" if bias else "")
         signature = f"({given}) => (y)"
+        floats = "wf = DequantizeLinear<axis=0>(weight, weight_scale)"
         body = (
-            "xf = DequantizeLinear(x, scale, zero_point) wf = DequantizeLinear<axis=0>(weight, weight_scale) "
+            f"xf = DequantizeLinear(x, scale, zero_point) "
+            f"{floats if opset >= 13 else _rows('weight', 'weight_scale', 'wf')} "
             f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
         )
     elif name == "dequantize":
         attributes, given = "<axis, block_size, bits>", "x, scale" + (", zero_point" if "shifted" in variant else "")
         block = ", block_size = @block_size" if opset >= 21 else ""
         signature, body = f"({given}) => (y)", f"y = DequantizeLinear<axis = @axis{block}>({given})"
+        if "rows" in variant:
+            body = _rows("x", "scale", "y", "zero_point" if "shifted" in variant else None)
         if "blocks" in variant:
             body = _BLOCKS + ("zf = Cast<to=1>(z) d = Sub(xf, zf)" if "shifted" in variant else "d = Identity(xf)")
             body = body.replace("{z}", "z = Unsqueeze(zero_point, last)" if "shifted" in variant else "") + _JOINED

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from graphopt import writing
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx import functions as onnx_functions
 from graphopt.dialects.onnx import reading as onnx_reading
@@ -23,14 +24,18 @@ from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.dialects.onnx.tensors import NARROW, onnx_dtype, packed, to_numpy, to_torch
 from graphopt.dialects.onnx.views import PATH, OnnxNode, OnnxValue, holds_graph
 from graphopt.dialects.raising import run_stages
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.graph import Flow, Graph, Node, Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.scaled import Place, Scaled, dumps, loads
 
 __all__ = ["OPSET", "PATH", "OnnxGraph", "OnnxNode", "OnnxValue"]
 
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
+
+SCALED = "graphopt.scaled"
+"""The metadata key of what passes have divided (`Graph.scaled`)."""
 
 MANY_NODES = 5000
 """Nodes above which the engine's own optimizer costs more time than it saves in an evaluation."""
@@ -122,6 +127,18 @@ class OnnxGraph(Graph):
     def outputs(self) -> tuple[Value, ...]:
         return tuple(OnnxValue(self, value) for value in self.model.graph.outputs)
 
+    @property
+    def scaled(self) -> Mapping[Place, Scaled]:
+        """In the metadata of the model, which an exported file keeps."""
+        return loads(self.model.metadata_props.get(SCALED, ""))
+
+    @scaled.setter
+    def scaled(self, scaled: Mapping[Place, Scaled]) -> None:
+        if scaled:
+            self.model.metadata_props[SCALED] = dumps(scaled)
+        else:
+            self.model.metadata_props.pop(SCALED, None)
+
     def values(self, natives: Sequence[ir.Value | None]) -> tuple[OnnxValue | None, ...]:
         """Views of native values; None stays None."""
         return tuple(None if native is None else OnnxValue(self, native) for native in natives)
@@ -202,7 +219,8 @@ class OnnxGraph(Graph):
             spelled = onnx_spellings.Spelled(op_type, _onnx_values(operands), attributes, domain, outputs)
         else:
             raise GraphError(f"onnx cannot emit {kind!r}: it is no op, and no operation of the form domain.Op")
-        native = self._make(spelled, path)
+        is_copy = isinstance(kind, OnnxNode) and spelled.op_type == kind.native.op_type
+        native = self._make(spelled, path, is_copy=is_copy)
         if isinstance(at, OnnxNode):
             at.native.prepend(native)
         else:
@@ -259,10 +277,13 @@ class OnnxGraph(Graph):
                        for key, default in (("stride", ones), ("dilation", ones), ("padding", zeros))}  # fmt: skip
         return onnx_spellings.write(self, kind, _onnx_values(operands), filled)
 
-    def _make(self, spelled: onnx_spellings.Spelled, path: str) -> ir.Node:
+    def _make(self, spelled: onnx_spellings.Spelled, path: str, is_copy: bool) -> ir.Node:
         inputs = [None if value is None else self.native(value) for value in spelled.inputs]
         while inputs and inputs[-1] is None:
             inputs.pop()
+        reason = None if is_copy else onnx_functions.why_not_spelled(spelled, self.opset, inputs)
+        if reason is not None:
+            raise SpellingError(f"{reason} ({path})" if path else reason)
         opsets = self.model.graph.opset_imports
         if spelled.domain not in opsets:
             opsets[spelled.domain] = 1
@@ -434,9 +455,8 @@ class OnnxGraph(Graph):
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        outside = onnx_files.size(self.model) > onnx_files.INSIDE
-        onnx_files.save(self.model, path, path.name + ".data" if outside else None)
+        with writing.together(Path(path)) as (part,):
+            onnx_files.save(self.model, part, external_data=onnx_files.size(self.model) > onnx_files.INSIDE)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

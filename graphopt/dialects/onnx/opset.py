@@ -1,69 +1,158 @@
-"""Write a deployable model at an older opset: a newer operator is written out in older ones, or refused by name."""
+"""A deployable model at another opset: each node as that opset spells it, or refused by name.
+
+An op is spelled again, or written out in others. Any other operator stays where the opset has it with the same meaning,
+is written out (`OPERATORS`), or goes through onnx's converter by itself; what that does not know is refused.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 
-from graphopt.dialects.onnx.graph import PATH, OnnxGraph
-from graphopt.dialects.onnx.spellings import STANDARD
-from graphopt.errors import GraphError
-from graphopt.ir.graph import Node, Value
+from graphopt.dialects.onnx import shapes as onnx_shapes
+from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxNode, OnnxValue
+from graphopt.dialects.onnx.spellings import KEPT, STANDARD
+from graphopt.dialects.onnx.versions import changes, misfit, schema
+from graphopt.dialects.onnx.written_out import OPERATORS, OPS, Attributes, Operands
+from graphopt.errors import GraphError, SpellingError
+from graphopt.ir.graph import Value
 from graphopt.ir.rewrite import Builder
 
-OLDEST = 13
-"""Before it, axes of Squeeze and the like were attributes and quantization had no axis."""
+OLDEST = 11
+"""The oldest that files are written at: before it, Clip and Pad had their bounds as attributes."""
+
+_Read = tuple[str, Operands, Attributes]
+"""A node as an op at the opset that the graph comes from: its kind, operands and attributes."""
 
 
-def lower_opset(graph: OnnxGraph, opset: int) -> None:
-    """Rewrite in place so that every node is an operator of `opset`. Raises GraphError naming a node that cannot be."""
+def at_opset(graph: OnnxGraph, opset: int) -> None:
+    """Rewrite in place so that every node is an operator of `opset`, and infer all shapes anew there.
+
+    Raises GraphError naming a node that cannot be said at it.
+    """
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST <= opset <= newest:
         raise GraphError(f"cannot write opset {opset}; give {OLDEST} to {newest}")
     graph.refine_shapes()  # nodes of inlined function bodies have no types
     source = graph.opset
-    graph.model.graph.opset_imports[""] = opset  # what is emitted from here on is spelled for it
-    for node in graph.nodes:
-        write_out = _WRITE_OUT.get(node.kind)
-        if write_out is not None and opset < write_out[0]:
-            graph.replace(node, write_out[1](Builder(graph, node), node))
+    opsets = graph.model.graph.opset_imports
+    for native in list(graph.model.graph.all_nodes()):
+        if native.domain not in STANDARD or not changes(native.op_type, source, opset):
+            opsets[""] = opset
+            onnx_shapes.infer_node_anew(native, graph.inference.infer)
+            continue
+        if (meaning := _other_meaning(native, source, opset)) is not None:
+            raise _refused(native, meaning)
+        opsets[""] = source  # by which a node is read
+        read = _as_op(OnnxNode(graph, native))
+        opsets[""] = opset  # for which it is spelled
+        try:
+            _spell(graph, native, read, source)
+        except SpellingError as error:
+            raise _refused(native, str(error)) from error
+    opsets[""] = opset
     graph.sweep()
-    for native in graph.model.graph.all_nodes():
-        if native.domain in STANDARD:
-            _fit(native, source, opset)
 
 
-def _fit(native: ir.Node, source: int, opset: int) -> None:
-    """Raise GraphError unless a node, of `source` or written for `opset`, means the same at `opset`.
-
-    Attributes that only spell a default are dropped.
-    """
+def _refused(native: ir.Node, reason: str) -> GraphError:
     label = native.metadata_props.get(PATH) or native.name
-    try:
-        old = onnx.defs.get_schema(native.op_type, opset)
-    except onnx.defs.SchemaError:
-        raise GraphError(f"{native.op_type} is not in opset {opset} ({label}); give a newer one") from None
-    new = onnx.defs.get_schema(native.op_type, source)
-    if old.since_version == new.since_version:
+    return GraphError(f"{reason} ({label}); give another opset, or leave it out")
+
+
+def _as_op(node: OnnxNode) -> _Read | None:
+    return None if node.op is None or node.native.op_type in KEPT else (node.kind, node.operands, node.attributes)
+
+
+def _spell(graph: OnnxGraph, native: ir.Node, read: _Read | None, source: int) -> None:
+    """Put what the graph's opset says in the place of a node of opset `source`. Raises SpellingError."""
+    node, opset = OnnxNode(graph, native), graph.opset
+    op = Builder(graph, node)
+    given = graph.values(native.inputs), {name: attribute.value for name, attribute in native.attributes.items()}
+    if read is not None:
+        kind, operands, attributes = read
+        try:
+            values = graph.emit_all(kind, *operands, at=node, **attributes)
+        except SpellingError:
+            if kind not in OPS:
+                raise
+            values = (OPS[kind](op, operands, attributes),)
+        _replace(graph, native, values)
+    elif native.op_type in OPERATORS and _means_another(native, source, opset):
+        _replace(graph, native, (OPERATORS[native.op_type](op, *given, source),))
+    else:
+        _drop_defaults(native, source, opset)
+        reason = misfit(native.op_type, opset, native.attributes, [v.dtype if v else None for v in native.inputs])
+        if reason is None and not _means_another(native, source, opset):
+            onnx_shapes.infer_node_anew(native, graph.inference.infer)
+            return
+        _replace(graph, native, _converted(graph, native, source, opset, reason))
+
+
+def _replace(graph: OnnxGraph, native: ir.Node, values: Sequence[Value]) -> None:
+    """Use values for the results of a node, which may stand in a subgraph, and remove it."""
+    if native.graph is graph.model.graph:
+        graph.replace(OnnxNode(graph, native), *values)
         return
-    for name in [name for name in native.attributes if name not in old.attributes]:
-        if not _is_default(native.attributes[name], new.attributes[name]):
-            raise GraphError(f"{native.op_type} has no attribute {name!r} in opset {opset} ({label}); give a newer one")
-        native.attributes.pop(name)
-    if len(native.inputs) > old.max_input:
-        raise GraphError(f"{native.op_type} takes {old.max_input} inputs in opset {opset} ({label}); give a newer one")
-    for value, formal in zip(native.inputs, old.inputs, strict=False):
-        if value is not None and value.dtype is not None and formal.types:
-            spelled = f"tensor({_TYPE_NAMES.get(value.dtype, value.dtype.name.lower())})"
-            if formal.types and spelled not in formal.types and any(t.startswith("tensor") for t in formal.types):
-                raise GraphError(f"{native.op_type} takes no {spelled} in opset {opset} ({label}); give a newer one")
+    for old, value in zip(native.outputs, values, strict=False):
+        ir.convenience.replace_all_uses_with(old, graph.native(value), replace_graph_outputs=True)
+    assert native.graph is not None
+    native.graph.remove(native, safe=True)
 
 
-_TYPE_NAMES = {ir.DataType.FLOAT: "float", ir.DataType.DOUBLE: "double"}
+# --- what stays, and what an operator means ------------------------------------------------------------------------
+
+_MEANS_ANOTHER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Trilu": 14, "Mish": 18, "Split": 18, "DFT": 20,
+                  "GridSample": 20}  # fmt: skip
+"""By operator, the opset from which on the same spelling means something else, or is one at all."""
+
+_REFUSED = {"Resize": 11, "RoiAlign": 16, "GroupNormalization": 21}
+"""The same, of operators that nothing here says at the other side, and that onnx's converter gets wrong."""
+
+_VALUES = {
+    ("Pad", "mode", b"wrap"): 19,
+    ("Resize", "coordinate_transformation_mode", b"half_pixel_symmetric"): 19,
+    **{(op_type, "reduction", value): 18 for op_type in ("ScatterND", "ScatterElements") for value in (b"max", b"min")},
+    **{(op_type, "reduction", value): 16 for op_type in ("ScatterND", "ScatterElements") for value in (b"add", b"mul")},
+}
+"""By operator, attribute and value, the first opset that has the value."""
+
+
+def _means_another(native: ir.Node, source: int, opset: int) -> bool:
+    return _lies_between(_MEANS_ANOTHER.get(native.op_type), source, opset)
+
+
+def _lies_between(since: int | None, source: int, opset: int) -> bool:
+    return since is not None and (source < since) != (opset < since)
+
+
+def _other_meaning(native: ir.Node, source: int, opset: int) -> str | None:
+    """Why a node cannot keep its meaning at an opset, whatever its spelling; None where it may."""
+    read = [output for output in native.outputs[1:] if output.uses() or output.is_graph_output()]
+    if _lies_between(_REFUSED.get(native.op_type), source, opset):
+        return f"{native.op_type} means something else in opset {opset}"
+    if native.op_type == "Dropout" and read and _lies_between(12, source, opset):
+        return "the mask of Dropout is another one from opset 12 on"
+    if native.op_type == "BatchNormalization" and read:
+        return f"the statistics of BatchNormalization have another form in opset {opset}"
+    for (op_type, name, value), since in _VALUES.items():
+        given = native.attributes.get(name) if native.op_type == op_type else None
+        if given is not None and given.as_string().encode() == value and opset < since:
+            return f"{op_type} has no {name}={value.decode()} in opset {opset}"
+    return None
+
+
+def _drop_defaults(native: ir.Node, source: int, opset: int) -> None:
+    """Drop attributes that the opset does not have, where they only spell a default."""
+    old, new = schema(native.op_type, opset), schema(native.op_type, source)
+    if old is None or new is None:
+        return
+    for name in [name for name in native.attributes if name not in old.attributes and name in new.attributes]:
+        if _is_default(native.attributes[name], new.attributes[name]):
+            native.attributes.pop(name)
 
 
 def _is_default(given: ir.Attr, attribute: onnx.defs.OpSchema.Attribute) -> bool:
@@ -73,101 +162,52 @@ def _is_default(given: ir.Attr, attribute: onnx.defs.OpSchema.Attribute) -> bool
     return bool(ir.serde.deserialize_attribute(default).value == given.value)
 
 
-# --- written out ---------------------------------------------------------------------------------------------------
+def _converted(
+    graph: OnnxGraph, native: ir.Node, source: int, opset: int, reason: str | None
+) -> Sequence[Value]:
+    """The results of a node, as onnx converts that by itself. reason: why it cannot stay as it is.
+
+    Raises SpellingError where onnx cannot convert it.
+    """
+    refusal = reason or f"{native.op_type} means something else in opset {opset}"
+    given = [value for value in dict.fromkeys(native.inputs) if value is not None]
+    if any(value.type is None for value in given):
+        raise SpellingError(refusal)
+    stored = [value for value in given if value.const_value is not None and value.const_value.size <= _SMALL]
+    proto = onnx.helper.make_graph(
+        [ir.serde.serialize_node(native)], "node",
+        [ir.serde.serialize_value(value) for value in given if value not in stored],
+        [ir.serde.serialize_value(value) for value in native.outputs],
+        [_stored_as(value) for value in stored],
+    )  # fmt: skip
+    model = onnx.helper.make_model(proto, opset_imports=[onnx.helper.make_opsetid("", source)])
+    try:
+        found = ir.from_proto(onnx.version_converter.convert_version(model, opset)).graph
+    except Exception as error:  # whatever the converter raises
+        raise SpellingError(refusal) from error
+    values = {value.name: OnnxValue(graph, value) for value in given}
+    for name, constant in found.initializers.items():
+        if name not in values and constant.const_value is not None:
+            values[name] = graph.add_constant(torch.from_numpy(np.array(constant.const_value.numpy())))
+    for node in found:
+        if node.op_type == "Constant":
+            tensor = node.attributes["value"].as_tensor().numpy()
+            values[node.outputs[0].name] = graph.add_constant(torch.from_numpy(np.array(tensor)))
+            continue
+        operands = [None if value is None else values[value.name] for value in node.inputs]
+        attributes = {attribute.name: attribute for attribute in node.attributes.values()}
+        results = graph.emit_all(f"onnx.{node.op_type}", *operands, at=OnnxNode(graph, native),
+                                 _outputs=len(node.outputs), **attributes)  # fmt: skip
+        values |= dict(zip([output.name for output in node.outputs], results, strict=True))  # type: ignore[arg-type]
+    return [values[output.name] for output in found.outputs]
 
 
-def _number(op: Builder, number: float, like: Value) -> Value:
-    return op.constant(torch.tensor(number, dtype=like.dtype or torch.float32))
+_SMALL = 64
+"""Most elements of a constant that the converter is shown: axes and sizes, which it may make an attribute."""
 
 
-def _gelu(op: Builder, node: Node) -> Value:
-    x = node.input
-    half, one = _number(op, 0.5, x), _number(op, 1.0, x)
-    if node.attributes["approximate"] == "tanh":
-        cubic = op.add(x, op.mul(op.mul(x, op.mul(x, x)), _number(op, 0.044715, x)))
-        inner = op.tanh(op.mul(cubic, _number(op, math.sqrt(2 / math.pi), x)))
-    else:
-        inner = op.erf(op.div(x, _number(op, math.sqrt(2), x)))
-    return op.mul(op.mul(x, half), op.add(inner, one))
-
-
-def _rms_norm(op: Builder, node: Node) -> Value:
-    x, weight = node.input, node.required("weight")
-    axes = tuple(range(-(weight.rank or 1), 0))
-    square = op.mean(op.mul(x, x), axes=axes, keepdim=True)
-    return op.mul(op.div(x, op.sqrt(op.add(square, _number(op, node.attributes["eps"], x)))), weight)
-
-
-def _attention(op: Builder, node: Node) -> Value:
-    """softmax(q kᵀ · scale + mask) v, heads split and joined where they come together."""
-    query, key, value = (node.required(name) for name in ("query", "key", "value"))
-    mask, heads, kv_heads = node.operand("mask"), node.attributes["heads"], node.attributes["kv_heads"]
-    if heads:
-        query, key, value = _split(op, query, heads), _split(op, key, kv_heads), _split(op, value, kv_heads)
-    if query.shape is None:
-        raise GraphError(f"the heads of attention are not known ({node.label})")
-    key, value = (_repeated(op, each, query.shape[1], node) for each in (key, value))
-    size = query.shape[-1]
-    scale = node.attributes["scale"] or (1 / math.sqrt(size) if isinstance(size, int) else None)
-    if scale is None:
-        raise GraphError(f"the head size of attention is not known, so its scale is not ({node.label})")
-    scores = op.matmul(op.mul(query, _number(op, scale, query)), op.transpose(key, perm=(0, 1, 3, 2)))
-    if mask is not None and mask.dtype is torch.bool:
-        lowest = _number(op, torch.finfo(query.dtype or torch.float32).min, query)
-        mask = op.where(mask, _number(op, 0.0, query), lowest)
-    for added in (mask, _later_keys(op, scores) if node.attributes["causal"] else None):
-        scores = scores if added is None else op.add(scores, added)
-    weights = op.softmax(scores, axis=-1)
-    context = op.matmul(weights, value)
-    if not heads:
-        return context
-    joined = op.transpose(context, perm=(0, 2, 1, 3))
-    return op("onnx.Reshape", joined, op.constant(torch.tensor([0, 0, -1])))
-
-
-def _split(op: Builder, x: Value, heads: int) -> Value:
-    width = x.shape[-1] if x.shape is not None else None
-    size = width // heads if isinstance(width, int) else -1
-    split = op("onnx.Reshape", x, op.constant(torch.tensor([0, 0, heads, size])))
-    return op.transpose(split, perm=(0, 2, 1, 3))
-
-
-def _repeated(op: Builder, x: Value, heads: int | str, node: Node) -> Value:
-    """Keys or values (batch, kv heads, length, size), each head repeated for the queries that share it."""
-    shape = x.shape or ("?",) * 4
-    if shape[1] == heads and heads != "?":
-        return x
-    given, size = shape[1], shape[3]
-    if not (isinstance(heads, int) and isinstance(given, int) and isinstance(size, int)):
-        raise GraphError(f"the heads of attention, or their size, are not known ({node.label})")
-    apart = op("onnx.Unsqueeze", x, op.constant(torch.tensor([2])))
-    spread = op("onnx.Expand", apart, op.constant(torch.tensor([1, 1, heads // given, 1, 1])))
-    return op("onnx.Reshape", spread, op.constant(torch.tensor([0, heads, -1, size])))
-
-
-def _later_keys(op: Builder, scores: Value) -> Value:
-    """(queries, keys): the lowest number for keys after their query, else 0; engines fold it where sizes are fixed."""
-    two, four = (op.constant(torch.tensor([n])) for n in (2, 4))
-    sizes = op("onnx.Slice", op("onnx.Shape", scores), two, four)
-    dtype = scores.dtype or torch.float32
-    lowest = op("onnx.ConstantOfShape", sizes, value=torch.tensor([torch.finfo(dtype).min], dtype=dtype))
-    return op("onnx.Trilu", lowest, op.constant(torch.tensor(1)), upper=1)
-
-
-def _hard_swish(op: Builder, node: Node) -> Value:
-    return op.mul(node.input, op.hard_sigmoid(node.input))
-
-
-def _mean(op: Builder, node: Node) -> Value:
-    """The same op: its axes are written as the opset has them, as an attribute."""
-    return op.graph.emit(node, node.input, at=node)
-
-
-_WRITE_OUT: dict[str, tuple[int, Callable[[Builder, Node], Value]]] = {
-    "gelu": (20, _gelu),
-    "rms_norm": (23, _rms_norm),
-    "attention": (23, _attention),
-    "hard_swish": (14, _hard_swish),
-    "mean": (18, _mean),
-}
-"""By op: the first opset that has its operator, and what writes it out for older ones."""
+def _stored_as(value: ir.Value) -> onnx.TensorProto:
+    assert value.const_value is not None
+    tensor = ir.serde.serialize_tensor(value.const_value)
+    tensor.name = value.name or ""
+    return tensor

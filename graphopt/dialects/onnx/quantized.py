@@ -20,6 +20,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx.spellings import STANDARD, spatial, window
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.qdq.regions import STORED
 from graphopt.numerics import quantize
 
 CONTRIB = "com.microsoft"
@@ -408,7 +409,29 @@ def _blocks(
     return site.emit("dequantize", *held, unpacked, axis=1, block=block, bits=bits)
 
 
+def _read_stored(site: _Site) -> Value | None:
+    """Integers that are cast and scaled, as weights of ops are stored that have no kernel for integers."""
+    for place in (0, 1):
+        cast, scale = site.required(place).producer, _constant(site.graph, site.required(1 - place))
+        if cast is None or cast.kind != "cast" or scale is None or scale.dtype is not torch.float32:
+            continue
+        integers = _constant(site.graph, cast.operands[0])
+        if integers is None or integers.dtype not in _INTEGERS or scale.dim() != integers.dim():
+            continue
+        along = [axis for axis, size in enumerate(scale.shape) if size > 1]
+        if len(along) > 1 or any(scale.shape[axis] != integers.shape[axis] for axis in along):
+            continue
+        zero_point = None
+        if integers.dtype is torch.uint8:
+            zero_point = site.graph.add_constant(torch.zeros((), dtype=torch.uint8))
+        if all(user.kind in STORED for user in site.node.result.users) and not site.node.result.is_output:
+            stored = site.graph.add_constant(scale.reshape([-1] * len(along)))
+            return site.emit("dequantize", cast.operands[0], stored, zero_point, axis=along[0] if along else None)
+    return None
+
+
 _READERS: dict[str, Read] = {
+    "Mul": _read_stored,
     "QLinearConv": _read_conv,
     "QLinearMatMul": _read_matmul,
     "QGemm": _read_gemm,

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from graphopt.dialects import raising
+from graphopt.dialects import heads, raising
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.linears import PRODUCT_KINDS, raise_linears, respell_attention
 from graphopt.dialects.onnx.positions import raise_positions
 from graphopt.dialects.onnx.quantized import raise_quantized
+from graphopt.dialects.onnx.recurrent import drop_zero_states, raise_recurrent
 from graphopt.dialects.onnx.sequences import raise_sequence_splits
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
@@ -27,15 +28,19 @@ OPERATORS = (
     Stage("constants", partial(fold_constants, products=PRODUCT_KINDS)),
     Stage("linears", raise_linears),
     Stage("attention with one mask row", respell_attention),
+    Stage("recurrent layers", raise_recurrent),
     Stage("sweep", sweep),
 )
 
 FORMS = (
     # First: exporters compute the axes, scales and shapes by which the other stages know their forms.
     Stage("constants", fold_constants),
+    Stage("linears of computed weights", raise_linears),
     Stage("positions", raise_positions),
     Stage("splits", raise_sequence_splits),
+    Stage("zero states", drop_zero_states),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
+    heads.STAGE,
     Stage("sweep", sweep),
 )

@@ -15,14 +15,18 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
 from graphopt.dialects.onnx import custom_operators
+from graphopt.dialects.onnx import shapes as onnx_shapes
 from graphopt.dialects.onnx.files import open_weights
+from graphopt.dialects.onnx.inference import Inference
+from graphopt.dialects.onnx.mended import MAP_TYPE, map_types, mend
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES
 from graphopt.dialects.onnx.views import PATH
+from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, first_line
 
-MAP_TYPE = "graphopt.map_type"
-"""The key in `meta` for the type (a TypeProto) of an output that holds a map."""
+NOTES = "graphopt.notes"
+"""The key in `meta` of a model for what the user should know of how it was read: a list of sentences."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -34,7 +38,7 @@ def read_model(path: str | Path) -> ir.Model:
         if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
             raise ValueError("it holds no graph")
         check_external_data(proto, path.parent)
-        model = parsed(proto)
+        model = _mended(proto, path)
         model.graph.sort()  # an unsorted graph cannot be cloned
         open_weights(model, path.parent)
     except GraphError:
@@ -42,6 +46,13 @@ def read_model(path: str | Path) -> ir.Model:
     except Exception as error:
         raise _unreadable(path, error) from error
     return model
+
+
+def _mended(proto: onnx.ModelProto, path: Path) -> ir.Model:
+    try:
+        return _parsed(proto)
+    except GraphError as error:
+        raise GraphError(f"{path}: {error}") from error
 
 
 def _proto(path: Path) -> onnx.ModelProto:
@@ -114,19 +125,25 @@ def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def parsed(proto: onnx.ModelProto) -> ir.Model:
-    """The model in onnx-ir. That has no map types: of outputs that hold a map, the type is kept in `meta`."""
-    maps = {output.name: output.type for output in proto.graph.output if "map_type" in str(output.type)}
-    if not maps:
-        return ir.from_proto(proto)
-    plain = onnx.ModelProto()
-    plain.CopyFrom(proto)
-    for value in (*plain.graph.output, *plain.graph.value_info):
-        if "map_type" in str(value.type):
-            value.ClearField("type")
-    model = ir.from_proto(plain)
-    for output in model.graph.outputs:
-        if output.name in maps:
-            output.meta[MAP_TYPE] = maps[output.name]
+    """The model in onnx-ir, of a copy that is mended. Raises GraphError naming what cannot be read."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return _parsed(copy)
+
+
+def _parsed(proto: onnx.ModelProto) -> ir.Model:
+    """The model in onnx-ir, which refers to the memory of `proto`. That is mended first.
+
+    onnx-ir has no map types: of an input or output that holds a map, the type is kept in `meta`.
+    """
+    notes = mend(proto)
+    maps = map_types(proto.graph)
+    with quiet("onnx_ir"):
+        model = ir.from_proto(proto)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.name in maps:
+            value.meta[MAP_TYPE] = maps[value.name]
+    model.meta[NOTES] = notes
     return model
 
 
@@ -134,12 +151,14 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model as `OnnxGraph` wants it.
 
     Nodes are sorted; constants become initializers, and initializers are no inputs; functions, of the model or
-    registered, are inlined (by onnx-ir); nodes have module paths in their metadata; shapes are inferred where they are
-    missing.
+    registered, are inlined (by onnx-ir); nodes have module paths in their metadata; types and shapes are inferred anew,
+    and what the file says of them counts where that tells nothing.
     """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)
-    model = parsed(model) if isinstance(model, onnx.ModelProto) else model.clone()
+    given = parsed(model) if isinstance(model, onnx.ModelProto) else model
+    model = given if isinstance(model, onnx.ModelProto) else model.clone()
+    notes: list[str] = model.meta.setdefault(NOTES, list(given.meta.get(NOTES, ())))
     graph = model.graph
     graph.sort()
     if "ai.onnx" in graph.opset_imports:  # the long name of the same domain
@@ -154,7 +173,7 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
         ir_passes.InlinePass()(model)
     ir_passes.RemoveInitializersFromInputsPass()(model)
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    ir_passes.NameFixPass()(model)
+    fix_names(model)
     for node in graph:
         node.name = node.name or ""
         path = node.metadata_props.get(PATH) or _path_of(node)
@@ -167,10 +186,22 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
         if value.const_value is not None and value.shape is None:
             value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    if denied := onnx_shapes.infer_anew(model, Inference(model).infer):
+        others = f" and {len(denied) - 3} more" if len(denied) > 3 else ""
+        notes.append(f"the file states a type or shape of {', '.join(map(repr, denied[:3]))}{others} that its nodes do "
+                     "not give: these were inferred anew")  # fmt: skip
     if any(output.shape is None for node in graph for output in node.outputs):
         with contextlib.suppress(ir.serde.SerdeError):  # a value may turn out to be a map
             ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return model
+
+
+def fix_names(model: ir.Model) -> None:
+    """Give each value and node a name of its own. Inputs and outputs of all graphs keep theirs: they mean something."""
+    kept = {value: value.name for graph in model.graphs() for value in (*graph.inputs, *graph.outputs) if value.name}
+    ir_passes.NameFixPass()(model)
+    for value, name in kept.items():
+        value.name = name
 
 
 def _path_of(node: ir.Node) -> str:

@@ -10,9 +10,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx import custom_operators
+from graphopt.dialects.onnx.mended import restore_map_types
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES, array_to_torch, to_numpy
 from graphopt.errors import GraphError
 
@@ -59,6 +61,7 @@ def session(
         _widen(proto.graph)
     if outputs is not None:
         _keep_only(proto.graph, outputs)
+    wide = _widen_ends(proto.graph)
     kept = [tensor.name for tensor in proto.graph.initializer if tensor.name in weights]
     shared = {name: np.ascontiguousarray(weights[name].numpy()) for name in kept}
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
@@ -71,17 +74,23 @@ def session(
             raise GraphError(custom_operators.why_not_run(missing)) from error
         raise
     created._graphopt_weights = (shared, values)  # they must live as long as the session
+    created._graphopt_wide = wide
     return created
 
 
 def run(session: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tensor]:
     """Run on inputs by name and return every output. Raises GraphError naming inputs that are missing."""
-    missing = [value.name for value in session.get_inputs() if value.name not in feeds]
+    wide: Mapping[str, str] = session._graphopt_wide
+    names = {value.name: wide.get(value.name, value.name) for value in session.get_inputs()}
+    missing = [name for name in names.values() if name not in feeds]
     if missing:
         raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
-    arrays = {value.name: to_numpy(feeds[value.name]) for value in session.get_inputs()}
-    results = session.run(None, arrays)
-    return [_from_result(result) for result in results]
+    arrays = {given: to_numpy(feeds[name].float() if given in wide else feeds[name]) for given, name in names.items()}
+    results = zip(session.get_outputs(), session.run(None, arrays), strict=True)
+    return [
+        _from_result(result).to(torch.bfloat16) if value.name in wide else _from_result(result)
+        for value, result in results
+    ]
 
 
 def _unknown(model: onnx.ModelProto) -> list[str]:
@@ -116,7 +125,9 @@ def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol
             value.const_value = ir.ExternalTensor(
                 "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
             )
-        return weights, ir.to_proto(model)
+        proto = ir.to_proto(model)
+        restore_map_types(proto, model)
+        return weights, proto
     finally:
         for value, tensor in held.items():
             value.const_value = tensor
@@ -172,6 +183,26 @@ def _widen(graph: onnx.GraphProto) -> None:
                 nodes.append(onnx.helper.make_node("Cast", [node.output[index]], [name], to=types[name]))
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _widen_ends(graph: onnx.GraphProto) -> dict[str, str]:
+    """Let inputs and outputs in bfloat16, which numpy does not have, be float32, which holds each of their numbers.
+
+    Returns by their new names what they are called in the model.
+    """
+    renamed: dict[str, str] = {}
+    for values, is_input in ((graph.input, True), (graph.output, False)):
+        for value in values:
+            kind = value.type.tensor_type
+            if kind.elem_type != onnx.TensorProto.BFLOAT16:
+                continue
+            name, wide = value.name, f"{value.name}.as_float32"
+            ends = (wide, name, onnx.TensorProto.BFLOAT16) if is_input else (name, wide, onnx.TensorProto.FLOAT)
+            cast = onnx.helper.make_node("Cast", [ends[0]], [ends[1]], to=ends[2])
+            graph.node.insert(0 if is_input else len(graph.node), cast)
+            value.name, kind.elem_type = wide, onnx.TensorProto.FLOAT
+            renamed[wide] = name
+    return renamed
 
 
 def _reads(node: onnx.NodeProto) -> set[str]:

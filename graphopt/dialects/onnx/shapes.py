@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import onnx_ir as ir
+
+from graphopt.errors import GraphError
 
 Size = int | str | None
 """A number, the name of an axis, or unknown."""
@@ -43,6 +46,43 @@ def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, l
         and value.shape is not None and value.shape.is_static()
         and (producer := value.producer()) is not None
     }  # fmt: skip
+
+
+def infer_anew(model: ir.Model, infer: Callable[[ir.Node], None]) -> list[str]:
+    """Set the types and shapes of all results to what their nodes give, in one walk in topological order.
+
+    What was stated before is kept where inference tells nothing, and completes what it leaves open; a statement that
+    it denies is dropped. Returns the names of values of which another type or shape was stated. [changes]
+    """
+    return [name for node in model.graph for name in infer_node_anew(node, infer)]
+
+
+def infer_node_anew(node: ir.Node, infer: Callable[[ir.Node], None]) -> list[str]:
+    """See `infer_anew`: of one node. What holds subgraphs stays as it is stated."""
+    if _holds_subgraph(node):
+        return []
+    denied = []
+    stated = [(output.type, output.shape) for output in node.outputs]
+    for output in node.outputs:
+        output.type = output.shape = None
+    with suppress(GraphError):  # an engine may run what inference refuses
+        infer(node)
+    for output, (type_, shape) in zip(node.outputs, stated, strict=True):
+        if output.type is None:
+            output.type, output.shape = type_, shape
+        elif (type_ is not None and type_ != output.type) or _contradict(output.shape, shape):
+            denied.append(output.name or "")
+        else:
+            output.shape = _merge(output.shape, shape)
+    return denied
+
+
+def _contradict(found: ir.Shape | None, stated: ir.Shape | None) -> bool:
+    """Whether two shapes cannot be those of one value."""
+    if found is None or stated is None:
+        return False
+    pairs = zip(_sizes(found), _sizes(stated), strict=False)
+    return len(found) != len(stated) or any(a != b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
 def _holds_subgraph(node: ir.Node) -> bool:

@@ -16,9 +16,10 @@ import onnx_ir as ir
 import torch
 
 from graphopt.dialects.onnx.tensors import FLOATS, NARROW, READABLE, TORCH_DTYPES, onnx_dtype
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, SpellingError
 from graphopt.ir.graph import Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.ops.recurrent import reordered
 
 if TYPE_CHECKING:
     from graphopt.dialects.onnx.graph import OnnxGraph, OnnxValue
@@ -52,10 +53,12 @@ _PLAIN = {
 _PLAIN_OPS = {kind: op_type for op_type, kind in _PLAIN.items()}
 
 
+RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}
+
 KEPT = ("GlobalAveragePool",)
 """Operators that stay when a node is emitted again, as they have kernels of their own (an integer one of a mean)."""
 
-_SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization")
+_SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization", *RECURRENT)
 """Operators that may have further results; their readers check that nobody uses those."""
 
 
@@ -128,6 +131,11 @@ def _text(node: ir.Node, name: str, default: str) -> str:
     return attribute.as_string() if attribute is not None else default
 
 
+def _texts(node: ir.Node, name: str) -> list[str]:
+    attribute = node.attributes.get(name)
+    return list(attribute.as_strings()) if attribute is not None else []
+
+
 def _read_conv(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
     attributes = spatial(node, operands[1]) if operands[1] is not None else None
     return None if attributes is None else ("conv", operands, attributes)
@@ -145,6 +153,42 @@ def spatial(node: ir.Node, weight: OnnxValue) -> dict[str, Any] | None:
         "dilation": _integers(node, "dilations") or (1,) * rank,
         "groups": _integer(node, "group", 1),
     }
+
+
+def _read_conv_transpose(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    attributes = spatial(node, operands[1]) if operands[1] is not None else None
+    if attributes is None or "output_shape" in node.attributes:  # the padding then depends on the input's size
+        return None
+    more = _integers(node, "output_padding") or (0,) * len(attributes["stride"])
+    return "conv_transpose", operands, attributes | {"output_padding": more}
+
+
+def _read_recurrent(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    attributes = None if _integer(node, "layout", 0) else recurrence(node)  # `recurrent` puts the batch second
+    return None if attributes is None else (RECURRENT[node.op_type], operands, attributes)
+
+
+def recurrence(node: ir.Node) -> dict[str, Any] | None:
+    """The attributes of an LSTM, GRU or RNN; None where its gates are others than the op's, or are clipped."""
+    op_type = node.op_type.removeprefix("DynamicQuantize")
+    activations = [name.lower() for name in _texts(node, "activations")]
+    direction = _text(node, "direction", "forward")
+    each, rest = len(_ACTIVATIONS[op_type]), 2 if direction == "bidirectional" else 1
+    first = activations[:each] or list(_ACTIVATIONS[op_type])
+    if {"clip", "activation_alpha", "activation_beta"} & set(node.attributes) or _integer(node, "input_forget", 0):
+        return None
+    if activations not in ([], first * rest):
+        return None
+    if op_type == "RNN":
+        return {"direction": direction, "activation": first[0]} if first[0] in ("tanh", "relu") else None
+    if first != list(_ACTIVATIONS[op_type]):
+        return None
+    own = {"reset_after": bool(_integer(node, "linear_before_reset", 0))} if op_type == "GRU" else {}
+    return {"direction": direction, "gates": OPS[RECURRENT[op_type]].attributes["gates"]} | own
+
+
+_ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
+"""Of one direction, where the node names none."""
 
 
 def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
@@ -409,6 +453,8 @@ def _read_dropout(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | N
 
 _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
     "Conv": _read_conv,
+    "ConvTranspose": _read_conv_transpose,
+    **dict.fromkeys(RECURRENT, _read_recurrent),
     "MaxPool": _read_max_pool,
     "AveragePool": _read_average_pool,
     "GlobalAveragePool": _read_global_mean,
@@ -441,7 +487,11 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
 
 
 def write(graph: OnnxGraph, op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-    """The node that means `op` at the graph's opset. Raises GraphError where that has no spelling of it."""
+    """The node that means `op` at the graph's opset. Raises SpellingError where that has no spelling of it.
+
+    A writer decides what depends on the values of operands and attributes. That the opset has the operator, with these
+    inputs and attributes, is checked of every node that is made (`OnnxGraph.emit`).
+    """
     if op in _PLAIN_OPS and (op != "hard_swish" or graph.opset >= 14):
         return Spelled(_PLAIN_OPS[op], operands, {})
     writer = _WRITERS.get(op)
@@ -472,8 +522,44 @@ def _write_function(op: str, operands: Sequence[OnnxValue | None], attributes: M
 
 
 def _conv_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups"}
-    return {onnx_name: attributes[name] for onnx_name, name in names.items() if attributes[name] != ()}
+    names = {"strides": "stride", "pads": "padding", "dilations": "dilation", "group": "groups",
+             "output_padding": "output_padding"}  # fmt: skip
+    return {onnx_name: attributes[name] for onnx_name, name in names.items() if attributes.get(name, ()) != ()}
+
+
+def _write_recurrent(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
+    def write_one(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+        op, recurrent = RECURRENT[op_type], operands[2]
+        hidden = recurrent.shape[2] if recurrent is not None and recurrent.shape is not None else None
+        if not isinstance(hidden, int):
+            raise GraphError(f"{op} has no ONNX operator where the number of its hidden units is not known")
+        spelled: dict[str, Any] = {"hidden_size": hidden, "direction": attributes["direction"]}
+        if op_type == "GRU":
+            spelled["linear_before_reset"] = int(attributes["reset_after"])
+        if op_type == "RNN" and attributes["activation"] != "tanh":
+            spelled["activations"] = ["Relu"] * (2 if attributes["direction"] == "bidirectional" else 1)
+        wanted = OPS[op].attributes.get("gates")
+        if wanted is not None and attributes["gates"] != wanted:
+            order = [attributes["gates"].index(gate) for gate in wanted]
+            operands = [
+                _with_gates(graph, value, order * (2 if index == 3 else 1)) if index in (1, 2, 3) else value
+                for index, value in enumerate(operands)
+            ]
+        return Spelled(op_type, operands, spelled, outputs=len(OPS[op].results))
+
+    return write_one
+
+
+def _with_gates(graph: OnnxGraph, value: OnnxValue | None, order: Sequence[int]) -> OnnxValue | None:
+    """A weight or bias of a recurrent layer whose rows, gate by gate, are in another order."""
+    if value is None:
+        return None
+    tensor = graph.constant(value)
+    if tensor is None:
+        raise GraphError(f"'{value.name}' is computed, and its gates are in an order that ONNX does not have")
+    half = len(set(order))
+    places = [place + index // half * half for index, place in enumerate(order)]  # a bias has two halves
+    return graph.add_constant(reordered(tensor, places, axis=1), value.name)
 
 
 def _write_pool(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
@@ -491,7 +577,7 @@ def _write_pool(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
 
 def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     if graph.opset < 23:
-        raise GraphError(f"attention has no ONNX operator at opset {graph.opset}; it needs 23")
+        raise SpellingError(f"attention has no ONNX operator at opset {graph.opset}; it needs 23")
     if repeats_over_queries(*operands):
         given = {name: value for name, value in attributes.items() if value}
         return Spelled("attention__over_queries", operands, given, DOMAIN)
@@ -523,7 +609,7 @@ def _write_rms_norm(
     graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]
 ) -> Spelled | None:
     if graph.opset < 23:
-        raise GraphError(f"rms_norm has no ONNX operator at opset {graph.opset}; it needs 23")
+        raise SpellingError(f"rms_norm has no ONNX operator at opset {graph.opset}; it needs 23")
     return Spelled("RMSNormalization", operands, {"axis": -_rank(operands[1]), "epsilon": attributes["eps"]})
 
 
@@ -535,7 +621,7 @@ def _rank(value: OnnxValue | None) -> int:
 
 def _write_gelu(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
     if graph.opset < 20:
-        raise GraphError(f"gelu has no ONNX operator at opset {graph.opset}; it needs 20")
+        raise SpellingError(f"gelu has no ONNX operator at opset {graph.opset}; it needs 20")
     return Spelled("Gelu", operands, {"approximate": attributes["approximate"]})
 
 
@@ -578,7 +664,26 @@ def _write_squeeze(op_type: str) -> Callable[[Any, Any, Any], Spelled]:
     return write_one
 
 
+def _write_softmax(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    axis, rank = attributes["axis"], operands[0].rank if operands[0] is not None else None
+    if graph.opset < 13 and axis != -1 and (rank is None or axis != rank - 1):
+        raise SpellingError(f"softmax along axis {axis} has no ONNX operator at opset {graph.opset}; it needs 13")
+    return Spelled("Softmax", operands, {"axis": axis})
+
+
+def _write_reshape(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset >= 14:
+        return Spelled("Reshape", operands, {"allowzero": 1})
+    shape = operands[1]
+    if shape is None or _may_hold_zero(graph, shape):
+        raise SpellingError(f"reshape to a size of 0 has no ONNX operator at opset {graph.opset}; it needs 14")
+    return Spelled("Reshape", operands, {})
+
+
 def _write_slice(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset < 10:
+        names = {"starts": "start", "ends": "end", "axes": "axis"}
+        return Spelled("Slice", operands, {name: [attributes[key]] for name, key in names.items()})
     bounds = [graph.add_constant(torch.tensor([attributes[key]])) for key in ("start", "end", "axis")]
     return Spelled("Slice", [*operands, *bounds], {})
 
@@ -590,33 +695,44 @@ def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attr
     x, scale, zero_point = (*operands, None)[:3]
     if bits < 8:
         if graph.opset < _NARROW_SINCE.get(bits, sys.maxsize):
-            raise GraphError(f"quantize to {bits} bits has no ONNX operator at opset {graph.opset}: there are 8, from "
-                             f"opset 21 4, and from opset 25 2")  # fmt: skip
+            raise SpellingError(f"quantize to {bits} bits has no ONNX operator at opset {graph.opset}: there are 8, "
+                                f"from opset 21 4, and from opset 25 2")  # fmt: skip
         zero_point = None if zero_point is None else graph.narrowed(zero_point, bits)
-    if zero_point is None:
+    if zero_point is None and graph.opset < 21:
+        zero_point = graph.add_constant(torch.zeros(_sizes_of(scale), dtype=torch.int8), "zero_point")
+    elif zero_point is None:
         spelled["output_dtype"] = next(int(dtype) for dtype, size in _SIGNED.items() if size == bits)
     return Spelled("QuantizeLinear", [x, scale, zero_point], spelled)
 
 
 def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
-    """Raise GraphError where the opset has no such operator: it needs 10, or 13 with scales along an axis."""
+    """Raise SpellingError where the opset has no such operator: it needs 10, or 13 with scales along an axis."""
     needed = 10 if axis is None else 13
     if graph.opset < needed:
         several = "" if axis is None else f" with scales along axis {axis}"
-        raise GraphError(
-            f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}: convert the file first"
-        )
+        raise SpellingError(f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}")
+
+
+def _sizes_of(scale: OnnxValue | None) -> list[int]:
+    """The shape of the scales of a quantize, in numbers."""
+    shape = scale.shape if scale is not None else None
+    if shape is None or not all(isinstance(size, int) for size in shape):
+        raise SpellingError("a quantize to int8 without a zero point, and with scales of unknown number, needs opset 21")
+    return [int(size) for size in shape]
 
 
 def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
-    block, bits = attributes["block"], attributes["bits"]
-    _require_quantized(graph, "dequantize", attributes["axis"])
-    spelled = {"axis": attributes["axis"]} if attributes["axis"] is not None else {}
+    block, bits, axis = attributes["block"], attributes["bits"], attributes["axis"]
+    spelled = {"axis": axis} if axis is not None else {}
     spelled |= {"block_size": block} if block else {}
     x, scale, zero_point = (*operands, None)[:3]
+    if graph.opset < 13 and not block and axis == 0 and x is not None and x.rank is not None:
+        op_type = "dequantize__rows" + ("" if zero_point is None else "_shifted")
+        return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
+    _require_quantized(graph, "dequantize", axis)
     if block and graph.opset < 21:  # where the operator has no blocks
         if x is None or x.rank != 2 or attributes["axis"] != 1:
-            raise GraphError("dequantize has a form for matrices only, in blocks along axis 1, before opset 21")
+            raise SpellingError("dequantize has a form for matrices only, in blocks along axis 1, before opset 21")
         op_type = "dequantize__blocks" + ("" if zero_point is None else "_shifted")
         return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
     if bits == 8:
@@ -635,6 +751,10 @@ _NARROW_SINCE = {4: 21, 2: 25}
 
 _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "conv": lambda graph, operands, attributes: Spelled("Conv", operands, _conv_attributes(attributes)),
+    "conv_transpose": lambda graph, operands, attributes: Spelled(
+        "ConvTranspose", operands, _conv_attributes(attributes)
+    ),
+    **{op: _write_recurrent(op_type) for op_type, op in RECURRENT.items()},
     "max_pool": _write_pool("MaxPool"),
     "average_pool": _write_pool("AveragePool"),
     "attention": _write_attention,
@@ -650,11 +770,11 @@ _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "hard_sigmoid": lambda graph, operands, attributes: Spelled(
         "HardSigmoid", operands, {"alpha": 1 / 6, "beta": 0.5}
     ),
-    "softmax": lambda graph, operands, attributes: Spelled("Softmax", operands, {"axis": attributes["axis"]}),
+    "softmax": _write_softmax,
     "mean": _write_mean,
     "quantize": _write_quantize,
     "dequantize": _write_dequantize,
-    "reshape": lambda graph, operands, attributes: Spelled("Reshape", operands, {"allowzero": 1}),
+    "reshape": _write_reshape,
     "transpose": lambda graph, operands, attributes: Spelled("Transpose", operands, {"perm": attributes["perm"]}),
     "cast": lambda graph, operands, attributes: Spelled("Cast", operands, {"to": int(onnx_dtype(attributes["dtype"]))}),
     "slice": _write_slice,

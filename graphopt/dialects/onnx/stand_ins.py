@@ -70,11 +70,12 @@ def _schema(op: Op) -> onnx.defs.OpSchema:
 
 
 _TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)", "tensor(int8)", "tensor(uint8)",
-          "tensor(int16)", "tensor(int32)"]  # fmt: skip
+          "tensor(int16)", "tensor(int32)", "tensor(int64)"]  # fmt: skip
 _KINDS = {
     int: onnx.defs.OpSchema.AttrType.INT,
     bool: onnx.defs.OpSchema.AttrType.INT,
     float: onnx.defs.OpSchema.AttrType.FLOAT,
+    str: onnx.defs.OpSchema.AttrType.STRING,
     tuple: onnx.defs.OpSchema.AttrType.INTS,
     type(None): onnx.defs.OpSchema.AttrType.INT,  # an axis
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,8 @@ class OnnxValue(Value):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        return READABLE.get(self.native.dtype) if self.native.dtype is not None else None
+        tensor = isinstance(self.native.type, ir.TensorType)
+        return READABLE.get(self.native.type.dtype) if tensor else None  # else a sequence or an optional
 
     @property
     def producer(self) -> Node | None:
@@ -129,6 +130,23 @@ class OnnxNode(Node):
         op = onnx_spellings.read(self.owner, self.native)
         count = len(OPS[op[0]].results) if op is not None else len(self.native.outputs)
         return tuple(OnnxValue(self.owner, output) for output in self.native.outputs[:count])
+
+    @property
+    def held(self) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
+        for attribute in self.native.attributes.values():
+            if holds_graph(attribute):
+                several = attribute.type is ir.AttributeType.GRAPHS
+                for graph in attribute.as_graphs() if several else [attribute.as_graph()]:
+                    yield from self._stored_in(graph)
+
+    def _stored_in(self, graph: ir.Graph) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
+        for inner in graph.all_nodes():
+            tensor = inner.attributes.get("value") if inner.op_type == "Constant" else None
+            if tensor is not None:
+                yield READABLE.get(tensor.as_tensor().dtype), tuple(map(int, tensor.as_tensor().shape))
+            for value in self.owner.values(inner.inputs):
+                if value is not None and value.is_constant:
+                    yield value.dtype, value.shape
 
     @property
     def signature(self) -> Hashable | None:

@@ -15,6 +15,7 @@ from graphopt.ir.ops import (  # noqa: F401  importing a family declares its ops
     normalization,
     pooling,
     quantization,
+    recurrent,
     reduction,
 )
 from graphopt.ir.ops.declaration import OPS, Op, op

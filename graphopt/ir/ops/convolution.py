@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +25,8 @@ def conv_axes(node: NodeAxes, groups: int, *, transposed: bool = False) -> None:
     x, weight, *bias = node.given
     y = node.y
     out, into = (1, 0) if transposed else (0, 1)
+    if transposed and groups > 1:
+        raise Unclear("axis_of_groups")
     if node.rank(x) != node.rank(weight):
         raise Unclear("axis_in_unknown_form")
     rows, columns = node.positions(weight, out), node.positions(weight, into)
@@ -36,8 +40,6 @@ def conv_axes(node: NodeAxes, groups: int, *, transposed: bool = False) -> None:
     node.link(after, rows)
     if groups == 1:
         node.link(before, columns)
-    elif transposed:
-        raise Unclear("axis_of_groups")
     elif shrinks_inside_groups(node, groups):
         for positions in (before, after):
             blocks = positions.reshape(groups, -1)
@@ -91,3 +93,38 @@ def conv(
     function = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     x = pad(x, padding=padding)
     return function(x, weight, bias, stride or (1,) * rank, 0, dilation or (1,) * rank, groups)
+
+
+def _transposed_axes(node: NodeAxes) -> None:
+    conv_axes(node, node.attributes["groups"], transposed=True)
+
+
+def _transposed_flops(x: Sequence[int], weight: Sequence[int]) -> int:
+    """Each entry of x is multiplied by one input slice of the weight."""
+    return 2 * prod(x) * prod(weight[1:])
+
+
+@op(flops=_transposed_flops, axes=_transposed_axes)
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, ...] = (),
+    padding: tuple[int, ...] = (),
+    output_padding: tuple[int, ...] = (),
+    dilation: tuple[int, ...] = (),
+    groups: int = 1,
+) -> Tensor:
+    """The gradient of conv: x (N, C, *space), weight (C, out/groups, *kernel), of which entries are `stride` apart.
+
+    padding, (begin of each axis ..., end of each axis ...), is cut off the result, and output_padding added at its end.
+    """
+    rank = weight.dim() - 2
+    ones, zeros = (1,) * rank, (0,) * rank
+    begin, end = padding[:rank] or zeros, padding[rank:] or zeros
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+    common = tuple(map(min, begin, end))  # torch cuts off as much at either end
+    y = function(x, weight, bias, stride or ones, common, output_padding or zeros, groups, dilation or ones)
+    rest = [least - side for ends in (begin, end) for least, side in zip(common, ends, strict=True)]
+    return pad(y, padding=tuple(rest))

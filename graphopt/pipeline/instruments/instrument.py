@@ -34,6 +34,14 @@ class Instrument:
         "step" and "metric"."""
 
     @contextmanager
+    def running(self, what: str) -> Iterator[None]:
+        """Entered around the work of each pass, and around each other phase of a run, such as capture or timing."""
+        yield
+
+    def done(self, what: str, result: str, seconds: float) -> None:
+        """Called after each phase of a run that is no pass, with what came of it."""
+
+    @contextmanager
     def watch(self, what: str, steps: int | None) -> Iterator[Callable[[str], None]]:
         """Entered around long work inside a pass, which calls what this yields after each step, with what it has done.
 

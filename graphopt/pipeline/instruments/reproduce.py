@@ -52,7 +52,7 @@ class Reproduce(Instrument):
             "error": f"{type(error).__name__}: {error}",
         }
         (folder / "pass.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        command = shlex.join([sys.executable, "-m", "graphopt.cli", "reproduce", str(folder)])
+        command = shlex.join([sys.executable, "-m", "graphopt", "reproduce", str(folder)])
         readme = (
             f"{pass_} failed on this graph.\n{facts['error']}\n\nTo run it again, in a folder that you trust (a "
             f"graph.fx can run code when it is loaded):\n\n    {command}\n"

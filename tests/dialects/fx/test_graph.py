@@ -46,6 +46,32 @@ CASES: dict[str, list[Case]] = {
         ([normal(1, 2, 5, 5, 5), normal(3, 2, 2, 2, 2), normal(3)],
          {"stride": (1, 1, 1), "padding": (0,) * 6, "dilation": (1, 1, 1), "groups": 1}),
     ],
+    "conv_transpose": [
+        ([normal(2, 4, 9), normal(4, 6, 3), normal(6)],
+         {"stride": (2,), "padding": (1, 1), "output_padding": (1,), "dilation": (2,), "groups": 1}),
+        ([normal(2, 4, 5, 6), normal(4, 3, 3, 3)],
+         {"stride": (1, 2), "padding": (1, 0, 1, 0), "output_padding": (0, 0), "dilation": (1, 1), "groups": 2}),
+        ([normal(1, 2, 3, 3, 3), normal(2, 3, 2, 2, 2), normal(3)],
+         {"stride": (2, 2, 2), "padding": (0,) * 6, "output_padding": (0,) * 3, "dilation": (1, 1, 1), "groups": 1}),
+    ],
+    "lstm": [
+        ([normal(5, 2, 3), normal(1, 16, 3), normal(1, 16, 4), normal(1, 32)], {}),
+        ([normal(5, 2, 3), normal(2, 16, 3), normal(2, 16, 4), normal(2, 32), None, normal(2, 2, 4),
+          normal(2, 2, 4, seed=1)], {"direction": "bidirectional"}),
+        ([normal(5, 2, 3), normal(1, 16, 3), normal(1, 16, 4)], {"direction": "reverse"}),
+    ],
+    "gru": [
+        ([normal(5, 2, 3), normal(1, 12, 3), normal(1, 12, 4), normal(1, 24)], {}),
+        ([normal(5, 2, 3), normal(2, 12, 3), normal(2, 12, 4), normal(2, 24), None, normal(2, 2, 4)],
+         {"direction": "bidirectional"}),
+        ([normal(5, 2, 3), normal(1, 12, 3), normal(1, 12, 4), normal(1, 24), None, normal(1, 2, 4)],
+         {"direction": "reverse", "reset_after": False}),
+    ],
+    "rnn": [
+        ([normal(5, 2, 3), normal(1, 4, 3), normal(1, 4, 4), normal(1, 8)], {}),
+        ([normal(5, 2, 3), normal(2, 4, 3), normal(2, 4, 4), normal(2, 8), None, normal(2, 2, 4)],
+         {"direction": "bidirectional", "activation": "relu"}),
+    ],
     "matmul": [([normal(2, 3, 4), normal(2, 4, 5)], {})],
     "attention": [
         ([normal(2, 4, 3, 8), normal(2, 4, 5, 8, seed=1), normal(2, 4, 5, 8, seed=2)], {}),

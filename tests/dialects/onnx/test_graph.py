@@ -30,6 +30,27 @@ MORE_CASES: dict[str, list[Case]] = {
         ([normal(2, 5, 32), normal(2, 5, 16), normal(2, 5, 16, seed=1)], {"heads": 4, "kv_heads": 2, "causal": True}),
         ([normal(2, 4, 3, 8), normal(2, 4, 5, 8), normal(2, 4, 5, 8, seed=1), normal(2, 4, 3, 5)], {}),
     ],
+    "conv_transpose": [
+        ([normal(2, 4, 5, 6), normal(4, 3, 3, 3), normal(3)],
+         {"stride": (2, 2), "padding": (1, 0, 0, 2), "output_padding": (1, 0), "dilation": (1, 1), "groups": 1}),
+    ],
+    "lstm": [
+        ([normal(5, 2, 3), normal(2, 16, 3), normal(2, 16, 4), normal(2, 32),
+          torch.tensor([5, 3], dtype=torch.int32), normal(2, 2, 4), normal(2, 2, 4, seed=1), normal(2, 12)],
+         {"direction": "bidirectional"}),
+        ([normal(5, 2, 3), normal(1, 16, 3), normal(1, 16, 4), None, None, None, None, normal(1, 12)],
+         {"direction": "reverse"}),
+    ],
+    "gru": [
+        ([normal(5, 2, 3), normal(1, 12, 3), normal(1, 12, 4), normal(1, 24), torch.tensor([2, 4], dtype=torch.int32)],
+         {"direction": "reverse"}),
+        ([normal(5, 2, 3), normal(2, 12, 3), normal(2, 12, 4), normal(2, 24), torch.tensor([2, 5], dtype=torch.int32),
+          normal(2, 2, 4)], {"direction": "bidirectional", "reset_after": False}),
+    ],
+    "rnn": [
+        ([normal(5, 2, 3), normal(1, 4, 3), normal(1, 4, 4), None, torch.tensor([4, 1], dtype=torch.int32)],
+         {"activation": "relu"}),
+    ],
     "conv_int8": [
         ([integers(2, 4, 9, 9), torch.tensor(0.05), torch.tensor(117, dtype=torch.uint8),
           integers(5, 4, 3, 3, dtype=torch.int8), PER_CHANNEL, torch.tensor(0.1), torch.tensor(7, dtype=torch.uint8),

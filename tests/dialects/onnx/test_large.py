@@ -281,7 +281,8 @@ def test_a_graph_too_large_for_one_file_is_saved_in_two(
     mappings.most = 0
     graph.save(tmp_path / "saved" / "graph.onnx")
     assert mappings.most == 1
-    assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == ["graph.onnx", "graph.onnx.data"]
+    (data,) = (tmp_path / "saved").glob("*.data")
+    assert {file.name for file in (tmp_path / "saved").iterdir()} == {"graph.onnx", data.name}
     again = OnnxGraph.load(tmp_path / "saved" / "graph.onnx")
     assert again.text() == graph.text() and digest(again) == digest(graph)
     with pytest.raises(GraphError, match="do not fit one ONNX file"):

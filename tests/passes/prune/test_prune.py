@@ -226,7 +226,38 @@ def test_locked_groups_are_declined_with_the_lock(dialect: str) -> None:
         run(Prune(neurons=0.5, targets=Selector(last)), build(dialect, MLP))
 
 
-@pytest.mark.parametrize("options", [{"neurons": 0.5}, {"flops": 0.5}])
+@pytest.mark.parametrize("options", [{"neurons": 0.5, "heads": 0.5}, {"amount": 0.5}])
+def test_a_kind_that_is_not_there_is_skipped_with_a_note(options: dict[str, Any], dialect: str) -> None:
+    graph = build(dialect, MLP)
+    notes = run(Prune(**options), graph).record.notes
+    assert weight_of(graph.nodes[0]).shape == (8, 8)
+    assert "heads: the model has none that can shrink" in notes
+    assert [note for note in notes if "width" in note or "pooler" in note] == []
+
+
+def test_a_comma_between_options_is_taken() -> None:
+    assert str(parse("prune{neurons=0.5,channels=0.5}", REGISTRY)) == "prune{neurons=0.5 channels=0.5}"
+
+
+POOLED = """
+h = slice(gelu(linear(x[2,5,8], W[8,8])), axis=1, start=0, end=1)
+p = gelu(linear(h, P[16,8], B[16]))
+y = linear(p, V[3,16])
+"""
+
+
+def test_a_pooler_is_cut_only_where_it_is_asked_for(dialect: str) -> None:
+    for options in ({"neurons": 0.5}, {"amount": 0.5}, {"params": 0.9}):
+        graph = build(dialect, POOLED)
+        run(Prune(**options), graph)
+        up, pooler, _ = (weight_of(site).shape for site in graph.sites("linear"))
+        assert up[0] < 8 and pooler[0] == 16
+    graph = build(dialect, POOLED)
+    run(Prune(pooler=0.5), graph)
+    assert [tuple(weight_of(site).shape) for site in graph.sites("linear")] == [(8, 8), (8, 8), (3, 8)]
+
+
+@pytest.mark.parametrize("options", [{"neurons": 0.5}, {"amount": 0.5}, {"flops": 0.5}])
 def test_a_model_of_locked_groups_says_what_locks_them(dialect: str, options: dict[str, Any]) -> None:
     graph = build(dialect, "y = linear(x[2,4], W[8,4])")
     told = rf"can shrink; locked: {graph.nodes[0].label} \(neurons\): it is the model's output 'y' \(graphopt inspect"
@@ -271,7 +302,10 @@ def test_the_option_names_every_criterion() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({}, r"give shares by kind \(neurons, heads, channels, width\), or one budget \(flops, params, latency\)$"),
+    ({}, r"give amount, shares by kind \(neurons, heads, channels, pooler, width\), or one budget \(flops, params, "),
+    ({"amount": 0.5, "neurons": 0.5}, "and not amount and neurons"),
+    ({"amount": 0.5, "params": 0.5}, "and not amount and params"),
+    ({"amount": 1.0}, "amount is 1.0; give a number of at least 0 and below 1"),
     ({"neurons": 1.0}, "neurons is 1.0; give a number of at least 0 and below 1"),
     ({"heads": -0.1}, "heads is -0.1; give a number of at least 0"),
     ({"channels": "half"}, "channels is 'half'"),
@@ -281,15 +315,15 @@ def test_the_option_names_every_criterion() -> None:
     ({"neurons": 0.5, "latency": 0.5}, "and not neurons and latency"),
     ({"neurons": 0.5, "criterion": "size"}, "criterion is 'size'; give auto, l1, l2, activation, taylor, movement or"),
     ({"neurons": 0.5, "scope": "local"}, "scope is 'local'; give layer or global"),
-    ({"flops": 0.5, "kinds": ["rows"]}, "kinds is 'rows'; give neurons, heads, channels or width"),
-    ({"flops": 0.5, "kinds": []}, "kinds is empty; give some of neurons, heads, channels, width"),
+    ({"flops": 0.5, "kinds": ["rows"]}, "kinds is 'rows'; give neurons, heads, channels, pooler or width"),
+    ({"flops": 0.5, "kinds": []}, "kinds is empty; give some of neurons, heads, channels, pooler, width"),
     ({"neurons": 0.5, "round_to": 0}, "round_to is 0; give a whole number of at least 1"),
     ({"neurons": 0.5, "round_to": True}, "round_to is True; give a whole number of at least 1"),
     ({"neurons": 0.5, "compensate": "maybe"}, "compensate is 'maybe'; give true, false or none"),
     ({"neurons": 0.5, "compensate": 1}, "compensate is 1; give true, false or none"),
     ({"neurons": 0.5, "criterion": "random", "seed": "abc"}, "seed is 'abc'; give a whole number"),
     ({"neurons": 0.5, "seed": 1}, "seed is for criterion=random, and criterion is auto"),
-    ({"params": 0.5, "schedule": "cubic"}, "give neurons or heads or channels or width in place of params"),
+    ({"params": 0.5, "schedule": "cubic"}, "give amount, or shares by kind, in place of params"),
     ({"neurons": 0.5, "criterion": "movement", "scope": "global"}, "movement ranks the units of each group"),
     ({"neurons": 0.5, "criterion": "movement", "compensate": True}, "makes up for what goes; leave compensate out"),
     ({"neurons": 0.5, "kinds": "heads"}, "kinds are those that a budget cuts; give a share for each instead"),

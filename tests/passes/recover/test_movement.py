@@ -20,13 +20,14 @@ from graphopt.ir.graph import Graph
 from graphopt.numerics.sparsity import as_matrix
 from graphopt.passes import REGISTRY, Distill, FineTune, Prune, Sparsify
 from graphopt.pipeline.batches import Batch, Batches
-from graphopt.pipeline.context import Context, MarkedUnits, MarkedZeros
+from graphopt.pipeline.context import Context
 from graphopt.pipeline.damage import units
 from graphopt.pipeline.loss import cross_entropy
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import Pipeline, run_pass
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.text import parse
+from graphopt.pipeline.zeros import MarkedUnits, MarkedZeros
 from tests.language import build, declines, weight_of
 from tests.models import ConvNet, Encoder, images, padding, plain_run, seeded, tokens
 

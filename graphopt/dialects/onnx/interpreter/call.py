@@ -72,8 +72,6 @@ class Call:
     stored: Sequence[Numbers | None]
     """By input, the numbers of a tensor that the model stores; None where it has more than `MOST_STORED`, or is
     computed."""
-    derived: Mapping[str, Tensor]
-    """Parameters that are made of the stored inputs (`Form.derive`)."""
 
     def __getitem__(self, index: int) -> Tensor:
         """Input `index` as a tensor."""
@@ -124,23 +122,17 @@ class Call:
         return GraphError(f"{self.kind} has no torch form here: {why} ({self.label})")
 
 
-def _none(stored: Sequence[Tensor | None], attributes: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {}
-
-
 @dataclass(frozen=True)
 class Form:
     """How torch computes an operator.
 
     apply returns the results: one value, or a tuple of them. only: by attribute, the values that it holds for.
-    weights: what a parameter is called, by the input that reads it. derive: makes parameters of the stored inputs (None
-    where an input is computed), which stand in their place.
+    weights: what a parameter is called, by the input that reads it.
     """
 
     apply: Callable[[Call], Traced | tuple[Traced, ...]]
     only: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     weights: Mapping[int, str] = field(default_factory=dict)
-    derive: Callable[[Sequence[Tensor | None], Mapping[str, Any]], dict[str, Tensor]] = _none
 
     def refusal(self, attributes: Mapping[str, Any]) -> str | None:
         """Why it does not hold for these attributes; None where it does."""

@@ -17,24 +17,38 @@ from graphopt.ir.ops import OPS
 
 
 def _reference(op: str) -> Form:
-    names = OPS[op].operands
-
     def apply(call: Call) -> Tensor:
         result: Tensor = OPS[op].reference(*map(call.optional, range(len(call.given))), **call.attributes)
         return result
 
-    return Form(apply, weights={names.index(name): _PARAMETERS[name] for name in names if name in _PARAMETERS})
+    return Form(apply, weights=_weights(op))
 
 
-_PARAMETERS = {"weight": "weight", "bias": "bias", "table": "weight"}
+def _weights(op: str) -> dict[int, str]:
+    names = OPS[op].operands
+    return {names.index(name): _PARAMETERS[name] for name in names if name in _PARAMETERS}
+
+
+_PARAMETERS = {"weight": "weight", "recurrent": "recurrent", "bias": "bias", "table": "weight"}
 """What a parameter is called, by the operand that it is."""
 
 
-def _custom(call: Call) -> Tensor:
+def _custom(call: Call) -> Tensor | tuple[Tensor, ...]:
     """The op as one operator, which an fx graph spells in its own way when it is emitted again."""
     function = getattr(torch.ops.graphopt, call.kind)
-    result: Tensor = function(*map(call.optional, range(len(call.given))), **call.attributes)
+    result: Tensor | tuple[Tensor, ...] = function(*map(call.optional, range(len(call.given))), **call.attributes)
     return result
+
+
+def _recurrent(call: Call) -> Tensor | tuple[Tensor, ...]:
+    """A loop over a length that is traced would be unrolled."""
+    if call.optional(4) is not None:
+        raise call.refused("torch has no lengths of sequences in it")
+    if not call.attributes.get("reset_after", True):
+        raise call.refused("torch resets after the product (linear_before_reset=1)")
+    if call.kind == "lstm" and call.optional(7) is not None:
+        raise call.refused("torch has no peepholes")
+    return _custom(call)
 
 
 # --- arithmetic ----------------------------------------------------------------------------------------------------
@@ -167,7 +181,8 @@ FORMS: dict[str, Form] = {name: _reference(name) for name in OPS} | {name: Form(
     "slice": Form(_slice),
     "squeeze": Form(squeeze),
     "identity": Form(_identity),
-    "conv": Form(_conv, weights=_reference("conv").weights),
+    "conv": Form(_conv, weights=_weights("conv")),
+    **{name: Form(_recurrent, weights=_weights(name)) for name in ("lstm", "gru", "rnn")},
     "max_pool": Form(_max_pool),
     "average_pool": Form(_average_pool),
     "attention": Form(_attention),

@@ -17,7 +17,6 @@ from graphopt.dialects.onnx.interpreter import (
     elementwise,
     movement,
     normalization,
-    recurrent,
     reductions,
     windows,
 )
@@ -30,7 +29,7 @@ from graphopt.ir.graph import Value, unique_labels
 
 FORMS: Mapping[str, Form] = (
     canonical.FORMS | elementwise.FORMS | reductions.FORMS | movement.FORMS | normalization.FORMS | windows.FORMS
-    | recurrent.FORMS | contrib.FORMS
+    | contrib.FORMS
 )  # fmt: skip
 """How torch computes each kind of node."""
 
@@ -134,7 +133,6 @@ class _Step:
     attributes: Mapping[str, Any]
     form: Form | None
     operands: Sequence[_Operand | None]
-    derived: Mapping[str, str]
     results: Sequence[ir.Value]
     branches: tuple[_Block, _Block] | None
 
@@ -143,7 +141,6 @@ class _Step:
             self.kind, self.label, self.attributes, self.opset, len(self.results),
             [None if operand is None else operand.read(values) for operand in self.operands],
             [None if operand is None else operand.known for operand in self.operands],
-            {name: getattr(self.scope, own) for name, own in self.derived.items()},
         )  # fmt: skip
         try:
             found = self._results(call, values)
@@ -215,14 +212,11 @@ class _Builder:
     def _step(self, node: OnnxNode, scope: _Scope) -> _Step:
         form, attributes = FORMS.get(node.kind), _attributes(node)
         given = [value if isinstance(value, OnnxValue) else None for value in node.operands]
-        known = [None if value is None else self._constant(value) for value in given]
-        derived = {} if form is None else form.derive(known, attributes)
         names = {} if form is None else form.weights
         return _Step(
             scope, node.kind, node.label, self.graph.opset, attributes, form,
             [None if value is None else self._operand(value, scope, names.get(index, ""))
              for index, value in enumerate(given)],
-            {name: scope.add(name, nn.Parameter(tensor)) for name, tensor in derived.items()},
             _read_results(node),
             self._branches(node) if node.kind == _IF else None,
         )  # fmt: skip

@@ -1,0 +1,82 @@
+"""Why a module cannot be traced or exported, in one line: where, what torch says, and the way out of this cause."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from graphopt.dialects.fx.native import module_path
+from graphopt.dialects.silence import quiet
+from graphopt.errors import LONGEST, first_line
+
+_OUTSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+"""How the file names of frames begin that are no code of the user's: torch's, graphopt's, and generated code."""
+
+
+def trace_failure(module: nn.Module, error: BaseException) -> str:
+    """Why torch.export cannot trace a module."""
+    where = f"torch.export cannot trace {type(module).__name__}{user_line(error)}"
+    return f"{where}: {type(error).__name__}: {_shortened(first_line(error))}{_way_out(error)}"
+
+
+def _way_out(error: BaseException) -> str:
+    if isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException | DynamicOutputShapeException):
+        return ". Control flow and sizes that depend on values must go through torch.cond or torch.where"
+    if isinstance(error, UnsupportedOperatorException):
+        return ". Say which shapes that operator returns, with torch.library.register_fake"
+    if isinstance(error, ImportError):
+        return ". Install what forward imports"
+    if "numpy" in str(error):
+        return ". NumPy is not traced: compute with torch"
+    return ""
+
+
+def user_line(error: BaseException) -> str:
+    """' at file:line (code)' of the innermost frame that is the user's, or of another library; '' without one."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OUTSIDE)]
+    if not frames:  # the exporter quotes the user's code in its message
+        found = re.search(rf'File "(?!{re.escape(_OUTSIDE[0])})([^"]+)", line (\d+), in \w+\n\s*(.+)', str(error))
+        return f" at {Path(found[1]).name}:{found[2]} ({found[3].strip()})" if found else ""
+    return f" at {frames[-1].filename}:{frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+
+
+def export_failure(program: ExportedProgram, error: BaseException) -> str:
+    """Why torch.onnx cannot export a program: the operator, its module path, and what the first exception says."""
+    chain = list(_causes(error))
+    reason = _shortened(re.sub(r"<OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", r"\1.\2", first_line(chain[-1])))
+    for said in map(str, reversed(chain)):
+        if found := re.search(r"translating node %(\w+)\b.*?\btarget=torch\.ops\.([\w.]+)\]", said):
+            path = _path(program, found[1])
+            with quiet(), contextlib.suppress(Exception):  # of which only the path is lost
+                path = path or _path(program.run_decompositions(), found[1])  # as the exporter names nodes
+            return f"{found[2]} has no form in ONNX: {reason}" + (f" ({path})" if path else "")
+    return f"it has no form in ONNX: {type(chain[-1]).__name__}: {reason}"
+
+
+def _path(program: ExportedProgram, name: str) -> str:
+    """The module path of a node by its name; "" where there is none."""
+    return next((module_path(node) for node in program.graph.nodes if node.name == name), "")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception, and those that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " ..."

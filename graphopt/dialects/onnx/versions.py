@@ -1,0 +1,57 @@
+"""What each version of the standard operators has: which operators, and what inputs and attributes they take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cache
+
+import onnx
+import onnx_ir as ir
+
+
+@cache
+def schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
+    """The operator as an opset has it; None where it has none of that name, or one that is withdrawn."""
+    try:
+        found = onnx.defs.get_schema(op_type, opset)
+    except onnx.defs.SchemaError:
+        return None
+    return None if found.deprecated else found
+
+
+def changes(op_type: str, opset: int, other: int) -> bool:
+    """Whether an operator is another one at another opset, or is missing there."""
+    one, two = schema(op_type, opset), schema(op_type, other)
+    return one is None or two is None or one.since_version != two.since_version
+
+
+def misfit(
+    op_type: str, opset: int, attributes: Collection[str], inputs: Sequence[ir.DataType | None]
+) -> str | None:
+    """Why an opset cannot say a node, as the end of a sentence; None where it can.
+
+    attributes: the names of those that are given. inputs: their element types, None where one is left out or unknown.
+    """
+    found = schema(op_type, opset)
+    if found is None:
+        return f"{op_type} is not in opset {opset}"
+    for name in attributes:
+        if name not in found.attributes:
+            return f"{op_type} has no attribute {name!r} in opset {opset}"
+    for name, attribute in found.attributes.items():
+        if attribute.required and name not in attributes:
+            return f"{op_type} needs its attribute {name!r} in opset {opset}"
+    if not found.min_input <= len(inputs) <= found.max_input:
+        takes = f"{found.min_input} to {found.max_input}" if found.min_input < found.max_input else found.max_input
+        return f"{op_type} takes {takes} inputs in opset {opset}"
+    for index, dtype in enumerate(inputs):
+        formal = found.inputs[min(index, len(found.inputs) - 1)]
+        tensors = [name for name in formal.types if name.startswith("tensor")]
+        if dtype is not None and tensors and (spelled := f"tensor({_name(dtype)})") not in tensors:
+            return f"{op_type} takes no {spelled} in opset {opset}"
+    return None
+
+
+def _name(dtype: ir.DataType) -> str:
+    """As schemas spell an element type."""
+    return {ir.DataType.FLOAT: "float", ir.DataType.DOUBLE: "double"}.get(dtype, dtype.name.lower())

@@ -1,0 +1,208 @@
+"""Operators written out in older ones, for opsets that do not have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from graphopt.dialects.onnx.tensors import FLOATS
+from graphopt.errors import SpellingError
+from graphopt.ir.graph import Value
+from graphopt.ir.rewrite import Builder
+
+Operands = Sequence[Value | None]
+Attributes = Mapping[str, Any]
+WriteOut = Callable[[Builder, Operands, Attributes, int], Value]
+
+
+def _required(operands: Operands, index: int) -> Value:
+    value = operands[index]
+    assert value is not None  # as the op requires it
+    return value
+
+
+def _number(op: Builder, number: float, like: Value) -> Value:
+    return op.constant(torch.tensor(number, dtype=like.dtype or torch.float32))
+
+
+def _numbers(op: Builder, *numbers: int) -> Value:
+    return op.constant(torch.tensor(numbers, dtype=torch.int64))
+
+
+# --- canonical ops -------------------------------------------------------------------------------------------------
+
+
+def _gelu(op: Builder, operands: Operands, attributes: Attributes) -> Value:
+    x = _required(operands, 0)
+    half, one = _number(op, 0.5, x), _number(op, 1.0, x)
+    if attributes["approximate"] == "tanh":
+        cubic = op.add(x, op.mul(op.mul(x, op.mul(x, x)), _number(op, 0.044715, x)))
+        inner = op.tanh(op.mul(cubic, _number(op, math.sqrt(2 / math.pi), x)))
+    else:
+        inner = op.erf(op.div(x, _number(op, math.sqrt(2), x)))
+    return op.mul(op.mul(x, half), op.add(inner, one))
+
+
+def _rms_norm(op: Builder, operands: Operands, attributes: Attributes) -> Value:
+    x, weight = _required(operands, 0), _required(operands, 1)
+    axes = tuple(range(-(weight.rank or 1), 0))
+    square = op.mean(op.mul(x, x), axes=axes, keepdim=True)
+    return op.mul(op.div(x, op.sqrt(op.add(square, _number(op, attributes["eps"], x)))), weight)
+
+
+def _layer_norm(op: Builder, operands: Operands, attributes: Attributes) -> Value:
+    x, weight, bias = (*operands, None)[:3]
+    assert x is not None and weight is not None
+    axes = tuple(range(-(weight.rank or 1), 0))
+    centred = op.sub(x, op.mean(x, axes=axes, keepdim=True))
+    variance = op.mean(op.mul(centred, centred), axes=axes, keepdim=True)
+    scaled = op.mul(op.div(centred, op.sqrt(op.add(variance, _number(op, attributes["eps"], x)))), weight)
+    return scaled if bias is None else op.add(scaled, bias)
+
+
+def _softmax(op: Builder, operands: Operands, attributes: Attributes) -> Value:
+    """Along any axis, by the softmax along the last one."""
+    return _along_last(op, _required(operands, 0), attributes["axis"], lambda x: op.softmax(x, axis=-1))
+
+
+def _along_last(op: Builder, x: Value, axis: int, compute: Callable[[Value], Value]) -> Value:
+    perm = list(range(_rank(x, "a softmax")))
+    perm[axis], perm[-1] = perm[-1], perm[axis]
+    return op.transpose(compute(op.transpose(x, perm=tuple(perm))), perm=tuple(perm))
+
+
+def _rank(x: Value, reader: str) -> int:
+    if x.rank is None:
+        raise SpellingError(f"the rank of what {reader} reads is not known")
+    return x.rank
+
+
+def _attention(op: Builder, operands: Operands, attributes: Attributes) -> Value:
+    """softmax(q kᵀ · scale + mask) v, heads split and joined where they come together."""
+    query, key, value = (_required(operands, index) for index in range(3))
+    mask = operands[3] if len(operands) > 3 else None
+    heads, kv_heads = attributes["heads"], attributes["kv_heads"]
+    if heads:
+        query, key, value = _split(op, query, heads), _split(op, key, kv_heads), _split(op, value, kv_heads)
+    if query.shape is None:
+        raise SpellingError("the heads of attention are not known")
+    key, value = (_repeated(op, each, query.shape[1]) for each in (key, value))
+    size = query.shape[-1]
+    scale = attributes["scale"] or (1 / math.sqrt(size) if isinstance(size, int) else None)
+    if scale is None:
+        raise SpellingError("the head size of attention is not known, so its scale is not")
+    scores = op.matmul(op.mul(query, _number(op, scale, query)), op.transpose(key, perm=(0, 1, 3, 2)))
+    if mask is not None and mask.dtype is torch.bool:
+        lowest = _number(op, torch.finfo(query.dtype or torch.float32).min, query)
+        mask = op.where(mask, _number(op, 0.0, query), lowest)
+    for added in (mask, _later_keys(op, scores) if attributes["causal"] else None):
+        scores = scores if added is None else op.add(scores, added)
+    weights = op.softmax(scores, axis=-1)
+    context = op.matmul(weights, value)
+    if not heads:
+        return context
+    joined = op.transpose(context, perm=(0, 2, 1, 3))
+    return op("onnx.Reshape", joined, _numbers(op, 0, 0, -1))
+
+
+def _split(op: Builder, x: Value, heads: int) -> Value:
+    width = x.shape[-1] if x.shape is not None else None
+    size = width // heads if isinstance(width, int) else -1
+    split = op("onnx.Reshape", x, _numbers(op, 0, 0, heads, size))
+    return op.transpose(split, perm=(0, 2, 1, 3))
+
+
+def _repeated(op: Builder, x: Value, heads: int | str) -> Value:
+    """Keys or values (batch, kv heads, length, size), each head repeated for the queries that share it."""
+    shape = x.shape or ("?",) * 4
+    if shape[1] == heads and heads != "?":
+        return x
+    given, size = shape[1], shape[3]
+    if not (isinstance(heads, int) and isinstance(given, int) and isinstance(size, int)):
+        raise SpellingError("the heads of attention, or their size, are not known")
+    spread = op("onnx.Expand", op.unsqueeze(x, axes=(2,)), _numbers(op, 1, 1, heads // given, 1, 1))
+    return op("onnx.Reshape", spread, _numbers(op, 0, heads, -1, size))
+
+
+def _later_keys(op: Builder, scores: Value) -> Value:
+    """(queries, keys): the lowest number for keys after their query, else 0; engines fold it where sizes are fixed."""
+    dtype = scores.dtype or torch.float32
+    sizes = op("onnx.Slice", op("onnx.Shape", scores), _numbers(op, 2), _numbers(op, 4))
+    lowest = op("onnx.ConstantOfShape", sizes, value=torch.tensor([torch.finfo(dtype).min], dtype=dtype))
+    one = op.constant(torch.tensor(1))
+    try:
+        return op("onnx.Trilu", lowest, one, upper=1)
+    except SpellingError:
+        return _triangle(op, lowest, one, upper=True)
+
+
+OPS: Mapping[str, Callable[[Builder, Operands, Attributes], Value]] = {
+    "gelu": _gelu,
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "softmax": _softmax,
+    "attention": _attention,
+}
+"""By op, what writes it out where the opset has no operator for it. Each raises SpellingError where it cannot."""
+
+
+# --- other operators -----------------------------------------------------------------------------------------------
+
+
+def _mish(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Value:
+    """x · tanh(log(1 + exp(x))) (Misra, 2019)."""
+    x = _required(operands, 0)
+    return op.mul(x, op.tanh(op("onnx.Softplus", x)))
+
+
+def _softmaxes(op_type: str) -> WriteOut:
+    """Softmax, LogSoftmax or Hardmax: before opset 13 over all axes from one on, and from 13 on over one."""
+
+    def write_out(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Value:
+        x = _required(operands, 0)
+        axis = attributes.get("axis", 1 if source < 13 else -1)
+        if source >= 13:
+            return _along_last(op, x, axis, lambda value: op(op_type, value, axis=-1))
+        if axis < 0:
+            axis += _rank(x, op_type)
+        rows = op(op_type, op("onnx.Flatten", x, axis=axis), axis=-1)
+        return op("onnx.Reshape", rows, op("onnx.Shape", x))
+
+    return write_out
+
+
+def _trilu(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Value:
+    x, shift = (*operands, None)[:2]
+    assert x is not None
+    return _triangle(op, x, shift or op.constant(torch.tensor(0)), upper=bool(attributes.get("upper", 1)))
+
+
+def _triangle(op: Builder, x: Value, shift: Value, upper: bool) -> Value:
+    """The entries of matrices on and above (or below) a diagonal, and zeros elsewhere. shift: of the diagonal."""
+    if x.dtype not in FLOATS:
+        raise SpellingError("Trilu is not in this opset, and is written out for floats only")
+    rows, columns = (_counted(op, x, axis) for axis in (-2, -1))
+    distance = op.sub(op.sub(columns, op.unsqueeze(rows, axes=(1,))), shift)  # of each entry from the diagonal
+    zero = op.constant(torch.tensor(0))
+    outside = op("onnx.Less", *((distance, zero) if upper else (zero, distance)))
+    return op.where(outside, _number(op, 0.0, x), x)
+
+
+def _counted(op: Builder, x: Value, axis: int) -> Value:
+    """0, 1, 2, ... along an axis of x."""
+    zero, one = op.constant(torch.tensor(0)), op.constant(torch.tensor(1))
+    size = op("onnx.Gather", op("onnx.Shape", x), op.constant(torch.tensor(axis)), axis=0)
+    return op("onnx.Range", zero, size, one)
+
+
+OPERATORS: Mapping[str, WriteOut] = {
+    "Mish": _mish,
+    "Softmax": _softmaxes("onnx.Softmax"),
+    "LogSoftmax": _softmaxes("onnx.LogSoftmax"),
+    "Hardmax": _softmaxes("onnx.Hardmax"),
+    "Trilu": _trilu,
+}
+"""By operator, what writes a node of an opset (the last argument) in operators of the graph's own opset."""
