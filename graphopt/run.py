@@ -121,13 +121,15 @@ class Run:
         if lowered is None:
             lowered = self._lowered(pipeline, folded, report)
         self._check_outputs(folded, lowered, reference)
+        if self.captured.unknown:
+            self._check_shapes(lowered)
         if self._is_held_by_sites(pipeline) and not as_it_came:
             self._check_sites(transformed, folded, report)
         small = Optimized(
             self.captured.graph, transformed, folded, lowered, report, self.backend, self.captured.signature,
             self.captured.feeds, self.threads, pipeline, self.earlier, self._trained, sparse,
         )  # fmt: skip
-        if not self._is_too_large_to_run:
+        if not self._is_too_large_to_run and not self.captured.unknown:
             self._check_kernels(small, reference, promised=not as_it_came)
             if pipeline.is_trained:
                 self._check_metric(small)
@@ -272,6 +274,16 @@ class Run:
                 raise LoweringError(f"{what} does not run: {error}") from error
         if moved is not None:
             raise LoweringError(f"{what} computes something else: {moved}")
+
+    def _check_shapes(self, lowered: Graph) -> None:
+        """Raise LoweringError where an output of a model that cannot be run has another shape or dtype than before."""
+        for before, after in zip(self.captured.graph.outputs, lowered.outputs, strict=True):
+            was, now = before.shape, after.shape
+            sizes = () if was is None or now is None else zip(was, now, strict=False)
+            ranks = was is not None and now is not None and len(was) != len(now)
+            known = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
+            if ranks or known or (None not in (before.dtype, after.dtype) and before.dtype != after.dtype):
+                raise LoweringError(f"output {before.name!r} went from {was}, {before.dtype}, to {now}, {after.dtype}")
 
     def _is_held_by_sites(self, pipeline: Pipeline) -> bool:
         """Whether the model came in quantized, is to come out with the same numbers, and can be held to that here.
