@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import graphopt
 from graphopt.cli import app as cli
+from tests import models
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -57,11 +58,12 @@ def done(*arguments: object) -> str:
 
 
 def refused(code: int, *arguments: object) -> str:
-    """The one line of an error, which is the last; lines of what ran before it may stand above."""
+    """The one line of an error, which is the last; those above it are of stages that were done."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, "")
-    *said, line = result.stderr.splitlines()
-    assert line.startswith("graphopt: ") and all(re.fullmatch(r"[a-z].*: .*\d s", one) for one in said)
+    *stages, line = result.stderr.splitlines()
+    assert result.stderr.endswith("\n") and line.startswith("graphopt: ")
+    assert all(re.fullmatch(r"[\w -]+: (.+, )?\d+\.\d s", stage) for stage in stages)
     return line.removeprefix("graphopt: ")
 
 
@@ -252,6 +254,15 @@ def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
     found = json.loads(done("inspect", model, "--groups", "--json"))
     assert found[-1]["locked"]["sentence"] == "it is the model's output 'y'"
     assert all(group["name"] in shown and group["kind"] in shown for group in found)
+
+
+def test_inspect_lists_residual_branches(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    model = models.exported(models.seeded(models.Encoder), {"ids": models.tokens(), "mask": models.padding()}, 18, True)
+    onnx.save(model, path)
+    shown = done("inspect", path, "--groups")
+    layers = [one for one in json.loads(done("inspect", path, "--groups", "--json")) if one["kind"] == "layers"]
+    assert len(layers) == 4 and all(one["name"] in shown and one["locked"] is None for one in layers)
 
 
 def test_inspect_as_json(tmp_path: Path) -> None:
