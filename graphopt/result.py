@@ -270,7 +270,8 @@ class Optimized:
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
         path = writing.place_of(path)
-        self.backend.require_suffix(path)
+        if not aot:  # for which `package` wants .pt2
+            self.backend.require_suffix(path)
         if aot and (opset is not None or portable or external_data is not None):
             raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
         if aot and not self.feeds:
