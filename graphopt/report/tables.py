@@ -17,6 +17,7 @@ from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Report
 
 if TYPE_CHECKING:
+    from graphopt.analysis.branches import Branch
     from graphopt.analysis.groups import Group
     from graphopt.analysis.propagation import Propagation
     from graphopt.measure.timing import Ratio
@@ -399,6 +400,14 @@ def group_rows(groups: Sequence[Group]) -> Rows:
          Reason.of(group.locked) if group.locked else "")
         for group in groups
     ]  # fmt: skip
+
+
+def branch_rows(branches: Sequence[Branch]) -> Rows:
+    """One row for a residual branch: how many sites it has, and what locks it."""
+    rows: Rows = [("residual branch (layers)", "sites", "locked")]
+    return rows + [
+        (branch.name, str(len(branch.sites)), Reason.of(branch.locked) if branch.locked else "") for branch in branches
+    ]
 
 
 def diff_summary(diff: GraphDiff) -> str:

@@ -16,6 +16,7 @@ from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Relowering, Report, Shipped
 
 if TYPE_CHECKING:
+    from graphopt.analysis.branches import Branch
     from graphopt.analysis.groups import Group
     from graphopt.report.records import BenchResult, Comparison, Sensitivity
 
@@ -108,11 +109,12 @@ def relowering(found: Relowering) -> str:
             f"{distance:.3g} steps ({site}); {found.differs:.3%} of the integers differ{left_out}")  # fmt: skip
 
 
-def groups(groups: Sequence[Group]) -> str:
-    """One row for what shrinks together."""
+def groups(groups: Sequence[Group], branches: Sequence[Branch]) -> str:
+    """One row for what shrinks together, and one for each residual branch."""
     if not groups:
         return "no group of axes shrinks together: there is no linear, conv or embedding"
-    return table(tables.group_rows(groups))
+    parts = [tables.group_rows(groups), *([tables.branch_rows(branches)] if branches else [])]
+    return "\n\n".join(map(table, parts))
 
 
 def passes(report: Report) -> str:

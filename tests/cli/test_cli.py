@@ -11,11 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
 import graphopt
 from graphopt.cli import app as cli
+from tests import models
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -254,6 +256,15 @@ def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
     assert all(group["name"] in shown and group["kind"] in shown for group in found)
 
 
+def test_inspect_lists_residual_branches(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    model = models.exported(models.seeded(models.Encoder), {"ids": models.tokens(), "mask": models.padding()}, 18, True)
+    onnx.save(model, path)
+    shown = done("inspect", path, "--groups")
+    layers = [one for one in json.loads(done("inspect", path, "--groups", "--json")) if one["kind"] == "layers"]
+    assert len(layers) == 4 and all(one["name"] in shown and one["locked"] is None for one in layers)
+
+
 def test_inspect_as_json(tmp_path: Path) -> None:
     facts = json.loads(done("inspect", write_model(tmp_path / "a.onnx", activation="Softplus"), "--json", "--full"))
     assert facts["inputs"] == {"x": "[batch, 16] float32"}
@@ -378,6 +389,29 @@ def test_help_is_whole_at_80_columns(command: str, monkeypatch: pytest.MonkeyPat
     shown = done(*filter(None, [command]), "--help")
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown and "<bool>" not in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_every_option_is_tried() -> None:
+    commands = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
+    options = {tuple(param.opts) for command in commands for param in command.params if param.opts[0].startswith("-")}
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    assert not [names for names in options if not any(f'"{name}"' in tests for name in names)]
+
+
+def test_a_file_for_any_engine(model: Path, tmp_path: Path) -> None:
+    for options, opset in ((["--portable"], 23), (["--portable", "--opset", "17"], 17)):
+        done("optimize", model, "-o", tmp_path / "a.onnx", "--passes", "fast", *options)
+        written = onnx.load(tmp_path / "a.onnx")
+        assert {one.domain: one.version for one in written.opset_import} == {"": opset}
+        assert "DynamicQuantizeLinear" in {node.op_type for node in written.graph.node}
+
+
+def test_calibration_steps_and_what_is_said_of_them(model: Path, calibration: Path) -> None:
+    arguments = "optimize", model, "--dry-run", "--passes", "fast", "--calibration", f"{calibration}{{batch=4}}"
+    said = [run(*arguments, "--verbose", *more).stderr for more in ([], ["--calibration-steps", "1"])]
+    assert all("quantize" in lines for lines in said)
+    few, many = (json.loads(done(*arguments, "--json", *more)) for more in (["--calibration-steps", "1"], []))
+    assert few["passes"] and many["passes"]
 
 
 def test_the_version() -> None:

@@ -478,6 +478,15 @@ def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
     return f"this file is quantized already ({', '.join(forms)}): {found}{left}"
 
 
+def rounds_activations(model: ir.Model | onnx.ModelProto) -> bool:
+    """Whether a model has MatMulNBits that round activations to int8 by block (accuracy_level 4)."""
+    if isinstance(model, ir.Model):
+        given = [node.attributes.get("accuracy_level") for node in model.graph if node.op_type == "MatMulNBits"]
+        return any(level is not None and level.as_int() == 4 for level in given)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    return any(one.name == "accuracy_level" and one.i == 4 for node in nodes for one in node.attribute)
+
+
 def _reads_integers(node: Node) -> bool:
     made = [value.producer for value in node.operands if value is not None]
     return node.kind not in ("quantize", "dequantize") and any(m is not None and m.kind == "dequantize" for m in made)

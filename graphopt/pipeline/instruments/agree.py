@@ -52,19 +52,8 @@ class Agree(Instrument):
     Outputs that differ from run to run, since they are random, are held to nothing.
     """
 
-    def __init__(
-        self,
-        original: Graph,
-        feeds: Sequence[Feeds],
-        names: Sequence[str] | None = None,
-        engine: Callable[[], Callable[[Feeds], Sequence[Any]] | None] | None = None,
-    ) -> None:
-        """names: of the outputs, in order, as the user knows them; by default the graph's own.
-
-        engine: returns a function that runs the original as it would be deployed; called where the original rounds
-        activations, for the noise floor.
-        """
-        self._engine = engine
+    def __init__(self, original: Graph, feeds: Sequence[Feeds], names: Sequence[str] | None = None) -> None:
+        """names: of the outputs, in order, as the user knows them; by default the graph's own."""
         self.feeds = list(feeds)
         self.names = list(names) if names is not None else [value.name for value in original.outputs]
         self._shapes = [value.shape for value in original.outputs]
@@ -99,12 +88,16 @@ class Agree(Instrument):
         return self._agreements([list(run(feeds)) for feeds in self.feeds])
 
     def moved(self, lowered: Graph, graph: Graph) -> str | None:
-        """The first output that a lowered graph moves beyond the tolerance of a lossless pass, and by how much.
+        """See `moved_by`: of a graph that is run without the engine's optimizations."""
+        return self.moved_by(lambda feeds: lowered.evaluate(feeds, lowered.outputs), graph)
 
-        graph: what the last pass left, and the lowered graph is to compute. None where every output is within the
-        tolerance, or where `graph` does not agree with itself, as it is random. Raises what the lowered graph raises.
+    def moved_by(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph) -> str | None:
+        """The first output that a run moves beyond the tolerance of a lossless pass, and by how much.
+
+        graph: what the last pass left, and what is run is to compute. None where every output is within the
+        tolerance, or where `graph` does not agree with itself, as it is random. Raises what the run raises.
         """
-        moved = self._moved(self._latest, self._outputs(lowered), graph)
+        moved = self._moved(self._latest, [list(run(feeds)) for feeds in self.feeds], graph)
         if moved is None or self._moved(self._latest, self._outputs(graph), graph) is not None:
             return None
         return moved
@@ -188,9 +181,8 @@ class Agree(Instrument):
         return max(QUANTIZED_FLOOR, min(metrics.QUANTIZED_SQNR, self._noise_floor() - QUANTIZED_MARGIN))
 
     def _noise_floor(self) -> float:
-        """The least SQNR (dB) of the original against its run by the engine, and against itself on perturbed inputs."""
-        run = self._engine() if self._engine is not None else None
-        runs = [] if run is None else [[list(run(feeds)) for feeds in self.feeds]]
+        """The least SQNR (dB) of the original against itself on perturbed inputs."""
+        runs = []
         if self._given is not None and any(one.is_floating_point() for feeds in self.feeds for one in feeds.values()):
             for ulps in (PERTURBATION, -PERTURBATION):
                 given = self._given.clone()  # a run may write to its graph
