@@ -16,7 +16,7 @@ from graphopt import writing
 from graphopt.capture.signature import Signature
 from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, require_positive_integer
 from graphopt.ir import cost
-from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
+from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.measure.machine import version
 from graphopt.pipeline.instruments import Agree, display, watched
@@ -310,10 +310,6 @@ class Optimized:
             "graphopt.input": digest(self.captured),
             "graphopt.choices": json.dumps({choice["rule"]: choice["sites"] for choice in self.report.choices}),
         }
-
-
-def shapes_text(feeds: Feeds) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
 
 
 def versions() -> dict[str, str]:

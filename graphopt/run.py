@@ -17,7 +17,7 @@ from graphopt.capture.sources import Captured
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Feeds, Graph, digest
+from graphopt.ir.graph import Feeds, Graph, digest, shapes_text
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
@@ -31,9 +31,10 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report import tables
+from graphopt.report.agreements import worst_of_each
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
-from graphopt.result import Optimized, Trained, shapes_text, versions
+from graphopt.result import Optimized, Trained, versions
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,15 @@ class Run:
         if lowered is None:
             lowered = self._lowered(pipeline, folded, report)
         self._check_outputs(folded, lowered, reference)
+        if self.captured.unknown:
+            self._check_shapes(lowered)
         if self._is_held_by_sites(pipeline) and not as_it_came:
             self._check_sites(transformed, folded, report)
         small = Optimized(
             self.captured.graph, transformed, folded, lowered, report, self.backend, self.captured.signature,
             self.captured.feeds, self.threads, pipeline, self.earlier, self._trained, sparse,
         )  # fmt: skip
-        if not self._is_too_large_to_run:
+        if not self._is_too_large_to_run and not self.captured.unknown:
             self._check_kernels(small, reference, promised=not as_it_came)
             if pipeline.is_trained:
                 self._check_metric(small)
@@ -175,6 +178,7 @@ class Run:
             target=self.backend,
             report=report,
             feeds=captured.feeds,
+            made_up=captured.made_up,
             calibration=self.calibration,
             loss=lambda outputs, batch, **options: loss(captured.signature.rebuild(outputs), batch, **options),
             evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
@@ -271,6 +275,16 @@ class Run:
         if moved is not None:
             raise LoweringError(f"{what} computes something else: {moved}")
 
+    def _check_shapes(self, lowered: Graph) -> None:
+        """Raise LoweringError where an output of a model that cannot be run has another shape or dtype than before."""
+        for before, after in zip(self.captured.graph.outputs, lowered.outputs, strict=True):
+            was, now = before.shape, after.shape
+            sizes = () if was is None or now is None else zip(was, now, strict=False)
+            ranks = was is not None and now is not None and len(was) != len(now)
+            known = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
+            if ranks or known or (None not in (before.dtype, after.dtype) and before.dtype != after.dtype):
+                raise LoweringError(f"output {before.name!r} went from {was}, {before.dtype}, to {now}, {after.dtype}")
+
     def _is_held_by_sites(self, pipeline: Pipeline) -> bool:
         """Whether the model came in quantized, is to come out with the same numbers, and can be held to that here.
 
@@ -321,9 +335,10 @@ class Run:
     def _compare(self, small: Optimized, reference: Agree) -> None:
         """Report how far the result is from the original. Raises LoweringError where that is no number."""
         try:
-            small.report.agreement, notes = reference.compare(small.run_anew)
+            small.report.agreement_by_shapes, notes = reference.compare(small.run_anew)
         except GraphError as error:
             raise LoweringError(f"run by {self.backend.name}, the result fails: {error}") from error
+        small.report.agreement = worst_of_each(small.report.agreement_by_shapes.values())
         small.report.notes += notes
 
     def _check_metric(self, small: Optimized) -> None:

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from graphopt.backends.onnxruntime.guards import guarded
+from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
@@ -35,6 +36,7 @@ class OrtRunner(Runner):
         self.model, self.threads = onnx_export.deployable(guarded(graph)), threads
         self.names = [value.name for value in graph.outputs]
         try:
+            crashing.require_loads(self.model)
             self.session = onnx_run.session(self.model, level="all", threads=threads)
         except Exception as error:  # the engine's own exceptions have no base of theirs
             raise LoweringError(f"onnxruntime cannot load the model: {first_line(error)}") from error

@@ -11,6 +11,7 @@ from graphopt.cli.options import (
     Calibration,
     CalibrationSteps,
     Cpu,
+    CustomOps,
     Inputs,
     Json,
     Measure,
@@ -68,6 +69,7 @@ def optimize(
     threads: Threads = None,
     measure: Measure = None,
     cpu: Cpu = None,
+    custom_ops: CustomOps = None,
     opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
     aot: Annotated[
@@ -114,6 +116,7 @@ def optimize(
             threads=threads,
             measure=measure,
             cpu=cpu,
+            custom_ops=custom_ops or (),
             verbose=False if verbose is False else None,
             **{option: value for option, value in given.items() if value is not None},
         )

@@ -77,6 +77,16 @@ class Adapter(Protocol):
     def notes(self, model: Any, graph: Graph) -> list[str]:
         """What a report says of a model that was handed in: how it is quantized, where it is."""
 
+    def register(self, custom_ops: Any) -> None:
+        """Let the framework know custom operators (`optimize` says which), as long as the process lives.
+
+        Raises UsageError for what it cannot know.
+        """
+
+    def unknown(self, graph: Graph) -> list[str]:
+        """The custom operators of a model, which run only where they were registered; none where the framework itself
+        knows all of them."""
+
 
 def adapter(dialect: str) -> Adapter:
     """The adapter of a dialect, whose framework is imported now. Raises GraphError for an unknown name."""

@@ -413,12 +413,20 @@ def _projected(op: Builder, part: _Columns) -> Value:
     return op.linear(_swapped(op, node.input) if part.time_first else node.input, weight, bias)
 
 
-def _swapped(op: Builder, value: Value) -> Value:
-    """A 3-D value with its first two axes swapped, once for all who read it at a node."""
+def _swapped(op: Builder, value: Value, at: Node | None = None) -> Value:
+    """A 3-D value with its first two axes swapped, once for all who read it at a node; behind a norm, before it.
+
+    at: where to emit it, in place of the builder's node.
+    """
     node = value.producer
     if node is not None and _is_swap(node):
         return node.input
-    return op.once(("swapped", value), lambda: op.transpose(value, perm=_SWAP))
+    if node is not None and node.kind in ("layer_norm", "rms_norm") and value.only_user is not None:
+        x, *given = node.operands
+        assert x is not None
+        return op.once(("swapped", value), lambda: op.graph.emit(node, _swapped(op, x, node), *given, at=node))
+    place = op.at if at is None else at
+    return op.once(("swapped", value), lambda: op.graph.emit("transpose", value, at=place, perm=_SWAP))
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

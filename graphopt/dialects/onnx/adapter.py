@@ -7,14 +7,15 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 
 from graphopt.dialects.adapter import Adapter
+from graphopt.dialects.onnx import custom_operators, stand_ins, torch_layers
 from graphopt.dialects.onnx import quantized as onnx_quantized
-from graphopt.dialects.onnx import stand_ins, torch_layers
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
 from graphopt.dialects.onnx.kernels import newest_opset
 from graphopt.dialects.onnx.raising import FORMS
@@ -109,6 +110,13 @@ class OnnxAdapter:
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))
         return [*_onnx(graph).model.meta.get(NOTES, ()), *([] if note is None else [note])]
+
+    def register(self, custom_ops: Any) -> None:
+        custom_operators.register(custom_ops)
+
+    def unknown(self, graph: Graph) -> list[str]:
+        nodes = _onnx(graph).model.graph.all_nodes()
+        return custom_operators.unknown((node.domain, node.op_type) for node in nodes)
 
 
 ADAPTER: Adapter = OnnxAdapter()

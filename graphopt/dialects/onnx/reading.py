@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
+from graphopt.dialects.onnx import custom_operators
 from graphopt.dialects.onnx import shapes as onnx_shapes
 from graphopt.dialects.onnx.files import open_weights
 from graphopt.dialects.onnx.inference import Inference
@@ -150,8 +151,8 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model as `OnnxGraph` wants it.
 
     Nodes are sorted; constants become initializers. Of inputs that are stored, those that are read as weights (before
-    IR 4, all) become constants; the others stay, with their defaults. Model-local functions are inlined (by onnx-ir);
-    nodes have module paths in their metadata. Types and shapes are inferred anew; what the file says of them counts
+    IR 4, all) become constants; the others stay, with their defaults. Functions, of the model or registered, are
+    inlined (by onnx-ir); nodes have module paths in their metadata. Types and shapes are inferred anew; what the file says of them counts
     where inference tells nothing.
     """
     if isinstance(model, onnx.ModelProto):
@@ -169,6 +170,7 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     needed = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     stated_version = model.ir_version or 0
     model.ir_version = min(max(model.ir_version or 0, 4), max(needed, 10))
+    custom_operators.add_functions(model)
     if any(domain != DOMAIN for domain, _, _ in model.functions):
         ir_passes.InlinePass()(model)
     if taken := _without_weights_as_inputs(model, stated_version):

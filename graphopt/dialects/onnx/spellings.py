@@ -58,7 +58,9 @@ RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}
 KEPT = ("GlobalAveragePool",)
 """Operators that stay when a node is emitted again, as they have kernels of their own (an integer one of a mean)."""
 
-_SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization", *RECURRENT)
+_SEVERAL_RESULTS = (
+    "choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization", *RECURRENT, *RECURRENT.values(),
+)  # fmt: skip
 """Operators that may have further results; their readers check that nobody uses those."""
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from graphopt.analysis.data_sizes import sized_by_data
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import GraphError
-from graphopt.ir.graph import Feeds, Graph
+from graphopt.ir.graph import Feeds, Graph, shapes_text
 from graphopt.numerics import metrics
 from graphopt.pipeline.instruments.instrument import Instrument
-from graphopt.report.agreements import Agreement, agreement, worst
+from graphopt.report.agreements import Agreement, agreement, worst_of_each
 
 if TYPE_CHECKING:
     from graphopt.pipeline.context import Context
@@ -69,7 +69,8 @@ class Agree(Instrument):
         if not context.record.changes:
             return
         outputs = self._outputs(graph)
-        context.record.agreement, notes = self._agreements(outputs, graph)
+        by_shapes, notes = self._agreements(outputs, graph)
+        context.record.agreement = worst_of_each(by_shapes.values())
         for note in notes:
             context.note(note)
         if not pass_.lossless:
@@ -78,8 +79,9 @@ class Agree(Instrument):
             raise GraphError(f"this pass is declared lossless, and {moved}")
         self._latest = outputs
 
-    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[list[Agreement], list[str]]:
-        """The original's outputs compared with those of `run` for the same feeds; and notes on what was not compared.
+    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[dict[str, list[Agreement]], list[str]]:
+        """The original's outputs compared with those of `run` for the same feeds, by the shapes of these: the worst of
+        each output among the examples of the same shapes. And notes on what was not compared.
 
         Raises GraphError where `run` makes NaN or infinity of a finite number, or changes an output's shape.
         """
@@ -118,14 +120,17 @@ class Agree(Instrument):
 
     def _agreements(
         self, outputs: list[list[Any]], graph: Graph | None = None
-    ) -> tuple[list[Agreement], list[str]]:
-        """One for each output that is a tensor (an ONNX model may also return sequences), and notes on the others.
+    ) -> tuple[dict[str, list[Agreement]], list[str]]:
+        """By shapes of the examples, one for each output that is a tensor (an ONNX model may also return sequences),
+        and notes on the others.
 
         graph: what computed the outputs, to find where numbers stop being finite.
         """
-        by_output: dict[str, list[Agreement]] = {}
+        by_shapes: dict[str, list[list[Agreement]]] = {}
         notes: dict[str, str] = {}
         for number, (feeds, expected, found) in enumerate(zip(self.feeds, self.original, outputs, strict=True)):
+            agreements: list[Agreement] = []
+            by_shapes.setdefault(shapes_text(feeds), []).append(agreements)
             of_each = zip(self.names, self._shapes, self._sized, expected, found, strict=True)
             for name, shape, sized, a, b in of_each:
                 if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
@@ -143,8 +148,8 @@ class Agree(Instrument):
                         f"on example {number}, {count} of the {kept[0].numel()} numbers of output {name!r} become NaN "
                         f"or infinite{_origin(graph, feeds)}: leave that out with ignore=[...]"
                     )
-                by_output.setdefault(name, []).append(agreement(name, *kept))
-        return [worst(several) for several in by_output.values()], list(notes.values())
+                agreements.append(agreement(name, *kept))
+        return {shapes: worst_of_each(several) for shapes, several in by_shapes.items()}, list(notes.values())
 
     def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:
         """The first output of `graph` that moves by more than rounding explains, and by how much; None where none."""
