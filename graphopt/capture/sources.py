@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture.arguments import several
 from graphopt.capture.axes import DynamicAxes, distinct
-from graphopt.capture.failures import export_failure
+from graphopt.capture.failures import NotExported, export_failure
+from graphopt.capture.implementations import exported_with
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import Traced, on_cpu, trace
 from graphopt.dialects.adapter import Adapter, adapter
@@ -107,7 +108,11 @@ def _capture(
         if example_inputs is None:
             name = type(model).__name__
             raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, to trace it with")
-        return _capture_module(model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache))
+        return exported_with(
+            model,
+            lambda: _capture_module(model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache)),
+            lambda captured, note: captured.notes.append(note),
+        )
     _refuse_options(f"a {kind.__name__}", dynamic_shapes, cache)
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, adapter(dialect), example_inputs)
@@ -172,7 +177,7 @@ def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced) -> Capt
     except GraphError as error:
         raise CaptureError(f"{type(module).__name__}: {error}") from error
     except Exception as error:  # whatever torch's exporter raises
-        raise CaptureError(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
+        raise NotExported(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
     notes = list(traced.notes)
     if dialect.is_liftable(graph):
         notes.append(f"captured at {dialect.version(graph)}, the newest in which the engine has all of its operators")
