@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.arguments import several
 from graphopt.capture.axes import DynamicAxes, distinct
 from graphopt.capture.failures import NotExported, export_failure
+from graphopt.capture.folders import opened
 from graphopt.capture.implementations import exported_with
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import Traced, on_cpu, trace
@@ -77,12 +78,13 @@ def capture(
     cache: bool = False,
     run: bool | None = None,
 ) -> Captured:
-    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx
-    or .pt2 (a torch.export archive without pickles). The model is not changed.
+    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx,
+    to .pt2 (a torch.export archive without pickles) or to a folder of Hugging Face. The model is not changed.
 
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
-    for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
-    axis 0 of every input and axis 1 of integer inputs. cache: capture the decode step of a language model.
+    for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes, or as
+    torch.export takes them; left out, axis 0 of every input and axis 1 of integer inputs. cache: capture the decode
+    step of a language model.
     Both are for modules, which are traced; anything else has its axes already. run: whether an ONNX model is run, to
     check that the captured graph computes the same; None runs models of up to `cost.LARGE` bytes. Raises CaptureError,
     and nothing but a GraphoptError.
@@ -100,6 +102,7 @@ def _capture(
     cache: bool,
     run: bool | None,
 ) -> Captured:
+    model = opened(model)
     kind = type(model)
     if isinstance(model, str | Path):
         _refuse_options("a file", dynamic_shapes, cache)
