@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,12 @@ def optimize(
     """Make a model smaller and faster on a target.
 
     model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx, .pt2
-    or a folder of Hugging Face, or what an earlier call returned (below); it is not changed. passes: as text or objects; None only simplifies
-    and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
+    or a folder of Hugging Face, or what an earlier call returned (below); it is not changed. passes: as text or
+    objects; None only simplifies and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
     example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; None is the
     first batch of calibration, else of training. A module needs one of the three.
-    dynamic_shapes: {input: {axis: name}}, or as torch.export takes it; left out, axis 0 of every input and axis 1 of integer inputs.
+    dynamic_shapes: {input: {axis: name}}, or as torch.export takes it; left out, axis 0 of every input and axis 1 of
+    integer inputs.
     cache: capture the decode step of a language model, with its key-value cache; the example inputs are prompts.
     calibration: any iterable of batches, for passes that read activations; calibration_steps: most batches to use.
     training: any re-iterable of batches, for the passes that train (`distill`, `finetune`); labels may stand beside the

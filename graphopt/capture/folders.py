@@ -32,7 +32,7 @@ def opened(model: Any) -> Any:
 def _architecture(folder: Path) -> str:
     file = folder / _CONFIG
     if not file.is_file():
-        raise CaptureError(f"{folder} is a folder without {_CONFIG}; give a folder that save_pretrained wrote, or a file")
+        raise CaptureError(f"{folder} is a folder without {_CONFIG}: give one that save_pretrained wrote, or a file")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -74,7 +74,7 @@ def batches(source: str, *, shuffle: bool = False) -> Any:
 
 
 def example(source: str, model: Any) -> dict[str, Tensor]:
-    """Example inputs of a module, or of a model in a file: the first batch of a source, or all of an archive that is not cut."""
+    """Example inputs of a module or of a file: the first batch of a source, or all of an archive that is not cut."""
     from graphopt.pipeline.examples import first_batch
 
     found = batches(source)

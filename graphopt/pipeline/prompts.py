@@ -1,4 +1,4 @@
-"""Prompts -> the steps of a decoder with a cache: calibration gives whole texts, and the graph takes a part at a time."""
+"""Prompts -> the steps of a decoder with a cache: calibration gives whole texts, the graph takes a part at a time."""
 
 from __future__ import annotations
 
