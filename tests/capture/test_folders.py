@@ -53,7 +53,7 @@ def test_folders_that_are_no_safe_models_are_refused_by_name(folder: Path, monke
     ran = folder / "ran"
     (folder / "modeling_mine.py").write_text(f"open({str(ran)!r}, 'w')\n")
     changed(folder, architectures=["MyBert"], auto_map={"AutoModel": "modeling_mine.MyBert"})
-    with pytest.raises(CaptureError, match="is a MyBert, which transformers .* code in a folder is never run"):
+    with pytest.raises(CaptureError, match=r"is a MyBert, which transformers .* code in a folder is never run"):
         opened(folder)
     changed(folder, architectures=["BertModel"])
     assert type(opened(folder)).__name__ == "BertModel" and not ran.exists()
