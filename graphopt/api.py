@@ -17,6 +17,7 @@ from graphopt.backends import target as target_of
 from graphopt.capture.arguments import several
 from graphopt.capture.folders import opened
 from graphopt.capture.sources import Captured, capture, declared_inputs
+from graphopt.dialects.adapter import adapter
 from graphopt.errors import (
     CaptureError,
     LoweringError,
@@ -63,6 +64,7 @@ def optimize(
     agree: bool | None = None,
     measure: bool | None = None,
     cpu: str | None = None,
+    custom_ops: Sequence[Any] = (),
     instruments: Sequence[Instrument] = (),
     verbose: bool | None = None,
 ) -> Optimized:
@@ -84,13 +86,17 @@ def optimize(
     cross-entropy to the labels in the batches. evaluate: (a model that is called like the original) -> how good it is,
     more is better: for goals in that measure, and to choose the best weights while training.
     threads: of the engine, None for its default.
-    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
+    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. False also lets a
+    module pass whose captured graph computes something else, with a note. An ONNX file above
     that is run only where agree=True or calibration asks for it, and then in sections of its layers; its weights are
     read one by one, and memory holds a few copies of the largest.
     measure: time the forms that a pattern may take at the example inputs, and the result against the input; what makes
     it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given. Without
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
     (avx2, avx512, avx512_vnni).
+    custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
+    onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
+    known is not run: passes that need no run work, and only the shapes of outputs are checked.
     instruments: further watchers of the pipeline, such as Dump.
     verbose: True says what is done on stderr, with bars on a terminal; False says nothing. None does so on a terminal
     and in a notebook; elsewhere lines go to the logger `graphopt`, which is silent until `logging` is set up.
@@ -115,6 +121,8 @@ def optimize(
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
         instruments = display(verbose, instruments)
         backend = target_of(target, cpu)
+        if custom_ops:
+            adapter(backend.dialect).register(custom_ops)
         backend.accept(model, example_inputs)
         measures = _measures(measure, backend)
         pipeline = whole_pipeline(passes, backend, earlier)
@@ -133,7 +141,7 @@ def optimize(
             else:
                 captured = capture(
                     model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
-                    run=agree or None,
+                    run=agree or None, check=agree is not False,
                 )  # fmt: skip
             found.result = f"{len(captured.graph.nodes)} nodes"
         with outer_door(UsageError, "optimize cannot use its arguments"):

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from graphopt import writing
 from graphopt.capture.signature import Signature, in_dtypes
 from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, require_positive_integer
-from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
+from graphopt.ir import cost
+from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.measure.machine import version
-from graphopt.pipeline.instruments import display, watched
+from graphopt.pipeline.instruments import Agree, display, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
@@ -284,6 +285,8 @@ class Optimized:
         if aot and not self.feeds:
             raise UsageError("aot=True needs example_inputs, for the compiler")
         graph, metadata = self.folded if portable else self.lowered, self._metadata(portable)
+        if opset is not None or portable:
+            self._check_exported(graph, opset)
         with writing.together(path, path.with_name(path.name + ".json")) as (part, manifest):
             manifest.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
@@ -291,6 +294,20 @@ class Optimized:
             else:
                 self.backend.export(graph, part, opset=opset, external_data=external_data, metadata=metadata)
         return path
+
+    def _check_exported(self, graph: Graph, opset: int | None) -> None:
+        """Run what is to be written, which is not what ran before. Raises GraphError where it computes something else.
+
+        A model above 2 GB is not run.
+        """
+        if not self.feeds or cost.Cost.of(graph).bytes > cost.LARGE:
+            return
+        what = "a portable file" if opset is None else f"the file at opset {opset}"
+        with outer_door(GraphError, f"{what} does not run: give another opset, or leave it out"):
+            reference = Agree(graph, self.feeds, self.signature.outputs)
+            for level, run in self.backend.exported(graph, opset).items():
+                if (moved := reference.moved_by(run, graph)) is not None:
+                    raise GraphError(f"{what} would compute something else (optimizations: {level}): {moved}")
 
     def _metadata(self, portable: bool) -> dict[str, str]:
         """What stands in the file itself: all that decides its bytes, and no measured figure."""
@@ -302,10 +319,6 @@ class Optimized:
             "graphopt.input": digest(self.captured),
             "graphopt.choices": json.dumps({choice["rule"]: choice["sites"] for choice in self.report.choices}),
         }
-
-
-def shapes_text(feeds: Feeds) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops.quantization import integer_range
 from graphopt.ir.qdq.integer_forms import normalize
-from graphopt.ir.qdq.numbers import saturates, stored
+from graphopt.ir.qdq.numbers import fits_integers, saturates, stored
 from graphopt.ir.qdq.regions import MOVES
 from graphopt.ir.rewrite import scalar
 from graphopt.pipeline.context import Context
@@ -117,6 +117,9 @@ def _fold_conv(graph: Graph, site: Node) -> None:
     bias = _bias(graph, site)
     if bias is not None and not bias.is_constant:
         raise Declined("conv_bias_computed")
+    stored_bias, *scales = (None if one is None else graph.constant(one) for one in (bias, x[1], weight[1]))
+    if stored_bias is not None and not fits_integers(stored_bias, scales[0], scales[1]):
+        raise Declined("bias_too_large")
     quantize, scale, zero_point = _quantize_behind(graph, site)
     y = graph.emit("conv_int8", *x, *weight, scale, zero_point, bias, at=site, **site.attributes)
     graph.replace(quantize, y)

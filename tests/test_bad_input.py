@@ -80,7 +80,7 @@ class Undescribed(nn.Module):
         return torch.ops.graphopt_tests.undescribed(x)
 
 
-LIBRARY = torch.library.Library("graphopt_tests", "FRAGMENT")
+LIBRARY: Any = torch.library.Library("graphopt_tests", "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define("undescribed(Tensor x) -> Tensor")
 LIBRARY.impl("undescribed", lambda x: x.clone(), "CPU")
 
@@ -106,7 +106,7 @@ def test_an_untraceable_module_names_the_line(target: str) -> None:
     ("module", "message"),
     [
         (Untraceable(), "GuardOnDataDependentSymNode: Could not guard .* Control flow and sizes that depend on values"),
-        (Importing(), "ModuleNotFoundError: No module named 'a_module_that_is_not_there'. Install what forward imports"),
+        (Importing(), "ModuleNotFoundError: No module named 'a_module_that_is_not_there'. Install what forward"),
         (OverNumPy(), r"RuntimeError: .numpy\(\) is not supported .* NumPy is not traced: compute with torch"),
         (Undescribed(), "UnsupportedOperatorException: graphopt_tests.undescribed.default. Say which shapes that"),
     ],

@@ -5,22 +5,30 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
+from graphopt.api import optimize
 from graphopt.comparing import compare
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
+from graphopt.ir.scaled import Scaled, dumps, loads
+from graphopt.numerics.fold import fold_batch_norm
+from graphopt.passes.quantize import Quantize
+from graphopt.passes.quantize.channel_scaling import Scalable, rescale, scalable
 from graphopt.pipeline.selectors import Selector
 from graphopt.report.agreements import Agreement, agreement, worst
-from tests.language import build
+from tests.language import build, run
 
 TEXT = "y = linear(x[batch,4], W[3,4]:seed1)"
 BATCHES = [torch.randn(2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -269,3 +277,154 @@ def test_an_output_whose_size_depends_on_data_is_left_out_where_the_sizes_differ
     fixed = build("onnx", "h = add(x[batch,4], C[4]:zeros)\nn = cast(concat(h, h, axis=1), dtype=int64)\nreturn h, n")
     with pytest.raises(UsageError, match="output 'n' has shape"):
         compare(fixed, build("onnx", "h = add(x[batch,4], C[4]:zeros)\nn = cast(h, dtype=int64)\nreturn h, n"), BATCHES)
+
+
+# --- sites that mean something else --------------------------------------------------------------------------------
+
+NETWORKS = {
+    "norm": """
+        h = layer_norm(x[batch,4], G[4]:seed1, B[4]:seed2)
+        a = linear(h, W[6,4]:seed3)
+        y = linear(relu(a), V[3,6]:seed4)
+    """,
+    "linear": """
+        a = linear(x[batch,4], W[6,4]:seed1, B[6]:seed2)
+        r = relu(a)
+        y = linear(r, V[5,6]:seed3)
+    """,
+    "gate": """
+        u = linear(x[batch,4], W[6,4]:seed1)
+        g = silu(linear(x, U[6,4]:seed2))
+        h = mul(g, u)
+        y = linear(h, V[5,6]:seed3)
+    """,
+}
+
+
+def equalized(graph: Graph, sizes: Sequence[float]) -> Graph:
+    """A clone whose channels are scaled wherever they can be."""
+    clone = graph.clone()
+    found = [one for site in clone.sites("linear") if isinstance(one := scalable(site), Scalable)]
+    assert found
+    rescale(clone, [(one, torch.tensor((sizes * 9)[: one.channels])) for one in found])
+    clone.sweep()
+    return clone
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@settings(max_examples=3, deadline=None)
+@given(sizes=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9))
+def test_what_was_scaled_is_compared_without_that(network: str, sizes: list[float]) -> None:
+    for dialect in ("fx", "onnx"):
+        graph = build(dialect, NETWORKS[network])
+        other = equalized(graph, sizes)
+        for a, b in ((graph, other), (other, graph), (other, equalized(other, sizes))):
+            inside = compare(a, b, BATCHES, sites=True).propagation
+            assert inside is not None and not inside.unpaired
+            assert all(one.alike and one.sqnr > 60 for one in inside.sites), inside.sites
+
+
+def test_a_file_keeps_what_was_scaled(tmp_path: Path) -> None:
+    graph = build("onnx", NETWORKS["linear"])
+    other = equalized(graph, [0.01, 30.0, 5.0])
+    graph.save(tmp_path / "model.onnx")
+    other.save(tmp_path / "equalized.onnx")
+    small = optimize(tmp_path / "equalized.onnx", measure=False, example_inputs=BATCHES[0])
+    small.export(tmp_path / "small.onnx")
+    for path in ("equalized.onnx", "small.onnx"):
+        inside = compare(tmp_path / "model.onnx", tmp_path / path, BATCHES, sites=True).propagation
+        assert inside is not None and len(inside.sites) == 3
+        assert all(one.alike and one.sqnr > 60 for one in inside.sites), inside.sites
+
+
+@given(st.dictionaries(
+    st.tuples(st.text(max_size=9), st.text(max_size=9), st.integers(0, 99)),
+    st.builds(Scaled, st.lists(st.floats(2**-99, 2**99, width=32), min_size=1, max_size=5).map(torch.tensor),
+              st.sampled_from([1, -1])),
+))  # fmt: skip
+def test_scales_are_read_as_they_were_written(scales: dict[Any, Scaled]) -> None:
+    found = loads(dumps(scales))
+    assert found.keys() == scales.keys()
+    assert all(torch.equal(found[place].factors, one.factors) and found[place].axis == one.axis
+               for place, one in scales.items())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{}", "[1]", "null", '[["linear", "a", 0, 1, "?"]]', '[["linear", "a", 0, 2, "AACAPw=="]]',
+        '[["linear", "a", 0, 1, "AACAvw=="]]', '[["linear", "a", 0, 1, "AAA="]]',
+    ],
+)  # fmt: skip
+def test_metadata_that_says_nothing_is_not_read(text: str) -> None:
+    assert loads(text) == {}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_smoothed_sites_raise_no_alarm(quantized: bool) -> None:
+    graph = build("onnx", NETWORKS["norm"])
+    loud = [batch * torch.tensor([1.0, 50.0, 1.0, 0.1]) for batch in BATCHES]
+    (norm,) = graph.sites("layer_norm")
+    other = equalized(graph, [40.0, 0.1, 3.0, 1.0])
+    if quantized:
+        run(Quantize(targets=Selector("linear"), smooth=False), other, calibration=loud)
+    inside = compare(graph, other, loud, sites=True).propagation
+    assert inside is not None and inside.lost is None and not inside.unpaired
+    assert inside.sites[0].site == norm.label and inside.sites[0].sqnr > 100
+
+
+def test_a_permuted_linear_is_not_alike_and_raises_no_alarm(dialect: str) -> None:
+    graph, order = build(dialect, THREE.replace("d = add(b, c)", "d = relu(c)")), torch.tensor([3, 0, 5, 1, 2, 4])
+    other = graph.clone()
+    first, second, _ = other.sites("linear")
+    for site, weight in ((first, first.weight[order]), (second, second.weight[:, order])):  # type: ignore[index]
+        other.replace(site, other.emit(site, site.input, other.add_constant(weight), at=site))
+    found = compare(graph, other, BATCHES, sites=True)
+    inside = found.propagation
+    assert inside is not None and inside.lost is None
+    assert [one.alike for one in inside.sites] == [False, False, True, True, True]
+    assert inside.noisiest is None or inside.noisiest.alike
+    assert all(one.before == math.inf for one in inside.sites[:3])
+    lines = str(found).splitlines()
+    assert sum("dB)" in line for line in lines) == 2
+    assert any(line.startswith("in brackets: what reads it agrees") for line in lines)
+
+
+def test_noise_that_stays_is_an_alarm(dialect: str) -> None:
+    inside = compare(build(dialect, THREE), changed(dialect, 0, -1.0), BATCHES, sites=True).propagation
+    assert inside is not None and all(one.alike for one in inside.sites)
+    assert inside.lost == inside.sites[0]
+
+
+def test_a_site_that_is_returned_is_alike_whatever_reads_it(dialect: str) -> None:
+    text = "a = linear(x[batch,4], W[6,4]:seed1)\ny = linear(a, V[3,6]:seed2)\nreturn a, y"
+    graph, order = build(dialect, text), torch.tensor([3, 0, 5, 1, 2, 4])
+    other = graph.clone()
+    first, second = other.sites("linear")
+    for site, weight in ((first, first.weight[order]), (second, second.weight[:, order])):  # type: ignore[index]
+        other.replace(site, other.emit(site, site.input, other.add_constant(weight), at=site))
+    inside = compare(graph, other, BATCHES, sites=True).propagation
+    assert inside is not None and inside.lost == inside.sites[0] and inside.sites[0].alike
+
+
+def test_a_conv_is_compared_behind_the_batch_norm_that_the_other_has_folded(dialect: str) -> None:
+    norm = "G[3]:seed3, B[3]:seed4, M[3]:seed5, V[3]:ones"
+    conv = "stride=[1,1], padding=[0,0,0,0], dilation=[1,1])"
+    graph = build(dialect, f"""
+        c = conv(x[batch,2,4,4], W[3,2,1,1]:seed1, -, {conv}
+        n = batch_norm(c, {norm})
+        y = conv(relu(x), W, -, {conv}
+        return n, y
+    """)  # whose weight has two readers, so that the norm is not folded
+    other = graph.clone()
+    (site, _), (behind,) = other.sites("conv"), other.sites("batch_norm")
+    constants = [other.constant(value) for value in behind.operands[1:] if value is not None]
+    folded = fold_batch_norm(site.weight, None, *constants, behind.attributes["eps"])  # type: ignore[arg-type]
+    stored = [other.add_constant(tensor) for tensor in folded]
+    other.replace(behind, other.emit(site, site.input, *stored, at=site))
+    other.sweep()
+    batches = [torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))]
+    for a, b in ((graph, other), (other, graph)):
+        inside = compare(a, b, batches, sites=True).propagation
+        assert inside is not None
+        assert [(one.kind, one.sqnr > 60) for one in inside.sites] == [("conv", True), ("relu", True), ("conv", True)]

@@ -21,7 +21,7 @@ def run(settings: Settings) -> bool:
         "import torch": [*python, "import torch"],
         "import torch, graphopt": [*python, "import torch, graphopt"],
         "graphopt.optimize found": [*python, "import torch, graphopt; graphopt.optimize"],
-        "graphopt --help": [*([str(script)] if script.exists() else [sys.executable, "-m", "graphopt.cli"]), "--help"],
+        "graphopt --help": [*([str(script)] if script.exists() else [sys.executable, "-m", "graphopt"]), "--help"],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(RUNS + 1):

@@ -92,6 +92,7 @@ def to_fx(captured: Captured) -> Captured:
                  for (name, axis), size in fixed.items()]  # fmt: skip
         if _is_large(captured.graph):
             notes.append("above 2 GB: the outputs of the torch module were not compared with the model's")
+        graph.scaled = captured.graph.scaled
         return replace(captured, graph=graph, notes=captured.notes + notes)
     sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in captured.feeds[0].items())
     raise CaptureError(f"{captured.source}, traced on {sizes}: {failed[0]}") from failed[0]

@@ -70,6 +70,8 @@ class Signature:
     """What a call gives by position, where that is not the inputs: an argument may hold several, or be fixed."""
     constants: Mapping[str, Constant] = field(default_factory=dict)
     """What the capture fixed, by name."""
+    optional: tuple[str, ...] = ()
+    """Inputs that have a default, and are given by name."""
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Feeds, bool]:
         """Arguments as feeds, and whether they were numpy (then so is the result). Raises CaptureError on misuse."""
@@ -82,19 +84,21 @@ class Signature:
         for name, value in named.items():
             if name in self.constants:
                 self._require_constant(name, value)
-            elif name not in self.inputs:
+            elif name not in (*self.inputs, *self.optional):
                 raise CaptureError(f"the model has no input {name!r}{nearest(name, self.inputs)}")
         missing = [name for name in self.inputs if name not in named]
         if missing:
             raise CaptureError(f"missing inputs: {', '.join(missing)}")
         numpy = all(isinstance(named[name], np.ndarray) for name in self.inputs)
-        return {name: as_tensor(named[name], name) for name in self.inputs}, numpy
+        given = [*self.inputs, *(name for name in self.optional if name in named)]
+        return {name: as_tensor(named[name], name) for name in given}, numpy
 
     def _leaves(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments as values by input name: what is a structure, taken apart."""
         found: dict[str, Any] = {}
         for name, value in given.items():
-            found |= {name: value} if name in self.inputs else named_leaves(name, value)
+            is_input = name in self.inputs or name in self.optional
+            found |= {name: value} if is_input else named_leaves(name, value)
         return found
 
     def _require_constant(self, name: str, value: Any) -> None:

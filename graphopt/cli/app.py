@@ -10,13 +10,39 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
+from graphopt import __version__
 from graphopt.cli import catalogue, comparisons, inspecting, optimizing, reproducing, timings
 from graphopt.cli.sources import SYNTAX
 from graphopt.errors import GraphoptError, UsageError, described
 
+_SHOWN_AS = {"<bool>": "", "<int range>": "N", "<path>": "PATH", "<str>": "TEXT", "<list[str]>": "TEXT"}
+"""How --help shows the types of options: flags have none."""
+
+
+class _Plain:
+    """A command whose help shows what options take in one short word."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if param.param_type_name == "option" and param.metavar is None:
+                param.metavar = _SHOWN_AS.get(param.display_type(ctx))
+        return params
+
+
+class Command(_Plain, TyperCommand):
+    """One command."""
+
+
+class Group(_Plain, TyperGroup):
+    """All commands."""
+
+
 app = typer.Typer(
     name="graphopt",
+    cls=Group,
     help="Shrink neural networks: every rewrite is checked, every refusal has its reason.",
     no_args_is_help=True,
     add_completion=False,
@@ -42,9 +68,21 @@ COMMANDS = (
 _trace = False
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"graphopt {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
 def settings(
-    trace: Annotated[bool, typer.Option(envvar="GRAPHOPT_TRACE", help="Show the traceback of an error.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", envvar="GRAPHOPT_TRACE", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
+    ] = False,
 ) -> None:
     global _trace
     _trace = trace
@@ -70,9 +108,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+TAKE_SOURCES = (
+    optimizing.optimize, comparisons.sensitivity, comparisons.compare, timings.bench, inspecting.inspect,
+)  # fmt: skip
+
 for command in COMMANDS:
-    takes_source = command in (optimizing.optimize, comparisons.sensitivity, comparisons.compare, timings.bench)
-    app.command(epilog=SYNTAX if takes_source else None)(guarded(command))
+    app.command(cls=Command, epilog=SYNTAX if command in TAKE_SOURCES else None)(guarded(command))
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def main(output: Path) -> None:
     """Optimize, show, verify, time, and write model.onnx, its manifest and report.html into `output`."""
     from rich.console import Console
 
-    from graphopt.report import html, terminal
+    from graphopt.report import terminal
 
     console = Console()
     module, tokenizer = load()
@@ -70,7 +70,7 @@ def main(output: Path) -> None:
     console.print(_verify(module, small, batch), markup=False)
     output.mkdir(parents=True, exist_ok=True)
     model = small.export(output / "model.onnx")
-    html.write(output / "report.html", small.report, small.diff(), "all-MiniLM-L6-v2")
+    small.report.save(output / "report.html", small.diff())
     console.rule("int8 against fp32, one interleaved run")
     console.print(terminal.bench(time_against_exports(module, small, batch)))
     console.rule("written")

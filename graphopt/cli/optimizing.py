@@ -11,6 +11,7 @@ from graphopt.cli.options import (
     Calibration,
     CalibrationSteps,
     Cpu,
+    CustomOps,
     Inputs,
     Json,
     Measure,
@@ -22,7 +23,7 @@ from graphopt.cli.options import (
 from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file, require_writable
 from graphopt.cli.sources import batches, example, function
-from graphopt.errors import GraphError, UsageError, outer_door
+from graphopt.errors import UsageError
 
 
 def optimize(
@@ -58,7 +59,7 @@ def optimize(
     evaluate: Annotated[
         str | None,
         typer.Option(
-            metavar="SCRIPT:FUNCTION",
+            metavar="FUNCTION",
             help="script.py:function, from a model that is called like the original to how good it is.",
             show_default=False,
         ),
@@ -70,19 +71,22 @@ def optimize(
     threads: Threads = None,
     measure: Measure = None,
     cpu: Cpu = None,
+    custom_ops: CustomOps = None,
     opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
     aot: Annotated[
         bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="An .html file for the report and the graph diff.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A file for the report: .html, with the graph diff, or .txt or .json.")
+    ] = None,
     verbose: Verbose = None,
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
     from graphopt.backends import target as target_of
     from graphopt.capture.folders import opened
-    from graphopt.report import html
+    from graphopt.report.records import require_report_name
 
     if not model.is_dir():
         require_file(model)
@@ -91,6 +95,8 @@ def optimize(
     if not dry_run and output is None:
         raise UsageError("say where to write: -o FILE, or --dry-run")
     require_writable(model, output, report)
+    if report is not None:
+        require_report_name(report)
     if output is not None:
         target_of(target, cpu).require_suffix(output)
     if teacher is not None:
@@ -115,13 +121,13 @@ def optimize(
             threads=threads,
             measure=measure,
             cpu=cpu,
+            custom_ops=custom_ops or (),
             verbose=False if verbose is False else None,
             **{option: value for option, value in given.items() if value is not None},
         )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if report is not None:
-        with outer_door(GraphError, f"{report} cannot be written"):
-            html.write(report, small.report, small.diff(), f"{model.name} by graphopt")
+        small.report.save(report, small.diff())
         written.append(report)
     if as_json:
         print_json(small.report.to_dict() | {"written": [str(path) for path in written]})

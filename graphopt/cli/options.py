@@ -48,8 +48,16 @@ CalibrationSteps = Annotated[int | None, typer.Option(help="Most calibration bat
 Passes = Annotated[
     str | None,
     typer.Option(
-        help='As text, such as "sparsify{amount=0.5},low-rank{energy=0.95},quantize{scheme=static}", or a preset: '
+        help='As text, such as "prune{neurons=0.5}, quantize", or a preset: '
         "safe, fast or small; see `graphopt passes`. Without it nothing is lost: simplify, and lowering to the target.",
+        show_default=False,
+    ),
+]
+CustomOps = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--custom-ops",
+        help="A library of onnxruntime with custom operators of the file; may be given again.",
         show_default=False,
     ),
 ]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.options import Inputs, Json, Model, Passes, Threads, Verbose
+from graphopt.cli.options import Calibration, CustomOps, Inputs, Json, Model, Passes, Threads, Verbose
 from graphopt.cli.printing import logged, print_json
 from graphopt.cli.reading import graph_of, require_file, session_of
-from graphopt.cli.sources import example
+from graphopt.cli.sources import batches, example
 from graphopt.errors import LoweringError, UsageError, outer_door
 
 if TYPE_CHECKING:
@@ -26,38 +26,51 @@ def bench(
     ] = None,
     inputs: Inputs = None,
     passes: Passes = None,
+    calibration: Calibration = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
     threads: Threads = None,
+    custom_ops: CustomOps = None,
     as_json: Json = False,
     verbose: Verbose = None,
 ) -> None:
     """Time two models in one interleaved run, with the first against itself as control.
 
-    Without --inputs, inputs are made from the types that the model declares.
+    Inputs are those of --inputs, else the first batch of --calibration, else made from the types that the model
+    declares.
     """
     from graphopt.api import optimize as run
     from graphopt.capture.sources import capture
+    from graphopt.dialects.adapter import adapter
+    from graphopt.ir.graph import shapes_text
     from graphopt.measure.machine import environment, header
     from graphopt.measure.timing import paired
+    from graphopt.pipeline.examples import first_batch
     from graphopt.pipeline.instruments import display, watched
     from graphopt.report.records import BenchResult, plain
-    from graphopt.result import shapes_text
 
     for path in filter(None, (model, other)):
         require_file(path)
-    if other is not None and passes is not None:
-        raise UsageError("--passes optimizes MODEL, and a second file is given to compare it with; leave out one")
-    captured = capture(model, "onnx")
-    feeds = captured.feeds[0] if captured.feeds else {}
+    for option, value in (("--passes", passes), ("--calibration", calibration)):
+        if other is not None and value is not None:
+            raise UsageError(f"{option} is for optimizing MODEL, and a second file is given instead; leave out one")
+    adapter("onnx").register(custom_ops or ())
+    given = None if calibration is None else batches(calibration)
+    feeds: Mapping[str, Tensor]
     if inputs is not None:
         feeds = example(inputs, model)
-    elif not feeds:
-        raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
+    elif given is not None:
+        feeds = first_batch(model, given)
+    else:
+        captured = capture(model, "onnx")
+        if not captured.feeds:
+            raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
+        feeds = captured.feeds[0]
     first, shown = session_of(model, threads), False if verbose is False else None
     second: Callable[[Mapping[str, Tensor]], list[Tensor]]
     if other is None:
         with logged(verbose):
-            second, name = run(model, passes, threads=threads, verbose=shown).runner, "optimized"
+            small = run(model, passes, threads=threads, example_inputs=feeds, calibration=given, verbose=shown)
+        second, name = small.runner, "optimized"
     else:
         _require_inputs(other, set(feeds))
         second, name = session_of(other, threads), other.name if other.name != model.name else str(other)

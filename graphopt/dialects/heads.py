@@ -1,8 +1,8 @@
 """Attention on heads that views split off and join -> attention on queries, keys and values that hold all heads.
 
-`nn.MultiheadAttention` packs three projections into one, puts time first, and makes one axis of the batch and the heads.
+`nn.MultiheadAttention` packs three projections into one, puts time first, and makes one axis of the batch and heads.
 All of that is views: nodes that reorder, regroup or pick axes. Each is followed, from what projects the operands to the
-attention and from there to what joins the heads, and where axes come out as (batch, length, heads · size), one attention
+attention, and from there to what joins the heads. Where axes come out as (batch, length, heads · size), one attention
 with `heads` stands for them all: the projections are linears of their own, with the batch first.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from graphopt.dialects.raising import Stage, peel_mask, peel_scale
 from graphopt.errors import GraphError
+from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Shape, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, RuleLog, rewrite
 
@@ -153,6 +153,9 @@ def _picked(node: Node, result: Value) -> int | None:
         index = node.operands[1]
         tensor = node.graph.constant(index) if index is not None and index.rank == 0 else None
         return None if tensor is None else int(tensor)
+    if node.kind == "slice":
+        start, end = node.attributes["start"], node.attributes["end"]
+        return int(start) if end - start == 1 else None
     if node.kind in ("aten.unbind.int", "onnx.Split"):
         x = node.operands[0]
         whole = None if x is None or x.shape is None else x.shape[_axis(node)]
@@ -164,7 +167,9 @@ def _axis(node: Node) -> int:
     return int(node.attributes.get("axis", node.attributes.get("dim", 0)))
 
 
-_VIEWS = (*_RESHAPES, "transpose", "identity", "aten.select.int", "onnx.Gather", "aten.unbind.int", "onnx.Split")
+_VIEWS = (
+    *_RESHAPES, "transpose", "identity", "slice", "aten.select.int", "onnx.Gather", "aten.unbind.int", "onnx.Split",
+)  # fmt: skip
 
 
 # --- operands of attention -------------------------------------------------------------------------------------------
@@ -293,6 +298,8 @@ def _spelled(graph: Graph, node: Node) -> _Attention | None:
     if softmax.attributes["axis"] not in (-1, 2):
         return None
     scores, mask = peel_mask(softmax.input)
+    if scores.shape is None or scores.shape != softmax.input.shape or (mask is not None and mask.rank not in (2, 3)):
+        return None
     scores, scale = peel_scale(graph, scores)
     product = scores.producer
     if product is None or product.kind != "matmul":
@@ -317,8 +324,10 @@ def raise_heads(graph: Graph) -> dict[str, RuleLog]:
     log, swaps = RuleLog(), set[Value]()
     for attention in _found(graph):
         log.tries += 1
-        with suppress(GraphError):  # no spelling at this opset
+        try:
             log.hits += _raise(graph, attention, swaps)
+        except GraphError as error:  # of an opset without attention on three axes
+            log.declined[attention.node.label] = Decline("not_spelled", op="attention", reason=str(error))
     if not log.hits:
         return {}
     return {"heads": log, **rewrite(graph, _downwards(graph, swaps))}
@@ -332,6 +341,8 @@ def _raise(graph: Graph, attention: _Attention, swaps: set[Value]) -> bool:
     query, key, value = operands
     joined = _joined(attention, query, value.size)
     if joined is None or key.heads != value.heads or query.heads % key.heads or query.size != key.size:
+        return False
+    if not (_equal(query.batch, key.batch) and _equal(key.batch, value.batch) and _equal(key.length, value.length)):
         return False
     end, time_first, views = joined
     plain = attention.node.kind == "attention" and all(part.is_plain for part in operands)
@@ -352,6 +363,13 @@ def _raise(graph: Graph, attention: _Attention, swaps: set[Value]) -> bool:
         swaps.add(y)
     graph.replace(end, y)
     return True
+
+
+def _equal(sizes: list[int | str], others: list[int | str]) -> bool:
+    """Whether products of sizes are equal; two with names are taken as equal, as attention does not repeat a batch."""
+    if not all(isinstance(size, int) for size in (*sizes, *others)):
+        return bool(sizes) == bool(others)
+    return math.prod(map(int, sizes)) == math.prod(map(int, others))
 
 
 def _joined(attention: _Attention, query: _Operand, size: int) -> tuple[Node, bool, int] | None:
@@ -395,12 +413,20 @@ def _projected(op: Builder, part: _Columns) -> Value:
     return op.linear(_swapped(op, node.input) if part.time_first else node.input, weight, bias)
 
 
-def _swapped(op: Builder, value: Value) -> Value:
-    """A 3-D value with its first two axes swapped, once for all who read it at a node."""
+def _swapped(op: Builder, value: Value, at: Node | None = None) -> Value:
+    """A 3-D value with its first two axes swapped, once for all who read it at a node; behind a norm, before it.
+
+    at: where to emit it, in place of the builder's node.
+    """
     node = value.producer
     if node is not None and _is_swap(node):
         return node.input
-    return op.once(("swapped", value), lambda: op.transpose(value, perm=_SWAP))
+    if node is not None and node.kind in ("layer_norm", "rms_norm") and value.only_user is not None:
+        x, *given = node.operands
+        assert x is not None
+        return op.once(("swapped", value), lambda: op.graph.emit(node, _swapped(op, x, node), *given, at=node))
+    place = op.at if at is None else at
+    return op.once(("swapped", value), lambda: op.graph.emit("transpose", value, at=place, perm=_SWAP))
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -410,7 +436,7 @@ def _mask(op: Builder, mask: Value, attention: _Attention) -> Value | None:
     """A mask over (batch, heads, queries, keys) that repeats nothing; None where batch and heads stay one axis."""
     if mask.rank == 3 and attention.node.kind != "attention":
         return _apart(op, mask)
-    node = mask.producer
+    node = _maker(mask)
     merged = node.operands[0] if node is not None and node.kind in _RESHAPES else None
     if merged is None or merged.rank != 3 or mask.rank != 4:
         return _unrepeated(mask)
@@ -418,9 +444,17 @@ def _mask(op: Builder, mask: Value, attention: _Attention) -> Value | None:
     return _unrepeated(mask) if apart is None else apart
 
 
+def _maker(value: Value) -> Node | None:
+    """The node that makes a value, behind those that only copy it."""
+    node = value.producer
+    while node is not None and node.kind == "identity":
+        node = node.input.producer
+    return node
+
+
 def _apart(op: Builder, mask: Value) -> Value | None:
     """A mask over (batch · heads, queries, keys) on four axes, by what it was made of; None where that is not known."""
-    node, shape = mask.producer, mask.shape
+    node, shape = _maker(mask), mask.shape
     if shape is None or len(shape) != 3:
         return None
     if shape[0] == 1:
@@ -438,7 +472,7 @@ def _apart(op: Builder, mask: Value) -> Value | None:
 
 def _unrepeated(mask: Value) -> Value:
     """A mask before it is repeated for each head."""
-    node = mask.producer
+    node = _maker(mask)
     x = node.operands[0] if node is not None and node.kind in ("onnx.Expand", "aten.expand.default") else None
     if x is None or x.shape is None or mask.shape is None or len(x.shape) != 4 or len(mask.shape) != 4:
         return mask
@@ -446,7 +480,7 @@ def _unrepeated(mask: Value) -> Value:
     return x if same[0] and same[2] and same[3] and x.shape[1] == 1 else mask
 
 
-# --- swaps of batch and length go down, until they meet another --------------------------------------------------------
+# --- swaps of batch and length go down, until they meet another ------------------------------------------------------
 
 
 def _downwards(graph: Graph, swaps: set[Value]) -> list[Rule]:

@@ -24,7 +24,8 @@ class Cost:
     """What one run computes, and what the file holds."""
 
     flops: int | None = None
-    """2 for each multiply-add of linear, conv, matmul and attention; None where a shape is not known in numbers."""
+    """2 for each multiply-add of linears, convs, products, attention and recurrent layers; None where a shape is not
+    known in numbers."""
     parameters: int = 0
     """How many numbers are stored."""
     bytes: int = 0

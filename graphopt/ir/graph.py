@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import GraphError
 from graphopt.ir.ops import OPS, Op
+from graphopt.ir.scaled import Place, Scaled
 
 Shape = tuple[int | str, ...]
 """One entry per axis: a size, or the name of a dynamic axis ("?" when it has none)."""
@@ -124,6 +126,11 @@ class Node(ABC):
         """The graph that it is part of."""
 
     @property
+    def held(self) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
+        """The dtype and shape of each constant that its subgraphs read, which is none of its operands."""
+        return ()
+
+    @property
     def op(self) -> Op | None:
         """The canonical op; None of an opaque node."""
         return OPS.get(self.kind)
@@ -189,6 +196,7 @@ class Graph(ABC):
     dialect: str
     version: int = 0
     """How many calls of `replace`, `erase` and `absorb` have changed the graph."""
+    _scaled: Mapping[Place, Scaled] = MappingProxyType({})
 
     @property
     @abstractmethod
@@ -204,6 +212,15 @@ class Graph(ABC):
     @abstractmethod
     def outputs(self) -> tuple[Value, ...]:
         """The values that the graph returns, in order."""
+
+    @property
+    def scaled(self) -> Mapping[Place, Scaled]:
+        """The results that passes have divided, by the place of their node; set it to record more."""
+        return self._scaled
+
+    @scaled.setter
+    def scaled(self, scaled: Mapping[Place, Scaled]) -> None:
+        self._scaled = MappingProxyType(dict(scaled))
 
     @property
     def stateful(self) -> bool:
@@ -385,6 +402,11 @@ class Flow:
         """
         for number, feeds in enumerate(self.batches):
             yield number, feeds, dict(zip(fetch, self.graph.evaluate(feeds, fetch), strict=True))
+
+
+def shapes_text(feeds: Feeds) -> str:
+    """The names and shapes of feeds: x [1, 16], mask [1, 16]."""
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
 
 
 def digest(graph: Graph) -> str:

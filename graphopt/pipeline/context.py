@@ -47,6 +47,8 @@ class Context:
     """Where the records of all passes go."""
     feeds: Sequence[Mapping[str, Tensor]] = ()
     """The example inputs, by input name, one mapping for each shape."""
+    made_up: bool = False
+    """Whether these were made from the input types, as the user gave none."""
     calibration: Calibration | None = None
     """The calibration batches, where the user gave any."""
     loss: Callable[..., Tensor] | None = None
@@ -83,12 +85,14 @@ class Context:
     """The pass that runs now."""
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The record of the pass that runs now."""
+    considered: set[Node] = field(default_factory=set)
+    """The nodes that the pass that runs now has changed, declined or weighed."""
     labels: dict[Node, str] = field(default_factory=dict)
     """How the record names sites: by label, with the node's name where several share one (a module called twice)."""
 
     def begin(self, pass_: Pass, record: PassRecord) -> None:
         """A pass starts, and this is its record."""
-        self.current, self.record, self.labels = pass_, record, {}
+        self.current, self.record, self.labels, self.considered = pass_, record, {}, set()
 
     def sites(
         self,
@@ -121,6 +125,7 @@ class Context:
         often = Counter([*self.record.eligible, *names])
         for site, name in zip(sites, names, strict=True):
             if not isinstance(site, str):
+                self.considered.add(site)
                 name = self.labels[site] = name if often[name] == 1 else f"{name} ({site.name})"
             self.record.eligible.append(name)
 
@@ -149,6 +154,7 @@ class Context:
 
     def decline(self, site: Node, why: Decline | str) -> None:
         """Record that a site stays as it is, and why."""
+        self.considered.add(site)
         self.record.decline(self.labels.get(site, site.label), why)
 
     def note(self, text: str) -> None:

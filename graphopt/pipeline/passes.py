@@ -45,6 +45,9 @@ class Pass:
     lossless: ClassVar[bool] = False
     """Whether outputs must stay equal, up to rounding."""
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
+    changes_weights: ClassVar[bool] = False
+    """Whether it makes weights smaller or fewer: then each op with weights is changed, or declined by name
+    (`graphopt.pipeline.account`)."""
     trains: ClassVar[bool] = False
     """Whether it trains weights."""
     without_calibration: ClassVar[str] = ""

@@ -8,8 +8,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError, SpellingError, UsageError
 from graphopt.ir.graph import Graph
+from graphopt.pipeline import account
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range, check_options
 from graphopt.pipeline.passes import Pass, Stage
@@ -159,11 +160,13 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
             instrument.before(pass_, graph, context)
         record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
         version, start = graph.version, time.perf_counter()
+        held = account.weights(graph) if pass_.changes_weights else {}
         with ExitStack() as stack:
             for instrument in active:
                 stack.enter_context(instrument.running(record.text))
             pass_.run(graph, context)
         graph.sweep()
+        account.close(pass_, graph, context, held)
         if not pass_.lossless and not pass_.trains and graph.version > version:
             context.is_lossy = True
         record.seconds, record.changes = time.perf_counter() - start, graph.version - version
@@ -172,6 +175,8 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
             instrument.after(pass_, graph, context)
     except UsageError:
         raise
+    except SpellingError as error:
+        raise UsageError(f"{pass_} needs a newer opset than the file has: {error}. Convert the file first") from error
     except Exception as error:
         reproducer: str | None = None
         for instrument in active:

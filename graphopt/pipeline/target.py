@@ -11,15 +11,11 @@ from torch import Tensor
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
-from graphopt.ir.qdq.regions import JOINED
+from graphopt.ir.qdq.regions import JOINED, STORED
 from graphopt.measure.timing import Ratio
 
 SCHEMES = ("static", "dynamic", "weight-only")
 """Activations: quantized with calibrated ranges; quantized with the range of each run; in float."""
-
-
-STORED = ("lstm", "gru", "rnn", "conv_transpose")
-"""Ops whose weights may be stored in 8 bits, in weight-only quantization, without a kernel that multiplies them."""
 
 
 @dataclass(frozen=True)

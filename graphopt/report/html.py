@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from graphopt import writing
 from graphopt.report import curves, tables
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import BenchResult, Report
@@ -39,11 +37,6 @@ def bench(result: BenchResult) -> str:
 
 def _notebook(headline: str, rows: tables.Rows, notes: Sequence[str]) -> str:
     return str(_template().module.notebook(headline, rows, notes))  # type: ignore[attr-defined]
-
-
-def write(path: str | Path, report: Report, diff: GraphDiff, title: str) -> None:
-    with writing.whole(Path(path)) as part:
-        part.write_text(page(report, diff, title), encoding="utf-8")
 
 
 @cache

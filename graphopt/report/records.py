@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from graphopt import writing
 from graphopt.analysis.propagation import Propagation
+from graphopt.errors import GraphError, UsageError, outer_door
 from graphopt.ir.cost import Cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Node
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from graphopt.measure.timing import Ratio
+    from graphopt.report.diff import GraphDiff
 
 
 @dataclass
@@ -85,7 +90,9 @@ class Report:
     relowering: Relowering | None = None
     """Of a model that came in quantized: how far each re-lowered site is from what it was."""
     agreement: list[Agreement] = field(default_factory=list)
-    """The deployed result against the original, on the example inputs."""
+    """The deployed result against the original, on the example inputs: the worst of each output."""
+    agreement_by_shapes: dict[str, list[Agreement]] = field(default_factory=dict)
+    """The same by the shapes of the example inputs."""
     shipped: Shipped | None = None
     """Of a model that was trained: the metric of what was trained, and of what ships."""
     speed: list[dict[str, Any]] = field(default_factory=list)
@@ -97,6 +104,24 @@ class Report:
         """Plain data, for JSON: a reason as its code, values and sentence; infinity and NaN as text."""
         passes = [plain(record) | {"changed": record.changed} for record in self.passes]
         return dict(plain(self)) | {"passes": passes}
+
+    def save(self, path: str | Path, diff: GraphDiff | None = None) -> None:
+        """Write the report: by the suffix of the file a page (.html), plain text (.txt) or what `to_dict` says (.json).
+
+        diff: shown on a page below the report, such as `Optimized.diff()`. Raises UsageError for another suffix, and
+        GraphError where the file cannot be written; then nothing is.
+        """
+        path = Path(path)
+        require_report_name(path)
+        with outer_door(GraphError, f"{path} cannot be written"), writing.whole(path) as part:
+            part.write_text(self._written(path.suffix, diff), encoding="utf-8")
+
+    def _written(self, suffix: str, diff: GraphDiff | None) -> str:
+        if suffix == ".html":
+            from graphopt.report import html
+
+            return html.page(self, diff, f"{Path(self.source).name} by graphopt")
+        return f"{self}\n" if suffix == ".txt" else json.dumps(self.to_dict(), indent=2) + "\n"
 
     def __repr__(self) -> str:
         from graphopt.report import tables
@@ -117,6 +142,13 @@ class Report:
         from graphopt.report import html
 
         return html.fragment(self)
+
+
+def require_report_name(path: Path) -> None:
+    """Raise UsageError for a file that is no report by its suffix."""
+    if path.suffix not in (".html", ".json", ".txt"):
+        what = f"{path.name} ends in {path.suffix}" if path.suffix else f"{path.name} has no suffix"
+        raise UsageError(f"{what}, and a report is an .html, .txt or .json file: name it {path.stem}.html")
 
 
 @dataclass(frozen=True)

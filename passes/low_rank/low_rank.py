@@ -37,6 +37,7 @@ class LowRank(Pass):
 
     name = "low-rank"
     stage = Stage.FACTORIZE
+    changes_weights = True
     whole_model_options = MappingProxyType(dict.fromkeys(("params", "flops"), "energy=0.9 or rank=0.25"))
 
     rank: Annotated[int, Range(1)] | Share | Literal["break-even"] | None = None

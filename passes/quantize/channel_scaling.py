@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.analysis import propagation
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.qdq.regions import label_of
+from graphopt.ir.scaled import Scaled
 from graphopt.numerics.observe import ChannelMinMax
 from graphopt.numerics.smooth import ALPHAS, expected_error, smooth_factors
 from graphopt.passes.quantize.schemes import not_float32
@@ -30,9 +32,14 @@ class Scalable:
 
     value: Value
     readers: Sequence[Node]
-    maker: Node
-    """A norm, linear or conv: its weight has one row, or one entry, per channel."""
+    scaled: Sequence[Node]
+    """The nodes whose results are scaled, first to last: one that makes them, and those that pass them on."""
     channels: int
+
+    @property
+    def maker(self) -> Node:
+        """A norm, linear or conv: its weight has one row, or one entry, per channel."""
+        return self.scaled[0]
 
     @property
     def axis(self) -> int:
@@ -122,12 +129,17 @@ def error_of(weight: Tensor, covariance: Tensor, low: Tensor, high: Tensor, fact
 def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> dict[Node, Node]:
     """Divide the result of each maker by factors (channels,), and multiply the weights that read it.
 
-    Returns the new node in place of each old one.
+    Records what is divided (`Graph.scaled`). Returns the new node in place of each old one.
     """
     rows, columns, replaced = dict[Node, Tensor](), dict[Node, Tensor](), dict[Node, Node]()
+    places, scaled = propagation.places(graph), dict(graph.scaled)
     for one, factors in chosen:
+        for place in [places[node] for node in one.scaled if node in places]:
+            now = Scaled(factors.float(), one.axis)
+            scaled[place] = scaled[place].then(now) if place in scaled else now
         rows[one.maker] = factors
         columns |= dict.fromkeys(one.readers, factors)
+    graph.scaled = scaled
     for node in [node for node in graph.nodes if node in rows or node in columns]:
         weight, bias = node.weight, node.operand("bias") if node.kind != "rms_norm" else None
         assert weight is not None
@@ -167,10 +179,10 @@ def scalable(site: Node) -> Scalable | Decline:
     channels = int(shapes[0][0 if groups != {1} else 1]) if shapes[0] else 0
     if groups != {1} and (groups != {channels} or any(shape is None or shape[1] != 1 for shape in shapes)):
         return Decline("conv_grouped")
-    maker = _maker(value, site.kind)
-    if isinstance(maker, Decline):
-        return maker
-    return Scalable(value, readers, maker, channels)
+    scaled = _scaled(value, site.kind)
+    if isinstance(scaled, Decline):
+        return scaled
+    return Scalable(value, readers, scaled, channels)
 
 
 def _why_not_float32(node: Node) -> Decline | None:
@@ -198,16 +210,17 @@ def _keeps_rows(node: Node, reader: str) -> bool:
     return isinstance(before[-1], int) and before[-1] == after[-1]
 
 
-def _maker(value: Value, reader: str) -> Node | Decline:
-    """The norm, linear or conv that a value comes from, through homogeneous ops that nobody else reads."""
-    node = value.producer
+def _scaled(value: Value, reader: str) -> list[Node] | Decline:
+    """The norm, linear or conv that a value comes from, and behind it the homogeneous ops, which nobody else reads."""
+    node, behind = value.producer, list[Node]()
     while node is not None and (node.kind in (*_HOMOGENEOUS[reader], "mul") or _keeps_rows(node, reader)):
         if node.kind == "mul":
-            found = [_maker(side, reader) for side in node.operands if side is not None and _alone(side, node)]
-            makers = [one for one in found if not isinstance(one, Decline)]
-            return makers[0] if makers else Decline("mul_cannot_absorb", site=node.label)
+            found = [_scaled(side, reader) for side in node.operands if side is not None and _alone(side, node)]
+            sides = [one for one in found if not isinstance(one, Decline)]
+            return [*sides[0], node, *behind] if sides else Decline("mul_cannot_absorb", site=node.label)
         if not _alone(node.input, node):
             return Decline("read_before", op=node.kind, site=node.label)
+        behind.insert(0, node)
         node = node.input.producer
     kinds = ("conv",) if reader == "conv" else ("layer_norm", "rms_norm", "linear")
     if node is None:
@@ -219,4 +232,4 @@ def _maker(value: Value, reader: str) -> Node | Decline:
     bias = node.operand("bias") if node.kind != "rms_norm" else None
     if node.weight is None or (bias is not None and not bias.is_constant) or _why_shared(node):
         return Decline("parameters_not_own", op=node.kind, site=node.label)
-    return node
+    return [node, *behind]

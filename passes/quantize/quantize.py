@@ -43,12 +43,13 @@ class Quantize(Pass):
     of static convs are quantized too, after the following relu or clip, and so are ops that compute with or move
     them: a target then finds closed quantized regions. With calibration the default is all that is known to help
     without labels: channels are smoothed, weights are fitted to quantized inputs and rounded by GPTQ, and biases
-    compensate mean errors. Declined: a weight that is not stored in float32, and what the target has no fast kernel
-    for.
+    compensate mean errors. A recurrent layer has one scale for each row of its gates, which its directions share.
+    Declined: a weight that is not stored in float32, and what the target has no fast kernel for.
     """
 
     name = "quantize"
     stage = Stage.QUANTIZE
+    changes_weights = True
     without_calibration = "scheme=dynamic"
 
     scheme: Scheme | Mapping[str, Scheme] = "auto"

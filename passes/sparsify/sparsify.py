@@ -43,6 +43,7 @@ class Sparsify(Pass):
 
     name = "sparsify"
     stage = Stage.PRUNE
+    changes_weights = True
 
     amount: Share | Mapping[str, Share] | None = None
     """Share of zeros in [0, 1), of all sites or by site; none: 0.5, or as the pattern says. With criterion=threshold:

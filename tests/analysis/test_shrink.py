@@ -275,6 +275,15 @@ def test_names_what_sums_over_the_units_that_it_cuts(name: str, dialect: str) ->
 OPS = {
     "grouped-conv": "h = conv(relu(conv(x[2,4,6,6], A[8,4,1,1])), B[12,2,3,3], D[12], groups=4)\n"
     "y = linear(mean(h, axes=[2,3], keepdim=False), C[5,12])",
+    "grouped-conv-of-many-channels": "h = conv(relu(conv(x[2,4,6,6], A[12,4,1,1])), B[18,6,3,3], D[18], groups=2)\n"
+    "y = linear(mean(h, axes=[2,3], keepdim=False), C[5,18])",
+    "shuffle": "h = relu(conv(x[2,4,3,3], A[12,4,1,1]))\n"
+    "s = transpose(reshape(h, S[5]:values(2,2,6,3,3):int64), perm=[0,2,1,3,4])\n"
+    "y = linear(mean(conv(reshape(s, R[4]:values(2,12,3,3):int64), B[5,12,1,1]), axes=[2,3], keepdim=False), C[5,5])",
+    "shuffled-groups": "h = relu(conv(conv(x[2,4,3,3], A[16,4,1,1]), G[16,8,1,1], groups=2))\n"
+    "s = transpose(reshape(h, S[5]:values(2,2,8,3,3):int64), perm=[0,2,1,3,4])\n"
+    "t = conv(reshape(s, R[4]:values(2,16,3,3):int64), H[24,8,1,1], groups=2)\n"
+    "y = linear(mean(relu(t), axes=[2,3], keepdim=False), C[5,24])",
     "slices": "h = linear(x[2,8], A[12,8])\ny = add(linear(relu(slice(h, axis=1, start=0, end=6)), B[5,6]),"
     " linear(slice(h, axis=1, start=6, end=12), C[5,6]))",
     "concat": "y = linear(concat(linear(x[2,8], A[6,8]), z[2,3], linear(x, B[4,8]), axis=1), C[5,13])",
@@ -285,6 +294,17 @@ OPS = {
     " S[2]:values(-1,24):int64), C[5,24])",
     "attention": "q = linear(x[2,5,8], Q[24,8])\n"
     "y = linear(attention(q, linear(x, K[12,8]), linear(x, V[12,8]), heads=6, kv_heads=3), O[5,24])",
+    "transposed-conv": "h = relu(conv(x[2,3,6,6], A[8,3,1,1]))\n"
+    "y = conv(concat(conv_transpose(h, B[8,6,2,2], D[6], stride=[2,2]), z[2,3,12,12], axis=1), C[5,9,1,1])",
+    "lstm": "h, a, b = lstm(x[5,2,3], A[1,24,3], B[1,24,6], D[1,48])\ny = linear(squeeze(h, axes=[1]), C[5,6])",
+    "gru": "h, a = gru(x[5,2,3], A[1,18,3], B[1,18,6], D[1,36], -, linear(z[1,2,4], E[6,4]))\n"
+    "y = linear(add(squeeze(h, axes=[1]), a), C[5,6])",
+    "gru-reset-before": "h, a = gru(x[5,2,3], A[1,18,3], B[1,18,6], D[1,36], direction=reverse, reset_after=False)\n"
+    "y = linear(squeeze(h, axes=[1]), C[5,6])",
+    "layers": "h, a = rnn(x[5,2,3], A[2,6,3], B[2,6,6], direction=bidirectional, activation=relu)\n"
+    "f = reshape(transpose(h, perm=[0,2,1,3]), S[3]:values(5,2,12):int64)\n"
+    "i, b, c = lstm(f, E[2,24,12], F[2,24,6], G[2,48], direction=bidirectional)\n"
+    "y = linear(reshape(transpose(i, perm=[0,2,1,3]), S), C[5,12])",
     "quantized": "y = linear(linear(x[2,8], dequantize(A[8,8]:int8, S[8]:ones, axis=0), B[8]), C[5,8])",
 }
 
@@ -292,13 +312,20 @@ OPS = {
 def zeroed_graph(graph: Graph, group: Group, keep: Tensor) -> None:
     """Set the consumers' weights for removed units to zero, in the graph."""
     for consumer in group.consumers:
-        weight = consumer.required("weight")
-        tensor = consumer.graph.constant(weight)
-        assert tensor is not None
-        tensor = tensor.clone()
-        tensor[:, removed(group, keep, weight, 1)] = 0
-        operands = [graph.add_constant(tensor) if value == weight else value for value in consumer.operands]
-        graph.replace(consumer, graph.emit(consumer.kind, *operands, at=consumer, **consumer.attributes))
+        operands = list(consumer.operands)
+        for place, axis in READ.get(consumer.kind, {1: 1}).items():
+            weight = operands[place]
+            tensor = None if weight is None else graph.constant(weight)
+            assert weight is not None and tensor is not None
+            if any((one.value, one.axis) == (weight, axis) for one in group.axes):
+                tensor = tensor.clone()
+                tensor.movedim(axis, 0)[removed(group, keep, weight, axis)] = 0
+                operands[place] = graph.add_constant(tensor)
+        graph.replace(consumer, *graph.emit_all(consumer.kind, *operands, at=consumer, **consumer.attributes))
+
+
+READ = {"conv_transpose": {1: 0}, **{op: {1: 2, 2: 2} for op in ("lstm", "gru", "rnn")}}
+"""By op, the operands that are weights, and the axis of each that reads the inputs."""
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -314,6 +341,16 @@ def test_cuts_what_ops_join(name: str, dialect: str) -> None:
             assert all(map(within_tolerance, outputs(reference, feeds(graph)), outputs(graph))), listed.name
             cut += 1
     assert cut
+
+
+@pytest.mark.parametrize(
+    ("name", "units"), [("grouped-conv", [4]), ("grouped-conv-of-many-channels", [6, 9]), ("shuffle", [6]),
+                        ("shuffled-groups", [8, 4, 12])],
+)  # fmt: skip
+def test_units_of_groups_are_the_finer_ones(name: str, units: list[int], dialect: str) -> None:
+    """Whole groups, or the same channel of each group; a shuffle takes a channel of each part."""
+    found = [group for group in groups(build(dialect, OPS[name])) if group.kind == "channels"]
+    assert [group.size for group in found if group.locked is None][: len(units)] == units
 
 
 # --- files, held to ONNX Runtime -------------------------------------------------------------------------------------

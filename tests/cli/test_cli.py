@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
+import graphopt
 from graphopt.cli import app as cli
+from tests import models
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -54,11 +58,12 @@ def done(*arguments: object) -> str:
 
 
 def refused(code: int, *arguments: object) -> str:
-    """The one line of an error."""
+    """The one line of an error, which is the last; those above it are of stages that were done."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, "")
-    line, end = result.stderr.split("\n", 1)
-    assert end == "" and line.startswith("graphopt: ")
+    *stages, line = result.stderr.splitlines()
+    assert result.stderr.endswith("\n") and line.startswith("graphopt: ")
+    assert all(re.fullmatch(r"[\w -]+: (.+, )?\d+\.\d s", stage) for stage in stages)
     return line.removeprefix("graphopt: ")
 
 
@@ -236,6 +241,13 @@ def test_inspect(model: Path) -> None:
     assert "return %2[batch,4]" in done("inspect", model, "--full").splitlines()
 
 
+def test_flops_are_at_the_sizes_of_the_inputs(model: Path, calibration: Path) -> None:
+    assert "FLOPs    1.28 k at x [1, 16]" in done("inspect", model).splitlines()
+    assert "FLOPs    25.6 k at x [20, 16]" in done("inspect", model, "--inputs", calibration).splitlines()
+    facts = json.loads(done("inspect", model, "--inputs", calibration, "--json"))
+    assert (facts["flops"], facts["flops_at"]) == (20 * 1280, {"x": [20, 16]})
+
+
 def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model.onnx")
     shown = done("inspect", model, "--groups")
@@ -244,11 +256,21 @@ def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
     assert all(group["name"] in shown and group["kind"] in shown for group in found)
 
 
+def test_inspect_lists_residual_branches(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    model = models.exported(models.seeded(models.Encoder), {"ids": models.tokens(), "mask": models.padding()}, 18, True)
+    onnx.save(model, path)
+    shown = done("inspect", path, "--groups")
+    layers = [one for one in json.loads(done("inspect", path, "--groups", "--json")) if one["kind"] == "layers"]
+    assert len(layers) == 4 and all(one["name"] in shown and one["locked"] is None for one in layers)
+
+
 def test_inspect_as_json(tmp_path: Path) -> None:
     facts = json.loads(done("inspect", write_model(tmp_path / "a.onnx", activation="Softplus"), "--json", "--full"))
     assert facts["inputs"] == {"x": "[batch, 16] float32"}
     assert (facts["ops"], facts["opaque"]) == ({"linear": 2}, {"onnx.Softplus": 1})
-    assert (facts["parameters"], facts["bytes"], facts["flops"]) == (672, 2688, None)
+    assert (facts["parameters"], facts["bytes"], facts["flops"]) == (672, 2688, 1280)
+    assert facts["flops_at"] == {"x": [1, 16]}
     assert len(facts["listing"]) == 4
 
 
@@ -300,11 +322,100 @@ def test_bench_of_two_files(model: Path, calibration: Path, tmp_path: Path, monk
     assert set(seen) == {"tiny.onnx", str(other), "control"}
 
 
+def test_bench_uses_the_data_that_it_is_given(
+    model: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is measured and calibrated on, none of it is made up."""
+    import graphopt.api
+    from graphopt.capture import sources
+
+    fake_ratios(monkeypatch)
+    monkeypatch.setattr(sources, "_made_feeds", lambda *_: pytest.fail("inputs were made up"))
+    given: list[dict[str, Any]] = []
+    optimize = graphopt.api.optimize
+
+    def seen(*args: Any, **options: Any) -> Any:
+        given.append(options)
+        return optimize(*args, **options)
+
+    monkeypatch.setattr(graphopt.api, "optimize", seen)
+    arguments = "bench", model, "--passes", "quantize{scheme=static}", "--calibration", calibration
+    assert "x [8, 16]" in done(*arguments)
+    np.savez(model.with_name("few.npz"), x=np.ones((3, 16), np.float32))
+    assert "x [3, 16]" in done(*arguments, "--inputs", model.with_name("few.npz"))
+    assert [list(options["example_inputs"]["x"].shape) for options in given] == [[8, 16], [3, 16]]
+
+
+@pytest.mark.parametrize("command", ["optimize", "sensitivity", "compare"])
+def test_no_inputs_are_made_up_where_data_is_given(
+    command: str, model: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphopt.capture import sources
+    from graphopt.dialects.onnx.graph import OnnxGraph
+
+    arguments: dict[str, list[object]] = {
+        "optimize": [model, "--dry-run", "--passes", "fast", "--calibration", calibration],
+        "sensitivity": [model, "--setting", "sparsify{amount=0.5}", "--calibration", calibration],
+        "compare": [model, model, "--data", calibration],
+    }
+    ran: list[tuple[int, ...]] = []
+    evaluate = OnnxGraph.evaluate
+
+    def seen(graph: OnnxGraph, feeds: Any, fetch: Any) -> Any:
+        ran.extend(tuple(feed.shape) for feed in feeds.values())
+        return evaluate(graph, feeds, fetch)
+
+    monkeypatch.setattr(OnnxGraph, "evaluate", seen)
+    if command != "compare":  # which captures graphs alone, and runs none on what was made up
+        monkeypatch.setattr(sources, "_made_feeds", lambda *_: pytest.fail("inputs were made up"))
+    done(command, *arguments[command])
+    assert (1, 16) not in ran
+
+
 def test_bench_refuses(model: Path, tmp_path: Path) -> None:
     other = write_model(tmp_path / "other.onnx", name="z")
     assert "different inputs: x and z" in refused(2, "bench", model, other)
     assert "leave out one" in refused(2, "bench", model, other, "--passes", "simplify")
+    assert "leave out one" in refused(2, "bench", model, other, "--calibration", "x.npz")
     assert "there is no file" in refused(2, "bench", model, tmp_path / "none.onnx")
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["", *(command.__name__ for command in cli.COMMANDS)])
+def test_help_is_whole_at_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = done(*filter(None, [command]), "--help")
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown and "<bool>" not in shown
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_every_option_is_tried() -> None:
+    commands = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
+    options = {tuple(param.opts) for command in commands for param in command.params if param.opts[0].startswith("-")}
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    assert not [names for names in options if not any(f'"{name}"' in tests for name in names)]
+
+
+def test_a_file_for_any_engine(model: Path, tmp_path: Path) -> None:
+    for options, opset in ((["--portable"], 23), (["--portable", "--opset", "17"], 17)):
+        done("optimize", model, "-o", tmp_path / "a.onnx", "--passes", "fast", *options)
+        written = onnx.load(tmp_path / "a.onnx")
+        assert {one.domain: one.version for one in written.opset_import} == {"": opset}
+        assert "DynamicQuantizeLinear" in {node.op_type for node in written.graph.node}
+
+
+def test_calibration_steps_and_what_is_said_of_them(model: Path, calibration: Path) -> None:
+    arguments = "optimize", model, "--dry-run", "--passes", "fast", "--calibration", f"{calibration}{{batch=4}}"
+    said = [run(*arguments, "--verbose", *more).stderr for more in ([], ["--calibration-steps", "1"])]
+    assert all("quantize" in lines for lines in said)
+    few, many = (json.loads(done(*arguments, "--json", *more)) for more in (["--calibration-steps", "1"], []))
+    assert few["passes"] and many["passes"]
+
+
+def test_the_version() -> None:
+    assert done("--version") == f"graphopt {graphopt.__version__}\n"
 
 
 # --- passes, targets, reproduce ------------------------------------------------------------------------------------
@@ -312,9 +423,12 @@ def test_bench_refuses(model: Path, tmp_path: Path) -> None:
 
 def test_passes_lists_every_pass_with_its_options() -> None:
     from graphopt.passes import REGISTRY
+    from graphopt.pipeline.presets import PRESETS
 
     facts = {one["name"]: one for one in json.loads(done("passes", "--json"))}
-    assert set(facts) == set(REGISTRY)
+    assert set(facts) == {*REGISTRY, *PRESETS}
+    for name in PRESETS:
+        assert facts.pop(name)["preset"] == PRESETS[name].text and PRESETS[name].text in done("passes", name)
     for one in facts.values():
         assert one["help"]
         assert all(help_ for _, help_ in one["options"].values()), f"an option of {one['name']} has no docstring"

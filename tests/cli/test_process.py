@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, save
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "graphopt.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "graphopt", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | variables)
 
 

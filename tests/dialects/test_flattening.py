@@ -54,15 +54,21 @@ def test_linears_of_either_dialect_read_rows_as_they_are(dialect: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "result"), [((24, 8), (6, 4, 5)), ((48, 4), (4, 12, 5))], ids=["other leading axes", "halves of rows"]
+    ("rows", "result", "changes"),
+    [((24, 8), (6, 4, 5), True), ((48, 4), (4, 12, 5), True), ((24, 8), (20, 6), False), ((24, 8), (4, 30), False)],
+    ids=["other leading axes", "halves of rows", "outputs regrouped", "outputs joined"],
 )
-def test_rows_that_are_cut_up_otherwise_stay_flattened(
-    dialect: str, rows: tuple[int, ...], result: tuple[int, ...]
+def test_rows_that_are_cut_up_otherwise(
+    dialect: str, rows: tuple[int, ...], result: tuple[int, ...], changes: bool
 ) -> None:
     graph = build(dialect, f"""
         f = reshape(x[4,6,8], F[2]:values{rows}:int64)
         h = linear(f, W[5,{rows[1]}])
-        y = reshape(h, S[3]:values{result}:int64)""".replace(", ", ",").replace("8],", "8], "))
+        y = reshape(h, S[{len(result)}]:values{result}:int64)""".replace(", ", ",").replace("8],", "8], "))
+    before = outputs(graph)
     (log,) = raise_flattened_linears(graph).values()
-    assert [decline.code for decline in log.declined.values()] == ["linear_rows_regrouped"]
-    assert [node.kind for node in graph.nodes] == ["reshape", "linear", "reshape"]
+    graph.sweep()
+    declines = [] if changes else ["linear_rows_regrouped"]
+    assert [decline.code for decline in log.declined.values()] == declines
+    assert [node.kind for node in graph.nodes] == ["reshape", "linear", *(() if changes else ("reshape",))]
+    torch.testing.assert_close(outputs(graph), before)

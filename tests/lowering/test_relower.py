@@ -94,6 +94,25 @@ def test_a_file_that_is_re_lowered_is_held_to_itself(monkeypatch: pytest.MonkeyP
         graphopt.optimize(file, example_inputs=X)
 
 
+def test_a_site_that_takes_up_a_batch_norm_is_held_to_both() -> None:
+    from onnx_ir import to_proto
+
+    from graphopt.dialects.onnx import export as onnx_export
+    from graphopt.dialects.onnx.graph import OnnxGraph
+
+    graph = build("onnx", """
+        d = dequantize(x[n,2,5,5]:int8, S[]:values(0.03), Z[]:int8:zeros)
+        c = conv(d, W[3,2,1,1]:seed1, -, stride=[1,1], padding=[0,0,0,0], dilation=[1,1])
+        y = batch_norm(c, G[3]:values(40,3,9), B[3]:seed3, M[3]:seed4, V[3]:ones)
+    """)
+    assert isinstance(graph, OnnxGraph)
+    given = {"x": torch.arange(-50, 50, dtype=torch.int8).reshape(2, 2, 5, 5)}
+    made = graphopt.optimize(to_proto(onnx_export.deployable(graph)), example_inputs=given)
+    assert not made.folded.sites("batch_norm")
+    assert isinstance(made.report.relowering, Relowering) and len(made.report.relowering.distances) == 1
+    assert made.report.relowering.furthest is not None and made.report.relowering.furthest[1] <= 1
+
+
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_what_is_not_finite_is_no_result(wrong: float) -> None:
     expected = torch.tensor([1.0, 2.0, -torch.inf])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from graphopt.errors import GraphError, UsageError
 from graphopt.ir.cost import Cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.rewrite import RuleLog
@@ -183,11 +184,28 @@ def test_html_is_one_escaped_page() -> None:
         assert fact in page.text
 
 
-def test_html_is_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    html.write(path, example(), GraphDiff("a", "b"), "title")
-    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+def test_a_report_is_saved_by_the_suffix(tmp_path: Path) -> None:
+    for name in ("a.html", "a.txt", "a.json"):
+        example().save(tmp_path / name, GraphDiff("a", "b"))
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>") and "- a" in Tags(page).text
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == f"{example()}\n"
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == json.loads(json.dumps(example().to_dict()))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "a.json", "a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("a.pdf", UsageError, "a.pdf ends in .pdf, and a report is an .html, .txt or .json file: name it a.html"),
+        ("a", UsageError, "a has no suffix, and a report is an .html, .txt or .json file: name it a.html"),
+        ("none/a.html", GraphError, "there is no folder .*none; make it first"),
+    ],
+)
+def test_a_report_that_cannot_be_saved(name: str, error: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
+        example().save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_notebooks_get_a_fragment() -> None:

@@ -1,9 +1,10 @@
 """Ops that no aten operator can spell, as custom operators `graphopt::<op>` whose kernel is the op's reference.
 
 Pools are among them for attributes that aten lacks, quantize and dequantize for scales of rows and for float8, and
-recurrent layers, as aten takes a list of weights for several of them. With them, a folded int8 graph runs, traces, exports and saves wherever torch does. They are not fast: a backend replaces
-them by its own kernels. Each has a twin `graphopt_whole::<op>` that no compiler decomposes, which exporters to other
-frameworks translate. Importing this module registers them.
+recurrent layers, of which aten runs several in one call. With them, a folded int8 graph runs, traces, exports and saves
+wherever torch does. Those on integers are not fast: a backend replaces them by its own kernels. Each has a twin
+`graphopt_whole::<op>` that no compiler decomposes, which exporters to other frameworks translate. Importing this module
+registers them.
 """
 
 from __future__ import annotations

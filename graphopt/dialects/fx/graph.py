@@ -309,7 +309,8 @@ class FxGraph(Graph):
         for node in filter(is_state, native.graph.nodes):  # a tensor that runs write to is not shared
             native.stored[str(node.target)] = native.stored[str(node.target)].detach().clone()
         clone = type(self)(native, self.output_names, self.axis_names)
-        clone.version, clone.returns, native.packed = self.version, self.returns, dict(self.native.packed)
+        clone.version, clone.returns, clone.scaled = self.version, self.returns, self.scaled
+        native.packed = dict(self.native.packed)
         return clone
 
     def extract(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FxGraph:

@@ -63,6 +63,12 @@ class FxValue(Value):
             return (len(self.native.items),)
         value = meta(self.native)
         if isinstance(value, Tensor):
+            told = self.native.args[1] if self.native.target is torch.ops.aten.reshape.default else ()
+            if isinstance(told, list | tuple) and len(told) == value.dim():  # torch may only know it as a quotient
+                return tuple(
+                    size if isinstance(size, int) and size >= 0 else self.graph.axis(found)
+                    for size, found in zip(told, value.shape, strict=True)
+                )
             return tuple(self.graph.axis(size) for size in value.shape)
         return () if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float) else None
 

@@ -13,8 +13,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import torch
 
+from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx import files as onnx_files
-from graphopt.dialects.onnx.graph import PATH, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx.graph import PATH, SCALED, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx.mended import MAP_TYPE, restore_map_types
 from graphopt.dialects.onnx.opset import at_opset
 from graphopt.dialects.onnx.reading import fix_names
@@ -34,6 +35,7 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     """
     graph = graph.clone()
     rewrite(graph, [DYNAMIC_QUANTIZE])
+    rewrite(graph, crashing.RULES)
     for node in graph.sites("linear"):
         _spell_linear(graph, node)
     for node in graph.sites("embedding"):
@@ -230,8 +232,9 @@ def write(model: ir.Model, path: Path, metadata: Mapping[str, str], external_dat
     external = needed or onnx_files.is_spilled(model) if external_data is None else external_data
     if needed and not external:
         raise GraphError(f"{size / 2**30:.1f} GiB of weights do not fit one ONNX file: leave external_data to graphopt")
+    scaled = model.metadata_props.get(SCALED)
     model.metadata_props.clear()
-    model.metadata_props.update(metadata)
+    model.metadata_props.update(metadata if scaled is None else {**metadata, SCALED: scaled})
     onnx_files.save(model, path, external_data=external)
     _restore_maps(model, path)
     _check(model, path)

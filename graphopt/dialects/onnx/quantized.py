@@ -20,6 +20,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx.spellings import STANDARD, spatial, window
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import OPS
+from graphopt.ir.qdq.regions import STORED
 from graphopt.numerics import quantize
 
 CONTRIB = "com.microsoft"
@@ -408,7 +409,29 @@ def _blocks(
     return site.emit("dequantize", *held, unpacked, axis=1, block=block, bits=bits)
 
 
+def _read_stored(site: _Site) -> Value | None:
+    """Integers that are cast and scaled, as weights of ops are stored that have no kernel for integers."""
+    for place in (0, 1):
+        cast, scale = site.required(place).producer, _constant(site.graph, site.required(1 - place))
+        if cast is None or cast.kind != "cast" or scale is None or scale.dtype is not torch.float32:
+            continue
+        integers = _constant(site.graph, cast.operands[0])
+        if integers is None or integers.dtype not in _INTEGERS or scale.dim() != integers.dim():
+            continue
+        along = [axis for axis, size in enumerate(scale.shape) if size > 1]
+        if len(along) > 1 or any(scale.shape[axis] != integers.shape[axis] for axis in along):
+            continue
+        zero_point = None
+        if integers.dtype is torch.uint8:
+            zero_point = site.graph.add_constant(torch.zeros((), dtype=torch.uint8))
+        if all(user.kind in STORED for user in site.node.result.users) and not site.node.result.is_output:
+            stored = site.graph.add_constant(scale.reshape([-1] * len(along)))
+            return site.emit("dequantize", cast.operands[0], stored, zero_point, axis=along[0] if along else None)
+    return None
+
+
 _READERS: dict[str, Read] = {
+    "Mul": _read_stored,
     "QLinearConv": _read_conv,
     "QLinearMatMul": _read_matmul,
     "QGemm": _read_gemm,
@@ -453,6 +476,15 @@ def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(ops.items())) or "no op"
     left = f"; left as they are: {', '.join(f'{n} {kind}' for kind, n in sorted(opaque.items()))}" if opaque else ""
     return f"this file is quantized already ({', '.join(forms)}): {found}{left}"
+
+
+def rounds_activations(model: ir.Model | onnx.ModelProto) -> bool:
+    """Whether a model has MatMulNBits that round activations to int8 by block (accuracy_level 4)."""
+    if isinstance(model, ir.Model):
+        given = [node.attributes.get("accuracy_level") for node in model.graph if node.op_type == "MatMulNBits"]
+        return any(level is not None and level.as_int() == 4 for level in given)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    return any(one.name == "accuracy_level" and one.i == 4 for node in nodes for one in node.attribute)
 
 
 def _reads_integers(node: Node) -> bool:

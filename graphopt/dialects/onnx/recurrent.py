@@ -6,7 +6,10 @@ out as zeros of a computed shape, which hides that it is one.
 
 from __future__ import annotations
 
+import torch
+
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode
+from graphopt.dialects.onnx.quantized import CONTRIB
 from graphopt.dialects.onnx.spellings import RECURRENT, STANDARD, recurrence
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import OPS
@@ -16,8 +19,11 @@ _MOVES = ("slice", "reshape", "transpose", "squeeze", "unsqueeze", "identity", "
 
 
 def raise_recurrent(graph: OnnxGraph) -> None:
-    """Emit each recurrent operator that leaves out results, or puts the batch first, as the op that it means."""
+    """Emit each recurrent operator that leaves out results, or puts the batch first, as the op that it means; and an
+    LSTM on integers, as quantize leaves one."""
     for native in list(graph.model.graph):
+        if native.op_type == "DynamicQuantizeLSTM" and native.domain == CONTRIB:
+            _raise_dynamic(graph, OnnxNode(graph, native))
         if native.op_type not in RECURRENT or native.domain not in STANDARD:
             continue
         op, attributes = RECURRENT[native.op_type], recurrence(native)
@@ -36,6 +42,35 @@ def raise_recurrent(graph: OnnxGraph) -> None:
             y = graph.emit("transpose", y, perm=(2, 0, 1, 3), at=node)
             last = [_swapped(graph, value, node) for value in last]
         graph.replace(node, y, *last)
+
+
+def _raise_dynamic(graph: OnnxGraph, node: OnnxNode) -> None:
+    """ONNX Runtime's LSTM on int8 weights: left as it is where directions have scales of their own."""
+    x, *given = graph.values(node.native.inputs)
+    given += [None] * (11 - len(given))
+    attributes = recurrence(node.native)
+    dequantized = [_stored_weight(graph, node, *given[place : place + 1], *given[scale : scale + 2])
+                   for place, scale in ((0, 7), (1, 9))]  # fmt: skip
+    if attributes is None or None in dequantized or x is None:
+        return
+    scale, zero_point = graph.emit_all("choose_qparams", x, at=node)
+    integers = graph.emit("quantize", x, scale, zero_point, at=node)
+    x = graph.emit("dequantize", integers, scale, zero_point, at=node)
+    graph.replace(node, *graph.emit_all("lstm", x, *dequantized, *given[2:7], at=node, **attributes))
+
+
+def _stored_weight(
+    graph: OnnxGraph, node: OnnxNode, value: Value | None, scale: Value | None, zero_point: Value | None
+) -> Value | None:
+    """A weight of the operator, (directions, in, rows), as the op reads it: dequantized with a scale for each row."""
+    integers, scales, zeros = (None if one is None else graph.constant(one) for one in (value, scale, zero_point))
+    if integers is None or scales is None or zeros is None or integers.dtype is not torch.int8 or bool(zeros.any()):
+        return None
+    by_row = scales.reshape(len(scales), -1).expand(-1, integers.shape[2])
+    if not bool((by_row == by_row[0]).all()):
+        return None
+    stored = graph.add_constant(integers.mT.contiguous()), graph.add_constant(by_row[0].contiguous())
+    return graph.emit("dequantize", *stored, at=node, axis=1)
 
 
 _TRANSPOSED = (0, 5, 6)

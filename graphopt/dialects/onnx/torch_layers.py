@@ -45,7 +45,10 @@ def _translation(op_type: str, own: dict[str, Any]) -> Callable[..., Any]:
     ) -> Any:  # fmt: skip
         several, each = 2 if bidirectional else 1, 4 if has_biases else 2
         if len(params) != num_layers * several * each:
-            raise GraphError(f"{op_type} with projections (proj_size) has no operator in ONNX")
+            raise GraphError(
+                f"{op_type} with projections (proj_size) has no operator in ONNX: use a target of PyTorch, such as "
+                "fbgemm"
+            )
         attributes = {"direction": "bidirectional" if bidirectional else "forward", **own}
         attributes |= {"activations": own["activations"] * several} if "activations" in own else {}
         states = list(hx) if op_type == "LSTM" else [hx]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import lru_cache
+from functools import cache
 
 import onnx
 import onnx_ir as ir
 
 
-@lru_cache(maxsize=None)
+@cache
 def schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
     """The operator as an opset has it; None where it has none of that name, or one that is withdrawn."""
     try:

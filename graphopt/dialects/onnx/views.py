@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,8 @@ class OnnxValue(Value):
     @property
     def is_constant(self) -> bool:
         native = self.native
-        return native.const_value is not None and native.is_initializer() and native.dtype in READABLE
+        stored = native.const_value is not None and native.is_initializer() and native.dtype in READABLE
+        return stored and not native.is_graph_input()  # else it is the default of an input
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,23 @@ class OnnxNode(Node):
         op = onnx_spellings.read(self.owner, self.native)
         count = len(OPS[op[0]].results) if op is not None else len(self.native.outputs)
         return tuple(OnnxValue(self.owner, output) for output in self.native.outputs[:count])
+
+    @property
+    def held(self) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
+        for attribute in self.native.attributes.values():
+            if holds_graph(attribute):
+                several = attribute.type is ir.AttributeType.GRAPHS
+                for graph in attribute.as_graphs() if several else [attribute.as_graph()]:
+                    yield from self._stored_in(graph)
+
+    def _stored_in(self, graph: ir.Graph) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
+        for inner in graph.all_nodes():
+            tensor = inner.attributes.get("value") if inner.op_type == "Constant" else None
+            if tensor is not None:
+                yield READABLE.get(tensor.as_tensor().dtype), tuple(map(int, tensor.as_tensor().shape))
+            for value in self.owner.values(inner.inputs):
+                if value is not None and value.is_constant:
+                    yield value.dtype, value.shape
 
     @property
     def signature(self) -> Hashable | None:

@@ -15,6 +15,9 @@ one in floats.
 MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
 """Ops whose result holds the numbers of the input, and zeros at most besides: it keeps the scale of the input."""
 
+STORED = ("lstm", "gru", "rnn", "conv_transpose")
+"""Ops whose weights may be stored in 8 bits without a kernel that multiplies them."""
+
 
 def is_global(mean: Node) -> bool:
     """Whether a mean is over all axes after batch and channels, kept with size 1."""

@@ -17,8 +17,6 @@ from graphopt.ir.ops import OPS
 
 
 def _reference(op: str) -> Form:
-    names = OPS[op].operands
-
     def apply(call: Call) -> Tensor:
         result: Tensor = OPS[op].reference(*map(call.optional, range(len(call.given))), **call.attributes)
         return result

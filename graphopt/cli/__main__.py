@@ -1,5 +1,0 @@
-"""`python -m graphopt.cli`."""
-
-from graphopt.cli.app import main
-
-main()

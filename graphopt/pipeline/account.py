@@ -1,0 +1,60 @@
+"""The account of a pass that changes weights: every op with weights is changed, or declined by name with a reason.
+
+A pass reports on the sites that it considered. This finds the rest: ops that it has no form for, and operations that
+are no ops, whose weights may lie in their subgraphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from graphopt.ir.decline import Decline
+from graphopt.ir.graph import Graph, Node, Shape, Value
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.passes import Pass
+
+
+def weights(graph: Graph) -> dict[Node, tuple[Value | None, ...]]:
+    """The nodes that hold weights, with their operands: a stored matrix of floats, or more axes, in 32 bits or more.
+
+    Of ops, those with products (which have FLOPs) and tables; of other operations, all that read such a constant or
+    have one in a subgraph.
+    """
+    return {node: node.operands for node in graph.nodes if _holds_weights(node)}
+
+
+def _holds_weights(node: Node) -> bool:
+    if node.op is not None and node.op.flops == 0 and node.kind != "embedding":
+        return False
+    stored = (value for value in node.operands if value is not None and value.is_constant)
+    return any(_is_weight(value.dtype, value.shape) for value in stored) or any(
+        _is_weight(dtype, shape) for dtype, shape in node.held
+    )
+
+
+def _is_weight(dtype: torch.dtype | None, shape: Shape | None) -> bool:
+    floats = dtype is not None and dtype.is_floating_point and dtype.itemsize >= 4
+    return floats and sum(size != 1 for size in shape or ()) > 1
+
+
+def close(pass_: Pass, graph: Graph, context: Context, before: Mapping[Node, tuple[Value | None, ...]]) -> None:
+    """Decline what a pass has passed over: nodes that hold weights, are as they were, and that it did not consider.
+
+    before: `weights` of the graph as the pass found it. What the user left out by targets or ignore is left out here.
+    """
+    left = [
+        node for node in graph.nodes
+        if node in before and node.operands == before[node] and node not in context.considered
+        and not _is_left_out(pass_, node)
+    ]  # fmt: skip
+    context.consider(left)
+    for node in left:
+        code = "opaque_operator" if node.op is None else "op_without_form"
+        context.decline(node, Decline(code, op=node.kind))
+
+
+def _is_left_out(pass_: Pass, node: Node) -> bool:
+    given = pass_.given()
+    return ("targets" in given and node not in given["targets"]) or ("ignore" in given and node in given["ignore"])
