@@ -64,6 +64,13 @@ SENTENCES = {
     "weight_tied": "weight is tied with {reader}",
     # prune
     "no_group": "in no group of {kinds}",
+    "branch_read_elsewhere": "others than its sum read what {site} in it computes",
+    "branch_not_pure": "{op} in it is random, or has effects",
+    "shortcut_differs": "its sum is {result}, and its shortcut {shortcut}",
+    "shortcut_not_identity": "its shortcut is computed too, by {site}",
+    "shortcut_returned": "without it the graph would return an input, or one value twice",
+    "branch_matters_more": "kept: in place of {site} it would leave the outputs at {sqnr:.1f} dB",
+    "no_branch_goes": "all {count} layers are kept",
     "no_units_go": "all of its {size} {kind} are kept",
     "not_weighed_unread": "criterion={criterion} cannot score it: no linear or conv with a stored float weight reads "
     "it; use criterion=l2",
@@ -125,6 +132,8 @@ SENTENCES = {
     "parameters_not_own": "the weight or bias of {op} {site} is not a stored one of its own",
     # cast, approximate, simplify
     "beyond_dtype": "max_abs of its {value} is {max_abs:.3g}, above the maximum of {dtype} ({largest:.3g})",
+    "vanishes_in_dtype": "{dtype} rounds its constant {number:.3g} to 0",
+    "reads_unfit": "it reads what comes of a constant that {dtype} does not hold",
     "float_mask": "its mask is float, and the number in place of minus infinity may exceed float16",
     "no_approximation": "there is no approximation of {op}",
     "already_approximate": "it is approximated by {form} already",

@@ -40,6 +40,8 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     Raises LoweringError without a C++ compiler, and, naming the sites, where a quantized linear or conv did not become
     an int8 kernel; GraphError where torch cannot compile an operation, or would fix the length of a recurrent layer.
     """
+    if path.suffix != ".pt2":
+        raise GraphError(f"a package ends in .pt2, for torch reads no other: name it {path.with_suffix('.pt2').name}")
     require_one_length(graph)
     require_compiler()
     graph = graph.clone()
