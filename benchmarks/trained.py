@@ -189,8 +189,7 @@ def _one_token(
     query, key, value = (project(h).unflatten(-1, (-1, block.head_dim)) for project in (block.q, block.k, block.v))
     new = block.rotate(key, cos, sin).transpose(1, 2), value.transpose(1, 2)
     keys, values = (torch.cat(pair, 2) for pair in zip(cache, new, strict=True)) if cache else new
-    query = block.rotate(query, cos, sin).transpose(1, 2)
-    heads = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    heads = F.scaled_dot_product_attention(block.rotate(query, cos, sin).transpose(1, 2), keys, values, enable_gqa=True)
     x = x + block.o(heads.transpose(1, 2).flatten(2))
     h = block.ffn_norm(x)
     return x + block.down(F.silu(block.gate(h)) * block.up(h)), (keys, values)

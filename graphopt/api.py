@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from torch import nn
 
 from graphopt.backends import target as target_of
 from graphopt.capture.arguments import several
+from graphopt.capture.folders import opened
 from graphopt.capture.sources import Captured, capture, declared_inputs
+from graphopt.dialects.adapter import adapter
 from graphopt.errors import (
     CaptureError,
     LoweringError,
@@ -34,6 +36,7 @@ from graphopt.pipeline.examples import first_batch
 from graphopt.pipeline.instruments import Instrument, display, phase
 from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.prompts import in_steps, takes_steps
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.text import parse
 from graphopt.result import Optimized
@@ -48,7 +51,7 @@ def optimize(
     *,
     target: str = "onnxruntime",
     example_inputs: Any = None,
-    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    dynamic_shapes: Any = None,
     calibration: Any = None,
     calibration_steps: int | None = None,
     training: Any = None,
@@ -61,18 +64,20 @@ def optimize(
     agree: bool | None = None,
     measure: bool | None = None,
     cpu: str | None = None,
+    custom_ops: Sequence[Any] = (),
     instruments: Sequence[Instrument] = (),
     verbose: bool | None = None,
 ) -> Optimized:
     """Make a model smaller and faster on a target.
 
-    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx or
-    .pt2, or what an earlier call returned (below); it is not changed. passes: as text or objects; None only simplifies
-    and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
+    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx, .pt2
+    or a folder of Hugging Face, or what an earlier call returned (below); it is not changed. passes: as text or
+    objects; None only simplifies and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
     example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; None is the
     first batch of calibration, else of training. A module needs one of the three.
-    dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
-    cache: capture the decode step of a language model, with its key-value cache.
+    dynamic_shapes: {input: {axis: name}}, or as torch.export takes it; left out, axis 0 of every input and axis 1 of
+    integer inputs.
+    cache: capture the decode step of a language model, with its key-value cache; the example inputs are prompts.
     calibration: any iterable of batches, for passes that read activations; calibration_steps: most batches to use.
     training: any re-iterable of batches, for the passes that train (`distill`, `finetune`); labels may stand beside the
     inputs. teacher: a module or an ONNX file for `distill` to learn from, in place of the model as it was.
@@ -81,13 +86,17 @@ def optimize(
     cross-entropy to the labels in the batches. evaluate: (a model that is called like the original) -> how good it is,
     more is better: for goals in that measure, and to choose the best weights while training.
     threads: of the engine, None for its default.
-    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
+    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. False also lets a
+    module pass whose captured graph computes something else, with a note. An ONNX file above
     that is run only where agree=True or calibration asks for it, and then in sections of its layers; its weights are
     read one by one, and memory holds a few copies of the largest.
     measure: time the forms that a pattern may take at the example inputs, and the result against the input; what makes
     it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given. Without
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
     (avx2, avx512, avx512_vnni).
+    custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
+    onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
+    known is not run: passes that need no run work, and only the shapes of outputs are checked.
     instruments: further watchers of the pipeline, such as Dump.
     verbose: True says what is done on stderr, with bars on a terminal; False says nothing. None does so on a terminal
     and in a notebook; elsewhere lines go to the logger `graphopt`, which is silent until `logging` is set up.
@@ -112,6 +121,8 @@ def optimize(
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
         instruments = display(verbose, instruments)
         backend = target_of(target, cpu)
+        if custom_ops:
+            adapter(backend.dialect).register(custom_ops)
         backend.accept(model, example_inputs)
         measures = _measures(measure, backend)
         pipeline = whole_pipeline(passes, backend, earlier)
@@ -120,6 +131,7 @@ def optimize(
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
         if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
             raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
+    model = opened(model)
     with _few_collections():
         if example_inputs is None:
             example_inputs = _first_batch(model, calibration=calibration, training=training)
@@ -129,12 +141,13 @@ def optimize(
             else:
                 captured = capture(
                     model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes, cache=cache,
-                    run=agree or None,
+                    run=agree or None, check=agree is not False,
                 )  # fmt: skip
             found.result = f"{len(captured.graph.nodes)} nodes"
         with outer_door(UsageError, "optimize cannot use its arguments"):
             batches = None
             if calibration is not None:
+                calibration, calibration_steps = _in_steps(calibration, calibration_steps, captured)
                 batches = Calibration(calibration, captured.graph.inputs, calibration_steps, instruments)
             if measure and not captured.feeds:
                 raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
@@ -191,6 +204,15 @@ def whole_pipeline(
     return Pipeline(asked)
 
 
+def _in_steps(calibration: Any, steps: int | None, captured: Captured) -> tuple[Any, int | None]:
+    """Calibration as the graph takes it, and most of its batches: of a decode step, the steps of the prompts."""
+    if not takes_steps(captured.graph, captured.signature.outputs):
+        return calibration, steps
+    if steps is not None:
+        require_positive_integer("calibration_steps", steps)
+    return in_steps(calibration, captured.graph, captured.signature.outputs, "calibration", steps), None
+
+
 def _first_batch(model: Any, **sources: Any) -> Any:
     """Example inputs from the first of the sources that gives its batches more than once; None where there is none.
 
@@ -215,6 +237,7 @@ def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Capture
 def _teacher(model: Any, captured: Captured) -> TeacherGraph:
     """What distillation learns from, as a graph: of torch.fx where it is a module. Raises UsageError for a module in
     training mode, whose dropout would teach noise."""
+    model = opened(model)
     if isinstance(model, nn.Module) and model.training:
         raise UsageError("the teacher is in training mode, and dropout would teach noise: call teacher.eval()")
     is_program = isinstance(model, torch.export.ExportedProgram) or Path(str(model)).suffix == ".pt2"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graphopt.analysis.data_sizes import sized_by_data
 from graphopt.analysis.propagation import propagate
 from graphopt.capture.sources import capture
+from graphopt.dialects.adapter import adapter
 from graphopt.errors import GraphError, UsageError, outer_door, require_positive_integer, user_batches
 from graphopt.ir.graph import Graph, Value
 from graphopt.numerics import metrics
@@ -27,7 +28,9 @@ from graphopt.report.records import Comparison, OutputComparison
 from graphopt.result import Optimized
 
 
-def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bool = False) -> Comparison:
+def compare(
+    a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bool = False, custom_ops: Sequence[Any] = ()
+) -> Comparison:
     """Compare two models on batches of inputs; `a` is the reference.
 
     a, b: an Optimized, an nn.Module, a Graph, or a path to .onnx. batches: as for calibration (`Calibration`); for two
@@ -36,12 +39,14 @@ def compare(a: Any, b: Any, batches: Any, *, steps: int | None = None, sites: bo
     that what a pass folds does not stand apart. That runs over the batches several times.
     Outputs are paired by name where the names are the same, else in order. An output whose sizes depend on data (the
     boxes that a detector keeps) is compared on the batches where both have the same; the result says where it was not.
-    A module runs in the mode that it is in.
+    A module runs in the mode that it is in. custom_ops: of ONNX files, as `optimize` takes them.
 
     Raises UsageError when there is no batch, the outputs do not pair, or a model does not run on a batch; CaptureError
     where a file cannot be read; nothing but a GraphoptError.
     """
     with outer_door(GraphError, "the models cannot be compared"):
+        if custom_ops:
+            adapter("onnx").register(custom_ops)
         return _compared(a, b, batches, steps, sites)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from graphopt.backends import target as target_of
 from graphopt.capture.signature import as_model
 from graphopt.capture.sources import capture
+from graphopt.dialects.adapter import adapter
 from graphopt.errors import PassError, UsageError, outer_door, user_code
 from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
@@ -39,13 +40,14 @@ def sensitivity(
     dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
     calibration_steps: int | None = None,
     loss: Loss | None = None,
+    custom_ops: Sequence[Any] = (),
     instruments: Sequence[Instrument] = (),
     verbose: bool | None = None,
 ) -> Sensitivity:
     """Measure how much the outputs of a model suffer when each site alone is changed.
 
-    model, target, example_inputs, dynamic_shapes, calibration, calibration_steps, loss, verbose: as `optimize` takes
-    them; the example inputs are the first batch of calibration where none are given.
+    model, target, example_inputs, dynamic_shapes, calibration, calibration_steps, loss, custom_ops, verbose: as
+    `optimize` takes them; the example inputs are the first batch of calibration where none are given.
     settings: passes with a `targets` option, as objects or text; each is tried on every site by itself.
     evaluate: (a model that is called like the original) -> how good it is, more is better; without it the order is
     that of the SQNR. sites: ops, module paths or patterns in place of the settings' own targets. steps: most batches
@@ -57,6 +59,8 @@ def sensitivity(
         passes = [leaf for one in given for leaf in (parse(one, REGISTRY).passes if isinstance(one, str) else [one])]
         instruments = display(verbose, instruments)
         backend = target_of(target)
+        if custom_ops:
+            adapter(backend.dialect).register(custom_ops)
         follow = followed(loss)
         score = None if evaluate is None else user_code("evaluate function", evaluate)
     if example_inputs is None and calibration is not None and not isinstance(calibration, Iterator):

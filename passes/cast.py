@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import UsageError
+from graphopt.ir.cost import LARGE, Cost
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value, dtype_name
-from graphopt.numerics.observe import MinMax
+from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
@@ -25,8 +27,10 @@ class Cast(Pass):
     """Compute in 16 bits, but in float32 where numbers would not fit (Micikevicius et al., 2018, section 3).
 
     Weights are stored in 16 bits; inputs and outputs of the model keep their dtype. Ops that sum many numbers or take
-    powers stay in float32. Declined: a site where a weight, or its input or result on the calibration batches, is
-    larger than the largest number of the dtype, and attention with a float mask in float16, as masks hold such numbers.
+    powers stay in float32. Declined: a site where a weight, or its input or result on the calibration batches (without
+    any, on the example inputs), is larger than the largest number of the dtype; attention with a float mask in float16,
+    as masks hold such numbers; and a site with a constant that the dtype rounds to 0 (the epsilon that keeps a division
+    from 0 / 0) or cannot hold, with those behind it up to where the number is divided by, or bounded.
     """
 
     name = "cast"
@@ -55,14 +59,16 @@ class Cast(Pass):
         sites = context.sites(graph, self.targets, self.ignore, where=_is_float32)
         max_abs = _max_abs(graph, context, sites)
         casts = _Casts(graph, _DTYPES[self.dtype])
-        declines = {site: casts.why_not(site, max_abs) for site in sites}
+        unfit = _unfit(graph, _DTYPES[self.dtype], max_abs)
+        declines = {site: casts.why_not(site, max_abs) or unfit.get(site) for site in sites}
         for site, why in declines.items():
             if why is None:
                 casts.recompute(site)
             else:
                 context.decline(site, why)
         if context.calibration is None and self.dtype == "float16":
-            context.note("no calibration: it is not known whether activations fit float16")
+            seen = "of the example inputs alone is it" if max_abs else "it is not"
+            context.note(f"no calibration: {seen} known whether activations fit float16")
 
 
 def _is_float32(site: Node) -> bool:
@@ -75,14 +81,106 @@ def _read(site: Node) -> list[Value]:
 
 
 def _max_abs(graph: Graph, context: Context, sites: list[Node]) -> dict[Value, float]:
-    """The largest magnitude of each activation that sites read or compute, on the calibration batches."""
-    if context.calibration is None:
-        return {}
+    """The largest magnitude of each activation that sites read or compute: on the calibration batches, or without any
+    on the example inputs, where the model is small enough to be run on them."""
+    batches = context.calibration
+    if batches is None:
+        if not context.feeds or Cost.of(graph).bytes > LARGE:
+            return {}
+        batches = Calibration(list(context.feeds), graph.inputs)
     values = dict.fromkeys(value for site in sites for value in (*_read(site), site.result)
                            if not value.is_constant and value.dtype == torch.float32)  # fmt: skip
-    observers = context.statistics(graph, [(value, MinMax()) for value in values])
-    ranges = {value: observer.range() for value, observer in zip(values, observers, strict=True) if observer.count}
-    return {value: max(-low, high) for value, (low, high) in ranges.items()}
+    observers = batches.observe(graph, [(value, _MaxAbs()) for value in values])
+    return {value: observer.number for value, observer in zip(values, observers, strict=True)}
+
+
+@dataclass
+class _MaxAbs:
+    """The largest magnitude of a value over batches; infinity where one is infinite or NaN."""
+
+    number: float = 0.0
+    nbytes: int = 8
+
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        found = _largest(x if mask is None else x[mask])
+        self.number = max(self.number, math.inf if math.isnan(found) else found)
+
+
+# --- numbers that do not fit ---------------------------------------------------------------------------------------
+
+_BOUNDED = ("softmax", "sigmoid", "tanh", "hard_sigmoid", "layer_norm", "rms_norm", "batch_norm")
+_PRODUCTS = ("linear", "conv", "matmul", "attention", "embedding")
+_RECIPROCALS = ("reciprocal", "rsqrt", "onnx.Reciprocal")
+
+
+def _unfit(graph: Graph, dtype: torch.dtype, max_abs: dict[Value, float]) -> dict[Node, Decline]:
+    """Why nodes must stay in float32: by a constant that the dtype does not hold, or as they read what comes of one.
+
+    A number that is rounded to 0 matters where it is added to, or is the least of, a divisor: it is followed to the
+    division, or to the product with its reciprocal. One that is too large is followed to where results are bounded. A
+    value whose largest magnitude is known (max_abs) is not followed for being large.
+    """
+    small, inverse, large = set[Value](), set[Value](), set[Value]()
+    found: dict[Node, Decline] = {}
+    name, largest = dtype_name(dtype), torch.finfo(dtype).max
+    for node in graph.nodes:
+        given = [value for value in node.operands if value is not None and value.dtype == torch.float32]
+        numbers = [tensor for value in given if (tensor := graph.constant(value)) is not None]
+        numbers += [torch.tensor(bound) for bound in _least_magnitudes(node)]
+        lost = next((one for one in numbers if _vanishes(one, dtype)), None)
+        wide = next((one for one in numbers if _overflows(one, largest)), None)
+        if lost is not None:
+            found[node] = Decline("vanishes_in_dtype", number=_largest(lost), dtype=name)
+        elif wide is not None:
+            found[node] = Decline("beyond_dtype", value="constant", max_abs=_largest(wide), dtype=name, largest=largest)
+        reads = [any(value in some for value in given) for some in (small, inverse, large)]
+        if node not in found and any(reads[1:] if node.kind in (*_PRODUCTS, *_BOUNDED) else reads):
+            found[node] = Decline("reads_unfit", dtype=name)
+        states = _passed_on(node, reads, small, lost is not None, wide is not None)
+        for some, holds in zip((small, inverse, large), states, strict=True):
+            if holds:
+                some.update(value for value in node.results if value.dtype == torch.float32)
+        large -= {value for value in node.results if max_abs.get(value, math.inf) <= largest}
+    return found
+
+
+def _passed_on(node: Node, reads: list[bool], small: set[Value], lost: bool, wide: bool) -> tuple[bool, bool, bool]:
+    """Whether the result of a node may be too small, a reciprocal of such a number, and too large."""
+    reads_small, reads_inverse, reads_large = reads
+    if node.kind in _BOUNDED:
+        return False, False, False
+    if node.kind in _PRODUCTS:
+        return False, reads_inverse, reads_large or wide
+    if node.kind == "clip" and None not in (node.attributes["low"], node.attributes["high"]):
+        return reads_small or lost, False, wide
+    if node.kind in _RECIPROCALS:
+        return False, reads_small or lost, False
+    if node.kind == "div":
+        return node.required("a") in small, False, (reads_large or wide) and node.required("b") not in small
+    if node.kind == "mul" and reads_inverse:
+        return False, False, reads_large or wide
+    return reads_small or lost, reads_inverse, reads_large or wide
+
+
+def _least_magnitudes(node: Node) -> list[float]:
+    """The bounds of a clip that keep its result from 0; the others only make it smaller."""
+    if node.kind != "clip":
+        return []
+    low, high = node.attributes["low"], node.attributes["high"]
+    return [bound for bound in (low if low is not None and low > 0 else None,
+                                high if high is not None and high < 0 else None) if bound is not None]  # fmt: skip
+
+
+def _vanishes(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor has numbers other than 0, and the dtype rounds all of them to 0."""
+    largest = torch.tensor(_largest(tensor))
+    return bool(largest > 0) and not bool(largest.to(dtype))
+
+
+def _overflows(tensor: Tensor, largest: float) -> bool:
+    """Whether a tensor has a finite number beyond the largest of a dtype; an infinity stays what it is."""
+    found = _largest(tensor)
+    return largest < (_largest(tensor[torch.isfinite(tensor)]) if math.isinf(found) else found)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from benchmarks.cases.recover import INT8, minilm, without_training
 from benchmarks.networks import NETWORKS
 from benchmarks.peers import BASELINE, exports
 from benchmarks.speed import race, tables, write
-from graphopt.pipeline.passes import Pass
+from graphopt.pipeline import Pass
 
 
 def run(settings: Settings) -> bool:
@@ -23,7 +23,7 @@ def run(settings: Settings) -> bool:
         folder = Path(given)
         found = exports(network.traceable(), folder)
         pipelines: dict[str, str | list[Pass]] = {"int8": INT8}
-        pipelines |= {name: without_training(recipe) for name, recipe in recipes.items()}
+        pipelines |= {one.name: without_training(one) for one in recipes.values()}
         for name, passes in pipelines.items():
             small = graphopt.optimize(
                 network.module, passes, calibration=calibration, measure=True, threads=settings.threads,

@@ -30,9 +30,9 @@ class Axis:
 class Group:
     """Axes that shrink together, by units: a unit is removed from every axis, or from none.
 
-    A unit is a neuron (of a pooler too, a linear that reads one position taken out of a sequence), a channel (or all
-    channels of a group, of a grouped conv), a head (with grouped queries a key head and the heads that read it), or a
-    position of the width of a residual stream.
+    A unit is a neuron (of a pooler too, a linear that reads one position taken out of a sequence), a channel (of a
+    grouped conv: all channels of a group, or the same channel of each group), a head (with grouped queries a key head
+    and the heads that read it), or a position of the width of a residual stream.
     """
 
     name: str
@@ -183,6 +183,8 @@ def _kind(producers: Sequence[Node], *, heads: bool, several: bool, normed: bool
 
 def _sees_one_position(relations: AxisRelations, node: Node) -> bool:
     """Whether what a linear reads is one position of a sequence, taken out of a 3-D value, and what is made of it."""
+    if node.kind != "linear":
+        return False
     value = node.input
     while (producer := value.producer) is not None:
         axes = NodeAxes(relations, producer)
@@ -251,7 +253,8 @@ def _first_lock(relations: AxisRelations, roots: Positions) -> Positions:
 
 
 def _settle(relations: AxisRelations, block: ReshapeBlock, locked: Positions) -> None:
-    """On each side of a reshape, let the outermost axis without a lock carry the units; lock the other axes.
+    """On each side of a reshape, let the outermost axis without a lock carry the units (the innermost, of channels that
+    are shuffled); lock the other axes.
 
     locked: the first lock of each position, -1 for none.
     """
@@ -259,7 +262,8 @@ def _settle(relations: AxisRelations, block: ReshapeBlock, locked: Positions) ->
     for side in (block.left, block.right):
         lengths = [len(positions) for positions in side]
         held = np.array([locked[positions].max() for positions in side])
-        carrier = next((i for i, length in enumerate(lengths) if length > 1 and held[i] < 0), None)
+        free = [i for i, length in enumerate(lengths) if length > 1 and held[i] < 0]
+        carrier = free[-1 if block.is_shuffle else 0] if free else None
         relations.locks += [(positions, block.reason) for i, positions in enumerate(side) if i != carrier]
         if carrier is not None:
             inner = math.prod(lengths[carrier + 1 :])

@@ -13,6 +13,7 @@ from graphopt.analysis.opaque import OPAQUE, axis_of, gather_index, padding, seq
 from graphopt.ir.axes import AxisRelations, NodeAxes
 from graphopt.ir.cutting import Cut, EmitCut, Mask
 from graphopt.ir.graph import Graph, Value
+from graphopt.ir.ops.convolution import shrinks_inside_groups
 
 
 def shrink(graph: Graph, cuts: Mapping[Group, Tensor]) -> None:
@@ -85,7 +86,9 @@ def _resize(cut: Cut, node: NodeAxes) -> list[Value]:
 
 def _onnx_conv(cut: Cut, node: NodeAxes) -> list[Value]:
     groups = int(node.attributes.get("group", 1))
-    return cut.same(node) if groups == 1 else cut.same(node, group=cut.share(node, node.x, 1, groups))
+    if groups == 1 or shrinks_inside_groups(node, groups):
+        return cut.same(node)
+    return cut.same(node, group=cut.share(node, node.x, 1, groups))
 
 
 def _group_norm(cut: Cut, node: NodeAxes) -> list[Value]:

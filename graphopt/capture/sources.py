@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
+from graphopt.capture import differences
 from graphopt.capture.arguments import several
 from graphopt.capture.axes import DynamicAxes, distinct
-from graphopt.capture.failures import export_failure
+from graphopt.capture.failures import NotExported, export_failure
+from graphopt.capture.folders import opened
+from graphopt.capture.implementations import exported_with
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import Traced, on_cpu, trace
 from graphopt.dialects.adapter import Adapter, adapter
+from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, Shape, Value
@@ -63,8 +67,14 @@ class Captured:
     optimized for the same engine, its lowered graph. None where that is the captured graph: of modules and programs."""
     torch_form: Callable[[], Captured] | None = None
     """Captures the same model as a graph of torch.fx, to be trained; None where `graph` is one."""
+    rounds: bool = False
+    """Whether the model's own operators round activations, which forms of a target may then do too."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of a module that was handed in, by their names in its state_dict."""
+    made_up: bool = False
+    """Whether the feeds were made from the input types, as there were no example inputs."""
+    unknown: Sequence[str] = ()
+    """The custom operators that the engine does not know, so that the model is not run."""
 
 
 def capture(
@@ -75,20 +85,23 @@ def capture(
     dynamic_shapes: Any = None,
     cache: bool = False,
     run: bool | None = None,
+    check: bool = True,
 ) -> Captured:
-    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx
-    or .pt2 (a torch.export archive without pickles). The model is not changed.
+    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx,
+    to .pt2 (a torch.export archive without pickles) or to a folder of Hugging Face. The model is not changed.
 
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
-    for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
-    axis 0 of every input and axis 1 of integer inputs. cache: capture the decode step of a language model.
+    for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes, or as
+    torch.export takes them; left out, axis 0 of every input and axis 1 of integer inputs. cache: capture the decode
+    step of a language model.
     Both are for modules, which are traced; anything else has its axes already. run: whether an ONNX model is run, to
-    check that the captured graph computes the same; None runs models of up to `cost.LARGE` bytes. Raises CaptureError,
-    and nothing but a GraphoptError.
+    check that the captured graph computes the same; None runs models of up to `cost.LARGE` bytes. check: whether it is
+    an error where the graph of a module computes something else than the module (and is not random), or a note. Raises
+    CaptureError, and nothing but a GraphoptError.
     """
     what = model if isinstance(model, str | Path) else f"the {type(model).__name__}"
     with outer_door(CaptureError, f"{what} cannot be captured"):
-        return _capture(model, dialect, example_inputs, dynamic_shapes, cache, run)
+        return _capture(model, dialect, example_inputs, dynamic_shapes, cache, run, check)
 
 
 def _capture(
@@ -98,7 +111,9 @@ def _capture(
     dynamic_shapes: Any,
     cache: bool,
     run: bool | None,
+    check: bool,
 ) -> Captured:
+    model = opened(model)
     kind = type(model)
     if isinstance(model, str | Path):
         _refuse_options("a file", dynamic_shapes, cache)
@@ -107,12 +122,19 @@ def _capture(
         if example_inputs is None:
             name = type(model).__name__
             raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, to trace it with")
-        return _capture_module(model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache))
+        return exported_with(
+            model,
+            lambda: _capture_module(
+                model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache), check
+            ),
+            lambda captured, note: captured.notes.append(note),
+        )
     _refuse_options(f"a {kind.__name__}", dynamic_shapes, cache)
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, adapter(dialect), example_inputs)
     proto, source = _proto(model)
-    return _capture_model(proto, adapter(dialect), example_inputs, source, run)
+    with quiet("onnx_ir", "onnxscript"):
+        return _capture_model(proto, adapter(dialect), example_inputs, source, run)
 
 
 def declared_inputs(model: Any) -> Sequence[Declared]:
@@ -162,7 +184,7 @@ def _refuse_options(what: str, dynamic_shapes: Any, cache: bool) -> None:
 # --- modules and programs ------------------------------------------------------------------------------------------
 
 
-def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced) -> Captured:
+def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced, check: bool = True) -> Captured:
     returned = traced.structure
     signature = Signature(
         tuple(traced.examples[0]), returned.names, returned.rebuild, traced.call.arguments, traced.call.constants
@@ -172,15 +194,25 @@ def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced) -> Capt
     except GraphError as error:
         raise CaptureError(f"{type(module).__name__}: {error}") from error
     except Exception as error:  # whatever torch's exporter raises
-        raise CaptureError(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
+        raise NotExported(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
     notes = list(traced.notes)
     if dialect.is_liftable(graph):
         notes.append(f"captured at {dialect.version(graph)}, the newest in which the engine has all of its operators")
     for example in traced.examples:
         _require_shapes(graph, example)
-    graph = _raised(dialect, graph, traced.examples[:1], [traced.expected], notes)
     source = f"{type(module).__module__}.{type(module).__name__}"
-    torch_form = None if graph.dialect == "fx" else partial(_capture_module, module, adapter("fx"), traced)
+
+    def judge(unraised: Graph) -> None:
+        difference = differences.found(unraised, traced.examples[0], traced.expected, traced.structure.names)
+        if difference is None:
+            return
+        if difference.is_error and check:
+            what = f"the {unraised.dialect} graph of {source} computes something else"
+            raise CaptureError(f"{what}: {difference}; agree=False goes on with a note")
+        notes.append(f"the captured graph does not compute what the module does: {difference}")
+
+    graph = _raised(dialect, graph, traced.examples[:1], [traced.expected], notes, judge)
+    torch_form = None if graph.dialect == "fx" else partial(_capture_module, module, adapter("fx"), traced, check)
     return Captured(
         graph, signature, traced.examples, source, notes, torch_form=torch_form, state=traced.program.state_dict
     )
@@ -219,13 +251,15 @@ def _capture_program(
         examples = [tuple(leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor))]
     feeds = [_on_cpu_feeds(signature, example) for example in examples]
     graph = dialect.from_program(program, signature.inputs, axes, returned)
-    if make_feeds and not feeds:
+    made_up = make_feeds and not feeds
+    if made_up:
         feeds = [_made_feeds(graph.inputs, notes)]
     graph = _raised(dialect, graph, feeds, _reference(graph, feeds, notes) if feeds else None, notes)
     torch_form = None if graph.dialect == "fx" else partial(_capture_program, program, adapter("fx"), example_inputs)
     return Captured(
-        graph, signature, feeds, "torch.export.ExportedProgram", notes, torch_form=torch_form, state=program.state_dict
-    )
+        graph, signature, feeds, "torch.export.ExportedProgram", notes, torch_form=torch_form,
+        state=program.state_dict, made_up=made_up,
+    )  # fmt: skip
 
 
 def _user_inputs(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
@@ -254,7 +288,8 @@ def _capture_file(path: Path, dialect: Adapter, example_inputs: Any, run: bool |
             return replace(_capture_program(model, dialect, example_inputs, make_feeds=True), source=str(path))
         except GraphError as error:
             raise CaptureError(str(error)) from error
-    return _capture_model(model, dialect, example_inputs, str(path), run)
+    with quiet("onnx_ir", "onnxscript"):  # which print what a damaged file makes them doubt
+        return _capture_model(model, dialect, example_inputs, str(path), run)
 
 
 def _read(path: Path) -> Any:
@@ -277,7 +312,9 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         raise CaptureError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
     names = tuple(value.name for value in graph.inputs)
     outputs = tuple(value.name for value in graph.outputs)
-    signature = Signature(names, outputs, lambda results: dict(zip(outputs, results, strict=True)))
+    signature = Signature(
+        names, outputs, lambda results: dict(zip(outputs, results, strict=True)), optional=dialect.optional(graph)
+    )
     notes = dialect.notes(model, graph)
     if example_inputs is None:
         feeds = [_made_feeds(graph.inputs, notes)] if all(v.dtype is not None for v in graph.inputs) else []
@@ -290,15 +327,31 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run{stays} (agree=True runs it)")
         graph = _raised(dialect, graph, [], None, notes)
         dialect.refine(graph)
-        return Captured(graph, signature, feeds, source, notes)
+        return Captured(graph, signature, feeds, source, notes, rounds=dialect.rounds(model))
     expected = _reference(graph, feeds, notes)
+    if expected is None and (unknown := dialect.unknown(graph)):
+        return _not_run(dialect, graph, signature, source, unknown, dialect.notes(model, graph))
     if expected is None and example_inputs is not None:
         raise CaptureError(f"{source} does not run on the example inputs: {notes[-1]}")
     lifted = _lifted(dialect, model, graph, feeds, expected, notes) if dialect.is_liftable(graph) else None
     graph = lifted or _raised(dialect, graph, feeds, expected, notes)
     dialect.refine(graph)
     untouched = partial(dialect.untouched, model)
-    return Captured(graph, signature, feeds if expected is not None else [], source, notes, untouched)
+    feeds, made_up = feeds if expected is not None else [], example_inputs is None
+    return Captured(
+        graph, signature, feeds, source, notes, untouched, rounds=dialect.rounds(model), made_up=made_up
+    )
+
+
+def _not_run(
+    dialect: Adapter, graph: Graph, signature: Signature, source: str, unknown: Sequence[str], notes: list[str]
+) -> Captured:
+    """A model with operators that the engine does not know: it stays at its version, and nothing of it is run."""
+    notes.append(f"the engine does not know {', '.join(unknown)}, so nothing is run: only the shapes of outputs are "
+                 "checked, and forms have a fixed order (custom_ops=[the library] runs it)")  # fmt: skip
+    graph = _raised(dialect, graph, [], None, notes)
+    dialect.refine(graph)
+    return Captured(graph, signature, [], source, notes, unknown=unknown)
 
 
 def _lifted(
@@ -326,15 +379,24 @@ def _lifted(
 
 
 def _raised(
-    dialect: Adapter, graph: Graph, feeds: Sequence[Feeds], expected: Outputs | None, notes: list[str]
+    dialect: Adapter,
+    graph: Graph,
+    feeds: Sequence[Feeds],
+    expected: Outputs | None,
+    notes: list[str],
+    judge: Callable[[Graph], None] | None = None,
 ) -> Graph:
-    """The raised graph; the unraised one, and a note, where the outputs of either differ from the expected ones."""
+    """The raised graph; the unraised one, which goes to `judge` (or a note says it), where the outputs of either differ
+    from the expected ones."""
     try:
         raised, left = _raise_checked(dialect, graph, feeds, expected)
     except GraphError as error:
         raise CaptureError(str(error)) from error
     if raised is None:
-        notes.append("the captured graph does not compute what the model does on the example inputs; is it random?")
+        if judge is not None:
+            judge(graph)
+        else:
+            notes.append("the graph does not compute the same twice on the example inputs: it is random")
         return graph
     notes += left
     return raised

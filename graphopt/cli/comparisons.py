@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.cli.options import CalibrationSteps, Json, Model, Target, Verbose
+from graphopt.cli.options import CalibrationSteps, CustomOps, Json, Model, Target, Verbose
 from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file
 from graphopt.cli.sources import batches
@@ -19,6 +19,7 @@ def compare(
     inputs: Annotated[str, typer.Option("--data", metavar="SOURCE", help="Batches of inputs.")],
     sites: Annotated[bool, typer.Option("--sites", help="Show where inside the two go apart, site by site.")] = False,
     steps: Annotated[int | None, typer.Option(help="Most batches to use.", min=1)] = None,
+    custom_ops: CustomOps = None,
     as_json: Json = False,
 ) -> None:
     """Show how far two models' outputs are apart on the same inputs."""
@@ -26,7 +27,7 @@ def compare(
 
     for path in (before, after):
         require_file(path)
-    found = measure(before, after, batches(inputs), steps=steps, sites=sites)
+    found = measure(before, after, batches(inputs), steps=steps, sites=sites, custom_ops=custom_ops or ())
     if as_json:
         print_json(found.to_dict())
     else:
@@ -52,6 +53,7 @@ def sensitivity(
         Path | None, typer.Option(help="A file that keeps what was measured: a later run goes on from there.")
     ] = None,
     target: Target = "onnxruntime",
+    custom_ops: CustomOps = None,
     as_json: Json = False,
     verbose: Verbose = None,
 ) -> None:
@@ -70,6 +72,7 @@ def sensitivity(
             steps=steps or STEPS,
             cache=cache,
             target=target,
+            custom_ops=custom_ops or (),
             verbose=False if verbose is False else None,
         )
     if as_json:

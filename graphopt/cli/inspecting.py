@@ -82,8 +82,8 @@ def _print_facts(captured: Captured, full: bool) -> None:
 
 
 def _show_facts(captured: Captured, full: bool) -> None:
+    from graphopt.ir.graph import shapes_text
     from graphopt.report import figures
-    from graphopt.result import shapes_text
 
     graph, cost = captured.graph, _cost(captured)
     ops, opaque = _kinds(graph)

@@ -53,3 +53,11 @@ Passes = Annotated[
         show_default=False,
     ),
 ]
+CustomOps = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--custom-ops",
+        help="A library of onnxruntime with custom operators of the file; may be given again.",
+        show_default=False,
+    ),
+]

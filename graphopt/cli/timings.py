@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graphopt.cli.options import Calibration, Inputs, Json, Model, Passes, Threads, Verbose
+from graphopt.cli.options import Calibration, CustomOps, Inputs, Json, Model, Passes, Threads, Verbose
 from graphopt.cli.printing import logged, print_json
 from graphopt.cli.reading import graph_of, require_file, session_of
 from graphopt.cli.sources import batches, example
@@ -29,6 +29,7 @@ def bench(
     calibration: Calibration = None,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
     threads: Threads = None,
+    custom_ops: CustomOps = None,
     as_json: Json = False,
     verbose: Verbose = None,
 ) -> None:
@@ -39,18 +40,20 @@ def bench(
     """
     from graphopt.api import optimize as run
     from graphopt.capture.sources import capture
+    from graphopt.dialects.adapter import adapter
+    from graphopt.ir.graph import shapes_text
     from graphopt.measure.machine import environment, header
     from graphopt.measure.timing import paired
     from graphopt.pipeline.examples import first_batch
     from graphopt.pipeline.instruments import display, watched
     from graphopt.report.records import BenchResult, plain
-    from graphopt.result import shapes_text
 
     for path in filter(None, (model, other)):
         require_file(path)
     for option, value in (("--passes", passes), ("--calibration", calibration)):
         if other is not None and value is not None:
             raise UsageError(f"{option} is for optimizing MODEL, and a second file is given instead; leave out one")
+    adapter("onnx").register(custom_ops or ())
     given = None if calibration is None else batches(calibration)
     feeds: Mapping[str, Tensor]
     if inputs is not None:

@@ -68,8 +68,24 @@ class Adapter(Protocol):
     def refine(self, graph: Graph) -> None:
         """Infer the shapes that a model left open again, as ops that were raised tell more. [changes]"""
 
+    def optional(self, graph: Graph) -> tuple[str, ...]:
+        """The inputs of a model that have a default, and need not be given."""
+
+    def rounds(self, model: Any) -> bool:
+        """Whether a model has operators that round activations as they multiply, beside those that quantize."""
+
     def notes(self, model: Any, graph: Graph) -> list[str]:
         """What a report says of a model that was handed in: how it is quantized, where it is."""
+
+    def register(self, custom_ops: Any) -> None:
+        """Let the framework know custom operators (`optimize` says which), as long as the process lives.
+
+        Raises UsageError for what it cannot know.
+        """
+
+    def unknown(self, graph: Graph) -> list[str]:
+        """The custom operators of a model, which run only where they were registered; none where the framework itself
+        knows all of them."""
 
 
 def adapter(dialect: str) -> Adapter:

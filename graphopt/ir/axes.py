@@ -43,6 +43,9 @@ class ReshapeBlock:
     """The axes of the result."""
     reason: Decline
     """Why the axes that do not carry units stay."""
+    is_shuffle: bool = False
+    """Whether the axes that an axis is split into are swapped and merged again: then the inner one carries the units,
+    so that each part loses the same channels, and no part goes whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,9 +355,20 @@ def reshaped(node: NodeAxes) -> None:
         fixed = [[positions for positions in side if positions is not None] for side in sides]
         reason = node.reason("axis_split_or_merged")
         if all(sides) and [*map(len, sides)] == [*map(len, fixed)]:
-            relations.reshapes.append(ReshapeBlock(fixed[0], fixed[1], reason))
+            relations.reshapes.append(ReshapeBlock(fixed[0], fixed[1], reason, _is_shuffled(node, left, right)))
         else:
             relations.locks += [(positions, reason) for side in fixed for positions in side]
+
+
+def _is_shuffled(node: NodeAxes, left: Sequence[int], right: Sequence[int]) -> bool:
+    """Whether a reshape splits one axis in two, which the only reader of its result swaps and the next merges again."""
+    swap = node.y.only_user
+    merge = swap.result.only_user if swap is not None and swap.kind == "transpose" else None
+    if swap is None or merge is None or merge.kind != "reshape" or len(left) != 1 or len(right) != 2:
+        return False
+    order = list(range(node.rank(node.y)))
+    order[right[0]], order[right[1]] = right[1], right[0]
+    return list(swap.attributes["perm"]) == order and merge.result.shape == node.shape(node.x)
 
 
 def reshape_blocks(left: Shape, right: Shape) -> Iterator[tuple[list[int], list[int]]]:

@@ -132,6 +132,8 @@ SENTENCES = {
     "parameters_not_own": "the weight or bias of {op} {site} is not a stored one of its own",
     # cast, approximate, simplify
     "beyond_dtype": "max_abs of its {value} is {max_abs:.3g}, above the maximum of {dtype} ({largest:.3g})",
+    "vanishes_in_dtype": "{dtype} rounds its constant {number:.3g} to 0",
+    "reads_unfit": "it reads what comes of a constant that {dtype} does not hold",
     "float_mask": "its mask is float, and the number in place of minus infinity may exceed float16",
     "no_approximation": "there is no approximation of {op}",
     "already_approximate": "it is approximated by {form} already",

@@ -61,6 +61,7 @@ class Prune(Pass):
     stage = Stage.PRUNE
     changes_weights = True
     whole_model_options = MappingProxyType(dict.fromkeys((*BUDGETS, "layers"), "neurons=0.5"))
+    former_options = MappingProxyType({"importance": "criterion"})
 
     amount: Share = 0.0
     """Share of the neurons, of the heads and of the channels to remove, at least 0 and below 1; never of the pooler or
@@ -230,7 +231,7 @@ class Prune(Pass):
         found = open_groups(graph, context, kinds, self.targets, self.ignore, named=named, required=required)
         for kind in self._shares:
             if not any(group.kind == kind for group in found):
-                context.note(f"{kind}: the model has none that can shrink")
+                context.note(f"{kind}: no group that may be cut")
         return found
 
     def _multiple(self, group: Group, context: Context) -> int:

@@ -275,6 +275,15 @@ def test_names_what_sums_over_the_units_that_it_cuts(name: str, dialect: str) ->
 OPS = {
     "grouped-conv": "h = conv(relu(conv(x[2,4,6,6], A[8,4,1,1])), B[12,2,3,3], D[12], groups=4)\n"
     "y = linear(mean(h, axes=[2,3], keepdim=False), C[5,12])",
+    "grouped-conv-of-many-channels": "h = conv(relu(conv(x[2,4,6,6], A[12,4,1,1])), B[18,6,3,3], D[18], groups=2)\n"
+    "y = linear(mean(h, axes=[2,3], keepdim=False), C[5,18])",
+    "shuffle": "h = relu(conv(x[2,4,3,3], A[12,4,1,1]))\n"
+    "s = transpose(reshape(h, S[5]:values(2,2,6,3,3):int64), perm=[0,2,1,3,4])\n"
+    "y = linear(mean(conv(reshape(s, R[4]:values(2,12,3,3):int64), B[5,12,1,1]), axes=[2,3], keepdim=False), C[5,5])",
+    "shuffled-groups": "h = relu(conv(conv(x[2,4,3,3], A[16,4,1,1]), G[16,8,1,1], groups=2))\n"
+    "s = transpose(reshape(h, S[5]:values(2,2,8,3,3):int64), perm=[0,2,1,3,4])\n"
+    "t = conv(reshape(s, R[4]:values(2,16,3,3):int64), H[24,8,1,1], groups=2)\n"
+    "y = linear(mean(relu(t), axes=[2,3], keepdim=False), C[5,24])",
     "slices": "h = linear(x[2,8], A[12,8])\ny = add(linear(relu(slice(h, axis=1, start=0, end=6)), B[5,6]),"
     " linear(slice(h, axis=1, start=6, end=12), C[5,6]))",
     "concat": "y = linear(concat(linear(x[2,8], A[6,8]), z[2,3], linear(x, B[4,8]), axis=1), C[5,13])",
@@ -315,7 +324,7 @@ def zeroed_graph(graph: Graph, group: Group, keep: Tensor) -> None:
         graph.replace(consumer, *graph.emit_all(consumer.kind, *operands, at=consumer, **consumer.attributes))
 
 
-READ = {"conv_transpose": {1: 0}, **dict.fromkeys(("lstm", "gru", "rnn"), {1: 2, 2: 2})}
+READ = {"conv_transpose": {1: 0}, **{op: {1: 2, 2: 2} for op in ("lstm", "gru", "rnn")}}
 """By op, the operands that are weights, and the axis of each that reads the inputs."""
 
 
@@ -332,6 +341,22 @@ def test_cuts_what_ops_join(name: str, dialect: str) -> None:
             assert all(map(within_tolerance, outputs(reference, feeds(graph)), outputs(graph))), listed.name
             cut += 1
     assert cut
+
+
+@pytest.mark.parametrize(
+    ("name", "units"), [("grouped-conv", [4]), ("grouped-conv-of-many-channels", [6, 9]), ("shuffle", [6]),
+                        ("shuffled-groups", [8, 4, 12])],
+)  # fmt: skip
+def test_units_of_groups_are_the_finer_ones(name: str, units: list[int], dialect: str) -> None:
+    """Whole groups, or the same channel of each group; a shuffle takes a channel of each part."""
+    found = [group for group in groups(build(dialect, OPS[name])) if group.kind == "channels"]
+    assert [group.size for group in found if group.locked is None][: len(units)] == units
+
+
+def test_units_of_a_state_that_is_an_input_stay(dialect: str) -> None:
+    text = "h, a, b = lstm(x[5,2,3], A[1,24,3], B[1,24,6], D[1,48], -, s[1,2,6], t[1,2,6])\ny = squeeze(h, axes=[1])"
+    (group,) = groups(build(dialect, text + "\nz = linear(y, C[5,6])\nreturn z"))[:1]
+    assert group.locked is not None and group.locked.code == "axis_of_input"
 
 
 # --- files, held to ONNX Runtime -------------------------------------------------------------------------------------

@@ -1,14 +1,22 @@
 """cast: 16 bits wherever numbers fit."""
 
+import itertools
+import re
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.errors import UsageError
 from graphopt.passes import Cast
+from graphopt.pipeline.calibration import Calibration
+from graphopt.pipeline.context import Context
+from graphopt.pipeline.runner import run_pass
 from graphopt.pipeline.selectors import Selector
+from graphopt.pipeline.target import AnyTarget
 from tests.language import (
     FakeTarget,
     assert_outputs_equal,
@@ -110,3 +118,98 @@ def test_a_reshape_keeps_the_shape_that_is_known() -> None:
     (found,) = graph.sites("reshape")
     assert (found.result.shape, found.result.dtype) == (("batch", "seq", 2, 4), torch.float16)
     assert graph.outputs[0].shape == ("batch", 2, "seq", 4)
+
+
+# --- numbers that do not fit ---------------------------------------------------------------------------------------
+
+NORMALIZED = {
+    "clip of the norm": "n = clip(sqrt(add(mul(x, x), Z[]:zeros)), low=1e-12)\ny = div(x, n)",
+    "epsilon of the sum": "n = add(sqrt(mul(x, x)), E[]:values(1e-8))\ny = div(x, n)",
+    "product with the reciprocal": "n = add(mul(x, x), E[]:values(1e-9))\ny = mul(x, reciprocal(n))",
+    "a reshape between": "n = reshape(add(mul(x, x), E[]:values(1e-9)), S[2]:values(2,8):int64)\ny = div(x, n)",
+}
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_an_epsilon_that_vanishes_stays_in_float32_up_to_the_division(dialect: str, name: str) -> None:
+    """x is all zeros in its first row, so that 0 / 0 would be NaN; what comes after the division is cast again."""
+    graph = build(dialect, NORMALIZED[name].replace("x,", "x[2,8],", 1) + "\nz = linear(y, W[4,8])\nreturn y, z")
+    original = graph.clone()
+    context = run(Cast(), graph)
+    assert "vanishes_in_dtype" in declined(context)
+    (site,) = graph.sites("linear")
+    assert site.input.dtype == torch.float16
+    x = torch.cat([torch.zeros(1, 8), torch.linspace(-1, 1, 8)[None]])
+    for before, after in zip(*(one.evaluate({"x": x}, one.outputs) for one in (original, graph)), strict=True):
+        torch.testing.assert_close(after, before, rtol=2e-3, atol=2e-3)
+
+
+def test_what_comes_of_a_number_that_is_too_large_stays_in_float32(dialect: str) -> None:
+    """Up to the softmax, behind which all is between 0 and 1."""
+    graph = build(
+        dialect,
+        "m = mul(m[2,8], LOW[]:values(-1e9))\ns = add(relu(x[2,8]), m)\ny = linear(softmax(add(s, s)), W[4,8])",
+    )
+    context = run(Cast(), graph)
+    assert declined(context) == ["beyond_dtype", "reads_unfit", "reads_unfit"]
+    assert graph.sites("linear")[0].input.dtype == torch.float16
+    seen = run(Cast(), build(dialect, "y = mul(add(x[2,8], x), BIG[]:values(1e9))"), calibration=[feeds(graph)])
+    assert declined(seen) == ["beyond_dtype"]
+
+
+def test_small_weights_and_large_bounds_are_harmless(dialect: str) -> None:
+    """A few small weights are rounded to 0, as they are beside larger ones; no number of 16 bits is above 1e9."""
+    graph = build(dialect, "h = linear(x[2,8], W[8,8])\ny = clip(h, low=0.0, high=1e9)")
+    (site,) = graph.sites("linear")
+    assert site.weight is not None
+    site.weight[0] = 1e-12
+    assert declined(run(Cast(), graph)) == []
+
+
+def _guarded(draw: Any, inner: str) -> str:
+    """A number that is never 0, as a constant keeps it from that: what models divide by."""
+    epsilon = draw(st.sampled_from(["1e-12", "1e-8", "1e-3"]))
+    size = draw(st.sampled_from([f"relu({inner})", f"mul({inner}, {inner})", f"sqrt(relu({inner}))"]))
+    return draw(st.sampled_from([f"clip({size}, low={epsilon})", f"add({size}, E[]:values({epsilon}))"]))
+
+
+@st.composite
+def expressions(draw: Any, depth: int = 3) -> str:
+    """Text of an expression over x and w: products, activations, divisions, and constants small and large."""
+    if depth == 0:
+        return str(draw(st.sampled_from(["x", "w"])))
+    inner = draw(expressions(depth - 1))  # type: ignore[call-arg]
+    source = draw(st.sampled_from(["x", "w"]))
+    number = draw(st.sampled_from(["0.5", "1e-8", "300", "1e9", "-1e9"]))
+    return str(draw(st.sampled_from([
+        f"add({inner}, C[]:values({number}))",
+        f"mul({inner}, C[]:values({number}))",
+        f"div({inner}, {_guarded(draw, source)})",
+        f"mul({inner}, reciprocal({_guarded(draw, source)}))",
+        f"add({inner}, {source})",
+        f"linear({inner}, W[8,8])",
+        f"tanh({inner})",
+        f"softmax({inner})",
+        f"reshape({inner}, S[2]:values(2,8):int64)",
+    ])))  # fmt: skip
+
+
+@given(expressions(), st.sampled_from(["fx", "onnx"]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_no_cast_makes_nan_or_infinity_of_finite_numbers(text: str, dialect: str, calibrated: bool) -> None:
+    """x and w have a row of zeros and one of numbers up to 4."""
+    for name in ("x", "w"):
+        text = re.sub(rf"\b{name}\b", f"{name}[2,8]", text, count=1)
+    for name in ("C", "E", "W", "S"):  # each constant a name of its own
+        count = itertools.count()
+        text = re.sub(rf"\b{name}(?=\[)", lambda found, count=count: f"{found[0]}{next(count)}", text)
+    graph = build(dialect, f"y = {text}")
+    rows = torch.stack([torch.zeros(8), torch.linspace(-4, 4, 8)])
+    examples = {value.name: rows for value in graph.inputs}
+    (wanted,) = graph.evaluate(examples, graph.outputs)
+    assume(bool(torch.isfinite(wanted).all()) and float(wanted.abs().max()) < 6e4)
+    context = Context(feeds=[examples], target=AnyTarget())
+    context.calibration = Calibration([examples], graph.inputs) if calibrated else None
+    run_pass(Cast(), graph, context)
+    (found,) = graph.evaluate(examples, graph.outputs)
+    assert bool(torch.isfinite(found).all())

@@ -13,7 +13,7 @@ from graphopt.dialects.fx import archive
 from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.raising import STAGES
 from graphopt.dialects.raising import run_stages
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.structure import Structure, plain_structure
 
@@ -57,7 +57,19 @@ class FxAdapter:
     def refine(self, graph: Graph) -> None:
         """Nothing: fake tensors have all shapes."""
 
+    def optional(self, graph: Graph) -> tuple[str, ...]:
+        return ()
+
+    def rounds(self, model: Any) -> bool:
+        return False
+
     def notes(self, model: Any, graph: Graph) -> list[str]:
+        return []
+
+    def register(self, custom_ops: Any) -> None:
+        raise UsageError("custom_ops are of ONNX files; operators of torch.library are known once they are imported")
+
+    def unknown(self, graph: Graph) -> list[str]:
         return []
 
 

@@ -7,14 +7,15 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 
 from graphopt.dialects.adapter import Adapter
+from graphopt.dialects.onnx import custom_operators, stand_ins, torch_layers
 from graphopt.dialects.onnx import quantized as onnx_quantized
-from graphopt.dialects.onnx import stand_ins, torch_layers
 from graphopt.dialects.onnx.graph import OPSET, OnnxGraph
 from graphopt.dialects.onnx.kernels import newest_opset
 from graphopt.dialects.onnx.raising import FORMS
@@ -74,6 +75,8 @@ class OnnxAdapter:
         def converted(opset: int) -> OnnxGraph:
             copy = _copy(model)
             copy.graph.sort()
+            if (untyped := next((value for value in copy.graph.inputs if value.type is None), None)) is not None:
+                raise GraphError(f"the input {untyped.name!r} is no tensor, and the converter knows no other")
             try:
                 with quiet("onnxscript", "onnx_ir"):
                     version_converter.convert_version(copy, opset, fallback=True)
@@ -98,9 +101,22 @@ class OnnxAdapter:
     def refine(self, graph: Graph) -> None:
         _onnx(graph).refine_shapes()
 
+    def optional(self, graph: Graph) -> tuple[str, ...]:
+        return tuple(_onnx(graph).defaults)
+
+    def rounds(self, model: Model) -> bool:
+        return onnx_quantized.rounds_activations(model)
+
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))
         return [*_onnx(graph).model.meta.get(NOTES, ()), *([] if note is None else [note])]
+
+    def register(self, custom_ops: Any) -> None:
+        custom_operators.register(custom_ops)
+
+    def unknown(self, graph: Graph) -> list[str]:
+        nodes = _onnx(graph).model.graph.all_nodes()
+        return custom_operators.unknown((node.domain, node.op_type) for node in nodes)
 
 
 ADAPTER: Adapter = OnnxAdapter()

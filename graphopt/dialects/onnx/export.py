@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 import torch
 
+from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx import files as onnx_files
 from graphopt.dialects.onnx.graph import PATH, SCALED, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx.mended import MAP_TYPE, restore_map_types
@@ -34,6 +35,7 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     """
     graph = graph.clone()
     rewrite(graph, [DYNAMIC_QUANTIZE])
+    rewrite(graph, crashing.RULES)
     for node in graph.sites("linear"):
         _spell_linear(graph, node)
     for node in graph.sites("embedding"):

@@ -69,9 +69,12 @@ class _Products:
     # --- the three operators
 
     def _raise_matmul(self, node: OnnxNode) -> None:
-        """x @ W, with W of shape (in, out), (1, ..., 1, in, out) or (in,), and x of rank 1 or more."""
+        """x @ W, with W of shape (in, out), (1, ..., 1, in, out) or (in,), and x of rank 1 or more.
+
+        A linear of unknown rank is one too: behind a custom operator nothing states a shape.
+        """
         x, stored = self.graph.values(node.native.inputs)
-        if x is None or stored is None or x.is_constant or x.rank is None:
+        if x is None or stored is None or x.is_constant:
             return
         weight = self._weight(stored, node, kn=True)
         if weight is not None:
@@ -83,7 +86,7 @@ class _Products:
                 self._replace(node, x, weight)
             return
         sizes = static_sizes(stored.shape) if stored.is_constant and stored.dtype in FLOATS else None
-        if not sizes or x.rank == 1:
+        if not sizes or x.rank in (None, 1):
             return
         rank = len(sizes)
         if rank == 1:

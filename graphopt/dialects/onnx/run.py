@@ -1,4 +1,4 @@
-"""Runs an onnx-ir model in ONNX Runtime, at the BASIC level by default, without a copy of the weights."""
+"""Runs an onnx-ir model in ONNX Runtime, by default without its optimizer, and without a copy of the weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from graphopt.dialects.onnx import custom_operators
 from graphopt.dialects.onnx.mended import restore_map_types
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES, array_to_torch, to_numpy
 from graphopt.errors import GraphError
@@ -38,7 +39,7 @@ def session(
     model: ir.Model,
     outputs: Sequence[ir.Value] | None = None,
     *,
-    level: str = "basic",
+    level: str = "disable",
     threads: int | None = None,
     options: ort.SessionOptions | None = None,
     providers: Sequence[str] = (CPU,),
@@ -46,9 +47,11 @@ def session(
     """A session of the model that shares the memory of its weights.
 
     outputs: what it returns in place of the model's own outputs. level: one of LEVELS, the engine's own optimizations.
-    On the CPU alone, ops that have no kernels in 16 bits there are computed in float32 between casts.
+    Custom operators that are registered are known to it. On the CPU alone, ops that have no kernels in 16 bits there
+    are computed in float32 between casts. Raises GraphError naming operators that nothing defines.
     """
     options = options or ort.SessionOptions()
+    custom_operators.add_libraries(options)
     options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = 4  # errors are raised; no need to log them too
     if threads is not None:
@@ -64,7 +67,12 @@ def session(
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
     if values:
         options.add_external_initializers(list(shared), values)
-    created = ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
+    try:
+        created = ort.InferenceSession(proto.SerializeToString(), options, providers=list(providers))
+    except Exception as error:  # the engine's own exceptions have no base of theirs
+        if missing := _unknown(proto):
+            raise GraphError(custom_operators.why_not_run(missing)) from error
+        raise
     created._graphopt_weights = (shared, values)  # they must live as long as the session
     created._graphopt_wide = wide
     return created
@@ -77,12 +85,25 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tens
     missing = [name for name in names.values() if name not in feeds]
     if missing:
         raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
+    names |= {value.name: value.name for value in session.get_overridable_initializers() if value.name in feeds}
     arrays = {given: to_numpy(feeds[name].float() if given in wide else feeds[name]) for given, name in names.items()}
     results = zip(session.get_outputs(), session.run(None, arrays), strict=True)
     return [
         _from_result(result).to(torch.bfloat16) if value.name in wide else _from_result(result)
         for value, result in results
     ]
+
+
+def _unknown(model: onnx.ModelProto) -> list[str]:
+    """The operators that neither the engine nor the model defines."""
+    defined = {(function.domain, function.name) for function in model.functions}
+    found: list[tuple[str, str]] = []
+    graphs: list[Any] = [model.graph, *model.functions]
+    while graphs:
+        for node in graphs.pop().node:
+            found.append((node.domain, node.op_type))
+            graphs += [graph for one in node.attribute for graph in (one.g, *one.graphs) if graph.node]
+    return custom_operators.unknown(one for one in found if one not in defined)
 
 
 def _from_result(result: Any) -> Any:
@@ -99,7 +120,7 @@ def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol
     weights = {}
     try:
         for value, tensor in held.items():
-            if tensor.nbytes <= _LARGE or tensor.dtype not in SHAREABLE:
+            if tensor.nbytes <= _LARGE or tensor.dtype not in SHAREABLE or value.is_graph_input():
                 continue
             weights[value.name or ""] = tensor
             value.const_value = ir.ExternalTensor(

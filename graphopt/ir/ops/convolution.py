@@ -40,6 +40,11 @@ def conv_axes(node: NodeAxes, groups: int, *, transposed: bool = False) -> None:
     node.link(after, rows)
     if groups == 1:
         node.link(before, columns)
+    elif shrinks_inside_groups(node, groups):
+        for positions in (before, after):
+            blocks = positions.reshape(groups, -1)
+            node.link(*np.broadcast_arrays(blocks[:1], blocks))
+        node.link(before.reshape(groups, -1)[0], columns)
     else:
         first = after.reshape(groups, -1)[:, :1]  # a group goes whole, with the channels that it reads
         node.link(*np.broadcast_arrays(first, after.reshape(groups, -1)))
@@ -48,7 +53,18 @@ def conv_axes(node: NodeAxes, groups: int, *, transposed: bool = False) -> None:
             node.lock(weight, into, "axis_inside_a_group")
     for value in bias:
         node.same(value, 0, y, 1)
-    node.has_weight(weight, out, into if groups == 1 else None)
+    inside = groups == 1 or (not transposed and shrinks_inside_groups(node, groups))
+    node.has_weight(weight, out, into if inside else None)
+
+
+def shrinks_inside_groups(node: NodeAxes, groups: int) -> bool:
+    """Whether a conv in groups loses the same channels of each group, and not whole groups: where that are more units.
+
+    A unit is then one input of each group, or one output of each. A depthwise conv, whose groups are its channels,
+    loses whole groups.
+    """
+    into, out = node.shape(node.given[1])[1], node.shape(node.y)[1]
+    return groups > 1 and isinstance(into, int) and isinstance(out, int) and min(into, out // groups) > groups
 
 
 def _axes(node: NodeAxes) -> None:
@@ -57,7 +73,8 @@ def _axes(node: NodeAxes) -> None:
 
 def _cut(cut: Cut, node: NodeAxes) -> list[Value]:
     groups = node.attributes["groups"]
-    return cut.same(node, groups=cut.share(node, node.x, 1, groups) if groups > 1 else 1)
+    whole = groups > 1 and not shrinks_inside_groups(node, groups)
+    return cut.same(node, groups=cut.share(node, node.x, 1, groups) if whole else groups)
 
 
 @op(flops=weight_flops, axes=_axes, cut=_cut)

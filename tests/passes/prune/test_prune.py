@@ -231,7 +231,7 @@ def test_a_kind_that_is_not_there_is_skipped_with_a_note(options: dict[str, Any]
     graph = build(dialect, MLP)
     notes = run(Prune(**options), graph).record.notes
     assert weight_of(graph.nodes[0]).shape == (8, 8)
-    assert "heads: the model has none that can shrink" in notes
+    assert "heads: no group that may be cut" in notes
     assert [note for note in notes if "width" in note or "pooler" in note] == []
 
 
@@ -299,6 +299,14 @@ def test_a_share_that_rounds_to_nothing_is_declined(dialect: str) -> None:
 
 def test_the_option_names_every_criterion() -> None:
     assert get_type_hints(Prune)["criterion"] == Literal["auto", *CRITERIA]
+
+
+def test_the_former_name_of_an_option_is_read_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="importance is called criterion now"):
+        (former,) = parse("prune{neurons=0.5 importance=l1}", REGISTRY).passes
+    assert former == Prune(neurons=0.5, criterion="l1")
+    with pytest.raises(UsageError, match="no option 'importance'"):
+        parse("prune{neurons=0.5 importance=l1 criterion=l2}", REGISTRY)
 
 
 @pytest.mark.parametrize(("options", "message"), [
