@@ -134,7 +134,7 @@ class Optimized:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that is changed and run by itself; the weights, to which nothing writes, are shared."""
         graphs = {name: getattr(self, name).clone() for name in ("captured", "transformed", "folded", "lowered")}
-        feeds = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
+        feeds: list[Feeds] = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
         return replace(self, report=copy.deepcopy(self.report, memo), feeds=feeds, **graphs)
 
     def forget_state(self) -> None:
@@ -279,7 +279,8 @@ class Optimized:
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
         path = writing.place_of(path)
-        self.backend.require_suffix(path)
+        if not aot:  # for which `package` wants .pt2
+            self.backend.require_suffix(path)
         if aot and (opset is not None or portable or external_data is not None):
             raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
         if aot and not self.feeds:

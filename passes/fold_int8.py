@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from graphopt.ir.decline import Declined
+from graphopt.errors import SpellingError
+from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops.quantization import integer_range
 from graphopt.ir.qdq.integer_forms import normalize
@@ -53,9 +55,12 @@ class FoldInt8(Pass):
                 _FOLDS[site.kind](graph, site)
             except Declined as declined:
                 context.decline(site, declined.decline)
+            except SpellingError as error:
+                context.decline(site, Decline("not_spelled", reason=str(error)))
         for node in graph.sites(*MOVES):
             if node not in self.ignore:
-                _fold_move(graph, node)
+                with suppress(SpellingError):  # an old opset moves no integers of 8 bits
+                    _fold_move(graph, node)
 
 
 def _widen(graph: Graph, node: Node) -> None:

@@ -97,7 +97,7 @@ def optimize(
     require_writable(model, output, report)
     if report is not None:
         require_report_name(report)
-    if output is not None:
+    if output is not None and not aot:
         target_of(target, cpu).require_suffix(output)
     if teacher is not None:
         require_file(teacher)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graphopt.dialects.raising import Stage, peel_mask, peel_scale
-from graphopt.errors import GraphError
+from graphopt.errors import SpellingError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Shape, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, RuleLog, rewrite
@@ -326,8 +326,8 @@ def raise_heads(graph: Graph) -> dict[str, RuleLog]:
         log.tries += 1
         try:
             log.hits += _raise(graph, attention, swaps)
-        except GraphError as error:  # of an opset without attention on three axes
-            log.declined[attention.node.label] = Decline("not_spelled", op="attention", reason=str(error))
+        except SpellingError as error:  # of an opset without attention on three axes
+            log.declined[attention.node.label] = Decline("not_spelled", reason=str(error))
     if not log.hits:
         return {}
     return {"heads": log, **rewrite(graph, _downwards(graph, swaps))}

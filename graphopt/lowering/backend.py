@@ -41,8 +41,12 @@ from graphopt.pipeline.target import Placement
 class Chooser(Protocol):
     """Picks a form for each match of a choice, and records how."""
 
-    told: Callable[[str], object]
-    """To be called before a site is measured, with its name; the run sets it."""
+    @property
+    def told(self) -> Callable[[str], object]:
+        """What is called before a site is measured, with its name; the run sets it."""
+
+    @told.setter
+    def told(self, function: Callable[[str], object]) -> None: ...
 
     @property
     def notes(self) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx.spellings import STANDARD, spatial, window
+from graphopt.errors import SpellingError
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.qdq.regions import STORED
@@ -37,7 +38,10 @@ def raise_quantized(graph: OnnxGraph) -> None:
         node = OnnxNode(graph, native)
         if native.domain in (*STANDARD, CONTRIB) and (reader := _READERS.get(native.op_type)) is not None:
             site = _Site(graph, node)
-            value = reader(site)
+            try:
+                value = reader(site)
+            except SpellingError:  # the operator stays, as the file's opset has no ops for what it means
+                continue
             if value is not None:
                 graph.replace(site.end, value)
                 site.erase_behind()

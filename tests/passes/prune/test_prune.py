@@ -301,6 +301,14 @@ def test_the_option_names_every_criterion() -> None:
     assert get_type_hints(Prune)["criterion"] == Literal["auto", *CRITERIA]
 
 
+def test_the_former_name_of_an_option_is_read_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="importance is called criterion now"):
+        (former,) = parse("prune{neurons=0.5 importance=l1}", REGISTRY).passes
+    assert former == Prune(neurons=0.5, criterion="l1")
+    with pytest.raises(UsageError, match="no option 'importance'"):
+        parse("prune{neurons=0.5 importance=l1 criterion=l2}", REGISTRY)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({}, r"give amount, shares by kind \(neurons, heads, channels, pooler, width, layers\), or one budget \(flops, "),
     ({"amount": 0.5, "neurons": 0.5}, "and not amount and neurons"),
