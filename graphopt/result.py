@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from torch import Tensor, nn
 
 from graphopt import writing
-from graphopt.capture.signature import Signature
+from graphopt.capture.signature import Signature, in_dtypes
 from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, require_positive_integer
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
@@ -130,6 +131,12 @@ class Optimized:
         """The lowered graph, compiled; above 2 GB of weights not before it is asked for."""
         return self.backend.compile(self.lowered, self.threads)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that is changed and run by itself; the weights, to which nothing writes, are shared."""
+        graphs = {name: getattr(self, name).clone() for name in ("captured", "transformed", "folded", "lowered")}
+        feeds = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
+        return replace(self, report=copy.deepcopy(self.report, memo), feeds=feeds, **graphs)
+
     def forget_state(self) -> None:
         """Reset a stateful model to its initial state."""
         if self.lowered.stateful:
@@ -167,10 +174,12 @@ class Optimized:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the target: inputs and result as the original model has them; numpy in gives numpy out.
 
-        Raises CaptureError where an input is missing, unknown or no tensor, UsageError where the engine does not run
-        on what is given, and LoweringError where it does not load the model (`runner`).
+        Integers are widened to what the model takes, and floats rounded, with a warning. Raises CaptureError where an
+        input is missing, unknown or no tensor, UsageError where the engine does not run on what is given, and
+        LoweringError where it does not load the model (`runner`).
         """
         feeds, numpy = self.signature.bind(args, kwargs)
+        feeds = in_dtypes(feeds, self.lowered.inputs)
         runner = self.runner
         with outer_door(UsageError, partial(self._does_not_run, feeds)):
             results: list[Any] = runner(feeds)
@@ -270,7 +279,8 @@ class Optimized:
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
         path = writing.place_of(path)
-        self.backend.require_suffix(path)
+        if not aot:  # for which `package` wants .pt2
+            self.backend.require_suffix(path)
         if aot and (opset is not None or portable or external_data is not None):
             raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
         if aot and not self.feeds:

@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 from graphopt.capture import differences
 from graphopt.capture.arguments import several
 from graphopt.capture.axes import DynamicAxes, distinct
-from graphopt.capture.failures import export_failure
+from graphopt.capture.failures import NotExported, export_failure
+from graphopt.capture.folders import opened
+from graphopt.capture.implementations import exported_with
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import Traced, on_cpu, trace
 from graphopt.dialects.adapter import Adapter, adapter
@@ -85,12 +87,13 @@ def capture(
     run: bool | None = None,
     check: bool = True,
 ) -> Captured:
-    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx
-    or .pt2 (a torch.export archive without pickles). The model is not changed.
+    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx,
+    to .pt2 (a torch.export archive without pickles) or to a folder of Hugging Face. The model is not changed.
 
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
-    for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
-    axis 0 of every input and axis 1 of integer inputs. cache: capture the decode step of a language model.
+    for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes, or as
+    torch.export takes them; left out, axis 0 of every input and axis 1 of integer inputs. cache: capture the decode
+    step of a language model.
     Both are for modules, which are traced; anything else has its axes already. run: whether an ONNX model is run, to
     check that the captured graph computes the same; None runs models of up to `cost.LARGE` bytes. check: whether it is
     an error where the graph of a module computes something else than the module (and is not random), or a note. Raises
@@ -110,6 +113,7 @@ def _capture(
     run: bool | None,
     check: bool,
 ) -> Captured:
+    model = opened(model)
     kind = type(model)
     if isinstance(model, str | Path):
         _refuse_options("a file", dynamic_shapes, cache)
@@ -118,7 +122,13 @@ def _capture(
         if example_inputs is None:
             name = type(model).__name__
             raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, to trace it with")
-        return _capture_module(model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache), check)
+        return exported_with(
+            model,
+            lambda: _capture_module(
+                model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache), check
+            ),
+            lambda captured, note: captured.notes.append(note),
+        )
     _refuse_options(f"a {kind.__name__}", dynamic_shapes, cache)
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, adapter(dialect), example_inputs)
@@ -184,7 +194,7 @@ def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced, check: 
     except GraphError as error:
         raise CaptureError(f"{type(module).__name__}: {error}") from error
     except Exception as error:  # whatever torch's exporter raises
-        raise CaptureError(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
+        raise NotExported(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
     notes = list(traced.notes)
     if dialect.is_liftable(graph):
         notes.append(f"captured at {dialect.version(graph)}, the newest in which the engine has all of its operators")

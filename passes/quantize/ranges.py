@@ -25,7 +25,7 @@ _SOFTMAX = 1 / 256, 0
 NAMED = 3
 """Most activations that are named of those that an example takes out of their ranges."""
 
-OUTSIDE = 1.1
+OUTSIDE = 1.05
 """How many times the calibrated range an example's must span to be told: other data is seldom wholly inside."""
 
 Activation = tuple[Value, int]

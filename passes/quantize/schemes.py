@@ -26,6 +26,8 @@ WRONG = ("bits_unsupported", "activation_bits_static", "activation_bits_unread",
 
 _BLOCKS = (32, 16)
 """Blocks that are taken, the first that divides, where none is asked for."""
+WHOLE = 128
+"""Weights that may share one scale in 4 or 2 bits, where no block divides a row of them."""
 
 
 def legal(op: str, context: Context) -> tuple[str, ...]:
@@ -75,12 +77,17 @@ def rows_of(kind: str) -> int:
 
 
 def block_of(site: Node, scheme: str, bits: int, asked: int | None) -> int | None:
-    """How many weights of a site share one scale; None: all of an output (or row). See `why_no_block`."""
+    """How many weights of a site share one scale; None: all of an output (or row). See `why_no_block`.
+
+    A row that no block divides has one scale where it is no longer than WHOLE: kernels fill up the last block.
+    """
     if scheme != "weight-only" or site.kind not in ("linear", "embedding"):  # blocks are of matrices
         return None
+    width = _width(site)
     if asked is not None or bits == 8:
         return asked
-    return next((block for block in _BLOCKS if _width(site) % block == 0), _BLOCKS[0])
+    dividing = next((block for block in _BLOCKS if width % block == 0), None)
+    return dividing if dividing is not None or width <= WHOLE else _BLOCKS[0]
 
 
 def why_not(site: Node) -> Decline | None:

@@ -353,6 +353,12 @@ def test_units_of_groups_are_the_finer_ones(name: str, units: list[int], dialect
     assert [group.size for group in found if group.locked is None][: len(units)] == units
 
 
+def test_units_of_a_state_that_is_an_input_stay(dialect: str) -> None:
+    text = "h, a, b = lstm(x[5,2,3], A[1,24,3], B[1,24,6], D[1,48], -, s[1,2,6], t[1,2,6])\ny = squeeze(h, axes=[1])"
+    (group,) = groups(build(dialect, text + "\nz = linear(y, C[5,6])\nreturn z"))[:1]
+    assert group.locked is not None and group.locked.code == "axis_of_input"
+
+
 # --- files, held to ONNX Runtime -------------------------------------------------------------------------------------
 
 FILES: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {

@@ -394,7 +394,7 @@ def test_help_is_whole_at_80_columns(command: str, monkeypatch: pytest.MonkeyPat
 def test_every_option_is_tried() -> None:
     commands = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
     options = {tuple(param.opts) for command in commands for param in command.params if param.opts[0].startswith("-")}
-    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.parent.rglob("test_*.py"))
     assert not [names for names in options if not any(f'"{name}"' in tests for name in names)]
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from graphopt.dialects import heads, raising
 from graphopt.dialects.fx.recurrent import raise_recurrent
+from graphopt.dialects.fx.linears import raise_products
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
 
 STAGES = (
     # First: programs compute the scales and shapes by which the other stages know their forms.
     Stage("constants", fold_constants),
+    Stage("linears", raise_products),
     Stage("recurrent layers", raise_recurrent),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,

@@ -191,6 +191,20 @@ def test_a_block_that_divides_some_weights_declines_the_others(dialect: str) -> 
     ]
 
 
+@pytest.mark.parametrize(("width", "blocks"), [(64, 2), (48, 3), (50, 1), (127, 1), (129, None)])
+def test_a_row_that_no_block_divides_has_one_scale_where_it_is_short(dialect: str, width: int, blocks: int) -> None:
+    graph = build(dialect, f"y = linear(x[2,{width}], W[4,{width}])")
+    context = run(Quantize(scheme="weight-only", bits=4), graph) if blocks else None
+    if context is None:
+        with pytest.raises(UsageError, match=f"block 32 does not divide {width} inputs"):
+            run(Quantize(scheme="weight-only", bits=4), graph)
+        return
+    (weight,) = graph.sites("dequantize")
+    scale = graph.constant(weight.required("scale"))
+    assert scale is not None and scale.numel() == 4 * blocks
+    assert declines(context) == []
+
+
 def test_where_the_others_made_the_model_slower_nothing_is_quantized(dialect: str) -> None:
     graph = build(dialect, "h = linear(x[2,24], V[32,24])\ny = linear(h, W[4,32])")
     narrow, wide = (site.label for site in graph.sites("linear"))
