@@ -3,7 +3,9 @@ BIN := .venv/bin
 CODE := graphopt tests docs $(wildcard benchmarks)
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # into build/docs; the variable: no news of mkdocs 2
 
-.PHONY: demo test test-slow bench docs lint venv
+FUZZ_SECONDS ?= 3600
+
+.PHONY: demo test test-slow fuzz bench docs lint venv
 
 demo: venv
 	$(BIN)/graphopt demo
@@ -13,6 +15,9 @@ test: lint
 
 test-slow: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+fuzz: venv
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(or $(FUZZ_SEED),0)
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks.run --out out/bench

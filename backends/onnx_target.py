@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx_ir as ir
+from torch import Tensor
 
 from graphopt.dialects.onnx import export as onnx_export
+from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Feeds, Graph
 from graphopt.ir.qdq.regions import require_no_int8_ops
 from graphopt.ir.rewrite import Choice, Rule
 from graphopt.lowering.backend import Backend
@@ -21,6 +24,8 @@ class OnnxTarget(Backend):
 
     dialect: ClassVar[str] = "onnx"
     suffix: ClassVar[str] = ".onnx"
+    levels: ClassVar[tuple[str, ...]] = ("disable", "all")
+    """The optimizations of onnxruntime (`run.LEVELS`) at which a file for another opset is compared with the graph."""
 
     def deployable(self, graph: OnnxGraph, opset: int | None = None) -> ir.Model:
         """The model as it is deployed; see `onnx_export.deployable`."""
@@ -38,6 +43,11 @@ class OnnxTarget(Backend):
         assert isinstance(graph, OnnxGraph)
         onnx_export.write(self.deployable(graph, opset), path, metadata, external_data)
 
+    def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Feeds], list[Tensor]]]:
+        assert isinstance(graph, OnnxGraph)
+        model = self.deployable(graph, opset)
+        return {level: partial(onnx_run.run, onnx_run.session(model, level=level)) for level in self.levels}
+
     def graphsurgeon(self, graph: Graph) -> Any:
         assert isinstance(graph, OnnxGraph)
         return onnx_export.graphsurgeon(self.deployable(graph))
@@ -45,6 +55,8 @@ class OnnxTarget(Backend):
 
 class QdqTarget(OnnxTarget):
     """A target whose engine reads Q/DQ around float ops, and folds them itself."""
+
+    levels: ClassVar[tuple[str, ...]] = ("disable",)
 
     def pipeline(self) -> str:
         return ""

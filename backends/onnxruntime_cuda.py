@@ -19,6 +19,7 @@ from torch import Tensor
 
 from graphopt.backends.onnx_target import OnnxTarget
 from graphopt.backends.onnxruntime.attention import ATTENTION_3D, attention, multi_head
+from graphopt.backends.onnxruntime.guards import guarded
 from graphopt.backends.onnxruntime.linear import linear
 from graphopt.backends.onnxruntime.weight_only import FOLDED, Blocks, in_blocks, is_stored
 from graphopt.dialects.onnx import export as onnx_export
@@ -94,7 +95,7 @@ class OrtCudaRunner(Runner):
     """A session of the file as it would be exported."""
 
     def __init__(self, graph: OnnxGraph, threads: int | None, providers: Sequence[str]) -> None:
-        self.model = onnx_export.deployable(graph)
+        self.model = onnx_export.deployable(guarded(graph))
         try:
             self._session = onnx_run.session(self.model, level="all", threads=threads, providers=providers)
         except Exception as error:  # the engine's own exceptions have no base of theirs

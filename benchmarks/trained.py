@@ -160,7 +160,7 @@ def samples(settings: Settings, number: int, length: int = 192) -> Tensor:
 def _samples(source: Path, length: int) -> tuple[Tensor, Tensor]:
     """Two sets of 32 stories."""
     ids = _sampled(source, 64, length, models.SEED)
-    return ids[:32].clone(), ids[32:].clone()
+    return ids[:32], ids[32:]
 
 
 @cache
@@ -169,10 +169,30 @@ def _sampled(source: Path, number: int, length: int, seed: int) -> Tensor:
     model = models.definitions(source).llama(source.parent / "stories260k" / "stories260K.bin")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.ones(number, 1, dtype=torch.int64)
+    caches: list[tuple[Tensor, ...]] = [() for _ in model.blocks]
     with torch.inference_mode():
         while ids.shape[1] < length:
-            ids = torch.cat([ids, torch.multinomial(F.softmax(model(ids)[:, -1], -1), 1, generator=generator)], 1)
-    return ids
+            x, place = model.embed(ids[:, -1:]), ids.shape[1] - 1
+            cos, sin = model.cos[place : place + 1], model.sin[place : place + 1]
+            for index, block in enumerate(model.blocks):
+                x, caches[index] = _one_token(block, x, cos, sin, caches[index])
+            logits = model.head(model.norm(x))[:, -1]
+            ids = torch.cat([ids, torch.multinomial(F.softmax(logits, -1), 1, generator=generator)], 1)
+    return ids.clone()  # of inference mode, which cannot be trained on
+
+
+def _one_token(
+    block: Any, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What a block of the Llama makes of one more token, and the keys and values so far: x (batch, 1, width)."""
+    h = block.attn_norm(x)
+    query, key, value = (project(h).unflatten(-1, (-1, block.head_dim)) for project in (block.q, block.k, block.v))
+    new = block.rotate(key, cos, sin).transpose(1, 2), value.transpose(1, 2)
+    cache = tuple(torch.cat(pair, 2) for pair in zip(cache, new, strict=True)) if cache else new
+    heads = F.scaled_dot_product_attention(block.rotate(query, cos, sin).transpose(1, 2), *cache, enable_gqa=True)
+    x = x + block.o(heads.transpose(1, 2).flatten(2))
+    h = block.ffn_norm(x)
+    return x + block.down(F.silu(block.gate(h)) * block.up(h)), cache
 
 
 def _cut(name: str, x: Tensor, size: int = 128) -> list[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from graphopt.backends import target as target_of
 from graphopt.capture.arguments import several
+from graphopt.capture.folders import opened
 from graphopt.capture.sources import Captured, capture, declared_inputs
 from graphopt.dialects.adapter import adapter
 from graphopt.errors import (
@@ -35,6 +36,7 @@ from graphopt.pipeline.examples import first_batch
 from graphopt.pipeline.instruments import Instrument, display, phase
 from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.prompts import in_steps, takes_steps
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.text import parse
 from graphopt.result import Optimized
@@ -49,7 +51,7 @@ def optimize(
     *,
     target: str = "onnxruntime",
     example_inputs: Any = None,
-    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    dynamic_shapes: Any = None,
     calibration: Any = None,
     calibration_steps: int | None = None,
     training: Any = None,
@@ -68,13 +70,14 @@ def optimize(
 ) -> Optimized:
     """Make a model smaller and faster on a target.
 
-    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx or
-    .pt2, or what an earlier call returned (below); it is not changed. passes: as text or objects; None only simplifies
-    and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
+    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx, .pt2
+    or a folder of Hugging Face, or what an earlier call returned (below); it is not changed. passes: as text or
+    objects; None only simplifies and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
     example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; None is the
     first batch of calibration, else of training. A module needs one of the three.
-    dynamic_shapes: {input: {axis: name}}; left out, axis 0 of every input and axis 1 of integer inputs.
-    cache: capture the decode step of a language model, with its key-value cache.
+    dynamic_shapes: {input: {axis: name}}, or as torch.export takes it; left out, axis 0 of every input and axis 1 of
+    integer inputs.
+    cache: capture the decode step of a language model, with its key-value cache; the example inputs are prompts.
     calibration: any iterable of batches, for passes that read activations; calibration_steps: most batches to use.
     training: any re-iterable of batches, for the passes that train (`distill`, `finetune`); labels may stand beside the
     inputs. teacher: a module or an ONNX file for `distill` to learn from, in place of the model as it was.
@@ -128,6 +131,7 @@ def optimize(
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
         if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
             raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
+    model = opened(model)
     with _few_collections():
         if example_inputs is None:
             example_inputs = _first_batch(model, calibration=calibration, training=training)
@@ -143,6 +147,7 @@ def optimize(
         with outer_door(UsageError, "optimize cannot use its arguments"):
             batches = None
             if calibration is not None:
+                calibration, calibration_steps = _in_steps(calibration, calibration_steps, captured)
                 batches = Calibration(calibration, captured.graph.inputs, calibration_steps, instruments)
             if measure and not captured.feeds:
                 raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
@@ -199,6 +204,15 @@ def whole_pipeline(
     return Pipeline(asked)
 
 
+def _in_steps(calibration: Any, steps: int | None, captured: Captured) -> tuple[Any, int | None]:
+    """Calibration as the graph takes it, and most of its batches: of a decode step, the steps of the prompts."""
+    if not takes_steps(captured.graph, captured.signature.outputs):
+        return calibration, steps
+    if steps is not None:
+        require_positive_integer("calibration_steps", steps)
+    return in_steps(calibration, captured.graph, captured.signature.outputs, "calibration", steps), None
+
+
 def _first_batch(model: Any, **sources: Any) -> Any:
     """Example inputs from the first of the sources that gives its batches more than once; None where there is none.
 
@@ -223,6 +237,7 @@ def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Capture
 def _teacher(model: Any, captured: Captured) -> TeacherGraph:
     """What distillation learns from, as a graph: of torch.fx where it is a module. Raises UsageError for a module in
     training mode, whose dropout would teach noise."""
+    model = opened(model)
     if isinstance(model, nn.Module) and model.training:
         raise UsageError("the teacher is in training mode, and dropout would teach noise: call teacher.eval()")
     is_program = isinstance(model, torch.export.ExportedProgram) or Path(str(model)).suffix == ".pt2"

@@ -136,7 +136,7 @@ def near(name: str, names: Iterable[str], aliases: Mapping[str, str] = MappingPr
             errors = 0 if plain_name(part) == plain else typing_errors(name.lower(), part.lower())
             if errors <= max(1, len(name) // 4) and errors < min(len(name), len(part)):
                 found.append((errors, one))
-    return min(found, key=lambda pair: pair[0], default=(0, None))[1]
+    return min(reversed(found), key=lambda pair: pair[0], default=(0, None))[1]
 
 
 def _ends(path: str, length: int) -> Iterator[str]:

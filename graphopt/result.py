@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from torch import Tensor, nn
 
 from graphopt import writing
-from graphopt.capture.signature import Signature
+from graphopt.capture.signature import Signature, in_dtypes
 from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, require_positive_integer
-from graphopt.ir.graph import Feeds, Graph, digest, dtype_name
+from graphopt.ir import cost
+from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.measure.machine import version
-from graphopt.pipeline.instruments import display, watched
+from graphopt.pipeline.instruments import Agree, display, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
@@ -129,6 +131,12 @@ class Optimized:
         """The lowered graph, compiled; above 2 GB of weights not before it is asked for."""
         return self.backend.compile(self.lowered, self.threads)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that is changed and run by itself; the weights, to which nothing writes, are shared."""
+        graphs = {name: getattr(self, name).clone() for name in ("captured", "transformed", "folded", "lowered")}
+        feeds = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
+        return replace(self, report=copy.deepcopy(self.report, memo), feeds=feeds, **graphs)
+
     def forget_state(self) -> None:
         """Reset a stateful model to its initial state."""
         if self.lowered.stateful:
@@ -166,10 +174,12 @@ class Optimized:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the target: inputs and result as the original model has them; numpy in gives numpy out.
 
-        Raises CaptureError where an input is missing, unknown or no tensor, UsageError where the engine does not run
-        on what is given, and LoweringError where it does not load the model (`runner`).
+        Integers are widened to what the model takes, and floats rounded, with a warning. Raises CaptureError where an
+        input is missing, unknown or no tensor, UsageError where the engine does not run on what is given, and
+        LoweringError where it does not load the model (`runner`).
         """
         feeds, numpy = self.signature.bind(args, kwargs)
+        feeds = in_dtypes(feeds, self.lowered.inputs)
         runner = self.runner
         with outer_door(UsageError, partial(self._does_not_run, feeds)):
             results: list[Any] = runner(feeds)
@@ -269,12 +279,15 @@ class Optimized:
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
         path = writing.place_of(path)
-        self.backend.require_suffix(path)
+        if not aot:  # for which `package` wants .pt2
+            self.backend.require_suffix(path)
         if aot and (opset is not None or portable or external_data is not None):
             raise UsageError("aot=True compiles for PyTorch: opset, portable and external_data are for ONNX files")
         if aot and not self.feeds:
             raise UsageError("aot=True needs example_inputs, for the compiler")
         graph, metadata = self.folded if portable else self.lowered, self._metadata(portable)
+        if opset is not None or portable:
+            self._check_exported(graph, opset)
         with writing.together(path, path.with_name(path.name + ".json")) as (part, manifest):
             manifest.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
@@ -282,6 +295,20 @@ class Optimized:
             else:
                 self.backend.export(graph, part, opset=opset, external_data=external_data, metadata=metadata)
         return path
+
+    def _check_exported(self, graph: Graph, opset: int | None) -> None:
+        """Run what is to be written, which is not what ran before. Raises GraphError where it computes something else.
+
+        A model above 2 GB is not run.
+        """
+        if not self.feeds or cost.Cost.of(graph).bytes > cost.LARGE:
+            return
+        what = "a portable file" if opset is None else f"the file at opset {opset}"
+        with outer_door(GraphError, f"{what} does not run: give another opset, or leave it out"):
+            reference = Agree(graph, self.feeds, self.signature.outputs)
+            for level, run in self.backend.exported(graph, opset).items():
+                if (moved := reference.moved_by(run, graph)) is not None:
+                    raise GraphError(f"{what} would compute something else (optimizations: {level}): {moved}")
 
     def _metadata(self, portable: bool) -> dict[str, str]:
         """What stands in the file itself: all that decides its bytes, and no measured figure."""
@@ -293,10 +320,6 @@ class Optimized:
             "graphopt.input": digest(self.captured),
             "graphopt.choices": json.dumps({choice["rule"]: choice["sites"] for choice in self.report.choices}),
         }
-
-
-def shapes_text(feeds: Feeds) -> str:
-    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from graphopt.capture.sources import Captured
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Feeds, Graph, digest
+from graphopt.ir.graph import Feeds, Graph, digest, shapes_text
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
@@ -31,9 +31,10 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report import tables
+from graphopt.report.agreements import worst_of_each
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
-from graphopt.result import Optimized, Trained, shapes_text, versions
+from graphopt.result import Optimized, Trained, versions
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Run:
         transformed, folded, sparse = self._transformed(pipeline, report, reference, reverted or {})
         as_it_came = lowered is not None
         if lowered is None:
-            lowered = self._lowered(folded, report)
+            lowered = self._lowered(pipeline, folded, report)
         self._check_outputs(folded, lowered, reference)
         if self.captured.unknown:
             self._check_shapes(lowered)
@@ -162,7 +163,7 @@ class Run:
             outer_door(LoweringError, f"{captured.source} does not run on its example inputs (or pass agree=False)"),
             phase(self.instruments, "run the original"),
         ):
-            return Agree(captured.graph, captured.feeds, captured.signature.outputs, lambda: self._baseline.runner)
+            return Agree(captured.graph, captured.feeds, captured.signature.outputs)
 
     def _transformed(
         self, pipeline: Pipeline, report: Report, reference: Agree | None, reverted: Mapping[str, Decline]
@@ -177,6 +178,7 @@ class Run:
             target=self.backend,
             report=report,
             feeds=captured.feeds,
+            made_up=captured.made_up,
             calibration=self.calibration,
             loss=lambda outputs, batch, **options: loss(captured.signature.rebuild(outputs), batch, **options),
             evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
@@ -230,7 +232,11 @@ class Run:
 
     # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 
-    def _lowered(self, folded: Graph, report: Report) -> Graph:
+    def _is_lossless(self, pipeline: Pipeline) -> bool:
+        """Whether nothing may be rounded that the model does not round: no lossy pass was asked for."""
+        return not self.captured.rounds and all(one.lossless for one in (*self.earlier, *pipeline.leaves()))
+
+    def _lowered(self, pipeline: Pipeline, folded: Graph, report: Report) -> Graph:
         """The target's own operators, in the forms that run fastest here where that is measured."""
         chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._is_timed else None
         with (
@@ -240,7 +246,7 @@ class Run:
         ):
             if chooser is not None:
                 chooser.told = advance
-            lowered, logs = self.backend.lower(folded, chooser)
+            lowered, logs = self.backend.lower(folded, chooser, lossless=self._is_lossless(pipeline))
             now.result = f"{len(lowered.nodes)} nodes"
         found = {} if chooser is None else chooser.measured
         report.notes += [] if chooser is None else chooser.notes
@@ -317,17 +323,22 @@ class Run:
             if promised:
                 self.backend.check(small.folded, small.runner)
             report.kernels = small.runner.kernels()
+            moved = None
             if reference is not None:
                 self._compare(small, reference)
+                moved = reference.moved_by(small.run_anew, small.folded) if promised else None
             small.forget_state()
             now.result = tables.closeness(report)
+        if moved is not None:
+            raise LoweringError(f"the file computes something else as {self.backend.engine()} optimizes it: {moved}")
 
     def _compare(self, small: Optimized, reference: Agree) -> None:
         """Report how far the result is from the original. Raises LoweringError where that is no number."""
         try:
-            small.report.agreement, notes = reference.compare(small.run_anew)
+            small.report.agreement_by_shapes, notes = reference.compare(small.run_anew)
         except GraphError as error:
             raise LoweringError(f"run by {self.backend.name}, the result fails: {error}") from error
+        small.report.agreement = worst_of_each(small.report.agreement_by_shapes.values())
         small.report.notes += notes
 
     def _check_metric(self, small: Optimized) -> None:

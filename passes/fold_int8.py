@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from graphopt.ir.decline import Declined
+from graphopt.errors import SpellingError
+from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops.quantization import integer_range
 from graphopt.ir.qdq.integer_forms import normalize
-from graphopt.ir.qdq.numbers import saturates, stored
+from graphopt.ir.qdq.numbers import fits_integers, saturates, stored
 from graphopt.ir.qdq.regions import MOVES
 from graphopt.ir.rewrite import scalar
 from graphopt.pipeline.context import Context
@@ -53,9 +55,12 @@ class FoldInt8(Pass):
                 _FOLDS[site.kind](graph, site)
             except Declined as declined:
                 context.decline(site, declined.decline)
+            except SpellingError as error:
+                context.decline(site, Decline("not_spelled", reason=str(error)))
         for node in graph.sites(*MOVES):
             if node not in self.ignore:
-                _fold_move(graph, node)
+                with suppress(SpellingError):  # an old opset moves no integers of 8 bits
+                    _fold_move(graph, node)
 
 
 def _widen(graph: Graph, node: Node) -> None:
@@ -117,6 +122,9 @@ def _fold_conv(graph: Graph, site: Node) -> None:
     bias = _bias(graph, site)
     if bias is not None and not bias.is_constant:
         raise Declined("conv_bias_computed")
+    stored_bias, *scales = (None if one is None else graph.constant(one) for one in (bias, x[1], weight[1]))
+    if stored_bias is not None and not fits_integers(stored_bias, scales[0], scales[1]):
+        raise Declined("bias_too_large")
     quantize, scale, zero_point = _quantize_behind(graph, site)
     y = graph.emit("conv_int8", *x, *weight, scale, zero_point, bias, at=site, **site.attributes)
     graph.replace(quantize, y)

@@ -80,7 +80,7 @@ class Undescribed(nn.Module):
         return torch.ops.graphopt_tests.undescribed(x)
 
 
-LIBRARY = torch.library.Library("graphopt_tests", "FRAGMENT")
+LIBRARY: Any = torch.library.Library("graphopt_tests", "FRAGMENT")  # type: ignore[no-untyped-call]
 LIBRARY.define("undescribed(Tensor x) -> Tensor")
 LIBRARY.impl("undescribed", lambda x: x.clone(), "CPU")
 

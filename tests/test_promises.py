@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,11 +13,15 @@ from typing import Any, NamedTuple
 import onnx
 import pytest
 import torch
+import typer
 from torch import Tensor, nn
 
 import graphopt
-from graphopt import GraphoptError, Optimized
-from graphopt.passes import Sparsify
+from graphopt import GraphoptError, Optimized, UsageError
+from graphopt.cli.app import app
+from graphopt.passes import REGISTRY, Sparsify
+from graphopt.pipeline.text import parse
+from graphopt.report.declines import SENTENCES as DECLINES
 from tests.models import model as onnx_model
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
@@ -61,7 +68,7 @@ def quality(changed: Any) -> float:
 
 def optimize(passes: str | None = None, **options: Any) -> Optimized:
     """A module with an example, unless others are given."""
-    given = {"model": module(), "example_inputs": X, "measure": False} | options
+    given: dict[str, Any] = {"model": module(), "example_inputs": X, "measure": False} | options
     return graphopt.optimize(given.pop("model"), passes, **given)
 
 
@@ -286,9 +293,9 @@ def test_what_an_error_advises_works(name: str) -> None:
 
 EXPORTS: dict[str, tuple[str | None, dict[str, Any], str, dict[str, Any]]] = {
     # passes, what is wrong, the advice, what is right
-    "an opset of another time": (None, {"opset": 3}, "cannot write opset 3; give 13 to ", {"opset": 13}),
+    "an opset of another time": (None, {"opset": 3}, "cannot write opset 3; give 11 to ", {"opset": 11}),
     "an opset before what it must hold": (
-        "quantize{scheme=weight-only bits=4}", {"opset": 17, "portable": True}, "give a newer one",
+        "quantize{scheme=weight-only bits=4}", {"opset": 17, "portable": True}, "give another opset, or leave it out",
         {"opset": 21, "portable": True},
     ),
     "aot of ONNX": (None, {"aot": True}, "a graph of the onnx dialect is not compiled", {}),
@@ -304,3 +311,61 @@ def test_what_an_error_of_export_advises_works(name: str, tmp_path: Path) -> Non
         small.export(tmp_path / "out.onnx", **wrong)
     assert advice in str(caught.value)
     small.export(tmp_path / "out.onnx", **right)
+
+
+# --- what all messages name ----------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+def texts(tree: ast.AST) -> Iterator[str]:
+    """All texts in a piece of code, with {} for what is filled in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def messages() -> list[str]:
+    """The texts in whatever is raised or returned, and the sentences of declines."""
+    found = list(DECLINES.values())
+    for folder in ("graphopt", "passes", "backends"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Raise | ast.Return):
+                    found += texts(node)
+    return found
+
+
+def takes(cls: type[Any], option: str, value: str) -> bool:
+    """Whether an option takes a value, whatever the others say."""
+    try:
+        parse(f"{cls.name}{{{option}={value}}}", REGISTRY)
+    except UsageError as error:
+        return f": {option} is " not in str(error)
+    return True
+
+
+def test_values_that_messages_name_are_taken() -> None:
+    """`use criterion=l2`: some pass has such an option, and takes the value."""
+    named = {pair for text in messages() for pair in re.findall(r"(?<![\w.{<])([a-z_]+)=([a-z0-9][\w:.-]*\w|\d)", text)}
+    wrong = []
+    for option, value in sorted(named):
+        classes = [REGISTRY[name] for name in REGISTRY if option in vars(REGISTRY[name])["__dataclass_fields__"]]
+        if classes and not any(takes(cls, option, value) for cls in classes):
+            wrong.append(f"{option}={value}")
+    assert len(named) > 15 and not wrong
+
+
+def test_options_and_extras_that_messages_name_are_there() -> None:
+    """`--calibration` is an option of a command, and `graphopt[demo]` one of the package."""
+    shown = "\n".join(messages())
+    commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    params = [param for command in commands for param in command.params]
+    options = {name for param in params for name in (*param.opts, *param.secondary_opts)}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown)) - {"--trace"}
+    assert len(named) > 5 and named <= options
+    extras = set(re.findall(r"graphopt\[(\w+)\]", shown))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert extras and extras <= set(project["project"]["optional-dependencies"])

@@ -12,7 +12,7 @@ from graphopt.backends.onnxruntime.rows import from_rows, to_rows
 from graphopt.backends.onnxruntime.weight_only import emit_matmul_nbits, in_blocks
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Node, Value
-from graphopt.ir.qdq.numbers import saturates
+from graphopt.ir.qdq.numbers import fits_integers, saturates
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule, scalar
 
 
@@ -75,7 +75,17 @@ def _matmul_nbits(op: Builder, m: Match) -> Value:
     if weight is None or scale is None:
         raise Declined("int8_weight_computed")
     blocks, (out, into) = in_blocks(weight, scale), weight.shape
-    return emit_matmul_nbits(op, m.x.producer.input, blocks, (out, into), m.bias)
+    return emit_matmul_nbits(op, _within_range(op, m), blocks, (out, into), m.bias)
+
+
+def _within_range(op: Builder, m: Match) -> Value:
+    """The floats that are quantized, without what a stored scale cuts off: they are not read in integers here."""
+    x: Value = m.x.producer.input
+    scale, zero_point = (scalar(op.graph, value) for value in (m.scale, m.zero_point))
+    if scale is None or zero_point is None or m.x.dtype is None:
+        return x
+    limits = torch.iinfo(m.x.dtype)
+    return op.clip(x, low=(limits.min - zero_point) * scale, high=(limits.max - zero_point) * scale)
 
 
 # --- results in integers -------------------------------------------------------------------------------------------
@@ -110,15 +120,14 @@ def _linear_before(quantize: Node) -> tuple[Node, ...]:
     return (linear, *clips) if fits else ()
 
 
-_LARGEST_BIAS = 2**30
-"""In steps of the products: sums start at the bias, and need the rest of int32 for themselves."""
-
-
 def bias_steps(bias: Tensor, scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """A bias in steps of its products, scale * weight_scale (ONNX QLinearConv): int32, of the shape of `bias`."""
-    limits = torch.iinfo(torch.int32)
-    rounded = (bias.double() / (scale.double() * weight_scale.double())).round()
-    return rounded.clamp(limits.min, limits.max).to(torch.int32)
+    """A bias in steps of its products, scale * weight_scale (ONNX QLinearConv): int32, of the shape of `bias`.
+
+    Raises Declined where int32 has no room for it.
+    """
+    if not fits_integers(bias, scale, weight_scale):
+        raise Declined("bias_too_large")
+    return (bias.double() / (scale.double() * weight_scale.double())).round().to(torch.int32)
 
 
 def quantized_gemm(
@@ -145,8 +154,6 @@ def _gemm(op: Builder, m: Match) -> Value:
     weight, scales = (stored_tensor(linear, linear.required(name)) for name in ("weight", "weight_scale"))
     bias, step = linear.bias, stored_tensor(linear, scale)
     steps = None if bias is None else bias_steps(stored_tensor(linear, bias), step, scales)
-    if steps is not None and steps.long().abs().max() > _LARGEST_BIAS:
-        raise Declined("bias_too_large")
     out, into = weight.shape
     rows, result = (to_rows(op, x, into), scale, zero_point), (m.scale, m.zero_point)
     return from_rows(op, quantized_gemm(op, rows, weight, scales, steps, result), x, out)
@@ -170,6 +177,7 @@ DYNAMIC = Choice(
     },
     check=_is_dynamic,
     around=_on_one_input,
+    lossy=frozenset({"MatMulNBits"}),
 )
 STATIC = Choice(
     "static-linear",
@@ -177,5 +185,6 @@ STATIC = Choice(
     {"MatMulIntegerToFloat": _integer_to_float, "MatMulNBits": _matmul_nbits},
     check=_is_static,
     around=lambda m: [m.x.producer, *m.x.users],
+    lossy=frozenset({"MatMulNBits"}),
 )
 TO_FLOAT = Rule("matmul-integer-to-float", linear_int8, _integer_to_float)

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime as ort
 from torch import Tensor
 
+from graphopt.backends.onnxruntime.guards import guarded
 from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
@@ -32,7 +33,7 @@ class OrtRunner(Runner):
     """A session at the default options, of the file as it would be exported."""
 
     def __init__(self, graph: OnnxGraph, threads: int | None) -> None:
-        self.model, self.threads = onnx_export.deployable(graph), threads
+        self.model, self.threads = onnx_export.deployable(guarded(graph)), threads
         self.names = [value.name for value in graph.outputs]
         try:
             crashing.require_loads(self.model)

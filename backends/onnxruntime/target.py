@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
+import onnx_ir as ir
 import onnxruntime as ort
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from graphopt.backends.onnxruntime import (
     skip_layer_norm,
     weight_only,
 )
+from graphopt.backends.onnxruntime.guards import guarded
 from graphopt.backends.onnxruntime.kernel_counts import require_kernels
 from graphopt.backends.onnxruntime.runner import OrtRunner
 from graphopt.dialects.onnx import export as onnx_export
@@ -84,7 +86,7 @@ class OnnxRuntime(OnnxTarget):
             (conv_int8.PLAIN, linear_int8.TO_FLOAT, *qlinear.in_integers(not saturates), onnx_export.DYNAMIC_QUANTIZE),
             (qlinear.in_floats(not saturates),),
             # stored weights
-            (*asymmetric_weights.RULES, *weight_only.RULES),
+            (*asymmetric_weights.RULES, weight_only.LINEAR, weight_only.EMBEDDING),
             (*weight_only.STORED,),
             weight_only.FOLDED,
             saturation.RULES if saturates else (),
@@ -95,6 +97,9 @@ class OnnxRuntime(OnnxTarget):
 
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> TimedChooser:
         return TimedChooser(self.engine(), feeds, partial(self.compile, threads=threads), threads)
+
+    def deployable(self, graph: OnnxGraph, opset: int | None = None) -> ir.Model:
+        return onnx_export.deployable(guarded(graph), opset)
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
         assert isinstance(graph, OnnxGraph)

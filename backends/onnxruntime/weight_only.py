@@ -5,6 +5,7 @@ Both read packed integers in blocks along the last axis. A scale of each row, or
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,9 @@ LARGEST_BLOCK = 128
 
 ACCURACY_LEVEL = 4
 """Activations are rounded to int8 by block; without it, the kernel for 8 bits dequantizes the weight at each run."""
+
+FLOAT_LEVEL = 1
+"""Activations stay in float32."""
 
 
 @dataclass(frozen=True)
@@ -113,18 +117,25 @@ def _stored(op: Recorder, q: str, scale: str, zero_point: str | None = None) -> 
     return op.dequantize(q, scale, zero_point)
 
 
-def _matmul_nbits(op: Builder, m: Match) -> Value:
+def _matmul_nbits(level: int) -> Callable[[Builder, Match], Value]:
     """Weights stay packed in memory, and are unpacked in registers, where they are multiplied."""
-    _require_kernel(m.root)
-    out, into = (int(size) for size in m.weight.result.shape)
-    return emit_matmul_nbits(op, m.x, _blocks(op.graph, m.weight, least_bits=2), (out, into), m.bias)
+
+    def emit(op: Builder, m: Match) -> Value:
+        _require_kernel(m.root)
+        out, into = (int(size) for size in m.weight.result.shape)
+        packed = _blocks(op.graph, m.weight, least_bits=2)
+        return emit_matmul_nbits(op, m.x, packed, (out, into), m.bias, level=level)
+
+    return emit
 
 
-def emit_matmul_nbits(op: Builder, x: Value, weight: Blocks, shape: tuple[int, int], bias: Value | None) -> Value:
+def emit_matmul_nbits(
+    op: Builder, x: Value, weight: Blocks, shape: tuple[int, int], bias: Value | None, *, level: int = ACCURACY_LEVEL
+) -> Value:
     """MatMulNBits of a float input and a packed weight. shape: of the weight, (out, in)."""
     sizes = {"N": shape[0], "K": shape[1], "bits": weight.bits, "block_size": weight.block}
     operands = _constants(op, weight)
-    return op("com.microsoft.MatMulNBits", x, *operands, None, bias, **sizes, accuracy_level=ACCURACY_LEVEL)
+    return op("com.microsoft.MatMulNBits", x, *operands, None, bias, **sizes, accuracy_level=level)
 
 
 def _gather_integers(op: Builder, m: Match) -> Value:
@@ -193,9 +204,13 @@ EMBEDDING = Choice(
     check=lambda m: is_stored(m.table),
     shared=True,
 )
-RULES = (
-    Rule("matmul-nbits", _linear, _matmul_nbits, shared=True, check=lambda m: is_stored(m.weight)),
-    EMBEDDING,
+LINEAR = Choice(
+    "matmul-nbits",
+    _linear,
+    {"MatMulNBits": _matmul_nbits(ACCURACY_LEVEL), "MatMulNBits in float32": _matmul_nbits(FLOAT_LEVEL)},
+    check=lambda m: is_stored(m.weight),
+    shared=True,
+    lossy=frozenset({"MatMulNBits"}),
 )
 STORED = (
     Rule("stored-integers", _stored, _scaled, check=lambda m: is_stored(m.root) and _read_by(m.root, *STORED_OPS)),

@@ -183,6 +183,8 @@ def _kind(producers: Sequence[Node], *, heads: bool, several: bool, normed: bool
 
 def _sees_one_position(relations: AxisRelations, node: Node) -> bool:
     """Whether what a linear reads is one position of a sequence, taken out of a 3-D value, and what is made of it."""
+    if node.kind != "linear":
+        return False
     value = node.input
     while (producer := value.producer) is not None:
         axes = NodeAxes(relations, producer)

@@ -16,7 +16,7 @@ PAST, PRESENT = "past_key_values", "present"
 NEW_TOKENS = 2
 """New tokens in the example that is traced: torch.export fixes an axis of size 1."""
 
-_IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
+IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 
 
 class DecodeStep(nn.Module):
@@ -99,23 +99,23 @@ def after_prompt(model: nn.Module, prompt: Any) -> dict[str, Any]:
     prompt: a dict with input_ids (batch, length), and at most an attention_mask of ones, so that all rows fill the
     cache to the same length. Raises CaptureError for other prompts, and for a model that returns no cache.
     """
-    if not isinstance(prompt, Mapping) or _IDS not in prompt:
-        raise CaptureError(f"cache=True needs example_inputs: a dict with {_IDS}, a prompt that fills the cache")
+    if not isinstance(prompt, Mapping) or IDS not in prompt:
+        raise CaptureError(f"cache=True needs example_inputs: a dict with {IDS}, a prompt that fills the cache")
     for name, value in prompt.items():
-        if name not in (_IDS, _MASK):
+        if name not in (IDS, MASK):
             raise CaptureError(
-                f"cache=True takes {_IDS} and {_MASK} as the prompt, and no {name!r}: leave it out, or leave out "
+                f"cache=True takes {IDS} and {MASK} as the prompt, and no {name!r}: leave it out, or leave out "
                 f"cache=True and give the arguments of one step, {PAST} among them"
             )
-        if name == _MASK and not bool(torch.as_tensor(value).all()):
-            raise CaptureError(f"cache=True needs a prompt without padding: its {_MASK} has zeros")
-    ids = torch.as_tensor(prompt[_IDS])
+        if name == MASK and not bool(torch.as_tensor(value).all()):
+            raise CaptureError(f"cache=True needs a prompt without padding: its {MASK} has zeros")
+    ids = torch.as_tensor(prompt[IDS])
     result = model(input_ids=ids, use_cache=True)
     if not (isinstance(result, Mapping) and is_cache(result.get(PAST))):
         raise CaptureError(f"{type(model).__name__} returns no {PAST}: capture it without cache=True")
     batch, length = ids.shape
     mask = torch.ones(batch, length + 1, dtype=ids.dtype, device=ids.device)
-    return {_IDS: ids[:, -1:], _MASK: mask, PAST: result[PAST]}
+    return {IDS: ids[:, -1:], MASK: mask, PAST: result[PAST]}
 
 
 def step_of(model: nn.Module, example: Mapping[str, Any]) -> Call:
@@ -141,22 +141,22 @@ def to_trace(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a step with at least NEW_TOKENS new tokens after as many, since a trace fixes sizes of 1."""
     result = dict(tensors)
     past = [name for name in result if name.startswith(f"{PAST}.")]
-    more = NEW_TOKENS - 1 if result[_IDS].shape[1] == 1 else 0
+    more = NEW_TOKENS - 1 if result[IDS].shape[1] == 1 else 0
     older = NEW_TOKENS - 1 if result[past[0]].shape[2] == 1 else 0
     if more:
-        result[_IDS] = result[_IDS].repeat(1, NEW_TOKENS)
-        if _POSITIONS in result:
-            result[_POSITIONS] = torch.cat([result[_POSITIONS], result[_POSITIONS] + 1], 1)
+        result[IDS] = result[IDS].repeat(1, NEW_TOKENS)
+        if POSITIONS in result:
+            result[POSITIONS] = torch.cat([result[POSITIONS], result[POSITIONS] + 1], 1)
     if older:
         result |= {name: result[name].repeat(1, 1, NEW_TOKENS, 1) for name in past}
-    if _MASK in result and more + older:
-        result[_MASK] = torch.cat([result[_MASK], result[_MASK][:, -1:].repeat(1, more + older)], 1)
+    if MASK in result and more + older:
+        result[MASK] = torch.cat([result[MASK], result[MASK][:, -1:].repeat(1, more + older)], 1)
     return result
 
 
 def axes_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
     """The names of the dynamic axes of a step's inputs; all layers of the cache are as long."""
-    axes = {_IDS: {0: "batch", 1: "seq"}, _POSITIONS: {0: "batch", 1: "seq"}, _MASK: {0: "batch", 1: "total"}}
+    axes = {IDS: {0: "batch", 1: "seq"}, POSITIONS: {0: "batch", 1: "seq"}, MASK: {0: "batch", 1: "total"}}
     axes |= {name: {0: "batch", 2: "past_sequence"} for name in tensors if name.startswith(f"{PAST}.")}
     return {name: named for name, named in axes.items() if name in tensors}
 

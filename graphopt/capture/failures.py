@@ -20,10 +20,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graphopt.dialects.fx.native import module_path
 from graphopt.dialects.silence import quiet
-from graphopt.errors import LONGEST, first_line
+from graphopt.errors import LONGEST, CaptureError, first_line
 
 _OUTSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 """How the file names of frames begin that are no code of the user's: torch's, graphopt's, and generated code."""
+
+
+class NotExported(CaptureError):
+    """A module runs, and cannot be traced or exported."""
 
 
 def trace_failure(module: nn.Module, error: BaseException) -> str:

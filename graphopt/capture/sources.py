@@ -21,10 +21,13 @@ from torch.utils import _pytree as pytree
 from graphopt.capture import differences
 from graphopt.capture.arguments import several
 from graphopt.capture.axes import DynamicAxes, distinct
-from graphopt.capture.failures import export_failure
+from graphopt.capture.failures import NotExported, export_failure
+from graphopt.capture.folders import opened
+from graphopt.capture.implementations import exported_with
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import Traced, on_cpu, trace
 from graphopt.dialects.adapter import Adapter, adapter
+from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, Shape, Value
@@ -61,8 +64,12 @@ class Captured:
     optimized for the same engine, its lowered graph. None where that is the captured graph: of modules and programs."""
     torch_form: Callable[[], Captured] | None = None
     """Captures the same model as a graph of torch.fx, to be trained; None where `graph` is one."""
+    rounds: bool = False
+    """Whether the model's own operators round activations, which forms of a target may then do too."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of a module that was handed in, by their names in its state_dict."""
+    made_up: bool = False
+    """Whether the feeds were made from the input types, as there were no example inputs."""
     unknown: Sequence[str] = ()
     """The custom operators that the engine does not know, so that the model is not run."""
 
@@ -77,12 +84,13 @@ def capture(
     run: bool | None = None,
     check: bool = True,
 ) -> Captured:
-    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx
-    or .pt2 (a torch.export archive without pickles). The model is not changed.
+    """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx,
+    to .pt2 (a torch.export archive without pickles) or to a folder of Hugging Face. The model is not changed.
 
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
-    for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes; left out,
-    axis 0 of every input and axis 1 of integer inputs. cache: capture the decode step of a language model.
+    for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes, or as
+    torch.export takes them; left out, axis 0 of every input and axis 1 of integer inputs. cache: capture the decode
+    step of a language model.
     Both are for modules, which are traced; anything else has its axes already. run: whether an ONNX model is run, to
     check that the captured graph computes the same; None runs models of up to `cost.LARGE` bytes. check: whether it is
     an error where the graph of a module computes something else than the module (and is not random), or a note. Raises
@@ -102,6 +110,7 @@ def _capture(
     run: bool | None,
     check: bool,
 ) -> Captured:
+    model = opened(model)
     kind = type(model)
     if isinstance(model, str | Path):
         _refuse_options("a file", dynamic_shapes, cache)
@@ -110,12 +119,19 @@ def _capture(
         if example_inputs is None:
             name = type(model).__name__
             raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, to trace it with")
-        return _capture_module(model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache), check)
+        return exported_with(
+            model,
+            lambda: _capture_module(
+                model, adapter(dialect), trace(model, example_inputs, dynamic_shapes, cache), check
+            ),
+            lambda captured, note: captured.notes.append(note),
+        )
     _refuse_options(f"a {kind.__name__}", dynamic_shapes, cache)
     if isinstance(model, torch.export.ExportedProgram):
         return _capture_program(model, adapter(dialect), example_inputs)
     proto, source = _proto(model)
-    return _capture_model(proto, adapter(dialect), example_inputs, source, run)
+    with quiet("onnx_ir", "onnxscript"):
+        return _capture_model(proto, adapter(dialect), example_inputs, source, run)
 
 
 def declared_inputs(model: Any) -> Sequence[Declared]:
@@ -175,7 +191,7 @@ def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced, check: 
     except GraphError as error:
         raise CaptureError(f"{type(module).__name__}: {error}") from error
     except Exception as error:  # whatever torch's exporter raises
-        raise CaptureError(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
+        raise NotExported(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
     notes = list(traced.notes)
     if dialect.is_liftable(graph):
         notes.append(f"captured at {dialect.version(graph)}, the newest in which the engine has all of its operators")
@@ -232,13 +248,15 @@ def _capture_program(
         examples = [tuple(leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor))]
     feeds = [_on_cpu_feeds(signature, example) for example in examples]
     graph = dialect.from_program(program, signature.inputs, axes, returned)
-    if make_feeds and not feeds:
+    made_up = make_feeds and not feeds
+    if made_up:
         feeds = [_made_feeds(graph.inputs, notes)]
     graph = _raised(dialect, graph, feeds, _reference(graph, feeds, notes) if feeds else None, notes)
     torch_form = None if graph.dialect == "fx" else partial(_capture_program, program, adapter("fx"), example_inputs)
     return Captured(
-        graph, signature, feeds, "torch.export.ExportedProgram", notes, torch_form=torch_form, state=program.state_dict
-    )
+        graph, signature, feeds, "torch.export.ExportedProgram", notes, torch_form=torch_form,
+        state=program.state_dict, made_up=made_up,
+    )  # fmt: skip
 
 
 def _user_inputs(program: torch.export.ExportedProgram) -> dict[str, Tensor]:
@@ -267,7 +285,8 @@ def _capture_file(path: Path, dialect: Adapter, example_inputs: Any, run: bool |
             return replace(_capture_program(model, dialect, example_inputs, make_feeds=True), source=str(path))
         except GraphError as error:
             raise CaptureError(str(error)) from error
-    return _capture_model(model, dialect, example_inputs, str(path), run)
+    with quiet("onnx_ir", "onnxscript"):  # which print what a damaged file makes them doubt
+        return _capture_model(model, dialect, example_inputs, str(path), run)
 
 
 def _read(path: Path) -> Any:
@@ -290,7 +309,9 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         raise CaptureError(f"{source} is not a valid ONNX model: {first_line(error)}") from error
     names = tuple(value.name for value in graph.inputs)
     outputs = tuple(value.name for value in graph.outputs)
-    signature = Signature(names, outputs, lambda results: dict(zip(outputs, results, strict=True)))
+    signature = Signature(
+        names, outputs, lambda results: dict(zip(outputs, results, strict=True)), optional=dialect.optional(graph)
+    )
     notes = dialect.notes(model, graph)
     if example_inputs is None:
         feeds = [_made_feeds(graph.inputs, notes)] if all(v.dtype is not None for v in graph.inputs) else []
@@ -303,7 +324,7 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
         notes.append(f"{size / 2**30:.1f} GiB of weights: the model is not run{stays} (agree=True runs it)")
         graph = _raised(dialect, graph, [], None, notes)
         dialect.refine(graph)
-        return Captured(graph, signature, feeds, source, notes)
+        return Captured(graph, signature, feeds, source, notes, rounds=dialect.rounds(model))
     expected = _reference(graph, feeds, notes)
     if expected is None and (unknown := dialect.unknown(graph)):
         return _not_run(dialect, graph, signature, source, unknown, dialect.notes(model, graph))
@@ -313,7 +334,10 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     graph = lifted or _raised(dialect, graph, feeds, expected, notes)
     dialect.refine(graph)
     untouched = partial(dialect.untouched, model)
-    return Captured(graph, signature, feeds if expected is not None else [], source, notes, untouched)
+    feeds, made_up = feeds if expected is not None else [], example_inputs is None
+    return Captured(
+        graph, signature, feeds, source, notes, untouched, rounds=dialect.rounds(model), made_up=made_up
+    )
 
 
 def _not_run(

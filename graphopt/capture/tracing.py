@@ -19,7 +19,7 @@ from graphopt.capture.arguments import Call, call_of, several
 from graphopt.capture.axes import Axis, DynamicAxes, distinct, dynamic_axes
 from graphopt.capture.decode import after_prompt, axes_of, has_cache, has_past, step_of, to_trace
 from graphopt.capture.entry import Entry
-from graphopt.capture.failures import trace_failure, user_line
+from graphopt.capture.failures import NotExported, trace_failure, user_line
 from graphopt.capture.labels import without_labels
 from graphopt.capture.precision import behind_half, captured_half, captured_wide, half_types, in_float32
 from graphopt.dialects.fx.traced_layers import whole_layers
@@ -78,7 +78,7 @@ def trace(module: nn.Module, example_inputs: Any, dynamic_shapes: Any, cache: bo
         except CaptureError:
             raise
         except Exception as error:
-            raise CaptureError(trace_failure(module, error)) from error
+            raise NotExported(trace_failure(module, error)) from error
         shapes = input_shapes(program, calls[0].tensors)
         fixed = _fixed(shapes, axes)
         _require_open(traced, replace(call, tensors=example), axes, given, fixed, further)

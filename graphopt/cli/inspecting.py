@@ -42,7 +42,8 @@ def inspect(
 
 
 def _show_groups(captured: Captured, as_json: bool) -> None:
-    """The groups as prune finds them: after simplify."""
+    """The groups and residual branches as prune finds them: after simplify."""
+    from graphopt.analysis.branches import branches
     from graphopt.analysis.groups import groups
     from graphopt.passes import REGISTRY
     from graphopt.pipeline.context import Context
@@ -51,15 +52,15 @@ def _show_groups(captured: Captured, as_json: bool) -> None:
     from graphopt.report.declines import Reason
 
     simplified = parse("simplify", REGISTRY).apply(captured.graph, Context(feeds=captured.feeds))
-    found = groups(simplified)
+    found, residual = groups(simplified), branches(simplified)
     if as_json:
         print_json([
-            {"name": group.name, "kind": group.kind, "size": group.size,
-             "locked": Reason.of(group.locked).to_dict() if group.locked else None}
-            for group in found
+            {"name": one.name, "kind": one.kind, "size": one.size,
+             "locked": Reason.of(one.locked).to_dict() if one.locked else None}
+            for one in (*found, *residual)
         ])  # fmt: skip
     else:
-        typer.echo(text.groups(found))
+        typer.echo(text.groups(found, residual))
 
 
 def _print_facts(captured: Captured, full: bool) -> None:
@@ -80,8 +81,8 @@ def _print_facts(captured: Captured, full: bool) -> None:
 
 
 def _show_facts(captured: Captured, full: bool) -> None:
+    from graphopt.ir.graph import shapes_text
     from graphopt.report import figures
-    from graphopt.result import shapes_text
 
     graph, cost = captured.graph, _cost(captured)
     ops, opaque = _kinds(graph)

@@ -30,7 +30,9 @@ def optimize(
     model: Annotated[
         Path,
         typer.Argument(
-            help="An .onnx file, or for targets of PyTorch a torch.export archive (.pt2).", show_default=False
+            help="An .onnx file, a torch.export archive (.pt2, for targets of PyTorch), or a folder of Hugging Face, "
+            "which needs --inputs or --calibration.",
+            show_default=False,
         ),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
@@ -83,9 +85,11 @@ def optimize(
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
     from graphopt.backends import target as target_of
+    from graphopt.capture.folders import opened
     from graphopt.report.records import require_report_name
 
-    require_file(model)
+    if not model.is_dir():
+        require_file(model)
     if dry_run and (output or report):
         raise UsageError("--dry-run writes nothing; leave out --output and --report")
     if not dry_run and output is None:
@@ -93,23 +97,24 @@ def optimize(
     require_writable(model, output, report)
     if report is not None:
         require_report_name(report)
-    if output is not None:
+    if output is not None and not aot:
         target_of(target, cpu).require_suffix(output)
     if teacher is not None:
         require_file(teacher)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
         raise UsageError(f"{checkpoint} is a file; name a folder for the checkpoints")
+    source = opened(model)
     given: dict[str, Any] = {
         "calibration": None if calibration is None else batches(calibration),
         "training": None if training is None else batches(training, shuffle=True),
         "evaluate": None if evaluate is None else function(evaluate),
         "teacher": teacher,
         "checkpoint": checkpoint,
-        "example_inputs": None if inputs is None else example(inputs, model),
+        "example_inputs": None if inputs is None else example(inputs, source),
     }
     with logged(verbose):
         small = run(
-            model,
+            source,
             passes,
             target=target,
             calibration_steps=calibration_steps,

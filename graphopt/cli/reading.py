@@ -37,7 +37,8 @@ def require_writable(model: Path, output: Path | None, report: Path | None) -> N
     if report is not None and report.resolve() in [path.resolve() for path in exported]:
         raise UsageError(f"{report} is what --output writes; write the report to another file")
     there = [path for path in files if path.exists()]
-    weights = {path.resolve() for path in external_files(model)} if there and model.suffix != ".pt2" else set()
+    is_onnx = model.is_file() and model.suffix != ".pt2"
+    weights = {path.resolve() for path in external_files(model)} if there and is_onnx else set()
     for path in there:
         if path.resolve() in weights:
             raise UsageError(f"{path} holds weights of the model; write to another file")

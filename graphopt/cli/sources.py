@@ -73,8 +73,8 @@ def batches(source: str, *, shuffle: bool = False) -> Any:
     raise UsageError(f"{source!r} is no source of batches; give {known}")
 
 
-def example(source: str, model: Path) -> dict[str, Tensor]:
-    """Example inputs of a model in a file: the first batch of a source, or all of an archive that is not cut."""
+def example(source: str, model: Any) -> dict[str, Tensor]:
+    """Example inputs of a module or of a file: the first batch of a source, or all of an archive that is not cut."""
     from graphopt.pipeline.examples import first_batch
 
     found = batches(source)

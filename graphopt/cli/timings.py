@@ -41,12 +41,12 @@ def bench(
     from graphopt.api import optimize as run
     from graphopt.capture.sources import capture
     from graphopt.dialects.adapter import adapter
+    from graphopt.ir.graph import shapes_text
     from graphopt.measure.machine import environment, header
     from graphopt.measure.timing import paired
     from graphopt.pipeline.examples import first_batch
     from graphopt.pipeline.instruments import display, watched
     from graphopt.report.records import BenchResult, plain
-    from graphopt.result import shapes_text
 
     for path in filter(None, (model, other)):
         require_file(path)

@@ -68,6 +68,12 @@ class Adapter(Protocol):
     def refine(self, graph: Graph) -> None:
         """Infer the shapes that a model left open again, as ops that were raised tell more. [changes]"""
 
+    def optional(self, graph: Graph) -> tuple[str, ...]:
+        """The inputs of a model that have a default, and need not be given."""
+
+    def rounds(self, model: Any) -> bool:
+        """Whether a model has operators that round activations as they multiply, beside those that quantize."""
+
     def notes(self, model: Any, graph: Graph) -> list[str]:
         """What a report says of a model that was handed in: how it is quantized, where it is."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from graphopt.dialects.raising import Stage, peel_mask, peel_scale
-from graphopt.errors import GraphError
+from graphopt.errors import SpellingError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Shape, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, RuleLog, rewrite
@@ -326,8 +326,8 @@ def raise_heads(graph: Graph) -> dict[str, RuleLog]:
         log.tries += 1
         try:
             log.hits += _raise(graph, attention, swaps)
-        except GraphError as error:  # of an opset without attention on three axes
-            log.declined[attention.node.label] = Decline("not_spelled", op="attention", reason=str(error))
+        except SpellingError as error:  # of an opset without attention on three axes
+            log.declined[attention.node.label] = Decline("not_spelled", reason=str(error))
     if not log.hits:
         return {}
     return {"heads": log, **rewrite(graph, _downwards(graph, swaps))}
@@ -413,12 +413,20 @@ def _projected(op: Builder, part: _Columns) -> Value:
     return op.linear(_swapped(op, node.input) if part.time_first else node.input, weight, bias)
 
 
-def _swapped(op: Builder, value: Value) -> Value:
-    """A 3-D value with its first two axes swapped, once for all who read it at a node."""
+def _swapped(op: Builder, value: Value, at: Node | None = None) -> Value:
+    """A 3-D value with its first two axes swapped, once for all who read it at a node; behind a norm, before it.
+
+    at: where to emit it, in place of the builder's node.
+    """
     node = value.producer
     if node is not None and _is_swap(node):
         return node.input
-    return op.once(("swapped", value), lambda: op.transpose(value, perm=_SWAP))
+    if node is not None and node.kind in ("layer_norm", "rms_norm") and value.only_user is not None:
+        x, *given = node.operands
+        assert x is not None
+        return op.once(("swapped", value), lambda: op.graph.emit(node, _swapped(op, x, node), *given, at=node))
+    place = op.at if at is None else at
+    return op.once(("swapped", value), lambda: op.graph.emit("transpose", value, at=place, perm=_SWAP))
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

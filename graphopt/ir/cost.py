@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Mapping
+import operator
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -21,7 +24,8 @@ class Cost:
     """What one run computes, and what the file holds."""
 
     flops: int | None = None
-    """2 for each multiply-add of linears, convs, products, attention and recurrent layers; None where a shape is not known in numbers."""
+    """2 for each multiply-add of linears, convs, products, attention and recurrent layers; None where a shape is not
+    known in numbers."""
     parameters: int = 0
     """How many numbers are stored."""
     bytes: int = 0
@@ -97,8 +101,28 @@ def numbers_of(shape: Shape | None, sizes: Mapping[str, int]) -> list[int] | Non
 
 
 def _number(size: str, sizes: Mapping[str, int]) -> int | None:
-    """The number of a named axis, or of several that were flattened into one: batch*seq."""
+    """The number of a named axis, or of an expression of several: batch*seq, past_sequence + seq."""
     if size in sizes:
         return sizes[size]
-    factors = [int(factor) if factor.isdigit() else sizes.get(factor) for factor in size.split("*")]
-    return None if None in factors else math.prod(factor for factor in factors if factor is not None)
+    names = sorted(sizes, key=len, reverse=True)
+    known = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}(?![\w.])" for name in names) or "(?!)")
+    try:
+        return _evaluated(ast.parse(known.sub(lambda found: str(sizes[found[0]]), size), mode="eval").body)
+    except (SyntaxError, ZeroDivisionError):  # names need not be expressions
+        return None
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+}  # fmt: skip
+
+
+def _evaluated(expression: ast.expr) -> int | None:
+    """The number of sums, differences, products and whole quotients of numbers; None for anything else."""
+    match expression:
+        case ast.Constant(value=int() as number):
+            return number
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            first, second = _evaluated(left), _evaluated(right)
+            return None if first is None or second is None else _OPERATORS[type(op)](first, second)
+    return None

@@ -404,6 +404,11 @@ class Flow:
             yield number, feeds, dict(zip(fetch, self.graph.evaluate(feeds, fetch), strict=True))
 
 
+def shapes_text(feeds: Feeds) -> str:
+    """The names and shapes of feeds: x [1, 16], mask [1, 16]."""
+    return ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
+
+
 def digest(graph: Graph) -> str:
     """SHA-256 over what decides a graph's results: its listing, its weights, and which node reads which weight."""
     whole = hashlib.sha256(graph.text().encode())

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graphopt.errors import GraphError, SpellingError
@@ -167,9 +167,15 @@ class Choice:
     """Whether values inside the pattern may have other users, as in a rule."""
     group_by: Callable[[Match], Hashable | None] | None = None
     """Which matches are rewritten together, as in a rule: one form is taken for the whole group."""
+    lossy: frozenset[str] = frozenset()
+    """Forms that round what the others keep: left out unless a lossy pass was asked for."""
+
+    def exact(self) -> Choice:
+        """The choice among the forms that compute the same, but for the order of sums."""
+        return replace(self, forms={name: form for name, form in self.forms.items() if name not in self.lossy})
 
     def rule(self, form: Callable[[Match], str] | None = None) -> Rule:
-        """A rule that tries the form named by `form`, then all forms in order, and takes the first legal one.
+        """A rule that tries the form named by `form` (if it is offered), then all in order, and takes the first legal.
 
         A form is illegal that declines, or that the graph's opset cannot spell. If none is legal, the first decline is
         reported.
@@ -178,7 +184,7 @@ class Choice:
         def replace(op: Builder, match: Match) -> Replacement:
             order = [form(match), *self.forms] if form else self.forms
             declines: list[Decline] = []
-            for name in dict.fromkeys(order):
+            for name in dict.fromkeys(name for name in order if name in self.forms):
                 emit = self.forms[name]
                 try:
                     if emit is not None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from graphopt.errors import GraphError, UsageError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Feeds, Graph, Node
 from graphopt.ir.rewrite import Choice, Match, Rule, RuleLog, rewrite
 from graphopt.lowering.saturation import CPUS, cpu_saturates
 from graphopt.measure import timing
@@ -126,6 +126,10 @@ class Backend(ABC):
         `path` lies in an empty folder, whose files are moved to where the user wants them once this returns.
         """
 
+    def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Feeds], Sequence[Any]]]:
+        """Runs of the file that `export` would write, by how an engine optimizes it; none where it is what ran here."""
+        return {}
+
     # --- what some targets say -------------------------------------------------------------------------------------
 
     suffix: ClassVar[str] = ""
@@ -188,13 +192,19 @@ class Backend(ABC):
 
     # --- what the core calls ---------------------------------------------------------------------------------------
 
-    def lower(self, graph: Graph, chooser: Chooser | None = None) -> tuple[Graph, dict[str, RuleLog]]:
+    def lower(
+        self, graph: Graph, chooser: Chooser | None = None, *, lossless: bool = False
+    ) -> tuple[Graph, dict[str, RuleLog]]:
         """A clone in this engine's own operators, verified, and the log of each rule by its name.
 
-        chooser: picks the form of each choice; without it, each takes its first legal form.
+        chooser: picks the form of each choice; without it, each takes its first legal form. lossless: leave out forms
+        that round more than the graph says (`Choice.lossy`).
         """
         lowered = graph.clone()
-        logs = self._apply(lowered, self.rules(lowered), chooser)
+        stages = self.rules(lowered)
+        if lossless:
+            stages = [[one.exact() if isinstance(one, Choice) else one for one in stage] for stage in stages]
+        logs = self._apply(lowered, stages, chooser)
         lowered.verify()
         return lowered, logs
 

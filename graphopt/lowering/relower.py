@@ -185,5 +185,5 @@ def _shifted(integers: Tensor, zero: Tensor, new_zero: Tensor, like: Value) -> T
 
 def _run(folded: Graph, target: Backend, given: Mapping[Value, Tensor], result: Value) -> list[Tensor]:
     """One site by itself, lowered and compiled."""
-    lowered, _ = target.lower(folded.extract(list(given), [result]))
+    lowered, _ = target.lower(folded.extract(list(given), [result]), lossless=True)
     return target.compile(lowered)({value.name: tensor for value, tensor in given.items()})

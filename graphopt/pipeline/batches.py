@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.capture.arguments import is_structure, leaves_of
+from graphopt.capture.decode import named_leaves
 from graphopt.capture.labels import LABELS, is_label
 from graphopt.errors import UsageError, nearest, require_positive_integer, user_batches
 from graphopt.ir.graph import Shape, dtype_name
@@ -55,9 +57,10 @@ class Batches:
         CalibrationDataReader, or stacked arrays by input name (an .npz file), with samples along axis 0.
 
         A batch is a dict by input name (a BatchEncoding), a tuple or list in the order of the inputs, or a tensor;
-        torch, numpy or lists. One without a batch axis (the row of a dataset) gets it. Labels may stand beside the
-        inputs: in a dict under a name of labels (`labels.LABELS`, or else all that `labels.is_label` finds), in a
-        tuple or list after as many tensors as there are inputs, or after a dict of them.
+        torch, numpy or lists; a list, tuple or dict of tensors in their place holds several inputs. One without a
+        batch axis (the row of a dataset) gets it. Labels may stand beside the inputs: in a dict under a name of labels
+        (`labels.LABELS`, or else all that `labels.is_label` finds), in a tuple or list after as many tensors as there
+        are inputs, or after a dict of them.
         name: what messages call the batches, such as "training". steps: most batches to use.
         Raises UsageError, here or when a batch's turn comes, naming the batch and the input.
         """
@@ -119,12 +122,15 @@ class Batches:
     def _parted(self, raw: Any, where: str) -> tuple[Mapping[str, Any], Any]:
         """The inputs by name, and the labels."""
         if isinstance(raw, Mapping):
+            raw = self._with_leaves(raw)
             self._require_names(raw, where)
             return raw, self._named_labels(raw)
         given = raw if isinstance(raw, tuple | list) else (raw,)
         if given and isinstance(given[0], Mapping):
-            self._require_names(given[0], where)
-            return given[0], _unwrapped(given[1:]) if len(given) > 1 else self._named_labels(given[0])
+            named = self._with_leaves(given[0])
+            self._require_names(named, where)
+            return named, _unwrapped(given[1:]) if len(given) > 1 else self._named_labels(named)
+        given = [leaf for one in given for leaf in (leaves_of("", one).values() if is_structure(one) else (one,))]
         number = len(self.inputs)
         leading, rest = given[:number], given[number:]
         # Only an array is certain to be a tensor of its own: lists may be the rows of one.
@@ -137,6 +143,14 @@ class Batches:
             inputs = f"the first is input {names}" if number == 1 else f"the first {number} are inputs {names}"
             self.note = f"{self.name} batches hold {len(given)} tensors: {inputs}, the rest are labels"
         return {value.name: tensor for value, tensor in zip(self.inputs, leading, strict=True)}, _unwrapped(rest)
+
+    def _with_leaves(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch with the inputs that lie within its lists, dicts and caches."""
+        names = {value.name for value in self.inputs}
+        if names <= set(raw):
+            return raw
+        within = [named_leaves(str(key), value) for key, value in raw.items() if key not in names]
+        return {**raw, **{name: leaf for leaves in within for name, leaf in leaves.items() if name in names}}
 
     def _named_labels(self, raw: Mapping[str, Any]) -> Any:
         inputs = {value.name for value in self.inputs}

@@ -47,6 +47,8 @@ class Context:
     """Where the records of all passes go."""
     feeds: Sequence[Mapping[str, Tensor]] = ()
     """The example inputs, by input name, one mapping for each shape."""
+    made_up: bool = False
+    """Whether these were made from the input types, as the user gave none."""
     calibration: Calibration | None = None
     """The calibration batches, where the user gave any."""
     loss: Callable[..., Tensor] | None = None

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphopt.capture.arguments import is_structure
+from graphopt.capture.decode import is_cache
 from graphopt.capture.labels import is_label, optional_labels
 from graphopt.capture.sources import Declared, declared_inputs
 from graphopt.errors import UsageError, nearest, user_batches
@@ -39,9 +41,18 @@ def first_batch(model: Any, source: Any, *, name: str = "calibration") -> Any:
     given = raw[0] if isinstance(raw, tuple | list) and raw and isinstance(raw[0], Mapping) else raw
     by_name = isinstance(given, Mapping)
     names = _named(model, given, name) if by_name else _leading(model, given, name)
+    if not by_name and isinstance(given, tuple | list) and any(map(is_structure, given)):
+        return tuple(given[: len(names)])
+    whole = {one: given[one] for one in names if not _may_be_array(given[one])} if by_name else {}
+    names = [one for one in names if one not in whole]
     batch = _only(Batches([raw], [Declared(one, None, None) for one in names], name=name))
     feeds = _as_module_takes(model, batch)
-    return feeds if by_name else tuple(feeds.values())
+    return {**feeds, **whole} if by_name else tuple(feeds.values())
+
+
+def _may_be_array(value: Any) -> bool:
+    """Whether a value is no structure of several arrays, no cache and no flag, and so an array or a number of a row."""
+    return not (is_structure(value) or is_cache(value) or isinstance(value, bool | str))
 
 
 def _only(batches: Batches) -> Batch:

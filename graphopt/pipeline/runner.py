@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from graphopt.errors import PassError, UsageError
+from graphopt.errors import PassError, SpellingError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.pipeline import account
 from graphopt.pipeline.context import Context
@@ -175,6 +175,8 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
             instrument.after(pass_, graph, context)
     except UsageError:
         raise
+    except SpellingError as error:
+        raise UsageError(f"{pass_} needs a newer opset than the file has: {error}. Convert the file first") from error
     except Exception as error:
         reproducer: str | None = None
         for instrument in active:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -31,6 +32,14 @@ def agreement(output: str, reference: Tensor, candidate: Tensor) -> Agreement:
         metrics.cosine(reference, candidate),
         metrics.max_error(reference, candidate),
     )
+
+
+def worst_of_each(examples: Iterable[Iterable[Agreement]]) -> list[Agreement]:
+    """The worst of each output over several examples."""
+    by_output: dict[str, list[Agreement]] = {}
+    for one in chain.from_iterable(examples):
+        by_output.setdefault(one.output, []).append(one)
+    return [worst(several) for several in by_output.values()]
 
 
 def worst(agreements: Iterable[Agreement]) -> Agreement:

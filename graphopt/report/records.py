@@ -90,7 +90,9 @@ class Report:
     relowering: Relowering | None = None
     """Of a model that came in quantized: how far each re-lowered site is from what it was."""
     agreement: list[Agreement] = field(default_factory=list)
-    """The deployed result against the original, on the example inputs."""
+    """The deployed result against the original, on the example inputs: the worst of each output."""
+    agreement_by_shapes: dict[str, list[Agreement]] = field(default_factory=dict)
+    """The same by the shapes of the example inputs."""
     shipped: Shipped | None = None
     """Of a model that was trained: the metric of what was trained, and of what ships."""
     speed: list[dict[str, Any]] = field(default_factory=list)

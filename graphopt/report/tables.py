@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Report
 
 if TYPE_CHECKING:
+    from graphopt.analysis.branches import Branch
     from graphopt.analysis.groups import Group
     from graphopt.analysis.propagation import Propagation
     from graphopt.measure.timing import Ratio
@@ -49,7 +51,7 @@ def rest(report: Report) -> list[str]:
         "kernel": sum(report.kernels.values()),
     }
     named = [f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count]
-    warnings = [note for note in remarks(report) if note.startswith("warning:")]
+    warnings = [note for note in remarks(report) if is_warning(note)]
     return [*warnings, *([f"more in .report: {', '.join(named)}"] if named else [])]
 
 
@@ -124,6 +126,11 @@ def remarks(report: Report) -> list[str]:
     return [*report.notes, *(f"{record.name}: {note}" for record in report.passes for note in record.notes)]
 
 
+def is_warning(remark: str) -> bool:
+    """Whether one of `remarks` warns, of the whole run or of a pass."""
+    return re.match(r"([\w-]+: )?warning: ", remark) is not None
+
+
 def pass_rows(report: Report) -> Rows:
     """One row per pass; SQNR and cosine are those of the worst output."""
     header = "pass", "sites", "changed", "declined", "nodes", "FLOPs", "parameters", "size", "SQNR", "cosine", "seconds"
@@ -173,13 +180,22 @@ def _first_names(labels: Sequence[str]) -> str:
     return f"{named} and {len(labels) - SITES} more" if len(labels) > SITES else named
 
 
-def agreement_rows(agreements: Sequence[Agreement]) -> Rows:
-    """One row per output."""
-    rows: Rows = [("output", "SQNR", "cosine", "max error")]
+def agreement_rows(report: Report) -> Rows:
+    """One row per output; where the example inputs have several shapes, one for each of them."""
+    figures_only = "SQNR", "cosine", "max error"
+    if len(report.agreement_by_shapes) < 2:
+        return [("output", *figures_only), *((one.output, *_agreement(one)) for one in report.agreement)]
+    rows: Rows = [("output", "inputs", *figures_only)]
     return rows + [
-        (one.output, figures.decibels(one.sqnr), figures.cosine(one.cosine), f"{one.max_error:.3g}")
-        for one in agreements
-    ]
+        (one.output, shapes, *_agreement(one))
+        for output in report.agreement
+        for shapes, agreements in report.agreement_by_shapes.items()
+        for one in agreements if one.output == output.output
+    ]  # fmt: skip
+
+
+def _agreement(one: Agreement) -> tuple[str, str, str]:
+    return figures.decibels(one.sqnr), figures.cosine(one.cosine), f"{one.max_error:.3g}"
 
 
 def kernel_rows(report: Report) -> Rows:
@@ -384,6 +400,14 @@ def group_rows(groups: Sequence[Group]) -> Rows:
          Reason.of(group.locked) if group.locked else "")
         for group in groups
     ]  # fmt: skip
+
+
+def branch_rows(branches: Sequence[Branch]) -> Rows:
+    """One row for a residual branch: how many sites it has, and what locks it."""
+    rows: Rows = [("residual branch (layers)", "sites", "locked")]
+    return rows + [
+        (branch.name, str(len(branch.sites)), Reason.of(branch.locked) if branch.locked else "") for branch in branches
+    ]
 
 
 def diff_summary(diff: GraphDiff) -> str:

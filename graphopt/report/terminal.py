@@ -40,21 +40,22 @@ def report(report: Report) -> RenderableType:
     parts += [Text(f"{one.name}: {curve}") for one in report.passes for curve in curves(one.training)]
     parts += [sensitivity(one.sensitivity, ROWS) for one in report.passes if one.sensitivity is not None]
     if report.agreement:
-        parts.append(table(tables.agreement_rows(report.agreement), "outputs against the original"))
+        rows = tables.agreement_rows(report)
+        parts.append(table(rows, "outputs against the original", right=range(len(rows[0]) - 3, len(rows[0]))))
     if report.kernels:
         parts.append(table(tables.kernel_rows(report), "kernels that the engine built"))
     parts += [Text(line) for line in tables.choices(report)]
     if report.speed:
         parts.append(table(tables.speed_rows(report), "speed over the input"))
     if report.reverted:
-        rows: tables.Rows = [("site", "reverted because"), *report.reverted.items()]
+        rows = [("site", "reverted because"), *report.reverted.items()]
         parts.append(table(rows, "reverted", right=()))
     return Group(*parts)
 
 
 def summary(report: Report) -> RenderableType:
     """The headline, one row per pass, and what else the report holds."""
-    rest = [Text(line, style="yellow" if line.startswith("warning:") else "dim") for line in tables.rest(report)]
+    rest = [Text(line, style="yellow" if tables.is_warning(line) else "dim") for line in tables.rest(report)]
     return Group(Text(tables.headline(report) + "\n", style="bold"), passes(report), *rest)
 
 

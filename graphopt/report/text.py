@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -16,6 +16,7 @@ from graphopt.report.diff import GraphDiff
 from graphopt.report.records import PassRecord, Relowering, Report, Shipped
 
 if TYPE_CHECKING:
+    from graphopt.analysis.branches import Branch
     from graphopt.analysis.groups import Group
     from graphopt.report.records import BenchResult, Comparison, Sensitivity
 
@@ -27,7 +28,7 @@ ROWS = 10
 
 def report(report: Report) -> str:
     """What was done to a model, why the rest was not, and what that did to cost and outputs."""
-    outputs = [table(tables.agreement_rows(report.agreement), indent="  ")] if report.agreement else []
+    outputs = [table(tables.agreement_rows(report), indent="  ", left=("output", "inputs"))] if report.agreement else []
     kernels = [_wrapped(figures.counts(report.kernels), "  ")] if report.kernels else []
     sections = [
         f"{tables.headline(report)}\n\n{_heading(report)}",
@@ -108,11 +109,12 @@ def relowering(found: Relowering) -> str:
             f"{distance:.3g} steps ({site}); {found.differs:.3%} of the integers differ{left_out}")  # fmt: skip
 
 
-def groups(groups: Sequence[Group]) -> str:
-    """One row for what shrinks together."""
+def groups(groups: Sequence[Group], branches: Sequence[Branch]) -> str:
+    """One row for what shrinks together, and one for each residual branch."""
     if not groups:
         return "no group of axes shrinks together: there is no linear, conv or embedding"
-    return table(tables.group_rows(groups))
+    parts = [tables.group_rows(groups), *([tables.branch_rows(branches)] if branches else [])]
+    return "\n\n".join(map(table, parts))
 
 
 def passes(report: Report) -> str:
@@ -120,31 +122,37 @@ def passes(report: Report) -> str:
     return table(tables.pass_rows(report), optional=tables.OPTIONAL)
 
 
-def table(rows: tables.Rows, *, optional: Sequence[str] = (), indent: str = "") -> str:
-    """Columns as wide as needed, the first to the left and the others to the right; a rule under the header.
+def table(
+    rows: tables.Rows, *, optional: Sequence[str] = (), left: Sequence[str] = (), indent: str = ""
+) -> str:
+    """Columns as wide as needed, the first and those of `left` to the left, the others to the right; a rule under the
+    header.
 
     On a terminal it is as wide as that at most, and splits no word (`fitting`). optional: the columns that may be left
     out for it, by name, the first to go first.
     """
     width = _columns()
     room = sys.maxsize if width is None else width - len(indent)
-    found = fitting.fitted(rows, room, right=range(1, len(rows[0])), optional=optional)
+    right = {index for index, name in enumerate(rows[0]) if index > 0 and name not in left}
+    found = fitting.fitted(rows, room, right=right, optional=optional)
     if found is None:
         lines = fitting.listed(rows, room)
     else:
-        lines = _drawn(rows, found)
+        lines = _drawn(rows, found, right)
         lines += fitting.wrapped(tables.left_out(found.left_out), room) if found.left_out else []
     return textwrap.indent("\n".join(lines), indent)
 
 
-def _drawn(rows: tables.Rows, found: fitting.Fitted) -> list[str]:
+def _drawn(rows: tables.Rows, found: fitting.Fitted, right: Collection[int]) -> list[str]:
     lines: list[str] = []
     for row in rows:
         cells = [fitting.wrapped(row[index], width) for index, width in zip(found.columns, found.widths, strict=True)]
         for part in range(max(map(len, cells))):
             texts = [cell[part] if part < len(cell) else "" for cell in cells]
-            first, *others = zip(texts, found.widths, strict=True)
-            padded = [first[0] + _blanks(*first), *(_blanks(*one) + one[0] for one in others)]
+            padded = [
+                _blanks(text, width) + text if index in right else text + _blanks(text, width)
+                for index, text, width in zip(found.columns, texts, found.widths, strict=True)
+            ]
             lines.append((" " * fitting.GAP).join(padded).rstrip())
         if row is rows[0]:
             lines.append("-" * max(map(cell_len, lines)))

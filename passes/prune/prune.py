@@ -1,7 +1,11 @@
-"""f(x, W1, b1), g(·, W2)  ->  f(x, W1[K], b1[K]), g(·, W2'[:, K]): only the units K stay, and shapes shrink."""
+"""f(x, W1, b1), g(·, W2)  ->  f(x, W1[K], b1[K]), g(·, W2'[:, K]): only the units K stay, and shapes shrink.
+
+x + f(x)  ->  x: whole residual branches go.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Literal, get_args
@@ -12,7 +16,7 @@ from graphopt.ir.cost import sizes
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph
 from graphopt.numerics.sparsity import cubic
-from graphopt.passes.prune import sizing
+from graphopt.passes.prune import depth, sizing
 from graphopt.passes.prune.budget import Candidate, Sizes
 from graphopt.passes.prune.costs import CostModel, cut
 from graphopt.passes.prune.importance import weigh
@@ -27,15 +31,18 @@ from graphopt.pipeline.zeros import MarkedUnits
 Kind = Literal["neurons", "heads", "channels", "pooler", "width"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OF_AMOUNT = tuple(kind for kind in KINDS if kind not in ("pooler", "width"))
-"""The kinds that `amount` cuts: what is inside a layer that sees all positions."""
+"""The kinds of units that `amount` cuts: what is inside a layer that sees all positions."""
 BUDGETS = ("flops", "params", "latency")
+UNIT_OPTIONS = ("criterion", "scope", "compensate", "round_to")
+"""What says nothing of layers."""
 Share = Annotated[float, Range(0, 1, open_high=True)]
 Budget = Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None
 
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """Remove whole neurons, heads, channels, or positions of the width: those that matter least (Li et al., 2017).
+    """Remove whole neurons, heads, channels, positions of the width, or layers: those that matter least (Li et al.,
+    2017).
 
     A group holds the units of all axes that shrink together (`graphopt.analysis.groups`), and is called by its first
     producer. Give one amount for all kinds of inner units, the share of units to remove for each kind, or one budget
@@ -43,12 +50,17 @@ class Prune(Pass):
     this is an error: one recipe fits many models. With criterion=movement nothing is removed yet: the `distill` or
     `finetune` behind it learns which units go, those that training moves towards 0 (Sanh et al., 2020), and cuts them.
     Declined: groups that cannot shrink (of the model's outputs, say), and those that keep all their units.
+
+    Layers are residual branches (`graphopt.analysis.branches`): attention and feed-forward sublayers, the convs beside
+    an identity shortcut. They go before all else, one after the other: each time the one without which the outputs on
+    8 calibration batches (without any, the example inputs) move least. Declined: those that stay, those that other
+    nodes read, and those whose sum has another shape.
     """
 
     name = "prune"
     stage = Stage.PRUNE
     changes_weights = True
-    whole_model_options = MappingProxyType(dict.fromkeys(BUDGETS, "neurons=0.5"))
+    whole_model_options = MappingProxyType(dict.fromkeys((*BUDGETS, "layers"), "neurons=0.5"))
 
     amount: Share = 0.0
     """Share of the neurons, of the heads and of the channels to remove, at least 0 and below 1; never of the pooler or
@@ -70,6 +82,9 @@ class Prune(Pass):
     width: Share = 0.0
     """Share of the width of a transformer's residual stream to remove; consumers after norms are not compensated."""
 
+    layers: Share = 0.0
+    """Share of the residual branches to remove, whole; one stays at least."""
+
     flops: Budget = None
     """Share of the model's FLOPs to keep, in (0, 1); in place of the shares by kind."""
 
@@ -79,9 +94,10 @@ class Prune(Pass):
     latency: Budget = None
     """Share of the model's time to keep, measured on the target at the example shapes."""
 
-    kinds: tuple[Kind, ...] = ("neurons", "channels")
-    """Kinds that a budget cuts. Heads cost more quality: at 0.55 of the FLOPs, all-MiniLM-L6-v2 in int8 loses 0.4 in
-    Spearman on STS-B dev where neurons alone are removed, and 1.4 where heads are removed in the same share."""
+    kinds: tuple[Kind | Literal["layers"], ...] = ("neurons", "channels")
+    """Kinds that a budget cuts; layers stand alone. Heads cost more quality: at 0.55 of the FLOPs, all-MiniLM-L6-v2 in
+    int8 loses 0.4 in Spearman on STS-B dev where neurons alone are removed, and 1.4 where heads are removed in the same
+    share."""
 
     criterion: Literal["auto", "l1", "l2", "activation", "taylor", "movement", "random"] = "auto"
     """How units are ranked: l1, l2, activation, taylor, movement (by the training behind it), random; auto is
@@ -116,17 +132,25 @@ class Prune(Pass):
         return self.criterion == "taylor"
 
     def contradiction(self) -> str | None:
-        shares = [kind for kind in KINDS if getattr(self, kind)]
+        shares = [kind for kind in (*KINDS, "layers") if getattr(self, kind)]
         budgets = [name for name in BUDGETS if getattr(self, name) is not None]
         amount = ["amount"] if self.amount else []
         if len(amount) + bool(shares) + len(budgets) != 1:
             given = f", and not {' and '.join(amount + shares + budgets)}" if amount or shares or budgets else ""
-            kinds, of_model = ", ".join(KINDS), ", ".join(BUDGETS)
+            kinds, of_model = ", ".join((*KINDS, "layers")), ", ".join(BUDGETS)
             return f"give amount, shares by kind ({kinds}), or one budget ({of_model}){given}"
         if not self.kinds:
             return f"kinds is empty; give some of {', '.join(KINDS)}"
         if self.kinds != Prune.kinds and not budgets:
             return "kinds are those that a budget cuts; give a share for each instead"
+        if len(self.kinds) > 1 and "layers" in self.kinds:
+            return "a budget cuts layers or units; give each a prune of its own"
+        if "layers" in (shares or self.kinds):
+            if self.marks:
+                return "movement learns which units go, and layers go whole: give them a prune of their own"
+            ranked = [option for option in UNIT_OPTIONS if getattr(self, option) != getattr(Prune, option)]
+            if ranked and len(shares or self.kinds) == 1:
+                return f"{ranked[0]} is for units, and layers go whole, by their damage"
         if self.seed != Prune.seed and self.criterion != "random":
             return f"seed is for criterion=random, and criterion is {self.criterion}"
         if self.schedule != "none" and budgets:
@@ -142,14 +166,41 @@ class Prune(Pass):
         return self.criterion == "movement"
 
     def run(self, graph: Graph, context: Context) -> None:
+        units = self._units
         compensates = context.calibration is not None if self.compensate is None else self.compensate
         compensates = compensates and not self.marks
-        if compensates and context.batches().once and self.criterion in ("auto", "activation", "taylor"):
-            raise UsageError(
-                "prune reads the calibration batches twice, to weigh units and to compensate, and a generator gives "
-                "them once; pass a list or a DataLoader, or use compensate=false or criterion=l2"
-            )
-        scores = weigh(graph, context, self._groups(graph, context), self.criterion, self.seed)
+        if context.calibration is not None and units and context.batches().once:
+            reads = self.layers > 0, self.criterion in ("auto", "activation", "taylor"), compensates
+            if sum(reads) > 1:
+                raise UsageError(
+                    "prune reads the calibration batches twice, to weigh what goes and to compensate, and a generator "
+                    "gives them once; pass a list or a DataLoader, or use compensate=false or criterion=l2"
+                )
+        removed = self._remove_layers(graph, context, required=not units)
+        if units:
+            self._cut_units(graph, context, units, compensates, required=not removed)
+
+    @property
+    def _units(self) -> Sequence[str]:
+        """The kinds of units that are cut."""
+        if self.layers or self._shares:
+            return list(self._shares)
+        return [kind for kind in self.kinds if kind != "layers"]
+
+    def _remove_layers(self, graph: Graph, context: Context, *, required: bool) -> bool:
+        """Whether there are branches that may go; where they are required and there are none, this is an error."""
+        chosen = depth.Choice(self.targets, self.ignore, named=self.targets != Prune.targets, required=required)
+        if self.layers:
+            return depth.remove_share(graph, context, self._share(self.layers, context), chosen)
+        if "layers" in self.kinds:
+            of = next(name for name in BUDGETS if getattr(self, name) is not None)
+            return depth.remove_within(graph, context, of, getattr(self, of), chosen)
+        return False
+
+    def _cut_units(
+        self, graph: Graph, context: Context, kinds: Sequence[str], compensates: bool, *, required: bool
+    ) -> None:
+        scores = weigh(graph, context, self._groups(graph, context, kinds, required), self.criterion, self.seed)
         candidates = [Candidate(group, score, self._multiple(group, context)) for group, score in scores.items()]
         chosen = self._sizes(graph, context, candidates)
         smaller = {candidate: size for candidate, size in chosen.items() if size < candidate.group.size}
@@ -173,13 +224,13 @@ class Prune(Pass):
             return dict.fromkeys(OF_AMOUNT, self.amount)
         return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind)}
 
-    def _groups(self, graph: Graph, context: Context) -> list[Group]:
+    def _groups(self, graph: Graph, context: Context, kinds: Sequence[str], required: bool) -> list[Group]:
         """The groups that may be cut. A note names each kind that has a share and no such group."""
-        kinds = tuple(self._shares) or self.kinds
-        found = open_groups(graph, context, kinds, self.targets, self.ignore, named=self.targets != Prune.targets)
+        named = self.targets != Prune.targets
+        found = open_groups(graph, context, kinds, self.targets, self.ignore, named=named, required=required)
         for kind in self._shares:
             if not any(group.kind == kind for group in found):
-                context.note(f"{kind}: the model has none that can shrink")
+                context.note(f"{kind}: no group that may be cut")
         return found
 
     def _multiple(self, group: Group, context: Context) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from graphopt.analysis.branches import Branch
 from graphopt.analysis.groups import Group, groups
 from graphopt.errors import UsageError, nearest
 from graphopt.ir.decline import Decline
@@ -24,12 +25,14 @@ def open_groups(
     ignore: Selector,
     *,
     named: bool = False,
+    required: bool = True,
 ) -> list[Group]:
     """The groups of these kinds that are selected and that nothing locks, in the order of the graph.
 
     Those that are selected are counted as eligible, by name, and those that are locked are declined. A term that is the
     name of a group, and no op, selects that group only; any other selects those with such a producer or consumer.
-    named: whether the user wrote `targets`.
+    named: whether the user wrote `targets`. required: False where it is no error that the graph has none, or none that
+    can shrink.
     Producers come first: a module selects by what it consumes only where it produces no group.
     Raises UsageError where the graph has no group of these kinds, where a term that the user wrote selects none, or
     none but locked ones, and where nothing that is selected can shrink. A site that is named and has none is declined
@@ -40,10 +43,12 @@ def open_groups(
     found = [group for group in everything if group.kind in kinds]
     counts = Counter(group.kind for group in everything)
     if not found:
+        if not required:
+            return []
         there = ", ".join(f"{count} of {kind}" for kind, count in counts.items()) or "none"
         raise UsageError(
             f"{name}: the model has no group of {' or '.join(kinds)}; its groups: {there}"
-            + _locks([group for group in everything if group.locked]) + already_quantized(graph)
+            + locks([group for group in everything if group.locked]) + already_quantized(graph)
         )  # fmt: skip
     names = {group.name for group in everything} - OPS.keys()
 
@@ -78,14 +83,14 @@ def open_groups(
         if group.locked:
             context.record.decline(group.name, group.locked)
     left = [group for group in chosen if not (group.locked or context.reverts(group.name))]
-    if not left:
-        why = _locks(chosen) if chosen else "; targets and ignore leave none of them"
+    if required and not left:
+        why = locks(chosen) if chosen else "; targets and ignore leave none of them"
         all_ = "graphopt inspect MODEL --groups lists them"
         raise UsageError(f"{name}: no group of {' or '.join(kinds)} can shrink{why} ({all_})")
     return left
 
 
-def _locks(locked: Sequence[Group]) -> str:
+def locks(locked: Sequence[Group | Branch]) -> str:
     """The first locks, after a semicolon; nothing where there are none."""
     told = [f"{group.name} ({group.kind}): {Reason.of(group.locked)}" for group in locked[:3] if group.locked]
     more = f" and {len(locked) - 3} more" if len(locked) > 3 else ""

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from graphopt.errors import UsageError
-from graphopt.ir.graph import Graph, Value
+from graphopt.ir.graph import Graph, Value, shapes_text
 from graphopt.ir.qdq.regions import label_of
 from graphopt.numerics import quantize
-from graphopt.numerics.observe import OUTLIER, ChannelMinMax, Observer, oddity
+from graphopt.numerics.observe import OUTLIER, ChannelMinMax, MinMax, Observer, oddity
 from graphopt.passes.quantize.plan import QuantizationPlan
+from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.inputs import unexercised
 
 _SOFTMAX = 1 / 256, 0
 """Scale and zero point of a softmax in integers: its results are between 0 and 1, and need no calibration."""
 
+
+NAMED = 3
+"""Most activations that are named of those that an example takes out of their ranges."""
+
+OUTSIDE = 1.05
+"""How many times the calibrated range an example's must span to be told: other data is seldom wholly inside."""
 
 Activation = tuple[Value, int]
 """A value that is quantized, and to how many bits."""
@@ -42,9 +50,9 @@ def calibrate(
     """The parameters of each value that is quantized with a calibrated range.
 
     observer: makes what chooses a range, for a number of `steps`. Parameters are added to the constants of the graph;
-    no node changes. Ranges of a single number, and outliers among channels, are noted. Raises UsageError without
-    calibration, and where calibration never exercised a value; ValueError, naming the node, where a range is not
-    finite.
+    no node changes. Ranges of a single number, outliers among channels, and example inputs that leave the ranges are
+    noted. Raises UsageError without calibration, and where calibration never exercised a value; ValueError, naming the
+    node, where a range is not finite.
     """
     found: dict[Activation, Parameters] = {}
     for (value, bits), seen in _observe(graph, context, plan, observer).items():
@@ -99,6 +107,7 @@ def _observe(
     if strange:
         context.note(f"degenerate ranges (calibration saw only these values): {', '.join(strange)}")
     _note_outliers(context, by_channel)
+    _note_outside(graph, context, {value: one.extremes for (value, _), one in found.items()})
     return found
 
 
@@ -115,3 +124,27 @@ def _note_outliers(context: Context, by_channel: Mapping[Value, ChannelMinMax]) 
             f"outlier channels (max_abs over {OUTLIER:.0f} times the median channel's; the other channels lose "
             f"precision): {', '.join(parts)}"
         )
+
+
+def _note_outside(graph: Graph, context: Context, seen: Mapping[Value, tuple[float, float]]) -> None:
+    """Name the example inputs whose activations leave what calibration saw, by value (smallest, largest): the integers
+    cannot hold them."""
+    for feeds in () if context.made_up else context.feeds:
+        ranges = Calibration([feeds], graph.inputs).observe(graph, [(value, MinMax()) for value in seen])
+        spans = {value: span for (value, (low, high)), one in zip(seen.items(), ranges, strict=True)
+                 if one.count and (span := _times_the_range(low, high, *one.extremes)) > OUTSIDE}  # fmt: skip
+        if not spans:
+            continue
+        furthest = sorted(spans, key=lambda value: -spans[value])
+        named = ", ".join(f"{label_of(value)} ({spans[value]:.3g} times the range)" for value in furthest[:NAMED])
+        others = f" and {len(spans) - NAMED} more" if len(spans) > NAMED else ""
+        context.note(
+            f"warning: the example input {shapes_text(feeds)} leaves the calibrated ranges of {len(spans)} of "
+            f"{len(seen)} activations: {named}{others}; calibrate on inputs like it, or use scheme=dynamic"
+        )
+
+
+def _times_the_range(low: float, high: float, least: float, most: float) -> float:
+    """How many times the range (low, high) spans together with (least, most)."""
+    both = max(high, most) - min(low, least)
+    return both / (high - low) if high > low else 1.0 if both == 0 else math.inf

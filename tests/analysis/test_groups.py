@@ -217,7 +217,7 @@ def test_one_amount_fits_every_architecture(name: str, dialect: str) -> None:
     for site in graph.sites("linear", "conv"):
         if site.weight is not None:
             assert site.weight.shape[0] == rows[site.path] * left.get(site.path, 1)
-    absent = {note.split(":")[0] for note in notes if note.endswith("none that can shrink")}
+    absent = {note.split(":")[0] for note in notes if note.endswith(": no group that may be cut")}
     assert absent == set(OF_AMOUNT) - {group.kind for group in named}
 
 

@@ -324,7 +324,7 @@ def zeroed_graph(graph: Graph, group: Group, keep: Tensor) -> None:
         graph.replace(consumer, *graph.emit_all(consumer.kind, *operands, at=consumer, **consumer.attributes))
 
 
-READ = {"conv_transpose": {1: 0}, **dict.fromkeys(("lstm", "gru", "rnn"), {1: 2, 2: 2})}
+READ = {"conv_transpose": {1: 0}, **{op: {1: 2, 2: 2} for op in ("lstm", "gru", "rnn")}}
 """By op, the operands that are weights, and the axis of each that reads the inputs."""
 
 
@@ -351,6 +351,12 @@ def test_units_of_groups_are_the_finer_ones(name: str, units: list[int], dialect
     """Whole groups, or the same channel of each group; a shuffle takes a channel of each part."""
     found = [group for group in groups(build(dialect, OPS[name])) if group.kind == "channels"]
     assert [group.size for group in found if group.locked is None][: len(units)] == units
+
+
+def test_units_of_a_state_that_is_an_input_stay(dialect: str) -> None:
+    text = "h, a, b = lstm(x[5,2,3], A[1,24,3], B[1,24,6], D[1,48], -, s[1,2,6], t[1,2,6])\ny = squeeze(h, axes=[1])"
+    (group,) = groups(build(dialect, text + "\nz = linear(y, C[5,6])\nreturn z"))[:1]
+    assert group.locked is not None and group.locked.code == "axis_of_input"
 
 
 # --- files, held to ONNX Runtime -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import typer
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
 import graphopt
 from graphopt.cli import app as cli
+from tests import models
 
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {
@@ -55,11 +58,12 @@ def done(*arguments: object) -> str:
 
 
 def refused(code: int, *arguments: object) -> str:
-    """The one line of an error."""
+    """The one line of an error, which is the last; those above it are of stages that were done."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (code, "")
-    line, end = result.stderr.split("\n", 1)
-    assert end == "" and line.startswith("graphopt: ")
+    *stages, line = result.stderr.splitlines()
+    assert result.stderr.endswith("\n") and line.startswith("graphopt: ")
+    assert all(re.fullmatch(r"[\w -]+: (.+, )?\d+\.\d s", stage) for stage in stages)
     return line.removeprefix("graphopt: ")
 
 
@@ -252,6 +256,15 @@ def test_inspect_lists_what_prune_may_cut(tmp_path: Path) -> None:
     assert all(group["name"] in shown and group["kind"] in shown for group in found)
 
 
+def test_inspect_lists_residual_branches(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    model = models.exported(models.seeded(models.Encoder), {"ids": models.tokens(), "mask": models.padding()}, 18, True)
+    onnx.save(model, path)
+    shown = done("inspect", path, "--groups")
+    layers = [one for one in json.loads(done("inspect", path, "--groups", "--json")) if one["kind"] == "layers"]
+    assert len(layers) == 4 and all(one["name"] in shown and one["locked"] is None for one in layers)
+
+
 def test_inspect_as_json(tmp_path: Path) -> None:
     facts = json.loads(done("inspect", write_model(tmp_path / "a.onnx", activation="Softplus"), "--json", "--full"))
     assert facts["inputs"] == {"x": "[batch, 16] float32"}
@@ -376,6 +389,29 @@ def test_help_is_whole_at_80_columns(command: str, monkeypatch: pytest.MonkeyPat
     shown = done(*filter(None, [command]), "--help")
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown and "<bool>" not in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_every_option_is_tried() -> None:
+    commands = typer.main.get_command(cli.app).commands.values()  # type: ignore[attr-defined]
+    options = {tuple(param.opts) for command in commands for param in command.params if param.opts[0].startswith("-")}
+    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.parent.rglob("test_*.py"))
+    assert not [names for names in options if not any(f'"{name}"' in tests for name in names)]
+
+
+def test_a_file_for_any_engine(model: Path, tmp_path: Path) -> None:
+    for options, opset in ((["--portable"], 23), (["--portable", "--opset", "17"], 17)):
+        done("optimize", model, "-o", tmp_path / "a.onnx", "--passes", "fast", *options)
+        written = onnx.load(tmp_path / "a.onnx")
+        assert {one.domain: one.version for one in written.opset_import} == {"": opset}
+        assert "DynamicQuantizeLinear" in {node.op_type for node in written.graph.node}
+
+
+def test_calibration_steps_and_what_is_said_of_them(model: Path, calibration: Path) -> None:
+    arguments = "optimize", model, "--dry-run", "--passes", "fast", "--calibration", f"{calibration}{{batch=4}}"
+    said = [run(*arguments, "--verbose", *more).stderr for more in ([], ["--calibration-steps", "1"])]
+    assert all("quantize" in lines for lines in said)
+    few, many = (json.loads(done(*arguments, "--json", *more)) for more in (["--calibration-steps", "1"], []))
+    assert few["passes"] and many["passes"]
 
 
 def test_the_version() -> None:

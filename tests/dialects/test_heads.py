@@ -238,6 +238,7 @@ PACKED = """
     r = reshape(p, R[5]:values(2,5,3,2,4):int64)
     t = transpose(r, perm=[2,0,3,1,4])
 """
+PACKED_BEHIND = PACKED.replace("(2,5,3,2,4)", "(2,5,2,4,3)").replace("[2,0,3,1,4]", "[4,0,2,1,3]")
 TAKEN = "".join(
     f"{name} = squeeze(slice(t, axis=0, start={i}, end={i + 1}), axes=[0])\n" for i, name in enumerate("qkv")
 )
@@ -256,8 +257,7 @@ STAY = {
     "read before the heads are joined": PACKED + TAKEN + JOINED + "return y, a",
     "heads inside a head": SPLIT.replace("(2,5,2,4)", "(2,5,4,2)").replace("[0,2,1,3]", "[0,3,1,2]") + JOINED,
     "length and heads as one": SPLIT + JOINED.replace("(2,5,8)", "(2,10,4)").replace("V[3,8]", "V[3,4]"),
-    "packed behind the heads": (PACKED + TAKEN).replace("(2,5,3,2,4)", "(2,5,2,4,3)").replace("[2,0,3,1,4]", "[4,0,2,1,3]")
-    + JOINED,
+    "packed behind the heads": PACKED_BEHIND + TAKEN + JOINED,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -107,7 +108,7 @@ def test_projections_stay_an_operation_of_torch(dialect: str) -> None:
     module = classifier("lstm", num_layers=1, bidirectional=False, proj_size=3)
     module.head = nn.Linear(3, 3)
     if dialect == "onnx":
-        with pytest.raises(GraphError, match=r"projections.*use a target of PyTorch"):
+        with pytest.raises(CaptureError, match=r"projections.*use a target of PyTorch"):
             capture(module, dialect, example_inputs=ids(2, 5))
     else:
         graph = capture(module, dialect, example_inputs=ids(2, 5)).graph
@@ -214,3 +215,11 @@ def test_gradients_are_those_of_the_module(kind: str) -> None:
     assert found == {f"layer.{name}" for name, _ in module.layer.named_parameters()}
     total = sum(float(p.grad.square().sum()) for p in small.parameters() if p.grad is not None)
     assert total == pytest.approx(sum(float(p.grad.square().sum()) for p in module.parameters()), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_package_of_any_length_is_refused(kind: str, tmp_path: Path) -> None:
+    """It would compute something else at other lengths than the example's."""
+    graph = capture(classifier(kind), "fx", example_inputs=ids(2, 5)).graph
+    with pytest.raises(GraphError, match=f"is {kind} over the dynamic axis 'seq'"):
+        graph.package(tmp_path / "small.pt2", {"ids": ids(2, 5)}, {})

@@ -180,7 +180,7 @@ def test_an_unsteady_machine_takes_the_static_order_says_so_and_keeps_it_for_an_
     made, chooser = lowered(tmp_path, rectifier())
     assert kinds(made) == ["onnx.Max"] * 3
     (note,) = chooser.notes
-    assert note == "measuring failed: the machine is busy; the static order stands for rectifier (1)"
+    assert note == "measuring failed: the machine is busy; the static order stands for rectifier (2)"
     again, chooser = lowered(tmp_path, rectifier())
     assert again.text() == made.text() and chooser.notes == [note] and len(judge.asked) == 2
     later = time.time() + UNSURE + 1

@@ -20,7 +20,7 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.presets import PRESETS, RESERVED
 from graphopt.pipeline.text import parse
 
-OPTIONS = sorted({field.name for name in REGISTRY for field in fields(REGISTRY[name])})  # type: ignore[arg-type]
+OPTIONS = sorted({field.name for name in REGISTRY for field in fields(REGISTRY[name])})
 NAMES = [*REGISTRY, *RESERVED, *TARGETS]
 
 
@@ -93,7 +93,7 @@ def test_aliases_mean_what_is_there() -> None:
             assert near(alias, names, table) == text
     for text in aliases.PASSES.values():
         assert text == "prune" or parse(text, REGISTRY).passes  # prune needs a share
-    choices = {word for name in REGISTRY for field in fields(REGISTRY[name])  # type: ignore[arg-type]
+    choices = {word for name in REGISTRY for field in fields(REGISTRY[name])
                for word in allowed(REGISTRY[name], field.name).replace(" or ", ", ").split(", ")}  # fmt: skip
     assert set(aliases.VALUES.values()) <= choices
     known = {plain_name(name) for name in NAMES}

@@ -53,6 +53,7 @@ def reports(draw: st.DrawFn) -> Report:
         target=draw(names), source=draw(names), pipeline=",".join(draw(st.lists(words, max_size=5))),
         passes=draw(st.lists(records(), max_size=3)), cost_before=draw(costs), cost_after=draw(costs),
         kernels=draw(st.dictionaries(names, numbers, max_size=3)), agreement=draw(st.lists(agreements, max_size=3)),
+        agreement_by_shapes=draw(st.dictionaries(sentences, st.lists(agreements, max_size=2), max_size=3)),
         speed=draw(st.lists(speeds, max_size=3)),
         reverted=draw(st.dictionaries(names, sentences.map(lambda one: Reason.of(Decline("told", sentence=one))))),
     )  # fmt: skip
@@ -80,7 +81,7 @@ def test_a_report_splits_no_word_at_any_width(report: Report, width: int) -> Non
     left_out = narrow.removeprefix("too narrow for: ").split(", ")
     header, *rows = tables.pass_rows(report)
     cells = [cell for row in [header, *rows] for name, cell in zip(header, row, strict=True) if name not in left_out]
-    others = tables.agreement_rows(report.agreement), tables.kernel_rows(report), tables.speed_rows(report)
+    others = tables.agreement_rows(report), tables.kernel_rows(report), tables.speed_rows(report)
     cells += [cell for table in others for row in table[1:] for cell in row]
     cells += [cell for pair in report.reverted.items() for cell in pair]
     cells += [cell for one in report.passes for row in tables.declined(one.declined) for cell in (row[0], row[2])]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from graphopt.analysis.branches import branches
 from graphopt.analysis.groups import groups
 from graphopt.ir.graph import Graph, Value
 from graphopt.numerics.metrics import within_tolerance
@@ -63,3 +64,14 @@ def test_recorded_activations_decide_the_same_and_solve_the_same(name: str) -> N
     example = captured(name, "fx")
     pair = twins(name, Prune(**KINDS[name]), calibration=Recorded(example.graph, example.feeds[0]))  # type: ignore[arg-type]
     assert_twins(pair)
+
+
+@pytest.mark.parametrize(("name", "share"), [("bert", 0.5), ("gpt2", 0.5), ("decoder", 0.5)])
+def test_the_same_layers_go(name: str, share: float) -> None:
+    assert_twins(twins(name, Prune(layers=share), calibration=[captured(name, "fx").feeds[0]]))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_branches_have_the_same_names(name: str) -> None:
+    fx, onnx = ([branch.name for branch in branches(captured(name, dialect).graph)] for dialect in ("fx", "onnx"))
+    assert fx == onnx and fx

@@ -57,6 +57,12 @@ class FxAdapter:
     def refine(self, graph: Graph) -> None:
         """Nothing: fake tensors have all shapes."""
 
+    def optional(self, graph: Graph) -> tuple[str, ...]:
+        return ()
+
+    def rounds(self, model: Any) -> bool:
+        return False
+
     def notes(self, model: Any, graph: Graph) -> list[str]:
         return []
 

@@ -23,7 +23,7 @@ NAMES = (
 )  # fmt: skip
 _OPEN = ("max_pool", "average_pool", "row_scale", "quantize", "dequantize")
 """Operators that compilers decompose into the calls of their reference, to differentiate and to fuse them."""
-_RECURRENT = ("lstm", "gru", "rnn")
+RECURRENT = ("lstm", "gru", "rnn")
 """Operators over a length that a trace leaves open: a decomposed one is a loop over it, which fixes it."""
 
 
@@ -47,8 +47,8 @@ def _register(name: str, op: Op, *, decomposes: bool) -> None:
         torch.library.impl(name, "CompositeImplicitAutograd", op.reference)
     else:
         torch.library.impl(name, "CompositeExplicitAutograd", op.reference)
-        torch.library.register_fake(name, _recurrent_shapes(op) if op.name in _RECURRENT else op.reference)
-    if op.name in _RECURRENT:
+        torch.library.register_fake(name, _recurrent_shapes(op) if op.name in RECURRENT else op.reference)
+    if op.name in RECURRENT:
         torch.library.register_autograd(name, _gradients(op), setup_context=_keep_inputs)
 
 

@@ -38,8 +38,11 @@ def compile_package(graph: Any, path: Path, feeds: Mapping[str, Tensor], metadat
     the model returned, with a dict for any mapping, and without entries that are numbers or None. Returns how many
     kernels of each name inductor made.
     Raises LoweringError without a C++ compiler, and, naming the sites, where a quantized linear or conv did not become
-    an int8 kernel; GraphError where torch cannot compile an operation.
+    an int8 kernel; GraphError where torch cannot compile an operation, or would fix the length of a recurrent layer.
     """
+    if path.suffix != ".pt2":
+        raise GraphError(f"a package ends in .pt2, for torch reads no other: name it {path.with_suffix('.pt2').name}")
+    require_one_length(graph)
     require_compiler()
     graph = graph.clone()
     unfold(graph)
@@ -82,6 +85,17 @@ def tensors_only(returns: Any) -> Any:
             raise GraphError("a package returns tensors only: the model returns something else in a tuple or list")
         return type(returns)(items)
     return returns if isinstance(returns, Output) else None
+
+
+def require_one_length(graph: Graph) -> None:
+    """Raise GraphError where a recurrent layer runs over a length that may vary: it is compiled as a loop over one."""
+    for site in graph.sites(*custom_operators.RECURRENT):
+        length = (site.input.shape or ("?",))[0]
+        if not isinstance(length, int):
+            raise GraphError(
+                f"{site.label} is {site.kind} over the dynamic axis {length!r}, and AOTInductor compiles a loop over "
+                "one length: leave that axis out of dynamic_shapes (and name the others), or export without aot=True"
+            )
 
 
 def require_compiler() -> None:

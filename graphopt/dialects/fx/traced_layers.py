@@ -29,7 +29,7 @@ class _WholeLayers(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         whole = _WHOLE.get(func)
-        if whole is not None and len(args) == _ARGUMENTS and not kwargs and _is_plain(*args[2:7], bool(args[7])):
+        if whole is not None and len(args) == _ARGUMENTS and not kwargs and _is_plain(args):
             name, operator = whole
             return operator(args[0], list(args[1]) if count_of_states(name) == 2 else args[1], list(args[2]), *args[3:])
         return func(*args, **(kwargs or {}))
@@ -44,13 +44,13 @@ def whole_layers() -> TorchFunctionMode:
     return _WholeLayers()
 
 
-def _is_plain(
-    params: Any, has_biases: Any, num_layers: Any, dropout: Any, train: Any, bidirectional: bool
-) -> bool:
-    """Whether a layer is no packed sequence, does not train, and has no projections."""
+def _is_plain(arguments: Sequence[Any]) -> bool:
+    """Whether a layer is given no packed sequence, does not train, and has no projections."""
+    _, _, params, has_biases, num_layers, _, train, bidirectional, _ = arguments
     if not isinstance(has_biases, bool) or train:
         return False
-    return len(params) == num_layers * (1 + bidirectional) * (4 if has_biases else 2)
+    expected: int = num_layers * (1 + bidirectional) * (4 if has_biases else 2)
+    return len(params) == expected
 
 
 def _shapes(name: str) -> Callable[..., tuple[Tensor, ...]]:

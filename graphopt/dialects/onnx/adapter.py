@@ -75,6 +75,8 @@ class OnnxAdapter:
         def converted(opset: int) -> OnnxGraph:
             copy = _copy(model)
             copy.graph.sort()
+            if (untyped := next((value for value in copy.graph.inputs if value.type is None), None)) is not None:
+                raise GraphError(f"the input {untyped.name!r} is no tensor, and the converter knows no other")
             try:
                 with quiet("onnxscript", "onnx_ir"):
                     version_converter.convert_version(copy, opset, fallback=True)
@@ -98,6 +100,12 @@ class OnnxAdapter:
 
     def refine(self, graph: Graph) -> None:
         _onnx(graph).refine_shapes()
+
+    def optional(self, graph: Graph) -> tuple[str, ...]:
+        return tuple(_onnx(graph).defaults)
+
+    def rounds(self, model: Model) -> bool:
+        return onnx_quantized.rounds_activations(model)
 
     def notes(self, model: Model, graph: Graph) -> list[str]:
         note = onnx_quantized.note(model, _onnx(graph))

@@ -163,8 +163,8 @@ def is_spilled(model: ir.Model) -> bool:
 def save(model: ir.Model, path: Path, *, external_data: bool) -> None:
     """Write a model. external_data: put its weights in a file beside it, one after the other, which is named by its
     content (`writing.data_name`)."""
-    values = [value for value in model.graph.initializers.values() if value.const_value is not None]
-    held = {value: value.const_value for value in values}
+    stored = model.graph.initializers.values()
+    held = {value: tensor for value in stored if (tensor := value.const_value) is not None}
     outside = [(value, tensor) for value, tensor in held.items() if external_data and _is_outside(tensor)]
     try:
         if outside:

@@ -39,25 +39,24 @@ def _linear_int8_body(bias: bool, kn: bool, form: str, opset: int) -> tuple[str,
     transposed = "" if kn else f"wt = Transpose<perm=[1,0]>({source})"
     floats = f"wf = DequantizeLinear<axis={1 if kn else 0}>(weight, weight_scale)"
     if opset < 13:
-        floats = "wx = Cast<to = 1>(weight) wf = Mul(wx, weight_scale)" if kn else _rows("weight", "weight_scale", "wf")
+        columns = "wx = Cast<to = 1>(weight) wf = Mul(wx, weight_scale)"
+        floats = columns if kn else _rows("weight", "weight_scale", "wf", 2)
     body = _LINEAR_INT8[form].format(floats=floats, t=transposed, w=source if kn else "wt")
     finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
     inputs = f"(x, scale, zero_point, weight, weight_scale{', bias' if bias else ''}) => (y)"
     return inputs, f"{body} {finish}"
 
 
-def _rows(x: str, scale: str, y: str, zero_point: str | None = None) -> str:
+def _rows(x: str, scale: str, y: str, rank: int, zero_point: str | None = None) -> str:
     """Integers dequantized by one scale for each slice along axis 0: DequantizeLinear has one for all before opset 13.
 
-    The arguments name values of the body.
+    The texts name values of the body. rank: of x.
     """
+    column = f"Unsqueeze<axes = {list(range(1, rank))}>" if rank > 1 else "Identity"
     shift = "d = Identity(f)"
     if zero_point is not None:
-        shift = f"z = Cast<to = 1>({zero_point}) zr = Unsqueeze<axes = [1]>(z) d = Sub(f, zr)"
-    return (
-        f"fx = Cast<to = 1>({x}) f = Flatten<axis = 1>(fx) s = Unsqueeze<axes = [1]>({scale}) {shift} p = Mul(d, s) "
-        f"shape = Shape({x}) {y} = Reshape(p, shape)"
-    )
+        shift = f"z = Cast<to = 1>({zero_point}) zr = {column}(z) d = Sub(f, zr)"
+    return f"f = Cast<to = 1>({x}) s = {column}({scale}) {shift} {y} = Mul(d, s)"
 
 
 def why_not_spelled(spelled: Spelled, opset: int, inputs: Sequence[ir.Value | None]) -> str | None:
@@ -85,6 +84,7 @@ def function(op_type: str, opset: int) -> ir.Function:
     name, _, suffix = op_type.partition("__")
     variant = suffix.split("_")
     bias, kn = "bias" in variant, "kn" in variant
+    rank = next((int(part) for part in variant if part.isdigit()), 0)
     attributes = ""
     if name == "linear":
         signature, body = _linear_body(bias, kn)
@@ -97,7 +97,7 @@ def function(op_type: str, opset: int) -> ir.Function:
         floats = "wf = DequantizeLinear<axis=0>(weight, weight_scale)"
         body = (
             f"xf = DequantizeLinear(x, scale, zero_point) "
-            f"{floats if opset >= 13 else _rows('weight', 'weight_scale', 'wf')} "
+            f"{floats if opset >= 13 else _rows('weight', 'weight_scale', 'wf', rank)} "
             f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
         )
     elif name == "dequantize":
@@ -105,7 +105,7 @@ def function(op_type: str, opset: int) -> ir.Function:
         block = ", block_size = @block_size" if opset >= 21 else ""
         signature, body = f"({given}) => (y)", f"y = DequantizeLinear<axis = @axis{block}>({given})"
         if "rows" in variant:
-            body = _rows("x", "scale", "y", "zero_point" if "shifted" in variant else None)
+            body = _rows("x", "scale", "y", rank, "zero_point" if "shifted" in variant else None)
         if "blocks" in variant:
             body = _BLOCKS + ("zf = Cast<to=1>(z) d = Sub(xf, zf)" if "shifted" in variant else "d = Identity(xf)")
             body = body.replace("{z}", "z = Unsqueeze(zero_point, last)" if "shifted" in variant else "") + _JOINED

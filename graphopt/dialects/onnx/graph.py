@@ -21,7 +21,7 @@ from graphopt.dialects.onnx import shapes as onnx_shapes
 from graphopt.dialects.onnx import spellings as onnx_spellings
 from graphopt.dialects.onnx.inference import Inference, error_at
 from graphopt.dialects.onnx.spellings import DOMAIN
-from graphopt.dialects.onnx.tensors import NARROW, onnx_dtype, packed, to_numpy, to_torch
+from graphopt.dialects.onnx.tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch
 from graphopt.dialects.onnx.views import PATH, OnnxNode, OnnxValue, holds_graph
 from graphopt.dialects.raising import run_stages
 from graphopt.errors import GraphError, SpellingError
@@ -36,9 +36,6 @@ OPSET = 23
 
 SCALED = "graphopt.scaled"
 """The metadata key of what passes have divided (`Graph.scaled`)."""
-
-MANY_NODES = 5000
-"""Nodes above which the engine's own optimizer costs more time than it saves in an evaluation."""
 
 
 class OnnxGraph(Graph):
@@ -121,7 +118,14 @@ class OnnxGraph(Graph):
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        return tuple(OnnxValue(self, value) for value in self.model.graph.inputs)
+        """Those without a default; an input that has one may be given to `evaluate` too."""
+        return tuple(OnnxValue(self, value) for value in self.model.graph.inputs if value.const_value is None)
+
+    @property
+    def defaults(self) -> Mapping[str, Tensor]:
+        """By name, the tensors of inputs that need not be given."""
+        stored = {value.name or "": to_torch(value.const_value) for value in self.model.graph.inputs}
+        return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
     @property
     def outputs(self) -> tuple[Value, ...]:
@@ -167,7 +171,7 @@ class OnnxGraph(Graph):
 
     def constants(self) -> Iterator[tuple[str, Tensor]]:
         for name, native in self.model.graph.initializers.items():
-            if OnnxValue(self, native).is_constant:
+            if native.dtype in READABLE:
                 tensor = to_torch(native.const_value)
                 if tensor is not None:
                     yield name, tensor
@@ -373,7 +377,8 @@ class OnnxGraph(Graph):
             removed += 1
         self._fresh.clear()
         initializers = self.model.graph.initializers
-        for name in [n for n, v in initializers.items() if not v.uses() and not v.is_graph_output()]:
+        kept = {value for value in initializers.values() if value.is_graph_input() or value.is_graph_output()}
+        for name in [n for n, v in initializers.items() if not v.uses() and v not in kept]:
             del initializers[name]
         used = {(n.domain, n.op_type, n.overload) for n in self.model.graph.all_nodes()}
         for identifier in [i for i in self.model.functions if i[0] == DOMAIN and i not in used]:
@@ -383,16 +388,16 @@ class OnnxGraph(Graph):
     # --- running
 
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
-        """Run in ONNX Runtime at the BASIC level, or without its optimizer where there are more than MANY_NODES nodes.
+        """Run in ONNX Runtime without its optimizer, which may change what a graph computes.
 
         A large model whose weights lie in files runs in sections (`sections.Sections`). Raises GraphError naming a
         missing input.
         """
         found: dict[Value, Tensor] = {}
-        by_name = {value.name: value for value in self.inputs}
-        for name, value in by_name.items():
-            if name in feeds:
-                found[value] = feeds[name]
+        given = {**self.defaults, **feeds}
+        for native in self.model.graph.inputs:
+            if native.name in given:
+                found[OnnxValue(self, native)] = given[native.name]
         for value in fetch:
             tensor = self.constant(value)
             if tensor is not None:
@@ -414,8 +419,7 @@ class OnnxGraph(Graph):
                 if not onnx_sections.fit_together(nodes):
                     seen = onnx_sections.Sections(self, [feeds], nodes).through(wanted)
                     return {value: tensor for _, _, some in seen for value, tensor in some.items()}
-            level = "basic" if len(self.model.graph) <= MANY_NODES else "disable"
-            self._session = key, onnx_run.session(self.model, natives, level=level)
+            self._session = key, onnx_run.session(self.model, natives, level="disable")
         return dict(zip(wanted, onnx_run.run(self._session[1], feeds), strict=True))
 
     def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:

@@ -81,7 +81,7 @@ class Inference:
         small = {
             v.name or "": ir.serde.serialize_tensor(v.const_value)
             for v in node.inputs
-            if v is not None and v.const_value is not None and v.const_value.size <= 64
+            if v is not None and not v.is_graph_input() and v.const_value is not None and v.const_value.size <= 64
         }
         opsets = [onnx.helper.make_opsetid("", self.opset)]
         found = onnx.shape_inference.infer_node_outputs(

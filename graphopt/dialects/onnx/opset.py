@@ -81,19 +81,21 @@ def _spell(graph: OnnxGraph, native: ir.Node, read: _Read | None, source: int) -
                 raise
             values = (OPS[kind](op, operands, attributes),)
         _replace(graph, native, values)
-    elif native.op_type in OPERATORS and _means_another(native, source, opset):
-        _replace(graph, native, (OPERATORS[native.op_type](op, *given, source),))
+        return
+    _drop_defaults(native, source, opset)
+    reason = misfit(native.op_type, opset, native.attributes, [v.dtype if v else None for v in native.inputs])
+    if reason is None and not _means_another(native, source, opset):
+        onnx_shapes.infer_node_anew(native, graph.inference.infer)
+    elif native.op_type in OPERATORS:
+        _replace(graph, native, OPERATORS[native.op_type](op, *given, source))
     else:
-        _drop_defaults(native, source, opset)
-        reason = misfit(native.op_type, opset, native.attributes, [v.dtype if v else None for v in native.inputs])
-        if reason is None and not _means_another(native, source, opset):
-            onnx_shapes.infer_node_anew(native, graph.inference.infer)
-            return
         _replace(graph, native, _converted(graph, native, source, opset, reason))
 
 
 def _replace(graph: OnnxGraph, native: ir.Node, values: Sequence[Value]) -> None:
     """Use values for the results of a node, which may stand in a subgraph, and remove it."""
+    for old, value in zip(native.outputs, values, strict=False):
+        onnx_shapes.complete(graph.native(value), old.shape)
     if native.graph is graph.model.graph:
         graph.replace(OnnxNode(graph, native), *values)
         return
@@ -105,9 +107,8 @@ def _replace(graph: OnnxGraph, native: ir.Node, values: Sequence[Value]) -> None
 
 # --- what stays, and what an operator means ------------------------------------------------------------------------
 
-_MEANS_ANOTHER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Trilu": 14, "Mish": 18, "Split": 18, "DFT": 20,
-                  "GridSample": 20}  # fmt: skip
-"""By operator, the opset from which on the same spelling means something else, or is one at all."""
+_MEANS_ANOTHER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Split": 18, "DFT": 20, "GridSample": 20}
+"""By operator, the opset from which on the same spelling means something else, or is none."""
 
 _REFUSED = {"Resize": 11, "RoiAlign": 16, "GroupNormalization": 21}
 """The same, of operators that nothing here says at the other side, and that onnx's converter gets wrong."""
@@ -173,7 +174,8 @@ def _converted(
     given = [value for value in dict.fromkeys(native.inputs) if value is not None]
     if any(value.type is None for value in given):
         raise SpellingError(refusal)
-    stored = [value for value in given if value.const_value is not None and value.const_value.size <= _SMALL]
+    stored = [value for value in given if OnnxValue(graph, value).is_constant and value.const_value is not None
+              and value.const_value.size <= _SMALL]  # fmt: skip
     proto = onnx.helper.make_graph(
         [ir.serde.serialize_node(native)], "node",
         [ir.serde.serialize_value(value) for value in given if value not in stored],

@@ -102,7 +102,7 @@ def _always_true(
     held: dict[ir.Value, list[Size]],
 ) -> bool:
     def true(value: ir.Value | None) -> bool:
-        tensor = None if value is None else value.const_value
+        tensor = None if value is None or value.is_graph_input() else value.const_value
         stored = tensor is not None and tensor.dtype is ir.DataType.BOOL and bool(tensor.numpy().all())
         return stored or value in always
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx.spellings import STANDARD, spatial, window
+from graphopt.errors import SpellingError
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.qdq.regions import STORED
@@ -37,7 +38,10 @@ def raise_quantized(graph: OnnxGraph) -> None:
         node = OnnxNode(graph, native)
         if native.domain in (*STANDARD, CONTRIB) and (reader := _READERS.get(native.op_type)) is not None:
             site = _Site(graph, node)
-            value = reader(site)
+            try:
+                value = reader(site)
+            except SpellingError:  # the operator stays, as the file's opset has no ops for what it means
+                continue
             if value is not None:
                 graph.replace(site.end, value)
                 site.erase_behind()
@@ -476,6 +480,15 @@ def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(ops.items())) or "no op"
     left = f"; left as they are: {', '.join(f'{n} {kind}' for kind, n in sorted(opaque.items()))}" if opaque else ""
     return f"this file is quantized already ({', '.join(forms)}): {found}{left}"
+
+
+def rounds_activations(model: ir.Model | onnx.ModelProto) -> bool:
+    """Whether a model has MatMulNBits that round activations to int8 by block (accuracy_level 4)."""
+    if isinstance(model, ir.Model):
+        given = [node.attributes.get("accuracy_level") for node in model.graph if node.op_type == "MatMulNBits"]
+        return any(level is not None and level.as_int() == 4 for level in given)
+    nodes = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    return any(one.name == "accuracy_level" and one.i == 4 for node in nodes for one in node.attribute)
 
 
 def _reads_integers(node: Node) -> bool:

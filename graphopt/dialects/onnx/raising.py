@@ -35,7 +35,6 @@ OPERATORS = (
 FORMS = (
     # First: exporters compute the axes, scales and shapes by which the other stages know their forms.
     Stage("constants", fold_constants),
-    Stage("linears of computed weights", raise_linears),
     Stage("positions", raise_positions),
     Stage("splits", raise_sequence_splits),
     Stage("zero states", drop_zero_states),

@@ -150,9 +150,10 @@ def _parsed(proto: onnx.ModelProto) -> ir.Model:
 def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     """A copy of the model as `OnnxGraph` wants it.
 
-    Nodes are sorted; constants become initializers, and initializers are no inputs; functions, of the model or
-    registered, are inlined (by onnx-ir); nodes have module paths in their metadata; types and shapes are inferred anew,
-    and what the file says of them counts where that tells nothing.
+    Nodes are sorted; constants become initializers. Of inputs that are stored, those that are read as weights (before
+    IR 4, all) become constants; the others stay, with their defaults. Functions, of the model or registered, are
+    inlined (by onnx-ir); nodes have module paths in their metadata. Types and shapes are inferred anew; what the file says of them counts
+    where inference tells nothing.
     """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)
@@ -167,11 +168,14 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     # load yet: of those above 10, the least that the opset needs is enough.
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
     needed = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    stated_version = model.ir_version or 0
     model.ir_version = min(max(model.ir_version or 0, 4), max(needed, 10))
     custom_operators.add_functions(model)
     if any(domain != DOMAIN for domain, _, _ in model.functions):
         ir_passes.InlinePass()(model)
-    ir_passes.RemoveInitializersFromInputsPass()(model)
+    if taken := _without_weights_as_inputs(model, stated_version):
+        others = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
+        notes.append(f"inputs that the file stores are constants here: {', '.join(map(repr, taken[:3]))}{others}")
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     fix_names(model)
     for node in graph:
@@ -190,10 +194,46 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
         others = f" and {len(denied) - 3} more" if len(denied) > 3 else ""
         notes.append(f"the file states a type or shape of {', '.join(map(repr, denied[:3]))}{others} that its nodes do "
                      "not give: these were inferred anew")  # fmt: skip
-    if any(output.shape is None for node in graph for output in node.outputs):
+    typed = all(value.type is not None for value in graph.inputs)  # inference may crash where one is not
+    if typed and any(output.shape is None for node in graph for output in node.outputs):
         with contextlib.suppress(ir.serde.SerdeError):  # a value may turn out to be a map
             ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return model
+
+
+def _without_weights_as_inputs(model: ir.Model, stated_version: int) -> list[str]:
+    """Drop inputs that are stored and read as weights (before IR 4, all that are stored); returns their names."""
+    inputs = model.graph.inputs
+    taken = [value for value in inputs if value.is_initializer() and (stated_version < 4 or _is_weight(value))]
+    for value in taken:
+        inputs.remove(value)
+    return [value.name or "" for value in taken]
+
+
+_WEIGHTED = {
+    "MatMul": 0, "Gemm": 0, "Conv": 1, "ConvTranspose": 1, "LSTM": 1, "GRU": 1, "RNN": 1, "BatchNormalization": 1,
+    "LayerNormalization": 1, "InstanceNormalization": 1, "GroupNormalization": 1, "RMSNormalization": 1, "PRelu": 1,
+    "QuantizeLinear": 1, "DequantizeLinear": 0, "QLinearConv": 1, "QLinearMatMul": 1, "MatMulInteger": 0,
+    "ConvInteger": 1,
+}  # fmt: skip
+"""By operator, the index of the first input that is a weight, a bias or a scale where it is stored."""
+_THROUGH = ("Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "DequantizeLinear")
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether a node reads a stored value as a weight, also through what moves or casts it."""
+    return any(
+        (node.op_type in _WEIGHTED and index >= _WEIGHTED[node.op_type])
+        or (node.op_type == "Gather" and index == 0 and len(value.shape or ()) > 1)
+        or (node.op_type == "Add" and _is_product(node.inputs[1 - index]))
+        or (node.op_type in _THROUGH and index == 0 and _is_weight(node.outputs[0]))
+        for node, index in value.uses()
+    )
+
+
+def _is_product(value: ir.Value | None) -> bool:
+    product = value.producer() if value is not None else None
+    return product is not None and product.op_type in ("MatMul", "Conv", "ConvTranspose", "MatMulInteger")
 
 
 def fix_names(model: ir.Model) -> None:

@@ -1,4 +1,4 @@
-"""Runs an onnx-ir model in ONNX Runtime, at the BASIC level by default, without a copy of the weights."""
+"""Runs an onnx-ir model in ONNX Runtime, by default without its optimizer, and without a copy of the weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def session(
     model: ir.Model,
     outputs: Sequence[ir.Value] | None = None,
     *,
-    level: str = "basic",
+    level: str = "disable",
     threads: int | None = None,
     options: ort.SessionOptions | None = None,
     providers: Sequence[str] = (CPU,),
@@ -85,6 +85,7 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tens
     missing = [name for name in names.values() if name not in feeds]
     if missing:
         raise GraphError(f"to run the graph, these inputs are missing: {', '.join(missing)}")
+    names |= {value.name: value.name for value in session.get_overridable_initializers() if value.name in feeds}
     arrays = {given: to_numpy(feeds[name].float() if given in wide else feeds[name]) for given, name in names.items()}
     results = zip(session.get_outputs(), session.run(None, arrays), strict=True)
     return [
@@ -119,7 +120,7 @@ def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol
     weights = {}
     try:
         for value, tensor in held.items():
-            if tensor.nbytes <= _LARGE or tensor.dtype not in SHAREABLE:
+            if tensor.nbytes <= _LARGE or tensor.dtype not in SHAREABLE or value.is_graph_input():
                 continue
             weights[value.name or ""] = tensor
             value.const_value = ir.ExternalTensor(

@@ -77,6 +77,12 @@ def infer_node_anew(node: ir.Node, infer: Callable[[ir.Node], None]) -> list[str
     return denied
 
 
+def complete(value: ir.Value, known: ir.Shape | None) -> None:
+    """Complete what inference found of a value by what was known of it, unless the two contradict each other."""
+    if not _contradict(value.shape, known):
+        value.shape = _merge(value.shape, known)
+
+
 def _contradict(found: ir.Shape | None, stated: ir.Shape | None) -> bool:
     """Whether two shapes cannot be those of one value."""
     if found is None or stated is None:
@@ -136,7 +142,7 @@ def held_in(value: ir.Value | None, held: dict[ir.Value, list[Size]]) -> list[Si
         return None
     if value in held:
         return held[value]
-    tensor = value.const_value
+    tensor = None if value.is_graph_input() else value.const_value
     if tensor is not None and tensor.dtype in _INTEGERS and tensor.size <= 64 and len(tensor.shape) <= 1:
         return [int(n) for n in tensor.numpy().reshape(-1)]
     return None

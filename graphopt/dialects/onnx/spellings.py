@@ -58,7 +58,9 @@ RECURRENT = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn"}
 KEPT = ("GlobalAveragePool",)
 """Operators that stay when a node is emitted again, as they have kernels of their own (an integer one of a mean)."""
 
-_SEVERAL_RESULTS = ("choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization", *RECURRENT)
+_SEVERAL_RESULTS = (
+    "choose_qparams", "Dropout", "LayerNormalization", "BatchNormalization", *RECURRENT, *RECURRENT.values(),
+)  # fmt: skip
 """Operators that may have further results; their readers check that nobody uses those."""
 
 
@@ -192,7 +194,7 @@ _ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"),
 
 
 def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    attributes = window(node)
+    attributes = window(node, operands[0])
     if attributes is None:
         return None
     dilation = _integers(node, "dilations") or (1,) * len(attributes["kernel"])
@@ -200,21 +202,44 @@ def _read_max_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | 
 
 
 def _read_average_pool(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
-    attributes = window(node)
+    attributes = window(node, operands[0])
     if attributes is None or set(_integers(node, "dilations")) - {1}:
         return None
     return "average_pool", operands, attributes | {"include_pad": bool(_integer(node, "count_include_pad", 0))}
 
 
-def window(node: ir.Node) -> dict[str, Any] | None:
-    """The attributes that both pools have; None where padding depends on the input's size, or torch has none."""
+def window(node: ir.Node, x: OnnxValue | None = None) -> dict[str, Any] | None:
+    """The attributes that both pools have; None where padding depends on an unknown size of x, or torch has none."""
     kernel, ceil = _integers(node, "kernel_shape"), bool(_integer(node, "ceil_mode", 0))
     auto_pad = _text(node, "auto_pad", "NOTSET")
-    if len(kernel) not in (1, 2, 3) or auto_pad not in ("NOTSET", "VALID") or (ceil and auto_pad == "VALID"):
+    if len(kernel) not in (1, 2, 3) or (ceil and auto_pad == "VALID"):
         return None
     stride = _integers(node, "strides") or (1,) * len(kernel)
-    padding = _integers(node, "pads") or (0,) * (2 * len(kernel))
+    padding: tuple[int, ...] | None = _integers(node, "pads") or (0,) * (2 * len(kernel))
+    if auto_pad.startswith("SAME"):
+        dilation = _integers(node, "dilations") or (1,) * len(kernel)
+        padding, ceil = _same(auto_pad, x, kernel, stride, dilation), False
+    if padding is None:
+        return None
     return {"kernel": kernel, "stride": stride, "padding": padding, "ceil": ceil}
+
+
+def _same(
+    auto_pad: str, x: OnnxValue | None, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...] | None:
+    """The padding with which a window of stride s makes ceil(size / s) of each size; None where one is not known."""
+    sizes = x.shape[2:] if x is not None and x.shape is not None else ()
+    if len(sizes) != len(kernel):
+        return None
+    begins, ends = list[int](), list[int]()
+    for size, width, step, apart in zip(sizes, kernel, stride, dilation, strict=True):
+        if not isinstance(size, int):
+            return None
+        missing = max((-(-size // step) - 1) * step + (width - 1) * apart + 1 - size, 0)
+        less, more = missing // 2, missing - missing // 2
+        begins.append(more if auto_pad == "SAME_LOWER" else less)
+        ends.append(less if auto_pad == "SAME_LOWER" else more)
+    return (*begins, *ends)
 
 
 def _read_attention(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
@@ -496,13 +521,17 @@ def write(graph: OnnxGraph, op: str, operands: Sequence[OnnxValue | None], attri
         return Spelled(_PLAIN_OPS[op], operands, {})
     writer = _WRITERS.get(op)
     spelled = writer(graph, operands, attributes) if writer is not None else None
-    return spelled if spelled is not None else _write_function(op, operands, attributes)
+    return spelled if spelled is not None else _write_function(graph, op, operands, attributes)
 
 
-def _write_function(op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+def _write_function(
+    graph: OnnxGraph, op: str, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]
+) -> Spelled:
     names = OPS[op].operands
     operands = list(operands)
     variant = []
+    if op == "conv_int8" and graph.opset < 13:  # where the body has to say the axes of the weight
+        variant.append(str(_rank(operands[names.index("weight")])))
     if "bias" in names and len(operands) > names.index("bias") and operands[names.index("bias")] is not None:
         variant.append("bias")
     if "weight" in names and op.startswith("linear"):
@@ -615,7 +644,7 @@ def _write_rms_norm(
 
 def _rank(value: OnnxValue | None) -> int:
     if value is None or value.rank is None:
-        raise GraphError("a norm needs a weight of known rank")
+        raise GraphError("a norm or conv needs a weight of known rank")
     return value.rank
 
 
@@ -710,14 +739,16 @@ def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
     needed = 10 if axis is None else 13
     if graph.opset < needed:
         several = "" if axis is None else f" with scales along axis {axis}"
-        raise SpellingError(f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}")
+        raise SpellingError(
+            f"{op}{several} has no ONNX operator at opset {graph.opset}; it needs {needed}: convert the file first"
+        )
 
 
 def _sizes_of(scale: OnnxValue | None) -> list[int]:
     """The shape of the scales of a quantize, in numbers."""
     shape = scale.shape if scale is not None else None
     if shape is None or not all(isinstance(size, int) for size in shape):
-        raise SpellingError("a quantize to int8 without a zero point, and with scales of unknown number, needs opset 21")
+        raise SpellingError("a quantize to int8 without a zero point and with computed scales needs opset 21")
     return [int(size) for size in shape]
 
 
@@ -727,7 +758,7 @@ def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], at
     spelled |= {"block_size": block} if block else {}
     x, scale, zero_point = (*operands, None)[:3]
     if graph.opset < 13 and not block and axis == 0 and x is not None and x.rank is not None:
-        op_type = "dequantize__rows" + ("" if zero_point is None else "_shifted")
+        op_type = f"dequantize__rows_{x.rank}" + ("" if zero_point is None else "_shifted")
         return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
     _require_quantized(graph, "dequantize", axis)
     if block and graph.opset < 21:  # where the operator has no blocks

@@ -77,7 +77,8 @@ class OnnxValue(Value):
     @property
     def is_constant(self) -> bool:
         native = self.native
-        return native.const_value is not None and native.is_initializer() and native.dtype in READABLE
+        stored = native.const_value is not None and native.is_initializer() and native.dtype in READABLE
+        return stored and not native.is_graph_input()  # else it is the default of an input
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from graphopt.ir.rewrite import Builder
 
 Operands = Sequence[Value | None]
 Attributes = Mapping[str, Any]
-WriteOut = Callable[[Builder, Operands, Attributes, int], Value]
+WriteOut = Callable[[Builder, Operands, Attributes, int], Sequence[Value]]
+"""Of a node: its operands, its attributes as they stand, and the opset that it is of. Gives its results."""
 
 
 def _required(operands: Operands, index: int) -> Value:
@@ -152,32 +153,83 @@ OPS: Mapping[str, Callable[[Builder, Operands, Attributes], Value]] = {
 # --- other operators -----------------------------------------------------------------------------------------------
 
 
-def _mish(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Value:
+def _mish(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
     """x · tanh(log(1 + exp(x))) (Misra, 2019)."""
     x = _required(operands, 0)
-    return op.mul(x, op.tanh(op("onnx.Softplus", x)))
+    return (op.mul(x, op.tanh(op("onnx.Softplus", x))),)
 
 
 def _softmaxes(op_type: str) -> WriteOut:
     """Softmax, LogSoftmax or Hardmax: before opset 13 over all axes from one on, and from 13 on over one."""
 
-    def write_out(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Value:
+    def write_out(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
         x = _required(operands, 0)
         axis = attributes.get("axis", 1 if source < 13 else -1)
         if source >= 13:
-            return _along_last(op, x, axis, lambda value: op(op_type, value, axis=-1))
+            return (_along_last(op, x, axis, lambda value: op(op_type, value, axis=-1)),)
         if axis < 0:
             axis += _rank(x, op_type)
         rows = op(op_type, op("onnx.Flatten", x, axis=axis), axis=-1)
-        return op("onnx.Reshape", rows, op("onnx.Shape", x))
+        return (op("onnx.Reshape", rows, op("onnx.Shape", x)),)
 
     return write_out
 
 
-def _trilu(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Value:
+def _reduction(op_type: str) -> WriteOut:
+    """Axes were attributes before opset 18, those of ReduceSum before 13."""
+
+    def write_out(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
+        x, axes = (*operands, None)[:2]
+        listed = attributes.get("axes") if axes is None else _integers(op, axes)
+        if listed is None and axes is not None:
+            raise SpellingError(f"the axes of {op_type} are computed")
+        kept = {"keepdims": attributes.get("keepdims", 1)}
+        if not listed:
+            return (op.identity(x) if attributes.get("noop_with_empty_axes") else op(op_type, x, **kept),)
+        try:
+            return (op(op_type, x, axes=list(listed), **kept),)
+        except SpellingError:
+            return (op(op_type, x, _numbers(op, *listed), **kept),)
+
+    return write_out
+
+
+def _split_axis(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
+    """Split: its sizes were an attribute before opset 13; from 18 on it states the number of equal parts."""
+    x, sizes = (*operands, None)[:2]
+    assert x is not None
+    axis, count = attributes.get("axis", 0), len(op.at.results)
+    listed = attributes.get("split") if sizes is None else _integers(op, sizes)
+    if listed is None and sizes is None:
+        listed = _parts((x.shape or ())[axis:][:1], count, "num_outputs" in attributes)
+    if listed is None:
+        raise SpellingError("the sizes of the parts of Split are not known")
+    try:
+        return op.graph.emit_all("onnx.Split", x, _numbers(op, *listed), at=op.at, axis=axis, _outputs=count)
+    except SpellingError:
+        return op.graph.emit_all("onnx.Split", x, at=op.at, axis=axis, split=list(listed), _outputs=count)
+
+
+def _parts(size: Sequence[int | str], count: int, uneven: bool) -> list[int] | None:
+    """The sizes of `count` equal parts of an axis; None where its size is not known, or is no multiple of them.
+
+    uneven: whether the last part may be smaller.
+    """
+    if not size or not isinstance(size[0], int) or (size[0] % count and not uneven):
+        return None
+    part = -(-size[0] // count)
+    return [*[part] * (count - 1), size[0] - part * (count - 1)]
+
+
+def _integers(op: Builder, value: Value) -> list[int] | None:
+    tensor = op.graph.constant(value)
+    return None if tensor is None else tensor.flatten().tolist()
+
+
+def _trilu(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
     x, shift = (*operands, None)[:2]
     assert x is not None
-    return _triangle(op, x, shift or op.constant(torch.tensor(0)), upper=bool(attributes.get("upper", 1)))
+    return (_triangle(op, x, shift or op.constant(torch.tensor(0)), upper=bool(attributes.get("upper", 1))),)
 
 
 def _triangle(op: Builder, x: Value, shift: Value, upper: bool) -> Value:
@@ -204,5 +256,8 @@ OPERATORS: Mapping[str, WriteOut] = {
     "LogSoftmax": _softmaxes("onnx.LogSoftmax"),
     "Hardmax": _softmaxes("onnx.Hardmax"),
     "Trilu": _trilu,
-}
+    "Split": _split_axis,
+    **{f"Reduce{name}": _reduction(f"onnx.Reduce{name}")
+       for name in ("Max", "Min", "Sum", "Prod", "Mean", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")},
+}  # fmt: skip
 """By operator, what writes a node of an opset (the last argument) in operators of the graph's own opset."""

@@ -208,7 +208,7 @@ class _Layer:
             x.flip(0) if reverse else x, first, parameters, True, 1, 0.0, False, several == 2, False
         )  # fmt: skip
         y = y.flip(0) if reverse else y
-        return [y.unflatten(-1, (several, -1)).transpose(1, 2), *last]
+        return [y.reshape(*y.shape[:2], several, y.shape[2] // several).transpose(1, 2), *last]
 
     def by_steps(self, step: Step, states: Sequence[Tensor], lengths: Tensor | None) -> list[Tensor]:
         """y, and the last states, one step after the other."""

@@ -33,3 +33,12 @@ def saturates(bounded: Node, scale: Tensor | float, zero_point: float) -> bool:
     scale = torch.as_tensor(scale, dtype=torch.float64)
     below = low is None or bool((low / scale + zero_point <= _HALF_STEP).all())
     return below and (high is None or bool((high / scale + zero_point >= 255 - _HALF_STEP).all()))
+
+
+LARGEST_BIAS = 2**30
+"""In steps of the products, scale * weight_scale: sums start at the bias, and need the rest of int32 for themselves."""
+
+
+def fits_integers(bias: Tensor, scale: Tensor, weight_scale: Tensor) -> bool:
+    """Whether kernels that add up in int32 can start at a bias. Scales: one, and one for each output."""
+    return bool(((bias.double() / (scale.double() * weight_scale.double())).abs() <= LARGEST_BIAS).all())

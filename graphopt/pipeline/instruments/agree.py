@@ -13,10 +13,10 @@ from torch import Tensor
 from graphopt.analysis.data_sizes import sized_by_data
 from graphopt.analysis.masks import mask_inputs, real_positions
 from graphopt.errors import GraphError
-from graphopt.ir.graph import Feeds, Graph
+from graphopt.ir.graph import Feeds, Graph, shapes_text
 from graphopt.numerics import metrics
 from graphopt.pipeline.instruments.instrument import Instrument
-from graphopt.report.agreements import Agreement, agreement, worst
+from graphopt.report.agreements import Agreement, agreement, worst_of_each
 
 if TYPE_CHECKING:
     from graphopt.pipeline.context import Context
@@ -52,19 +52,8 @@ class Agree(Instrument):
     Outputs that differ from run to run, since they are random, are held to nothing.
     """
 
-    def __init__(
-        self,
-        original: Graph,
-        feeds: Sequence[Feeds],
-        names: Sequence[str] | None = None,
-        engine: Callable[[], Callable[[Feeds], Sequence[Any]] | None] | None = None,
-    ) -> None:
-        """names: of the outputs, in order, as the user knows them; by default the graph's own.
-
-        engine: returns a function that runs the original as it would be deployed; called where the original rounds
-        activations, for the noise floor.
-        """
-        self._engine = engine
+    def __init__(self, original: Graph, feeds: Sequence[Feeds], names: Sequence[str] | None = None) -> None:
+        """names: of the outputs, in order, as the user knows them; by default the graph's own."""
         self.feeds = list(feeds)
         self.names = list(names) if names is not None else [value.name for value in original.outputs]
         self._shapes = [value.shape for value in original.outputs]
@@ -80,7 +69,8 @@ class Agree(Instrument):
         if not context.record.changes:
             return
         outputs = self._outputs(graph)
-        context.record.agreement, notes = self._agreements(outputs, graph)
+        by_shapes, notes = self._agreements(outputs, graph)
+        context.record.agreement = worst_of_each(by_shapes.values())
         for note in notes:
             context.note(note)
         if not pass_.lossless:
@@ -89,20 +79,25 @@ class Agree(Instrument):
             raise GraphError(f"this pass is declared lossless, and {moved}")
         self._latest = outputs
 
-    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[list[Agreement], list[str]]:
-        """The original's outputs compared with those of `run` for the same feeds; and notes on what was not compared.
+    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[dict[str, list[Agreement]], list[str]]:
+        """The original's outputs compared with those of `run` for the same feeds, by the shapes of these: the worst of
+        each output among the examples of the same shapes. And notes on what was not compared.
 
         Raises GraphError where `run` makes NaN or infinity of a finite number, or changes an output's shape.
         """
         return self._agreements([list(run(feeds)) for feeds in self.feeds])
 
     def moved(self, lowered: Graph, graph: Graph) -> str | None:
-        """The first output that a lowered graph moves beyond the tolerance of a lossless pass, and by how much.
+        """See `moved_by`: of a graph that is run without the engine's optimizations."""
+        return self.moved_by(lambda feeds: lowered.evaluate(feeds, lowered.outputs), graph)
 
-        graph: what the last pass left, and the lowered graph is to compute. None where every output is within the
-        tolerance, or where `graph` does not agree with itself, as it is random. Raises what the lowered graph raises.
+    def moved_by(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph) -> str | None:
+        """The first output that a run moves beyond the tolerance of a lossless pass, and by how much.
+
+        graph: what the last pass left, and what is run is to compute. None where every output is within the
+        tolerance, or where `graph` does not agree with itself, as it is random. Raises what the run raises.
         """
-        moved = self._moved(self._latest, self._outputs(lowered), graph)
+        moved = self._moved(self._latest, [list(run(feeds)) for feeds in self.feeds], graph)
         if moved is None or self._moved(self._latest, self._outputs(graph), graph) is not None:
             return None
         return moved
@@ -125,14 +120,17 @@ class Agree(Instrument):
 
     def _agreements(
         self, outputs: list[list[Any]], graph: Graph | None = None
-    ) -> tuple[list[Agreement], list[str]]:
-        """One for each output that is a tensor (an ONNX model may also return sequences), and notes on the others.
+    ) -> tuple[dict[str, list[Agreement]], list[str]]:
+        """By shapes of the examples, one for each output that is a tensor (an ONNX model may also return sequences),
+        and notes on the others.
 
         graph: what computed the outputs, to find where numbers stop being finite.
         """
-        by_output: dict[str, list[Agreement]] = {}
+        by_shapes: dict[str, list[list[Agreement]]] = {}
         notes: dict[str, str] = {}
         for number, (feeds, expected, found) in enumerate(zip(self.feeds, self.original, outputs, strict=True)):
+            agreements: list[Agreement] = []
+            by_shapes.setdefault(shapes_text(feeds), []).append(agreements)
             of_each = zip(self.names, self._shapes, self._sized, expected, found, strict=True)
             for name, shape, sized, a, b in of_each:
                 if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
@@ -150,8 +148,8 @@ class Agree(Instrument):
                         f"on example {number}, {count} of the {kept[0].numel()} numbers of output {name!r} become NaN "
                         f"or infinite{_origin(graph, feeds)}: leave that out with ignore=[...]"
                     )
-                by_output.setdefault(name, []).append(agreement(name, *kept))
-        return [worst(several) for several in by_output.values()], list(notes.values())
+                agreements.append(agreement(name, *kept))
+        return {shapes: worst_of_each(several) for shapes, several in by_shapes.items()}, list(notes.values())
 
     def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:
         """The first output of `graph` that moves by more than rounding explains, and by how much; None where none."""
@@ -183,9 +181,8 @@ class Agree(Instrument):
         return max(QUANTIZED_FLOOR, min(metrics.QUANTIZED_SQNR, self._noise_floor() - QUANTIZED_MARGIN))
 
     def _noise_floor(self) -> float:
-        """The least SQNR (dB) of the original against its run by the engine, and against itself on perturbed inputs."""
-        run = self._engine() if self._engine is not None else None
-        runs = [] if run is None else [[list(run(feeds)) for feeds in self.feeds]]
+        """The least SQNR (dB) of the original against itself on perturbed inputs."""
+        runs = []
         if self._given is not None and any(one.is_floating_point() for feeds in self.feeds for one in feeds.values()):
             for ulps in (PERTURBATION, -PERTURBATION):
                 given = self._given.clone()  # a run may write to its graph

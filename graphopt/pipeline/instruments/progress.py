@@ -108,10 +108,11 @@ class Progress(Instrument):
             bars.refresh()
             yield bars, task
         finally:
-            bars.remove_task(task)
             if first:
                 bars.stop()
                 self._bars = None
+            else:
+                bars.remove_task(task)
 
     def _can_draw(self) -> bool:
         """A notebook draws bars with ipywidgets only."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +33,7 @@ class Reproduce(Instrument):
     """Most calibration batches to keep."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        """folder: where to write; None makes a temporary one, and only on failure."""
+        """folder: where to write; None is a temporary one, of which each process has one for its last failure."""
         self.folder = folder
         self._before: Graph | None = None
 
@@ -39,7 +43,7 @@ class Reproduce(Instrument):
     def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
         if self._before is None:
             return None
-        folder = Path(self.folder or tempfile.mkdtemp(prefix="graphopt-"))
+        folder = _own_folder() if self.folder is None else Path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._before.save(folder / f"graph.{graph.dialect}")
         _save_feeds(folder / "feeds", context.feeds)
@@ -59,6 +63,21 @@ class Reproduce(Instrument):
         )
         (folder / "README").write_text(readme, encoding="utf-8")
         return str(folder)
+
+
+_PREFIX = "graphopt-failed-"
+_KEPT_SECONDS = 24 * 3600
+"""How long the folder of another process stays."""
+
+
+def _own_folder() -> Path:
+    """An empty temporary folder that is this process's, emptied of its earlier failure; old ones are removed."""
+    parent, own = Path(tempfile.gettempdir()), f"{_PREFIX}{os.getpid()}-"
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # of another user, or gone by now
+            if folder.name.startswith(own) or time.time() - folder.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(folder)
+    return Path(tempfile.mkdtemp(prefix=own))
 
 
 def _save_feeds(folder: Path, batches: Sequence[Mapping[str, Tensor]]) -> None:

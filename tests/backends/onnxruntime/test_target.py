@@ -31,7 +31,7 @@ from graphopt.ir.rewrite import Choice, rewrite
 from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
 from graphopt.result import Optimized
 from tests.language import build
-from tests.models import ConvNet, Decoder, Encoder, images, padding, plain_run, seeded, tokens
+from tests.models import ConvNet, Decoder, Encoder, images, model, padding, plain_run, seeded, tokens
 
 ENCODED = {"ids": tokens(), "mask": padding()}
 COMPUTING = {
@@ -458,9 +458,12 @@ def test_attention_at_an_older_opset(kv_heads: int, causal: bool, mask: str, tmp
 
 
 def test_what_an_opset_lacks_is_refused_by_name_and_nothing_is_written(tmp_path: Path) -> None:
-    result = graphopt.optimize(seeded(Decoder), example_inputs={"ids": tokens()})
-    with pytest.raises(GraphError, match=r"Trilu is not in opset 13 \(attention"):
-        result.export(tmp_path / "out.onnx", opset=13)
+    body = "[norm] y = GroupNormalization<num_groups = 2>(x, G, B)"
+    proto = model(f"g (float[n,4,3] x) => (float[n,4,3] y) {{ {body} }}",
+                        {"G": torch.ones(4), "B": torch.zeros(4)}, opset=21)  # fmt: skip
+    result = graphopt.optimize(proto)
+    with pytest.raises(GraphError, match=r"GroupNormalization means something else in opset 17 \(norm"):
+        result.export(tmp_path / "out.onnx", opset=17)
     with pytest.raises(GraphError, match="cannot write opset 5"):
         result.export(tmp_path / "out.onnx", opset=5)
     assert not list(tmp_path.iterdir())
@@ -593,7 +596,7 @@ TANH = "y = gelu(x[2,4,8], approximate=tanh)"
         (SHARED, linear_int8.DYNAMIC, "MatMulNBits", ["MatMulNBits", "MatMulNBits"]),
         (CALIBRATED, linear_int8.STATIC, "MatMulIntegerToFloat",
          ["MatMulIntegerToFloat", "QuantizeLinear"]),
-        (CALIBRATED, linear_int8.STATIC, "MatMulNBits", ["MatMulNBits"]),
+        (CALIBRATED, linear_int8.STATIC, "MatMulNBits", ["Clip", "MatMulNBits"]),  # the quantize's range
         (RESIDUAL, skip_layer_norm.RESIDUAL, "Sum", ["LayerNormalization", "Sum"]),
         (RESIDUAL, skip_layer_norm.RESIDUAL, "SkipLayerNormalization", ["SkipLayerNormalization"]),
         (TANH, gelu.TANH, "Gelu", ["Gelu"]),

@@ -27,7 +27,11 @@ READ: dict[str, tuple[str, int, dict[str, Tensor], str, dict[str, Any] | None]] 
         {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0, 0, 1), "dilation": (1, 2), "ceil": True}),
     "MaxPool VALID": ("y = MaxPool<kernel_shape = [2,2], auto_pad = \"VALID\">(x)", 23, {}, "max_pool",
                       POOL | {"dilation": (1, 1)}),
-    "MaxPool SAME": ("y = MaxPool<kernel_shape = [2,2], auto_pad = \"SAME_UPPER\">(x)", 23, {}, "onnx.MaxPool", None),
+    "MaxPool SAME": ("y = MaxPool<kernel_shape = [2,2], auto_pad = \"SAME_UPPER\">(x)", 23, {}, "max_pool",
+                     POOL | {"padding": (0, 0, 1, 1), "dilation": (1, 1)}),
+    "AveragePool SAME": (
+        "y = AveragePool<kernel_shape = [3,1], strides = [2,4], auto_pad = \"SAME_LOWER\">(x)", 20, {}, "average_pool",
+        POOL | {"kernel": (3, 1), "stride": (2, 4), "padding": (1, 0, 0, 0)}),
     "MaxPool and indices": ("y, i = MaxPool<kernel_shape = [2,2]>(x)", 23, {}, "onnx.MaxPool", None),
     "AveragePool": ("y = AveragePool<kernel_shape = [2,2]>(x)", 9, {}, "average_pool", POOL),
     "AveragePool of all attributes": (

@@ -231,7 +231,7 @@ def test_a_kind_that_is_not_there_is_skipped_with_a_note(options: dict[str, Any]
     graph = build(dialect, MLP)
     notes = run(Prune(**options), graph).record.notes
     assert weight_of(graph.nodes[0]).shape == (8, 8)
-    assert "heads: the model has none that can shrink" in notes
+    assert "heads: no group that may be cut" in notes
     assert [note for note in notes if "width" in note or "pooler" in note] == []
 
 
@@ -302,7 +302,7 @@ def test_the_option_names_every_criterion() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({}, r"give amount, shares by kind \(neurons, heads, channels, pooler, width\), or one budget \(flops, params, "),
+    ({}, r"give amount, shares by kind \(neurons, heads, channels, pooler, width, layers\), or one budget \(flops, "),
     ({"amount": 0.5, "neurons": 0.5}, "and not amount and neurons"),
     ({"amount": 0.5, "params": 0.5}, "and not amount and params"),
     ({"amount": 1.0}, "amount is 1.0; give a number of at least 0 and below 1"),
@@ -315,7 +315,7 @@ def test_the_option_names_every_criterion() -> None:
     ({"neurons": 0.5, "latency": 0.5}, "and not neurons and latency"),
     ({"neurons": 0.5, "criterion": "size"}, "criterion is 'size'; give auto, l1, l2, activation, taylor, movement or"),
     ({"neurons": 0.5, "scope": "local"}, "scope is 'local'; give layer or global"),
-    ({"flops": 0.5, "kinds": ["rows"]}, "kinds is 'rows'; give neurons, heads, channels, pooler or width"),
+    ({"flops": 0.5, "kinds": ["rows"]}, "kinds is 'rows'; give neurons, heads, channels, pooler, width or layers"),
     ({"flops": 0.5, "kinds": []}, "kinds is empty; give some of neurons, heads, channels, pooler, width"),
     ({"neurons": 0.5, "round_to": 0}, "round_to is 0; give a whole number of at least 1"),
     ({"neurons": 0.5, "round_to": True}, "round_to is True; give a whole number of at least 1"),

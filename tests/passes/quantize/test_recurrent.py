@@ -27,7 +27,7 @@ def test_weights_alone(text: str, dialect: str) -> None:
         shape, axis = node.input.shape, node.attributes["axis"]
         assert shape is not None and node.input.dtype is torch.int8
         assert (axis, node.required("scale").shape) == (1, (shape[1],))
-    assert 30 < sqnr(outputs(floats)[0], outputs(graph)[0])
+    assert sqnr(outputs(floats)[0], outputs(graph)[0]) > 30
     assert_unchanged(Quantize(scheme="weight-only"), graph)
 
 
@@ -36,7 +36,7 @@ def test_the_input_of_an_lstm_too(dialect: str) -> None:
     run(Quantize(scheme="dynamic"), graph)
     kinds = [node.kind for node in graph.nodes]
     assert kinds == ["choose_qparams", "quantize", "dequantize", "dequantize", "dequantize", "lstm"]
-    assert 25 < sqnr(outputs(build(dialect, LSTM))[0], outputs(graph)[0])
+    assert sqnr(outputs(build(dialect, LSTM))[0], outputs(graph)[0]) > 25
 
 
 @pytest.mark.parametrize(
@@ -45,19 +45,18 @@ def test_the_input_of_an_lstm_too(dialect: str) -> None:
         (GRU, {"scheme": "dynamic"}, "no_kernel"),
         (RNN, {"scheme": "static"}, "no_kernel"),
         (TRANSPOSED, {"scheme": "dynamic"}, "no_kernel"),
-        ("h, a, b = lstm(x[6,2,3], A[1,20,3], linear(z[1,20,5], C[5,5]))\nreturn h", {}, "weight_computed"),
+        ("h, a, b = lstm(x[6,2,3], A[1,20,3], relu(z[1,20,5]))\nreturn h", {}, "weight_computed"),
     ],
 )
 def test_declines(text: str, options: dict[str, str], code: str, dialect: str) -> None:
     graph = build(dialect, text)
     before = listing(graph)
-    context = run(Quantize(targets="lstm,gru,rnn,conv_transpose".split(","), **options), graph)  # type: ignore[arg-type]
+    context = run(Quantize(**options), graph)  # type: ignore[arg-type]
     assert declined(context) == [code] and listing(graph) == before
 
 
 def test_a_target_without_a_kernel_says_so(dialect: str) -> None:
-    class Floats(AnyTarget):
-        schemes = {"linear": ("dynamic",)}
-
-    context = run(Quantize(), build(dialect, GRU), target=Floats())
+    target = AnyTarget()
+    target.schemes = {"linear": ("dynamic",)}
+    context = run(Quantize(), build(dialect, GRU), target=target)
     assert declined(context) == ["no_kernel"]

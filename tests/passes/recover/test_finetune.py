@@ -52,6 +52,42 @@ class Convolution(nn.Module):
         return z
 
 
+class Recurrence(nn.Module):
+    """x (batch, 6), read as 6 steps -> (batch, 4): two layers of an LSTM in both directions, and a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(1, 3, num_layers=2, bidirectional=True, batch_first=True)
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.layer(x.unsqueeze(2))
+        z: Tensor = self.linear(y.mean(1))
+        return z
+
+
+def test_what_recurrent_layers_learn_is_handed_back() -> None:
+    """Though a layer has one weight for both of its directions, and one bias for both of its products."""
+    torch.manual_seed(0)
+    model, reference = Recurrence().eval(), Recurrence()
+    reference.load_state_dict(model.state_dict())
+    small = optimize(
+        model, "finetune{epochs=2 lr=0.02 warmup=0 decay=none weight_decay=0}", training=batches(), example_inputs=X
+    )
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.02, weight_decay=0)
+    reference.train()
+    for x, y in batches() * 2:
+        optimizer.zero_grad()
+        F.cross_entropy(reference(x), y).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        optimizer.step()
+    found = small.state_dict()
+    assert found.keys() == reference.state_dict().keys()
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)
+        assert not torch.equal(found[name], model.state_dict()[name])
+
+
 @pytest.mark.parametrize("target", ["torch-cpu", "onnxruntime"])
 def test_weights_and_statistics_are_those_of_torch(target: str) -> None:
     torch.manual_seed(0)

@@ -1,0 +1,63 @@
+"""Keeps onnxruntime's own optimizer off what it breaks: a Sum of one value stands where it would merge two nodes.
+
+A Sum of one value is that value, and no optimization looks at it. Each pattern comes out wrong, or does not load, in
+onnxruntime 1.31 with its optimizations, and is right without:
+
+- a pad is merged into the pool behind it, which pads with less than any number, and refuses to pad as wide as it is;
+- a quantize of what was dequantized by another scale is merged with the first quantize;
+- the weight and the bias of a conv on integers are rounded to integers, also where the bias does not fit;
+- a quantize is put behind what moves int8 activations, and from opset 21 on its type is then wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.ir.graph import Node, Value
+from graphopt.ir.rewrite import scalar
+
+_POOLS = ("max_pool", "average_pool", "onnx.MaxPool", "onnx.AveragePool", "onnx.LpPool")
+_MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity", "onnx.MaxPool",
+          "onnx.Reshape", "onnx.Flatten", "onnx.Gather", "onnx.Slice", "onnx.Expand")  # fmt: skip
+_NOT_NEGATIVE = ("relu", "sigmoid", "hard_sigmoid", "softmax", "exp")
+
+
+def guarded(graph: OnnxGraph) -> OnnxGraph:
+    """A clone in which a Sum stands before each node that would be merged wrongly with the one that it reads."""
+    made = graph.clone()
+    for node in made.nodes:
+        x = node.operands[0] if node.operands else None
+        if x is not None and x.producer is not None and _is_merged_wrongly(made, node, x.producer):
+            alone = made.emit("onnx.Sum", x, at=node)
+            made.replace(node, *made.emit_all(node, alone, *node.operands[1:], at=node))
+    made.sweep()
+    return made
+
+
+def _is_merged_wrongly(graph: OnnxGraph, node: Node, before: Node) -> bool:
+    if before.kind in ("pad", "onnx.Pad"):
+        return node.kind in _POOLS and not _may_pad(node, before)
+    if before.kind != "dequantize" or before.required("x").is_constant:
+        return False
+    return (
+        (node.kind == "quantize" and _is_quantized_again(node, before))
+        or (node.kind == "conv" and node.required("weight").is_constant)
+        or (node.kind in _MOVES and graph.opset >= 21 and before.required("x").dtype is torch.int8)
+    )
+
+
+def _may_pad(pool: Node, pad: Node) -> bool:
+    """Whether a pool that pads by itself computes the same: zeros never win a max of what is never negative."""
+    x = pad.input.producer if pad.kind == "pad" else None
+    return pool.kind == "max_pool" and not pool.attributes["ceil"] and x is not None and x.kind in _NOT_NEGATIVE
+
+
+def _is_quantized_again(node: Node, before: Node) -> bool:
+    """Whether the two have other scales or zero points: they would become one quantize of what the first one reads."""
+    ours, theirs = ([_number(one.operand(name)) for name in ("scale", "zero_point")] for one in (node, before))
+    return None in ours or ours != theirs
+
+
+def _number(value: Value | None) -> float | None:
+    return 0.0 if value is None else scalar(value.graph, value)

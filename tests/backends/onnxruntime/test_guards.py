@@ -1,0 +1,134 @@
+"""What onnxruntime's own optimizer would break computes the same at every level, and what is lossless stays so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+import graphopt
+from graphopt.backends.onnxruntime import linear_int8, weight_only
+from graphopt.backends.onnxruntime.guards import guarded
+from graphopt.backends.onnxruntime.target import OnnxRuntime
+from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.ir.decline import Decline
+from graphopt.ir.rewrite import Choice
+from tests.language import build
+from tests.models import model, plain_run
+
+IMAGE, ROW = "float[n,2,6,6] x", "float[n,8] x"
+SCALES = {
+    "S": torch.tensor(0.05), "T": torch.tensor(0.02), "Z": torch.tensor(128, dtype=torch.uint8),
+    "H": torch.tensor(100, dtype=torch.uint8), "I": torch.tensor(3, dtype=torch.int8),
+    "N": torch.tensor(0, dtype=torch.int8), "P": torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]),
+    "W": torch.randint(-127, 127, (4, 2, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int8),
+    "R": torch.tensor([0.01, 0.02, 1e-12, 0.01]), "B": torch.tensor([0.5, -1.0, 2.0, 0.1]),
+}  # fmt: skip
+CASES = {
+    "a pad before a max pool": (20, IMAGE, "a = Neg(x) p = Pad(a, P) y = MaxPool<kernel_shape = [3,3]>(p)"),
+    "a pad before an average pool": (20, IMAGE, "p = Pad(x, P) y = AveragePool<kernel_shape = [2,2]>(p)"),
+    "a pad as wide as the pool": (20, IMAGE, "p = Pad(x, P) y = AveragePool<kernel_shape = [1,1]>(p)"),
+    "a pad before a pool that pads": (
+        20, IMAGE, "p = Pad(x, P) y = AveragePool<kernel_shape = [2,2], pads = [1,1,1,1]>(p)"),
+    "quantized twice": (16, ROW, """q = QuantizeLinear(x, S, N) d = DequantizeLinear(q, S, N)
+                                    r = QuantizeLinear(d, T, H) y = DequantizeLinear(r, T, H)"""),
+    "quantized twice to uint8": (21, ROW, """q = QuantizeLinear(x, S, Z) d = DequantizeLinear(q, S, Z)
+                                             r = QuantizeLinear(d, T, H) y = DequantizeLinear(r, T, H)"""),
+    "int8 that is returned and moved": (22, "float[n,4,4] x", """
+        q = QuantizeLinear(x, S, I) d = DequantizeLinear(q, S, I) y = MaxPool<kernel_shape = [2]>(d)"""),
+    "a bias that int32 does not hold": (14, IMAGE, """
+        q = QuantizeLinear(x, T, Z) d = DequantizeLinear(q, T, Z) w = DequantizeLinear<axis = 0>(W, R)
+        c = Conv(d, w, B) r = QuantizeLinear(c, S, Z) y = DequantizeLinear(r, S, Z)"""),
+}  # fmt: skip
+
+
+def file(what: str) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
+    opset, inputs, body = CASES[what]
+    used = {name: tensor for name, tensor in SCALES.items()
+            if any(f" {name}{end}" in body or f"({name}{end}" in body for end in (",", ")"))}  # fmt: skip
+    outputs = "float y, int8 q" if "returned" in what else "float y"
+    proto = model(f"g ({inputs}) => ({outputs}) {{ {' '.join(body.split())} }}", used, opset=opset)
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    sizes = [int(size) if size.isdigit() else 3 for size in inputs.split("[")[1].split("]")[0].split(",")]
+    return proto, {"x": torch.randn(sizes, generator=torch.Generator().manual_seed(1))}
+
+
+def run_at(path: Path, level: ort.GraphOptimizationLevel, feeds: Mapping[str, Tensor]) -> list[Tensor]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level, options.log_severity_level = level, 4
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(array) for array in session.run(None, {name: x.numpy() for name, x in feeds.items()})]
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("what", CASES)
+def test_the_file_computes_the_same_at_every_level(what: str, portable: bool, tmp_path: Path) -> None:
+    proto, feeds = file(what)
+    expected = plain_run(proto, feeds)
+    small = graphopt.optimize(proto, "simplify", example_inputs=feeds)
+    path = small.export(tmp_path / "out.onnx", portable=portable)
+    for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
+        for found, wanted in zip(run_at(path, level, feeds), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", [
+    "y = max_pool(pad(relu(x[1,2,6,6]), padding=[0,0,1,1,0,0,1,1]), kernel=[3,3])",
+    "y = conv(pad(x[1,2,6,6], padding=[0,0,1,1,0,0,1,1]), W[4,2,3,3])",
+    "y = dequantize(quantize(x[2,4], S[]:values(0.5), Z[]:uint8), S, Z)",
+])  # fmt: skip
+def test_what_is_merged_rightly_is_left_alone(text: str) -> None:
+    graph = build("onnx", text)
+    assert isinstance(graph, OnnxGraph)
+    assert guarded(graph).text() == graph.text()
+
+
+def test_a_bias_that_does_not_fit_int32_is_declined_by_name() -> None:
+    proto, feeds = file("a bias that int32 does not hold")
+    small = graphopt.optimize(proto, "simplify", example_inputs=feeds)
+    (fold,) = [one for one in small.report.passes if one.name == "fold-int8"]
+    assert list(fold.declined.values()) == [Decline("bias_too_large")]
+    assert "QLinearConv" not in small.report.kernels
+
+
+# --- forms that round ----------------------------------------------------------------------------------------------
+
+STATIC = "y = linear_int8(quantize(x[2,8], S[]:values(0.02), Z[]:uint8), S, Z, W[4,8]:int8:seed1, V[4]:values(0.01))"
+
+
+@pytest.mark.parametrize("choice", [linear_int8.STATIC, linear_int8.DYNAMIC, weight_only.LINEAR])
+def test_a_lossless_lowering_has_no_form_that_rounds(choice: Choice) -> None:
+    assert "MatMulNBits" in choice.forms and "MatMulNBits" not in choice.exact().forms
+    assert choice.exact().forms
+
+
+def test_weights_alone_stay_exact_unless_a_lossy_pass_is_asked_for(tmp_path: Path) -> None:
+    """MatMulNBits at accuracy_level 4 rounds its input: a file that has plain floats there never said so."""
+    weight = torch.randint(-127, 127, (64, 4), generator=torch.Generator().manual_seed(2), dtype=torch.int8)
+    body = "w = DequantizeLinear<axis = 1>(Q, R) y = MatMul(x, w)"
+    proto = model(f"g (float[n,64] x) => (float[n,4] y) {{ {body} }}",
+                  {"Q": weight, "R": torch.full((4,), 0.01)}, opset=21)  # fmt: skip
+    feeds = {"x": torch.randn(5, 64, generator=torch.Generator().manual_seed(3))}
+    path = graphopt.optimize(proto, example_inputs=feeds).export(tmp_path / "out.onnx")
+    torch.testing.assert_close(plain_run(str(path), feeds)[0], plain_run(proto, feeds)[0], rtol=1e-5, atol=1e-5)
+    asked = graphopt.optimize(proto, "quantize{scheme=weight-only}", example_inputs=feeds)
+    levels = [node.attributes["accuracy_level"] for node in asked.lowered.nodes if "MatMulNBits" in node.kind]
+    assert levels == [4]
+
+
+def test_a_form_that_reads_floats_keeps_the_range_of_the_quantize() -> None:
+    graph = build("onnx", STATIC)
+    made = OnnxRuntime()
+    lowered = graph.clone()
+    made._apply(lowered, [[linear_int8.STATIC.only("MatMulNBits")], *made.rules(lowered)])
+    x = torch.linspace(-3, 9, 16).reshape(2, 8)  # uint8 at zero point 0 and scale 0.02 ends at 0 and at 5.1
+    expected = graph.evaluate({"x": x}, graph.outputs)[0]
+    found = lowered.evaluate({"x": x}, lowered.outputs)[0]
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    assert [node.kind for node in lowered.nodes].count("clip") == 1
