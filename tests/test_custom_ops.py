@@ -126,7 +126,7 @@ def test_a_library_of_something_else_is_refused() -> None:
 
 
 def test_targets_of_torch_refuse_it() -> None:
-    with pytest.raises(UsageError, match="custom_ops are operators of ONNX files"):
+    with pytest.raises(UsageError, match="custom_ops are of ONNX files"):
         graphopt.optimize(torch.nn.ReLU(), None, target="torch-cpu", example_inputs=X, custom_ops=["some.so"])
 
 

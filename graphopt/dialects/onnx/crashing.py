@@ -84,7 +84,7 @@ def require_loads(model: ir.Model) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
         path = Path(folder) / "model.onnx"
-        onnx_files.save(model, path, "weights.bin")
+        onnx_files.save(model, path, external_data=True)
         child = subprocess.run([sys.executable, "-c", _LOADS, str(path)], capture_output=True, timeout=_SECONDS)
     if child.returncode < 0:
         raise GraphError(
