@@ -103,7 +103,8 @@ def decode(settings: Settings) -> None:
     with torch.inference_mode():
         step, example, _ = DecodeStep.around(module, prompt)
     # Copies, as export does not take tensors of inference mode.
-    own = {name: tensor.clone() for name, tensor in DecodeStep.of_one_token(example).items()}
+    own = {name: tensor.clone() for name, tensor in example.items()}
+    own |= {"input_ids": own["input_ids"][:, :1], "attention_mask": own["attention_mask"][:, :-1]}
     with torch.no_grad():  # anew, as a step calls the model that it was made around
         narrow, _, _ = DecodeStep.around(deepcopy(module).to("cuda", torch.bfloat16), _placed(prompt))
         wide, _, _ = DecodeStep.around(deepcopy(module).to("cuda"), _placed(prompt))
