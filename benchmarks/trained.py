@@ -188,11 +188,11 @@ def _one_token(
     h = block.attn_norm(x)
     query, key, value = (project(h).unflatten(-1, (-1, block.head_dim)) for project in (block.q, block.k, block.v))
     new = block.rotate(key, cos, sin).transpose(1, 2), value.transpose(1, 2)
-    cache = tuple(torch.cat(pair, 2) for pair in zip(cache, new, strict=True)) if cache else new
-    heads = F.scaled_dot_product_attention(block.rotate(query, cos, sin).transpose(1, 2), *cache, enable_gqa=True)
+    keys, values = (torch.cat(pair, 2) for pair in zip(cache, new, strict=True)) if cache else new
+    heads = F.scaled_dot_product_attention(block.rotate(query, cos, sin).transpose(1, 2), keys, values, enable_gqa=True)
     x = x + block.o(heads.transpose(1, 2).flatten(2))
     h = block.ffn_norm(x)
-    return x + block.down(F.silu(block.gate(h)) * block.up(h)), cache
+    return x + block.down(F.silu(block.gate(h)) * block.up(h)), (keys, values)
 
 
 def _cut(name: str, x: Tensor, size: int = 128) -> list[Batch]:

@@ -134,7 +134,7 @@ class Optimized:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that is changed and run by itself; the weights, to which nothing writes, are shared."""
         graphs = {name: getattr(self, name).clone() for name in ("captured", "transformed", "folded", "lowered")}
-        feeds = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
+        feeds: list[Feeds] = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
         return replace(self, report=copy.deepcopy(self.report, memo), feeds=feeds, **graphs)
 
     def forget_state(self) -> None:

@@ -306,7 +306,7 @@ def equalized(graph: Graph, sizes: Sequence[float]) -> Graph:
     clone = graph.clone()
     found = [one for site in clone.sites("linear") if isinstance(one := scalable(site), Scalable)]
     assert found
-    rescale(clone, [(one, torch.tensor((sizes * 9)[: one.channels])) for one in found])
+    rescale(clone, [(one, torch.tensor((list(sizes) * 9)[: one.channels])) for one in found])
     clone.sweep()
     return clone
 
@@ -419,7 +419,7 @@ def test_a_conv_is_compared_behind_the_batch_norm_that_the_other_has_folded(dial
     other = graph.clone()
     (site, _), (behind,) = other.sites("conv"), other.sites("batch_norm")
     constants = [other.constant(value) for value in behind.operands[1:] if value is not None]
-    folded = fold_batch_norm(site.weight, None, *constants, behind.attributes["eps"])  # type: ignore[arg-type]
+    folded = fold_batch_norm(site.weight, None, *constants, behind.attributes["eps"])  # type: ignore[arg-type, call-arg]
     stored = [other.add_constant(tensor) for tensor in folded]
     other.replace(behind, other.emit(site, site.input, *stored, at=site))
     other.sweep()

@@ -11,6 +11,7 @@ from benchmarks.cases.recover import INT8, minilm, without_training
 from benchmarks.networks import NETWORKS
 from benchmarks.peers import BASELINE, exports
 from benchmarks.speed import race, tables, write
+from graphopt.pipeline import Pass
 
 
 def run(settings: Settings) -> bool:
@@ -21,7 +22,9 @@ def run(settings: Settings) -> bool:
     with tempfile.TemporaryDirectory() as given:
         folder = Path(given)
         found = exports(network.traceable(), folder)
-        for name, passes in {"int8": INT8, **{one.name: without_training(one) for one in recipes.values()}}.items():
+        pipelines: dict[str, str | list[Pass]] = {"int8": INT8}
+        pipelines |= {one.name: without_training(one) for one in recipes.values()}
+        for name, passes in pipelines.items():
             small = graphopt.optimize(
                 network.module, passes, calibration=calibration, measure=True, threads=settings.threads,
                 **network.options,

@@ -43,8 +43,8 @@ def inspect(
 
 def _show_groups(captured: Captured, as_json: bool) -> None:
     """The groups and residual branches as prune finds them: after simplify."""
-    from graphopt.analysis.branches import branches
-    from graphopt.analysis.groups import groups
+    from graphopt.analysis.branches import Branch, branches
+    from graphopt.analysis.groups import Group, groups
     from graphopt.passes import REGISTRY
     from graphopt.pipeline.context import Context
     from graphopt.pipeline.text import parse
@@ -53,11 +53,12 @@ def _show_groups(captured: Captured, as_json: bool) -> None:
 
     simplified = parse("simplify", REGISTRY).apply(captured.graph, Context(feeds=captured.feeds))
     found, residual = groups(simplified), branches(simplified)
+    everything: list[Group | Branch] = [*found, *residual]
     if as_json:
         print_json([
             {"name": one.name, "kind": one.kind, "size": one.size,
              "locked": Reason.of(one.locked).to_dict() if one.locked else None}
-            for one in (*found, *residual)
+            for one in everything
         ])  # fmt: skip
     else:
         typer.echo(text.groups(found, residual))

@@ -55,6 +55,8 @@ class Pass:
     whole_model_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Options that set a budget for the whole model, and have no meaning for one site: each with options to give to a
     pass that runs at one site alone, as text."""
+    former_options: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Options by the names that they had before: the text form still takes these, and warns."""
 
     def __init_subclass__(cls) -> None:
         """Raise UsageError for the name of a preset."""

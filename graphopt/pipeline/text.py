@@ -182,6 +182,10 @@ def _strings(value: Any) -> Any:
 def _construct(cls: type[Pass], options: Mapping[str, Any]) -> Pass:
     """A pass with these options, as they were written."""
     known = [field.name for field in fields(cls)]
+    for former, name in cls.former_options.items():
+        if former in options and name not in options:
+            warnings.warn(f"{cls.name}: {former} is called {name} now", FutureWarning, stacklevel=2)
+            options = {name if option == former else option: value for option, value in options.items()}
     for name in options:
         if name not in known:
             raise UsageError(f"{cls.name} has no option {name!r}{nearest(name, known, aliases.OPTIONS)}")

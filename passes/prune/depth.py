@@ -172,7 +172,8 @@ def _apply(graph: Graph, context: Context, chosen: list[Branch], plan: _Plan) ->
         next(branch for branch in branches(graph) if branch.sum.name == name).remove(graph)
     if plan.gone:
         told = ", ".join(f"{names[name]} ({decibels(sqnr)})" for name, sqnr in plan.gone.items())
-        context.note(f"layers: {len(chosen)} -> {len(chosen) - len(plan.gone)}; gone, with what the outputs keep: {told}")
+        left = len(chosen) - len(plan.gone)
+        context.note(f"layers: {len(chosen)} -> {left}; gone, with what the outputs keep: {told}")
 
 
 def _share_left(graph: Graph, context: Context, of: str, share: float) -> Callable[[Graph], float]:

@@ -61,6 +61,7 @@ class Prune(Pass):
     stage = Stage.PRUNE
     changes_weights = True
     whole_model_options = MappingProxyType(dict.fromkeys((*BUDGETS, "layers"), "neurons=0.5"))
+    former_options = MappingProxyType({"importance": "criterion"})
 
     amount: Share = 0.0
     """Share of the neurons, of the heads and of the channels to remove, at least 0 and below 1; never of the pooler or

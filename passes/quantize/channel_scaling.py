@@ -152,10 +152,10 @@ def rescale(graph: Graph, chosen: Iterable[tuple[Scalable, Tensor]]) -> dict[Nod
             bias = None if bias is None or held is None else graph.add_constant(held / rows[node], bias.name)
         stored = graph.add_constant(weight, node.required("weight").name)
         operands = (node.input, stored) if node.kind == "rms_norm" else (node.input, stored, bias)
-        scaled = graph.emit(node, *operands, at=node)
-        graph.replace(node, scaled)
-        assert scaled.producer is not None
-        replaced[node] = scaled.producer
+        result = graph.emit(node, *operands, at=node)
+        graph.replace(node, result)
+        assert result.producer is not None
+        replaced[node] = result.producer
     return replaced
 
 

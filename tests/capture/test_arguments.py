@@ -84,7 +84,7 @@ def as_torch(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("dialect", ["fx", "onnx"])
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(example=examples())
 def test_a_captured_module_computes_what_the_module_does_for_arguments_of_any_structure(
     dialect: str, example: Any

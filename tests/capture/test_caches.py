@@ -63,7 +63,7 @@ def test_all_layers_have_one_past_and_flops_are_counted(captured: Captured) -> N
 
 @pytest.mark.parametrize("past", [DynamicCache(), (), ((torch.ones(2, 4, 3),),), "a text"])
 def test_a_cache_without_keys_and_values_is_refused(past: Any) -> None:
-    with pytest.raises(CaptureError, match=r"pass cache=True and the prompt|GPT2LMHeadModel fails on the example inputs"):
+    with pytest.raises(CaptureError, match=r"pass cache=True and the prompt|GPT2LMHeadModel fails on"):
         example = {**step(), "past_key_values": past}
         capture(gpt2(), "onnx", example_inputs=example)
 

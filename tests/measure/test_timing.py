@@ -39,7 +39,7 @@ class Machine:
 
         return call
 
-    def paired(self, candidates: dict[str, Callable[[], None]], rounds: int = 15, **options: float) -> dict[str, Ratio]:
+    def paired(self, candidates: dict[str, Callable[[], None]], rounds: int = 15, **options: Any) -> dict[str, Ratio]:
         probe = self.task("probe", 0.001)
         return paired(
             candidates, baseline="base", rounds=rounds, clock=self.clock, sleep=self.rest, probe=probe, **options

@@ -247,9 +247,9 @@ y = linear(p, V[3,16])
 
 
 def test_a_pooler_is_cut_only_where_it_is_asked_for(dialect: str) -> None:
-    for options in ({"neurons": 0.5}, {"amount": 0.5}, {"params": 0.9}):
+    for pass_ in (Prune(neurons=0.5), Prune(amount=0.5), Prune(params=0.9)):
         graph = build(dialect, POOLED)
-        run(Prune(**options), graph)
+        run(pass_, graph)
         up, pooler, _ = (weight_of(site).shape for site in graph.sites("linear"))
         assert up[0] < 8 and pooler[0] == 16
     graph = build(dialect, POOLED)
@@ -299,6 +299,14 @@ def test_a_share_that_rounds_to_nothing_is_declined(dialect: str) -> None:
 
 def test_the_option_names_every_criterion() -> None:
     assert get_type_hints(Prune)["criterion"] == Literal["auto", *CRITERIA]
+
+
+def test_the_former_name_of_an_option_is_read_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="importance is called criterion now"):
+        (former,) = parse("prune{neurons=0.5 importance=l1}", REGISTRY).passes
+    assert former == Prune(neurons=0.5, criterion="l1")
+    with pytest.raises(UsageError, match="no option 'importance'"):
+        parse("prune{neurons=0.5 importance=l1 criterion=l2}", REGISTRY)
 
 
 @pytest.mark.parametrize(("options", "message"), [
