@@ -285,8 +285,13 @@ def _capture_file(path: Path, dialect: Adapter, example_inputs: Any, run: bool |
             return replace(_capture_program(model, dialect, example_inputs, make_feeds=True), source=str(path))
         except GraphError as error:
             raise CaptureError(str(error)) from error
-    with quiet("onnx_ir", "onnxscript"):  # which print what a damaged file makes them doubt
-        return _capture_model(model, dialect, example_inputs, str(path), run)
+    try:
+        with quiet("onnx_ir", "onnxscript"):  # which print what a damaged file makes them doubt
+            return _capture_model(model, dialect, example_inputs, str(path), run)
+    except CaptureError as error:
+        if str(path) in str(error):
+            raise
+        raise CaptureError(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> Any:
