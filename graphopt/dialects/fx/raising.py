@@ -7,8 +7,8 @@ stages here find what people and libraries wrote out in several operators.
 from __future__ import annotations
 
 from graphopt.dialects import heads, raising
-from graphopt.dialects.fx.recurrent import raise_recurrent
 from graphopt.dialects.fx.linears import raise_products
+from graphopt.dialects.fx.recurrent import raise_recurrent
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
 

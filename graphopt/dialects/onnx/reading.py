@@ -152,8 +152,8 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
 
     Nodes are sorted; constants become initializers. Of inputs that are stored, those that are read as weights (before
     IR 4, all) become constants; the others stay, with their defaults. Functions, of the model or registered, are
-    inlined (by onnx-ir); nodes have module paths in their metadata. Types and shapes are inferred anew; what the file says of them counts
-    where inference tells nothing.
+    inlined (by onnx-ir); nodes have module paths in their metadata. Types and shapes are inferred anew; what the file
+    says of them counts where inference tells nothing.
     """
     if isinstance(model, onnx.ModelProto):
         check_external_data(model, None)
