@@ -19,6 +19,7 @@ import graphopt
 from graphopt import CaptureError, GraphError, GraphoptError, LoweringError, Optimized, PassError, UsageError
 from graphopt.capture import capture
 from graphopt.errors import LONGEST, described, first_line, nearest, outer_door, user_batches, user_code
+from graphopt.foreign import reason
 from tests.models import model
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -86,6 +87,22 @@ def test_code_of_the_user_is_named() -> None:
     with pytest.raises(UsageError, match=message):
         next(taken)
     assert list(user_batches("calibration batches", [1, 2])) == [1, 2]
+
+
+FOREIGN = {
+    "[ONNXRuntimeError] : 1 : FAIL : Load failed": "Load failed",
+    "\x1b[1;31mNo such kernel\x1b[m": "No such kernel",
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Reshape node. "
+    "Name:'turn' Status Message: /src/reshape_helper.h:39 onnxruntime::ReshapeHelper::ReshapeHelper(const Shape&, bool) "
+    "size != 0 was false. The input cannot be reshaped": "Reshape (turn): The input cannot be reshaped",
+    "a sentence. And v1.2 of it": "a sentence. And v1.2 of it",
+}
+"""By what an engine says, what remains of it."""
+
+
+@pytest.mark.parametrize("message", FOREIGN)
+def test_an_engines_message_keeps_the_node_and_the_reason(message: str) -> None:
+    assert reason(message) == FOREIGN[message]
 
 
 def test_one_line_of_an_error() -> None:
