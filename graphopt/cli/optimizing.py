@@ -30,7 +30,7 @@ def optimize(
     model: Annotated[
         Path,
         typer.Argument(
-            help="An .onnx file, a torch.export archive (.pt2, for targets of PyTorch), or a folder of Hugging Face, "
+            help="An .onnx file, a torch.export archive (.pt2, for targets of PyTorch), or a Hugging Face folder, "
             "which needs --inputs or --calibration.",
             show_default=False,
         ),

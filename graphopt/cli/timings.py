@@ -78,10 +78,10 @@ def bench(
     with (
         outer_door(LoweringError, f"{shapes_text(feeds)}: one of the models does not run on that"),
         logged(verbose),
-        watched(display(shown), "measure", rounds) as told,
+        watched(display(shown), "measure", rounds) as advance,
     ):
         timed = {key: partial(call, feeds) for key, call in calls.items()}
-        ratios = paired(timed, baseline=model.name, rounds=rounds, told=told)
+        ratios = paired(timed, baseline=model.name, rounds=rounds, on_round=advance)
     row = {key: ratios[key] for key in (name, "control")}
     machine = environment()
     if as_json:
