@@ -36,7 +36,7 @@ from graphopt.pipeline.examples import first_batch
 from graphopt.pipeline.instruments import Instrument, display, phase
 from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass, Stage
-from graphopt.pipeline.prompts import in_steps, takes_steps
+from graphopt.pipeline.prompts import in_steps
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.text import parse
 from graphopt.result import Optimized
@@ -221,12 +221,12 @@ def default_examples(model: Any, **sources: Any) -> Any:
 
 
 def _in_steps(calibration: Any, steps: int | None, captured: Captured) -> tuple[Any, int | None]:
-    """Calibration as the graph takes it, and most of its batches: a decode step takes the steps of prompts."""
-    if not takes_steps(captured.graph, captured.signature.outputs):
-        return calibration, steps
+    """Calibration as the graph takes it, and the most batches of it to use. steps: the most to use of what was given,
+    which are prompts where the graph is a decode step."""
     if steps is not None:
         require_positive_integer("calibration_steps", steps)
-    return in_steps(calibration, captured.graph, captured.signature.outputs, "calibration", steps), None
+    source = in_steps(calibration, captured.graph, captured.signature.outputs, "calibration", steps)
+    return source, steps if source is calibration else None
 
 
 def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Captured) -> AbstractContextManager[None]:
