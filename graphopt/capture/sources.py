@@ -37,9 +37,6 @@ from graphopt.numerics import metrics
 Outputs = Sequence[Sequence[Any]]
 """What a model returns on each of several feeds: tensors, or what else an engine returns (sequences, maps)."""
 
-RANDOM_RUNS = 3
-"""Further runs that tell which outputs are random: few numbers may come out alike once."""
-
 UNKNOWN_BATCH, UNKNOWN_SIZE = 1, 16
 """Sizes of dynamic axes in feeds that are made from input types."""
 
@@ -288,8 +285,13 @@ def _capture_file(path: Path, dialect: Adapter, example_inputs: Any, run: bool |
             return replace(_capture_program(model, dialect, example_inputs, make_feeds=True), source=str(path))
         except GraphError as error:
             raise CaptureError(str(error)) from error
-    with quiet("onnx_ir", "onnxscript"):  # which print what a damaged file makes them doubt
-        return _capture_model(model, dialect, example_inputs, str(path), run)
+    try:
+        with quiet("onnx_ir", "onnxscript"):  # which print what a damaged file makes them doubt
+            return _capture_model(model, dialect, example_inputs, str(path), run)
+    except CaptureError as error:
+        if str(path) in str(error):
+            raise
+        raise CaptureError(f"{path}: {error}") from error
 
 
 def _read(path: Path) -> Any:
@@ -396,7 +398,7 @@ def _raised(
         if judge is not None:
             judge(graph)
         else:
-            notes.append("the graph does not compute the same twice on the example inputs: it is random")
+            notes.append("the captured graph does not compute what the model does on the example inputs")
         return graph
     notes += left
     return raised
@@ -427,7 +429,7 @@ def _computes(graph: Graph, feeds: Sequence[Feeds], expected: Outputs) -> bool:
     if found is None:
         return False
     moved = _moved(expected, found)
-    for _ in range(RANDOM_RUNS if moved else 0):
+    for _ in range(differences.RANDOM_RUNS if moved else 0):
         again = _reference(graph, feeds, [])
         moved -= set() if again is None else _moved(found, again)
     return not moved

@@ -118,8 +118,8 @@ def test_layers_go_before_units(dialect: str) -> None:
 
 def test_targets_and_ignore_choose_by_any_site_inside(dialect: str) -> None:
     graph, (first, second, _) = stack(dialect, 2, 0.01, 1)
-    chosen = {"targets": Selector(first, second), "ignore": Selector(second)}
-    run(Prune(layers=0.5, **chosen), graph, calibration=calibrated(graph))
+    chosen = Prune(layers=0.5, targets=Selector(first, second), ignore=Selector(second))
+    run(chosen, graph, calibration=calibrated(graph))
     assert len(graph.sites("linear")) == 6  # one alone stays
     graph, (first, second, _) = stack(dialect, 2, 0.01, 1)
     run(Prune(layers=0.5, ignore=Selector(second)), graph, calibration=calibrated(graph))
