@@ -233,8 +233,9 @@ class Run:
     # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 
     def _is_lossless(self, pipeline: Pipeline) -> bool:
-        """Whether nothing may be rounded that the model does not round: no lossy pass was asked for."""
-        return not self.captured.rounds and all(one.lossless for one in (*self.earlier, *pipeline.leaves()))
+        """Whether nothing may be rounded that the model does not round: no pass that rounds was asked for."""
+        rounds = (one.stage is Stage.QUANTIZE and not one.lossless for one in (*self.earlier, *pipeline.leaves()))
+        return not self.captured.rounds and not any(rounds)
 
     def _lowered(self, pipeline: Pipeline, folded: Graph, report: Report) -> Graph:
         """The target's own operators, in the forms that run fastest here where that is measured."""

@@ -36,8 +36,9 @@ class Difference:
 def found(graph: Graph, feeds: Feeds, expected: Sequence[Any], names: Sequence[str]) -> Difference | None:
     """How the outputs of a graph differ from the expected ones; None where they agree, or the engine does not run it.
 
-    An output that differs from run to run is random, and held to nothing. Agree: within `metrics.tolerance`, or within what rounding makes of them (AMPLIFIED). Integers are chosen by floats,
-    of which two may be near each other, so they may differ where there are floats, and all of these agree.
+    An output that differs from run to run is random, and held to nothing. Agree: within `metrics.tolerance`, or within
+    what rounding makes of them (AMPLIFIED). Integers are chosen by floats, of which two may be near each other, so they
+    may differ where there are floats, and all of these agree.
     """
     try:
         outputs = graph.evaluate(feeds, graph.outputs)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from graphopt.analysis.branches import WEIGHTED, Branch, branches
+from graphopt.capture.sources import capture
 from graphopt.ir.graph import Graph
 from tests.language import build, listing, outputs
+from tests.models import seeded
 
 PRE_NORM = """
 h = add(x[batch,8], linear(gelu(linear(layer_norm(x, G[8]), W[16,8])), V[8,16]))
@@ -100,6 +104,21 @@ def test_what_cannot_go_is_locked(dialect: str, text: str, lock: str) -> None:
 def test_a_sum_of_another_dtype_is_locked() -> None:
     _, (branch,) = found("fx", "x = relu(i[2,4])\ny = relu(add(x, cast(linear(x, W[4,4]), dtype=float64)))")
     assert branch.locked is not None and branch.locked.code == "shortcut_differs"
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        return (x + self.linear(F.dropout(x, training=True))).relu()
+
+
+def test_what_draws_at_random_is_locked() -> None:
+    (branch,) = branches(capture(seeded(Noisy), "fx", example_inputs=torch.ones(2, 4)).graph)
+    assert branch.locked is not None and branch.locked.code == "branch_not_pure"
 
 
 def test_what_two_branches_read_stays_for_the_other(dialect: str) -> None:
