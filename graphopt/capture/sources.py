@@ -320,10 +320,10 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     )
     notes = dialect.notes(model, graph)
     if example_inputs is None:
-        unknown = next((value for value in graph.inputs if not _can_be_made(value)), None)
-        feeds = [_made_feeds(graph.inputs, notes)] if unknown is None else []
-        if unknown is not None:
-            notes.append(f"no example inputs, and none are made for {unknown.name!r}, which is of unknown rank, no "
+        unmade = next((value for value in graph.inputs if not _can_be_made(value)), None)
+        feeds = [_made_feeds(graph.inputs, notes)] if unmade is None else []
+        if unmade is not None:
+            notes.append(f"no example inputs, and none are made for {unmade.name!r}, which is of unknown rank, no "
                          "tensor, or too large: outputs are not compared")  # fmt: skip
     else:
         calls = [example if isinstance(example, tuple) else (example,) for example in several(example_inputs)]
