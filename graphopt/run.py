@@ -233,8 +233,9 @@ class Run:
     # --- folded -> lowered -> checked --------------------------------------------------------------------------------
 
     def _is_lossless(self, pipeline: Pipeline) -> bool:
-        """Whether nothing may be rounded that the model does not round: no lossy pass was asked for."""
-        return not self.captured.rounds and all(one.lossless for one in (*self.earlier, *pipeline.leaves()))
+        """Whether nothing may be rounded that the model does not round: no pass that rounds was asked for."""
+        rounds = (one.stage is Stage.QUANTIZE and not one.lossless for one in (*self.earlier, *pipeline.leaves()))
+        return not self.captured.rounds and not any(rounds)
 
     def _lowered(self, pipeline: Pipeline, folded: Graph, report: Report) -> Graph:
         """The target's own operators, in the forms that run fastest here where that is measured."""
@@ -245,7 +246,7 @@ class Run:
             watched(self.instruments, "measure forms", None) as advance,
         ):
             if chooser is not None:
-                chooser.told = advance
+                chooser.tell(advance)
             lowered, logs = self.backend.lower(folded, chooser, lossless=self._is_lossless(pipeline))
             now.result = f"{len(lowered.nodes)} nodes"
         found = {} if chooser is None else chooser.measured

@@ -44,7 +44,7 @@ def test_what_is_no_model(thing: Any) -> None:
 def test_a_path_that_is_not_there_and_files_that_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match=r"there is no file .*missing.onnx"):
         graphopt.optimize(tmp_path / "missing.onnx")
-    with pytest.raises(CaptureError, match="there is no file"):
+    with pytest.raises(CaptureError, match=r"is a folder without config\.json"):
         graphopt.optimize(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"cposix\nsystem\n")
     with pytest.raises(CaptureError, match="pickle, which is never loaded"):
@@ -138,7 +138,7 @@ def test_a_module_that_returns_no_tensor() -> None:
         ((tokens(), padding(), X), "3 tensors, and Encoder.forward takes 2"),
         ({"ids": tokens(), "masks": padding()}, "no argument 'masks'; did you mean 'mask'"),
         ({"ids": tokens()}, "missing .*'mask'"),
-        (("a text", padding()), r"fails on the example inputs \(mask \[2, 7\], ids='a text'\).*must be Tensor, not str"),
+        (("a text", padding()), r"fails on the example inputs \(mask \[2, 7\], ids='a text'\).* be Tensor, not str"),
         ([], "example_inputs is an empty list"),
         (tokens().float(), "Encoder fails on the example inputs"),
     ],

@@ -239,3 +239,14 @@ def test_a_failed_pass_leaves_the_model_as_it_was() -> None:
     assert caught.value.pass_name == "fails" and caught.value.reproducer is not None
     saved = OnnxGraph.load(caught.value.reproducer + "/graph.onnx")
     torch.testing.assert_close(saved.evaluate({"x": images()}, saved.outputs)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_a_pass_that_rounds_lets_a_form_round_activations() -> None:
+    """A file with int8 weights: low-rank finds nothing to split at rank 64, and what is left computes the same."""
+    text = "g (float[n,64] x) => (float[n,64] y) { w = DequantizeLinear(W, s)  y = MatMul(x, w) }"
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (64, 64), generator=draw).to(torch.int8)
+    file, x = model(text, {"W": weight, "s": torch.tensor(0.01)}, opset=21), torch.randn(4, 64, generator=draw)
+    wanted = x @ (weight.float() * 0.01)
+    kept = graphopt.optimize(file, "low-rank{rank=64}", example_inputs=x)
+    torch.testing.assert_close(torch.as_tensor(kept(x)["y"]), wanted, rtol=1e-4, atol=1e-4)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.ir.graph import Node, Value
+from graphopt.ir.graph import Node
+from graphopt.ir.qdq.numbers import fits_integers, stored
 from graphopt.ir.rewrite import scalar
 
 _POOLS = ("max_pool", "average_pool", "onnx.MaxPool", "onnx.AveragePool", "onnx.LpPool")
@@ -42,7 +43,7 @@ def _is_merged_wrongly(graph: OnnxGraph, node: Node, before: Node) -> bool:
         return False
     return (
         (node.kind == "quantize" and _is_quantized_again(node, before))
-        or (node.kind == "conv" and node.required("weight").is_constant)
+        or (node.kind == "conv" and _is_rounded_by_engine(node, before))
         or (node.kind in _MOVES and graph.opset >= 21 and before.required("x").dtype is torch.int8)
     )
 
@@ -55,9 +56,19 @@ def _may_pad(pool: Node, pad: Node) -> bool:
 
 def _is_quantized_again(node: Node, before: Node) -> bool:
     """Whether the two have other scales or zero points: they would become one quantize of what the first one reads."""
-    ours, theirs = ([_number(one.operand(name)) for name in ("scale", "zero_point")] for one in (node, before))
+    ours, theirs = ([_number(one, name) for name in ("scale", "zero_point")] for one in (node, before))
     return None in ours or ours != theirs
 
 
-def _number(value: Value | None) -> float | None:
-    return 0.0 if value is None else scalar(value.graph, value)
+def _is_rounded_by_engine(conv: Node, before: Node) -> bool:
+    """Whether a conv on integers has a weight in floats, or a bias for which int32 has no room."""
+    weight, bias = conv.required("weight"), stored(conv.graph, conv.bias)
+    if weight.is_constant or bias is None or weight.producer is None or weight.producer.kind != "dequantize":
+        return weight.is_constant
+    scale, weight_scale = (conv.graph.constant(one.required("scale")) for one in (before, weight.producer))
+    return scale is not None and weight_scale is not None and not fits_integers(bias, scale, weight_scale)
+
+
+def _number(node: Node, name: str) -> float | None:
+    value = node.operand(name)
+    return 0.0 if value is None else scalar(node.graph, value)

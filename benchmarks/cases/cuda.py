@@ -22,7 +22,7 @@ from benchmarks.models import SEED, Batch, seeded
 from graphopt.backends.cuda.device import Device
 from graphopt.backends.cuda.runner import OPTIONS
 from graphopt.backends.cuda.target import Cuda
-from graphopt.capture.decode import DecodeStep
+from graphopt.capture.decode import DecodeStep, after_prompt, step_of
 from graphopt.measure.timing import paired_calls
 from graphopt.numerics.metrics import sqnr
 
@@ -101,9 +101,10 @@ def decode(settings: Settings) -> None:
     module = seeded(lambda: GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25, use_cache=False)))
     prompt = tokens(1, 128)
     with torch.inference_mode():
-        step, example, _ = DecodeStep.around(module, prompt)
+        tensors = step_of(module, after_prompt(module, prompt)).tensors
+    step = DecodeStep(module, list(tensors))
     # Copies, as export does not take tensors of inference mode.
-    own = {name: tensor.clone() for name, tensor in DecodeStep.of_one_token(example).items()}
+    own = {argument: tensors[name].clone() for argument, name in step.public_names.items()}
     with torch.no_grad():  # anew, as a step calls the model that it was made around
         narrow, _, _ = DecodeStep.around(deepcopy(module).to("cuda", torch.bfloat16), _placed(prompt))
         wide, _, _ = DecodeStep.around(deepcopy(module).to("cuda"), _placed(prompt))

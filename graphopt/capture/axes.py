@@ -111,7 +111,7 @@ def _entries(name: str, tensor: Tensor, entry: Any) -> Iterator[tuple[int, str |
 def _require_one_size(tensors: Feeds, axes: DynamicAxes, given: Collection[Axis]) -> None:
     """Raise CaptureError where axes that were given one name have several sizes in an example."""
     found: dict[str, tuple[int, str]] = {}
-    for name, axis in given:
+    for name, axis in ((name, axis) for name, named in axes.items() for axis in named if (name, axis) in given):
         label, size = axes[name][axis], tensors[name].shape[axis]
         before, first = found.setdefault(label, (size, f"axis {axis} of {name}"))
         if size != before:

@@ -48,7 +48,7 @@ class Entry(nn.Module):
                 found.append(leaf)
             elif isinstance(leaf, torch.SymInt):
                 self.sizes.add(place)
-                found.append(torch.scalar_tensor(leaf, dtype=torch.int64))
+                found.append(torch.scalar_tensor(leaf, dtype=torch.int64))  # type: ignore[arg-type]
             elif isinstance(leaf, torch.SymFloat | torch.SymBool):
                 name = ".".join(map(str, path))
                 raise CaptureError(f"the model returns {name or 'a number'}, which follows the sizes of its inputs and "

@@ -89,7 +89,7 @@ def trace(module: nn.Module, example_inputs: Any, dynamic_shapes: Any, cache: bo
     returned = structure_of(result, entry.sizes)
     leaves = [leaf for _, leaf in flattened(result)[0]]
     expected = [torch.as_tensor(leaves[place]).cpu() for place in returned.places]
-    examples = [{name: tensor.cpu() for name, tensor in call.tensors.items()} for call in calls]
+    examples: list[Feeds] = [{name: tensor.cpu() for name, tensor in call.tensors.items()} for call in calls]
     return Traced(program, examples, calls[0], distinct(shapes, axes, given), returned, expected, notes)
 
 

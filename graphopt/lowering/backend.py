@@ -41,12 +41,8 @@ from graphopt.pipeline.target import Placement
 class Chooser(Protocol):
     """Picks a form for each match of a choice, and records how."""
 
-    @property
-    def told(self) -> Callable[[str], object]:
-        """What is called before a site is measured, with its name; the run sets it."""
-
-    @told.setter
-    def told(self, function: Callable[[str], object]) -> None: ...
+    def tell(self, told: Callable[[str], object]) -> None:
+        """Call a function before each site is measured, with its name."""
 
     @property
     def notes(self) -> list[str]:

@@ -127,10 +127,12 @@ class TimedChooser:
     timings: Timings = field(default_factory=opened)
     measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By choice, for each signature: the label of one site, how many sites there are, and its Measurement."""
-    told: Callable[[str], object] = lambda site: None
-    """Called before a site is measured, with its name."""
     _unsure: dict[str, int] = field(default_factory=dict)
     """By choice, at how many kinds of sites the machine was too unsteady to decide."""
+    _told: list[Callable[[str], object]] = field(default_factory=list)
+
+    def tell(self, told: Callable[[str], object]) -> None:
+        self._told.append(told)
 
     @property
     def notes(self) -> list[str]:
@@ -179,7 +181,8 @@ class TimedChooser:
                    "shapes": [[of[value] for value in subgraph.inputs] for of in shapes]}  # fmt: skip
             kept = self.timings.get(key)
             if kept is None:
-                self.told(f"{choice.name} at {subgraph.match.root.label}")
+                for told in self._told:
+                    told(f"{choice.name} at {subgraph.match.root.label}")
                 flows = flows or self._flows(graph, subgraphs.values())
                 inputs = [self.place({value.name: flow[value] for value in subgraph.inputs}) for flow in flows]
                 measurement = self._compare_forms(graph, choice, subgraph, inputs, finish)

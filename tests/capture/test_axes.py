@@ -57,7 +57,7 @@ def test_given_names_are_in_the_file(tmp_path: Any) -> None:
 
 def test_axes_of_one_name_and_two_sizes_are_an_error() -> None:
     example = (X, torch.randn(2, 5))
-    message = r"axis 0 of [xy] is [23], and axis 0 of [xy] is [23], and both are called 'batch': .* name them apart"
+    message = r"axis 0 of x is 3, and axis 0 of y is 2, and both are called 'batch': .* name them apart"
     with pytest.raises(CaptureError, match=message):
         capture(Apart(), "onnx", example_inputs=example, dynamic_shapes={"x": {0: "batch"}, "y": {0: "batch"}})
     apart = capture(Apart(), "onnx", example_inputs=example, dynamic_shapes={"x": {0: "batch"}})

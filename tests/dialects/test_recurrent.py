@@ -32,7 +32,8 @@ class Classifier(nn.Module):
         super().__init__()
         layer, options = LAYERS[kind]
         self.table = nn.Embedding(11, 4)
-        self.layer = layer(4, 6, **{"batch_first": True, **options, **changed})
+        made: Any = layer
+        self.layer: nn.RNNBase = made(4, 6, **{"batch_first": True, **options, **changed})
         self.head = nn.Linear(6 * (1 + self.layer.bidirectional), 3)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def onnx_model(op_type: str, outputs: list[str], inputs: list[str] | None = None
     shapes = {"W": (directions, rows, 3), "R": (directions, rows, 4), "B": (directions, 2 * rows)}
     stored = [numpy_helper.from_array(torch.randn(shape, generator=generator).numpy(), name)
               for name, shape in shapes.items()]  # fmt: skip
-    x = ["batch", "length", 3] if attributes.get("layout") else ["length", "batch", 3]
+    x: list[str | int | None] = ["batch", "length", 3] if attributes.get("layout") else ["length", "batch", 3]
     node = helper.make_node(op_type, ["x", "W", "R", "B", *(inputs or [])], outputs, hidden_size=4, **attributes)
     graph = helper.make_graph(
         [node], "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)],
@@ -187,7 +188,7 @@ def test_other_recurrences_stay_operators(attributes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("op_type", GATES)
 def test_a_file_becomes_a_module_that_learns(op_type: str) -> None:
-    own = {"linear_before_reset": 1} if op_type == "GRU" else {}
+    own: dict[str, Any] = {"linear_before_reset": 1} if op_type == "GRU" else {}
     model = onnx_model(op_type, ["y"], **own)
     module = to_torch(model, torch.randn(5, 2, 3))
     module(torch.randn(4, 1, 3))["y"].sum().backward()
@@ -213,8 +214,12 @@ def test_gradients_are_those_of_the_module(kind: str) -> None:
     torch.testing.assert_close(small.get_parameter("head.weight").grad, module.head.weight.grad)
     found = graph.unpacked(small).keys()
     assert found == {f"layer.{name}" for name, _ in module.layer.named_parameters()}
-    total = sum(float(p.grad.square().sum()) for p in small.parameters() if p.grad is not None)
-    assert total == pytest.approx(sum(float(p.grad.square().sum()) for p in module.parameters()), rel=1e-4)
+    assert squares(small) == pytest.approx(squares(module), rel=1e-4)
+
+
+def squares(module: nn.Module) -> float:
+    """The sum of the squares of all gradients."""
+    return sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -223,3 +228,15 @@ def test_a_package_of_any_length_is_refused(kind: str, tmp_path: Path) -> None:
     graph = capture(classifier(kind), "fx", example_inputs=ids(2, 5)).graph
     with pytest.raises(GraphError, match=f"is {kind} over the dynamic axis 'seq'"):
         graph.package(tmp_path / "small.pt2", {"ids": ids(2, 5)}, {})
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_program_of_torch_has_the_same_ops(kind: str, dialect: str) -> None:
+    """Which torch.export made by itself, with the operators of aten and one length."""
+    module, example = classifier(kind), ids(2, 5)
+    with torch.no_grad():
+        program = torch.export.export(module, (example,), strict=False)
+    captured = capture(program, dialect)
+    sites = captured.graph.sites(kind)
+    assert len(sites) == module.layer.num_layers and all(value is None for site in sites for value in site.operands[4:])
+    torch.testing.assert_close(ran(captured, ids=example), module(example), rtol=1e-5, atol=1e-6)

@@ -172,3 +172,28 @@ def test_a_form_that_declines_gives_way_to_the_next_and_the_first_reason_is_kept
     legal = Choice("c", _tanh, {"first": _declines("first"), "relu": lambda op, m: op.relu(m.x)})
     log = rewrite(graph, [legal.rule()])["c"]
     assert (log.hits, log.declined) == (1, {})
+
+
+def test_a_form_that_the_opset_cannot_spell_is_left_out() -> None:
+    def newer(op: Builder, m: Match) -> Value:
+        return op("onnx.Gelu", m.x)
+
+    def older(op: Builder, m: Match) -> Value:
+        return op.sigmoid(m.x)
+
+    graph = build("onnx", "y = relu(x[2,3])")
+    graph.model.graph.opset_imports[""] = 17  # type: ignore[attr-defined]
+    choice = Choice("either", lambda op, x: op.relu(x), {"newer": newer, "older": older})
+    assert rewrite(graph.clone(), [choice.only("newer")])["either"].declined == {
+        "Relu": Decline("not_spelled", reason="Gelu is not in opset 17")
+    }
+    rewrite(graph, [choice.rule(lambda match: "newer")])
+    assert graph.text() == "%0 = sigmoid(x[2,3])\nreturn %0[2,3]"
+
+
+def test_an_exact_choice_offers_no_lossy_form_even_where_it_is_asked_for() -> None:
+    forms = {"rounded": lambda op, m: op.sigmoid(m.x), "kept": lambda op, m: op.tanh(m.x)}
+    choice = Choice("either", lambda op, x: op.relu(x), forms, lossy=frozenset({"rounded"}))
+    graph = build("onnx", "y = relu(x[2,3])")
+    rewrite(graph, [choice.exact().rule(lambda match: "rounded")])
+    assert graph.text() == "%0 = tanh(x[2,3])\nreturn %0[2,3]"

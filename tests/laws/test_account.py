@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import onnx
 import pytest
@@ -19,9 +20,10 @@ from graphopt.pipeline import account
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import run_pass
+from graphopt.pipeline.selectors import Selector
 from tests.dialects.fx.test_graph import CASES, Case, operand_names
 
-KINDS = ("neurons", "heads", "channels", "width")
+KINDS: tuple[Literal["neurons", "heads", "channels", "width"], ...] = ("neurons", "heads", "channels", "width")
 PASSES: dict[str, Callable[[], Pass]] = {
     **{f"quantize-{scheme}": lambda scheme=scheme: Quantize(scheme=scheme, smooth=False)  # type: ignore[misc]
        for scheme in ("auto", "dynamic", "weight-only")},
@@ -100,7 +102,8 @@ def test_an_op_with_weights_is_changed_or_declined(op: str, name: str, dialect: 
         require_account(PASSES[name](), with_stored_weights(dialect, op, case))
 
 
-OPAQUE = {"fx": ("aten.kron.default", {}), "onnx": ("onnx.Einsum", {"equation": "ij,kj->ik"})}
+OPAQUE: dict[str, tuple[str, dict[str, Any]]] = {"fx": ("aten.kron.default", {}), 
+                                                "onnx": ("onnx.Einsum", {"equation": "ij,kj->ik"})}  # fmt: skip
 
 
 @pytest.mark.parametrize("dialect", OPAQUE)
@@ -155,5 +158,5 @@ def test_weights_inside_a_branch_are_declined_with_it(name: str, held: str) -> N
 def test_what_the_user_left_out_is_not_declined() -> None:
     graph = with_stored_weights("onnx", "lstm", CASES["lstm"][0])
     context = Context()
-    run_pass(Sparsify(amount=0.5, targets="linear"), graph, context)
+    run_pass(Sparsify(amount=0.5, targets=Selector("linear")), graph, context)
     assert all(node.kind == "linear" for node in context.considered)

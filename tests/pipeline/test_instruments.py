@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -473,6 +474,18 @@ def test_reproduce_makes_a_folder_on_failure_only(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
     error = failing(build("onnx", TEXT), None)
     assert error.reproducer is not None and Path(error.reproducer).parent == tmp_path
+
+
+def test_a_process_has_one_folder_and_old_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    old, others, foreign = (tmp_path / name for name in ("graphopt-failed-1-a", "graphopt-failed-2-b", "graphopt-own"))
+    for folder in (old, others, foreign):
+        folder.mkdir()
+    for folder in (old, foreign):
+        os.utime(folder, (0, 0))
+    last = [failing(build("onnx", TEXT), None).reproducer for _ in range(3)][-1]
+    assert last is not None and set(tmp_path.iterdir()) == {others, foreign, Path(last)}
+    assert (Path(last) / "pass.json").is_file()
 
 
 def test_the_command_in_the_readme_fails_in_the_same_way(tmp_path: Path) -> None:

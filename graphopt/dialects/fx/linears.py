@@ -33,11 +33,10 @@ def raise_products(graph: Graph) -> None:
 
 
 def _row_behind(node: Node, width: int) -> tuple[Node, Value | None]:
-    """The add that alone reads a node and adds a stored row to it, and that row; the node itself where there is none."""
-    user = node.result.only_user
-    if user is not None and user.kind == "add":
-        for value in user.operands:
-            if value is not None and value.is_constant and value.shape == (width,) == (node.result.shape or ())[-1:]:
-                if value.dtype == node.result.dtype:
-                    return user, value
-    return node, None
+    """The add that alone reads a node and adds a stored row to it, and that row; the node where there is none."""
+    user, y = node.result.only_user, node.result
+    if user is None or user.kind != "add" or (y.shape or ())[-1:] != (width,):
+        return node, None
+    rows = (value for value in user.operands if value is not None and value.is_constant and value.shape == (width,))
+    row = next((value for value in rows if value.dtype == y.dtype), None)
+    return (node if row is None else user), row

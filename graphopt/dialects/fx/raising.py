@@ -13,10 +13,11 @@ from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
 
 STAGES = (
-    # First: programs compute the scales and shapes by which the other stages know their forms.
+    # Before constants, which make stored tensors of the zeros that a layer of fixed sizes begins with.
+    Stage("recurrent layers", raise_recurrent),
+    # Before the other stages: programs compute the scales and shapes by which these know their forms.
     Stage("constants", fold_constants),
     Stage("linears", raise_products),
-    Stage("recurrent layers", raise_recurrent),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
     heads.STAGE,

@@ -77,7 +77,7 @@ def add_functions(model: ir.Model) -> None:
         proto = _functions.get((domain, name, ""))
         if proto is None or (domain, name, "") in model.functions:
             continue
-        function = ir.from_proto(proto)
+        function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function
         model.graph.opset_imports.setdefault(domain, 1)
         wanted += [node.op_identifier() for node in function.all_nodes()]

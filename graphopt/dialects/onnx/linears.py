@@ -258,11 +258,11 @@ class _Products:
     def _number(self, like: Value, number: float) -> OnnxValue:
         return self.graph.add_constant(torch.tensor(number, dtype=like.dtype))
 
-    def _permuted(self, value: Value, axes: Sequence[str], order: Sequence[str], at: OnnxNode) -> Value:
+    def _permuted(self, value: OnnxValue, axes: Sequence[str], order: Sequence[str], at: OnnxNode) -> OnnxValue:
         perm = tuple(list(axes).index(one) for one in order)
         return value if perm == tuple(range(len(perm))) else self._emit("transpose", value, at=at, perm=perm)
 
-    def _regrouped(self, value: Value, leading: int, sizes: Sequence[int], at: OnnxNode) -> Value:
+    def _regrouped(self, value: OnnxValue, leading: int, sizes: Sequence[int], at: OnnxNode) -> OnnxValue:
         """A value whose first axes stay, and whose others become axes of these sizes."""
         shape: Tensor = torch.tensor([*[0] * leading, *sizes])
         return self._emit("onnx.Reshape", value, self.graph.add_constant(shape), at=at)

@@ -57,8 +57,8 @@ class OnnxValue(Value):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        tensor = isinstance(self.native.type, ir.TensorType)
-        return READABLE.get(self.native.type.dtype) if tensor else None  # else a sequence or an optional
+        type_ = self.native.type
+        return READABLE.get(type_.dtype) if isinstance(type_, ir.TensorType) else None  # else a sequence or an optional
 
     @property
     def producer(self) -> Node | None:

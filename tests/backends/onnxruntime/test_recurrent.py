@@ -28,7 +28,7 @@ def rounded(x: Floats) -> Floats:
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     scale = (high - low) / 255 or 1.0
     zero = np.clip(np.rint(-low / scale), 0, 255)
-    return ((np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale).astype(np.float32)
+    return np.asarray((np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale, np.float32)
 
 
 def reference(x: Floats, weight: Floats, recurrent: Floats, bias: Floats) -> Floats:

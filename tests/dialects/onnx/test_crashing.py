@@ -13,7 +13,7 @@ from graphopt.dialects.onnx.export import deployable
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.errors import GraphError, LoweringError
 from tests.language import assert_outputs_equal, build
-from tests.operators import model
+from tests.models import model
 
 PERMS = [perm for rank in (3, 4) for perm in itertools.permutations(range(rank)) if perm != tuple(range(rank))]
 

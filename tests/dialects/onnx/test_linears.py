@@ -30,11 +30,11 @@ class _File:
 
     def store(self, array: np.ndarray) -> str:
         self.stored.append(numpy_helper.from_array(array, f"stored{len(self.stored)}"))
-        return self.stored[-1].name
+        return str(self.stored[-1].name)
 
     def add(self, op_type: str, *inputs: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op_type, inputs, [f"value{len(self.nodes)}"], **attributes))
-        return self.nodes[-1].output[0]
+        return str(self.nodes[-1].output[0])
 
     def model(self, x_shape: list[int], y: str) -> onnx.ModelProto:
         x = helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape)

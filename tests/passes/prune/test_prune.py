@@ -247,9 +247,9 @@ y = linear(p, V[3,16])
 
 
 def test_a_pooler_is_cut_only_where_it_is_asked_for(dialect: str) -> None:
-    for options in ({"neurons": 0.5}, {"amount": 0.5}, {"params": 0.9}):
+    for pass_ in (Prune(neurons=0.5), Prune(amount=0.5), Prune(params=0.9)):
         graph = build(dialect, POOLED)
-        run(Prune(**options), graph)
+        run(pass_, graph)
         up, pooler, _ = (weight_of(site).shape for site in graph.sites("linear"))
         assert up[0] < 8 and pooler[0] == 16
     graph = build(dialect, POOLED)
