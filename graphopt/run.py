@@ -246,7 +246,7 @@ class Run:
             watched(self.instruments, "measure forms", None) as advance,
         ):
             if chooser is not None:
-                chooser.on_site = advance
+                chooser.watch(advance)
             lowered, logs = self.backend.lower(folded, chooser, lossless=self._is_lossless(pipeline))
             now.result = f"{len(lowered.nodes)} nodes"
         found = {} if chooser is None else chooser.measured

@@ -127,10 +127,14 @@ class TimedChooser:
     timings: Timings = field(default_factory=opened)
     measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By choice, for each signature: the label of one site, how many sites there are, and its Measurement."""
-    on_site: Callable[[str], object] = lambda name: None
-    """Called before each site is measured, with the names of its choice and of the site."""
     _unsure: dict[str, int] = field(default_factory=dict)
     """By choice, at how many kinds of sites the machine was too unsteady to decide."""
+
+    _on_site: Callable[[str], object] | None = None
+
+    def watch(self, on_site: Callable[[str], object]) -> None:
+        """See `Chooser.watch`."""
+        self._on_site = on_site
 
     @property
     def notes(self) -> list[str]:
@@ -179,7 +183,8 @@ class TimedChooser:
                    "shapes": [[of[value] for value in subgraph.inputs] for of in shapes]}  # fmt: skip
             kept = self.timings.get(key)
             if kept is None:
-                self.on_site(f"{choice.name} at {subgraph.match.root.label}")
+                if self._on_site is not None:
+                    self._on_site(f"{choice.name} at {subgraph.match.root.label}")
                 flows = flows or self._flows(graph, subgraphs.values())
                 inputs = [self.place({value.name: flow[value] for value in subgraph.inputs}) for flow in flows]
                 measurement = self._compare_forms(graph, choice, subgraph, inputs, finish)
