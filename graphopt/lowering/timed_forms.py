@@ -129,7 +129,6 @@ class TimedChooser:
     """By choice, for each signature: the label of one site, how many sites there are, and its Measurement."""
     _unsure: dict[str, int] = field(default_factory=dict)
     """By choice, at how many kinds of sites the machine was too unsteady to decide."""
-
     _on_site: Callable[[str], object] | None = None
 
     def watch(self, on_site: Callable[[str], object]) -> None:

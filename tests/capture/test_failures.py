@@ -72,3 +72,14 @@ class Asserting(nn.Module):
 def test_an_error_without_a_message_is_its_class_alone() -> None:
     with pytest.raises(CaptureError, match=r"fails on the example inputs \(x \[3, 3\]\): AssertionError at .*:\d+ \("):
         capture(Asserting(), "onnx", example_inputs=torch.randn(3, 3))
+
+
+def test_the_causes_of_a_failed_export_end() -> None:
+    with pytest.raises(CaptureError) as raised:
+        capture(Block(), "onnx", example_inputs=torch.randn(3, 3))
+    seen: list[BaseException] = []
+    error: BaseException | None = raised.value
+    while error is not None and error not in seen:
+        seen.append(error)
+        error = error.__cause__
+    assert error is None and len(seen) > 1

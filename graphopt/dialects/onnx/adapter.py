@@ -135,7 +135,9 @@ def _from_program(
         own: BaseException | None = error
         while own is not None and not isinstance(own, GraphError):
             own = own.__cause__
-        raise own or error from error
+        if own is None:
+            raise
+        raise own from own.__cause__  # not from `error`, which was raised from it: causes would go in a circle
     assert exported is not None
     model = exported.model
     for value, name in zip(model.graph.inputs, inputs, strict=True):
