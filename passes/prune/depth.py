@@ -115,7 +115,7 @@ def _open(graph: Graph, context: Context, choice: Choice) -> list[Branch]:
         why = locks(chosen) if chosen else "; targets and ignore leave none of them"
         raise UsageError(f"{name}: no residual branch can go{why} (graphopt inspect MODEL --groups lists them)")
     if not left:
-        context.note("layers: the model has none that can go")
+        context.note("layers: no residual branch that may go")
     return left
 
 

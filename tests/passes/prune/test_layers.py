@@ -203,10 +203,10 @@ def test_a_model_without_branches_or_with_locked_ones_says_so(dialect: str) -> N
 def test_what_the_model_lacks_is_skipped_with_a_note(dialect: str) -> None:
     graph, _ = stack(dialect, 2, 0.01, 1)
     context = run(Prune(layers=0.3, channels=0.5), graph, calibration=calibrated(graph))
-    assert len(graph.sites("linear")) == 4 and "channels: the model has none that can shrink" in context.record.notes
+    assert len(graph.sites("linear")) == 4 and "channels: no group that may be cut" in context.record.notes
     graph = build(dialect, "y = linear(relu(linear(x[batch,4], W[4,4])), V[4,4])")
     context = run(Prune(layers=0.3, neurons=0.5, criterion="l2"), graph)
-    assert "layers: the model has none that can go" in context.record.notes
+    assert "layers: no residual branch that may go" in context.record.notes
     assert [tuple(site.weight.shape) for site in graph.sites("linear") if site.weight is not None] == [(2, 4), (4, 2)]
     with pytest.raises(UsageError, match="the model has no group of channels"):
         run(Prune(layers=0.3, channels=0.5), graph)
