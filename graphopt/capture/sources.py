@@ -31,7 +31,7 @@ from graphopt.dialects.adapter import Adapter, adapter
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
-from graphopt.ir.graph import Feeds, Graph, Shape, Value
+from graphopt.ir.graph import Feeds, Graph, Shape, Value, shapes_text
 from graphopt.ir.structure import structure_of
 from graphopt.numerics import metrics
 
@@ -451,8 +451,7 @@ def _made_feeds(inputs: Sequence[Value], notes: list[str]) -> Feeds:
             feeds[value.name] = torch.randn(sizes, generator=generator).to(dtype)
         else:
             feeds[value.name] = torch.randint(0, 2, sizes, generator=generator).to(dtype)
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
-    notes.append(f"no example inputs: feeds were made from the input types ({shapes})")
+    notes.append(f"no example inputs: feeds were made from the input types ({shapes_text(feeds)})")
     return feeds
 
 

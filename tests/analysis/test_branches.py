@@ -113,8 +113,8 @@ class Noisy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.relu()
-        y: Tensor = x + self.linear(F.dropout(x, training=True))
-        return y.relu()
+        result: Tensor = x + self.linear(F.dropout(x, training=True))
+        return result.relu()
 
 
 def test_what_draws_at_random_is_locked() -> None:

@@ -144,7 +144,8 @@ class OnnxNode(Node):
         for inner in graph.all_nodes():
             tensor = inner.attributes.get("value") if inner.op_type == "Constant" else None
             if tensor is not None:
-                yield READABLE.get(tensor.as_tensor().dtype), tuple(map(int, tensor.as_tensor().shape))
+                stored = tensor.as_tensor()
+                yield READABLE.get(stored.dtype), tuple(stored.shape.numpy())
             for value in self.owner.values(inner.inputs):
                 if value is not None and value.is_constant:
                     yield value.dtype, value.shape
