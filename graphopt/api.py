@@ -36,7 +36,7 @@ from graphopt.pipeline.examples import first_batch
 from graphopt.pipeline.instruments import Instrument, display, phase
 from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass, Stage
-from graphopt.pipeline.prompts import in_steps, takes_steps
+from graphopt.pipeline.prompts import in_steps
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.text import parse
 from graphopt.result import Optimized
@@ -70,8 +70,8 @@ def optimize(
 ) -> Optimized:
     """Make a model smaller and faster on a target.
 
-    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx, .pt2
-    or a folder of Hugging Face, or what an earlier call returned (below); it is not changed. passes: as text or
+    model: nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, a path to .onnx or
+    .pt2 or to a Hugging Face folder, or what an earlier call returned (below); it is not changed. passes: as text or
     objects; None only simplifies and lowers, which loses nothing. target: the name of a target, see `graphopt targets`.
     example_inputs: a batch (tensor, tuple or dict; torch or numpy), or a list of them for several shapes; None is the
     first batch of calibration, else of training. A module needs one of the three.
@@ -86,10 +86,10 @@ def optimize(
     cross-entropy to the labels in the batches. evaluate: (a model that is called like the original) -> how good it is,
     more is better: for goals in that measure, and to choose the best weights while training.
     threads: of the engine, None for its default.
-    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. False also lets a
-    module pass whose captured graph computes something else, with a note. An ONNX file above
-    that is run only where agree=True or calibration asks for it, and then in sections of its layers; its weights are
-    read one by one, and memory holds a few copies of the largest.
+    agree: compare outputs with the original after every pass; None does so up to 2 GB of weights. An ONNX file above
+    2 GB is run only where agree=True or calibration asks for it, and then in sections of its layers; its weights are
+    read one by one, and memory holds a few copies of the largest. With False, a module whose captured graph computes
+    something else than the module is accepted with a note; it is an error otherwise.
     measure: time the forms that a pattern may take at the example inputs, and the result against the input; what makes
     it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given. Without
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
@@ -98,8 +98,9 @@ def optimize(
     onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
     known is not run: passes that need no run work, and only the shapes of outputs are checked.
     instruments: further watchers of the pipeline, such as Dump.
-    verbose: True says what is done on stderr, with bars on a terminal; False says nothing. None does so on a terminal
-    and in a notebook; elsewhere lines go to the logger `graphopt`, which is silent until `logging` is set up.
+    verbose: True writes a line for each pass and each other phase to stderr, with bars on a terminal; False writes
+    nothing. None is True on a terminal and in a notebook, unless the logger `graphopt` is enabled for INFO: then, and
+    everywhere else, the lines go to that logger alone, which is silent until `logging` is set up.
 
     An `Optimized` goes on where it stands: its transformed graph is what comes in, with its signature and, unless
     others are given, its example inputs. `optimize(optimize(m, "prune{...}"), "quantize")` does what
@@ -134,7 +135,7 @@ def optimize(
     model = opened(model)
     with _few_collections():
         if example_inputs is None:
-            example_inputs = _first_batch(model, calibration=calibration, training=training)
+            example_inputs = default_examples(model, calibration=calibration, training=training)
         with phase(instruments, "capture") as found:
             if isinstance(model, Optimized):
                 captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
@@ -204,19 +205,11 @@ def whole_pipeline(
     return Pipeline(asked)
 
 
-def _in_steps(calibration: Any, steps: int | None, captured: Captured) -> tuple[Any, int | None]:
-    """Calibration as the graph takes it, and most of its batches: of a decode step, the steps of the prompts."""
-    if not takes_steps(captured.graph, captured.signature.outputs):
-        return calibration, steps
-    if steps is not None:
-        require_positive_integer("calibration_steps", steps)
-    return in_steps(calibration, captured.graph, captured.signature.outputs, "calibration", steps), None
-
-
-def _first_batch(model: Any, **sources: Any) -> Any:
+def default_examples(model: Any, **sources: Any) -> Any:
     """Example inputs from the first of the sources that gives its batches more than once; None where there is none.
 
-    Raises UsageError for a module where there is only a source that does not, since it cannot be traced without any.
+    sources: batches, by what messages call them, such as calibration. Raises UsageError for a module where there is
+    only a source that does not, since it cannot be traced without any.
     """
     given = {name: source for name, source in sources.items() if source is not None}
     again = {name: source for name, source in given.items() if not isinstance(source, Iterator)}
@@ -225,6 +218,15 @@ def _first_batch(model: Any, **sources: Any) -> Any:
     name, source = next(iter((again or given).items()))
     with streams.restored():
         return first_batch(model, source, name=name)
+
+
+def _in_steps(calibration: Any, steps: int | None, captured: Captured) -> tuple[Any, int | None]:
+    """Calibration as the graph takes it, and the most batches of it to use. steps: the most to use of what was given,
+    which are prompts where the graph is a decode step."""
+    if steps is not None:
+        require_positive_integer("calibration_steps", steps)
+    source = in_steps(calibration, captured.graph, captured.signature.outputs, "calibration", steps)
+    return source, steps if source is calibration else None
 
 
 def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Captured) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -169,6 +170,8 @@ def _leaves(path: str, result: Any) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(result, Mapping):
         for key, item in result.items():
             yield from _leaves(f"{path}.{key}" if path else str(key), item)
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
+        yield from _leaves(path, {field.name: getattr(result, field.name) for field in dataclasses.fields(result)})
     elif isinstance(result, tuple | list):
         for index, item in enumerate(result):
             yield from _leaves(f"{path or 'output'}_{index}", item)

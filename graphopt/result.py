@@ -228,7 +228,7 @@ class Optimized:
         return result
 
     def _ratios(
-        self, original: Runner, feeds: Feeds, rounds: int, told: Callable[[str], object]
+        self, original: Runner, feeds: Feeds, rounds: int, on_round: Callable[[str], object]
     ) -> dict[str, Ratio]:
         """How many times faster than the original this is at one example shape; the control is the original again."""
         from graphopt.measure.timing import paired
@@ -236,7 +236,7 @@ class Optimized:
         placed = self.backend.place(feeds)
         runners = {"original": original, "control": original, "optimized": self.runner}
         calls = {name: partial(runner, placed) for name, runner in runners.items()}
-        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock, told=told)
+        ratios = paired(calls, baseline="original", rounds=rounds, clock=self.backend.clock, on_round=on_round)
         return {name: ratios[name] for name in ("optimized", "control")}
 
     def graphsurgeon(self) -> Any:

@@ -17,7 +17,7 @@ from graphopt.capture.sources import Captured
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Feeds, Graph, digest, shapes_text
+from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
@@ -246,7 +246,7 @@ class Run:
             watched(self.instruments, "measure forms", None) as advance,
         ):
             if chooser is not None:
-                chooser.tell(advance)
+                chooser.watch(advance)
             lowered, logs = self.backend.lower(folded, chooser, lossless=self._is_lossless(pipeline))
             now.result = f"{len(lowered.nodes)} nodes"
         found = {} if chooser is None else chooser.measured
@@ -284,7 +284,10 @@ class Run:
             ranks = was is not None and now is not None and len(was) != len(now)
             known = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
             if ranks or known or (None not in (before.dtype, after.dtype) and before.dtype != after.dtype):
-                raise LoweringError(f"output {before.name!r} went from {was}, {before.dtype}, to {now}, {after.dtype}")
+                raise LoweringError(
+                    f"lowered for {self.backend.name}, output {before.name!r} went from shape {was} and "
+                    f"{dtype_name(before.dtype)} to shape {now} and {dtype_name(after.dtype)}"
+                )
 
     def _is_held_by_sites(self, pipeline: Pipeline) -> bool:
         """Whether the model came in quantized, is to come out with the same numbers, and can be held to that here.

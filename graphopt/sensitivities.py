@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from graphopt.api import default_examples
 from graphopt.backends import target as target_of
+from graphopt.capture.folders import opened
 from graphopt.capture.signature import as_model
 from graphopt.capture.sources import capture
 from graphopt.dialects.adapter import adapter
@@ -16,14 +18,12 @@ from graphopt.passes import REGISTRY
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.damage import STEPS, scan
-from graphopt.pipeline.examples import first_batch
 from graphopt.pipeline.instruments import Instrument, display
 from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.text import parse
 from graphopt.report.records import Sensitivity
-from graphopt.training import streams
 
 
 def sensitivity(
@@ -37,7 +37,7 @@ def sensitivity(
     steps: int = STEPS,
     cache: str | Path | None = None,
     example_inputs: Any = None,
-    dynamic_shapes: Mapping[str, Mapping[int, str]] | None = None,
+    dynamic_shapes: Any = None,
     calibration_steps: int | None = None,
     loss: Loss | None = None,
     custom_ops: Sequence[Any] = (),
@@ -63,9 +63,9 @@ def sensitivity(
             adapter(backend.dialect).register(custom_ops)
         follow = followed(loss)
         score = None if evaluate is None else user_code("evaluate function", evaluate)
-    if example_inputs is None and calibration is not None and not isinstance(calibration, Iterator):
-        with streams.restored():
-            example_inputs = first_batch(model, calibration)
+    model = opened(model)
+    if example_inputs is None:
+        example_inputs = default_examples(model, calibration=calibration)
     captured = capture(model, backend.dialect, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
     signature = captured.signature
     with outer_door(_failed, f"{captured.source} cannot be scanned"):

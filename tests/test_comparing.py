@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -428,3 +429,20 @@ def test_a_conv_is_compared_behind_the_batch_norm_that_the_other_has_folded(dial
         inside = compare(a, b, batches, sites=True).propagation
         assert inside is not None
         assert [(one.kind, one.sqnr > 60) for one in inside.sites] == [("conv", True), ("relu", True), ("conv", True)]
+
+
+@dataclass
+class Scores:
+    first: Tensor
+    parts: list[Tensor]
+
+
+class ReturnsScores(nn.Module):
+    def forward(self, x: Tensor) -> Scores:
+        return Scores(x + 1, [x * 2])
+
+
+def test_the_tensors_in_a_dataclass_are_compared() -> None:
+    small = optimize(ReturnsScores(), example_inputs=torch.ones(2, 3))
+    found = compare(ReturnsScores(), small, [torch.ones(2, 3)])
+    assert [one.output for one in found.outputs] == ["first", "parts_0"]

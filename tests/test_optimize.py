@@ -131,7 +131,7 @@ def test_bench_times_original_control_and_optimized(monkeypatch: pytest.MonkeyPa
     result = graphopt.optimize(seeded(ConvNet), example_inputs=[images(), images(1)])
     seen: list[Tensor] = []
 
-    def paired(candidates: Any, baseline: str, rounds: int, clock: Any, told: Any) -> Any:
+    def paired(candidates: Any, baseline: str, rounds: int, clock: Any, on_round: Any) -> Any:
         assert (list(candidates), baseline, rounds) == (["original", "control", "optimized"], "original", 3)
         seen.extend(call()[0] for call in candidates.values())
         return dict.fromkeys(candidates, timing.Ratio(1.0, 1.0, 1.0, rounds, 0, {}))

@@ -14,7 +14,7 @@ _CONFIG = "config.json"
 
 
 def opened(model: Any) -> Any:
-    """The module in a folder of Hugging Face, in eval mode, where `model` is a path to one; anything else as it is.
+    """The module in a Hugging Face folder, in eval mode, where `model` is a path to one; anything else as it is.
 
     The folder holds config.json and weights in safetensors, in one file or in several with an index. The architecture
     is the first of the config's, as transformers has it: no code of the folder's is run, and no pickle is loaded.

@@ -86,7 +86,7 @@ def capture(
     check: bool = True,
 ) -> Captured:
     """Capture nn.Module, ExportedProgram, fx.GraphModule, onnx.ModelProto, onnx_graphsurgeon.Graph, or a path to .onnx,
-    to .pt2 (a torch.export archive without pickles) or to a folder of Hugging Face. The model is not changed.
+    to .pt2 (a torch.export archive without pickles) or to a Hugging Face folder. The model is not changed.
 
     dialect: "onnx" or "fx". example_inputs: a tensor, a tuple or a dict of them (torch or numpy), or a list of these
     for several shapes; needed for modules. dynamic_shapes: by input name, the names of its dynamic axes, or as

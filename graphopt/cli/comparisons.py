@@ -62,7 +62,7 @@ def sensitivity(
     from graphopt.sensitivities import sensitivity as measure
 
     require_file(model)
-    with logged(verbose):
+    with logged(verbose) as shown:
         found = measure(
             model,
             setting,
@@ -73,7 +73,7 @@ def sensitivity(
             cache=cache,
             target=target,
             custom_ops=custom_ops or (),
-            verbose=False if verbose is False else None,
+            verbose=shown,
         )
     if as_json:
         print_json(found.to_dict())

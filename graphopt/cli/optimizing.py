@@ -30,7 +30,7 @@ def optimize(
     model: Annotated[
         Path,
         typer.Argument(
-            help="An .onnx file, a torch.export archive (.pt2, for targets of PyTorch), or a folder of Hugging Face, "
+            help="An .onnx file, a torch.export archive (.pt2, for targets of PyTorch), or a Hugging Face folder, "
             "which needs --inputs or --calibration.",
             show_default=False,
         ),
@@ -112,7 +112,7 @@ def optimize(
         "checkpoint": checkpoint,
         "example_inputs": None if inputs is None else example(inputs, source),
     }
-    with logged(verbose):
+    with logged(verbose) as shown:
         small = run(
             source,
             passes,
@@ -122,7 +122,7 @@ def optimize(
             measure=measure,
             cpu=cpu,
             custom_ops=custom_ops or (),
-            verbose=False if verbose is False else None,
+            verbose=shown,
             **{option: value for option, value in given.items() if value is not None},
         )
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]

@@ -27,18 +27,21 @@ def print_json(facts: Any) -> None:
 
 
 @contextmanager
-def logged(verbose: bool | None) -> Iterator[None]:
+def logged(verbose: bool | None) -> Iterator[bool | None]:
     """What the logger `graphopt` says, as lines on stderr: each step where asked for (True), nothing (False); without
-    either, a line for each stage where stderr is no terminal, on which bars show more."""
+    either, a line for each stage where stderr is no terminal, on which bars show more.
+
+    Yields the `verbose=` for functions that are called inside: with these lines they need no bars.
+    """
     if verbose is False or (verbose is None and sys.stderr.isatty()):
-        yield
+        yield verbose
         return
     logger, handler = logging.getLogger("graphopt"), logging.StreamHandler()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
-        yield
+        yield None
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)

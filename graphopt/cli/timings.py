@@ -65,10 +65,10 @@ def bench(
         if not captured.feeds:
             raise UsageError(f"{model} does not run on inputs made from its types: {'; '.join(captured.notes)}")
         feeds = captured.feeds[0]
-    first, shown = session_of(model, threads), False if verbose is False else None
+    first = session_of(model, threads)
     second: Callable[[Mapping[str, Tensor]], list[Tensor]]
     if other is None:
-        with logged(verbose):
+        with logged(verbose) as shown:
             small = run(model, passes, threads=threads, example_inputs=feeds, calibration=given, verbose=shown)
         second, name = small.runner, "optimized"
     else:
@@ -77,11 +77,11 @@ def bench(
     calls = {model.name: first, name: second, "control": first}
     with (
         outer_door(LoweringError, f"{shapes_text(feeds)}: one of the models does not run on that"),
-        logged(verbose),
-        watched(display(shown), "measure", rounds) as told,
+        logged(verbose) as shown,
+        watched(display(shown), "measure", rounds) as advance,
     ):
         timed = {key: partial(call, feeds) for key, call in calls.items()}
-        ratios = paired(timed, baseline=model.name, rounds=rounds, told=told)
+        ratios = paired(timed, baseline=model.name, rounds=rounds, on_round=advance)
     row = {key: ratios[key] for key in (name, "control")}
     machine = environment()
     if as_json:

@@ -41,8 +41,8 @@ from graphopt.pipeline.target import Placement
 class Chooser(Protocol):
     """Picks a form for each match of a choice, and records how."""
 
-    def tell(self, told: Callable[[str], object]) -> None:
-        """Call a function before each site is measured, with its name."""
+    def watch(self, on_site: Callable[[str], object]) -> None:
+        """Call `on_site` before each site is measured, with the names of its choice and of the site."""
 
     @property
     def notes(self) -> list[str]:

@@ -56,14 +56,14 @@ class SpeedCheck:
     timings: Timings
     clock: Clock = time.perf_counter
 
-    def time(self, result: Runner, digest: str, told: Callable[[str], object] | None = None) -> SpeedResult:
-        """The speed of a result. digest: of its graph. told: called after each round. Cached; for UNSURE seconds where
-        the machine was unsteady."""
+    def time(self, result: Runner, digest: str, on_round: Callable[[str], object] | None = None) -> SpeedResult:
+        """The speed of a result. digest: of its graph. on_round: called after each round. Cached; where the machine was
+        unsteady, for UNSURE seconds."""
         key = self._key("verdict", digest)
         kept = self.timings.get(key)
         if kept is not None:
             return SpeedResult(tuple(Ratio(**ratio) for ratio in kept["ratios"]), tuple(kept["slower"]))
-        found = compare_speed(result, self.baseline, self.feeds, self.clock, told)
+        found = compare_speed(result, self.baseline, self.feeds, self.clock, on_round)
         self.timings.put(key, asdict(found), math.inf if all(ratio.steady for ratio in found.ratios) else UNSURE)
         return found
 
@@ -88,7 +88,7 @@ def compare_speed(
     baseline: Runner,
     feeds: Sequence[Feeds],
     clock: Clock = time.perf_counter,
-    told: Callable[[str], object] | None = None,
+    on_round: Callable[[str], object] | None = None,
 ) -> SpeedResult:
     """Time a result against the input, interleaved; where it seems slower, a second run has to say so too.
 
@@ -96,10 +96,11 @@ def compare_speed(
     CLEARLY_FASTER.
     """
     calls = {"input": [partial(baseline, one) for one in feeds], "optimized": [partial(result, one) for one in feeds]}
-    ratios = timing.paired_calls(calls, baseline="input", until=_faster, clock=clock, told=told)["optimized"].shapes
+    compare = partial(timing.paired_calls, calls, baseline="input", clock=clock, on_round=on_round)
+    ratios = compare(until=_faster)["optimized"].shapes
     suspects = [index for index, ratio in enumerate(ratios) if timing.slower_than(ratio)]
     if suspects:
-        ratios = timing.paired_calls(calls, baseline="input", clock=clock, told=told)["optimized"].shapes
+        ratios = compare()["optimized"].shapes
     return SpeedResult(ratios, tuple(index for index in suspects if timing.slower_than(ratios[index])))
 
 

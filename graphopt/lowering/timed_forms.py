@@ -129,10 +129,12 @@ class TimedChooser:
     """By choice, for each signature: the label of one site, how many sites there are, and its Measurement."""
     _unsure: dict[str, int] = field(default_factory=dict)
     """By choice, at how many kinds of sites the machine was too unsteady to decide."""
-    _told: list[Callable[[str], object]] = field(default_factory=list)
 
-    def tell(self, told: Callable[[str], object]) -> None:
-        self._told.append(told)
+    _on_site: Callable[[str], object] | None = None
+
+    def watch(self, on_site: Callable[[str], object]) -> None:
+        """See `Chooser.watch`."""
+        self._on_site = on_site
 
     @property
     def notes(self) -> list[str]:
@@ -181,8 +183,8 @@ class TimedChooser:
                    "shapes": [[of[value] for value in subgraph.inputs] for of in shapes]}  # fmt: skip
             kept = self.timings.get(key)
             if kept is None:
-                for told in self._told:
-                    told(f"{choice.name} at {subgraph.match.root.label}")
+                if self._on_site is not None:
+                    self._on_site(f"{choice.name} at {subgraph.match.root.label}")
                 flows = flows or self._flows(graph, subgraphs.values())
                 inputs = [self.place({value.name: flow[value] for value in subgraph.inputs}) for flow in flows]
                 measurement = self._compare_forms(graph, choice, subgraph, inputs, finish)

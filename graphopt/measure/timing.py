@@ -98,7 +98,7 @@ def paired(
     sleep: Callable[[float], object] = time.sleep,
     probe: Callable[[], object] | None = None,
     probe_tolerance: float = 0.15,
-    told: Callable[[str], object] | None = None,
+    on_round: Callable[[str], object] | None = None,
 ) -> dict[str, Ratio]:
     """Time `candidates` against the one called `baseline`, interleaved; one Ratio each, the baseline's own being 1.
 
@@ -106,7 +106,7 @@ def paired(
     (16384 at most). A pair counts when the probes around its two blocks lie within `probe_tolerance` (0.15 is 15%) of
     each other. Rounds go on until every candidate has `rounds` pairs, or twice that many were run. `probe` defaults to
     a small layer norm on one thread. For a control, pass the baseline's callable once more under another name.
-    `told` is called after each round, outside of what is timed.
+    `on_round` is called after each round, outside of what is timed.
 
     Where fewer than 6 pairs of a candidate count, its 6 steadiest are taken, and its Ratio says that it is not steady.
     Raises ValueError on wrong arguments or a candidate that takes no time on this clock.
@@ -114,7 +114,7 @@ def paired(
     found = paired_calls(
         {name: [call] for name, call in candidates.items()},
         baseline=baseline, rounds=rounds, min_block_seconds=min_block_seconds, clock=clock, sleep=sleep, probe=probe,
-        probe_tolerance=probe_tolerance, told=told,
+        probe_tolerance=probe_tolerance, on_round=on_round,
     )  # fmt: skip
     return {name: ratios.shapes[0] for name, ratios in found.items()}
 
@@ -131,7 +131,7 @@ def paired_calls(
     probe_tolerance: float = 0.15,
     give_up_below: float = 0.0,
     until: Callable[[Ratios], bool] | None = None,
-    told: Callable[[str], object] | None = None,
+    on_round: Callable[[str], object] | None = None,
 ) -> dict[str, Ratios]:
     """As `paired`, where each candidate has several calls, such as one for each shape: the same number for all.
 
@@ -167,8 +167,8 @@ def paired_calls(
             pairs[name].append(pair)
             counting[name] += [pair] if speed_change(pair) <= probe_tolerance else []
         run += 1
-        if told is not None:
-            told(f"round {run}")
+        if on_round is not None:
+            on_round(f"round {run}")
         screened = [name for name in remaining if len(counting[name]) == SCREENING_PAIRS]
         given_up = [name for name in screened if largest_ratio(counting[name]) < give_up_below]
         remaining = [name for name in remaining if name not in given_up]

@@ -86,7 +86,7 @@ class Context:
     record: PassRecord = field(default_factory=lambda: PassRecord("", ""))
     """The record of the pass that runs now."""
     considered: set[Node] = field(default_factory=set)
-    """The nodes that the pass that runs now has changed, declined or weighed."""
+    """The nodes that the pass that runs now has looked at as sites, or declined."""
     labels: dict[Node, str] = field(default_factory=dict)
     """How the record names sites: by label, with the node's name where several share one (a module called twice)."""
 

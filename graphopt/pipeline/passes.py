@@ -47,7 +47,7 @@ class Pass:
     dialects: ClassVar[tuple[str, ...]] = ("fx", "onnx")
     changes_weights: ClassVar[bool] = False
     """Whether it makes weights smaller or fewer: then each op with weights is changed, or declined by name
-    (`graphopt.pipeline.account`)."""
+    (`graphopt.pipeline.remaining`)."""
     trains: ClassVar[bool] = False
     """Whether it trains weights."""
     without_calibration: ClassVar[str] = ""

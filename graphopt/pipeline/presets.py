@@ -19,7 +19,8 @@ PRESETS: Mapping[str, Preset] = {
     "fast": Preset("simplify,quantize", "8 bits: static with calibration data, else dynamic."),
     "small": Preset(
         "simplify,quantize{scheme=weight-only bits=[4,8]},quantize",
-        "Weights of linears and tables in 4 bits where blocks fit, else in 8; then 8 bits for what has no such form.",
+        "Weights of linears and embeddings in 4 bits where blocks fit, else in 8; then 8 bits for what has no such "
+        "form.",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Prompts -> the steps of a decoder with a cache: calibration gives whole texts, the graph takes a part at a time."""
+"""Prompts -> the steps of a decoder with a cache: calibration gives whole prompts, the graph takes steps."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from graphopt.pipeline.batches import SAMPLES, opened
 
 STEPS = 4
 """Most steps that a prompt is cut into. A causal model computes the same for a token in a long step as in a short one,
-so that few steps show all of its numbers; the first of them has an empty cache."""
+so few steps show all of its activations. The first step has an empty cache."""
 
 
 def in_steps(source: Any, graph: Graph, outputs: Sequence[str], name: str, most: int | None = None) -> Any:
-    """A source of batches, its prompts cut into steps where the graph is a decode step; any other graph's as it is.
+    """A source of batches, its prompts cut into steps where the graph is a decode step, else as it is.
 
     A batch that holds the graph's cache is left as it is. A prompt is a dict with input_ids (batch, length), or these
-    alone; its attention_mask is of ones unless given, and its position_ids count what the mask leaves. outputs: the
-    names of the graph's outputs. name: what messages call the source. most: prompts to read.
+    alone; its attention_mask is of ones unless given, and its position_ids count the tokens that the mask keeps.
+    outputs: the names of the graph's outputs. name: what messages call the source. most: at most so many prompts are
+    read.
     """
-    if not takes_steps(graph, outputs):
+    if not _is_decode_step(graph, outputs):
         return source
     steps = _Steps(source, graph, outputs, name, most)
     return iter(steps) if isinstance(source, Iterator) else steps
 
 
-def takes_steps(graph: Graph, outputs: Sequence[str]) -> bool:
+def _is_decode_step(graph: Graph, outputs: Sequence[str]) -> bool:
     """Whether a graph is a decode step, which takes the cache and returns it with more in it."""
     inputs = [value.name for value in graph.inputs]
     return has_past(inputs) and IDS in inputs and f"{PRESENT}.0.key" in outputs
@@ -63,7 +64,7 @@ class _Steps:
                 yield from self._steps(given)
 
     def _batches(self) -> Iterable[Any]:
-        """The batches; of stacked arrays, so many samples at a time."""
+        """The batches; of stacked arrays, SAMPLES at a time."""
         if not isinstance(self.source, Mapping):
             return opened(self.source, self.name)
         starts = range(0, len(self.source[IDS]) if IDS in self.source else 1, SAMPLES)
@@ -84,7 +85,7 @@ class _Steps:
                 cache = dict(zip(self.past, self.graph.evaluate(feeds, self.present), strict=True))
 
     def _empty(self, name: str, batch: int) -> Tensor:
-        """A cache of nothing."""
+        """An empty cache, of shape (batch, heads, 0, size of a head). Raises UsageError where these are unknown."""
         shape = self.inputs[name].shape
         if shape is None or len(shape) != 4 or not all(isinstance(shape[axis], int) for axis in (1, 3)):
             raise UsageError(

@@ -24,7 +24,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         clip-weights = "clipping:ClipWeights"
 
     A name of graphopt's own always stands for graphopt's class; where a package registers it too, a warning says so.
-    So it is with names that are reserved for something else.
+    The same holds for names that are reserved for something else.
     """
 
     def __init__(

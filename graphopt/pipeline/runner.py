@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 
 from graphopt.errors import PassError, SpellingError, UsageError
 from graphopt.ir.graph import Graph
-from graphopt.pipeline import account
+from graphopt.pipeline import remaining
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range, check_options
 from graphopt.pipeline.passes import Pass, Stage
@@ -160,13 +160,13 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
             instrument.before(pass_, graph, context)
         record.cost_before, record.nodes_before = context.cost(graph), len(graph.nodes)
         version, start = graph.version, time.perf_counter()
-        held = account.weights(graph) if pass_.changes_weights else {}
+        held = remaining.nodes_with_weights(graph) if pass_.changes_weights else {}
         with ExitStack() as stack:
             for instrument in active:
                 stack.enter_context(instrument.running(record.text))
             pass_.run(graph, context)
         graph.sweep()
-        account.close(pass_, graph, context, held)
+        remaining.decline_remaining(pass_, graph, context, held)
         if not pass_.lossless and not pass_.trains and graph.version > version:
             context.is_lossy = True
         record.seconds, record.changes = time.perf_counter() - start, graph.version - version

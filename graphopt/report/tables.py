@@ -322,8 +322,8 @@ def comparison_notes(found: Comparison) -> list[str]:
             read = f"what it reads has {figures.decibels(worst.before)}"
         notes.append(f"most noise is added by {worst.site}: {read}, its result {figures.decibels(worst.sqnr)}")
     if unlike := [one.site for one in inside.sites if not one.alike]:
-        notes.append("in brackets: what reads it agrees, so a scaling, a shift or an order of channels stands between, "
-                     f"and it is no alarm: {_first_names(unlike)}")  # fmt: skip
+        notes.append("in brackets: the sites that read it agree, so its channels are only scaled, shifted or in "
+                     f"another order, which is no fault: {_first_names(unlike)}")  # fmt: skip
     unpaired = {site: Reason.of(why) for site, why in inside.unpaired.items()}
     return notes + [f"not compared, {n} x {reason}: {names}" for reason, n, names in declined(unpaired)]
 

@@ -1,4 +1,4 @@
-"""A folder of Hugging Face as a model: its config and its safetensors, and nothing that can run code."""
+"""A Hugging Face folder as a model: its config and its safetensors, and nothing that can run code."""
 
 from __future__ import annotations
 
@@ -83,6 +83,14 @@ def test_folders_that_are_no_safe_models_are_refused_by_name(folder: Path, monke
     (folder / "config.json").unlink()
     with pytest.raises(CaptureError, match=r"is a folder without config\.json"):
         opened(folder)
+
+
+def test_sensitivity_takes_a_folder_and_its_example_inputs_from_calibration(folder: Path) -> None:
+    loader = [{"input_ids": tokens(), "attention_mask": padding()}]
+    found = graphopt.sensitivity(
+        folder, "quantize{scheme=dynamic}", calibration=loader, sites="encoder.layer.0.output.dense"
+    )
+    assert [row.site for row in found.rows] == ["encoder.layer.0.output.dense"]
 
 
 def test_a_folder_from_the_shell(folder: Path, tmp_path: Path) -> None:

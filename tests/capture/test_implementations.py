@@ -1,4 +1,4 @@
-"""Models of transformers that cannot be exported as they are: another implementation is taken, said, and put back."""
+"""Models of transformers that cannot be exported as they are: another implementation is taken and reported."""
 
 from __future__ import annotations
 

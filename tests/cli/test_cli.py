@@ -293,7 +293,7 @@ def fake_ratios(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     seen: dict[str, int] = {}
 
-    def paired(candidates: Any, *, baseline: str, rounds: int, told: Any) -> dict[str, timing.Ratio]:
+    def paired(candidates: Any, *, baseline: str, rounds: int, on_round: Any) -> dict[str, timing.Ratio]:
         for name, call in candidates.items():
             seen[name] = len(call())
         return {

@@ -310,7 +310,7 @@ def test_a_shape_that_loses_must_be_the_same_in_both_runs(monkeypatch: pytest.Mo
 
     runs = iter([(0.8, 1.2), (1.2, 0.8), (0.8, 0.8), (1.2, 0.8)])
 
-    def script(candidates: Any, *, baseline: str, clock: Any, told: Any, until: object = None) -> dict[str, Ratios]:
+    def script(candidates: Any, *, baseline: str, clock: Any, on_round: Any, until: object = None) -> dict[str, Ratios]:
         assert baseline == "input" and [len(several) for several in candidates.values()] == [2, 2]
         return {"optimized": Ratios(ratio(1.0), tuple(map(ratio, next(runs))))}
 

@@ -246,7 +246,7 @@ def test_repeat_runs_until_nothing_changes(times: int, left: int, rounds: int) -
     assert len(EraseOne.runs) == rounds
 
 
-def test_apply_works_on_a_clone_and_keeps_the_account(dialect: str) -> None:
+def test_apply_works_on_a_clone_and_keeps_the_records(dialect: str) -> None:
     graph = build(dialect, TEXT)
     before, context = graph.text(), Context()
     found = Pipeline([Pipeline([Tidy()]), Shrink(amount=0.1)]).apply(graph, context)

@@ -49,7 +49,7 @@ class Agree(Instrument):
     metrics.QUANTIZED_SQNR; integers must stay equal.
     An output whose sizes depend on data (`sized_by_data`) may have another size; then a note says that it was not
     compared.
-    Outputs that differ from run to run, since they are random, are held to nothing.
+    Random outputs, which differ from run to run, are not checked.
     """
 
     def __init__(self, original: Graph, feeds: Sequence[Feeds], names: Sequence[str] | None = None) -> None:
@@ -143,7 +143,7 @@ class Agree(Instrument):
                     continue
                 real = real_positions(shape, a, self._masks, feeds)
                 kept = (a, b) if real is None else (a[real], b[real])
-                if count := _not_finite_anew(*kept):
+                if count := _newly_not_finite(*kept):
                     raise GraphError(
                         f"on example {number}, {count} of the {kept[0].numel()} numbers of output {name!r} become NaN "
                         f"or infinite{_origin(graph, feeds)}: leave that out with ignore=[...]"
@@ -193,7 +193,7 @@ class Agree(Instrument):
         return min(found, default=math.inf)
 
 
-def _not_finite_anew(before: Tensor, after: Tensor) -> int:
+def _newly_not_finite(before: Tensor, after: Tensor) -> int:
     """How many numbers are finite before, and NaN or infinite after."""
     if not after.is_floating_point() or bool(torch.isfinite(after).all()):
         return 0

@@ -54,7 +54,7 @@ def _is_watched() -> bool:
 class Progress(Instrument):
     """One line for each pass and each other phase of a run, with its seconds, and bars for what runs now.
 
-    Bars are drawn when something happens, never in between by a thread, which would disturb what is timed.
+    Bars are drawn when a step ends, not by a thread in between, which would disturb what is timed.
     """
 
     def __init__(self, console: Console | None = None) -> None:

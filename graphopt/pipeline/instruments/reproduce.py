@@ -33,7 +33,7 @@ class Reproduce(Instrument):
     """Most calibration batches to keep."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        """folder: where to write; None is a temporary one, of which each process has one for its last failure."""
+        """folder: where to write; None is a temporary folder of this process, which holds its last failure only."""
         self.folder = folder
         self._before: Graph | None = None
 
@@ -71,7 +71,7 @@ _KEPT_SECONDS = 24 * 3600
 
 
 def _own_folder() -> Path:
-    """An empty temporary folder that is this process's, emptied of its earlier failure; old ones are removed."""
+    """A new temporary folder; that of this process's earlier failure is removed, and old ones of other processes."""
     parent, own = Path(tempfile.gettempdir()), f"{_PREFIX}{os.getpid()}-"
     for folder in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # of another user, or gone by now

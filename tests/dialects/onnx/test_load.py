@@ -133,7 +133,7 @@ def test_if_with_weights_of_the_graph_around_it(condition: bool, tmp_path: Path)
     assert_quantizes(proto, feeds, 2)  # the branches stay in float
 
 
-def test_a_reader_inside_a_branch_is_no_end_of_an_island(tmp_path: Path) -> None:
+def test_a_reader_inside_a_branch_is_no_end_of_a_quantized_region(tmp_path: Path) -> None:
     text = """g (float[1,4,6,6] x, bool c) => (float[1,4,6,6] y) {
         h = Conv(x, V)
         y = If(c) <then_branch = t () => (float[1,4,6,6] p) { p = Relu(h) },

@@ -1,4 +1,4 @@
-"""prune: units go whole, what reads them is solved again, and the account says which."""
+"""prune: units go whole, what reads them is solved again, and the report says which."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The account of a pass that changes weights: every op with weights is changed, or declined by name with a reason.
+"""What a pass that changes weights has not considered is declined with a reason, so that no weights pass in silence.
 
-A pass reports on the sites that it considered. This finds the rest: ops that it has no form for, and operations that
-are no ops, whose weights may lie in their subgraphs.
+A pass reports on the sites that it considered. The rest are ops that it has no form for, and operations that are no
+ops, whose weights may lie in their subgraphs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
 
 
-def weights(graph: Graph) -> dict[Node, tuple[Value | None, ...]]:
+def nodes_with_weights(graph: Graph) -> dict[Node, tuple[Value | None, ...]]:
     """The nodes that hold weights, with their operands: a stored matrix of floats, or more axes, in 32 bits or more.
 
     Of ops, those with products (which have FLOPs) and tables; of other operations, all that read such a constant or
@@ -39,10 +39,13 @@ def _is_weight(dtype: torch.dtype | None, shape: Shape | None) -> bool:
     return floats and sum(size != 1 for size in shape or ()) > 1
 
 
-def close(pass_: Pass, graph: Graph, context: Context, before: Mapping[Node, tuple[Value | None, ...]]) -> None:
-    """Decline what a pass has passed over: nodes that hold weights, are as they were, and that it did not consider.
+def decline_remaining(
+    pass_: Pass, graph: Graph, context: Context, before: Mapping[Node, tuple[Value | None, ...]]
+) -> None:
+    """Decline the nodes that hold weights, are as they were, and that a pass did not consider.
 
-    before: `weights` of the graph as the pass found it. What the user left out by targets or ignore is left out here.
+    before: `nodes_with_weights` of the graph as the pass found it. What the user left out by targets or ignore is left
+    out here too.
     """
     left = [
         node for node in graph.nodes

@@ -16,7 +16,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.passes import Cast, LowRank, Prune, Quantize, Sparsify
-from graphopt.pipeline import account
+from graphopt.pipeline import remaining
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.runner import run_pass
@@ -69,9 +69,9 @@ def with_stored_weights(dialect: str, op: str, case: Case) -> Graph:
     return beside_a_pair(dialect, emit, *inputs)
 
 
-def require_account(pass_: Pass, graph: Graph) -> dict[Node, str]:
+def require_a_reason_for_each(pass_: Pass, graph: Graph) -> dict[Node, str]:
     """Run a pass; the code for each node with weights that is as it was. Fails where one has none."""
-    before = account.weights(graph)
+    before = remaining.nodes_with_weights(graph)
     context = Context()
     run_pass(pass_, graph, context)
     (record,) = context.report.passes
@@ -99,7 +99,7 @@ def test_the_law_is_about_these_ops() -> None:
 @pytest.mark.parametrize("op", [op for op in OPS_WITH_WEIGHTS if op not in INTEGERS])
 def test_an_op_with_weights_is_changed_or_declined(op: str, name: str, dialect: str) -> None:
     for case in CASES[op]:
-        require_account(PASSES[name](), with_stored_weights(dialect, op, case))
+        require_a_reason_for_each(PASSES[name](), with_stored_weights(dialect, op, case))
 
 
 OPAQUE: dict[str, tuple[str, dict[str, Any]]] = {"fx": ("aten.kron.default", {}), 
@@ -114,7 +114,7 @@ def test_an_operator_that_is_no_op_is_declined(name: str, dialect: str) -> None:
     def emit(graph: Graph, given: list[Value]) -> list[Value]:
         return [graph.emit(kind, given[0], graph.add_constant(torch.randn(6, 8)), **attributes)]
 
-    codes = require_account(PASSES[name](), beside_a_pair(dialect, emit, torch.randn(3, 8)))
+    codes = require_a_reason_for_each(PASSES[name](), beside_a_pair(dialect, emit, torch.randn(3, 8)))
     assert {node.kind: code for node, code in codes.items()}[kind] == "opaque_operator"
 
 
@@ -151,7 +151,7 @@ def branching(held: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("held", ["branch", "constant", "around"])
 def test_weights_inside_a_branch_are_declined_with_it(name: str, held: str) -> None:
-    codes = require_account(PASSES[name](), OnnxGraph.from_model(branching(held)))
+    codes = require_a_reason_for_each(PASSES[name](), OnnxGraph.from_model(branching(held)))
     assert {node.name: code for node, code in codes.items()}["choice"] == "opaque_operator"
 
 
