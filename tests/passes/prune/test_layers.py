@@ -139,6 +139,20 @@ def test_a_branch_of_another_shape_stays(dialect: str) -> None:
     assert len(graph.sites("linear")) == 2
 
 
+def test_a_branch_that_the_others_lock_when_they_go_stays(dialect: str) -> None:
+    """All three are sums with x: without two of them, the graph would return x twice."""
+    graph = build(dialect, """
+        x = relu(i[batch,4])
+        a = add(x, linear(x, W[4,4]:values(0.01)))
+        b = add(x, linear(x, V[4,4]:values(0.02)))
+        c = add(x, linear(x, U[4,4]))
+        return a, b, c
+    """)
+    context = run(Prune(layers=0.7), graph, calibration=calibrated(graph))
+    assert [decline.code for decline in declines(context)] == ["shortcut_returned", "shortcut_returned"]
+    assert len(graph.sites("linear")) == 2 and len(set(graph.outputs)) == 3
+
+
 @pytest.mark.parametrize("of", ["flops", "params"])
 def test_a_budget_takes_as_many_as_it_needs(dialect: str, of: str) -> None:
     graph, _ = stack(dialect, 2, 0.01, 1)
@@ -187,7 +201,7 @@ def test_says_what_is_missing(dialect: str, options: dict[str, Any], message: st
 def test_a_budget_that_cannot_be_reached_leaves_the_graph(dialect: str) -> None:
     graph, _ = stack(dialect, 2, 0.01, 1)
     text = graph.text()
-    with pytest.raises(UsageError, match=r"params=0.1 cannot be reached: with one residual .*, 0.3\d\d stay"):
+    with pytest.raises(UsageError, match=r"params=0.1 cannot be reached: without all residual .*, 0.3\d\d stay"):
         run(Prune(params=0.1, kinds=("layers",)), graph, calibration=calibrated(graph))
     assert graph.text() == text
 
@@ -203,7 +217,7 @@ def test_a_model_without_branches_or_with_locked_ones_says_so(dialect: str) -> N
 def test_what_the_model_lacks_is_skipped_with_a_note(dialect: str) -> None:
     graph, _ = stack(dialect, 2, 0.01, 1)
     context = run(Prune(layers=0.3, channels=0.5), graph, calibration=calibrated(graph))
-    assert len(graph.sites("linear")) == 4 and "channels: the model has none that can shrink" in context.record.notes
+    assert len(graph.sites("linear")) == 4 and "channels: no group that may be cut" in context.record.notes
     graph = build(dialect, "y = linear(relu(linear(x[batch,4], W[4,4])), V[4,4])")
     context = run(Prune(layers=0.3, neurons=0.5, criterion="l2"), graph)
     assert "layers: the model has none that can go" in context.record.notes
