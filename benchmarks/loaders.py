@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,39 +33,6 @@ class Sentences:
 
     def __iter__(self) -> Iterator[Batch]:
         return (self.batches[index] for index in torch.randperm(len(self.batches)).tolist())
-
-
-class Edited:
-    """Sentences of which half are edited, differently each epoch: spliced with another one, or with words left out and
-    words taken from another. A teacher has an answer to any text, and a student learns more from many."""
-
-    def __init__(self, tokens: Any, texts: Sequence[str], size: int = 32, longest: int = 64) -> None:
-        ids = tokens(list(texts), add_special_tokens=False)["input_ids"]
-        self.ids = [row[: longest - 2] for row in ids if row]
-        self.first, self.last, self.pad = tokens.cls_token_id, tokens.sep_token_id, tokens.pad_token_id
-        self.size, self.longest = size, longest
-
-    def __len__(self) -> int:
-        return len(self.ids) // self.size
-
-    def __iter__(self) -> Iterator[Batch]:
-        chance = random.Random(int(torch.randint(0, 2**31, (1,))))
-        rows = [self._edited(self.ids[index], chance) for index in torch.randperm(len(self.ids)).tolist()]
-        batches = []
-        for start in range(0, len(rows), 32 * self.size):  # alike in length, within a part of the epoch
-            part = sorted(rows[start : start + 32 * self.size], key=len)
-            batches += [part[at : at + self.size] for at in range(0, len(part) - self.size + 1, self.size)]
-        for index in torch.randperm(len(batches)).tolist()[: len(self)]:
-            yield _padded([[self.first, *row, self.last] for row in batches[index]], self.pad)
-
-    def _edited(self, row: list[int], chance: random.Random) -> list[int]:
-        kind, other = chance.random(), chance.choice(self.ids)
-        if kind < 0.25:
-            row = row[: chance.randint(1, len(row))] + other[chance.randrange(len(other)) :]
-        elif kind < 0.5:
-            left = [word for word in row if chance.random() > 0.1] or row
-            row = [chance.choice(other) if chance.random() < 0.15 else word for word in left]
-        return row[: self.longest - 2]
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int) -> Batch:

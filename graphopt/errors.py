@@ -8,17 +8,12 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TypeVar
 
+from graphopt import foreign
+
 T = TypeVar("T")
 
 LONGEST = 160
 """Most characters of another library's message: an engine's may hold the whole model."""
-
-_CODE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
-_NODE = re.compile(r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: ")
-_SOURCE = re.compile(r"(?:Exception during initialization: )?(?:/\S*/)?\w+\.(?:cc|h|cpp):\d+:? ")
-_SIGNATURE = re.compile(r"[\w:<>~*&, ]*::[~\w]+(?:<[^()]*>)?\(|[A-Z]\w+ (?=[A-Z])")
-_ASSERTION = re.compile(r"^[^.]*(?:\.\w[^.]*)* was false\. (?=\S)")
-"""What engines say in front of a reason: a code, the node, and the line and function of their source."""
 
 
 class GraphoptError(Exception):
@@ -106,10 +101,26 @@ def user_batches(what: str, batches: Iterable[T]) -> Iterator[T]:
 
 def described(error: BaseException) -> str:
     """An exception of another library in one line: its class, and the beginning of its message."""
-    message = _without_source(" ".join(_plain(error).split()))
+    message = foreign.reason(" ".join(str(error).split()))
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f" ({error.filename})" if error.filename else "")
-    return f"{type(error).__name__}: {_short(message)}" if message else type(error).__name__
+    return f"{type(error).__name__}: {_shortened(message)}" if message else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without code and source of an engine; its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return _shortened(foreign.reason(lines[0].strip())) if lines else type(error).__name__
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= LONGEST else message[:LONGEST].rstrip() + " ..."
+
+
+def require_positive_integer(name: str, value: object) -> None:
+    """Raise UsageError, naming the argument, where its value is no int of at least 1; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name} is {value!r}; give a whole number, at least 1")
 
 
 def nearest(name: str, names: Sequence[str], aliases: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -170,55 +181,3 @@ def typing_errors(a: str, b: str) -> int:
             line.append(cost)
         before, last = last, line
     return last[-1]
-
-
-def require_positive_integer(name: str, value: object) -> None:
-    """Raise UsageError, naming the argument, where its value is no int of at least 1; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{name} is {value!r}; give a whole number, at least 1")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without code and source of an engine; its class where it has none."""
-    lines = _plain(error).strip().splitlines()
-    return _short(_without_source(lines[0].strip())) if lines else type(error).__name__
-
-
-def _plain(error: BaseException) -> str:
-    """An error's message without the codes that color it on a terminal."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-
-
-def _short(message: str) -> str:
-    return message if len(message) <= LONGEST else message[:LONGEST].rstrip() + " ..."
-
-
-def _without_source(message: str) -> str:
-    """An engine's message as the node and the reason."""
-    message = _NODE.sub(r"\1 (\2): ", _CODE.sub("", message))
-    while found := _SOURCE.search(message):
-        message = message[: found.start()] + _without_signature(message[found.end() :])
-    return message
-
-
-def _without_signature(text: str) -> str:
-    """What follows the signature of a C++ function, its template arguments and its assertion at the start of a text."""
-    found = _SIGNATURE.match(text)
-    if found is None:
-        return text
-    rest = text[found.end() :]
-    if found[0].endswith("("):
-        rest = _behind(rest, "()").removeprefix(" const").lstrip()
-        if rest.startswith("[with "):
-            rest = _behind(rest[1:], "[]").lstrip()
-    return _ASSERTION.sub("", rest)
-
-
-def _behind(text: str, brackets: str) -> str:
-    """What follows the end of a bracket that is open at the start of a text."""
-    depth = 1
-    for index, character in enumerate(text):
-        depth += (character == brackets[0]) - (character == brackets[1])
-        if depth == 0:
-            return text[index + 1 :]
-    return ""

@@ -122,8 +122,9 @@ def _fold_conv(graph: Graph, site: Node) -> None:
     bias = _bias(graph, site)
     if bias is not None and not bias.is_constant:
         raise Declined("conv_bias_computed")
-    stored_bias, *scales = (None if one is None else graph.constant(one) for one in (bias, x[1], weight[1]))
-    if stored_bias is not None and not fits_integers(stored_bias, scales[0], scales[1]):
+    parts = [graph.constant(one) for one in (bias, x[1], weight[1]) if one is not None]
+    known = [part for part in parts if part is not None]
+    if len(known) == 3 and not fits_integers(*known):
         raise Declined("bias_too_large")
     quantize, scale, zero_point = _quantize_behind(graph, site)
     y = graph.emit("conv_int8", *x, *weight, scale, zero_point, bias, at=site, **site.attributes)

@@ -44,7 +44,7 @@ def test_what_is_no_model(thing: Any) -> None:
 def test_a_path_that_is_not_there_and_files_that_are_not_read(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match=r"there is no file .*missing.onnx"):
         graphopt.optimize(tmp_path / "missing.onnx")
-    with pytest.raises(CaptureError, match="there is no file"):
+    with pytest.raises(CaptureError, match=r"is a folder without config\.json"):
         graphopt.optimize(tmp_path)
     (tmp_path / "weights.pt").write_bytes(b"cposix\nsystem\n")
     with pytest.raises(CaptureError, match="pickle, which is never loaded"):

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graphopt.dialects.fx.native import module_path
 from graphopt.dialects.silence import quiet
-from graphopt.errors import LONGEST, CaptureError, first_line
+from graphopt.errors import CaptureError, first_line
 
 _OUTSIDE = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
 """How the file names of frames begin that are no code of the user's: torch's, graphopt's, and generated code."""
@@ -33,7 +33,7 @@ class NotExported(CaptureError):
 def trace_failure(module: nn.Module, error: BaseException) -> str:
     """Why torch.export cannot trace a module."""
     where = f"torch.export cannot trace {type(module).__name__}{user_line(error)}"
-    return f"{where}: {type(error).__name__}: {_shortened(first_line(error))}{_way_out(error)}"
+    return f"{where}: {named(error)}{_way_out(error)}"
 
 
 def _way_out(error: BaseException) -> str:
@@ -48,6 +48,12 @@ def _way_out(error: BaseException) -> str:
     return ""
 
 
+def named(error: BaseException) -> str:
+    """The class of an exception, and the first line of its message, if it has any."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
+
+
 def user_line(error: BaseException) -> str:
     """' at file:line (code)' of the innermost frame that is the user's, or of another library; '' without one."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OUTSIDE)]
@@ -60,14 +66,18 @@ def user_line(error: BaseException) -> str:
 def export_failure(program: ExportedProgram, error: BaseException) -> str:
     """Why torch.onnx cannot export a program: the operator, its module path, and what the first exception says."""
     chain = list(_causes(error))
-    reason = _shortened(re.sub(r"<OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", r"\1.\2", first_line(chain[-1])))
     for said in map(str, reversed(chain)):
         if found := re.search(r"translating node %(\w+)\b.*?\btarget=torch\.ops\.([\w.]+)\]", said):
             path = _path(program, found[1])
             with quiet(), contextlib.suppress(Exception):  # of which only the path is lost
                 path = path or _path(program.run_decompositions(), found[1])  # as the exporter names nodes
-            return f"{found[2]} has no form in ONNX: {reason}" + (f" ({path})" if path else "")
-    return f"it has no form in ONNX: {type(chain[-1]).__name__}: {reason}"
+            return f"{found[2]} has no form in ONNX: {_plain(first_line(chain[-1]))}" + (f" ({path})" if path else "")
+    return f"it has no form in ONNX: {_plain(named(chain[-1]))}"
+
+
+def _plain(message: str) -> str:
+    """A message with operators as aten.add.Tensor."""
+    return re.sub(r"<OpOverload\(op='([\w.]+)', overload='(\w+)'\)>", r"\1.\2", message)
 
 
 def _path(program: ExportedProgram, name: str) -> str:
@@ -80,7 +90,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " ..."

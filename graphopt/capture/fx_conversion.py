@@ -17,7 +17,7 @@ from graphopt.dialects.adapter import adapter
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, GraphoptError, outer_door
 from graphopt.ir import cost
-from graphopt.ir.graph import Feeds, Graph
+from graphopt.ir.graph import Feeds, Graph, shapes_text
 from graphopt.ir.structure import Structure
 from graphopt.numerics import metrics
 
@@ -94,8 +94,7 @@ def to_fx(captured: Captured) -> Captured:
             notes.append("above 2 GB: the outputs of the torch module were not compared with the model's")
         graph.scaled = captured.graph.scaled
         return replace(captured, graph=graph, notes=captured.notes + notes)
-    sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in captured.feeds[0].items())
-    raise CaptureError(f"{captured.source}, traced on {sizes}: {failed[0]}") from failed[0]
+    raise CaptureError(f"{captured.source}, traced on {shapes_text(captured.feeds[0])}: {failed[0]}") from failed[0]
 
 
 # --- the trace -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ is captured, and one run on the example inputs checks their result. What is part
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +31,7 @@ from graphopt.dialects.adapter import Adapter, adapter
 from graphopt.dialects.silence import quiet
 from graphopt.errors import CaptureError, GraphError, first_line, outer_door
 from graphopt.ir import cost
-from graphopt.ir.graph import Feeds, Graph, Shape, Value
+from graphopt.ir.graph import Feeds, Graph, Shape, Value, shapes_text
 from graphopt.ir.structure import structure_of
 from graphopt.numerics import metrics
 
@@ -319,7 +320,11 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     )
     notes = dialect.notes(model, graph)
     if example_inputs is None:
-        feeds = [_made_feeds(graph.inputs, notes)] if all(v.dtype is not None for v in graph.inputs) else []
+        unmade = next((value for value in graph.inputs if not _can_be_made(value)), None)
+        feeds = [_made_feeds(graph.inputs, notes)] if unmade is None else []
+        if unmade is not None:
+            notes.append(f"no example inputs, and none are made for {unmade.name!r}, which is of unknown rank, no "
+                         "tensor, or too large: outputs are not compared")  # fmt: skip
     else:
         calls = [example if isinstance(example, tuple) else (example,) for example in several(example_inputs)]
         feeds = [signature.bind(call, {})[0] for call in calls]
@@ -440,19 +445,25 @@ def _made_feeds(inputs: Sequence[Value], notes: list[str]) -> Feeds:
     generator = torch.Generator().manual_seed(0)
     feeds: dict[str, Tensor] = {}
     for value in inputs:
-        sizes = [
-            size if isinstance(size, int) else UNKNOWN_BATCH if axis == 0 else UNKNOWN_SIZE
-            for axis, size in enumerate(value.shape or ())
-        ]
-        dtype = value.dtype
+        sizes, dtype = _made_sizes(value), value.dtype
         assert dtype is not None
         if dtype.is_floating_point:
             feeds[value.name] = torch.randn(sizes, generator=generator).to(dtype)
         else:
             feeds[value.name] = torch.randint(0, 2, sizes, generator=generator).to(dtype)
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
-    notes.append(f"no example inputs: feeds were made from the input types ({shapes})")
+    notes.append(f"no example inputs: feeds were made from the input types ({shapes_text(feeds)})")
     return feeds
+
+
+def _can_be_made(value: Value) -> bool:
+    """Whether a feed can be made for an input: an engine may end the process where its rank is guessed wrongly."""
+    known = value.dtype is not None and value.shape is not None
+    return known and math.prod(_made_sizes(value)) * 8 <= cost.LARGE
+
+
+def _made_sizes(value: Value) -> list[int]:
+    return [size if isinstance(size, int) else UNKNOWN_BATCH if axis == 0 else UNKNOWN_SIZE
+            for axis, size in enumerate(value.shape or ())]  # fmt: skip
 
 
 def _reference(graph: Graph, feeds: Sequence[Feeds], notes: list[str]) -> Outputs | None:

@@ -19,13 +19,13 @@ from graphopt.capture.arguments import Call, call_of, several
 from graphopt.capture.axes import Axis, DynamicAxes, distinct, dynamic_axes
 from graphopt.capture.decode import after_prompt, axes_of, has_cache, has_past, step_of, to_trace
 from graphopt.capture.entry import Entry
-from graphopt.capture.failures import NotExported, trace_failure, user_line
+from graphopt.capture.failures import NotExported, named, trace_failure, user_line
 from graphopt.capture.labels import without_labels
 from graphopt.capture.precision import behind_half, captured_half, captured_wide, half_types, in_float32
 from graphopt.dialects.fx.traced_layers import whole_layers
 from graphopt.dialects.silence import quiet
-from graphopt.errors import CaptureError, first_line
-from graphopt.ir.graph import Feeds
+from graphopt.errors import CaptureError
+from graphopt.ir.graph import Feeds, shapes_text
 from graphopt.ir.structure import Structure, flattened, structure_of
 
 _LOUD = ("torch.export", "torch._dynamo", "torch.fx.experimental.symbolic_shapes")
@@ -209,12 +209,9 @@ def _run(module: nn.Module, call: Call, further: Mapping[str, Any] | None = None
     except CaptureError:
         raise
     except Exception as error:
-        given = [f"{name} {list(tensor.shape)}" for name, tensor in call.tensors.items()]
-        given += [f"{name}={value!r}" for name, value in call.constants.items()]
-        raise CaptureError(
-            f"{type(module).__name__} fails on the example inputs ({', '.join(given)}): {type(error).__name__}: "
-            f"{first_line(error)}{user_line(error)}"
-        ) from error
+        given = [shapes_text(call.tensors), *(f"{name}={value!r}" for name, value in call.constants.items())]
+        what = f"{type(module).__name__} fails on the example inputs ({', '.join(given)})"
+        raise CaptureError(f"{what}: {named(error)}{user_line(error)}") from error
 
 
 def _holds_cache(result: Any) -> bool:

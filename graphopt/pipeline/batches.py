@@ -130,8 +130,7 @@ class Batches:
             named = self._with_leaves(given[0])
             self._require_names(named, where)
             return named, _unwrapped(given[1:]) if len(given) > 1 else self._named_labels(named)
-        given = [leaf for one in given for leaf in (leaves_of("", one).values() if is_structure(one) else (one,))]
-        number = len(self.inputs)
+        given, number = self._taken_apart(given), len(self.inputs)
         leading, rest = given[:number], given[number:]
         # Only an array is certain to be a tensor of its own: lists may be the rows of one.
         if len(leading) < number or (rest and not all(isinstance(one, Tensor | np.ndarray) for one in leading)):
@@ -143,6 +142,14 @@ class Batches:
             inputs = f"the first is input {names}" if number == 1 else f"the first {number} are inputs {names}"
             self.note = f"{self.name} batches hold {len(given)} tensors: {inputs}, the rest are labels"
         return {value.name: tensor for value, tensor in zip(self.inputs, leading, strict=True)}, _unwrapped(rest)
+
+    def _taken_apart(self, given: Sequence[Any]) -> list[Any]:
+        """The items of a batch; of those that hold several inputs, as long as there are any, what they hold."""
+        found: list[Any] = []
+        for one in given:
+            apart = len(found) < len(self.inputs) and is_structure(one)
+            found += leaves_of("", one).values() if apart else (one,)
+        return found
 
     def _with_leaves(self, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """A batch with the inputs that lie within its lists, dicts and caches."""

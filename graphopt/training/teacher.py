@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphopt import writing
 from graphopt.errors import GraphError, UsageError, described, first_line
-from graphopt.ir.graph import Feeds, Graph, Value, digest, tensors_digest
+from graphopt.ir.graph import Feeds, Graph, Value, digest, shapes_text, tensors_digest
 
 
 class Teacher:
@@ -78,8 +78,8 @@ class Teacher:
                     return list(outputs), list(also)
                 values = self.graph.evaluate(feeds, [*self.graph.outputs, *self.also])
         except (RuntimeError, ValueError, IndexError, GraphError) as error:
-            shapes = ", ".join(f"{name} {list(feed.shape)}" for name, feed in feeds.items())
-            raise UsageError(f"the teacher does not run on a training batch ({shapes}): {described(error)}") from error
+            what = f"the teacher does not run on a training batch ({shapes_text(feeds)})"
+            raise UsageError(f"{what}: {described(error)}") from error
         values = [value.to(self.device) for value in values]
         return values[: len(self.graph.outputs)], values[len(self.graph.outputs) :]
 

@@ -113,7 +113,8 @@ class Noisy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.relu()
-        return (x + self.linear(F.dropout(x, training=True))).relu()
+        result: Tensor = x + self.linear(F.dropout(x, training=True))
+        return result.relu()
 
 
 def test_what_draws_at_random_is_locked() -> None:

@@ -71,7 +71,7 @@ def test_a_cache_without_keys_and_values_is_refused(past: Any) -> None:
 PROMPTS: dict[str, Any] = {
     "dicts": lambda: [{"input_ids": tokens(2, 9), "labels": torch.ones(2)}],
     "rows": lambda: [{"input_ids": tokens(1, 9)[0].tolist()}],
-    "a loader": lambda: DataLoader([{"input_ids": row} for row in tokens(2, 9)], batch_size=2),
+    "a loader": lambda: DataLoader([{"input_ids": row} for row in tokens(2, 9)], batch_size=2),  # type: ignore[arg-type]
     "tensors": lambda: [tokens(2, 9)],
     "stacked": lambda: {"input_ids": tokens(2, 9).numpy()},
     "a generator": lambda: iter([({"input_ids": tokens(2, 9)}, torch.ones(2))]),

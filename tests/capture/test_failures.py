@@ -62,3 +62,13 @@ def test_an_error_names_its_own_cause_in_one_line(module: nn.Module, says: str, 
 def test_what_the_exporter_cannot_write_is_named_with_its_module_path() -> None:
     with pytest.raises(CaptureError, match=r"has no form in ONNX: No ONNX function found for .*\(inner\)$"):
         capture(Block(), "onnx", example_inputs=torch.randn(3, 3))
+
+
+class Asserting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError
+
+
+def test_an_error_without_a_message_is_its_class_alone() -> None:
+    with pytest.raises(CaptureError, match=r"fails on the example inputs \(x \[3, 3\]\): AssertionError at .*:\d+ \("):
+        capture(Asserting(), "onnx", example_inputs=torch.randn(3, 3))

@@ -20,9 +20,14 @@ from graphopt.errors import CaptureError
 from tests.models import bert, padding, tokens
 
 
+def saved(folder: Path, **options: Any) -> None:
+    model: Any = bert()
+    model.save_pretrained(folder, **options)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    bert().save_pretrained(tmp_path / "bert")
+    saved(tmp_path / "bert")
     return tmp_path / "bert"
 
 
@@ -36,7 +41,7 @@ def test_a_folder_is_a_model(folder: Path) -> None:
 
 
 def test_weights_in_several_files_are_read(tmp_path: Path) -> None:
-    bert().save_pretrained(tmp_path, max_shard_size="20KB")
+    saved(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     found = opened(tmp_path)
     expected = bert().state_dict()

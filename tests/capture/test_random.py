@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.kernels import newest_opset
 from tests.models import model, seeded
 
-DRAWS = {
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "randn_like": lambda y: y + torch.randn_like(y),
     "rand": lambda y: y + torch.rand(y.shape[0], 8),
     "randint": lambda y: y + torch.randint(0, 50, y.shape),

@@ -46,7 +46,7 @@ def structure_changed(content: bytes, random: random.Random) -> bytes:
     model = onnx.load_from_string(content)
     for _ in range(random.randint(1, 2)):
         random.choice(_CHANGES)(model.graph, random)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _drop_node(graph: onnx.GraphProto, random: random.Random) -> None:

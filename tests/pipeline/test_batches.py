@@ -235,3 +235,15 @@ def test_tensors_of_inference_mode_can_be_trained_on() -> None:
     weight = torch.ones(3, requires_grad=True)
     ((batch.feeds["x"] @ weight - batch.labels) ** 2).sum().backward()
     assert weight.grad is not None
+
+
+def test_inputs_within_lists_dicts_and_tuples_are_taken_apart() -> None:
+    inputs = [Declared(name, ("n", 3), torch.float32) for name in ("x", "past.0.0", "past.0.1")]
+    past, labels = [(FEED + 1, FEED + 2)], [{"boxes": FEED}]
+    for raw in (
+        {"x": FEED, "past": past, "labels": labels}, ({"x": FEED, "past": past}, labels), (FEED, past, labels),
+        {"x": FEED, "past.0.0": FEED + 1, "past.0.1": FEED + 2, "labels": labels},
+    ):  # fmt: skip
+        (batch,) = Batches([raw], inputs).with_batches()
+        assert [float(tensor[0, 0] - FEED[0, 0]) for tensor in batch.feeds.values()] == [0, 1, 2]
+        assert batch.labels == labels

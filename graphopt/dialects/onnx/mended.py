@@ -97,12 +97,12 @@ def _attributes(node: onnx.NodeProto, opset: int) -> None:
         value.name = _CONSTANTS[value.type]  # as engines read it
         return
     for name, attribute in found.attributes.items():
-        if name not in given:
-            if attribute.required:
-                raise GraphError(f"{_of(node)} lacks its attribute {name!r}")
-        elif int(given[name].type) != attribute.type.value and not given[name].ref_attr_name:
-            is_, should = _Attribute.AttributeType.Name(given[name].type), attribute.type.name
-            raise GraphError(f"{_of(node)} has {is_} as its attribute {name!r}, which takes {should}")
+        if name in given:
+            is_, takes = _Attribute.AttributeType.Name(given[name].type), str(attribute.type).split(".")[-1]
+            if is_ not in (takes, "UNDEFINED") and not given[name].ref_attr_name:  # undefined in files of IR 1
+                raise GraphError(f"{_of(node)} has {is_} as its attribute {name!r}, which takes {takes}")
+        elif attribute.required:
+            raise GraphError(f"{_of(node)} lacks its attribute {name!r}")
 
 
 _CONSTANTS = {

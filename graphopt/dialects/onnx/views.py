@@ -57,8 +57,8 @@ class OnnxValue(Value):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        tensor = isinstance(self.native.type, ir.TensorType)
-        return READABLE.get(self.native.type.dtype) if tensor else None  # else a sequence or an optional
+        type_ = self.native.type
+        return READABLE.get(type_.dtype) if isinstance(type_, ir.TensorType) else None  # else a sequence or an optional
 
     @property
     def producer(self) -> Node | None:
@@ -144,7 +144,8 @@ class OnnxNode(Node):
         for inner in graph.all_nodes():
             tensor = inner.attributes.get("value") if inner.op_type == "Constant" else None
             if tensor is not None:
-                yield READABLE.get(tensor.as_tensor().dtype), tuple(map(int, tensor.as_tensor().shape))
+                stored = tensor.as_tensor()
+                yield READABLE.get(stored.dtype), tuple(stored.shape.numpy())
             for value in self.owner.values(inner.inputs):
                 if value is not None and value.is_constant:
                     yield value.dtype, value.shape

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.pipeline.instruments.instrument import Instrument
 from graphopt.pipeline.instruments.log import LOGGER, Log
@@ -27,7 +28,13 @@ def display(verbose: bool | None, instruments: Sequence[Instrument] = ()) -> lis
 
     verbose: False adds none; True adds `Progress` and `Log`. None adds `Log`, whose lines go where the user sends those
     of the logger `graphopt`; where they go nowhere, and there is a terminal or a notebook, `Progress` too.
+    Raises UsageError for what is no instrument.
     """
+    for one in instruments:
+        if not isinstance(one, Instrument):
+            raise UsageError(
+                f"instruments: {one!r} is a {type(one).__name__}; give objects of graphopt.pipeline.instruments"
+            )
     if verbose is False:
         return list(instruments)
     shows = verbose or (not LOGGER.isEnabledFor(logging.INFO) and _is_watched())

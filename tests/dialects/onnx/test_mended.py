@@ -72,6 +72,14 @@ def test_a_negative_size_is_open() -> None:
     assert assert_captured(proto, "a size of 'x' is -1, and is taken as open").inputs[0].shape == ("?", 4)
 
 
+@pytest.mark.parametrize("shape", [None, [2**31, 4]])
+def test_no_feeds_are_made_of_unknown_rank_or_beyond_memory(shape: list[int] | None) -> None:
+    proto = file(helper.make_node("Einsum", ["x", "x"], ["y"], equation="ab,cb->ac"))
+    proto.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, shape))
+    captured = capture(proto, "onnx")
+    assert captured.feeds == [] and any("none are made for 'x'" in note for note in captured.notes)
+
+
 @pytest.mark.parametrize(("elem_type", "shape"), [(TensorProto.FLOAT, [1]), (TensorProto.INT64, ["n", 4])])
 def test_a_false_inner_statement_is_inferred_anew(elem_type: int, shape: list[int | str]) -> None:
     proto = file(helper.make_node("Relu", ["x"], ["a"]), helper.make_node("Neg", ["a"], ["b"]),
