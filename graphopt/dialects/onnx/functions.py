@@ -68,7 +68,9 @@ def why_not_spelled(spelled: Spelled, opset: int, inputs: Sequence[ir.Value | No
         return _body_misfit(spelled.op_type, opset)
     if spelled.domain not in STANDARD:
         return None
-    return misfit(spelled.op_type, opset, spelled.attributes, [None if one is None else one.dtype for one in inputs])
+    left_out = [place for place, one in enumerate(inputs) if one is None]
+    dtypes = [None if one is None else one.dtype for one in inputs]
+    return misfit(spelled.op_type, opset, spelled.attributes, dtypes, left_out)
 
 
 @cache

@@ -71,7 +71,6 @@ def _spell(graph: OnnxGraph, native: ir.Node, read: _Read | None, source: int) -
     """Put what the graph's opset says in the place of a node of opset `source`. Raises SpellingError."""
     node, opset = OnnxNode(graph, native), graph.opset
     op = Builder(graph, node)
-    given = graph.values(native.inputs), {name: attribute.value for name, attribute in native.attributes.items()}
     if read is not None:
         kind, operands, attributes = read
         try:
@@ -83,7 +82,10 @@ def _spell(graph: OnnxGraph, native: ir.Node, read: _Read | None, source: int) -
         _replace(graph, native, values)
         return
     _drop_defaults(native, source, opset)
-    reason = misfit(native.op_type, opset, native.attributes, [v.dtype if v else None for v in native.inputs])
+    given = graph.values(native.inputs), {name: attribute.value for name, attribute in native.attributes.items()}
+    left_out = [place for place, value in enumerate(native.inputs) if value is None]
+    dtypes = [None if value is None else value.dtype for value in native.inputs]
+    reason = misfit(native.op_type, opset, native.attributes, dtypes, left_out)
     if reason is None and not _means_another(native, source, opset):
         onnx_shapes.infer_node_anew(native, graph.inference.infer)
     elif native.op_type in OPERATORS:
