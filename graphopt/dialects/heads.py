@@ -49,11 +49,12 @@ _Axis = list[_Factor]
 
 @dataclass
 class _View:
-    """What a value is of a source: the axes of both, as lists of the same factors."""
+    """How a value is a view of a source: the axes of both, as lists of the same factors."""
 
     axes: list[_Axis]
     """Those of the source."""
     now: list[_Axis]
+    """Those of the value."""
     picked: dict[_Factor, int] = field(default_factory=dict)
     """Factors of the source of which one entry is left."""
 
@@ -107,7 +108,8 @@ def _leaves(axis: _Axis) -> list[_Factor]:
 def _take(left: list[_Factor], size: int | str, renamed: list[str]) -> _Axis | None:
     """The first factors, whose product is `size`, taken from the list; one that holds more is split.
 
-    renamed: where all else is equal, one axis may have another name on either side, and is then the same size.
+    renamed: gets the name of a factor that `size` calls otherwise. There may be one in a reshape: where all other sizes
+    are equal, the two names are of one size.
     """
     if left and left[0].size == size:
         return [left.pop(0)]
@@ -258,8 +260,8 @@ def _part(value: Value) -> _Columns | None:
 
 
 def _start(axis: _Axis, kept: _Axis, picked: Mapping[_Factor, int]) -> int | None:
-    """Where the block of an axis begins that its last factors are, by the picks from all factors before them; None
-    where these are not what is picked from, or sizes are not fixed."""
+    """The first entry of the block that is left of an axis: its last factors are `kept`, and of each factor before
+    them one entry is picked. None where that is not so, or where sizes are not fixed."""
     packed = axis[: len(axis) - len(kept)]
     if axis[len(packed) :] != kept or {*packed} != {*picked} or not all(isinstance(leaf.size, int) for leaf in axis):
         return None

@@ -64,12 +64,13 @@ SENTENCES = {
     "weight_tied": "weight is tied with {reader}",
     # prune
     "no_group": "in no group of {kinds}",
-    "branch_read_elsewhere": "others than its sum read what {site} in it computes",
+    "in_no_branch": "in no residual branch",
+    "branch_read_elsewhere": "nodes other than its sum read the result of {site}, which is in it",
     "branch_not_pure": "{op} in it is random, or has effects",
     "shortcut_differs": "its sum is {result}, and its shortcut {shortcut}",
     "shortcut_not_identity": "its shortcut is computed too, by {site}",
     "shortcut_returned": "without it the graph would return an input, or one value twice",
-    "branch_matters_more": "kept: in place of {site} it would leave the outputs at {sqnr:.1f} dB",
+    "branch_matters_more": "kept: removed in place of {site}, it would leave the outputs at {sqnr:.1f} dB",
     "no_branch_goes": "all {count} layers are kept",
     "no_units_go": "all of its {size} {kind} are kept",
     "not_weighed_unread": "criterion={criterion} cannot score it: no linear or conv with a stored float weight reads "

@@ -14,6 +14,7 @@ from graphopt.ir.graph import Feeds, Graph
 from graphopt.passes.prune.budget import TOLERANCE
 from graphopt.passes.prune.costs import ROUNDS
 from graphopt.passes.prune.selection import locks
+from graphopt.pipeline.account import weights
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.reference import Reference
 from graphopt.pipeline.selectors import Selector
@@ -112,6 +113,8 @@ def _open(graph: Graph, context: Context, choice: Choice) -> list[Branch]:
     for branch in chosen:
         if branch.locked:
             context.record.decline(branch.name, branch.locked)
+    if choice.required:  # else units are cut, of these nodes too
+        _decline_outside(graph, context, choice)
     left = [branch for branch in chosen if not (branch.locked or context.reverts(branch.name))]
     if not left and choice.required:
         why = locks(chosen) if chosen else "; targets and ignore leave none of them"
@@ -119,6 +122,15 @@ def _open(graph: Graph, context: Context, choice: Choice) -> list[Branch]:
     if not left:
         context.note("layers: the model has none that can go")
     return left
+
+
+def _decline_outside(graph: Graph, context: Context, choice: Choice) -> None:
+    """Decline the selected ops with weights that are in no branch."""
+    for node in weights(graph):
+        chosen = node in choice.targets and node not in choice.ignore
+        if chosen and node.op is not None and node not in context.considered:
+            context.consider([node])
+            context.decline(node, Decline("in_no_branch"))
 
 
 def _selected(branch: Branch, terms: Selector) -> bool:

@@ -32,7 +32,7 @@ _Read = tuple[str, Operands, Attributes]
 def at_opset(graph: OnnxGraph, opset: int) -> None:
     """Rewrite in place so that every node is an operator of `opset`, and infer all shapes anew there.
 
-    Raises GraphError naming a node that cannot be said at it.
+    Raises GraphError naming a node that cannot be written at it.
     """
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST <= opset <= newest:
@@ -68,7 +68,7 @@ def _as_op(node: OnnxNode) -> _Read | None:
 
 
 def _spell(graph: OnnxGraph, native: ir.Node, read: _Read | None, source: int) -> None:
-    """Put what the graph's opset says in the place of a node of opset `source`. Raises SpellingError."""
+    """Put what a node of opset `source` means, as the graph's opset spells it, in its place. Raises SpellingError."""
     node, opset = OnnxNode(graph, native), graph.opset
     op = Builder(graph, node)
     if read is not None:
@@ -110,10 +110,10 @@ def _replace(graph: OnnxGraph, native: ir.Node, values: Sequence[Value]) -> None
 # --- what stays, and what an operator means ------------------------------------------------------------------------
 
 _MEANS_ANOTHER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Split": 18, "DFT": 20, "GridSample": 20}
-"""By operator, the opset from which on the same spelling means something else, or is none."""
+"""By operator, the opset from which on the same spelling means something else, or is not valid."""
 
 _REFUSED = {"Resize": 11, "RoiAlign": 16, "GroupNormalization": 21}
-"""The same, of operators that nothing here says at the other side, and that onnx's converter gets wrong."""
+"""The same, of operators that nothing here writes for the other side, and that onnx's converter gets wrong."""
 
 _VALUES = {
     ("Pad", "mode", b"wrap"): 19,

@@ -29,7 +29,7 @@ def misfit(
     op_type: str, opset: int, attributes: Collection[str], inputs: Sequence[ir.DataType | None],
     left_out: Iterable[int] = (),
 ) -> str | None:  # fmt: skip
-    """Why an opset cannot say a node, as the end of a sentence; None where it can.
+    """Why a node cannot be written at an opset, as the end of a sentence; None where it can.
 
     attributes: the names of those that are given. inputs: their element types, None where one is left out or unknown.
     left_out: the places of those that are left out.

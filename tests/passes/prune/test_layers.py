@@ -126,6 +126,18 @@ def test_targets_and_ignore_choose_by_any_site_inside(dialect: str) -> None:
     assert {site.label for site in graph.sites("linear")} >= {first, second} and len(graph.sites("linear")) == 4
 
 
+def test_a_layer_in_no_branch_is_declined_as_such(dialect: str) -> None:
+    graph = build(dialect, """
+        x = linear(i[batch,4], S[4,4])
+        a = add(x, linear(x, W[4,4]:values(0.01)))
+        b = add(a, linear(a, V[4,4]))
+        y = relu(b)
+    """)
+    stem = graph.sites("linear")[0].label
+    context = run(Prune(layers=0.5), graph, calibration=calibrated(graph))
+    assert context.record.declined[stem].code == "in_no_branch" and stem in context.record.eligible
+
+
 def test_a_branch_of_another_shape_stays(dialect: str) -> None:
     graph = build(dialect, """
         x = relu(i[1,4])
@@ -210,7 +222,7 @@ def test_a_model_without_branches_or_with_locked_ones_says_so(dialect: str) -> N
     with pytest.raises(UsageError, match="the model has no residual branch: no sum x"):
         run(Prune(layers=0.5), build(dialect, "y = linear(relu(linear(x[2,4], W[4,4])), V[4,4])"))
     text = "x = relu(i[2,4])\nf = linear(x, W[4,4])\ny = mul(add(x, f), f)"
-    with pytest.raises(UsageError, match=r"no residual branch can go; locked: .* \(layers\): others than its sum read"):
+    with pytest.raises(UsageError, match=r"no residual branch can go; .* \(layers\): nodes other than its sum"):
         run(Prune(layers=0.5), build(dialect, text))
 
 
