@@ -3,7 +3,8 @@
 A Sum of one value is that value, and no optimization looks at it. Each pattern comes out wrong, or does not load, in
 onnxruntime 1.31 with its optimizations, and is right without:
 
-- a pad is merged into the pool behind it, which pads with less than any number, and refuses to pad as wide as it is;
+- a pad with zeros is merged into the pool behind it, where a max pool pads with minus infinity, and no pool takes
+  padding as wide as its kernel;
 - a quantize of what was dequantized by another scale is merged with the first quantize;
 - the weight and the bias of a conv on integers are rounded to integers, also where the bias does not fit;
 - a quantize is put behind what moves int8 activations, and from opset 21 on its type is then wrong.

@@ -11,7 +11,7 @@ from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 
 WEIGHTED = ("linear", "conv", "conv_transpose", "lstm", "gru", "rnn")
-"""Layers with weights, of which a branch holds one at least: x + x³ inside of a gelu is none."""
+"""Layers with weights. A branch holds at least one, so x + x³, which is part of a decomposed gelu, is no branch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def _residual(node: Node, above: _Above) -> Branch | None:
 
 
 def _own(node: Node, nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """Those of the nodes that nothing needs without the sum: a norm that two branches read is of neither."""
+    """Those of the nodes that only the sum depends on: a norm that two branches read belongs to neither."""
     own = {node: None}
     for one in reversed(nodes):
         if not any(value.is_output or not own.keys() >= set(value.users) for value in one.results):

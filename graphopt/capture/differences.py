@@ -16,7 +16,7 @@ ULPS = 8
 """Relative perturbation of the inputs that shows how much the graph amplifies rounding, in units of the dtype's eps."""
 
 RANDOM_RUNS = 3
-"""Further runs that tell which outputs are random: few numbers may come out alike once."""
+"""Further runs that tell which outputs are random: an output of few numbers may be the same twice by chance."""
 
 AMPLIFIED = 4.0
 """An output may be this many times as far from the module's as it moves on perturbed inputs."""

@@ -30,7 +30,7 @@ class Entry(nn.Module):
         self.arguments = dict(zip(_identifiers(inputs), inputs, strict=True))
         """The names of the inputs, by argument of forward."""
         self.sizes = set[int]()
-        """After a trace: places among the leaves of the result of integers that follow the sizes of inputs."""
+        """After a trace: which leaves of the result are integers that are computed from the sizes of the inputs."""
 
         def forward(**tensors: Tensor) -> tuple[Tensor, ...]:
             result = run({self.arguments[argument]: tensor for argument, tensor in tensors.items()})
@@ -51,8 +51,8 @@ class Entry(nn.Module):
                 found.append(torch.scalar_tensor(leaf, dtype=torch.int64))  # type: ignore[arg-type]
             elif isinstance(leaf, torch.SymFloat | torch.SymBool):
                 name = ".".join(map(str, path))
-                raise CaptureError(f"the model returns {name or 'a number'}, which follows the sizes of its inputs and "
-                                   "is no integer: return a tensor")  # fmt: skip
+                raise CaptureError(f"the model returns {name or 'a number'}, which is computed from the sizes of its "
+                                   "inputs and is no integer: return a tensor")  # fmt: skip
         return found
 
     def exported(self, example: Mapping[str, Tensor], axes: Mapping[str, Mapping[int, str]]) -> ExportedProgram:

@@ -22,6 +22,7 @@ _SWAP = (1, 0, 2)
 """Between (batch, length, width) and (length, batch, width)."""
 _SPLIT = (0, 2, 1, 3)
 """Between (batch, length, heads, size) and (batch, heads, length, size)."""
+_NORMS = ("layer_norm", "rms_norm")
 _RESHAPES = (
     "reshape", "squeeze", "unsqueeze", "onnx.Reshape", "onnx.Flatten", "aten.flatten.using_ints", "aten.unflatten.int",
 )  # fmt: skip
@@ -48,11 +49,12 @@ _Axis = list[_Factor]
 
 @dataclass
 class _View:
-    """What a value is of a source: the axes of both, as lists of the same factors."""
+    """How a value is a view of a source: the axes of both, as lists of the same factors."""
 
     axes: list[_Axis]
     """Those of the source."""
     now: list[_Axis]
+    """Those of the value."""
     picked: dict[_Factor, int] = field(default_factory=dict)
     """Factors of the source of which one entry is left."""
 
@@ -106,7 +108,8 @@ def _leaves(axis: _Axis) -> list[_Factor]:
 def _take(left: list[_Factor], size: int | str, renamed: list[str]) -> _Axis | None:
     """The first factors, whose product is `size`, taken from the list; one that holds more is split.
 
-    renamed: where all else is equal, one axis may have another name on either side, and is then the same size.
+    renamed: gets the name of a factor that `size` calls otherwise. There may be one in a reshape: where all other sizes
+    are equal, the two names are of one size.
     """
     if left and left[0].size == size:
         return [left.pop(0)]
@@ -257,8 +260,8 @@ def _part(value: Value) -> _Columns | None:
 
 
 def _start(axis: _Axis, kept: _Axis, picked: Mapping[_Factor, int]) -> int | None:
-    """Where the block of an axis begins that its last factors are, by the picks from all factors before them; None
-    where these are not what is picked from, or sizes are not fixed."""
+    """The first entry of the block that is left of an axis: its last factors are `kept`, and of each factor before
+    them one entry is picked. None where that is not so, or where sizes are not fixed."""
     packed = axis[: len(axis) - len(kept)]
     if axis[len(packed) :] != kept or {*packed} != {*picked} or not all(isinstance(leaf.size, int) for leaf in axis):
         return None
@@ -351,7 +354,7 @@ def _raise(graph: Graph, attention: _Attention, swaps: set[Value]) -> bool:
     op = Builder(graph, attention.node, {})
     mask = attention.mask
     if mask is not None:
-        mask = _mask(op, mask, attention)
+        mask = _mask(op, mask, attention, query.heads)
         if mask is None:
             return False
     y = op.attention(
@@ -421,7 +424,7 @@ def _swapped(op: Builder, value: Value, at: Node | None = None) -> Value:
     node = value.producer
     if node is not None and _is_swap(node):
         return node.input
-    if node is not None and node.kind in ("layer_norm", "rms_norm") and value.only_user is not None:
+    if node is not None and _is_norm_of_width(node) and value.only_user is not None:
         x, *given = node.operands
         assert x is not None
         return op.once(("swapped", value), lambda: op.graph.emit(node, _swapped(op, x, node), *given, at=node))
@@ -432,15 +435,15 @@ def _swapped(op: Builder, value: Value, at: Node | None = None) -> Value:
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
-def _mask(op: Builder, mask: Value, attention: _Attention) -> Value | None:
+def _mask(op: Builder, mask: Value, attention: _Attention, heads: int) -> Value | None:
     """A mask over (batch, heads, queries, keys) that repeats nothing; None where batch and heads stay one axis."""
     if mask.rank == 3 and attention.node.kind != "attention":
-        return _apart(op, mask)
+        return _apart(op, mask, heads)
     node = _maker(mask)
     merged = node.operands[0] if node is not None and node.kind in _RESHAPES else None
     if merged is None or merged.rank != 3 or mask.rank != 4:
         return _unrepeated(mask)
-    apart = _apart(op, merged)
+    apart = _apart(op, merged, heads)
     return _unrepeated(mask) if apart is None else apart
 
 
@@ -452,8 +455,9 @@ def _maker(value: Value) -> Node | None:
     return node
 
 
-def _apart(op: Builder, mask: Value) -> Value | None:
-    """A mask over (batch · heads, queries, keys) on four axes, by what it was made of; None where that is not known."""
+def _apart(op: Builder, mask: Value, heads: int) -> Value | None:
+    """A mask over (batch · heads, queries, keys) on four axes, by what it was made of; None where that is not known, or
+    is no (batch, heads, queries, keys)."""
     node, shape = _maker(mask), mask.shape
     if shape is None or len(shape) != 3:
         return None
@@ -462,10 +466,10 @@ def _apart(op: Builder, mask: Value) -> Value | None:
     if node is None:
         return None
     if node.kind == "add":
-        a, b = (_apart(op, node.required(name)) for name in ("a", "b"))
+        a, b = (_apart(op, node.required(name), heads) for name in ("a", "b"))
         return None if a is None or b is None else op.add(a, b)
     whole = node.operands[0] if node.kind in _RESHAPES else None
-    if whole is None or whole.shape is None or len(whole.shape) != 4 or whole.shape[2:] != shape[1:]:
+    if whole is None or whole.shape is None or whole.shape[1:] != (heads, *shape[1:]):
         return None
     return _unrepeated(whole)
 
@@ -510,10 +514,13 @@ def _downwards(graph: Graph, swaps: set[Value]) -> list[Rule]:
             _, *given = m.root.operands
             return swap(op, op.graph.emit(m.root, m.x, *given, at=m.root))
 
-        return Rule(f"swap-after-{kind.replace('_', '-')}", pattern, replace, shared=True, check=is_ours)
+        return Rule(f"swap-after-{kind.replace('_', '-')}", pattern, replace, shared=True, check=is_by_position)
 
     def is_ours(m: Match) -> bool:
         return m.swap.result in swaps
+
+    def is_by_position(m: Match) -> bool:
+        return is_ours(m) and (m.root.kind not in _NORMS or _is_norm_of_width(m.root))
 
     def add_swapped(op: Builder, m: Match) -> Value | None:
         """x + y, where the graph has swapped y before."""
@@ -533,6 +540,11 @@ def _downwards(graph: Graph, swaps: set[Value]) -> list[Rule]:
         *(after(kind) for kind in ("identity", "relu", "gelu", "silu", "tanh", "sigmoid")),
         Rule("swap-after-sum", _sum, add_swapped, shared=True, check=is_ours),
     ]
+
+
+def _is_norm_of_width(node: Node) -> bool:
+    """Whether a norm is over the last axis alone."""
+    return node.kind in _NORMS and node.required("weight").rank == 1
 
 
 def _is_swap(node: Node) -> bool:

@@ -98,7 +98,7 @@ def _only(given: Sequence[Any]) -> Any:
 def structure_of(result: Any, sizes: Collection[int] = ()) -> Structure:
     """The structure of what a model returned. Raises CaptureError when there is no tensor in it.
 
-    sizes: places among the leaves of integers that follow the sizes of the inputs; they are outputs, as tensors.
+    sizes: the places of leaves that are integers computed from the sizes of the inputs; they are outputs, as tensors.
     Other leaves that are no tensors come back as they are.
     """
     leaves, rebuild_all = flattened(result)

@@ -64,6 +64,7 @@ SENTENCES = {
     "weight_tied": "weight is tied with {reader}",
     # prune
     "no_group": "in no group of {kinds}",
+    "in_no_branch": "in no residual branch",
     "branch_read_elsewhere": "what {site} in it computes is read outside of it too",
     "branch_not_pure": "{op} in it is random, or has effects",
     "shortcut_differs": "the shape of its sum is {result}, and that of its shortcut {shortcut}",

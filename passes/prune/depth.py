@@ -14,6 +14,7 @@ from graphopt.ir.graph import Feeds, Graph
 from graphopt.passes.prune.budget import TOLERANCE
 from graphopt.passes.prune.costs import ROUNDS
 from graphopt.passes.prune.selection import locks
+from graphopt.pipeline.account import weights
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.reference import Reference
 from graphopt.pipeline.selectors import Selector
@@ -44,6 +45,8 @@ class _Plan:
     """By the name of the sum, in order: the SQNR in dB of the outputs from then on."""
     others: dict[str, float] = field(default_factory=dict)
     """Of those that stay: the SQNR without them, in place of the last that goes."""
+    locked: dict[str, Decline] = field(default_factory=dict)
+    """Of those that stay, why they can go no more once the others are gone."""
 
 
 def remove_share(graph: Graph, context: Context, share: float, choice: Choice) -> bool:
@@ -84,8 +87,8 @@ def remove_within(graph: Graph, context: Context, of: str, share: float, choice:
     least = shares[max(shares)]
     if least > share:
         raise UsageError(
-            f"{context.record.name}: {of}={share:g} cannot be reached: with one residual branch left of those that may "
-            f"go, {least:.3f} stay; cut neurons or channels too, in a prune of their own"
+            f"{context.record.name}: {of}={share:g} cannot be reached: without all residual branches that may go (one "
+            f"stays at least), {least:.3f} stay; cut neurons or channels too, in a prune of their own"
         )
     _apply(graph, context, chosen, plan)
     context.note(f"{least:.3f} of the {of} stay, of {share:g} that the budget leaves")
@@ -110,13 +113,24 @@ def _open(graph: Graph, context: Context, choice: Choice) -> list[Branch]:
     for branch in chosen:
         if branch.locked:
             context.record.decline(branch.name, branch.locked)
+    if choice.required:  # else units are cut, of these nodes too
+        _decline_outside(graph, context, choice)
     left = [branch for branch in chosen if not (branch.locked or context.reverts(branch.name))]
     if not left and choice.required:
         why = locks(chosen) if chosen else "; targets and ignore leave none of them"
         raise UsageError(f"{name}: no residual branch can go{why} (graphopt inspect MODEL --groups lists them)")
     if not left:
-        context.note("layers: the model has none that can go")
+        context.note("layers: no residual branch that may go")
     return left
+
+
+def _decline_outside(graph: Graph, context: Context, choice: Choice) -> None:
+    """Decline the selected ops with weights that are in no branch."""
+    for node in weights(graph):
+        chosen = node in choice.targets and node not in choice.ignore
+        if chosen and node.op is not None and node not in context.considered:
+            context.consider([node])
+            context.decline(node, Decline("in_no_branch"))
 
 
 def _selected(branch: Branch, terms: Selector) -> bool:
@@ -131,7 +145,12 @@ def _planned(graph: Graph, context: Context, chosen: list[Branch], enough: Calla
     trial, plan = graph.clone(), _Plan()
     left = [branch.sum.name for branch in chosen]
     reference: Reference | None = None
-    while not enough(trial, len(plan.gone)) and len(left) > 1:
+    while not enough(trial, len(plan.gone)) and len(plan.gone) < len(chosen) - 1:
+        locks_now = {branch.sum.name: branch.locked for branch in branches(trial)}
+        plan.locked |= {name: lock for name in left if (lock := locks_now[name]) is not None}
+        left = [name for name in left if name not in plan.locked]
+        if not left:
+            break
         reference = reference or Reference(graph, _batches(context))
         damages = {name: reference.damage(_without(trial, name)).sqnr for name in left}
         plan.others = {name: -math.inf if math.isnan(sqnr) else sqnr for name, sqnr in damages.items()}
@@ -163,7 +182,9 @@ def _apply(graph: Graph, context: Context, chosen: list[Branch], plan: _Plan) ->
     """Remove the branches of a plan, and report them."""
     names = {branch.sum.name: branch.name for branch in chosen}
     for branch in chosen:
-        if branch.sum.name in plan.others:
+        if branch.sum.name in plan.locked:
+            context.record.decline(branch.name, plan.locked[branch.sum.name])
+        elif branch.sum.name in plan.others:
             last, sqnr = names[list(plan.gone)[-1]], plan.others[branch.sum.name]
             context.record.decline(branch.name, Decline("branch_matters_more", site=last, sqnr=sqnr))
         elif branch.sum.name not in plan.gone:

@@ -258,6 +258,14 @@ STAY = {
     "heads inside a head": SPLIT.replace("(2,5,2,4)", "(2,5,4,2)").replace("[0,2,1,3]", "[0,3,1,2]") + JOINED,
     "length and heads as one": SPLIT + JOINED.replace("(2,5,8)", "(2,10,4)").replace("V[3,8]", "V[3,4]"),
     "packed behind the heads": PACKED_BEHIND + TAKEN + JOINED,
+    "a mask of which one axis is batch and heads": SPLIT + """
+        q3 = reshape(q, S[3]:values(4,5,4):int64)
+        k3 = reshape(k, S)
+        v3 = reshape(v, S)
+        s = add(matmul(q3, transpose(k3, perm=[0,2,1])), squeeze(m[4,1,5,5], axes=[1]))
+        a = reshape(matmul(softmax(s), v3), A[4]:values(2,2,5,4):int64)
+        j = reshape(transpose(a, perm=[0,2,1,3]), J[3]:values(2,5,8):int64)
+    """,
 }
 
 
@@ -306,4 +314,26 @@ def test_views_of_a_packed_projection_are_linears(
     graph.sweep()
     kinds = collections.Counter(node.kind for node in graph.nodes)
     assert kinds["attention"] == 1 and kinds["linear"] == 3 and kinds["softmax"] == 0
+    torch.testing.assert_close(outputs(graph), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["8", "4,8"])
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_a_norm_over_more_than_the_width_keeps_its_axes(where: str, shape: str, dialect: str) -> None:
+    """Length and batch are equal, so that a norm over the wrong one of them has the same shapes."""
+    norm = f"layer_norm({{}}, G[{shape}]:seed1, H[{shape}]:seed2)"
+    text = f"""
+        x2 = {norm.format("x[4,4,8]") if where == "before" else "relu(x[4,4,8])"}
+        p = linear(x2, W[24,8], B[24])
+        r = reshape(p, R[5]:values(4,4,3,2,4):int64)
+        t = transpose(r, perm=[2,1,3,0,4])
+        {TAKEN}
+        j = reshape(transpose(attention(q, k, v), perm=[2,0,1,3]), J[3]:values(4,4,8):int64)
+        y = linear({norm.format("j") if where == "behind" else "j"}, V[8,8])
+    """
+    graph = build(dialect, text)
+    before = outputs(graph)
+    raise_heads(graph)
+    graph.sweep()
+    assert len(graph.sites("linear")) == 4
     torch.testing.assert_close(outputs(graph), before, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,8 @@
 """Forms that make onnxruntime crash when it loads a file, and the equal forms that are written in their place.
 
 Version 1.31.1 fuses a Transpose that moves the first axis behind the batch into the MatMul that reads it, also through
-a Cast, and then dies of signal 11 in its layout optimizer (NchwcTransformer). It puts such a Cast around each product
-of 16 bits by itself, as its CPU kernels are of 32.
+a Cast, and then dies of signal 11 in its layout optimizer (NchwcTransformer). It inserts such a Cast itself before
+each product in 16 bits, as its CPU kernels compute in 32.
 """
 
 from __future__ import annotations

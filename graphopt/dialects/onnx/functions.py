@@ -60,7 +60,7 @@ def _rows(x: str, scale: str, y: str, rank: int, zero_point: str | None = None) 
 
 
 def why_not_spelled(spelled: Spelled, opset: int, inputs: Sequence[ir.Value | None]) -> str | None:
-    """Why an opset cannot say a node that is to be made; None where it can.
+    """Why a node that is to be made cannot be written at an opset; None where it can.
 
     inputs: of the node. Of a function, all that its body calls is looked at.
     """
@@ -68,7 +68,9 @@ def why_not_spelled(spelled: Spelled, opset: int, inputs: Sequence[ir.Value | No
         return _body_misfit(spelled.op_type, opset)
     if spelled.domain not in STANDARD:
         return None
-    return misfit(spelled.op_type, opset, spelled.attributes, [None if one is None else one.dtype for one in inputs])
+    left_out = [place for place, one in enumerate(inputs) if one is None]
+    dtypes = [None if one is None else one.dtype for one in inputs]
+    return misfit(spelled.op_type, opset, spelled.attributes, dtypes, left_out)
 
 
 @cache

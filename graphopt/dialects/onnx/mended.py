@@ -1,6 +1,6 @@
-"""What files state wrongly: put right where engines read such files too, and refused by name where they do not.
+"""Faults of ONNX files: mended where engines load such files too, and else refused with the name of the node or value.
 
-Libraries that read a model say these things in their own words, if they say them at all.
+They are looked for here, as the libraries that parse a model report them unclearly, or not at all.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def _mended(graph: onnx.GraphProto, opset: int) -> Iterator[str]:
 
 
 def _names(graph: onnx.GraphProto) -> Iterator[str]:
-    """Node names that no engine takes, which nothing refers to. Raises GraphError for names of values."""
+    """Drop node names that are not UTF-8, as nothing refers to them, and tell of those that several nodes have.
+
+    Raises GraphError for any other name that is not UTF-8.
+    """
     seen: set[str] = set()
     twice: dict[str, None] = {}
     for node in graph.node:
@@ -113,7 +116,8 @@ _CONSTANTS = {
 
 
 def _declarations(graph: onnx.GraphProto) -> Iterator[str]:
-    """Sizes that are none, outputs that are inputs too, and initializers that are declared as something else."""
+    """Correct negative sizes, the types of outputs that are inputs too, and declarations that differ from what an
+    initializer holds."""
     for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.HasField("dim_value") and size.dim_value < 0:
@@ -134,7 +138,7 @@ def _declarations(graph: onnx.GraphProto) -> Iterator[str]:
         if (declared.HasField("shape") and not fits) or declared.elem_type not in (0, tensor.data_type):
             stated = f"{_type(declared.elem_type)} {['?' if size is None else size for size in sizes]}"
             yield (f"{tensor.name!r} is declared as {stated}, and holds {_type(tensor.data_type)} {list(tensor.dims)}, "
-                   "which counts")  # fmt: skip
+                   "which is used")  # fmt: skip
             inputs[tensor.name].type.CopyFrom(onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims))
 
 

@@ -32,7 +32,7 @@ _Read = tuple[str, Operands, Attributes]
 def at_opset(graph: OnnxGraph, opset: int) -> None:
     """Rewrite in place so that every node is an operator of `opset`, and infer all shapes anew there.
 
-    Raises GraphError naming a node that cannot be said at it.
+    Raises GraphError naming a node that cannot be written at it.
     """
     newest = onnx.defs.onnx_opset_version()
     if not OLDEST <= opset <= newest:
@@ -68,10 +68,9 @@ def _as_op(node: OnnxNode) -> _Read | None:
 
 
 def _spell(graph: OnnxGraph, native: ir.Node, read: _Read | None, source: int) -> None:
-    """Put what the graph's opset says in the place of a node of opset `source`. Raises SpellingError."""
+    """Put what a node of opset `source` means, as the graph's opset spells it, in its place. Raises SpellingError."""
     node, opset = OnnxNode(graph, native), graph.opset
     op = Builder(graph, node)
-    given = graph.values(native.inputs), {name: attribute.value for name, attribute in native.attributes.items()}
     if read is not None:
         kind, operands, attributes = read
         try:
@@ -83,7 +82,10 @@ def _spell(graph: OnnxGraph, native: ir.Node, read: _Read | None, source: int) -
         _replace(graph, native, values)
         return
     _drop_defaults(native, source, opset)
-    reason = misfit(native.op_type, opset, native.attributes, [v.dtype if v else None for v in native.inputs])
+    given = graph.values(native.inputs), {name: attribute.value for name, attribute in native.attributes.items()}
+    left_out = [place for place, value in enumerate(native.inputs) if value is None]
+    dtypes = [None if value is None else value.dtype for value in native.inputs]
+    reason = misfit(native.op_type, opset, native.attributes, dtypes, left_out)
     if reason is None and not _means_another(native, source, opset):
         onnx_shapes.infer_node_anew(native, graph.inference.infer)
     elif native.op_type in OPERATORS:
@@ -108,10 +110,10 @@ def _replace(graph: OnnxGraph, native: ir.Node, values: Sequence[Value]) -> None
 # --- what stays, and what an operator means ------------------------------------------------------------------------
 
 _MEANS_ANOTHER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Split": 18, "DFT": 20, "GridSample": 20}
-"""By operator, the opset from which on the same spelling means something else, or is none."""
+"""By operator, the opset from which on the same spelling means something else, or is not valid."""
 
 _REFUSED = {"Resize": 11, "RoiAlign": 16, "GroupNormalization": 21}
-"""The same, of operators that nothing here says at the other side, and that onnx's converter gets wrong."""
+"""The same, of operators that nothing here writes for the other side, and that onnx's converter gets wrong."""
 
 _VALUES = {
     ("Pad", "mode", b"wrap"): 19,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 
 import onnx
@@ -26,11 +26,13 @@ def changes(op_type: str, opset: int, other: int) -> bool:
 
 
 def misfit(
-    op_type: str, opset: int, attributes: Collection[str], inputs: Sequence[ir.DataType | None]
-) -> str | None:
-    """Why an opset cannot say a node, as the end of a sentence; None where it can.
+    op_type: str, opset: int, attributes: Collection[str], inputs: Sequence[ir.DataType | None],
+    left_out: Iterable[int] = (),
+) -> str | None:  # fmt: skip
+    """Why a node cannot be written at an opset, as the end of a sentence; None where it can.
 
     attributes: the names of those that are given. inputs: their element types, None where one is left out or unknown.
+    left_out: the places of those that are left out.
     """
     found = schema(op_type, opset)
     if found is None:
@@ -44,6 +46,9 @@ def misfit(
     if not found.min_input <= len(inputs) <= found.max_input:
         takes = f"{found.min_input} to {found.max_input}" if found.min_input < found.max_input else found.max_input
         return f"{op_type} takes {takes} inputs in opset {opset}"
+    for index in left_out:
+        if index < len(found.inputs) and found.inputs[index].option == onnx.defs.OpSchema.FormalParameterOption.Single:
+            return f"{op_type} needs its input {found.inputs[index].name!r} in opset {opset}"
     for index, dtype in enumerate(inputs):
         formal = found.inputs[min(index, len(found.inputs) - 1)]
         tensors = [name for name in formal.types if name.startswith("tensor")]

@@ -226,6 +226,14 @@ def _integers(op: Builder, value: Value) -> list[int] | None:
     return None if tensor is None else tensor.flatten().tolist()
 
 
+def _resize(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
+    """Before opset 13 the region and the scales are no optional inputs: they are empty where they say nothing."""
+    x, *others = operands
+    empty = op.constant(torch.zeros(0))
+    region, scales, *sizes = (*others, None, None)[: max(len(others), 2)]
+    return (op("onnx.Resize", x, region or empty, scales or empty, *sizes, **attributes),)
+
+
 def _trilu(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
     x, shift = (*operands, None)[:2]
     assert x is not None
@@ -256,6 +264,7 @@ OPERATORS: Mapping[str, WriteOut] = {
     "LogSoftmax": _softmaxes("onnx.LogSoftmax"),
     "Hardmax": _softmaxes("onnx.Hardmax"),
     "Trilu": _trilu,
+    "Resize": _resize,
     "Split": _split_axis,
     **{f"Reduce{name}": _reduction(f"onnx.Reduce{name}")
        for name in ("Max", "Min", "Sum", "Prod", "Mean", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")},

@@ -97,7 +97,7 @@ def test_a_weight_unlike_its_declaration(capsys: pytest.CaptureFixture[str]) -> 
     proto = file(helper.make_node("MatMul", ["x", "w"], ["y"]), w=np.ones((4, 3)))
     proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 5]))
     captured = capture(proto, "onnx", example_inputs=X)
-    assert captured.notes[0] == "'w' is declared as float [4, 5], and holds float [4, 3], which counts"
+    assert captured.notes[0] == "'w' is declared as float [4, 5], and holds float [4, 3], which is used"
     assert captured.graph.evaluate({"x": X}, captured.graph.outputs)[0].shape == (3, 3)
     assert capsys.readouterr() == ("", "")
 

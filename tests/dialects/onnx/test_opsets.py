@@ -100,6 +100,10 @@ _OPERATORS = {
                      "y = AveragePool<auto_pad = \"SAME_UPPER\", kernel_shape = [1,3], strides = [2,2]>(x)"),
     "ceil_mode": (18, "float[n,2,5,5] x",
                   "y = AveragePool<ceil_mode = 1, kernel_shape = [2,2], strides = [2,2]>(x)"),
+    "Resize by scales": (18, "float[n,1,4,4] x",
+                         "s = Constant<value_floats = [1.0, 1.0, 2.0, 2.0]>() y = Resize<mode = \"linear\">(x, , s)"),
+    "Resize to sizes": (13, "float[2,1,4,4] x",
+                        "s = Constant<value_ints = [2, 1, 7, 9]>() y = Resize<mode = \"linear\">(x, , , s)"),
     "CumSum": (14, "float[n,4] x", "a = Constant<value_int = 1>() y = CumSum(x, a)"),
     "a branch": (13, "float[n,3,4] x", """
         c = Constant<value_ints = [0]>() b = Cast<to = 9>(c) k = Squeeze(b)

@@ -126,6 +126,18 @@ def test_targets_and_ignore_choose_by_any_site_inside(dialect: str) -> None:
     assert {site.label for site in graph.sites("linear")} >= {first, second} and len(graph.sites("linear")) == 4
 
 
+def test_a_layer_in_no_branch_is_declined_as_such(dialect: str) -> None:
+    graph = build(dialect, """
+        x = linear(i[batch,4], S[4,4])
+        a = add(x, linear(x, W[4,4]:values(0.01)))
+        b = add(a, linear(a, V[4,4]))
+        y = relu(b)
+    """)
+    stem = graph.sites("linear")[0].label
+    context = run(Prune(layers=0.5), graph, calibration=calibrated(graph))
+    assert context.record.declined[stem].code == "in_no_branch" and stem in context.record.eligible
+
+
 def test_a_branch_of_another_shape_stays(dialect: str) -> None:
     graph = build(dialect, """
         x = relu(i[1,4])
@@ -137,6 +149,20 @@ def test_a_branch_of_another_shape_stays(dialect: str) -> None:
     context = run(Prune(layers=0.5), graph, calibration=calibrated(graph))
     assert [decline.code for decline in declines(context)] == ["shortcut_differs", "branch_matters_more"]
     assert len(graph.sites("linear")) == 2
+
+
+def test_a_branch_that_the_others_lock_when_they_go_stays(dialect: str) -> None:
+    """All three are sums with x: without two of them, the graph would return x twice."""
+    graph = build(dialect, """
+        x = relu(i[batch,4])
+        a = add(x, linear(x, W[4,4]:values(0.01)))
+        b = add(x, linear(x, V[4,4]:values(0.02)))
+        c = add(x, linear(x, U[4,4]))
+        return a, b, c
+    """)
+    context = run(Prune(layers=0.7), graph, calibration=calibrated(graph))
+    assert [decline.code for decline in declines(context)] == ["shortcut_returned", "shortcut_returned"]
+    assert len(graph.sites("linear")) == 2 and len(set(graph.outputs)) == 3
 
 
 @pytest.mark.parametrize("of", ["flops", "params"])
@@ -187,7 +213,7 @@ def test_says_what_is_missing(dialect: str, options: dict[str, Any], message: st
 def test_a_budget_that_cannot_be_reached_leaves_the_graph(dialect: str) -> None:
     graph, _ = stack(dialect, 2, 0.01, 1)
     text = graph.text()
-    with pytest.raises(UsageError, match=r"params=0.1 cannot be reached: with one residual .*, 0.3\d\d stay"):
+    with pytest.raises(UsageError, match=r"params=0.1 cannot be reached: without all residual .*, 0.3\d\d stay"):
         run(Prune(params=0.1, kinds=("layers",)), graph, calibration=calibrated(graph))
     assert graph.text() == text
 
@@ -203,10 +229,10 @@ def test_a_model_without_branches_or_with_locked_ones_says_so(dialect: str) -> N
 def test_what_the_model_lacks_is_skipped_with_a_note(dialect: str) -> None:
     graph, _ = stack(dialect, 2, 0.01, 1)
     context = run(Prune(layers=0.3, channels=0.5), graph, calibration=calibrated(graph))
-    assert len(graph.sites("linear")) == 4 and "channels: the model has none that can shrink" in context.record.notes
+    assert len(graph.sites("linear")) == 4 and "channels: no group that may be cut" in context.record.notes
     graph = build(dialect, "y = linear(relu(linear(x[batch,4], W[4,4])), V[4,4])")
     context = run(Prune(layers=0.3, neurons=0.5, criterion="l2"), graph)
-    assert "layers: the model has none that can go" in context.record.notes
+    assert "layers: no residual branch that may go" in context.record.notes
     assert [tuple(site.weight.shape) for site in graph.sites("linear") if site.weight is not None] == [(2, 4), (4, 2)]
     with pytest.raises(UsageError, match="the model has no group of channels"):
         run(Prune(layers=0.3, channels=0.5), graph)
