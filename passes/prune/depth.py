@@ -14,9 +14,9 @@ from graphopt.ir.graph import Feeds, Graph
 from graphopt.passes.prune.budget import TOLERANCE
 from graphopt.passes.prune.costs import ROUNDS
 from graphopt.passes.prune.selection import locks
-from graphopt.pipeline.account import weights
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.reference import Reference
+from graphopt.pipeline.remaining import nodes_with_weights
 from graphopt.pipeline.selectors import Selector
 from graphopt.pipeline.weights import already_quantized
 from graphopt.report.figures import decibels
@@ -126,7 +126,7 @@ def _open(graph: Graph, context: Context, choice: Choice) -> list[Branch]:
 
 def _decline_outside(graph: Graph, context: Context, choice: Choice) -> None:
     """Decline the selected ops with weights that are in no branch."""
-    for node in weights(graph):
+    for node in nodes_with_weights(graph):
         chosen = node in choice.targets and node not in choice.ignore
         if chosen and node.op is not None and node not in context.considered:
             context.consider([node])
