@@ -15,7 +15,7 @@ from benchmarks.case import DataMissing, Settings
 CASES = (
     "minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "groups", "curves", "pruned", "growth",
     "combined", "quantization", "sweep", "streaming", "calibration", "mixed", "int8", "int4", "float",
-    "rescue", "openvino", "slowdowns", "frontier", "optimizing", "torch_cpu", "packages", "finetune", "recover",
+    "relower", "openvino", "slowdowns", "frontier", "optimizing", "torch_cpu", "packages", "finetune", "recover",
     "recover_speed", "cuda",
 )  # fmt: skip
 

@@ -58,18 +58,18 @@ def measured(name: str, bounds: Mapping[str, float], folder: Path, settings: Set
     for tool, given in quantized(network, exported[BASELINE], folder, bounds).items():
         models[f"{tool}, as it came"] = given
         if isinstance(given, Path):
-            rescued = attempt(partial(rescue, given, network, settings.threads, held, tool))
-            models[f"{tool}, re-lowered"] = rescued
-            if isinstance(rescued, Path):
-                pairs[tool] = given, rescued
+            relowered = attempt(partial(relower, given, network, settings.threads, held, tool))
+            models[f"{tool}, re-lowered"] = relowered
+            if isinstance(relowered, Path):
+                pairs[tool] = given, relowered
     found = race(models, network.shapes, settings)
     least = {(f"{tool}, re-lowered", "mean"): bound for tool, bound in bounds.items()}
     columns = [distances(models, found, settings.threads)]
-    holds = tables(f"rescue-{name}", network.name, found, models, settings, bounds=least, columns=columns)
+    holds = tables(f"relower-{name}", network.name, found, models, settings, bounds=least, columns=columns)
     rounding = {tool: roundings(*pair, list(network.shapes.values()), settings.threads) for tool, pair in pairs.items()}
     settings.console.print(rounding_table(rounding), site_table(held))
-    write(settings, f"rescue-{name}-outputs", rounding)
-    write(settings, f"rescue-{name}-sites", {tool: asdict(one) for tool, one in held.items()})
+    write(settings, f"relower-{name}-outputs", rounding)
+    write(settings, f"relower-{name}-sites", {tool: asdict(one) for tool, one in held.items()})
     return holds
 
 
@@ -83,7 +83,7 @@ def quantized(network: Network, source: Path, folder: Path, tools: Mapping[str, 
     return {tool: attempt(make[tool]) for tool in tools}
 
 
-def rescue(path: Path, network: Network, threads: int, held: dict[str, Relowering], tool: str) -> Path:
+def relower(path: Path, network: Network, threads: int, held: dict[str, Relowering], tool: str) -> Path:
     """The file through graphopt, without any pass: what is quantized already is re-lowered in the engine's form.
 
     A site that is further than a step from what it was is an error; how far each is goes to `held`, under `tool`.
@@ -92,12 +92,12 @@ def rescue(path: Path, network: Network, threads: int, held: dict[str, Relowerin
     made = graphopt.optimize(path, example_inputs=examples, threads=threads, measure=True)
     if made.report.relowering is not None:
         held[tool] = made.report.relowering
-    return made.export(path.with_name(f"rescued-{path.name}"))
+    return made.export(path.with_name(f"relowered-{path.name}"))
 
 
-def roundings(path: Path, rescued: Path, batches: Sequence[Batch], threads: int) -> dict[str, dict[str, Any]]:
+def roundings(path: Path, relowered: Path, batches: Sequence[Batch], threads: int) -> dict[str, dict[str, Any]]:
     """By output, how far the re-lowered file, as it runs, is from the given one without optimizations."""
-    plain, fast, steps = plain_session(path, threads), session(rescued, threads), output_steps(path)
+    plain, fast, steps = plain_session(path, threads), session(relowered, threads), output_steps(path)
     found = {}
     for index, output in enumerate(plain.get_outputs()):
         wanted, made = (
