@@ -9,8 +9,9 @@ from typing import ClassVar
 
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.ops.recurrent import RECURRENT
 
-WEIGHTED = ("linear", "conv", "conv_transpose", "lstm", "gru", "rnn")
+WEIGHTED = ("linear", "conv", "conv_transpose", *RECURRENT)
 """Layers with weights. A branch holds at least one, so x + x³, which is part of a decomposed gelu, is no branch."""
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.ops.recurrent import RECURRENT
 from graphopt.ir.qdq.regions import end_of, is_dequantized
 from graphopt.numerics import quantize
-from graphopt.passes.quantize import schemes
 from graphopt.passes.quantize.plan import QuantizationPlan
 from graphopt.passes.quantize.ranges import Activation, Parameters
 from graphopt.passes.quantize.weights import Stored, Weights
@@ -43,7 +43,7 @@ class _Emitter:
             value = self.graph.emit(node, *node.operands, at=node)
         elif node.kind == "embedding":
             value = self.graph.emit(node, self._weight(node, "table"), node.required("ids"), at=node)
-        elif node.kind in schemes.RECURRENT:
+        elif node.kind in RECURRENT:
             self._emit_recurrent(node, planned[0], scheme)
             return
         elif node.kind in ("linear", "conv", "conv_transpose"):

@@ -9,13 +9,13 @@ import torch
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Node, Value, dtype_name
+from graphopt.ir.ops.recurrent import RECURRENT
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.weights import why_fixed
 
 TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 """What weights and activations are stored in, by name."""
 
-RECURRENT = ("lstm", "gru", "rnn")
 
 OPS = ("linear", "conv", "matmul", "softmax", "embedding", "conv_transpose", *RECURRENT)
 """What may be selected; other ops are quantized where they stand between these. A softmax is asked for by name,

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.ops import OPS, Op
+from graphopt.ir.ops.recurrent import RECURRENT
 
 NAMES = (
     "choose_qparams", "row_scale", "quantize", "dequantize", "linear_int8", "conv_int8", "add_int8", "max_pool",
-    "average_pool", "lstm", "gru", "rnn",
+    "average_pool", *RECURRENT,
 )  # fmt: skip
 _OPEN = ("max_pool", "average_pool", "row_scale", "quantize", "dequantize")
 """Operators that compilers decompose into the calls of their reference, to differentiate and to fuse them."""
-RECURRENT = ("lstm", "gru", "rnn")
 """Operators over a length that a trace leaves open: a decomposed one is a loop over it, which fixes it."""
 
 

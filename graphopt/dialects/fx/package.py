@@ -24,6 +24,7 @@ from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError, LoweringError, first_line
 from graphopt.ir.graph import Graph
 from graphopt.ir.ops import OPS
+from graphopt.ir.ops.recurrent import RECURRENT
 from graphopt.ir.qdq.integer_forms import unfold
 from graphopt.ir.structure import Output
 
@@ -89,7 +90,7 @@ def tensors_only(returns: Any) -> Any:
 
 def require_one_length(graph: Graph) -> None:
     """Raise GraphError where a recurrent layer runs over a length that may vary: it is compiled as a loop over one."""
-    for site in graph.sites(*custom_operators.RECURRENT):
+    for site in graph.sites(*RECURRENT):
         length = (site.input.shape or ("?",))[0]
         if not isinstance(length, int):
             raise GraphError(

@@ -18,6 +18,9 @@ from torch import Tensor
 from graphopt.ir.axes import NodeAxes, Unclear
 from graphopt.ir.ops.declaration import op
 
+RECURRENT = ("lstm", "gru", "rnn")
+"""The ops of this family."""
+
 DIRECTIONS = ("forward", "reverse", "bidirectional")
 
 TORCH_GATES = {"lstm": "ifco", "gru": "rzh", "rnn": "h"}

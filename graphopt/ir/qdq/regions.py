@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.ops.recurrent import RECURRENT
 
 JOINED = ("add", "mul", "concat", "average_pool", "mean", "sigmoid", "leaky_relu", "softmax")
 """Ops that compute in integers what they get in integers, with a scale of their own for the result.
@@ -15,7 +16,7 @@ one in floats.
 MOVES = ("max_pool", "pad", "reshape", "transpose", "slice", "squeeze", "unsqueeze")
 """Ops whose result holds the numbers of the input, and zeros at most besides: it keeps the scale of the input."""
 
-STORED = ("lstm", "gru", "rnn", "conv_transpose")
+STORED = (*RECURRENT, "conv_transpose")
 """Ops whose weights may be stored in 8 bits without a kernel that multiplies them."""
 
 

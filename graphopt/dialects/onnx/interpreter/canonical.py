@@ -14,6 +14,7 @@ from graphopt.dialects.fx.custom_operators import NAMES
 from graphopt.dialects.onnx.interpreter.call import Call, Form, Numbers
 from graphopt.dialects.onnx.interpreter.movement import part, squeeze
 from graphopt.ir.ops import OPS
+from graphopt.ir.ops.recurrent import RECURRENT
 
 
 def _reference(op: str) -> Form:
@@ -182,7 +183,7 @@ FORMS: dict[str, Form] = {name: _reference(name) for name in OPS} | {name: Form(
     "squeeze": Form(squeeze),
     "identity": Form(_identity),
     "conv": Form(_conv, weights=_weights("conv")),
-    **{name: Form(_recurrent, weights=_weights(name)) for name in ("lstm", "gru", "rnn")},
+    **{name: Form(_recurrent, weights=_weights(name)) for name in RECURRENT},
     "max_pool": Form(_max_pool),
     "average_pool": Form(_average_pool),
     "attention": Form(_attention),
