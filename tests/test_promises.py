@@ -89,7 +89,7 @@ MOVE = "sparsify{amount=0.5 criterion=movement}"
 PROMISES = {
     # what comes in
     "a module alone": Promise(
-        lambda: optimize(example_inputs=None), "pass example_inputs=<a batch", (lambda: optimize(),)
+        lambda: optimize(example_inputs=None), "pass example_inputs= or calibration=", (lambda: optimize(),)
     ),
     "no example": Promise(
         lambda: optimize(example_inputs=[]), "give at least one batch", (lambda: optimize(example_inputs=[X, X[:4]]),)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,20 @@ def _loaded(folder: Path, architecture: str) -> nn.Module:
             f"{folder} is a {architecture}, which transformers {transformers.__version__} does not have, and code in a "
             "folder is never run: load the module yourself, and hand that over"
         )
-    model: nn.Module = kind.from_pretrained(
-        folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
-    )
+    with _no_bars(transformers.utils.logging):
+        model: nn.Module = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
     return model.eval()
+
+
+@contextmanager
+def _no_bars(logging: Any) -> Iterator[None]:
+    """Without the bars of transformers, which come and go within a second, also where a command is to be quiet."""
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()

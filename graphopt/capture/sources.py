@@ -119,7 +119,10 @@ def _capture(
     if isinstance(model, nn.Module):
         if example_inputs is None:
             name = type(model).__name__
-            raise CaptureError(f"{name} is a module: pass example_inputs=<a batch it runs on>, to trace it with")
+            raise CaptureError(
+                f"{name} is a module, and is traced with a batch that it runs on: pass example_inputs= or calibration= "
+                "(--inputs or --calibration on the command line)"
+            )
         return exported_with(
             model,
             lambda: _capture_module(

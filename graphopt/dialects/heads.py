@@ -413,7 +413,9 @@ def _projected(op: Builder, part: _Columns) -> Value:
         if bias is not None:
             rows = slice(part.start, end)
             bias = op.slice(bias, axis=0, start=part.start, end=end) if tensor is None else op.constant(tensor[rows])
-    return op.linear(_swapped(op, node.input) if part.time_first else node.input, weight, bias)
+    if part.time_first:
+        return op.linear(_swapped(op, node.input), weight, bias)
+    return op.graph.emit("linear", node.input, weight, bias, at=node)  # under its module path
 
 
 def _swapped(op: Builder, value: Value, at: Node | None = None) -> Value:
