@@ -388,7 +388,7 @@ def test_a_permuted_linear_is_not_alike_and_raises_no_alarm(dialect: str) -> Non
     assert all(one.before == math.inf for one in inside.sites[:3])
     lines = str(found).splitlines()
     assert sum("dB)" in line for line in lines) == 2
-    assert any(line.startswith("in brackets: what reads it agrees") for line in lines)
+    assert any(line.startswith("in brackets: the sites that read it agree") for line in lines)
 
 
 def test_noise_that_stays_is_an_alarm(dialect: str) -> None:

@@ -91,7 +91,7 @@ def test_stores(option: str, value: Any, stored: Any) -> None:
         ("text", 3, "3; give a text"),
         ("switch", 1, "1; give true or false"),
         ("auto", 0, "0; give true, false or none"),
-        ("mode", "local", "'local'; give layer or global"),
+        ("mode", "local", "'local'; give layer or global; did you mean 'layer'?"),
         ("mode", ["layer"], "['layer']; give layer or global"),
         ("bits", 3, "3; give 2, 4 or 8"),
         ("bits", 4.0, "4.0; give 2, 4 or 8"),

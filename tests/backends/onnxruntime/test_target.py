@@ -469,15 +469,14 @@ def test_what_an_opset_lacks_is_refused_by_name_and_nothing_is_written(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("opset", "axis", "needed"), [(9, None, 10), (12, 0, 13)])
-def test_integers_in_a_graph_of_an_opset_without_them_are_refused(opset: int, axis: int | None, needed: int) -> None:
+def test_integers_in_a_graph_of_an_opset_without_them_are_refused() -> None:
     graph = build("onnx", "y = conv(x[1,4,6,6], V[4,4,1,1])")
     assert isinstance(graph, OnnxGraph)
-    graph.model.graph.opset_imports[""] = opset
-    scale = graph.add_constant(torch.ones(() if axis is None else (4,)))
+    graph.model.graph.opset_imports[""] = 9
+    scale = graph.add_constant(torch.ones(()))
     for op, x in (("quantize", graph.inputs[0]), ("dequantize", graph.add_constant(torch.ones(4, 4).to(torch.int8)))):
-        with pytest.raises(GraphError, match=rf"{op}.* at opset {opset}; it needs {needed}: convert the file first"):
-            graph.emit(op, x, scale, axis=axis)
+        with pytest.raises(GraphError, match=rf"{op}.* at opset 9; it needs 10: convert the file first"):
+            graph.emit(op, x, scale, axis=None)
 
 
 def test_exports_are_identical_bytes(encoders: dict[str, Optimized], tmp_path: Path) -> None:
