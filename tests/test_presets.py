@@ -14,9 +14,9 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def network() -> nn.Module:
-    """A conv, a linear whose inputs fit blocks, and one whose 33 inputs fit none."""
+    """A conv, a linear whose inputs fit blocks, and one whose 133 inputs fit none."""
     torch.manual_seed(0)
-    head = nn.Sequential(nn.Linear(128, 33), nn.ReLU(), nn.Linear(33, 10))
+    head = nn.Sequential(nn.Linear(128, 133), nn.ReLU(), nn.Linear(133, 10))
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), head).eval()
 
 

@@ -45,5 +45,5 @@ def _chooses(node: Node, computed: set[Value]) -> bool:
     if node.kind in _CHOOSING or (node.op is None and node.signature is None):
         return True
     if node.kind == "aten.index.Tensor":  # by a mask it chooses, by integers it does not
-        return any(value is not None and value.dtype is torch.bool for value in node.operands)
+        return any(value is not None and value.dtype is torch.bool for value in node.operands[1:])
     return any(place < len(node.operands) and node.operands[place] in computed for place in _SIZES.get(node.kind, ()))

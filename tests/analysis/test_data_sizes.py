@@ -27,6 +27,15 @@ def test_onnx(text: str, sized: bool) -> None:
     assert sized_by_data(build("onnx", text)) == [sized]
 
 
+def test_a_mask_that_is_read_by_integers_keeps_its_size() -> None:
+    class Net(nn.Module):
+        def forward(self, mask: Tensor) -> Tensor:
+            return mask[torch.arange(mask.shape[0])[:, None], torch.arange(2)]
+
+    graph = capture(Net(), "fx", example_inputs=torch.ones(3, 4, dtype=torch.bool)).graph
+    assert "aten.index.Tensor" in [node.kind for node in graph.nodes] and sized_by_data(graph) == [False]
+
+
 def test_torch() -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

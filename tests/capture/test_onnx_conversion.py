@@ -84,7 +84,16 @@ FOLDED = """
 """
 
 
-@pytest.mark.parametrize("text", [FLOATS, IMAGES, ATTENTION, QUANTIZED, FOLDED])
+RECURRENT = """
+    h, s, t = lstm(x[5,n,3], A[1,24,3], B[1,24,6], D[1,48], gates=ifco)
+    g, u = gru(x, E[1,18,3], F[1,18,6], G[1,36], gates=rzh)
+    r, v = rnn(x, H[1,6,3], I[1,6,6], J[1,12])
+    c = conv_transpose(i[n,4,5,5], K[4,2,2,2], L[2], stride=[2,2])
+    return h, g, r, c
+"""
+
+
+@pytest.mark.parametrize("text", [FLOATS, IMAGES, ATTENTION, QUANTIZED, FOLDED, RECURRENT])
 def test_ops_become_what_they_are_in_onnx(text: str) -> None:
     """To the letter what the same text builds in ONNX; and it computes what torch does."""
     graph, direct = build("fx", text), build("onnx", text)
@@ -100,7 +109,7 @@ def test_ops_become_what_they_are_in_onnx(text: str) -> None:
 
 
 def test_the_texts_hold_every_op() -> None:
-    graphs = [build("fx", text) for text in (FLOATS, IMAGES, ATTENTION, QUANTIZED, FOLDED)]
+    graphs = [build("fx", text) for text in (FLOATS, IMAGES, ATTENTION, QUANTIZED, FOLDED, RECURRENT)]
     assert {node.kind for graph in graphs for node in graph.nodes} == OPS.keys() - {"rsqrt"}
 
 

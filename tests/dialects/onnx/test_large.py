@@ -243,7 +243,7 @@ def freed() -> tuple[int, int]:
     blocks, above = [], []
     for _ in range(20):
         blocks.append(b"x" * (12 * 2**20))
-        above.append(b"x" * 5000)
+        above.append(b"x" * 2**18)  # too large for a hole that imports left below
     blocks.clear()
     kept = resident() - before
     scratch.store(ir.Tensor(np.zeros(2000, np.float32)))
