@@ -27,13 +27,19 @@ class Reference:
     def __init__(self, graph: Graph, batches: Sequence[Feeds], evaluate: Evaluate | None = None) -> None:
         """Outputs of at most MEMORY bytes are kept; those of further batches are computed again when needed.
 
-        Raises UsageError where `evaluate` gives no number for `graph`.
+        Raises UsageError where `evaluate` gives no number for `graph`, and, without it, where the sizes of all outputs
+        depend on data, so that none is compared.
         """
         self.graph, self.batches, self._evaluate = graph, batches, evaluate
         self._masks = mask_inputs(graph.inputs)
         fixed = [index for index, sized in enumerate(sized_by_data(graph)) if not sized]
         floats = [index for index in fixed if (dtype := graph.outputs[index].dtype) and dtype.is_floating_point]
         self._compared = floats or fixed
+        if not self._compared and evaluate is None:
+            raise UsageError(
+                "no output can be compared, as the sizes of all of them depend on values of the inputs: let the model "
+                "also return what they are chosen from"
+            )
         self._kept: dict[int, list[Tensor]] = {}
         self._bytes = 0
         self.baseline = None if evaluate is None else _metric(evaluate, graph, "the unchanged model")

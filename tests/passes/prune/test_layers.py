@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -216,6 +217,16 @@ def test_a_budget_that_cannot_be_reached_leaves_the_graph(dialect: str) -> None:
     with pytest.raises(UsageError, match=r"params=0.1 cannot be reached: without all residual .*, 0.3\d\d stay"):
         run(Prune(params=0.1, kinds=("layers",)), graph, calibration=calibrated(graph))
     assert graph.text() == text
+
+
+def test_outputs_that_cannot_be_compared_are_no_measure() -> None:
+    graph = build("onnx", """
+        x = relu(i[n,4])
+        a = add(x, linear(x, W[4,4]))
+        y = onnx.NonZero(add(a, linear(a, V[4,4])))
+    """)  # fmt: skip
+    with pytest.raises(UsageError, match="no output can be compared, as the sizes of all of them depend on values"):
+        run(Prune(layers=0.5), graph, calibration=[{"i": torch.ones(2, 4)}])
 
 
 def test_a_model_without_branches_or_with_locked_ones_says_so(dialect: str) -> None:
