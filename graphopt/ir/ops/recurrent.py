@@ -130,8 +130,7 @@ def gru(
         x_r, x_z, x_n = (given @ w.T + b).chunk(3, -1)
         h_r, h_z, h_n = (old @ r.T + b_state).chunk(3, -1)
         reset, update = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-        before = (reset * old) @ r.chunk(3)[2].T + b_state.chunk(3)[2]
-        h_n = reset * h_n if reset_after else before
+        h_n = reset * h_n if reset_after else (reset * old) @ r.chunk(3)[2].T + b_state.chunk(3)[2]
         return ((1 - update) * torch.tanh(x_n + h_n) + update * old,)
 
     y, h = layer.by_steps(step, states, lengths)
