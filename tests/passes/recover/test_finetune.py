@@ -35,6 +35,17 @@ def notes(small: Optimized) -> list[list[str]]:
     return [record.notes for record in small.report.passes if record.name == "finetune"]
 
 
+def trained_by_torch(reference: nn.Module) -> None:
+    """What finetune{epochs=2 lr=0.02 warmup=0 decay=none weight_decay=0} does, as a loop of torch alone."""
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.02, weight_decay=0)
+    reference.train()
+    for x, y in batches() * 2:
+        optimizer.zero_grad()
+        F.cross_entropy(reference(x), y).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        optimizer.step()
+
+
 class Convolution(nn.Module):
     """x (batch, 6) -> (batch, 4): a convolution and a linear, each with a batch norm.
 
@@ -74,13 +85,7 @@ def test_what_recurrent_layers_learn_is_handed_back() -> None:
     small = optimize(
         model, "finetune{epochs=2 lr=0.02 warmup=0 decay=none weight_decay=0}", training=batches(), example_inputs=X
     )
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.02, weight_decay=0)
-    reference.train()
-    for x, y in batches() * 2:
-        optimizer.zero_grad()
-        F.cross_entropy(reference(x), y).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-        optimizer.step()
+    trained_by_torch(reference)
     found = small.state_dict()
     assert found.keys() == reference.state_dict().keys()
     for name, tensor in reference.state_dict().items():
@@ -98,13 +103,7 @@ def test_weights_and_statistics_are_those_of_torch(target: str) -> None:
         model, "finetune{epochs=2 lr=0.02 warmup=0 decay=none weight_decay=0}", target=target, training=batches(),
         example_inputs=X,
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.02, weight_decay=0)
-    reference.train()
-    for x, y in batches() * 2:
-        optimizer.zero_grad()
-        F.cross_entropy(reference(x), y).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
-        optimizer.step()
+    trained_by_torch(reference)
     reference.eval()
     x, _ = samples(16, seed=1)
     with torch.no_grad():
