@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -55,8 +56,9 @@ def cpu(cpuinfo: str) -> tuple[str, str]:
     return fields.get("model name", ""), " ".join(flag for flag in X86_FLAGS + ARM_FLAGS if flag in present)
 
 
+@cache
 def version(package: str) -> str:
-    """The version of a distribution, or "not installed"."""
+    """The version of a distribution, or "not installed"; kept, as reading it takes 10 ms."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

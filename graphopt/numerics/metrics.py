@@ -128,6 +128,15 @@ def within_tolerance(
     return bool((same | close).all())
 
 
+def within_one_step(reference: Tensor, candidate: Tensor) -> bool:
+    """Whether two tensors of 8-bit integers of one shape are nowhere further apart than 1, as where a float that
+    differs in its last bit was rounded to the next integer; False for other dtypes."""
+    eight = (torch.int8, torch.uint8)
+    if reference.dtype not in eight or candidate.dtype != reference.dtype or reference.shape != candidate.shape:
+        return False
+    return bool(((reference.int() - candidate.int()).abs() <= 1).all())
+
+
 def _in_double(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {list(a.shape)} and {list(b.shape)}")

@@ -38,6 +38,7 @@ def _properties() -> dict[str, Callable[[int, onnx.ModelProto, Feeds], object]]:
         "simplify": lambda number, *drawn: properties.simplify_keeps_the_numbers(*drawn),
         "forms": lambda number, *drawn: properties.every_form_keeps_the_numbers(*drawn),
         "export": lambda number, *drawn: properties.export_at(opsets[number % len(opsets)], *drawn),
+        "again": lambda number, *drawn: properties.a_second_run_computes_the_same(*drawn),
         "text": lambda number, *drawn: properties.a_text_and_a_file_are_the_graph(*drawn),
         "passes": lambda number, *drawn: properties.a_pass_counts_every_weight(passes[number % len(passes)], *drawn),
     }

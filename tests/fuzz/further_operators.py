@@ -18,16 +18,20 @@ _FLOATS_TO_ONE: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "Reciprocal", "Log", "IsNaN", "Det", "GlobalMaxPool", "Not", "Size", "Shape", "NonZero",
         "MeanVarianceNormalization", "GlobalAveragePool", "Transpose", "Flatten", "Squeeze",
     )},
-    "Celu": {"alpha": st.sampled_from([1.0, 0.5])}, "Shrink": {"lambd": st.just(0.25), "bias": st.sampled_from([0.0, 0.1])},
-    "IsInf": {"detect_negative": st.integers(0, 1)}, "LpNormalization": {"axis": st.integers(-1, 1), "p": st.integers(1, 2)},
+    "Celu": {"alpha": st.sampled_from([1.0, 0.5])}, 
+    "Shrink": {"lambd": st.just(0.25), "bias": st.sampled_from([0.0, 0.1])},
+    "IsInf": {"detect_negative": st.integers(0, 1)}, 
+    "LpNormalization": {"axis": st.integers(-1, 1), "p": st.integers(1, 2)},
     "ArgMax": {"axis": st.integers(-2, 1), "keepdims": st.integers(0, 1)},
     "ArgMin": {"axis": st.integers(-2, 1), "select_last_index": st.integers(0, 1)},
     "Trilu": {"upper": st.integers(0, 1)}, "EyeLike": {"k": st.integers(-1, 1)},
     "DepthToSpace": {"blocksize": st.just(2), "mode": st.sampled_from(["DCR", "CRD"])},
     "SpaceToDepth": {"blocksize": st.just(2)}, "LRN": {"size": st.sampled_from([1, 3]), "alpha": st.just(0.1)},
     "ReduceLogSum": {"keepdims": st.integers(0, 1)}, "ReduceLogSumExp": {"keepdims": st.integers(0, 1)},
-    "LpPool": {"kernel_shape": st.just([2, 2]), "p": st.integers(1, 2), "auto_pad": st.sampled_from(["VALID", "SAME_UPPER"])},
-    "GlobalLpPool": {"p": st.integers(1, 2)}, "Elu": {"alpha": st.just(0.5)}, "Gelu": {"approximate": st.sampled_from(["none", "tanh"])},
+    "LpPool": {"kernel_shape": st.just([2, 2]), "p": st.integers(1, 2),
+               "auto_pad": st.sampled_from(["VALID", "SAME_UPPER"])},
+    "GlobalLpPool": {"p": st.integers(1, 2)}, "Elu": {"alpha": st.just(0.5)},
+    "Gelu": {"approximate": st.sampled_from(["none", "tanh"])},
     "Selu": {"alpha": st.just(1.5), "gamma": st.just(0.75)}, "LeakyRelu": {"alpha": st.just(0.2)},
     "HardSigmoid": {"alpha": st.just(0.3), "beta": st.just(0.4)}, "Cast": {"to": st.sampled_from([6, 7, 9, 10, 11])},
 }  # fmt: skip
@@ -41,7 +45,8 @@ def _of_one(draw: Draw, drawn: Drawn) -> list[str] | None:
     if x is None:
         return None
     kind = draw(st.sampled_from(list(_FLOATS_TO_ONE)))
-    attributes = {name: draw(one) for name, one in _FLOATS_TO_ONE[kind].items() if draw(st.integers(0, 2)) or name in _NEEDED}
+    attributes = {name: draw(one) for name, one in _FLOATS_TO_ONE[kind].items()
+                  if draw(st.integers(0, 2)) or name in _NEEDED}  # fmt: skip
     return drawn.add(kind, [x], **attributes)
 
 
@@ -118,10 +123,12 @@ def _index(draw: Draw, drawn: Drawn) -> list[str] | None:
             best = drawn.add("ArgMax", [x], axis=axis, keepdims=0)
             return best and drawn.add("Gather", [drawn.weight(draw, shape[axis], 4), *best])
         case "max":
-            return drawn.add(draw(st.sampled_from(["Max", "Min", "Sum", "Mean"])), [x, x, drawn.weight(draw, shape[-1])])
+            kind = draw(st.sampled_from(["Max", "Min", "Sum", "Mean"]))
+            return drawn.add(kind, [x, x, drawn.weight(draw, shape[-1])])
         case _:
             counted = drawn.add("Shape", [x])
-            return counted and drawn.add("ConstantOfShape", counted, value=numpy_helper.from_array(np.float32([0.5])))
+            half = numpy_helper.from_array(np.array([0.5], np.float32))
+            return counted and drawn.add("ConstantOfShape", counted, value=half)
 
 
 def _image(draw: Draw, drawn: Drawn) -> list[str] | None:
@@ -140,7 +147,8 @@ def _image(draw: Draw, drawn: Drawn) -> list[str] | None:
         case "depthwise":
             times = draw(st.integers(1, 2))
             weight = drawn.weight(draw, channels * times, 1, *[2] * places)
-            made = drawn.add("Conv", [x, weight], group=channels, auto_pad=draw(st.sampled_from(["NOTSET", "SAME_LOWER"])))
+            auto_pad = draw(st.sampled_from(["NOTSET", "SAME_LOWER"]))
+            made = drawn.add("Conv", [x, weight], group=channels, auto_pad=auto_pad)
             return made and drawn.add(draw(st.sampled_from(["Relu", "Sigmoid", "HardSwish"])), made)
         case "transposed":
             out = draw(st.integers(1, 3))
@@ -195,7 +203,8 @@ def _attention(draw: Draw, drawn: Drawn) -> list[str] | None:
         return None
     query, key, value = [part[0] for part in parts if part is not None]
     if drawn.opset >= 23 and draw(st.booleans()):
-        return drawn.add("Attention", [query, key, value], q_num_heads=2, kv_num_heads=2, is_causal=draw(st.integers(0, 1)))
+        heads = {"q_num_heads": 2, "kv_num_heads": 2, "is_causal": draw(st.integers(0, 1))}
+        return drawn.add("Attention", [query, key, value], **heads)
     turned = drawn.add("Transpose", [key], perm=[0, 2, 1])
     scores = turned and drawn.add("MatMul", [query, *turned])
     scaled = scores and drawn.add("Mul", [*scores, drawn.store(np.array(0.5, np.float32))])
@@ -266,7 +275,7 @@ def _stored_integers(draw: Draw, drawn: Drawn, shape: Sequence[int], axis: int) 
     """A dequantized weight: with one scale, one for each slice of an axis, or one for each block."""
     seed = np.random.default_rng(draw(st.integers(0, 99)))
     kind = draw(st.sampled_from(["int8", "uint8"]))
-    steps = drawn.store(seed.integers(-120 if kind == "int8" else 5, 120 if kind == "int8" else 250, shape).astype(kind))
+    steps = drawn.store(seed.integers(*((-120, 120) if kind == "int8" else (5, 250)), shape).astype(kind))
     how = draw(st.sampled_from(["one", "slices", "blocks"])) if drawn.opset >= 13 else "one"
     middle = 0 if kind == "int8" else 128
     if how == "one":
@@ -318,7 +327,8 @@ def _integer_operator(draw: Draw, drawn: Drawn) -> list[str] | None:
     if x is None:
         return None
     width, out = drawn.flow[x].shape[-1], draw(st.integers(1, 4))
-    weight = drawn.store(np.random.default_rng(draw(st.integers(0, 99))).integers(-99, 99, (width, out)).astype(np.int8))
+    seed = np.random.default_rng(draw(st.integers(0, 99)))
+    weight = drawn.store(seed.integers(-99, 99, (width, out)).astype(np.int8))
     scale, zero = drawn.store(np.array(0.01, np.float32)), drawn.store(np.array(0, np.int8))
     if draw(st.booleans()):
         grid = [drawn.store(np.array(0.05, np.float32)), drawn.store(np.array(128, np.uint8))]

@@ -202,8 +202,10 @@ _FAULTS: dict[str, Callable[[onnx.ModelProto, Path, random.Random], None]] = {
     "data of another model": _replace_data, "data is a folder": _data_is_a_folder,
     "offset": _set_entry("offset", "-1", "1", "99999999", "one", "", "1e3", str(2**70)),
     "length": _set_entry("length", "-1", "0", "3", "99999999", "many", str(2**70)),
-    "location": _set_entry("location", "", ".", "..", "/etc/passwd", "../../x.bin", "weights-9.bin", "a\x00b", "w" * 999),
-    "another key": _set_entry("checksum", "0", "x" * 999), "shape": lambda model, folder, random: _change_shape(model, random),
+    "location": _set_entry("location", "", ".", "..", "/etc/passwd", "../../x.bin", "weights-9.bin", "a\x00b",
+                           "w" * 999),
+    "another key": _set_entry("checksum", "0", "x" * 999),
+    "shape": lambda model, folder, random: _change_shape(model, random),
 }  # fmt: skip
 
 

@@ -337,7 +337,8 @@ def _quantized_linear(draw: Draw, drawn: Drawn) -> list[str] | None:
     weight = drawn.store(seed.integers(-127, 127, (width, out)).astype(np.int8))
     rows = drawn.opset >= 13 and draw(st.booleans())
     scale = drawn.store((np.full(out, 0.01) + np.arange(out) / 500 if rows else np.array(0.01)).astype(np.float32))
-    floats = drawn.add("DequantizeLinear", [weight, scale], **({"axis": 1} if rows else {}))
+    axis: dict[str, Any] = {"axis": 1} if rows else {}
+    floats = drawn.add("DequantizeLinear", [weight, scale], **axis)
     return None if floats is None else drawn.add("MatMul", [x, *floats])
 
 

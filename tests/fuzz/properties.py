@@ -34,22 +34,27 @@ Expected = Sequence[tuple[Feeds, list[Any]]]
 
 def simplify_keeps_the_numbers(model: onnx.ModelProto, feeds: Feeds) -> None:
     """What is written after simplify and lowering computes what the engine computes of the model, at every level, and
-    at other sizes of its dynamic axes too. A second run changes nothing."""
+    at other sizes of its dynamic axes too."""
     expected = _expected(model, feeds)
     small = graphopt.optimize(model, "simplify")
     with tempfile.TemporaryDirectory() as folder:
+        _assert_same(model, onnx.load(small.export(Path(folder) / "out.onnx")), expected)
+
+
+def a_second_run_computes_the_same(model: onnx.ModelProto, feeds: Feeds) -> None:
+    """What is written can be read again, and what is made of that computes the same."""
+    expected = _expected(model, feeds)
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.onnx"
-        small.export(path)
-        _assert_same(model, onnx.load(path), expected)
-        again = graphopt.optimize(path, "simplify")
-        again.export(Path(folder) / "again.onnx")
-        _assert_same(model, onnx.load(Path(folder) / "again.onnx"), expected)
+        graphopt.optimize(model, "simplify").export(path)
+        again = graphopt.optimize(path, "simplify").export(Path(folder) / "again.onnx")
+        _assert_same(model, onnx.load(again), expected)
 
 
 def every_form_keeps_the_numbers(model: onnx.ModelProto, feeds: Feeds) -> None:
     """The same, whatever legal forms the lowering takes."""
     expected = _expected(model, feeds)
-    for seed in range(3):
+    for seed in range(2):
         with _forms_in_another_order(seed), tempfile.TemporaryDirectory() as folder:
             written = graphopt.optimize(model, "simplify").export(Path(folder) / "out.onnx")
             _assert_same(model, onnx.load(written), expected)
@@ -92,7 +97,8 @@ PASSES = {
 _BREAKS_OFF = {
     "Hardmax", "ArgMax", "ArgMin", "TopK", "Greater", "Less", "LessOrEqual", "GreaterOrEqual", "Equal", "Floor", "Ceil",
     "Round", "Sign", "Mod", "NonZero", "Cast", "Shrink", "ThresholdedRelu", "Where", "If", "Log", "Reciprocal", "Div",
-    "Pow", "Tan", "IsInf", "IsNaN", "Compress", "QuantizeLinear", "DynamicQuantizeLinear", "ReduceLogSum", "Exp", "Acosh",
+    "Pow", "Tan", "IsInf", "IsNaN", "Compress", "QuantizeLinear", "DynamicQuantizeLinear", "ReduceLogSum", "Exp",
+    "Acosh",
     "LpNormalization", "MeanVarianceNormalization", "InstanceNormalization", "Sqrt", "LayerNormalization",
     "ReduceProd", "Det", "Acos", "Asin", "Atanh", "Cosh", "Sinh", "GroupNormalization", "RMSNormalization", "ReduceL2",
 }  # fmt: skip
@@ -202,7 +208,8 @@ def _assert_same(model: onnx.ModelProto, written: onnx.ModelProto, expected: Exp
             found = made.run(None, dict(feeds))
             for output, a, b in zip(model.graph.output, outputs, found, strict=True):
                 where = f"{output.name} at {level}"
-                assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{where}: {b.dtype} {b.shape}, not {a.dtype} {a.shape}"
+                alike = (a.shape, a.dtype) == (b.shape, b.dtype)
+                assert alike, f"{where}: {b.dtype} {b.shape}, not {a.dtype} {a.shape}"
                 if a.dtype.kind != "f":
                     moved = np.abs(a.astype(int) - b.astype(int)).max(initial=0)
                     assert moved <= (step > 0) or _is_broken(model, step), where

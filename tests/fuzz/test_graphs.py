@@ -7,19 +7,52 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import properties
+from tests.fuzz.further_operators import ALL
 from tests.fuzz.onnx_graphs import OPSETS, Array, models
+from tests.fuzz.reduced import reduced, text_of
 
-SHORT = settings(max_examples=25, derandomize=True, deadline=None, database=None,
+SHORT = settings(max_examples=15, derandomize=True, deadline=None, database=None,
                  suppress_health_check=list(HealthCheck), phases=(Phase.generate,))  # fmt: skip
+
+Model = tuple[onnx.ModelProto, dict[str, Array]]
 
 
 @SHORT
-@given(models())
-def test_simplify_keeps_the_numbers(drawn: tuple[onnx.ModelProto, dict[str, Array]]) -> None:
+@given(models(ALL))
+def test_simplify_keeps_the_numbers(drawn: Model) -> None:
     properties.simplify_keeps_the_numbers(*drawn)
 
 
 @SHORT
-@given(models(), st.sampled_from(OPSETS))
-def test_export_at_any_opset(drawn: tuple[onnx.ModelProto, dict[str, Array]], opset: int) -> None:
+@given(models(ALL), st.sampled_from(OPSETS))
+def test_export_at_any_opset(drawn: Model, opset: int) -> None:
     properties.export_at(opset, *drawn)
+
+
+@settings(SHORT, max_examples=8)
+@given(models(ALL))
+def test_every_form_keeps_the_numbers(drawn: Model) -> None:
+    properties.every_form_keeps_the_numbers(*drawn)
+
+
+@settings(SHORT, max_examples=10)
+@given(models(ALL))
+def test_a_text_and_a_file_are_the_graph(drawn: Model) -> None:
+    properties.a_text_and_a_file_are_the_graph(*drawn)
+
+
+@settings(SHORT, max_examples=10)
+@given(models(ALL), st.sampled_from(list(properties.PASSES)))
+def test_a_pass_counts_every_weight(drawn: Model, passes: str) -> None:
+    properties.a_pass_counts_every_weight(passes, *drawn)
+
+
+@settings(SHORT, max_examples=5)
+@given(models(ALL))
+def test_a_failing_model_is_cut_to_the_node_at_fault(drawn: Model) -> None:
+    """Here the fault is an operator by its name."""
+    model, feeds = drawn
+    guilty = model.graph.node[len(model.graph.node) // 2].op_type
+    smaller, fed = reduced(model, feeds, lambda one, _: any(node.op_type == guilty for node in one.graph.node))
+    assert [node.op_type for node in smaller.graph.node] == [guilty]
+    assert set(fed) <= {value.name for value in smaller.graph.input} and guilty in text_of(smaller)

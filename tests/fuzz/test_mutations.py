@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.mutations import fault, mutated
+from tests.fuzz.mutations import fault, folders, mutated
 from tests.fuzz.sources import sources
 
 
@@ -19,3 +19,8 @@ def test_a_damaged_file_is_refused_in_a_line(name: str, tmp_path: Path) -> None:
         path.write_bytes(damaged)
         found = fault(path)
         assert found is None, found
+
+
+def test_weights_beside_a_file_may_be_anything(tmp_path: Path) -> None:
+    for path, what in folders(tmp_path, count=20, seed=3):
+        assert fault(path) is None, what

@@ -133,3 +133,11 @@ def test_integers_bools_and_shapes() -> None:
     assert not metrics.within_tolerance(*both([True, False], [True, True]))
     assert not metrics.within_tolerance(torch.zeros(2), torch.zeros(2, 1))
     assert metrics.within_tolerance(torch.zeros(0, 2), torch.zeros(0, 2))
+
+
+def test_one_step_is_of_integers_of_8_bits_alone() -> None:
+    a, b = torch.tensor([0, 254], dtype=torch.uint8), torch.tensor([1, 255], dtype=torch.uint8)
+    assert metrics.within_one_step(a, b) and metrics.within_one_step(a - 0, a)
+    assert not metrics.within_one_step(a, torch.tensor([0, 0], dtype=torch.uint8))
+    assert not metrics.within_one_step(a.to(torch.int64), b.to(torch.int64))
+    assert not metrics.within_one_step(a, b[:1])

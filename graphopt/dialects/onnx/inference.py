@@ -77,6 +77,10 @@ class Inference:
             schema = onnx.defs.get_schema(node.op_type, opset, domain)
         except onnx.defs.SchemaError:  # of another domain, or experimental once; engines may still know it
             return [None] * len(node.outputs)
+        if node.op_type == "GroupNormalization" and node.inputs[0] is not None:  # a function, which is not followed
+            return [inputs[node.inputs[0].name or ""]]
+        if schema.deprecated:  # which inference refuses, and engines run
+            return [None] * len(node.outputs)
         small = {
             v.name or "": ir.serde.serialize_tensor(v.const_value)
             for v in node.inputs
@@ -86,6 +90,4 @@ class Inference:
         found = onnx.shape_inference.infer_node_outputs(
             schema, ir.serde.serialize_node(node), dict(inputs), small, opset_imports=opsets
         )
-        if node.op_type == "GroupNormalization" and node.inputs[0] is not None:  # a function, which is not followed
-            return [inputs[node.inputs[0].name or ""]]
         return [found.get(output.name or "") for output in node.outputs]

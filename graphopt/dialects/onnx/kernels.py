@@ -15,6 +15,18 @@ _KNOWN: dict[tuple[object, ...], bool] = {}
 """Whether there is a kernel, by operator, version and element types."""
 
 
+def loads(model: onnx.ModelProto) -> bool:
+    """Whether the engine loads a model as it is, without its optimizer; it must hold its weights."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:  # the engine's exceptions have no base of their own
+        return False
+    return True
+
+
 def newest_opset(model: ir.Model) -> int:
     """The newest opset, up to the model's own, in which each of its operators has a kernel on the CPU; or 0.
 

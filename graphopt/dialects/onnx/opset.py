@@ -109,10 +109,11 @@ def _replace(graph: OnnxGraph, native: ir.Node, values: Sequence[Value]) -> None
 
 # --- what stays, and what an operator means ------------------------------------------------------------------------
 
-_MEANS_ANOTHER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Split": 18, "DFT": 20, "GridSample": 20}
+_MEANS_ANOTHER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Split": 18, "DFT": 20, "GridSample": 20,
+                  "Resize": 11, "GroupNormalization": 21}  # fmt: skip
 """By operator, the opset from which on the same spelling means something else, or is not valid."""
 
-_REFUSED = {"Resize": 11, "RoiAlign": 16, "GroupNormalization": 21}
+_REFUSED = {"RoiAlign": 16}
 """The same, of operators that nothing here writes for the other side, and that onnx's converter gets wrong."""
 
 _VALUES = {

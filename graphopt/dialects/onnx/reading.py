@@ -14,12 +14,13 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as ir_passes
 
-from graphopt.dialects.onnx import custom_operators
+from graphopt.dialects.onnx import custom_operators, oldest
 from graphopt.dialects.onnx import shapes as onnx_shapes
 from graphopt.dialects.onnx.files import open_weights
 from graphopt.dialects.onnx.inference import Inference
+from graphopt.dialects.onnx.kernels import loads
 from graphopt.dialects.onnx.mended import MAP_TYPE, map_types, mend
-from graphopt.dialects.onnx.spellings import DOMAIN
+from graphopt.dialects.onnx.spellings import DOMAIN, STANDARD
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES
 from graphopt.dialects.onnx.views import PATH
 from graphopt.dialects.silence import quiet
@@ -137,6 +138,9 @@ def _parsed(proto: onnx.ModelProto) -> ir.Model:
     onnx-ir has no map types: of an input or output that holds a map, the type is kept in `meta`.
     """
     notes = mend(proto)
+    opset = next((entry.version for entry in proto.opset_import if entry.domain in STANDARD), 1)
+    if opset < oldest.OPSET and not loads(proto) and (note := oldest.respelled(proto, opset)) is not None:
+        notes.append(note)
     maps = map_types(proto.graph)
     with quiet("onnx_ir"):
         model = ir.from_proto(proto)

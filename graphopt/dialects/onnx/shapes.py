@@ -28,7 +28,7 @@ def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, l
     """
     held: dict[ir.Value, list[Size]] = {}
     for node in model.graph:
-        if node.op_type in ("Reshape", "Expand") and node.domain in STANDARD:
+        if node.op_type in ("Reshape", "Expand") and node.domain in STANDARD and len(node.inputs) > 1:
             if node.outputs[0].type is None and node.inputs[0] is not None:
                 node.outputs[0].type = node.inputs[0].type
             _shape_from_held(node, held)

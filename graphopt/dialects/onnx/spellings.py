@@ -218,16 +218,21 @@ def window(node: ir.Node, x: OnnxValue | None = None) -> dict[str, Any] | None:
     padding: tuple[int, ...] | None = _integers(node, "pads") or (0,) * (2 * len(kernel))
     if auto_pad.startswith("SAME"):
         dilation = _integers(node, "dilations") or (1,) * len(kernel)
-        padding, ceil = _same(auto_pad, x, kernel, stride, dilation), False
+        padding, ceil = _same(auto_pad, x, kernel, stride, dilation, crops=True), False
     if padding is None:
         return None
     return {"kernel": kernel, "stride": stride, "padding": padding, "ceil": ceil}
 
 
 def _same(
-    auto_pad: str, x: OnnxValue | None, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...] | None:
-    """The padding with which a window of stride s makes ceil(size / s) of each size; None where one is not known."""
+    auto_pad: str, x: OnnxValue | None, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+    *, crops: bool = False,
+) -> tuple[int, ...] | None:  # fmt: skip
+    """The padding with which a window of stride s makes ceil(size / s) of each size; None where one is not known.
+
+    crops: of a pool, which engines let begin behind the first element where strides are much wider than the window;
+    None there too. A conv begins at the first.
+    """
     sizes = x.shape[2:] if x is not None and x.shape is not None else ()
     if len(sizes) != len(kernel):
         return None
@@ -235,7 +240,10 @@ def _same(
     for size, width, step, apart in zip(sizes, kernel, stride, dilation, strict=True):
         if not isinstance(size, int):
             return None
-        missing = max((-(-size // step) - 1) * step + (width - 1) * apart + 1 - size, 0)
+        missing = (-(-size // step) - 1) * step + (width - 1) * apart + 1 - size
+        if crops and missing < (-2 if auto_pad == "SAME_LOWER" else -1):
+            return None
+        missing = max(missing, 0)
         less, more = missing // 2, missing - missing // 2
         begins.append(more if auto_pad == "SAME_LOWER" else less)
         ends.append(less if auto_pad == "SAME_LOWER" else more)

@@ -9,19 +9,23 @@ import onnx
 import onnx_ir as ir
 
 
-@cache
 def schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
     """The operator as an opset has it; None where it has none of that name, or one that is withdrawn."""
+    found = _of_that_name(op_type, opset)
+    return None if found is None or found.deprecated else found
+
+
+@cache
+def _of_that_name(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
     try:
-        found = onnx.defs.get_schema(op_type, opset)
+        return onnx.defs.get_schema(op_type, opset)
     except onnx.defs.SchemaError:
         return None
-    return None if found.deprecated else found
 
 
 def changes(op_type: str, opset: int, other: int) -> bool:
     """Whether an operator is another one at another opset, or is missing there."""
-    one, two = schema(op_type, opset), schema(op_type, other)
+    one, two = _of_that_name(op_type, opset), _of_that_name(op_type, other)
     return one is None or two is None or one.since_version != two.since_version
 
 

@@ -228,10 +228,34 @@ def _integers(op: Builder, value: Value) -> list[int] | None:
 
 def _resize(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
     """Before opset 13 the region and the scales are no optional inputs: they are empty where they say nothing."""
+    if source < 11:
+        return _upsample(op, operands, attributes, source)
     x, *others = operands
     empty = op.constant(torch.zeros(0))
     region, scales, *sizes = (*others, None, None)[: max(len(others), 2)]
     return (op("onnx.Resize", x, region or empty, scales or empty, *sizes, **attributes),)
+
+
+def _upsample(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
+    """Before opset 11 places are those of the input, scaled, and the nearest one is that before."""
+    x = _required(operands, 0)
+    scales = operands[1] if len(operands) > 1 else op.constant(torch.tensor(attributes["scales"]))
+    return (op("onnx.Resize", x, op.constant(torch.zeros(0)), scales, mode=attributes.get("mode", "nearest"),
+               coordinate_transformation_mode="asymmetric", nearest_mode="floor"),)  # fmt: skip
+
+
+def _group_norm(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
+    """Each group of channels normalized as one channel, then scaled by channels, as from opset 21 on."""
+    x, scale, bias = (_required(operands, index) for index in range(3))
+    if source < 21:
+        raise SpellingError("GroupNormalization has a scale for each group before opset 21, and for each channel since")
+    groups, places = attributes["num_groups"], tuple(range(1, _rank(x, "GroupNormalization") - 1))
+    grouped = op("onnx.Reshape", x, _numbers(op, 0, groups, -1))
+    units = (op.constant(torch.full((groups,), number, dtype=x.dtype)) for number in (1.0, 0.0))
+    normal = op("onnx.InstanceNormalization", grouped, *units, epsilon=attributes.get("epsilon", 1e-5))
+    back = op("onnx.Reshape", normal, op("onnx.Shape", x))
+    scale, bias = (op.unsqueeze(each, axes=places) for each in (scale, bias))
+    return (op.add(op.mul(back, scale), bias),)
 
 
 def _trilu(op: Builder, operands: Operands, attributes: Attributes, source: int) -> Sequence[Value]:
@@ -265,6 +289,8 @@ OPERATORS: Mapping[str, WriteOut] = {
     "Hardmax": _softmaxes("onnx.Hardmax"),
     "Trilu": _trilu,
     "Resize": _resize,
+    "Upsample": _upsample,
+    "GroupNormalization": _group_norm,
     "Split": _split_axis,
     **{f"Reduce{name}": _reduction(f"onnx.Reduce{name}")
        for name in ("Max", "Min", "Sum", "Prod", "Mean", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")},

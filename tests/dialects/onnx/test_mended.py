@@ -117,6 +117,38 @@ def test_a_loop_that_carries_a_sequence(typed: bool) -> None:
     torch.testing.assert_close(small(X)["y"], plain_run(proto, {"x": X})[0])
 
 
+@pytest.mark.parametrize("opset", [1, 3, 5, 6])
+def test_a_file_older_than_the_engine_is_respelled(opset: int) -> None:
+    def node(op_type: str, *inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+        old = {"consumed_inputs": [0] * len(inputs)} if opset < 6 and op_type in ("Relu", "BatchNormalization") else {}
+        return helper.make_node(op_type, inputs, [output], **old, **attributes)
+
+    reshape = (node("Reshape", "r", output="f", shape=[0, 4]) if opset < 5
+               else node("Reshape", "r", "s", output="f"))  # fmt: skip
+    nodes = [
+        node("BatchNormalization", "x", "g", "h", "h", "g", output="b", is_test=1), node("Relu", "b", output="r"),
+        reshape, node("Dropout", "f", output="d", is_test=1), node("Gemm", "d", "w", "g", output="p", broadcast=1),
+        node("Add", "p", "g", output="y", broadcast=1),
+    ]  # fmt: skip
+    g, h, w = np.float32([1, 2, 3, 4]), np.float32([0, 1, 0, -1]), np.eye(4, dtype=np.float32) * 2
+    proto = file(*nodes, g=g, h=h, w=w)
+    if opset >= 5:
+        proto.graph.initializer.append(numpy_helper.from_array(np.array([0, 4]), "s"))
+    proto.opset_import[0].version = opset
+    captured = capture(proto, "onnx", example_inputs=X)
+    assert f"respelled from opset {opset} to 7, the first that engines run" in captured.notes
+    normal = (X.numpy() - h) / np.sqrt(g + 1e-5) * g + h
+    found = captured.graph.evaluate({"x": X}, captured.graph.outputs)[0]
+    torch.testing.assert_close(found, torch.from_numpy(np.maximum(normal, 0) @ w + 2 * g))
+
+
+def test_an_old_file_whose_axis_is_named_stays_and_is_refused_by_name() -> None:
+    proto = file(helper.make_node("Add", ["x", "c"], ["y"], name="shift", broadcast=1, axis=0), c=np.float32([1, 2, 3]))
+    proto.opset_import[0].version = 6
+    with pytest.raises(CaptureError, match=r"Add\(6\) node with name 'shift'"):
+        capture(proto, "onnx", example_inputs=X)
+
+
 def test_a_weight_unlike_its_declaration(capsys: pytest.CaptureFixture[str]) -> None:
     proto = file(helper.make_node("MatMul", ["x", "w"], ["y"]), w=np.ones((4, 3)))
     proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 5]))
@@ -162,6 +194,14 @@ def test_a_node_name_that_is_no_utf8_is_dropped(tmp_path: Path) -> None:
     path.write_bytes(content.replace(b"n__de", b"n\xf2\xe4de"))
     captured = capture(str(path), "onnx")
     assert "the name of a node (Relu (y)) is not UTF-8, and was dropped" in captured.notes
+
+
+def test_a_message_that_prints_a_whole_node_gives_its_cause() -> None:
+    proto = file(helper.make_node("Softmax", ["x"], ["y"], axis=-1))
+    proto.graph.node[0].attribute[0].type = onnx.AttributeProto.UNDEFINED
+    with pytest.raises(CaptureError) as caught:
+        capture(proto, "onnx")
+    assert "Node(" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_several_nodes_of_one_name() -> None:

@@ -104,6 +104,17 @@ _OPERATORS = {
                          "s = Constant<value_floats = [1.0, 1.0, 2.0, 2.0]>() y = Resize<mode = \"linear\">(x, , s)"),
     "Resize to sizes": (13, "float[2,1,4,4] x",
                         "s = Constant<value_ints = [2, 1, 7, 9]>() y = Resize<mode = \"linear\">(x, , , s)"),
+    "Upsample": (9, "float[n,1,4,4] x",
+                 "s = Constant<value = float[4] {1.0, 1.0, 2.0, 2.0}>() y = Upsample<mode = \"linear\">(x, s)"),
+    "Upsample by an attribute": (7, "float[n,1,4,4] x", "y = Upsample<scales = [1.0, 1.0, 2.0, 3.0]>(x)"),
+    "Resize before opset 11": (10, "float[n,1,4,4] x",
+                               "s = Constant<value = float[4] {1.0, 1.0, 2.5, 0.5}>() y = Resize(x, s)"),
+    "GroupNormalization": (21, "float[n,4,2,3] x", """
+        s = Constant<value_floats = [1.0, 2.0, 3.0, 4.0]>() b = Constant<value_floats = [0.5, 1.5, -1.0, 0.0]>()
+        y = GroupNormalization<num_groups = 2>(x, s, b)"""),
+    "GroupNormalization of opset 18": (18, "float[n,4,2,3] x", """
+        s = Constant<value_floats = [1.0, 2.0]>() b = Constant<value_floats = [0.5, 1.5]>()
+        y = GroupNormalization<num_groups = 2>(x, s, b)"""),
     "CumSum": (14, "float[n,4] x", "a = Constant<value_int = 1>() y = CumSum(x, a)"),
     "a branch": (13, "float[n,3,4] x", """
         c = Constant<value_ints = [0]>() b = Cast<to = 9>(c) k = Squeeze(b)
@@ -134,7 +145,9 @@ def test_an_operator_is_exported_at_every_opset(what: str) -> None:
     assert refused == _REFUSED.get(what, []), what
 
 
-_REFUSED: dict[str, list[int]] = {}
+_REFUSED: dict[str, list[int]] = {
+    "GroupNormalization of opset 18": [opset for opset in OPSETS if opset not in range(18, 21)],
+}
 """Opsets at which an operator cannot be said."""
 
 

@@ -32,6 +32,9 @@ READ: dict[str, tuple[str, int, dict[str, Tensor], str, dict[str, Any] | None]] 
     "AveragePool SAME": (
         "y = AveragePool<kernel_shape = [3,1], strides = [2,4], auto_pad = \"SAME_LOWER\">(x)", 20, {}, "average_pool",
         POOL | {"kernel": (3, 1), "stride": (2, 4), "padding": (1, 0, 0, 0)}),
+    "AveragePool SAME that begins behind the first element": (
+        "y = AveragePool<kernel_shape = [1,1], strides = [3,1], auto_pad = \"SAME_UPPER\">(x)", 20, {},
+        "onnx.AveragePool", None),
     "MaxPool and indices": ("y, i = MaxPool<kernel_shape = [2,2]>(x)", 23, {}, "onnx.MaxPool", None),
     "AveragePool": ("y = AveragePool<kernel_shape = [2,2]>(x)", 9, {}, "average_pool", POOL),
     "AveragePool of all attributes": (
