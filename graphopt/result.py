@@ -94,6 +94,8 @@ class Optimized:
     """What the passes that train have left, where nothing lossy follows them."""
     sparse: Mapping[str, str] = field(default_factory=dict)
     """By the label of a site, the pattern of zeros in its weight that later training must keep."""
+    origin: Path | None = None
+    """The folder of transformers that the model came from, whose tokenizer `bundle` takes along."""
 
     def __str__(self) -> str:
         """The headline and the table of passes; `.report` has the rest."""
@@ -276,6 +278,12 @@ class Optimized:
         """
         with outer_door(GraphError, f"{path} cannot be written"):
             return self._export(Path(path), opset, portable, external_data, aot)
+
+    def bundle(self, folder: str | Path, **options: Any) -> Path:
+        """Write a folder that can be deployed and checks itself; see `graphopt.bundle`, which has the options."""
+        from graphopt.serving.making import bundle  # the one import that goes up: see the contract in pyproject.toml
+
+        return bundle(self, folder, **options)
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
         path = writing.place_of(path)
