@@ -14,6 +14,7 @@ from graphopt.backends.onnx_target import OnnxTarget
 from graphopt.backends.onnxruntime import (
     asymmetric_weights,
     attention,
+    cached_attention,
     conv_int8,
     conv_int8_few_channels,
     gelu,
@@ -22,6 +23,7 @@ from graphopt.backends.onnxruntime import (
     lstm,
     merged_linears,
     qlinear,
+    rotary,
     saturation,
     skip_layer_norm,
     weight_only,
@@ -71,8 +73,11 @@ class OnnxRuntime(OnnxTarget):
         saturates = self.saturates()
         return (
             # floats
+            rotary.BEFORE_SPLIT,
             (skip_layer_norm.RESIDUAL, *attention.ATTENTION_3D),
+            (cached_attention.FORMS,),
             (attention.FORMS,),
+            (rotary.ANGLES_ONCE,),
             (attention.FLOAT_MASK_ONCE,),
             (merged_linears.FLOAT, merged_linears.INT8),
             (linear.BIAS, gelu.TANH),

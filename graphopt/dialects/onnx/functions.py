@@ -117,6 +117,9 @@ def function(op_type: str, opset: int) -> ir.Function:
     elif name == "attention":
         attributes = "<scale, causal, heads, kv_heads>"
         signature, body = _ATTENTION_OVER_QUERIES
+    elif name == "rotary":
+        attributes = "<interleaved, heads, turned>"
+        signature, body = _ROTARY_OVER_BATCH
     elif name in _FIXED:
         signature, body = _FIXED[name]
     else:
@@ -147,6 +150,13 @@ _ATTENTION_OVER_QUERIES = (
     "kv_num_heads = @kv_heads>(query, key, value, all)",
 )
 
+_ROTARY_OVER_BATCH = (
+    "(x, cos, sin) => (y)",
+    "n = Shape<start = 0, end = 1>(x) rest = Shape<start = 1>(cos) sizes = Concat<axis = 0>(n, rest) "
+    "c = Expand(cos, sizes) s = Expand(sin, sizes) "
+    "y = RotaryEmbedding<interleaved = @interleaved, num_heads = @heads, rotary_embedding_dim = @turned>(x, c, s)",
+)
+
 _FIXED = {
     "silu": ("(x) => (y)", "s = Sigmoid(x) y = Mul(x, s)"),
     "hard_swish": ("(x) => (y)", "s = HardSigmoid<alpha = 0.16666667, beta = 0.5>(x) y = Mul(x, s)"),
@@ -162,7 +172,7 @@ _FIXED = {
 
 _REFERENCES = {
     "strides": "ints", "pads": "ints", "dilations": "ints", "group": "int", "scale": "float", "causal": "int",
-    "heads": "int", "kv_heads": "int",
+    "heads": "int", "kv_heads": "int", "interleaved": "int", "turned": "int",
     "axis": "int", "block_size": "int", "largest": "float",
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -233,6 +233,35 @@ class OnnxGraph(Graph):
         if isinstance(kind, OnnxNode) and not attributes and _has_the_shapes_of(kind, operands):
             native.outputs[0].shape = kind.native.outputs[0].shape  # a file may state more than inference finds
         return OnnxValue(self, native.outputs[0])
+
+    def emit_if(
+        self, condition: Value, then: Callable[[], Sequence[Value]], otherwise: Callable[[], Sequence[Value]], at: Node
+    ) -> tuple[OnnxValue, ...]:
+        """The results of one of two branches, picked at each run by a boolean scalar.
+
+        then, otherwise: emit the nodes of a branch, and return as many results each, of the same shapes and dtypes.
+        """
+        assert isinstance(at, OnnxNode)
+        branches = []
+        for name, make in (("then_branch", then), ("else_branch", otherwise)):
+            before = len(self._fresh)
+            results = [self.native(value) for value in make()]
+            nodes = list(self._fresh)[before:]
+            for node in nodes:
+                del self._fresh[node]
+            self.model.graph.remove(nodes)
+            label = self._unique(f"{at.name}/{name}", self._node_names)
+            branches.append(ir.AttrGraph(name, ir.Graph([], results, nodes=nodes, name=label)))
+        results = branches[0].as_graph().outputs
+        name = self._unique(f"{at.path or at.name}/If", self._node_names)
+        path = {PATH: at.path} if at.path else None
+        node = ir.Node("", "If", [self.native(condition)], branches, num_outputs=len(results), name=name,
+                       metadata_props=path)  # fmt: skip
+        for output, result in zip(node.outputs, results, strict=True):
+            output.name, output.type, output.shape = self._unique(f"{name}_{result.name}"), result.type, result.shape
+        at.native.prepend(node)
+        self._fresh[node] = None
+        return tuple(OnnxValue(self, output) for output in node.outputs)
 
     def emit_sized(
         self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None

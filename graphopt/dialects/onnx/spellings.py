@@ -91,7 +91,8 @@ def _read_function(graph: OnnxGraph, node: ir.Node) -> Read | None:
         index = OPS[name].operands.index("weight")
         weight = operands[index]
         operands[index] = weight.transpose() if weight is not None else None
-    return name, tuple(operands), dict(OPS[name].attributes) | _function_attributes(node)
+    own = {key: value for key, value in _function_attributes(node).items() if key in OPS[name].attributes}
+    return name, tuple(operands), dict(OPS[name].attributes) | own
 
 
 def _function_attributes(node: ir.Node) -> dict[str, Any]:
@@ -257,6 +258,17 @@ def _read_attention(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue |
         "kv_heads": _integer(node, "kv_num_heads", heads),
     }
     return ("attention", operands[:4], attributes) if plain else None
+
+
+def _read_rotary(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    """None where positions pick the angles from a table, or where it turns another part of a head than they cover."""
+    cos, turned = operands[1], _integer(node, "rotary_embedding_dim", 0)
+    if len([value for value in operands if value is not None]) != 3 or cos is None or cos.rank != 3 or not cos.shape:
+        return None
+    if turned and cos.shape[-1] != turned // 2:
+        return None
+    interleaved = bool(_integer(node, "interleaved", 0))
+    return "rotary", operands[:3], {"interleaved": interleaved, "heads": _integer(node, "num_heads", 0)}
 
 
 def _read_layer_norm(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
@@ -484,6 +496,7 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
     "AveragePool": _read_average_pool,
     "GlobalAveragePool": _read_global_mean,
     "Attention": _read_attention,
+    "RotaryEmbedding": _read_rotary,
     "LayerNormalization": _read_layer_norm,
     "RMSNormalization": lambda graph, node, operands: _read_norm("rms_norm", node, operands),
     "BatchNormalization": _read_batch_norm,
@@ -617,6 +630,29 @@ def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], att
         spelled["q_num_heads"] = attributes["heads"]
         spelled["kv_num_heads"] = attributes["kv_heads"] or attributes["heads"]
     return Spelled("Attention", operands, spelled)
+
+
+def _write_rotary(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset < 23:
+        raise SpellingError(f"rotary has no ONNX operator at opset {graph.opset}; it needs 23")
+    x, cos, _ = operands
+    assert x is not None and cos is not None
+    width, pairs = (None if value.shape is None else value.shape[-1] for value in (x, cos))
+    if not isinstance(width, int) or not isinstance(pairs, int):
+        raise SpellingError("the size of a head that rotary turns, or how much of it, is not known")
+    heads = attributes["heads"]
+    spelled = {"interleaved": int(attributes["interleaved"]), "num_heads": heads}
+    spelled["rotary_embedding_dim"] = 2 * pairs if 2 * pairs < width // (heads or 1) else 0
+    if repeats_over_batch(x, cos):
+        renamed = {"num_heads": "heads", "rotary_embedding_dim": "turned"}
+        given = {renamed.get(name, name): value for name, value in spelled.items()}
+        return Spelled("rotary__over_batch", operands, given, DOMAIN)
+    return Spelled("RotaryEmbedding", operands, spelled)
+
+
+def repeats_over_batch(x: Value, angles: Value) -> bool:
+    """Whether the angles of rotary are the same for all rows of a batch: the operator wants them once for each row."""
+    return x.shape is not None and angles.shape is not None and angles.shape[0] == 1 and x.shape[0] != 1
 
 
 def repeats_over_queries(query: Value | None, *others: Value | None) -> bool:
@@ -789,6 +825,7 @@ _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "max_pool": _write_pool("MaxPool"),
     "average_pool": _write_pool("AveragePool"),
     "attention": _write_attention,
+    "rotary": _write_rotary,
     "layer_norm": _write_layer_norm,
     "rms_norm": _write_rms_norm,
     "batch_norm": lambda graph, operands, attributes: Spelled(
