@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from graphopt.api import optimize
     from graphopt.capture.fx_conversion import to_torch
     from graphopt.comparing import compare
-    from graphopt.errors import CaptureError, GraphError, GraphoptError, LoweringError, PassError, UsageError
+    from graphopt.errors import CaptureError, GraphError, GraphoptError, LoweringError, PassError, RankError, UsageError
     from graphopt.result import Optimized
     from graphopt.sensitivities import sensitivity
 
@@ -24,7 +24,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or
 
 __version__ = "0.1.0"
 __all__ = [
-    "CaptureError", "GraphError", "GraphoptError", "LoweringError", "Optimized", "PassError", "UsageError",
+    "CaptureError", "GraphError", "GraphoptError", "LoweringError", "Optimized", "PassError", "RankError",
+    "UsageError",
     "__version__", "compare", "optimize", "sensitivity", "to_torch",
 ]  # fmt: skip
 
@@ -35,6 +36,7 @@ _MODULES = {  # where each public name is defined
     "LoweringError": "errors",
     "Optimized": "result",
     "PassError": "errors",
+    "RankError": "errors",
     "UsageError": "errors",
     "compare": "comparing",
     "optimize": "api",
