@@ -50,11 +50,15 @@ class Trained:
         module = self.graph.module()
         now = module.state_dict() | self.graph.unpacked(module)
         read = {*self.before.unpacked(), *(name for name, _ in self.before.constants())}
-        found: dict[int, Tensor] = {}  # by the memory of the tensor that it replaces: tied weights have several names
+        # By the memory of the tensor that it replaces: a tied weight has several names, and the graph keeps one.
+        found: dict[int, Tensor] = {
+            before.data_ptr(): now[name].detach().to(before.dtype)
+            for name, before in self.state.items()
+            if name in now and now[name].shape == before.shape
+        }
         for name, before in self.state.items():
-            if name in now and now[name].shape == before.shape:
-                found[before.data_ptr()] = now[name].detach().to(before.dtype)
-            elif name in now or name in read:
+            fits = now[name].shape == before.shape if name in now else before.data_ptr() in found or name not in read
+            if not fits:
                 is_now = f"{list(now[name].shape)}" if name in now else "in another form"
                 raise GraphError(
                     f"{name} of the module is {list(before.shape)}, and is {is_now} now, so the module cannot take "
