@@ -18,10 +18,15 @@ import torch
 from graphopt.backends.onnxruntime.attention import float_mask, splits_heads
 from graphopt.backends.onnxruntime.causal import implies_causal
 from graphopt.backends.onnxruntime.rows import with_shape
-from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.capture.decode import IDS, MASK, PAST
+from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder
+
+IN_PLACE = "graphopt.cache_in_place"
+"""The key, in a file's metadata, that says that it takes a cache of fixed size."""
+_KERNEL = "com.microsoft.GroupQueryAttention"
 
 
 def _cached(op: Recorder, query: str, past_key: str, key: str, past_value: str, value: str,
@@ -63,7 +68,7 @@ def _group_query_attention(op: Builder, m: Match) -> Mapping[Value, Value]:
 
     def grouped() -> Sequence[Value]:
         results = graph.emit_all(
-            "com.microsoft.GroupQueryAttention", *operands, m.past_key, m.past_value, last, total, None, None, None,
+            _KERNEL, *operands, m.past_key, m.past_value, last, total, None, None, None,
             mask, at=op.at, _outputs=3, num_heads=heads, kv_num_heads=kv_heads, **_scale(m),
         )  # fmt: skip
         return _stated(m, results, operands[0])
@@ -193,4 +198,54 @@ FORMS = Choice(
     {"GroupQueryAttention": _group_query_attention, "Attention": _attention},
     check=_is_cache,
     shared=True,
+    timed=False,
 )
+"""The order is fixed, as a decoder binds its cache: a timing here would pass the buffers of past and present apart."""
+
+
+# --- a cache of fixed size -------------------------------------------------------------------------------------------
+
+
+def fill_in_place(graph: OnnxGraph) -> None:
+    """Let a step also run on buffers that are longer than the past: how much is filled, the mask then tells. [changes]
+
+    The length of the past is the size of a past input, or what the attention mask covers beyond the new tokens where
+    that is less. On other inputs the two are the same, or the mask is longer, which the model allows. The graph stays
+    as it is where anything but GroupQueryAttention reads an entry of the cache.
+    """
+    inputs = {value.name: value for value in graph.inputs}
+    pasts = [value for name, value in inputs.items() if name.startswith(f"{PAST}.")]
+    ids, mask = inputs.get(IDS), inputs.get(MASK)
+    if ids is None or mask is None or ids.rank != 2 or mask.rank != 2 or not all(map(_is_buffer, pasts)) or not pasts:
+        return
+    lengths = [node for past in pasts for node in past.users if _is_length(node)]
+    first = next(node for node in graph.nodes if node in lengths)
+    whole = graph.emit("onnx.Shape", lengths[0].operands[0], at=first, start=2, end=3)
+    sizes = [graph.emit("onnx.Shape", value, at=first, start=1, end=2) for value in (mask, ids)]
+    filled = graph.emit("onnx.Min", whole, graph.emit("sub", *sizes, at=first), at=first)
+    for node in lengths:
+        graph.replace(node, filled)
+    graph.sweep()
+    graph.model.metadata_props[IN_PLACE] = "true"
+
+
+def _is_length(node: Node) -> bool:
+    return node.kind == "onnx.Shape" and (node.attributes.get("start"), node.attributes.get("end")) == (2, 3)
+
+
+def _is_batch(node: Node) -> bool:
+    return node.kind == "onnx.Shape" and (node.attributes.get("start", 0), node.attributes.get("end")) == (0, 1)
+
+
+def _holds_kernel(node: Node) -> bool:
+    """Whether a node is what `_group_query_attention` emits: a branch with the kernel, and one that cuts the buffer."""
+    assert isinstance(node, OnnxNode)
+    branch = node.native.attributes.get("then_branch")
+    return branch is not None and [inner.op_type for inner in branch.as_graph()] == ["GroupQueryAttention"]
+
+
+def _is_buffer(past: Value) -> bool:
+    """Whether only the kernel reads the entries of a past input, and else only its sizes are."""
+    return all(
+        _is_length(node) or _is_batch(node) or node.kind == _KERNEL or _holds_kernel(node) for node in past.users
+    )

@@ -35,9 +35,9 @@ from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import STORED
-from graphopt.ir.rewrite import Choice, Rule
+from graphopt.ir.rewrite import Choice, Rule, RuleLog
 from graphopt.lowering import row_scales
-from graphopt.lowering.backend import Runner
+from graphopt.lowering.backend import Chooser, Runner
 from graphopt.lowering.timed_forms import TimedChooser
 
 
@@ -76,7 +76,7 @@ class OnnxRuntime(OnnxTarget):
         return (
             # floats
             rotary.BEFORE_SPLIT,
-            (skip_layer_norm.RESIDUAL, *attention.ATTENTION_3D),
+            (skip_layer_norm.RESIDUAL, skip_layer_norm.RMS_RESIDUAL, *attention.ATTENTION_3D),
             (cached_attention.FORMS,),
             (attention.FORMS,),
             (rotary.ANGLES_ONCE,),
@@ -94,11 +94,20 @@ class OnnxRuntime(OnnxTarget):
             (conv_int8.PLAIN, linear_int8.TO_FLOAT, *qlinear.in_integers(not saturates), onnx_export.DYNAMIC_QUANTIZE),
             (qlinear.in_floats(not saturates),),
             # stored weights
+            (merged_linears.WEIGHT_ONLY,),
             (*asymmetric_weights.RULES, weight_only.LINEAR, weight_only.EMBEDDING),
             (*weight_only.STORED,),
             weight_only.FOLDED,
             saturation.RULES if saturates else (),
         )
+
+    def lower(
+        self, graph: Graph, chooser: Chooser | None = None, *, lossless: bool = False
+    ) -> tuple[Graph, dict[str, RuleLog]]:
+        lowered, logs = super().lower(graph, chooser, lossless=lossless)
+        assert isinstance(lowered, OnnxGraph)
+        cached_attention.fill_in_place(lowered)
+        return lowered, logs
 
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}"

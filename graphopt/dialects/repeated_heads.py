@@ -37,17 +37,16 @@ def _before_repetition(value: Value) -> Value | None:
     expand = _behind_copies(joined.operands[0]).producer
     if expand is None or expand.kind not in _EXPANDS:
         return None
-    single = _behind_copies(expand.operands[0])
-    added = single.producer
-    if added is None or added.kind != "unsqueeze" or added.input.rank != 4 or added.attributes["axes"] not in ((2,), (-3,)):
+    added = _behind_copies(expand.operands[0]).producer
+    if added is None or added.kind != "unsqueeze" or added.attributes["axes"] not in ((2,), (-3,)):
         return None
-    shapes = added.input.shape, expand.result.shape, value.shape
-    if None in shapes:
+    one, spread, whole = (list(shape or ()) for shape in (added.input.shape, expand.result.shape, value.shape))
+    if (len(one), len(spread), len(whole)) != (4, 5, 4) or "?" in one:
         return None
-    one, spread, whole = (list(shape or ()) for shape in shapes)
-    if "?" in one or len(spread) != 5 or len(whole) != 4 or not (isinstance(one[1], int) and isinstance(spread[2], int)):
+    heads, groups = one[1], spread[2]
+    if not isinstance(heads, int) or not isinstance(groups, int):
         return None
-    if spread != [*one[:2], spread[2], *one[2:]] or whole != [one[0], one[1] * spread[2], *one[2:]]:
+    if spread != [*one[:2], groups, *one[2:]] or whole != [one[0], heads * groups, *one[2:]]:
         return None
     return _behind_copies(added.input)
 

@@ -219,7 +219,7 @@ class Backend(ABC):
             for rule in stage:
                 if isinstance(rule, Rule):
                     rules.append(rule)
-                elif chooser is None:
+                elif chooser is None or not rule.timed:
                     rules.append(rule.rule())
                 else:
                     rest = [[other for other in later if other is not rule] for later in stages[index:]]

@@ -214,6 +214,8 @@ SENTENCES = {
     "weight_not_in_integers": "its weight is not stored in integers",
     "weight_unsupported": "its weight has rank {rank} and {dtype}; the kernel takes a matrix of int8 or uint8",
     "blocks_unsupported": "no kernel takes blocks of {block} along axis {axis}",
+    "stored_in_as_many_bits": "its weight has {bits} bits by itself",
+    "stored_in_blocks": "its weight has blocks by itself, of {block}",
     "scale_per_input": "no kernel takes one scale per input",
     "activations_in_integers": "its activations are integers too",
     "activations_not_float32": "its activations are {dtype}, not float32",

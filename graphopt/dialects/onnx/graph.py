@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import onnx
 import onnx_ir as ir
@@ -34,6 +35,9 @@ __all__ = ["OPSET", "PATH", "OnnxGraph", "OnnxNode", "OnnxValue"]
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
 
+_LARGE = 2**28
+"""Bytes of weights from which on a session counts as large."""
+
 SCALED = "graphopt.scaled"
 """The metadata key of what passes have divided (`Graph.scaled`)."""
 
@@ -42,6 +46,7 @@ class OnnxGraph(Graph):
     """An ONNX model as a graph of ops. Make one with `from_model`, `from_file` or `empty`."""
 
     dialect = "onnx"
+    _with_large_session: ClassVar[Callable[[], OnnxGraph | None]] = staticmethod(lambda: None)
 
     def __init__(self, model: ir.Model, scratch: onnx_files.Scratch | None = None) -> None:
         """scratch: the file for weights that are added to a model too large for memory."""
@@ -448,8 +453,19 @@ class OnnxGraph(Graph):
                 if not onnx_sections.fit_together(nodes):
                     seen = onnx_sections.Sections(self, [feeds], nodes).through(wanted)
                     return {value: tensor for _, _, some in seen for value, tensor in some.items()}
+            self._forget_session()
             self._session = key, onnx_run.session(self.model, natives, level="disable")
         return dict(zip(wanted, onnx_run.run(self._session[1], feeds), strict=True))
+
+    def _forget_session(self) -> None:
+        """Drop the session of the last run before one is made; of all graphs one at most keeps a large one, which
+        holds a copy of the weights."""
+        self._session = None
+        if onnx_files.size(self.model) > _LARGE:
+            before = OnnxGraph._with_large_session()
+            if before is not None:
+                before._session = None
+            OnnxGraph._with_large_session = weakref.ref(self)
 
     def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
         from graphopt.dialects.onnx import sections as onnx_sections

@@ -119,7 +119,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, he
     """Queries or keys with pairs of their entries turned by angles, which grow with the position (Su et al., 2021).
 
     x: 4-D (batch, heads, length, head size) when heads is 0, else 3-D (batch, length, heads · head size). cos, sin:
-    (batch or 1, length, pairs), of the angles. Of each head the first 2 · pairs entries are turned, and the others stay.
+    (batch or 1, length, pairs), of the angles. Of each head the first 2 · pairs entries are turned, the others stay.
     A pair is entry i and i + pairs, or 2i and 2i + 1 when interleaved.
     """
     if heads:
