@@ -16,7 +16,7 @@ from torch import nn
 
 from graphopt.backends import target as target_of
 from graphopt.capture.arguments import several
-from graphopt.capture.folders import opened
+from graphopt.capture.folders import opened, origin_of
 from graphopt.capture.sources import Captured, capture, declared_inputs
 from graphopt.dialects.adapter import adapter
 from graphopt.errors import (
@@ -141,6 +141,7 @@ def optimize(
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
         if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
             raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
+    origin = model.origin if isinstance(model, Optimized) else origin_of(model)
     model = opened(model)
     with _few_collections(), _session(processes):
         if example_inputs is None:
@@ -191,7 +192,9 @@ def optimize(
             outer_door(LoweringError, f"{captured.source} cannot be optimized by {pipeline} for {backend.name}"),
             _checkpoint(checkpoint, pipeline, captured, processes),
         ):
-            return run.result()
+            small = run.result()
+    small.origin = origin
+    return small
 
 
 def _session(mesh: Mesh | None) -> AbstractContextManager[None]:

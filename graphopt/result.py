@@ -101,6 +101,8 @@ class Optimized:
     leads: bool = True
     """False on the ranks of a mesh but rank 0: there `export` writes nothing, and what the model is called with runs in
     the forms that need no measuring."""
+    origin: Path | None = None
+    """The folder of transformers that the model came from, whose tokenizer `bundle` takes along."""
 
     def __str__(self) -> str:
         """The headline and the table of passes; `.report` has the rest."""
@@ -287,6 +289,12 @@ class Optimized:
             return Path(path)
         with outer_door(GraphError, f"{path} cannot be written"):
             return self._export(Path(path), opset, portable, external_data, aot)
+
+    def bundle(self, folder: str | Path, **options: Any) -> Path:
+        """Write a folder that can be deployed and checks itself; see `graphopt.bundle`, which has the options."""
+        from graphopt.serving.making import bundle  # the one import that goes up: see the contract in pyproject.toml
+
+        return bundle(self, folder, **options)
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
         path = writing.place_of(path)

@@ -35,6 +35,14 @@ def opened(model: Any) -> Any:
         return _loaded(folder, architecture)
 
 
+def origin_of(model: Any) -> Path | None:
+    """The folder of transformers that a model is or came from: a path to one, or a module that was loaded from one."""
+    named = model if isinstance(model, str | Path) else getattr(model, "name_or_path", None)
+    if isinstance(named, str | Path) and str(named) and (Path(named) / _CONFIG).is_file():
+        return Path(named).absolute()
+    return None
+
+
 def _architecture(folder: Path) -> str:
     file = folder / _CONFIG
     if not file.is_file():

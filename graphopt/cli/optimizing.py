@@ -85,6 +85,14 @@ def optimize(
     aot: Annotated[
         bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
     ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder to deploy, with the model, its tokenizer and golden inputs; see `graphopt bundle`.",
+            show_default=False,
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="A file for the report: .html, with the graph diff, or .txt or .json.")
     ] = None,
@@ -98,10 +106,10 @@ def optimize(
 
     if not model.is_dir():
         require_file(model)
-    if dry_run and (output or report):
-        raise UsageError("--dry-run writes nothing; leave out --output and --report")
-    if not dry_run and output is None:
-        raise UsageError("say where to write: -o FILE, or --dry-run")
+    if dry_run and (output or report or bundle):
+        raise UsageError("--dry-run writes nothing; leave out --output, --bundle and --report")
+    if not dry_run and output is None and bundle is None:
+        raise UsageError("say where to write: -o FILE, --bundle DIR, or --dry-run")
     require_writable(model, output, report)
     if report is not None:
         require_report_name(report)
@@ -137,6 +145,8 @@ def optimize(
     if not small.leads:  # rank 0 writes and reports
         return
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
+    if bundle is not None:
+        written.append(small.bundle(bundle))
     if report is not None:
         small.report.save(report, small.diff())
         written.append(report)
