@@ -6,12 +6,14 @@ from collections.abc import Collection, Mapping
 
 from torch import fx, nn
 
+from graphopt.dialects.fx.graph import FxGraph
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
 from graphopt.training.meshes.mesh import Mesh
 from graphopt.training.meshes.sharded import Sharded
 from graphopt.training.meshes.spread import Spread
 from graphopt.training.meshes.stages import Stages
+from graphopt.training.meshes.tensor_parallel import TensorParallel
 from graphopt.training.objective import Objective
 from graphopt.training.rules import WeightRule
 from graphopt.training.settings import Settings
@@ -31,11 +33,13 @@ def spread(
         return Spread(module, trained)
     if mesh.sizes.fsdp > 1 or mesh.sizes.pp > 1 or mesh.sizes.tp > 1:
         _require_whole_steps(mesh, settings)
-    assert isinstance(module, fx.GraphModule)
+    assert isinstance(module, fx.GraphModule) and isinstance(graph, FxGraph)
     if mesh.sizes.fsdp > 1:
         return Sharded(module, trained, mesh)
     if mesh.sizes.pp > 1:
         return Stages(module, trained, mesh)
+    if mesh.sizes.tp > 1:
+        return TensorParallel(graph, module, objective.also, trained, mesh, learn_scales=settings.learn_scales)
     return Spread(module, trained, mesh)
 
 
@@ -43,6 +47,6 @@ def _require_whole_steps(mesh: Mesh, settings: Settings) -> None:
     """Raise UsageError for options that look at all gradients, or at the time of one process."""
     if settings.amp in ("auto", "float16"):
         raise UsageError(
-            f"amp={settings.amp} with mesh={mesh}: auto times one process, and float16 scales the gradients of one; use "
-            "amp=bfloat16 or off"
+            f"amp={settings.amp} with mesh={mesh}: auto times one process, and float16 scales the gradients of one; "
+            "use amp=bfloat16 or off"
         )
