@@ -117,8 +117,8 @@ def optimize(
 
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
     LoweringError when the engine builds less than promised, or the lowered graph computes something else, RankError
-    when another process fails or differs; nothing but a GraphoptError. An exception of the user's own code (calibration batches, loss, evaluate) becomes a UsageError that
-    names it, with the exception as its `__cause__`.
+    when another process fails or differs; nothing but a GraphoptError. An exception of the user's own code (calibration
+    batches, loss, evaluate) becomes a UsageError that names it, with the exception as its `__cause__`.
     """
     earlier = model.applied if isinstance(model, Optimized) else ()
     with outer_door(UsageError, "optimize cannot use its arguments"):

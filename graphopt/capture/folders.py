@@ -1,4 +1,4 @@
-"""What holds a module -> the module: a folder that `save_pretrained` of transformers wrote, a wrapper that spreads it."""
+"""What holds a module -> the module: a folder that `save_pretrained` of transformers wrote, or a wrapper."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -254,12 +254,29 @@ class Trainer:
 
     def backward(self, batch: Batch, weight: float) -> dict[str, float]:
         """Add the gradient of the loss on one batch, times a weight; the terms of the loss, times the weight."""
-        terms = self.losses(batch)
+        with self.amp.autocast():
+            result = self.spread.run(self.effective(), self.feeds(batch))
+        loss, terms = self.judged(result, batch, weight)
+        torch.autograd.backward(loss)
+        return terms
+
+    def feeds(self, batch: Batch) -> list[Tensor]:
+        """The inputs of the graph in order, on the device."""
+        return [batch.feeds[name].to(self.device) for name in self.inputs]
+
+    def judged(self, result: Any, batch: Batch, weight: float) -> tuple[Tensor, dict[str, float]]:
+        """The loss of what the module returned for a batch, times a weight, to differentiate; and its terms."""
+        terms = self._terms(result, batch)
         loss = total_of(terms)
         if not loss.requires_grad:
             raise UsageError(f"{self.name}: {self._without_gradient()}")
-        torch.autograd.backward(self.amp.scaler.scale(loss * weight))
-        return {name: float(term.detach()) * weight for name, term in terms.items()}
+        return self.amp.scaler.scale(loss * weight), {name: float(one.detach()) * weight for name, one in terms.items()}
+
+    def _terms(self, result: Any, batch: Batch) -> dict[str, Tensor]:
+        with self.amp.autocast():
+            outputs, also = result if self.objective.also else (result, [])
+            found: dict[str, Tensor] = self.objective(outputs, also, batch)
+            return found
 
     def share(self) -> float:
         """What one batch counts in the step that is next: 1 / all of its batches."""
@@ -281,12 +298,9 @@ class Trainer:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of the loss on one batch, in the precision of the training."""
-        feeds = [batch.feeds[name].to(self.device) for name in self.inputs]
         with self.amp.autocast():
-            result = self.spread.run(self._effective(), feeds)
-            outputs, also = result if self.objective.also else (result, [])
-            found: dict[str, Tensor] = self.objective(outputs, also, batch)
-            return found
+            result = self.spread.run(self.effective(), self.feeds(batch))
+        return self._terms(result, batch)
 
     def _update(self) -> None:
         self.amp.scaler.unscale_(self.optimizer)
@@ -298,7 +312,7 @@ class Trainer:
             for name, rule in self.rules.items():
                 rule.after_step(self.parameters[name])
 
-    def _effective(self) -> dict[str, Tensor]:
+    def effective(self) -> dict[str, Tensor]:
         return {name: rule.effective(self.parameters[name]) for name, rule in self.rules.items()}
 
     # --- the optimizer -----------------------------------------------------------------------------------------------
@@ -480,7 +494,7 @@ class Trainer:
         """The module with the weights that its forward pass reads, where rules make them differ."""
         with torch.no_grad():
             stored = {name: self.parameters[name].clone() for name in self.rules}
-            for name, weight in self._effective().items():
+            for name, weight in self.effective().items():
                 self.parameters[name].copy_(weight)
             try:
                 yield

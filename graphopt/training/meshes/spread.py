@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphopt.pipeline.batches import Batch
 from graphopt.training.meshes.mesh import Mesh
+from graphopt.training.precision import Amp
 from graphopt.training.rules import WeightRule
 
 
@@ -39,6 +40,19 @@ class Training(Protocol):
 
     def rounds(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, float]]:
         """The batches of a step, with what each counts; as many on every rank."""
+
+    @property
+    def amp(self) -> Amp:
+        """The precision of products."""
+
+    def effective(self) -> dict[str, Tensor]:
+        """The weights that the forward pass reads in place of those that are stored, by name."""
+
+    def feeds(self, batch: Batch) -> list[Tensor]:
+        """The inputs of the graph in order, on the device."""
+
+    def judged(self, result: Any, batch: Batch, weight: float) -> tuple[Tensor, dict[str, float]]:
+        """The loss of what the module returned for a batch, times a weight, to differentiate; and its terms."""
 
     def backward(self, batch: Batch, weight: float) -> dict[str, float]:
         """Add the gradient of the loss on one batch, times a weight; the terms of the loss, times the weight."""
@@ -156,7 +170,7 @@ class Spread:
                 squares += one.grad.double().square().sum() / self.copies(name)
         for one in others:
             if one.grad is not None:
-                squares += one.grad.double().square().sum() / self.mesh.world
+                squares += one.grad.double().square().sum() / self.copies("")
         dist.all_reduce(squares)
         factor = min(1.0, limit / (math.sqrt(float(squares)) + 1e-6))
         for one in trained:
