@@ -18,6 +18,7 @@ from graphopt.capture.decode import named_leaves
 from graphopt.capture.labels import LABELS, is_label
 from graphopt.errors import UsageError, nearest, require_positive_integer, user_batches
 from graphopt.ir.graph import Shape, dtype_name
+from graphopt.ir.untouched import Untouched
 
 SAMPLES = 8
 """Samples that are cut from stacked arrays for one batch, where the graph leaves axis 0 open."""
@@ -149,7 +150,7 @@ class Batches:
     def _checked(self, raw: Any, where: str) -> Batch:
         named, labels = self._parted(raw, where)
         places = [f"{where}, input {value.name!r}" for value in self.inputs]
-        tensors = [_tensor(named[value.name], place) for value, place in zip(self.inputs, places, strict=True)]
+        tensors = [_given(named[value.name], value, place) for value, place in zip(self.inputs, places, strict=True)]
         ranks = [None if value.shape is None else len(value.shape) for value in self.inputs]
         is_row = [tensor.dim() + 1 for tensor in tensors] == ranks
         if is_row:
@@ -224,8 +225,8 @@ class Batches:
     def _split(self, stacked: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Stacked arrays as batches of the size that the graph fixes, or of SAMPLES."""
         self._require_names(stacked, self.name)
-        names = [value.name for value in self.inputs]
-        arrays = {name: _tensor(stacked[name], f"{self.name}, input {name!r}") for name in names}
+        arrays = {value.name: _given(stacked[value.name], value, f"{self.name}, input {value.name!r}")
+                  for value in self.inputs}  # fmt: skip
         lengths = {name: len(array) if array.dim() else None for name, array in arrays.items()}
         if len(set(lengths.values())) != 1 or None in lengths.values():
             raise UsageError(f"{self.name}: axis 0 must hold the same number of samples in every array, not {lengths}")
@@ -313,6 +314,11 @@ def _labels(labels: Any, is_row: bool) -> Any:
     if tensor.dtype == torch.float64:  # which Python and numpy use where nothing is meant by it
         tensor = tensor.float()
     return tensor.unsqueeze(0) if is_row else tensor
+
+
+def _given(array: Any, value: Input, where: str) -> Tensor:
+    """What a batch holds for an input: as it is where that is of a type that torch lacks, such as texts."""
+    return Untouched.of(array) if value.dtype is None else _tensor(array, where)
 
 
 def _tensor(array: Any, where: str) -> Tensor:
