@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         GraphoptError,
         LoweringError,
         PassError,
+        RankError,
         UsageError,
     )
     from graphopt.result import Optimized
@@ -35,7 +36,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or
 __version__ = "0.1.0"
 __all__ = [
     "BundleError", "CaptureError", "GraphError", "GraphoptError", "LoweringError", "Optimized", "PassError",
-    "UsageError", "__version__", "bundle", "compare", "optimize", "sensitivity", "to_torch", "verify",
+    "RankError", "UsageError", "__version__", "bundle", "compare", "optimize", "sensitivity", "to_torch", "verify",
 ]  # fmt: skip
 
 _MODULES = {  # where each public name is defined
@@ -46,6 +47,7 @@ _MODULES = {  # where each public name is defined
     "LoweringError": "errors",
     "Optimized": "result",
     "PassError": "errors",
+    "RankError": "errors",
     "UsageError": "errors",
     "bundle": "serving.making",
     "compare": "comparing",

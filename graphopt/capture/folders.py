@@ -1,4 +1,4 @@
-"""A folder that `save_pretrained` of transformers wrote -> the module."""
+"""What holds a module -> the module: a folder that `save_pretrained` of transformers wrote, or a wrapper."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from graphopt.errors import CaptureError, described, outer_door
 
@@ -16,12 +17,15 @@ _CONFIG = "config.json"
 
 
 def opened(model: Any) -> Any:
-    """The module in a Hugging Face folder, in eval mode, where `model` is a path to one; anything else as it is.
+    """The module in a Hugging Face folder, in eval mode, where `model` is a path to one; the module inside of a
+    DataParallel or a DistributedDataParallel; anything else as it is.
 
     The folder holds config.json and weights in safetensors, in one file or in several with an index. The architecture
     is the first of the config's, as transformers has it: no code of the folder's is run, and no pickle is loaded.
     Raises CaptureError where that is not so, and where transformers is not installed.
     """
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
+        return model.module
     if not isinstance(model, str | Path) or not Path(model).is_dir():
         return model
     folder = Path(model)

@@ -71,6 +71,14 @@ def optimize(
     threads: Threads = None,
     measure: Measure = None,
     cpu: Cpu = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="How training is spread over the processes of torchrun: dp=2, fsdp=2, tp=2, pp=2, or dp=2,tp=2.",
+            show_default=False,
+        ),
+    ] = None,
     custom_ops: CustomOps = None,
     opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
@@ -129,10 +137,13 @@ def optimize(
             threads=threads,
             measure=measure,
             cpu=cpu,
+            mesh=mesh,
             custom_ops=custom_ops or (),
             verbose=shown,
             **{option: value for option, value in given.items() if value is not None},
         )
+    if not small.leads:  # rank 0 writes and reports
+        return
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
     if bundle is not None:
         written.append(small.bundle(bundle))
