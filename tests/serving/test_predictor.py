@@ -265,8 +265,9 @@ def test_a_decoder_writes_what_transformers_writes(cache: bool, tmp_path: Path) 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    gpt = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).eval()
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    gpt: Any = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1))
+    gpt.eval()
     gpt.save_pretrained(tmp_path / "gpt")
     own = json.loads((tmp_path / "gpt" / "config.json").read_text(encoding="utf-8"))
     write_tokenizer(tmp_path / "gpt", WORDS, **own)
