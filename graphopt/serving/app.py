@@ -114,8 +114,9 @@ Handler = Callable[["App", Request], Awaitable[Response]]
 class App:
     """The ASGI application. It may be pickled before it starts, so that each worker process has its own."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, *, loads_first: bool = False) -> None:
+        """loads_first: take no connection before the models are loaded, where other processes take them meanwhile."""
+        self.settings, self.loads_first = settings, loads_first
         self.draining = False
         """Whether the server stops: it answers what comes on open connections, and closes them."""
         self.on_failure: Callable[[str], object] | None = None
@@ -135,6 +136,9 @@ class App:
     async def _live(self, receive: Any, send: Any) -> None:
         await receive()
         self.start()
+        if self.loads_first and not await self._is_loaded():
+            await send({"type": "lifespan.startup.failed", "message": "nothing can be served"})
+            return
         loading = asyncio.create_task(self._keep_loaded())
         await send({"type": "lifespan.startup.complete"})
         await receive()
@@ -166,13 +170,18 @@ class App:
             raise UsageError(reasons[0] if reasons else f"{self.settings.folder} holds no bundle and no NAME/VERSION/")
         self.started = True
 
-    async def _keep_loaded(self) -> None:
+    async def _is_loaded(self) -> bool:
+        """Load all models; whether any can be served."""
         try:
             await self.load()
         except GraphoptError as error:
             LOG.error("%s", error)
             if self.on_failure is not None:
                 self.on_failure(str(error))
+        return self.started
+
+    async def _keep_loaded(self) -> None:
+        if not self.started and not await self._is_loaded():
             return
         while self.settings.reload_every:
             await asyncio.sleep(self.settings.reload_every)

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from ipaddress import ip_address
 from types import FrameType
@@ -46,7 +47,7 @@ def serve(settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, work
         address = listener.getsockname()
         LOG.info("listening on http://%s:%d", f"[{address[0]}]" if ":" in address[0] else address[0], address[1])
         if workers == 1:
-            _work(settings, listener)
+            _work(App(settings), listener)
         else:
             _supervise(settings, listener, workers)
 
@@ -80,11 +81,10 @@ def _listening(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _work(settings: Settings, listener: socket.socket) -> None:
+def _work(app: App, listener: socket.socket) -> None:
     """One process, until it is told to stop. Raises UsageError where nothing could be served."""
     import uvicorn
 
-    app = App(settings)
     config = uvicorn.Config(
         app,
         http=_protocol(),
@@ -236,12 +236,20 @@ _FAILED = 3
 
 
 def _worker(settings: Settings, listener: socket.socket, logs_requests: bool) -> None:
-    """A process of several."""
+    """A process of several, which ends with the one that started it, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # as it was started by `_supervise`
+    threading.Thread(target=_stop_with, args=(parent,), daemon=True).start()
     log_lines(of_requests=logs_requests)
     try:
-        _work(settings, listener)
+        _work(App(settings, loads_first=True), listener)
     except GraphoptError:
         sys.exit(_FAILED)
+
+
+def _stop_with(parent: Any) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def log_lines(*, of_requests: bool) -> None:
