@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import inspect
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.capture.arguments import several
-from graphopt.capture.folders import opened
+from graphopt.capture.folders import opened, origin_of
 from graphopt.capture.sources import Captured, capture, declared_inputs
 from graphopt.dialects.adapter import adapter
 from graphopt.errors import (
@@ -29,8 +29,9 @@ from graphopt.errors import (
     user_batches,
     user_code,
 )
-from graphopt.ir.graph import digest
+from graphopt.ir.graph import digest, tensors_digest
 from graphopt.lowering.backend import Backend
+from graphopt.measure import timing
 from graphopt.passes import REGISTRY
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
@@ -45,10 +46,12 @@ from graphopt.pipeline.shared import SharedPasses
 from graphopt.pipeline.text import parse
 from graphopt.racing.contest import Contest
 from graphopt.racing.engines import Engines, engines, require_precision
-from graphopt.result import Optimized
+from graphopt.result import Optimized, versions
 from graphopt.run import Run, rounds
 from graphopt.training import streams
 from graphopt.training.checkpoints import held
+from graphopt.training.meshes import Mesh
+from graphopt.training.meshes import opened as opened_mesh
 
 
 def optimize(
@@ -72,6 +75,7 @@ def optimize(
     agree: bool | None = None,
     measure: bool | None = None,
     cpu: str | None = None,
+    mesh: str | None = None,
     custom_ops: Sequence[Any] = (),
     instruments: Sequence[Instrument] = (),
     verbose: bool | None = None,
@@ -109,6 +113,9 @@ def optimize(
     it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given. Without
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
     (avx2, avx512, avx512_vnni, avx512_amx).
+    mesh: how the run is spread over the processes of torchrun, such as "dp=2" or "dp=2,tp=2": dp, each process has its
+    share of the batches; fsdp, and of every weight; tp, of every layer; pp, some of the layers. None is dp over all of
+    them. Every process makes the same calls; rank 0 measures, lowers and writes.
     custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
     onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
     known is not run: passes that need no run work, and only the shapes of outputs are checked.
@@ -124,9 +131,9 @@ def optimize(
     what `distill` learns from, unless teacher= is given.
 
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
-    LoweringError when the engine builds less than promised, or the lowered graph computes something else; nothing but
-    a GraphoptError. An exception of the user's own code (calibration batches, loss, evaluate) becomes a UsageError that
-    names it, with the exception as its `__cause__`.
+    LoweringError when the engine builds less than promised, or the lowered graph computes something else, RankError
+    when another process fails or differs; nothing but a GraphoptError. An exception of the user's own code (calibration
+    batches, loss, evaluate) becomes a UsageError that names it, with the exception as its `__cause__`.
     """
     earlier = model.applied if isinstance(model, Optimized) else ()
     with outer_door(UsageError, "optimize cannot use its arguments"):
@@ -135,7 +142,9 @@ def optimize(
         for option, flag in (("agree", agree), ("measure", measure), ("verbose", verbose)):
             if not isinstance(flag, bool | None):
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
-        instruments = display(verbose, instruments)
+        processes = opened_mesh(mesh)
+        leads = processes is None or processes.leads
+        instruments = display(verbose if leads else False, instruments if leads else ())
         require_precision(precision)
         if isinstance(within, bool) or not isinstance(within, int | float) or not within >= 0:
             raise UsageError(f"within is {within!r}; give decibels, a number of at least 0")
@@ -150,6 +159,10 @@ def optimize(
         pipeline = whole_pipeline(passes, backend, earlier)
         is_lossy = rounds((*earlier, *pipeline.leaves()))
         _require_open(asked, is_lossy)
+        is_race = asked.is_several or _is_race_of_precisions(asked, measures and processes is None, is_lossy)
+        if is_race and processes is not None:
+            raise UsageError("engines and precisions are raced by one process, and this is one of several: give one "
+                             "target, without precision=")  # fmt: skip
         if asked.is_several and checkpoint is not None and _trains_rounded(pipeline):
             raise UsageError("checkpoint= keeps one training, and what is trained behind quantize is trained for each "
                              "engine: give one target")  # fmt: skip
@@ -158,26 +171,34 @@ def optimize(
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
         if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
             raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
+    origin = model.origin if isinstance(model, Optimized) else origin_of(model)
     model = opened(model)
     if asked.is_several and isinstance(calibration, Iterator):  # each dialect reads the batches for itself
         calibration = list(islice(user_batches("calibration batches", calibration), calibration_steps))
-    with _few_collections():
+    with _few_collections(), _session(processes):
         if example_inputs is None:
             example_inputs = default_examples(model, calibration=calibration, training=training)
+            if processes is not None:
+                given_inputs = example_inputs
+                example_inputs = processes.first(lambda: given_inputs)
         call = _Call(
             model, passes, earlier, asked, example_inputs, dynamic_shapes, cache, calibration, calibration_steps,
             training, teacher, None if checkpoint is None else Path(checkpoint), followed(loss),
             None if evaluate is None else user_code("evaluate function", evaluate), threads, agree, measure, measures,
-            instruments,
+            instruments, processes, SharedPasses() if asked.is_several else None,
         )  # fmt: skip
-        if not asked.is_several and not _is_race_of_precisions(asked, measures, is_lossy):
+        if not is_race:
             run = call.run(backend)
             with call.guarded(run):
-                return run.result()
-        contest = Contest(
-            asked.backends, call.run, call.guarded, float(within), asked.precisions, threads, instruments, asked.absent
-        )
-        return contest.result() if measures else contest.first()
+                small = run.result()
+        else:
+            contest = Contest(
+                asked.backends, call.run, call.guarded, float(within), asked.precisions, threads, instruments,
+                asked.absent,
+            )  # fmt: skip
+            small = contest.result() if measures else contest.first()
+    small.origin = origin
+    return small
 
 
 @dataclass
@@ -204,9 +225,11 @@ class _Call:
     measure: bool | None
     measures: bool
     instruments: Sequence[Instrument]
+    mesh: Mesh | None
+    shared: SharedPasses | None
+    """Of several engines, what passes before quantizing have left."""
     _captured: dict[str, Captured | GraphoptError] = field(default_factory=dict)
     _batches: dict[str, Calibration | None] = field(default_factory=dict)
-    _shared: SharedPasses = field(default_factory=SharedPasses)
 
     def run(self, backend: Backend) -> Run:
         """The run for one engine. Raises what its arguments, and the capture, raise."""
@@ -233,14 +256,17 @@ class _Call:
             agree=self.agree,
             measure=self.measures,
             instruments=self.instruments,
-            shared=self._shared,
+            shared=self.shared,
+            mesh=self.mesh,
         )
 
     @contextmanager
     def guarded(self, run: Run) -> Iterator[None]:
         """Let nothing but a GraphoptError out of a run, whose checkpoints are in the folder for them."""
+        if self.mesh is not None:
+            _require_same(self.mesh, run, self.checkpoint)
         what = f"{run.captured.source} cannot be optimized by {run.pipeline} for {run.backend.name}"
-        with outer_door(LoweringError, what), _checkpoint(self.checkpoint, run.pipeline, run.captured):
+        with outer_door(LoweringError, what), _checkpoint(self.checkpoint, run.pipeline, run.captured, self.mesh):
             yield
 
     def _capture(self, backend: Backend) -> Captured:
@@ -275,8 +301,42 @@ class _Call:
         if self.calibration is not None and dialect not in self._batches:
             source, steps = _in_steps(self.calibration, self.calibration_steps, captured)
             found = Calibration(source, captured.graph.inputs, steps, self.instruments)
+            if self.mesh is not None:
+                found = found.over(self.mesh)
             self._batches[dialect] = Remembered(found, digest) if self.asked.is_several else found
         return self._batches.get(dialect)
+
+
+def _session(mesh: Mesh | None) -> AbstractContextManager[None]:
+    return nullcontext() if mesh is None else mesh.session()
+
+
+def _require_same(mesh: Mesh, run: Run, checkpoint: str | Path | None) -> None:
+    """Raise RankError, naming the first difference, where ranks are to do different things."""
+    feeds = hashlib.sha256("".join(tensors_digest(one, "") for one in run.captured.feeds).encode()).hexdigest()
+    same = "every process must make the same calls, on the same model, files and versions"
+    for what, own in (
+        ("the versions", versions()),
+        ("the mesh", str(mesh)),
+        ("the pipeline", str(run.pipeline)),
+        ("the target", run.backend.name),
+        ("the captured model", digest(run.captured.graph)),
+        ("example_inputs", feeds),
+        ("checkpoint", str(checkpoint)),
+    ):
+        mesh.require_same(what, own, same)
+    for name, batches in (("calibration", run.calibration), ("training", run.training)):
+        seen = _first_of(batches) if batches is not None and batches.repeats else None
+        mesh.require_same(f"the {name} data", seen, "give every process the same batches, in one order: each reads its "
+                          "share of them (a DistributedSampler cuts them beforehand)")  # fmt: skip
+
+
+def _first_of(batches: Batches) -> str:
+    """How many batches there are, where that is known, and what the first holds."""
+    with streams.restored():
+        torch.manual_seed(0)
+        first = next(batches.with_batches())
+    return f"{batches.count} batches, the first {tensors_digest(first.feeds, '')[:16]}"
 
 
 def whole_pipeline(
@@ -331,11 +391,21 @@ def _in_steps(calibration: Any, steps: int | None, captured: Captured) -> tuple[
     return source, steps if source is calibration else None
 
 
-def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Captured) -> AbstractContextManager[None]:
-    """The folder for checkpoints, where one was given, for this run alone."""
+@contextmanager
+def _checkpoint(
+    folder: str | Path | None, pipeline: Pipeline, captured: Captured, mesh: Mesh | None
+) -> Iterator[None]:
+    """The folder for checkpoints, where one was given, for this run alone; rank 0 of a mesh holds it for all."""
     if folder is None:
-        return nullcontext()
-    return held(Path(folder), {"pipeline": str(pipeline), "model": digest(captured.graph)})
+        yield
+        return
+    own = held(Path(folder), {"pipeline": str(pipeline), "model": digest(captured.graph)})
+    with ExitStack() as stack:
+        if mesh is None:
+            stack.enter_context(own)
+        else:
+            mesh.first(lambda: stack.enter_context(own))
+        yield
 
 
 def _teacher(model: Any, captured: Captured) -> TeacherGraph:
@@ -450,5 +520,5 @@ def _measures(asked: bool | None, backend: Backend) -> bool:
     if asked:
         backend.require_runs()
     if asked is None:
-        return os.environ.get("GRAPHOPT_MEASURE") != "0" and backend.times()
+        return timing.is_on() and backend.times()
     return asked

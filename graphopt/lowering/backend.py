@@ -144,6 +144,8 @@ class Backend(ABC):
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+    granularities: ClassVar[tuple[str, ...]] = ("tensor",)
+    """What may share a scale in dynamic quantization, best first: an activation (tensor), or a row of it (row)."""
     types: ClassVar[tuple[str, ...]] = ("int8",)
     """What it multiplies in 8 bits, best first."""
     floats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
@@ -245,7 +247,7 @@ class Backend(ABC):
             for rule in stage:
                 if isinstance(rule, Rule):
                     rules.append(rule)
-                elif chooser is None:
+                elif chooser is None or not rule.timed:
                     rules.append(rule.rule())
                 else:
                     rest = [[other for other in later if other is not rule] for later in stages[index:]]

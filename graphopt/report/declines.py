@@ -104,6 +104,8 @@ SENTENCES = {
     "no_kernel_uncalibrated": "{target} has no fast {scheme} {op}; static needs calibration",
     "dtype_weight_only": "{dtype} is for products of two sides: give scheme=static, dynamic or auto",
     "bits_unsupported": "a {scheme} {op} has weights of {known} bits here, not {bits}",
+    "granularity_unsupported": "{target} has kernels for dynamic activations of granularity {known}, not {asked}",
+    "rows_of_linears": "activations have a scale for each row where a linear reads them: {op} has no such kernel",
     "activation_bits_static": "activations of {bits} bits are int8 of a range that is known: give calibration, and "
     "scheme=static or auto",
     "activation_bits_unread": "{target} reads quantize and dequantize of 8 bits alone, not of {bits}",
@@ -171,6 +173,11 @@ SENTENCES = {
     "softmax_row_may_be_nan": "a row that is masked as a whole may be NaN",
     "transpose_reshapes_differ": "the reshapes do more than merge the batch axes and split them again",
     "transpose_shapes_unknown": "the shapes are not known to be 4-D",
+    "rotary_angles_by_head": "the angles of a rotary embedding have shape {shape}: they are not those of all heads",
+    "rotary_angles_differ": "the angles of a rotary embedding are not the same for both halves of a head",
+    "rotary_angles_unknown": "the angles of a rotary embedding come from {found}, of which no half is known",
+    "rotary_halves_differ": "a rotary embedding does not turn the two halves of a head into each other",
+    "rotary_heads_unknown": "the heads of a rotary embedding, or their size, are not known",
     # rules of targets: ONNX Runtime
     "shape_changes": "its shape would go from {before} to {after}",  # any rule
     "residual_shapes_differ": "the two inputs of the residual add differ in shape",
@@ -186,6 +193,7 @@ SENTENCES = {
     "lengths_unnamed": "its lengths have no names, so that the mask may have others",
     "lengths_differ": "queries and keys are not of one length",
     "mask_unsupported": "its mask is not {expected}",
+    "mask_not_causal": "it is not known that its mask allows no position after that of the query",
     "mask_shape_unknown": "the shape of its mask is not known",
     "projections_missing": "its query, key and value are not three linears",
     "projections_of_several_inputs": "its query, key and value are not computed from one input",
@@ -206,6 +214,8 @@ SENTENCES = {
     "weight_not_in_integers": "its weight is not stored in integers",
     "weight_unsupported": "its weight has rank {rank} and {dtype}; the kernel takes a matrix of int8 or uint8",
     "blocks_unsupported": "no kernel takes blocks of {block} along axis {axis}",
+    "stored_in_as_many_bits": "its weight has {bits} bits by itself",
+    "stored_in_blocks": "its weight has blocks by itself, of {block}",
     "scale_per_input": "no kernel takes one scale per input",
     "activations_in_integers": "its activations are integers too",
     "activations_not_float32": "its activations are {dtype}, not float32",

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,10 +132,10 @@ class Checkpoints:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def due(self, trainer: Trainer) -> None:
-        """Write a checkpoint where the last is `minutes` old."""
-        if time.monotonic() - self._written >= 60 * self.minutes:
-            self.write(trainer)
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is `minutes` old."""
+        return time.monotonic() - self._written >= 60 * self.minutes
 
     def write(self, trainer: Trainer, *, is_done: bool = False) -> None:
         """Write all that `resume` reads, and the steps and evaluations so far as JSON lines.
@@ -142,6 +143,13 @@ class Checkpoints:
         Raises UsageError where the disk is full or the folder cannot be written.
         """
         tensors, facts = _state(trainer)
+        if trainer.mesh is not None:
+            trainer.mesh.first(lambda: self._write(trainer, tensors, facts, is_done))
+        else:
+            self._write(trainer, tensors, facts, is_done)
+        self._written = time.monotonic()
+
+    def _write(self, trainer: Trainer, tensors: dict[str, Tensor], facts: dict[str, Any], is_done: bool) -> None:
         facts |= {**self._whose(trainer), "seen": self._seen.hexdigest(), "done": is_done}
         stored, text = {name: one.cpu().contiguous() for name, one in tensors.items()}, json.dumps(facts)
         try:
@@ -151,7 +159,6 @@ class Checkpoints:
                 part.write_text("".join(f"{json.dumps(one)}\n" for one in trainer.outcome.lines), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise _unwritable(f"the checkpoint {self.file}", error) from error
-        self._written = time.monotonic()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -160,11 +167,20 @@ class Checkpoints:
 
         Raises UsageError for a checkpoint of another training, and for a damaged one.
         """
-        if not self.file.exists():
-            self._forget_later()
+        there = self.file.exists()
+        if trainer.mesh is not None:
+            trainer.mesh.require_same(
+                f"whether {self.file} is there", there, "give a folder that all machines share"
+            )
+        leads = trainer.mesh is None or trainer.mesh.leads
+        if not there:
+            if leads:
+                self._forget_later()
             return False
         tensors, facts = self._read()
-        if any(facts.get(name) != value for name, value in self._whose(trainer).items()):
+        spread_anew = facts.get("parts") != trainer.parts
+        is_other = not spread_anew and facts.get("accumulate") != trainer.settings.accumulate
+        if is_other or any(facts.get(name) != value for name, value in self._whose(trainer).items()):
             raise UsageError(
                 f"{self.file} is the checkpoint of another training (its model, its teacher, its calibration or its "
                 "options differ): name another folder, or delete it"
@@ -173,14 +189,15 @@ class Checkpoints:
             _load(trainer, tensors, facts)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise self._damaged(error) from error
-        self._expected = facts["seen"]
-        if not trainer.is_done:
+        self._expected = "" if spread_anew else facts["seen"]
+        if not trainer.is_done and leads:
             self._forget_later()
         trainer.outcome.notes.append(f"went on from step {trainer.step}, at {self.file.name}")
         return True
 
     def _whose(self, trainer: Trainer) -> dict[str, str]:
-        return {"key": self.key, "objective": trainer.objective.key, "settings": str(trainer.settings)}
+        settings = replace(trainer.settings, accumulate=1)  # ranks may take what one process accumulates
+        return {"key": self.key, "objective": trainer.objective.key, "settings": str(settings)}
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
@@ -210,53 +227,92 @@ def _place(file: Path) -> int:
 
 
 def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that decides how a training goes on: tensors by name, and plain data."""
-    tensors = {f"module/{name}": one.detach().clone() for name, one in trainer.module.state_dict().items()}
-    tensors |= {f"best/{name}": one for name, one in trainer.best.state.items()}
+    """All that decides how a training goes on: tensors by name, whole on every rank, and plain data."""
+    wholes = trainer.spread.wholes
+    now = {name: one.detach().clone() for name, one in trainer.spread.tensors.items()}
+    tensors = {f"module/{name}": one for name, one in wholes(now).items()}
+    tensors |= {f"best/{name}": one for name, one in wholes(trainer.best.state).items()}
     tensors |= {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
     for parameter, rule in trainer.rules.items():
         tensors |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
-    optimizer = trainer.optimizer.state_dict()["state"]
-    for place, values in optimizer.items():
-        tensors |= {f"optimizer/{place}/{name}": one for name, one in values.items() if isinstance(one, Tensor)}
+    by_key: dict[str, dict[str, Tensor]] = {key: {} for key in _OPTIMIZERS[trainer.settings.optimizer]}
+    for name, parameter in trainer.named().items():
+        for key, one in trainer.optimizer.state.get(parameter, {}).items():
+            if isinstance(one, Tensor):
+                by_key[key][name.removeprefix("module/")] = one
+    for key, parts in by_key.items():
+        tensors |= {f"optimizer/{name}/{key}": one for name, one in wholes(parts).items()}
     torch_state, numpy_state, python_state, cuda_states = trainer.model_stream.state
     tensors["random/torch"] = torch_state
     tensors["random/numpy"] = torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))
     tensors |= {f"random/cuda{place}": one for place, one in enumerate(cuda_states)}
     best = trainer.best
     facts = {
-        "step": trainer.step, "epoch": trainer.epoch, "batches": trainer.seen, "seconds": trainer.seconds(),
+        "step": trainer.step, "epoch": trainer.epoch, "seconds": trainer.seconds(),
+        "steps of the epoch": -(-trainer.seen // trainer.settings.accumulate),
         "evaluated at": trainer.evaluated_at, "notes": trainer.outcome.notes,
         "best": {"metric": best.metric, "step": best.step, "settled": best.settled, "waited": best.waited},
         "lines": trainer.outcome.lines, "amp": trainer.amp.name, "scaler": trainer.amp.scaler.state_dict(),
         "numpy": [numpy_state[0], *numpy_state[2:]],
         "python": [python_state[0], list(python_state[1]), python_state[2]],
+        "parts": trainer.parts, "accumulate": trainer.settings.accumulate,
     }  # fmt: skip
     return tensors, facts
 
 
 def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    def part(prefix: str) -> dict[str, Tensor]:
+    part = trainer.spread.part
+
+    def named(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
 
-    trainer.module.load_state_dict(part("module/"))
-    trainer.objective.load_state_dict(part("objective/"))
+    def own(prefix: str) -> dict[str, Tensor]:
+        """The parts of tensors that are like those of the module; what rules keep is whole."""
+        parts = {name: part(name, one) for name, one in named(prefix).items()}
+        return {name: one for name, one in parts.items() if one is not None}
+
+    with torch.no_grad():
+        module = own("module/")
+        for name, one in trainer.spread.tensors.items():
+            one.copy_(module[name])
+    trainer.objective.load_state_dict(named("objective/"))
     for parameter, rule in trainer.rules.items():
-        rule.load_state_dict(part(f"rule/{parameter}/"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, one in part("optimizer/").items():
-        place, key = name.split("/", 1)
-        state.setdefault(int(place), {})[key] = one
-    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
-    trainer.step, trainer.epoch, trainer.seen = facts["step"], facts["epoch"], facts["batches"]
+        rule.load_state_dict(named(f"rule/{parameter}/"))
+    _load_optimizer(trainer, named("optimizer/"))
+    trainer.step, trainer.epoch = facts["step"], facts["epoch"]
+    trainer.seen = facts["steps of the epoch"] * trainer.settings.accumulate
     trainer.spent, trainer.evaluated_at = facts["seconds"], facts["evaluated at"]
-    trainer.best = Best(part("best/"), **facts["best"])
+    best = own("best/")
+    trainer.best = Best({name: best[name].to(one.device) for name, one in trainer.now()}, **facts["best"])
     trainer.outcome.lines, trainer.outcome.notes = facts["lines"], facts["notes"]
     trainer.is_done = facts["done"]
     trainer.amp = precision.Amp(facts["amp"], trainer.device)
     trainer.amp.scaler.load_state_dict(facts["scaler"])
+    if (trainer.mesh is not None and not trainer.mesh.leads) or facts["parts"] != trainer.parts:
+        return  # the random numbers are of rank 0, in a mesh of this size
     name, *rest = facts["numpy"]
     version, internal, gauss = facts["python"]
     numpy_state = (name, tensors["random/numpy"].numpy().astype(np.uint32), *rest)
     cuda = [tensors[key] for key in sorted(tensors) if key.startswith("random/cuda")]
     trainer.model_stream.state = tensors["random/torch"], numpy_state, (version, tuple(internal), gauss), cuda
+
+
+def _load_optimizer(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    """The state of the optimizer, by the names of what it changes."""
+    state = trainer.optimizer.state_dict()
+    trained = [one for group in trainer.optimizer.param_groups for one in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    places = dict(zip(trained, numbers, strict=True))
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, parameter in trainer.named().items():
+        known = name.removeprefix("module/")
+        for key in _OPTIMIZERS[trainer.settings.optimizer]:
+            if (one := tensors.get(f"{known}/{key}")) is not None:
+                like = trainer.spread.part(known, one) if one.dim() else one
+                assert like is not None
+                found.setdefault(places[parameter], {})[key] = like
+    trainer.optimizer.load_state_dict({**state, "state": found})
+
+
+_OPTIMIZERS = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}
+"""What each optimizer keeps of a parameter."""

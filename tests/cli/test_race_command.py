@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.cli.test_cli import done, model, refused
-
-__all__ = ["model"]
+from tests.cli.test_cli import done, refused
 
 
 def test_takes_several_targets(model: Path, tmp_path: Path) -> None:
