@@ -79,6 +79,9 @@ class Agree(Instrument):
             raise GraphError(f"this pass is declared lossless, and {moved}")
         self._latest = outputs
 
+    def resume(self, graph: Graph) -> None:
+        self._accepted = self._latest = self._outputs(graph)
+
     def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[dict[str, list[Agreement]], list[str]]:
         """The original's outputs compared with those of `run` for the same feeds, by the shapes of these: the worst of
         each output among the examples of the same shapes. And notes on what was not compared.
