@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ from graphopt.dialects.onnx.tensors import to_numpy
 from graphopt.errors import LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import reads_integers
+from graphopt.ir.rewrite import Choice, Rule
+from graphopt.lowering import row_scales
 from graphopt.lowering.backend import Runner
 from graphopt.pipeline.target import Placement
 
@@ -39,12 +41,14 @@ class OpenVino(QdqTarget):
     name: ClassVar[str] = "openvino"
     summary: ClassVar[str] = "OpenVINO on CPU (needs the extra openvino); exports a standard .onnx file with Q/DQ"
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "linear": ("static", "weight-only"),
+        "linear": ("static", "weight-only", "dynamic"),
         "conv": ("static",),
         "matmul": ("static",),
         **dict.fromkeys(("add", "max_pool", "average_pool", "mean"), ("static",)),
         "embedding": ("weight-only",),
     }
+    granularities: ClassVar[tuple[str, ...]] = ("row",)
+    """It folds no quantize whose scale is computed: rows are divided by their scales, and have the stored scale 1."""
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8, 4), "embedding": (8, 4)}
     placement: ClassVar[Placement | None] = Placement()
     """Quantized regions are not closed: a quantize directly after a conv would prevent fusing the activation."""
@@ -58,6 +62,9 @@ class OpenVino(QdqTarget):
         if usual == "f32":
             return []
         return [f"run with INFERENCE_PRECISION_HINT=f32; by default OpenVINO rounds floats to {usual} on this CPU"]
+
+    def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
+        return *super().rules(graph), (row_scales.LINEAR, row_scales.QUANTIZE)
 
     def engine(self) -> str:
         return f"openvino {_package().__version__}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from graphopt.backends import target as target_of
 from graphopt.capture.arguments import several
-from graphopt.capture.folders import opened
+from graphopt.capture.folders import opened, origin_of
 from graphopt.capture.sources import Captured, capture, declared_inputs
 from graphopt.dialects.adapter import adapter
 from graphopt.errors import (
@@ -26,7 +27,7 @@ from graphopt.errors import (
     require_positive_integer,
     user_code,
 )
-from graphopt.ir.graph import digest
+from graphopt.ir.graph import digest, tensors_digest
 from graphopt.lowering.backend import Backend
 from graphopt.passes import REGISTRY
 from graphopt.pipeline.batches import Batches
@@ -39,10 +40,12 @@ from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.prompts import in_steps
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.text import parse
-from graphopt.result import Optimized
+from graphopt.result import Optimized, versions
 from graphopt.run import Run
 from graphopt.training import streams
 from graphopt.training.checkpoints import held
+from graphopt.training.meshes import Mesh
+from graphopt.training.meshes import opened as opened_mesh
 
 
 def optimize(
@@ -64,6 +67,7 @@ def optimize(
     agree: bool | None = None,
     measure: bool | None = None,
     cpu: str | None = None,
+    mesh: str | None = None,
     custom_ops: Sequence[Any] = (),
     instruments: Sequence[Instrument] = (),
     verbose: bool | None = None,
@@ -94,6 +98,9 @@ def optimize(
     it slower is reverted. None does so unless the environment has GRAPHOPT_MEASURE=0, or `cpu` is given. Without
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
     (avx2, avx512, avx512_vnni).
+    mesh: how the run is spread over the processes of torchrun, such as "dp=2" or "dp=2,tp=2": dp, each process has its
+    share of the batches; fsdp, and of every weight; tp, of every layer; pp, some of the layers. None is dp over all of
+    them. Every process makes the same calls; rank 0 measures, lowers and writes.
     custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
     onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
     known is not run: passes that need no run work, and only the shapes of outputs are checked.
@@ -109,9 +116,9 @@ def optimize(
     what `distill` learns from, unless teacher= is given.
 
     Raises UsageError for what cannot be asked, CaptureError for what cannot be captured, PassError when a pass fails,
-    LoweringError when the engine builds less than promised, or the lowered graph computes something else; nothing but
-    a GraphoptError. An exception of the user's own code (calibration batches, loss, evaluate) becomes a UsageError that
-    names it, with the exception as its `__cause__`.
+    LoweringError when the engine builds less than promised, or the lowered graph computes something else, RankError
+    when another process fails or differs; nothing but a GraphoptError. An exception of the user's own code (calibration
+    batches, loss, evaluate) becomes a UsageError that names it, with the exception as its `__cause__`.
     """
     earlier = model.applied if isinstance(model, Optimized) else ()
     with outer_door(UsageError, "optimize cannot use its arguments"):
@@ -120,7 +127,9 @@ def optimize(
         for option, flag in (("agree", agree), ("measure", measure), ("verbose", verbose)):
             if not isinstance(flag, bool | None):
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
-        instruments = display(verbose, instruments)
+        processes = opened_mesh(mesh)
+        leads = processes is None or processes.leads
+        instruments = display(verbose if leads else False, instruments if leads else ())
         backend = target_of(target, cpu)
         if custom_ops:
             adapter(backend.dialect).register(custom_ops)
@@ -132,10 +141,14 @@ def optimize(
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
         if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
             raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
+    origin = model.origin if isinstance(model, Optimized) else origin_of(model)
     model = opened(model)
-    with _few_collections():
+    with _few_collections(), _session(processes):
         if example_inputs is None:
             example_inputs = default_examples(model, calibration=calibration, training=training)
+            if processes is not None:
+                given = example_inputs
+                example_inputs = processes.first(lambda: given)
         with phase(instruments, "capture") as found:
             if isinstance(model, Optimized):
                 captured = _continued(model, backend, example_inputs, dynamic_shapes, cache)
@@ -150,6 +163,8 @@ def optimize(
             if calibration is not None:
                 calibration, calibration_steps = _in_steps(calibration, calibration_steps, captured)
                 batches = Calibration(calibration, captured.graph.inputs, calibration_steps, instruments)
+            if batches is not None and processes is not None:
+                batches = batches.over(processes)
             if measure and not captured.feeds:
                 raise UsageError("measure=True needs example_inputs: there are none that the model runs on")
         run = Run(
@@ -169,12 +184,49 @@ def optimize(
             agree=agree,
             measure=measures,
             instruments=instruments,
+            mesh=processes,
         )
+        if processes is not None:
+            _require_same(processes, run, checkpoint)
         with (
             outer_door(LoweringError, f"{captured.source} cannot be optimized by {pipeline} for {backend.name}"),
-            _checkpoint(checkpoint, pipeline, captured),
+            _checkpoint(checkpoint, pipeline, captured, processes),
         ):
-            return run.result()
+            small = run.result()
+    small.origin = origin
+    return small
+
+
+def _session(mesh: Mesh | None) -> AbstractContextManager[None]:
+    return nullcontext() if mesh is None else mesh.session()
+
+
+def _require_same(mesh: Mesh, run: Run, checkpoint: str | Path | None) -> None:
+    """Raise RankError, naming the first difference, where ranks are to do different things."""
+    feeds = hashlib.sha256("".join(tensors_digest(one, "") for one in run.captured.feeds).encode()).hexdigest()
+    same = "every process must make the same calls, on the same model, files and versions"
+    for what, own in (
+        ("the versions", versions()),
+        ("the mesh", str(mesh)),
+        ("the pipeline", str(run.pipeline)),
+        ("the target", run.backend.name),
+        ("the captured model", digest(run.captured.graph)),
+        ("example_inputs", feeds),
+        ("checkpoint", str(checkpoint)),
+    ):
+        mesh.require_same(what, own, same)
+    for name, batches in (("calibration", run.calibration), ("training", run.training)):
+        seen = _first_of(batches) if batches is not None and batches.repeats else None
+        mesh.require_same(f"the {name} data", seen, "give every process the same batches, in one order: each reads its "
+                          "share of them (a DistributedSampler cuts them beforehand)")  # fmt: skip
+
+
+def _first_of(batches: Batches) -> str:
+    """How many batches there are, where that is known, and what the first holds."""
+    with streams.restored():
+        torch.manual_seed(0)
+        first = next(batches.with_batches())
+    return f"{batches.count} batches, the first {tensors_digest(first.feeds, '')[:16]}"
 
 
 def whole_pipeline(
@@ -229,11 +281,21 @@ def _in_steps(calibration: Any, steps: int | None, captured: Captured) -> tuple[
     return source, steps if source is calibration else None
 
 
-def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Captured) -> AbstractContextManager[None]:
-    """The folder for checkpoints, where one was given, for this run alone."""
+@contextmanager
+def _checkpoint(
+    folder: str | Path | None, pipeline: Pipeline, captured: Captured, mesh: Mesh | None
+) -> Iterator[None]:
+    """The folder for checkpoints, where one was given, for this run alone; rank 0 of a mesh holds it for all."""
     if folder is None:
-        return nullcontext()
-    return held(Path(folder), {"pipeline": str(pipeline), "model": digest(captured.graph)})
+        yield
+        return
+    own = held(Path(folder), {"pipeline": str(pipeline), "model": digest(captured.graph)})
+    with ExitStack() as stack:
+        if mesh is None:
+            stack.enter_context(own)
+        else:
+            mesh.first(lambda: stack.enter_context(own))
+        yield
 
 
 def _teacher(model: Any, captured: Captured) -> TeacherGraph:

@@ -49,6 +49,14 @@ class PassError(GraphoptError):
         self.pass_name, self.reason, self.node, self.reproducer = pass_name, reason, node, reproducer
 
 
+class RankError(GraphoptError):
+    """Another process of the mesh failed, has ended, or does something else; says which, and what it said."""
+
+
+class BundleError(GraphoptError, ValueError):
+    """A bundle is damaged, does not run here, or answers otherwise than it did when it was made; says which."""
+
+
 class LoweringError(GraphoptError):
     """The engine did not build what was promised, or the lowered graph computes something else; says where and why."""
 
@@ -101,6 +109,7 @@ def user_batches(what: str, batches: Iterable[T]) -> Iterator[T]:
 
 def described(error: BaseException) -> str:
     """An exception of another library in one line: its class, and the beginning of its message."""
+    error = _unwrapped(error)
     message = foreign.reason(" ".join(str(error).split()))
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror + (f" ({error.filename})" if error.filename else "")
@@ -109,8 +118,18 @@ def described(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without code and source of an engine; its class where it has none."""
-    lines = str(error).strip().splitlines()
+    lines = str(_unwrapped(error)).strip().splitlines()
     return _shortened(foreign.reason(lines[0].strip())) if lines else type(error).__name__
+
+
+_WRAPPERS = ("Error calling ", "In clone_graph with args ")
+"""How messages of onnx-ir begin that print whole nodes and graphs, around the error that says why."""
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    while str(error).startswith(_WRAPPERS) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _shortened(message: str) -> str:

@@ -50,11 +50,15 @@ class Trained:
         module = self.graph.module()
         now = module.state_dict() | self.graph.unpacked(module)
         read = {*self.before.unpacked(), *(name for name, _ in self.before.constants())}
-        found: dict[int, Tensor] = {}  # by the memory of the tensor that it replaces: tied weights have several names
+        # By the memory of the tensor that it replaces: a tied weight has several names, and the graph keeps one.
+        found: dict[int, Tensor] = {
+            before.data_ptr(): now[name].detach().to(before.dtype)
+            for name, before in self.state.items()
+            if name in now and now[name].shape == before.shape
+        }
         for name, before in self.state.items():
-            if name in now and now[name].shape == before.shape:
-                found[before.data_ptr()] = now[name].detach().to(before.dtype)
-            elif name in now or name in read:
+            fits = now[name].shape == before.shape if name in now else before.data_ptr() in found or name not in read
+            if not fits:
                 is_now = f"{list(now[name].shape)}" if name in now else "in another form"
                 raise GraphError(
                     f"{name} of the module is {list(before.shape)}, and is {is_now} now, so the module cannot take "
@@ -94,6 +98,11 @@ class Optimized:
     """What the passes that train have left, where nothing lossy follows them."""
     sparse: Mapping[str, str] = field(default_factory=dict)
     """By the label of a site, the pattern of zeros in its weight that later training must keep."""
+    leads: bool = True
+    """False on the ranks of a mesh but rank 0: there `export` writes nothing, and what the model is called with runs in
+    the forms that need no measuring."""
+    origin: Path | None = None
+    """The folder of transformers that the model came from, whose tokenizer `bundle` takes along."""
 
     def __str__(self) -> str:
         """The headline and the table of passes; `.report` has the rest."""
@@ -129,7 +138,8 @@ class Optimized:
     @cached_property
     def runner(self) -> Runner:
         """The lowered graph, compiled; above 2 GB of weights not before it is asked for."""
-        return self.backend.compile(self.lowered, self.threads)
+        lowered = self.lowered if self.leads else self.backend.lower(self.folded)[0]
+        return self.backend.compile(lowered, self.threads)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that is changed and run by itself; the weights, to which nothing writes, are shared."""
@@ -267,15 +277,24 @@ class Optimized:
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
         target). external_data: keep weights in NAME.DIGEST.data, which is named by its content, so that at any moment
         the file and its weights are of one export; what an earlier export left there is removed. None decides by size.
-        The same input, pipeline and versions give the same bytes.
+        The same input, pipeline and versions give the same bytes. Of the ranks of a mesh rank 0 writes, and the others
+        return at once.
 
         Raises UsageError for another suffix, and for options that don't go together or that the target does not have;
         GraphError where there is no folder, or one in a file's place, a FIFO, a device or a link that leads nowhere,
         where a node has no spelling at `opset` (naming it), and where the file cannot be written, such as on a full
         disk. Then nothing is written, and what was there stays.
         """
+        if not self.leads:
+            return Path(path)
         with outer_door(GraphError, f"{path} cannot be written"):
             return self._export(Path(path), opset, portable, external_data, aot)
+
+    def bundle(self, folder: str | Path, **options: Any) -> Path:
+        """Write a folder that can be deployed and checks itself; see `graphopt.bundle`, which has the options."""
+        from graphopt.serving.making import bundle  # the one import that goes up: see the contract in pyproject.toml
+
+        return bundle(self, folder, **options)
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
         path = writing.place_of(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphopt.capture.fx_conversion import to_fx
 from graphopt.capture.onnx_conversion import to_onnx
-from graphopt.capture.signature import as_model
+from graphopt.capture.signature import Signature, as_model
 from graphopt.capture.sources import Captured
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
@@ -28,6 +28,7 @@ from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context, TeacherGraph
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify, phase, watched
 from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.ranks import MeasuredOnce, SameGraphs
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report import tables
@@ -35,6 +36,7 @@ from graphopt.report.agreements import worst_of_each
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
 from graphopt.result import Optimized, Trained, versions
+from graphopt.training.meshes import Mesh
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,10 @@ class Run:
     checkpoint: Path | None = None
     sparse: Mapping[str, str] = field(default_factory=dict)
     """The zeros that earlier calls of a chain left, as `Optimized.sparse` has them."""
+    mesh: Mesh | None = None
+    """The processes that run this together: all of them the passes, rank 0 alone what follows."""
+    _is_shared: bool = False
+    """Whether all ranks are at the same phase now, so that each finds by itself what fails."""
     _trained: Trained | None = None
     """What the passes that train have left, where nothing but lowering follows."""
 
@@ -85,6 +91,44 @@ class Run:
 
     def result(self) -> Optimized:
         """The result; where it is slower than the input, sites that lose are reverted, and in the end all of them."""
+        mesh = self.mesh
+        if mesh is None:
+            return self._result()
+        if not mesh.leads:
+            return self._followed(mesh)
+        try:
+            small = self._result()
+        except Exception as error:
+            if not self._is_shared:
+                failed = error
+                mesh.first(lambda: _raised(failed))
+            raise
+        mesh.first(lambda: small.report)
+        return small
+
+    def _followed(self, mesh: Mesh) -> Optimized:
+        """On the ranks that do not lead: the passes as often as rank 0 runs them, and its report."""
+        if self.calibration is not None and self._is_timed:
+            self.calibration = Remembered(self.calibration, digest)
+        pipelines = {"asked": self.pipeline, "fallback": self.fallback, "none": Pipeline()}
+        while not isinstance(told := mesh.first(_Step), Report):
+            pipeline = pipelines[told.pipeline]
+            report = self._report(pipeline, told.reverted)
+            transformed, folded, sparse = self._transformed(pipeline, report, None, told.reverted)
+            small = Optimized(
+                self.captured.graph, transformed, folded, folded, report, self.backend, self.captured.signature,
+                self.captured.feeds, self.threads, pipeline, self.earlier, self._trained, sparse, leads=False,
+            )  # fmt: skip
+        small.report = told
+        return small
+
+    def _lead(self, pipeline: Pipeline, reverted: Mapping[str, Decline]) -> None:
+        """Tell the other ranks which passes run next."""
+        if self.mesh is not None:
+            name = "asked" if pipeline is self.pipeline else "fallback" if pipeline is self.fallback else "none"
+            self.mesh.first(lambda: _Step(name, dict(reverted)))
+
+    def _result(self) -> Optimized:
         if not self._is_timed:
             return self._optimized(self.pipeline)
         if self.calibration is not None:  # the pipeline may run again
@@ -116,7 +160,10 @@ class Run:
         """All phases but timing, once. lowered: what the target is to run as it is, where nothing is to be lowered."""
         report = self._report(pipeline, reverted or {})
         reference = self._reference(report)
+        self._lead(pipeline, reverted or {})
+        self._is_shared = True
         transformed, folded, sparse = self._transformed(pipeline, report, reference, reverted or {})
+        self._is_shared = False
         as_it_came = lowered is not None
         if lowered is None:
             lowered = self._lowered(pipeline, folded, report)
@@ -149,6 +196,8 @@ class Run:
                                 "(instruments=[Reproduce(folder)] does)")  # fmt: skip
         if self.measure and self._is_too_large_to_run:
             report.notes.append("above 2 GB: nothing is timed, and forms have a fixed order (agree=True times them)")
+        if self.mesh is not None:
+            report.notes.append(f"run by {self.mesh.world} processes, mesh={self.mesh}")
         if self._is_too_large_to_run:
             report.notes.append("above 2 GB: outputs are not compared with the original, nor kernels counted "
                                 "(agree=True does both)")  # fmt: skip
@@ -170,18 +219,20 @@ class Run:
     ) -> tuple[Graph, Graph, Mapping[str, str]]:
         """The graph after the passes that were asked for, and after the target's own; and its zeros that must stay."""
         kept = _BeforeLowering()
-        watchers: list[Instrument] = [] if self._is_large else [Reproduce()]
-        watchers += [Verify(), *self.instruments, kept]
+        mesh = self.mesh
+        watchers: list[Instrument] = [] if self._is_large or (mesh is not None and not mesh.leads) else [Reproduce()]
+        watchers += [Verify(), *([] if mesh is None else [SameGraphs(mesh)]), *self.instruments, kept]
         watchers += [] if reference is None else [reference]
         captured, loss, evaluate = self.captured, self.loss, self.evaluate
         context = Context(
-            target=self.backend,
+            target=self.backend if mesh is None else MeasuredOnce(self.backend, mesh),
+            ranks=mesh,
             report=report,
             feeds=captured.feeds,
             made_up=captured.made_up,
             calibration=self.calibration,
             loss=lambda outputs, batch, **options: loss(captured.signature.rebuild(outputs), batch, **options),
-            evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
+            evaluate=None if evaluate is None else partial(_evaluated, evaluate, captured.signature, mesh),
             instruments=watchers,
             threads=self.threads,
             reverted=reverted,
@@ -484,6 +535,26 @@ class Run:
     def _is_too_large_to_run(self) -> bool:
         """Whether the model is so large that it runs only where agree=True asks for that."""
         return self._is_large and not self.agree
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Which passes all ranks run next, and what they leave as it is."""
+
+    pipeline: str = ""
+    reverted: Mapping[str, Decline] = field(default_factory=dict)
+
+
+def _evaluated(
+    evaluate: Callable[[Any], float], signature: Signature, mesh: Mesh | None, graph: Graph
+) -> float:
+    """The metric of a graph, as rank 0 finds it."""
+    model = as_model(graph, signature)
+    return evaluate(model) if mesh is None else mesh.first(lambda: evaluate(model))
+
+
+def _raised(error: Exception) -> Report:
+    raise error
 
 
 class _BeforeLowering(Instrument):

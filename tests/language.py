@@ -180,6 +180,7 @@ class FakeTarget(AnyTarget):
     types: tuple[str, ...] = ("int8",)
     floats: tuple[str, ...] = ()
     placement: Placement | None = None
+    granularities: tuple[str, ...] = ("tensor", "row")
     bits: int = 8
     refused: Mapping[str, str] = field(default_factory=dict)
     """By label, why a site must stay float."""

@@ -14,6 +14,7 @@ from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.qdq.numbers import fits_integers, saturates
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule, scalar
+from graphopt.lowering import row_scales
 
 
 def linear_int8(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
@@ -36,6 +37,12 @@ def _is_dynamic(m: Match) -> bool:
     quantize, ranges = m.x.producer, m.scale.producer
     kinds = [None if node is None else node.kind for node in (quantize, ranges)]
     return kinds == ["quantize", "choose_qparams"]
+
+
+def _is_of_rows(m: Match) -> bool:
+    quantize, scale = m.x.producer, m.scale.producer
+    kinds = [None if node is None else node.kind for node in (quantize, scale)]
+    return kinds == ["quantize", "row_scale"]
 
 
 def _is_static(m: Match) -> bool:
@@ -67,6 +74,13 @@ def _shared_integers(op: Builder, m: Match) -> Value:
     if len(m.x.users) == 1:
         raise Declined("quantized_input_not_shared")
     return _integer_to_float(op, m)
+
+
+def _rows_to_float(op: Builder, m: Match) -> Value:
+    """The kernel takes one scale for all rows: it gets 1, and a Mul behind it those of the rows."""
+    operands = m.x, _transposed(op, m.weight), row_scales.one(op), m.weight_scale, m.zero_point
+    product = op("com.microsoft.MatMulIntegerToFloat", *operands)
+    return row_scales.rescaled(op, product, m.scale, m.bias)
 
 
 def _matmul_nbits(op: Builder, m: Match) -> Value:
@@ -187,4 +201,13 @@ STATIC = Choice(
     around=lambda m: [m.x.producer, *m.x.users],
     lossy=frozenset({"MatMulNBits"}),
 )
+ROWS = Choice(
+    "linear-of-rows",
+    linear_int8,
+    {"MatMulIntegerToFloat": _rows_to_float, "MatMulNBits": _matmul_nbits},
+    check=_is_of_rows,
+    around=_on_one_input,
+    lossy=frozenset({"MatMulNBits"}),
+)
+"""Activations with a scale for each row."""
 TO_FLOAT = Rule("matmul-integer-to-float", linear_int8, _integer_to_float)

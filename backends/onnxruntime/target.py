@@ -36,6 +36,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import STORED
 from graphopt.ir.rewrite import Choice, Rule, RuleLog
+from graphopt.lowering import row_scales
 from graphopt.lowering.backend import Chooser, Runner
 from graphopt.lowering.timed_forms import TimedChooser
 
@@ -56,6 +57,7 @@ class OnnxRuntime(OnnxTarget):
     }
     floats: ClassVar[tuple[str, ...]] = ("float16",)
     """Stored so, and computed in float32 between casts: files are smaller, not faster."""
+    granularities: ClassVar[tuple[str, ...]] = ("tensor", "row")
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {
         "linear": (8, 4, 2), "embedding": (8, 4), **dict.fromkeys(STORED, (8,)),
     }  # fmt: skip
@@ -84,7 +86,8 @@ class OnnxRuntime(OnnxTarget):
             # int8
             (lstm.DYNAMIC,),
             (linear_int8.TO_INTEGERS,),
-            (linear_int8.DYNAMIC, linear_int8.STATIC),
+            (linear_int8.DYNAMIC, linear_int8.STATIC, linear_int8.ROWS),
+            (row_scales.QUANTIZE,),
             (conv_int8.PADDING,),
             (conv_int8_few_channels.FEW_CHANNELS,),
             (conv_int8.SMALL,),

@@ -35,6 +35,7 @@ class EagerTarget(Backend):
         "conv": ("static",),
         "add": ("static",),
     }
+    granularities: ClassVar[tuple[str, ...]] = ("tensor", "row")
     floats: ClassVar[tuple[str, ...]] = ("bfloat16",)
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
     zeros: str = "weights are packed densely, and zeros multiplied: only compressed files gain"

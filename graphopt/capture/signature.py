@@ -15,6 +15,7 @@ from graphopt.capture.arguments import Constant, as_tensor
 from graphopt.capture.decode import named_leaves
 from graphopt.errors import CaptureError, nearest
 from graphopt.ir.graph import Feeds, Graph, Value, dtype_name
+from graphopt.ir.untouched import Untouched
 
 
 def as_model(graph: Graph, signature: Signature) -> Callable[..., Any]:
@@ -72,6 +73,8 @@ class Signature:
     """What the capture fixed, by name."""
     optional: tuple[str, ...] = ()
     """Inputs that have a default, and are given by name."""
+    untouched: tuple[str, ...] = ()
+    """Inputs that are no tensors, or of a type that torch lacks: texts, sequences, maps."""
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Feeds, bool]:
         """Arguments as feeds, and whether they were numpy (then so is the result). Raises CaptureError on misuse."""
@@ -91,7 +94,11 @@ class Signature:
             raise CaptureError(f"missing inputs: {', '.join(missing)}")
         numpy = all(isinstance(named[name], np.ndarray) for name in self.inputs)
         given = [*self.inputs, *(name for name in self.optional if name in named)]
-        return {name: as_tensor(named[name], name) for name in given}, numpy
+        feeds = {
+            name: Untouched.of(named[name]) if name in self.untouched else as_tensor(named[name], name)
+            for name in given
+        }
+        return feeds, numpy
 
     def _leaves(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments as values by input name: what is a structure, taken apart."""

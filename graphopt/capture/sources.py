@@ -319,7 +319,8 @@ def _capture_model(model: Any, dialect: Adapter, example_inputs: Any, source: st
     names = tuple(value.name for value in graph.inputs)
     outputs = tuple(value.name for value in graph.outputs)
     signature = Signature(
-        names, outputs, lambda results: dict(zip(outputs, results, strict=True)), optional=dialect.optional(graph)
+        names, outputs, lambda results: dict(zip(outputs, results, strict=True)), optional=dialect.optional(graph),
+        untouched=tuple(value.name for value in graph.inputs if value.dtype is None),
     )
     notes = dialect.notes(model, graph)
     if example_inputs is None:

@@ -71,12 +71,28 @@ def optimize(
     threads: Threads = None,
     measure: Measure = None,
     cpu: Cpu = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="How training is spread over the processes of torchrun: dp=2, fsdp=2, tp=2, pp=2, or dp=2,tp=2.",
+            show_default=False,
+        ),
+    ] = None,
     custom_ops: CustomOps = None,
     opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
     aot: Annotated[
         bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
     ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder to deploy, with the model, its tokenizer and golden inputs; see `graphopt bundle`.",
+            show_default=False,
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="A file for the report: .html, with the graph diff, or .txt or .json.")
     ] = None,
@@ -90,10 +106,10 @@ def optimize(
 
     if not model.is_dir():
         require_file(model)
-    if dry_run and (output or report):
-        raise UsageError("--dry-run writes nothing; leave out --output and --report")
-    if not dry_run and output is None:
-        raise UsageError("say where to write: -o FILE, or --dry-run")
+    if dry_run and (output or report or bundle):
+        raise UsageError("--dry-run writes nothing; leave out --output, --bundle and --report")
+    if not dry_run and output is None and bundle is None:
+        raise UsageError("say where to write: -o FILE, --bundle DIR, or --dry-run")
     require_writable(model, output, report)
     if report is not None:
         require_report_name(report)
@@ -121,11 +137,16 @@ def optimize(
             threads=threads,
             measure=measure,
             cpu=cpu,
+            mesh=mesh,
             custom_ops=custom_ops or (),
             verbose=shown,
             **{option: value for option, value in given.items() if value is not None},
         )
+    if not small.leads:  # rank 0 writes and reports
+        return
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
+    if bundle is not None:
+        written.append(small.bundle(bundle))
     if report is not None:
         small.report.save(report, small.diff())
         written.append(report)

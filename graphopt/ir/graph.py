@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from graphopt.errors import GraphError
 from graphopt.ir.ops import OPS, Op
 from graphopt.ir.scaled import Place, Scaled
+from graphopt.ir.untouched import Untouched
 
 Shape = tuple[int | str, ...]
 """One entry per axis: a size, or the name of a dynamic axis ("?" when it has none)."""
 
 Feeds = Mapping[str, Tensor]
-"""What a graph is run on: a tensor for each input, by name."""
+"""What a graph is run on: a tensor for each input, by name; an `Untouched` where the input is of another type."""
 
 Seen = tuple[int, Feeds, Mapping["Value", Tensor]]
 """The number of a batch, its feeds by input name, and some values computed from it."""
@@ -436,7 +437,7 @@ def update_digest(found: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
     """Take the names, dtypes, shapes and contents of tensors into a hash, in the order of their names."""
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(raw_bytes(tensor))
+        found.update(repr(tensor.held).encode() if isinstance(tensor, Untouched) else raw_bytes(tensor))
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -138,6 +138,8 @@ class Backend(ABC):
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+    granularities: ClassVar[tuple[str, ...]] = ("tensor",)
+    """What may share a scale in dynamic quantization, best first: an activation (tensor), or a row of it (row)."""
     types: ClassVar[tuple[str, ...]] = ("int8",)
     """What it multiplies in 8 bits, best first."""
     floats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")

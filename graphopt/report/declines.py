@@ -104,6 +104,8 @@ SENTENCES = {
     "no_kernel_uncalibrated": "{target} has no fast {scheme} {op}; static needs calibration",
     "dtype_weight_only": "{dtype} is for products of two sides: give scheme=static, dynamic or auto",
     "bits_unsupported": "a {scheme} {op} has weights of {known} bits here, not {bits}",
+    "granularity_unsupported": "{target} has kernels for dynamic activations of granularity {known}, not {asked}",
+    "rows_of_linears": "activations have a scale for each row where a linear reads them: {op} has no such kernel",
     "activation_bits_static": "activations of {bits} bits are int8 of a range that is known: give calibration, and "
     "scheme=static or auto",
     "activation_bits_unread": "{target} reads quantize and dequantize of 8 bits alone, not of {bits}",

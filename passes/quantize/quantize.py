@@ -56,6 +56,11 @@ class Quantize(Pass):
     """Activations: with calibrated ranges (static), the range of each run (dynamic), or in float (weight-only); by site
     if wanted. Auto: static with calibration, where the target has it."""
 
+    granularity: Literal["auto", "tensor", "row"] = "auto"
+    """Of dynamic activations: one scale for all of a value (tensor), or one for each row along its last axis, such as a
+    token (row), so that a row's result does not depend on what else is in the batch. Auto: as the target prefers. Row
+    makes scheme=auto dynamic."""
+
     dtype: Literal["int8", "float8"] = "int8"
     """What is multiplied: int8, or float8 (e4m3: 3 bits of fraction) where the target has kernels for it."""
 
@@ -112,7 +117,12 @@ class Quantize(Pass):
         super().__post_init__()
 
     def contradiction(self) -> str | None:
-        return "bits is empty; give 8, 7, 4 or 2, or several of them" if self.bits == () else None
+        if self.bits == ():
+            return "bits is empty; give 8, 7, 4 or 2, or several of them"
+        known = set(self.scheme.values()) if isinstance(self.scheme, Mapping) else {self.scheme}
+        if self.granularity == "row" and known <= {"static", "weight-only"}:
+            return f"granularity=row is of scheme=dynamic, not of {' and '.join(sorted(known))}; leave out one of them"
+        return None
 
     def alone(self) -> Self:
         """At one site: without smoothing, which changes the nodes before it too."""
@@ -141,6 +151,9 @@ class Quantize(Pass):
             for option in _BY_SITE
         }  # fmt: skip
         values["activation_bits"] = dict.fromkeys(graph.nodes, 8) | values["activation_bits"]
+        if self.granularity == "row":
+            dynamic = {node: "dynamic" for node, scheme in values["scheme"].items() if scheme == "auto"}
+            values["scheme"] = values["scheme"] | dynamic
         asked: dict[Node, Asked | Decline] = {}
         sites = context.sites(graph, self.targets, self.ignore)
         if not any(node in self.targets for node in graph.nodes):

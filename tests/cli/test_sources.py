@@ -270,6 +270,7 @@ def test_a_function_of_a_model(script: Path) -> None:
         ("{folder}/ragged.tsv{{text=text}}", "ragged.tsv, line 2: 3 columns, and there are 2 names: text, y"),
         ("{folder}/header.csv{{text=text}}", "header.csv has no rows below its header line"),
         ("{folder}/latin.csv{{text=text}}", "latin.csv is no table of text in UTF-8: UnicodeDecodeError"),
+        ("{folder}/open.csv{{text=text}}", "open.csv, line 6554: field larger than field limit (131072); is a quota"),
     ],
 )
 def test_refuses(source: str, message: str, tokenizer: Path, script: Path, archive: Path, tmp_path: Path) -> None:
@@ -282,6 +283,7 @@ def test_refuses(source: str, message: str, tokenizer: Path, script: Path, archi
     write(tmp_path / "a.tsv", "text\ty", "cat\t1", "dog\tno")
     write(tmp_path / "ragged.tsv", "text\ty", "cat\t1\t2")
     write(tmp_path / "header.csv", "text,y")
+    write(tmp_path / "open.csv", "text,y", '"a quotation mark that is never closed,1', *["twenty characters,1"] * 9000)
     (tmp_path / "latin.csv").write_bytes(b"text\ncaf\xe9")
     places = {"folder": tmp_path, "tokenizer": tokenizer}
     with pytest.raises(UsageError) as caught:

@@ -18,6 +18,7 @@ import graphopt.dialects.onnx.adapter
 import graphopt.dialects.onnx.run  # noqa: F401
 from graphopt.capture import capture
 from graphopt.errors import GraphoptError
+from tests.fuzz.sources import sources
 
 LONGEST = 300
 """Most characters of a message of graphopt."""
@@ -127,6 +128,93 @@ _CHANGES: tuple[Callable[[onnx.GraphProto, random.Random], None], ...] = (
     _drop_node, _repeat_node, _rename_operator, _rename_value, _change_attribute, _change_size, _change_type,
     _change_weight, _drop_output,
 )  # fmt: skip
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def folders(parent: Path, count: int, seed: int) -> Iterator[tuple[Path, str]]:
+    """Files whose weights lie in one file beside them or in several, one thing of which is wrong; and what it is."""
+    source = random.Random(seed)
+    contents = list(sources().values())
+    for number in range(count):
+        folder = parent / str(number)
+        folder.mkdir(parents=True)
+        model, shards = onnx.load_from_string(source.choice(contents)), source.choice([1, 3])
+        _store_outside(model, folder, shards)
+        what = source.choice(list(_FAULTS))
+        _FAULTS[what](model, folder, source)
+        (folder / "model.onnx").write_bytes(model.SerializeToString())
+        yield folder / "model.onnx", what
+
+
+def _store_outside(model: onnx.ModelProto, folder: Path, shards: int) -> None:
+    for index, tensor in enumerate(model.graph.initializer):
+        content = onnx.numpy_helper.to_array(tensor).tobytes()
+        name = f"weights-{index % shards}.bin"
+        with (folder / name).open("ab") as file:
+            offset = file.tell()
+            file.write(content)
+        onnx.external_data_helper.set_external_data(tensor, name, offset, len(content))
+        for held in ("raw_data", "float_data", "int32_data", "int64_data"):
+            tensor.ClearField(held)  # type: ignore[arg-type]
+
+
+def _entry(model: onnx.ModelProto, random: random.Random, key: str, value: str) -> None:
+    tensors = [tensor for tensor in model.graph.initializer if tensor.external_data]
+    if tensors:
+        entries = random.choice(tensors).external_data
+        found = next((entry for entry in entries if entry.key == key), None) or entries.add(key=key)
+        found.value = value
+
+
+def _data(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.bin"))
+
+
+def _remove_data(model: onnx.ModelProto, folder: Path, random: random.Random) -> None:
+    for path in _data(folder)[:1]:
+        path.unlink()
+
+
+def _cut_data(model: onnx.ModelProto, folder: Path, random: random.Random) -> None:
+    for path in _data(folder)[:1]:
+        path.write_bytes(path.read_bytes()[: random.randrange(path.stat().st_size)])
+
+
+def _replace_data(model: onnx.ModelProto, folder: Path, random: random.Random) -> None:
+    for path in _data(folder):
+        path.write_bytes(random.randbytes(path.stat().st_size))  # of another model: NaN and infinities
+
+
+def _data_is_a_folder(model: onnx.ModelProto, folder: Path, random: random.Random) -> None:
+    for path in _data(folder)[:1]:
+        path.unlink()
+        path.mkdir()
+
+
+def _set_entry(key: str, *values: str) -> Callable[[onnx.ModelProto, Path, random.Random], None]:
+    return lambda model, folder, random: _entry(model, random, key, random.choice(values))
+
+
+_FAULTS: dict[str, Callable[[onnx.ModelProto, Path, random.Random], None]] = {
+    "nothing": lambda model, folder, random: None, "no data file": _remove_data, "data cut off": _cut_data,
+    "data of another model": _replace_data, "data is a folder": _data_is_a_folder,
+    "offset": _set_entry("offset", "-1", "1", "99999999", "one", "", "1e3", str(2**70)),
+    "length": _set_entry("length", "-1", "0", "3", "99999999", "many", str(2**70)),
+    "location": _set_entry("location", "", ".", "..", "/etc/passwd", "../../x.bin", "weights-9.bin", "a\x00b", "w" * 999),
+    "another key": _set_entry("checksum", "0", "x" * 999), "shape": lambda model, folder, random: _change_shape(model, random),
+}  # fmt: skip
+
+
+def _change_shape(model: onnx.ModelProto, random: random.Random) -> None:
+    tensors = [tensor for tensor in model.graph.initializer if tensor.dims]
+    if tensors:
+        dims = random.choice(tensors).dims
+        dims[random.randrange(len(dims))] = random.choice([-1, 0, 1, 2**20, 2**40])
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
 
 
 def mutated(content: bytes, count: int, seed: int) -> Iterator[bytes]:

@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphopt import writing
+from graphopt.dialects.silence import quiet
 from graphopt.ir import cost
 
 SMALL = 2**16
@@ -176,7 +177,8 @@ def save(model: ir.Model, path: Path, *, external_data: bool) -> None:
             for (value, tensor), offset in zip(outside, offsets, strict=True):
                 name, shape = value.name or "", ir.Shape(tensor.shape.numpy())
                 value.const_value = ir.ExternalTensor(data, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name)
-        ir.save(model, path)
+        with quiet("onnx_ir"):  # which warns of shapes without a type
+            ir.save(model, path)
     finally:
         for value, tensor in held.items():
             value.const_value = tensor

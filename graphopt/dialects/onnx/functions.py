@@ -102,6 +102,8 @@ def function(op_type: str, opset: int) -> ir.Function:
             f"{floats if opset >= 13 else _rows('weight', 'weight_scale', 'wf', rank)} "
             f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
         )
+    elif "row" in variant:
+        signature, body = _row_body(name, "shifted" in variant)
     elif name == "dequantize":
         attributes, given = "<axis, block_size, bits>", "x, scale" + (", zero_point" if "shifted" in variant else "")
         block = ", block_size = @block_size" if opset >= 21 else ""
@@ -126,6 +128,16 @@ def function(op_type: str, opset: int) -> ir.Function:
         raise GraphError(f"there is no ONNX function for {op_type!r}")
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {op_type} {attributes} {signature} {{ {body} }}'
     return ir.serde.deserialize_function(_parse(text))
+
+
+def _row_body(name: str, shifted: bool) -> tuple[str, str]:
+    """quantize or dequantize with a scale for each row: by a scale of 1, and a division or product beside it."""
+    one = "one = Constant<value_float = 1.0>()"
+    zero = "" if shifted else "n = Constant<value_float = 0.0>() zero_point = Cast<to = 3>(n)"  # int8
+    signature = f"(x, scale{', zero_point' if shifted else ''}) => (y)"
+    if name == "quantize":
+        return signature, f"{one} {zero} s = Div(x, scale) y = QuantizeLinear(s, one, zero_point)"
+    return signature, f"{one} {zero} s = DequantizeLinear(x, one, zero_point) y = Mul(s, scale)"
 
 
 _BLOCKS = (

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphopt.dialects.onnx.functions import function
 from graphopt.dialects.onnx.spellings import DOMAIN, STANDARD
 from graphopt.dialects.onnx.views import PATH
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, first_line
 
 
 def error_at(node: ir.Node, reason: str) -> GraphError:
@@ -52,7 +52,7 @@ class Inference:
         try:
             types = self._types(node, inputs)
         except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError) as error:
-            raise error_at(node, f"{node.op_type} does not fit its operands: {error}") from error
+            raise error_at(node, f"{node.op_type} does not fit its operands: {first_line(error)}") from error
         for output, found in zip(node.outputs, types, strict=True):
             if found is not None and found.WhichOneof("value") == "tensor_type":
                 output.type = ir.TensorType(ir.DataType(found.tensor_type.elem_type))
@@ -72,18 +72,17 @@ class Inference:
             attributes = [ir.serde.serialize_attribute(a) for a in node.attributes.values()]
             body = self._functions[node.op_type]
             return list(onnx.shape_inference.infer_function_output_types(body, given, attributes))
-        if node.domain not in STANDARD:
-            return [None] * len(node.outputs)
+        domain, opset = ("", self.opset) if node.domain in STANDARD else (node.domain, self._opsets.get(node.domain, 1))
         try:
-            schema = onnx.defs.get_schema(node.op_type, self.opset)
-        except onnx.defs.SchemaError:  # an operator that was experimental once; engines may still know it
+            schema = onnx.defs.get_schema(node.op_type, opset, domain)
+        except onnx.defs.SchemaError:  # of another domain, or experimental once; engines may still know it
             return [None] * len(node.outputs)
         small = {
             v.name or "": ir.serde.serialize_tensor(v.const_value)
             for v in node.inputs
             if v is not None and not v.is_graph_input() and v.const_value is not None and v.const_value.size <= 64
         }
-        opsets = [onnx.helper.make_opsetid("", self.opset)]
+        opsets = [onnx.helper.make_opsetid(domain, opset)]
         found = onnx.shape_inference.infer_node_outputs(
             schema, ir.serde.serialize_node(node), dict(inputs), small, opset_imports=opsets
         )

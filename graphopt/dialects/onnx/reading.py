@@ -190,7 +190,7 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
             value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
         if value.const_value is not None and value.shape is None:
             value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
-    if denied := onnx_shapes.infer_anew(model, Inference(model).infer):
+    if denied := onnx_shapes.infer_anew(model.graph, Inference(model).infer):
         others = f" and {len(denied) - 3} more" if len(denied) > 3 else ""
         notes.append(f"the file states a type or shape of {', '.join(map(repr, denied[:3]))}{others} that its nodes do "
                      "not give: these were inferred anew")  # fmt: skip

@@ -17,6 +17,7 @@ from graphopt.dialects.onnx import custom_operators
 from graphopt.dialects.onnx.mended import restore_map_types
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES, array_to_torch, to_numpy
+from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError
 
 if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
@@ -136,7 +137,8 @@ def _without_large_weights(model: ir.Model) -> tuple[dict[str, ir.TensorProtocol
             value.const_value = ir.ExternalTensor(
                 "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name or ""
             )
-        proto = ir.to_proto(model)
+        with quiet("onnx_ir"):  # which warns of shapes without a type
+            proto = ir.to_proto(model)
         restore_map_types(proto, model)
         return weights, proto
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from graphopt.dialects.onnx.spellings import STANDARD
 from graphopt.errors import GraphError
 
 Size = int | str | None
@@ -27,11 +28,11 @@ def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, l
     """
     held: dict[ir.Value, list[Size]] = {}
     for node in model.graph:
-        if node.op_type in ("Reshape", "Expand") and node.domain in ("", "ai.onnx"):
+        if node.op_type in ("Reshape", "Expand") and node.domain in STANDARD:
             if node.outputs[0].type is None and node.inputs[0] is not None:
                 node.outputs[0].type = node.inputs[0].type
             _shape_from_held(node, held)
-        elif any(_is_open(output.shape) for output in node.outputs) and not _holds_subgraph(node):
+        elif any(_is_open(output.shape) for output in node.outputs) and not _subgraphs(node):
             before = [output.shape for output in node.outputs]
             infer(node)
             for output, known in zip(node.outputs, before, strict=True):
@@ -48,18 +49,46 @@ def refine(model: ir.Model, infer: Callable[[ir.Node], None]) -> dict[ir.Node, l
     }  # fmt: skip
 
 
-def infer_anew(model: ir.Model, infer: Callable[[ir.Node], None]) -> list[str]:
-    """Set the types and shapes of all results to what their nodes give, in one walk in topological order.
+def infer_anew(graph: ir.Graph, infer: Callable[[ir.Node], None]) -> list[str]:
+    """Set the types and shapes of all results to what their nodes give, in one walk in topological order that goes
+    through subgraphs too.
 
     What was stated before is kept where inference tells nothing, and completes what it leaves open; a statement that
     it denies is dropped. Returns the names of values of which another type or shape was stated. [changes]
     """
-    return [name for node in model.graph for name in infer_node_anew(node, infer)]
+    denied = []
+    for node in graph:
+        inner = _subgraphs(node)
+        for subgraph in inner:
+            _type_inputs(node, subgraph)
+            denied += infer_anew(subgraph, infer)
+        if inner:
+            _type_results(node, inner[0])
+        else:
+            denied += infer_node_anew(node, infer)
+    return denied
+
+
+def _type_inputs(node: ir.Node, body: ir.Graph) -> None:
+    """Give inputs of a loop's body that state no type those of what is carried; its shape may change at each turn."""
+    if node.op_type == "Loop" and node.domain in STANDARD:
+        for carried, first in zip(body.inputs[2:], node.inputs[2:], strict=False):
+            if carried.type is None and first is not None:
+                carried.type = first.type
+
+
+def _type_results(node: ir.Node, body: ir.Graph) -> None:
+    """Give results of a condition or a loop that state no type those of what its subgraph returns: also sequences."""
+    returned = body.outputs[1:] if node.op_type == "Loop" else body.outputs
+    if node.domain in STANDARD:
+        for result, inner in zip(node.outputs, returned, strict=False):
+            if result.type is None:
+                result.type = inner.type
 
 
 def infer_node_anew(node: ir.Node, infer: Callable[[ir.Node], None]) -> list[str]:
     """See `infer_anew`: of one node. What holds subgraphs stays as it is stated."""
-    if _holds_subgraph(node):
+    if _subgraphs(node):
         return []
     denied = []
     stated = [(output.type, output.shape) for output in node.outputs]
@@ -91,8 +120,14 @@ def _contradict(found: ir.Shape | None, stated: ir.Shape | None) -> bool:
     return len(found) != len(stated) or any(a != b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
-def _holds_subgraph(node: ir.Node) -> bool:
-    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            found += attribute.as_graphs()
+    return found
 
 
 def _is_open(shape: ir.Shape | None) -> bool:
@@ -117,7 +152,7 @@ def _sizes(shape: ir.Shape | None) -> list[Size]:
 
 def _follow(node: ir.Node, held: dict[ir.Value, list[Size]]) -> None:
     """Record the entries of a node's result, where it is an integer tensor of rank 0 or 1 that is made of sizes."""
-    follow = _FOLLOW.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    follow = _FOLLOW.get(node.op_type) if node.domain in STANDARD else None
     if follow is not None and _is_list(node.outputs[0].shape):
         result = follow(node, held)
         if result is not None:

@@ -758,6 +758,8 @@ def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attr
     _require_quantized(graph, "quantize", axis)
     spelled = {} if axis is None else {"axis": axis}
     x, scale, zero_point = (*operands, None)[:3]
+    if _is_of_rows(scale, axis):
+        return _write_rows("quantize", operands, bits)
     if bits < 8:
         if graph.opset < _NARROW_SINCE.get(bits, sys.maxsize):
             raise SpellingError(f"quantize to {bits} bits has no ONNX operator at opset {graph.opset}: there are 8, "
@@ -768,6 +770,19 @@ def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attr
     elif zero_point is None:
         spelled["output_dtype"] = next(int(dtype) for dtype, size in _SIGNED.items() if size == bits)
     return Spelled("QuantizeLinear", [x, scale, zero_point], spelled)
+
+
+def _is_of_rows(scale: OnnxValue | None, axis: int | None) -> bool:
+    """Whether a scale has a number for each row, (..., 1)."""
+    return axis is None and scale is not None and (scale.rank or 0) > 1
+
+
+def _write_rows(op: str, operands: Sequence[OnnxValue | None], bits: int) -> Spelled:
+    """With a scale for each row, which the operators of ONNX have for matrices alone."""
+    if bits != 8:
+        raise SpellingError(f"{op} with a scale for each row has a form in ONNX for 8 bits, not for {bits}")
+    zero_point = (*operands, None)[2]
+    return Spelled(f"{op}__row" + ("" if zero_point is None else "_shifted"), operands, {}, DOMAIN)
 
 
 def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
@@ -793,6 +808,8 @@ def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], at
     spelled = {"axis": axis} if axis is not None else {}
     spelled |= {"block_size": block} if block else {}
     x, scale, zero_point = (*operands, None)[:3]
+    if _is_of_rows(scale, axis):
+        return _write_rows("dequantize", operands, bits)
     if graph.opset < 13 and not block and axis == 0 and x is not None and x.rank is not None:
         op_type = f"dequantize__rows_{x.rank}" + ("" if zero_point is None else "_shifted")
         return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)

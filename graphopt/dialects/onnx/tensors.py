@@ -11,6 +11,7 @@ from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
 from graphopt.errors import GraphError
+from graphopt.ir.untouched import Untouched
 from graphopt.numerics import quantize
 
 TORCH_DTYPES: dict[ir.DataType, torch.dtype] = {
@@ -81,6 +82,9 @@ class _Writeable:
         self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
 
 
-def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The array of a tensor, row by row; a tensor on the CPU that lies so shares its memory."""
+def to_numpy(tensor: Tensor) -> Any:
+    """The array of a tensor, row by row; a tensor on the CPU that lies so shares its memory. What stands for something
+    else is that, as the engine takes it."""
+    if isinstance(tensor, Untouched):
+        return tensor.held
     return TorchTensor(tensor.contiguous()).numpy()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from graphopt.ir.graph import Graph
+from graphopt.ir.untouched import Untouched
 from graphopt.pipeline.instruments.instrument import Instrument
 from graphopt.pipeline.target import AnyTarget
 
@@ -85,5 +86,6 @@ def _save_feeds(folder: Path, batches: Sequence[Mapping[str, Tensor]]) -> None:
 
     folder.mkdir(exist_ok=True)
     for number, feeds in enumerate(batches):
-        copies = {name: tensor.detach().clone().contiguous() for name, tensor in feeds.items()}  # no shared memory
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in feeds.items()
+                  if not isinstance(tensor, Untouched)}  # fmt: skip  # no shared memory, and nothing but tensors
         save_file(copies, str(folder / f"{number:03}.safetensors"))

@@ -93,6 +93,30 @@ def test_a_false_inner_statement_is_inferred_anew(elem_type: int, shape: list[in
     torch.testing.assert_close(captured.graph.evaluate({"x": X}, captured.graph.outputs)[0], expected)
 
 
+def test_a_false_statement_within_a_branch_is_inferred_anew() -> None:
+    proto = model("""g (float[n,4] x, bool k) => (float[n,4] y) {
+        y = If (k) <then_branch = t () => (float[n,4] b) { a = Relu(x) b = Neg(a) },
+                    else_branch = e () => (float[n,4] c) { c = Abs(x) }> }""")
+    branch = proto.graph.node[0].attribute[0].g
+    branch.value_info.append(helper.make_tensor_value_info("a", TensorProto.INT64, [7]))
+    captured = capture(proto, "onnx")
+    assert any("a type or shape of 'a' that its nodes do not give" in note for note in captured.notes)
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_loop_that_carries_a_sequence(typed: bool) -> None:
+    proto = model("""g (float[n,4] x) => (float[m,4] y) {
+        m = Constant<value_int = 3>() s = SequenceEmpty()
+        z = Loop(m, , s) <body = b (int64 i, bool c, seq(float) before) => (bool d, seq(float) after) {
+            r = Relu(x) d = Identity(c) after = SequenceInsert(before, r) }>
+        y = ConcatFromSequence<axis = 0>(z) }""", opset=17)
+    body = proto.graph.node[2].attribute[0].g
+    for value in () if typed else (body.input[2], body.output[1]):
+        value.ClearField("type")
+    small = graphopt.optimize(proto, example_inputs=X)
+    torch.testing.assert_close(small(X)["y"], plain_run(proto, {"x": X})[0])
+
+
 def test_a_weight_unlike_its_declaration(capsys: pytest.CaptureFixture[str]) -> None:
     proto = file(helper.make_node("MatMul", ["x", "w"], ["y"]), w=np.ones((4, 3)))
     proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 5]))

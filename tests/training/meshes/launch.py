@@ -1,0 +1,56 @@
+"""Several processes on this machine, as torchrun starts them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+WAIT = 240.0
+"""Seconds until a launch is given up."""
+
+
+def launch(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function of a module returns on each of `count` ranks; an exception comes back as its text.
+
+    What is returned must be plain data: it goes through a queue.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    answers = context.Queue()
+    started = [
+        context.Process(target=_run, args=(answers, rank, count, port, function, arguments), daemon=True)
+        for rank in range(count)
+    ]
+    for process in started:
+        process.start()
+    try:
+        found = dict(answers.get(timeout=WAIT) for _ in range(count))
+    finally:
+        for process in started:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+    return [found[rank] for rank in range(count)]
+
+
+def _run(
+    answers: Any, rank: int, count: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "GRAPHOPT_MEASURE": "0",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        answer = function(*arguments)
+    except Exception:
+        answer = traceback.format_exc()
+    answers.put((rank, answer))
