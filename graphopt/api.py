@@ -8,6 +8,8 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,11 @@ from graphopt.result import Optimized, versions
 from graphopt.run import Run
 from graphopt.training import streams
 from graphopt.training.checkpoints import held
-from graphopt.training.meshes import Mesh
+from graphopt.training.meshes import Mesh, MeshSizes
 from graphopt.training.meshes import opened as opened_mesh
+from graphopt.training.meshes.evaluating import OnEveryRank, on_every_rank
+from graphopt.training.meshes.plans import chosen
+from graphopt.training.settings import Settings
 
 
 def optimize(
@@ -99,8 +104,9 @@ def optimize(
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
     (avx2, avx512, avx512_vnni).
     mesh: how the run is spread over the processes of torchrun, such as "dp=2" or "dp=2,tp=2": dp, each process has its
-    share of the batches; fsdp, and of every weight; tp, of every layer; pp, some of the layers. None is dp over all of
-    them. Every process makes the same calls; rank 0 measures, lowers and writes.
+    share of the batches; fsdp, and of every weight; tp, of every layer; pp, some of the layers; dp goes with one of
+    the others. None is dp over all of them, "auto" chooses dp and fsdp by memory. Every process makes the same calls;
+    rank 0 measures, lowers and writes.
     custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
     onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
     known is not run: passes that need no run work, and only the shapes of outputs are checked.
@@ -127,7 +133,8 @@ def optimize(
         for option, flag in (("agree", agree), ("measure", measure), ("verbose", verbose)):
             if not isinstance(flag, bool | None):
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
-        processes = opened_mesh(mesh)
+        model = opened(model)
+        processes = opened_mesh(mesh, _mesh_for(model) if mesh == "auto" else None)
         leads = processes is None or processes.leads
         instruments = display(verbose if leads else False, instruments if leads else ())
         backend = target_of(target, cpu)
@@ -141,7 +148,6 @@ def optimize(
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
         if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
             raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
-    model = opened(model)
     with _few_collections(), _session(processes):
         if example_inputs is None:
             example_inputs = default_examples(model, calibration=calibration, training=training)
@@ -178,7 +184,7 @@ def optimize(
             sparse=model.sparse if isinstance(model, Optimized) else {},
             calibration=batches,
             loss=followed(loss),
-            evaluate=None if evaluate is None else user_code("evaluate function", evaluate),
+            evaluate=None if evaluate is None else _guarded(evaluate),
             threads=threads,
             agree=agree,
             measure=measures,
@@ -192,6 +198,19 @@ def optimize(
             _checkpoint(checkpoint, pipeline, captured, processes),
         ):
             return run.result()
+
+
+def _guarded(evaluate: Callable[[Any], float]) -> Callable[[Any], float]:
+    """The user's evaluate function, whose errors are the user's; one for every rank stays so."""
+    guarded = user_code("evaluate function", evaluate)
+    return on_every_rank(guarded) if isinstance(evaluate, OnEveryRank) else guarded
+
+
+def _mesh_for(model: Any) -> Callable[[int, int], MeshSizes]:
+    """What mesh="auto" stands for. Raises UsageError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise UsageError('mesh="auto" chooses by the shapes of a module, and none was handed in: name a mesh')
+    return partial(chosen, model)
 
 
 def _session(mesh: Mesh | None) -> AbstractContextManager[None]:
@@ -286,13 +305,19 @@ def _checkpoint(
     if folder is None:
         yield
         return
-    own = held(Path(folder), {"pipeline": str(pipeline), "model": digest(captured.graph)})
+    own = held(Path(folder), {"pipeline": _whatever_accumulates(pipeline), "model": digest(captured.graph)})
     with ExitStack() as stack:
         if mesh is None:
             stack.enter_context(own)
         else:
             mesh.first(lambda: stack.enter_context(own))
         yield
+
+
+def _whatever_accumulates(pipeline: Pipeline) -> str:
+    """The text of a pipeline but for `accumulate`: several processes may take what one accumulates."""
+    passes = (replace(one, accumulate=1) if isinstance(one, Settings) else one for one in pipeline.leaves())
+    return ",".join(map(str, passes))
 
 
 def _teacher(model: Any, captured: Captured) -> TeacherGraph:
