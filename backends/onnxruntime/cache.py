@@ -17,9 +17,9 @@ class Decoder:
     """A session of a decode step, and the cache of what it has read.
 
     The step has the inputs input_ids and past_key_values.N.key and .value, and may have attention_mask and
-    position_ids; its outputs are logits and present.N.key and .value. Where the file says that it takes a cache of fixed
-    size, the kernels write new entries into the buffers, and nothing is copied. Other files return a longer cache at
-    each step, which is handed back without a copy to numpy.
+    position_ids; its outputs are logits and present.N.key and .value. Where the file says that it takes a cache of
+    fixed size, the kernels write new entries into the buffers, and nothing is copied. Other files return a longer cache
+    at each step, which is handed back without a copy to numpy.
     """
 
     def __init__(self, session: ort.InferenceSession, capacity: int, batch: int = 1) -> None:
