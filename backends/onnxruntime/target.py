@@ -34,7 +34,6 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import STORED
 from graphopt.ir.rewrite import Choice, Rule
-from graphopt.lowering import row_scales
 from graphopt.lowering.backend import Runner
 from graphopt.lowering.timed_forms import TimedChooser
 
@@ -82,7 +81,7 @@ class OnnxRuntime(OnnxTarget):
             (lstm.DYNAMIC,),
             (linear_int8.TO_INTEGERS,),
             (linear_int8.DYNAMIC, linear_int8.STATIC, linear_int8.ROWS),
-            (row_scales.QUANTIZE,),
+            (linear_int8.QUANTIZE_ROWS, linear_int8.ROW_SCALE),
             (conv_int8.PADDING,),
             (conv_int8_few_channels.FEW_CHANNELS,),
             (conv_int8.SMALL,),
