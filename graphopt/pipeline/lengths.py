@@ -137,7 +137,7 @@ def in_batches(rows: Sequence[Row], length: int, size: int | str | None = None) 
     """
     rows = [row for row in rows if _length(row) >= length]
     count = size if isinstance(size, int) else max(1, len(rows))
-    batches = []
+    batches: list[Feeds] = []
     for start in range(0, len(rows) - count + 1, count):
         group = rows[start : start + count]
         least = {name: min(len(row[name]) for row in group) for name in group[0]}

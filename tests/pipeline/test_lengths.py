@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphopt.capture.sources import Declared
+from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.numerics.observe import MinMax
 from graphopt.passes import Quantize
@@ -90,6 +91,7 @@ def test_rows_are_joined_to_what_the_positions_allow() -> None:
 def positions() -> Graph:
     """A model that has a table of POSITIONS positions."""
     graph = build("onnx", TEXT)
+    assert isinstance(graph, OnnxGraph)
     y, mask = graph.outputs
     table = graph.add_constant(torch.zeros(POSITIONS, 8))
     counted = graph.emit("onnx.CumSum", graph.emit("onnx.Sign", graph.inputs[0]), graph.add_constant(torch.tensor(1)))
