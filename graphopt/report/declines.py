@@ -105,6 +105,7 @@ SENTENCES = {
     "dtype_weight_only": "{dtype} is for products of two sides: give scheme=static, dynamic or auto",
     "bits_unsupported": "a {scheme} {op} has weights of {known} bits here, not {bits}",
     "granularity_unsupported": "{target} has kernels for dynamic activations of granularity {known}, not {asked}",
+    "rows_not_in_blocks": "QuantizeLinear has blocks from opset 21 on, of rows of a known width; this is opset {opset}",
     "rows_of_linears": "activations have a scale for each row where a linear reads them: {op} has no such kernel",
     "activation_bits_static": "activations of {bits} bits are int8 of a range that is known: give calibration, and "
     "scheme=static or auto",
