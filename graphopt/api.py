@@ -7,7 +7,8 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ from graphopt.result import Optimized, versions
 from graphopt.run import Run, rounds
 from graphopt.training import streams
 from graphopt.training.checkpoints import held
-from graphopt.training.meshes import Mesh
+from graphopt.training.meshes import Mesh, MeshSizes
 from graphopt.training.meshes import opened as opened_mesh
+from graphopt.training.meshes.evaluating import OnEveryRank, on_every_rank
+from graphopt.training.meshes.plans import chosen
+from graphopt.training.settings import Settings
 
 
 def optimize(
@@ -114,8 +118,9 @@ def optimize(
     measuring, forms are tried in a fixed order. cpu: the CPU that the result is for, where it is another one than this
     (avx2, avx512, avx512_vnni, avx512_amx).
     mesh: how the run is spread over the processes of torchrun, such as "dp=2" or "dp=2,tp=2": dp, each process has its
-    share of the batches; fsdp, and of every weight; tp, of every layer; pp, some of the layers. None is dp over all of
-    them. Every process makes the same calls; rank 0 measures, lowers and writes.
+    share of the batches; fsdp, and of every weight; tp, of every layer; pp, some of the layers; dp goes with one of
+    the others. None is dp over all of them, "auto" chooses dp and fsdp by memory. Every process makes the same calls;
+    rank 0 measures, lowers and writes.
     custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
     onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
     known is not run: passes that need no run work, and only the shapes of outputs are checked.
@@ -142,7 +147,9 @@ def optimize(
         for option, flag in (("agree", agree), ("measure", measure), ("verbose", verbose)):
             if not isinstance(flag, bool | None):
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
-        processes = opened_mesh(mesh)
+        origin = model.origin if isinstance(model, Optimized) else origin_of(model)
+        model = opened(model)
+        processes = opened_mesh(mesh, _mesh_for(model) if mesh == "auto" else None)
         leads = processes is None or processes.leads
         instruments = display(verbose if leads else False, instruments if leads else ())
         require_precision(precision)
@@ -171,8 +178,6 @@ def optimize(
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
         if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
             raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
-    origin = model.origin if isinstance(model, Optimized) else origin_of(model)
-    model = opened(model)
     if asked.is_several and isinstance(calibration, Iterator):  # each dialect reads the batches for itself
         calibration = list(islice(user_batches("calibration batches", calibration), calibration_steps))
     with _few_collections(), _session(processes):
@@ -184,7 +189,7 @@ def optimize(
         call = _Call(
             model, passes, earlier, asked, example_inputs, dynamic_shapes, cache, calibration, calibration_steps,
             training, teacher, None if checkpoint is None else Path(checkpoint), followed(loss),
-            None if evaluate is None else user_code("evaluate function", evaluate), threads, agree, measure, measures,
+            None if evaluate is None else _guarded(evaluate), threads, agree, measure, measures,
             instruments, processes, SharedPasses() if asked.is_several else None,
         )  # fmt: skip
         if not is_race:
@@ -307,6 +312,19 @@ class _Call:
         return self._batches.get(dialect)
 
 
+def _guarded(evaluate: Callable[[Any], float]) -> Callable[[Any], float]:
+    """The user's evaluate function, whose errors are the user's; one for every rank stays so."""
+    guarded = user_code("evaluate function", evaluate)
+    return on_every_rank(guarded) if isinstance(evaluate, OnEveryRank) else guarded
+
+
+def _mesh_for(model: Any) -> Callable[[int, int], MeshSizes]:
+    """What mesh="auto" stands for. Raises UsageError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise UsageError('mesh="auto" chooses by the shapes of a module, and none was handed in: name a mesh')
+    return partial(chosen, model)
+
+
 def _session(mesh: Mesh | None) -> AbstractContextManager[None]:
     return nullcontext() if mesh is None else mesh.session()
 
@@ -399,13 +417,19 @@ def _checkpoint(
     if folder is None:
         yield
         return
-    own = held(Path(folder), {"pipeline": str(pipeline), "model": digest(captured.graph)})
+    own = held(Path(folder), {"pipeline": _whatever_accumulates(pipeline), "model": digest(captured.graph)})
     with ExitStack() as stack:
         if mesh is None:
             stack.enter_context(own)
         else:
             mesh.first(lambda: stack.enter_context(own))
         yield
+
+
+def _whatever_accumulates(pipeline: Pipeline) -> str:
+    """The text of a pipeline but for `accumulate`: several processes may take what one accumulates."""
+    passes = (replace(one, accumulate=1) if isinstance(one, Settings) else one for one in pipeline.leaves())
+    return ",".join(map(str, passes))
 
 
 def _teacher(model: Any, captured: Captured) -> TeacherGraph:

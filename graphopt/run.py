@@ -38,7 +38,8 @@ from graphopt.report.agreements import worst_of_each
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
 from graphopt.result import Optimized, Trained, versions
-from graphopt.training.meshes import Mesh
+from graphopt.training.meshes import Mesh, evaluated
+from graphopt.training.meshes.evaluating import OnEveryRank
 
 
 @dataclass(frozen=True)
@@ -460,8 +461,8 @@ class Run:
 
     def _check_metric(self, small: Optimized) -> None:
         """Evaluate what was trained and what ships: the same metric is promised, and reported."""
-        if self.evaluate is None:
-            return
+        if self.evaluate is None or (self.mesh is not None and isinstance(self.evaluate, OnEveryRank)):
+            return  # here rank 0 is alone
         signature = self.captured.signature
         trained = small.transformed if self._trained is None else self._trained.graph
         found = Shipped(*(
@@ -615,8 +616,7 @@ def _evaluated(
     evaluate: Callable[[Any], float], signature: Signature, mesh: Mesh | None, graph: Graph
 ) -> float:
     """The metric of a graph, as rank 0 finds it."""
-    model = as_model(graph, signature)
-    return evaluate(model) if mesh is None else mesh.first(lambda: evaluate(model))
+    return evaluated(evaluate, as_model(graph, signature), mesh)
 
 
 def _raised(error: Exception) -> Report:

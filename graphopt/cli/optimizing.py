@@ -167,8 +167,11 @@ def optimize(
 
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder for what it writes.")] = Path("demo-output"),
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Prune and distil it instead; under torchrun, in several processes.")
+    ] = False,
 ) -> None:
     """Optimize a sentence encoder with its real weights, verify and time it."""
-    from graphopt.cli.demo import main as run
+    from graphopt.cli.demo import distil, main
 
-    run(output)
+    distil(output) if distill else main(output)

@@ -38,6 +38,15 @@ class Input(Protocol):
 
 
 @dataclass(frozen=True)
+class Argument:
+    """An argument of a module, of which the name alone is known; what it is given for it are tensors."""
+
+    name: str
+    shape: None = None
+    dtype: None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """One batch: what the graph is fed, what it should answer, and what the user gave."""
 
@@ -318,7 +327,8 @@ def _labels(labels: Any, is_row: bool) -> Any:
 
 def _given(array: Any, value: Input, where: str) -> Tensor:
     """What a batch holds for an input: as it is where that is of a type that torch lacks, such as texts."""
-    return Untouched.of(array) if value.dtype is None else _tensor(array, where)
+    is_untouched = value.dtype is None and not isinstance(value, Argument)
+    return Untouched.of(array) if is_untouched else _tensor(array, where)
 
 
 def _tensor(array: Any, where: str) -> Tensor:

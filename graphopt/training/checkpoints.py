@@ -29,6 +29,7 @@ from graphopt.errors import UsageError, first_line
 from graphopt.ir.graph import Graph, digest, raw_bytes, tensors_digest
 from graphopt.pipeline.batches import Batch
 from graphopt.training import precision
+from graphopt.training.meshes import shards
 from graphopt.training.outcome import Best
 
 if TYPE_CHECKING:
@@ -142,11 +143,16 @@ class Checkpoints:
 
         Raises UsageError where the disk is full or the folder cannot be written.
         """
-        tensors, facts = _state(trainer)
-        if trainer.mesh is not None:
-            trainer.mesh.first(lambda: self._write(trainer, tensors, facts, is_done))
+        tensors, parts, facts = _state(trainer)
+        mesh, folder = trainer.mesh, self.file.parent
+        if mesh is None:
+            self._write(trainer, tensors | parts, facts, is_done)
         else:
-            self._write(trainer, tensors, facts, is_done)
+            try:
+                files = shards.write(folder, self.file.stem, mesh, _stored(trainer, parts))
+            except OSError as error:
+                raise _unwritable(f"the checkpoint {self.file}", error) from error
+            mesh.first(lambda: self._write(trainer, tensors, facts | {"shards": files}, is_done))
         self._written = time.monotonic()
 
     def _write(self, trainer: Trainer, tensors: dict[str, Tensor], facts: dict[str, Any], is_done: bool) -> None:
@@ -159,6 +165,7 @@ class Checkpoints:
                 part.write_text("".join(f"{json.dumps(one)}\n" for one in trainer.outcome.lines), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise _unwritable(f"the checkpoint {self.file}", error) from error
+        shards.forget(self.file.parent, self.file.stem, facts.get("shards", {}))
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -178,6 +185,7 @@ class Checkpoints:
                 self._forget_later()
             return False
         tensors, facts = self._read()
+        files, part = facts.get("shards", {}), trainer.spread.part
         spread_anew = facts.get("parts") != trainer.parts
         is_other = not spread_anew and facts.get("accumulate") != trainer.settings.accumulate
         if is_other or any(facts.get(name) != value for name, value in self._whose(trainer).items()):
@@ -186,8 +194,12 @@ class Checkpoints:
                 "options differ): name another folder, or delete it"
             )
         try:
-            _load(trainer, tensors, facts)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            parts = {name: part(shards.like(name), one) for name, one in tensors.items()}
+            found = {name: one for name, one in parts.items() if one is not None}
+            if files:
+                found |= shards.read(self.file.parent, files, trainer.spread)
+            _load(trainer, found, facts)
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
             raise self._damaged(error) from error
         self._expected = "" if spread_anew else facts["seen"]
         if not trainer.is_done and leads:
@@ -219,6 +231,7 @@ class Checkpoints:
         for other in self.file.parent.glob("*.safetensors"):
             if _place(other) > _place(self.file):
                 other.unlink()
+                shards.forget(other.parent, other.stem, {})
 
 
 def _place(file: Path) -> int:
@@ -226,22 +239,18 @@ def _place(file: Path) -> int:
     return int(file.name.partition("-")[0])
 
 
-def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that decides how a training goes on: tensors by name, whole on every rank, and plain data."""
-    wholes = trainer.spread.wholes
-    now = {name: one.detach().clone() for name, one in trainer.spread.tensors.items()}
-    tensors = {f"module/{name}": one for name, one in wholes(now).items()}
-    tensors |= {f"best/{name}": one for name, one in wholes(trainer.best.state).items()}
-    tensors |= {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
-    for parameter, rule in trainer.rules.items():
-        tensors |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
-    by_key: dict[str, dict[str, Tensor]] = {key: {} for key in _OPTIMIZERS[trainer.settings.optimizer]}
+def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """All that decides how a training goes on: tensors by name, which all ranks of a mesh have; those of which each
+    has its part; and plain data."""
+    parts = {f"module/{name}": one.detach().clone() for name, one in trainer.spread.tensors.items()}
+    parts |= {f"best/{name}": one for name, one in trainer.best.state.items()}
     for name, parameter in trainer.named().items():
         for key, one in trainer.optimizer.state.get(parameter, {}).items():
             if isinstance(one, Tensor):
-                by_key[key][name.removeprefix("module/")] = one
-    for key, parts in by_key.items():
-        tensors |= {f"optimizer/{name}/{key}": one for name, one in wholes(parts).items()}
+                parts[f"optimizer/{name.removeprefix('module/')}/{key}"] = one
+    tensors = {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
+    for parameter, rule in trainer.rules.items():
+        tensors |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
     torch_state, numpy_state, python_state, cuda_states = trainer.model_stream.state
     tensors["random/torch"] = torch_state
     tensors["random/numpy"] = torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))
@@ -257,22 +266,29 @@ def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "python": [python_state[0], list(python_state[1]), python_state[2]],
         "parts": trainer.parts, "accumulate": trainer.settings.accumulate,
     }  # fmt: skip
-    return tensors, facts
+    return tensors, parts, facts
+
+
+def _stored(trainer: Trainer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of this rank, as torch.distributed.checkpoint takes them."""
+    by_kind: dict[tuple[str, str], dict[str, Tensor]] = {("module", ""): {}, ("best", ""): {}}
+    by_kind |= {("optimizer", f"/{key}"): {} for key in _OPTIMIZERS[trainer.settings.optimizer]}
+    for name, part in parts.items():
+        kind = name.partition("/")[0]
+        end = f"/{name.rpartition('/')[2]}" if kind == "optimizer" else ""
+        by_kind[kind, end][shards.like(name)] = part
+    return {
+        f"{kind}/{name}{end}": one
+        for (kind, end), several in by_kind.items() for name, one in trainer.spread.stored(several).items()
+    }  # fmt: skip
 
 
 def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    part = trainer.spread.part
-
     def named(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
 
-    def own(prefix: str) -> dict[str, Tensor]:
-        """The parts of tensors that are like those of the module; what rules keep is whole."""
-        parts = {name: part(name, one) for name, one in named(prefix).items()}
-        return {name: one for name, one in parts.items() if one is not None}
-
     with torch.no_grad():
-        module = own("module/")
+        module = named("module/")
         for name, one in trainer.spread.tensors.items():
             one.copy_(module[name])
     trainer.objective.load_state_dict(named("objective/"))
@@ -282,7 +298,7 @@ def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, A
     trainer.step, trainer.epoch = facts["step"], facts["epoch"]
     trainer.seen = facts["steps of the epoch"] * trainer.settings.accumulate
     trainer.spent, trainer.evaluated_at = facts["seconds"], facts["evaluated at"]
-    best = own("best/")
+    best = named("best/")
     trainer.best = Best({name: best[name].to(one.device) for name, one in trainer.now()}, **facts["best"])
     trainer.outcome.lines, trainer.outcome.notes = facts["lines"], facts["notes"]
     trainer.is_done = facts["done"]
@@ -308,9 +324,7 @@ def _load_optimizer(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
         known = name.removeprefix("module/")
         for key in _OPTIMIZERS[trainer.settings.optimizer]:
             if (one := tensors.get(f"{known}/{key}")) is not None:
-                like = trainer.spread.part(known, one) if one.dim() else one
-                assert like is not None
-                found.setdefault(places[parameter], {})[key] = like
+                found.setdefault(places[parameter], {})[key] = one
     trainer.optimizer.load_state_dict({**state, "state": found})
 
 

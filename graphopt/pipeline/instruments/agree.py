@@ -92,7 +92,9 @@ class Agree(Instrument):
 
     def moved(self, lowered: Graph, graph: Graph) -> str | None:
         """See `moved_by`: of a graph that is run without the engine's optimizations."""
-        return self.moved_by(lambda feeds: lowered.evaluate(feeds, lowered.outputs), graph)
+        moved = self.moved_by(lambda feeds: lowered.evaluate(feeds, lowered.outputs), graph)
+        lowered.release()
+        return moved
 
     def moved_by(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph) -> str | None:
         """The first output that a run moves beyond the tolerance of a lossless pass, and by how much.
@@ -119,7 +121,9 @@ class Agree(Instrument):
         }
 
     def _outputs(self, graph: Graph) -> list[list[Any]]:
-        return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
+        outputs = [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
+        graph.release()
+        return outputs
 
     def _agreements(
         self, outputs: list[list[Any]], graph: Graph | None = None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from graphopt.errors import UsageError
 from graphopt.training.meshes.blocks import Chain, Segment, cut
@@ -74,8 +74,31 @@ class Sharded(Spread):
     def tensors(self) -> dict[str, Tensor]:
         return {name: local(one.detach()) for name, one in self._sharded.items()} | self._buffers
 
+    def stored(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: self._distributed(part, (self._places[name][0], *part.shape[1:]))
+            if part.dim() and self._is_cut(name) else part
+            for name, part in parts.items()
+        }  # fmt: skip
+
+    def blank(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if not shape or not self._is_cut(name):
+            return torch.empty(shape, dtype=dtype)
+        part = self.part(name, torch.empty(shape, dtype=dtype, device="meta"))
+        return self._distributed(torch.empty_like(part, device=self.mesh.device), shape)
+
+    def loaded(self, name: str, blank: Tensor) -> Tensor:
+        return local(blank)
+
+    def _distributed(self, part: Tensor, shape: Sequence[int]) -> Tensor:
+        devices = self.mesh.devices["fsdp"] if len(self.mesh.devices.shape) > 1 else self.mesh.devices
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            part.contiguous(), devices, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
     def part(self, name: str, whole: Tensor) -> Tensor:
-        if not self._is_cut(name):
+        if not whole.dim() or not self._is_cut(name):
             return whole
         parts = _chunks(whole, self._count)
         return parts[self._index] if self._index < len(parts) else whole[:0]

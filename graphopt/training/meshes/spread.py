@@ -88,6 +88,20 @@ class Spread:
         of what is no part under any other name; every rank must call it."""
         return dict(parts)
 
+    def stored(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """These parts as torch.distributed.checkpoint takes them; every rank must call it. What several ranks give
+        under one name is the same."""
+        return dict(parts)
+
+    def blank(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """An empty tensor to read the part of a stored one into, of that shape as a whole; None where this process has
+        nothing of it."""
+        return torch.empty(shape, dtype=dtype)
+
+    def loaded(self, name: str, blank: Tensor) -> Tensor | None:
+        """The part that was read into a blank tensor."""
+        return blank
+
     @contextmanager
     def filled(self, module: nn.Module) -> Iterator[None]:
         """The whole module that this was made of holds the tensors of all ranks; every rank must enter it."""

@@ -63,8 +63,13 @@ class Stages(Spread):
         return _state(self.segment.inner)
 
     def part(self, name: str, whole: Tensor) -> Tensor | None:
-        elsewhere = any(name in held for held in self._held) and name not in self._held[self._index]
-        return None if elsewhere else whole
+        return None if self._is_elsewhere(name) else whole
+
+    def blank(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        return None if self._is_elsewhere(name) else torch.empty(shape, dtype=dtype)
+
+    def _is_elsewhere(self, name: str) -> bool:
+        return any(name in held for held in self._held) and name not in self._held[self._index]
 
     def wholes(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         group, found = self.mesh.group("pp"), {}

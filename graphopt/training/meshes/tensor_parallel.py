@@ -226,10 +226,16 @@ class TensorParallel(Spread):
         known: dict[str, Tensor] = self.module.state_dict()
         return {name: known[own] for name, own in self._own.items()}
 
+    def stored(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self.wholes(parts)
+
+    def loaded(self, name: str, blank: Tensor) -> Tensor | None:
+        return self.part(name, blank)
+
     def part(self, name: str, whole: Tensor) -> Tensor | None:
         if name in self.made.first and self._index:
             return None
-        if name not in self.made.cuts:
+        if name not in self.made.cuts or not whole.dim():
             return whole
         axis, places = self.made.cuts[name]
         return whole.index_select(axis, places[self._index].to(whole.device))
