@@ -36,6 +36,9 @@ PROFILED = 7
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """What INFERENCE_PRECISION_HINT calls a precision."""
 
+ISAS = ("amx", "avx512", "avx2", "avx", "sse42")
+"""As names of primitives spell them; one that has amx has avx512 too."""
+
 OLDEST = (2026, 4)
 """The first version that is known to run what is written here."""
 
@@ -169,6 +172,8 @@ class Layer:
     """Of its input, such as u8 and f32; of its weights where only those are integers."""
     is_int8: bool
     """Whether it multiplies integers: with integers as weights alone, it computes in floats."""
+    isa: str = ""
+    """The instructions that it was built for, of ISAS; empty where it does not say."""
 
 
 def layers(compiled: Any) -> list[Layer]:
@@ -179,8 +184,14 @@ def layers(compiled: Any) -> list[Layer]:
         kind, precision = facts["layerType"], facts["runtimePrecision"]
         if kind not in _DATA:
             name = facts["originalLayersNames"] or node.get_friendly_name()
-            found.append(Layer(kind, name, precision, facts["primitiveType"].endswith("I8")))
+            primitive = facts["primitiveType"]
+            found.append(Layer(kind, name, precision, primitive.endswith("I8"), _isa(primitive)))
     return found
+
+
+def _isa(primitive: str) -> str:
+    """The instructions in the name of a primitive, such as brgemm_avx512_amx_I8."""
+    return next((isa for isa in ISAS if isa in primitive), "")
 
 
 class OpenVinoRunner(Runner):
@@ -219,8 +230,9 @@ class OpenVinoRunner(Runner):
         return {name: median(several[1:]) for name, several in seconds.items() if any(several)}
 
     def kernels(self) -> dict[str, int]:
-        """From the execution graph: layers and their precision, such as `Convolution u8`."""
-        return dict(Counter(sorted(f"{layer.kind} {layer.precision}" for layer in self.layers)))
+        """From the execution graph: layers, their precision and their instructions, such as `Convolution u8 amx`."""
+        names = (" ".join(filter(None, (layer.kind, layer.precision, layer.isa))) for layer in self.layers)
+        return dict(Counter(sorted(names)))
 
     @cached_property
     def layers(self) -> list[Layer]:

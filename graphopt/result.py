@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,12 +19,14 @@ from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, r
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering.backend import Backend, Runner
+from graphopt.lowering.roofline import least_seconds
+from graphopt.measure.limits import Limits
 from graphopt.measure.machine import version
 from graphopt.pipeline.instruments import Agree, display, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import BenchResult, Report
+from graphopt.report.records import BenchResult, Report, Roofline
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -149,6 +151,13 @@ class Optimized:
         graphs = {name: getattr(self, name).clone() for name in ("captured", "transformed", "folded", "lowered")}
         feeds: list[Feeds] = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
         return replace(self, report=copy.deepcopy(self.report, memo), feeds=feeds, **graphs)
+
+    def set_roofline(self, limits: Limits, seconds: Sequence[float]) -> None:
+        """Report how much of what a run takes the machine's limits explain. seconds: p50 at each example input."""
+        self.report.roofline = [
+            Roofline(shapes_text(feeds), taken, least_seconds(self.folded, feeds, limits, self.backend.precision))
+            for feeds, taken in zip(self.feeds, seconds, strict=True)
+        ]
 
     def forget_state(self) -> None:
         """Reset a stateful model to its initial state."""

@@ -22,7 +22,7 @@ from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
-from graphopt.measure import cache, machine, timing
+from graphopt.measure import cache, limits, machine, timing
 from graphopt.passes.simplify import Simplify
 from graphopt.pipeline import lengths
 from graphopt.pipeline.batches import Batches
@@ -162,6 +162,9 @@ class Run:
              "rounds": ratio.rounds, "steady": ratio.steady}
             for feeds, ratio in zip(self.captured.feeds, attempt.speed.ratios, strict=True)
         ]  # fmt: skip
+        known, taken = limits.known(), [ratio.seconds.get("optimized") for ratio in attempt.speed.ratios]
+        if known is not None and None not in taken:
+            small.set_roofline(known, [one[0] for one in taken if one is not None])
         return small
 
     @property

@@ -40,22 +40,30 @@ class Limits:
 def measured(clock: Clock = time.perf_counter, kept: cache.Timings | None = None) -> Limits:
     """The limits of this machine, measured in two seconds by the products of torch's engines, and cached."""
     timings = cache.opened() if kept is None else kept
-    threads = torch.get_num_threads()
-    key = {
-        "choice": "limits", "engine": f"torch {torch.__version__}", "machine": machine.machine(), "threads": threads,
-        "shapes": [[[SIZE, SIZE], [SIZE, SIZE]]],
-    }  # fmt: skip
-    known = timings.get(key)
-    if known is not None:
-        return Limits(**known["limits"])
-    found = Limits(
-        {name: SIZE**3 * rate(product, clock) for name, product in _products().items()},
-        2 * COPIED * rate(_copy(), clock),
-        threads,
-    )
-    best = max(found.macs, key=lambda name: found.macs[name])
-    timings.put(key, {"form": best, "ratios": {}, "dropped": {}, "limits": asdict(found)})
+    found = known(timings)
+    if found is None:
+        found = Limits(
+            {name: SIZE**3 * rate(product, clock) for name, product in _products().items()},
+            2 * COPIED * rate(_copy(), clock),
+            torch.get_num_threads(),
+        )
+        best = max(found.macs, key=found.macs.__getitem__)
+        timings.put(_key(), {"form": best, "ratios": {}, "dropped": {}, "limits": asdict(found)})
     return found
+
+
+def known(kept: cache.Timings | None = None) -> Limits | None:
+    """The limits, where they were measured before."""
+    timings = cache.opened() if kept is None else kept
+    found = timings.get(_key())
+    return None if found is None else Limits(**found["limits"])
+
+
+def _key() -> dict[str, Any]:
+    return {
+        "choice": "limits", "engine": f"torch {torch.__version__}", "machine": machine.machine(),
+        "threads": torch.get_num_threads(), "shapes": [[[SIZE, SIZE], [SIZE, SIZE]]],
+    }  # fmt: skip
 
 
 def rate(call: Callable[[], object], clock: Clock) -> float:

@@ -20,7 +20,7 @@ from graphopt.errors import GraphError, GraphoptError, LoweringError, UsageError
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest, shapes_text, tensors_digest
 from graphopt.lowering.backend import Backend
-from graphopt.measure import cache, machine, memory, timing
+from graphopt.measure import cache, limits, machine, memory, timing
 from graphopt.measure.cache import UNSURE
 from graphopt.numerics import metrics
 from graphopt.pipeline.instruments import Agree, Instrument, phase, watched
@@ -51,8 +51,8 @@ class Candidate:
     graph: Graph
     make: Callable[[], Optimized]
     """The result, should it be taken."""
-    is_rounded: bool = False
-    """Whether it is the result of a lossy pipeline that kept its passes."""
+    planned: float | None = None
+    """Of the result of a lossy pipeline that kept its passes: the SQNR (dB) that these leave, before it is lowered."""
     why_out: str = ""
     """Why it cannot win, and is only compared with."""
 
@@ -101,7 +101,8 @@ class Contest:
     _reference: Agree | None = None
 
     def result(self) -> Optimized:
-        """The fastest result that is close enough to the original.
+        """The fastest result that is close enough to the original; as `first` where nothing can be timed, as there are
+        no inputs or the model is too large to be run.
 
         Raises UsageError where memory is too small, and what the first engine raised where none has a result.
         """
@@ -109,7 +110,15 @@ class Contest:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-")))
             stack.callback(self._close)
             for backend in self.backends:
-                self._enter(backend)
+                try:
+                    run = self.run(backend)
+                    if not run.is_timed:
+                        return self.first()
+                    self._enter(run)
+                except TooLittleMemory:
+                    raise
+                except GraphoptError as error:
+                    self._refused[backend.name] = error
             if not self._candidates:
                 raise next(iter(self._refused.values()))
             return self._taken(self._figures())
@@ -136,25 +145,19 @@ class Contest:
 
     # --- the candidates ----------------------------------------------------------------------------------------------
 
-    def _enter(self, backend: Backend) -> None:
-        """Make the candidates of one engine; where that fails, the report says how."""
-        try:
-            asked = self.precisions[backend.name]
-            backend.at("float32" if asked == "auto" else asked)
-            run = self.run(backend)
-            if self._reference is None:
-                self._begin(run)
-            with phase(self.instruments, f"try {backend.name}"):
-                run.original = self._original(run)
-            run.trial = partial(self._trial, backend, ASKED)
-            with self.guarded(run):
-                small = run.result()
-            self._candidates += self._found(run, small)
-            run.release()
-        except TooLittleMemory:
-            raise
-        except GraphoptError as error:
-            self._refused[backend.name] = error
+    def _enter(self, run: Run) -> None:
+        """Make the candidates of one engine. Raises a GraphoptError where there is none."""
+        backend, asked = run.backend, self.precisions[run.backend.name]
+        backend.at("float32" if asked == "auto" else asked)
+        if self._reference is None:
+            self._begin(run)
+        with phase(self.instruments, f"try {backend.name}"):
+            run.original = self._original(run)
+        run.trial = partial(self._trial, backend, ASKED)
+        with self.guarded(run):
+            small = run.result()
+        self._candidates += self._found(run, small)
+        run.release()
 
     def _begin(self, run: Run) -> None:
         """With the first model that was captured: see whether the race fits, and what is compared with."""
@@ -190,9 +193,9 @@ class Contest:
         small.__dict__.pop("runner", None)  # one engine's programs at a time
         asked = self.precisions[backend.name]
         why_out = "" if asked in ("auto", "float32") else f"precision={asked} was asked for"
-        is_rounded = run.is_lossy and small.report.pipeline == str(run.pipeline)
+        planned = _planned(small) if run.is_lossy and small.report.pipeline == str(run.pipeline) else None
         plain = Candidate(backend, UNCOMPRESSED, original, run.uncompressed, why_out=why_out)
-        made = Candidate(backend, ASKED, small.lowered, lambda: small, is_rounded, why_out)
+        made = Candidate(backend, ASKED, small.lowered, lambda: small, planned, why_out)
         if made.digest != plain.digest:
             yield made
         yield plain
@@ -201,7 +204,7 @@ class Contest:
                 other = backend.at(precision)
                 lowered = run.lowered_at(precision, small) if made.digest != plain.digest else original
                 if made.digest != plain.digest:
-                    yield Candidate(other, ASKED, lowered, partial(run.at, precision, small, lowered), is_rounded)
+                    yield Candidate(other, ASKED, lowered, partial(run.at, precision, small, lowered), planned)
                 yield Candidate(other, UNCOMPRESSED, original, partial(_uncompressed_at, run, precision))
 
     def _in_precision(self, run: Run, small: Optimized) -> Optimized:
@@ -309,7 +312,7 @@ class Contest:
     def _taken(self, figures: Figures) -> Optimized:
         """The winner, with the race in its report, and what it exports for the other engines."""
         entrants = [self._entrant(one, figures) for one in self._candidates]
-        rounded = [place for place, one in enumerate(self._candidates) if one.is_rounded]
+        rounded = {place: one.planned for place, one in enumerate(self._candidates) if one.planned is not None}
         ruled, least = judged(entrants, rounded, self.within)
         self._require_precision(ruled, entrants, least)
         order = fastest(ruled)
@@ -328,6 +331,7 @@ class Contest:
              "steady": ratio.steady}
             for text, ratio in zip(shapes, figures.speeds[winner.label].shapes, strict=True)
         ]  # fmt: skip
+        small.set_roofline(limits.measured(), [one / 1000 for one in ruled[place].milliseconds])
         report.notes.append(f"raced, {winner.label} is the fastest of {len(order)}; speed is over {figures.baseline}")
         for other in order[1:]:
             times = zip(shapes, ruled[place].milliseconds, ruled[other].milliseconds, strict=True)
@@ -386,6 +390,12 @@ def _uncompressed_at(run: Run, precision: str) -> Optimized:
     """The model as it is, computed in another precision."""
     assert run.original is not None  # as `_enter` has found it
     return run.at(precision, run.uncompressed(), run.original)
+
+
+def _planned(small: Optimized) -> float:
+    """The SQNR (dB) that the passes of a result leave; infinity where it was not found."""
+    known = [found for record in small.report.passes if (found := _worst(record.agreement)) is not None]
+    return known[-1] if known else math.inf
 
 
 def _not_taken() -> Optimized:

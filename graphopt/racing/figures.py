@@ -125,14 +125,19 @@ class _Named:
             raise _Out(self.label, str(lost)) from lost
 
 
-def judged(entrants: Sequence[Entrant], rounded: Sequence[int], within: float) -> tuple[list[Entrant], float | None]:
+def judged(
+    entrants: Sequence[Entrant], rounded: Mapping[int, float], within: float
+) -> tuple[list[Entrant], float | None]:
     """The entrants, those too far from the original ruled out, and the least SQNR (dB) that the others reach.
 
-    rounded: the places of the results of a lossy pipeline that kept its passes. The least is `within` dB below the best
-    of these; there is none where no entrant rounds, or none was compared.
+    rounded: by the places of the results of a lossy pipeline that kept its passes, the SQNR that these passes leave. An
+    engine that computes some of their sites in floats is closer to the original than was asked for, and sets no higher
+    bar than that. The least is `within` dB below the best of these; there is none where no entrant rounds, or none was
+    compared.
     """
-    known = [entrants[place].sqnr for place in rounded]
-    best = max((one for one in known if one is not None and not math.isnan(one)), default=None)
+    found = [(entrants[place].sqnr, planned) for place, planned in rounded.items()]
+    known = [min(sqnr, planned) for sqnr, planned in found if sqnr is not None]
+    best = max((one for one in known if not math.isnan(one)), default=None)
     if best is None:
         return list(entrants), None
     least = best - within

@@ -101,6 +101,8 @@ class Report:
     """By example shape, how many times as fast as the input: "shapes", "median", "low" and "high" (95%), "rounds"."""
     race: Race | None = None
     """Where several engines or precisions were asked for: how each of them did."""
+    roofline: list[Roofline] = field(default_factory=list)
+    """By example shape, how much of a run the machine's limits explain; empty where these are not known."""
     reverted: dict[str, Reason] = field(default_factory=dict)
     """By label, the sites that stay as they were because the model was slower with them changed."""
 
@@ -146,6 +148,23 @@ class Report:
         from graphopt.report import html
 
         return html.fragment(self)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What one run takes, and the least that its products take on this machine."""
+
+    shapes: str
+    """Of the inputs."""
+    seconds: float
+    """p50 of one run."""
+    least: dict[str, float]
+    """Seconds by class of products: int8, or the precision of floats."""
+
+    @property
+    def share(self) -> float:
+        """Of the machine's limit, what the run reaches: 1 is all of it."""
+        return sum(self.least.values()) / self.seconds
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ def faster(speed: Sequence[Mapping[str, Any]]) -> str:
         return "speed not measured"
     ordered = sorted(speed, key=lambda one: one["median"])
     slower = sum(one["high"] < 1 for one in ordered)
+    if all(one["low"] == one["high"] == 1 for one in ordered):  # it is the input itself
+        return "as fast as the input"
     if len(ordered) > 1:
         words = f"{' to '.join(_times(one) + _bounds(one) for one in (ordered[0], ordered[-1]))} times as fast"
         words += f" over {len(ordered)} shapes"
@@ -241,6 +243,17 @@ def race_notes(race: Race) -> list[str]:
     if race.least_sqnr is not None:
         notes.append(f"only what reaches {figures.decibels(race.least_sqnr)} can win")
     return notes
+
+
+def roofline_rows(report: Report) -> Rows:
+    """One row per example shape; the classes of products are columns."""
+    kinds = list(dict.fromkeys(kind for one in report.roofline for kind in one.least))
+    rows: Rows = [("inputs", "ms", *(f"{kind} at least, ms" for kind in kinds), "share of the limit")]
+    return rows + [
+        (one.shapes, *map(figures.milliseconds, [one.seconds, *(one.least.get(kind, 0.0) for kind in kinds)]),
+         figures.share(one.share))
+        for one in report.roofline
+    ]  # fmt: skip
 
 
 def speed_rows(report: Report) -> Rows:

@@ -15,7 +15,7 @@ from graphopt.report import fitting, tables
 from graphopt.report.curves import curves
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import Report
-from graphopt.report.text import ROWS
+from graphopt.report.text import LIMIT, ROWS
 
 if TYPE_CHECKING:
     from graphopt.report.records import BenchResult, Comparison, Sensitivity
@@ -53,6 +53,8 @@ def report(report: Report) -> RenderableType:
         parts += [Text(note, style="dim") for note in tables.race_notes(report.race)]
     if report.speed:
         parts.append(table(tables.speed_rows(report), "speed over the input"))
+    if report.roofline:
+        parts.append(table(tables.roofline_rows(report), LIMIT))
     if report.reverted:
         rows = [("site", "reverted because"), *report.reverted.items()]
         parts.append(table(rows, "reverted", right=()))

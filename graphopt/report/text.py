@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 
+LIMIT = "share of the machine's limit that products explain"
+"""The title of a table."""
+
 ROWS = 10
 """Sites of a sensitivity table that a report shows."""
 
@@ -52,6 +55,7 @@ def report(report: Report) -> str:
         _titled("choices", [_wrapped(line, "  ") for line in tables.choices(report)]),
         _titled("race of the engines", [] if report.race is None else [race(report.race)]),
         _titled("speed over the input", [table(tables.speed_rows(report), indent="  ")] if report.speed else []),
+        _titled(LIMIT, [table(tables.roofline_rows(report), indent="  ")] if report.roofline else []),
         _titled("reverted", [_wrapped(line, "  ") for line in tables.reverted(report)]),
     ]
     return "\n\n".join(section for section in sections if section)

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from graphopt.backends import TARGETS
 from graphopt.ir.graph import Feeds, Graph
 from graphopt.lowering.backend import Backend
-from graphopt.measure import timing
+from graphopt.measure import limits, timing
 from graphopt.measure.timing import Ratio, Ratios
 from graphopt.racing import contest
 from graphopt.racing.contestant import Lost
 from tests.racing import fakes
+
+LIMITS = limits.Limits({"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, 1e9, 2)
 
 
 class Linears(nn.Module):
@@ -120,4 +122,5 @@ def stage(engines: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sta
     monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(timing, "paired_calls", found.paired_calls)
     monkeypatch.setattr(contest, "Contestant", found.contestant)
+    monkeypatch.setattr(limits, "measured", lambda: LIMITS)
     return found

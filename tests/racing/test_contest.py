@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def test_takes_the_fastest_engine_and_reports_all(program: torch.export.Exported
     text = str(small.report)
     assert "race of the engines" in text and "uncompressed" in text and "taken" in text
     assert stage.open == 0
+    (roofline,) = small.report.roofline
+    read = 2 * 16 * 32 + 2 * 4 * (16 + 32)  # bytes of weights, scales and biases, which take longer than the products
+    assert roofline.least == pytest.approx({"int8": read / 1e9})
+    assert roofline.share == pytest.approx(read / 1e9 / (0.001 / 3))
+    assert "share of the machine's limit" in text
 
 
 def test_the_uncompressed_model_wins_where_it_is_faster(program: torch.export.ExportedProgram, stage: Stage) -> None:
@@ -52,6 +58,12 @@ def test_the_uncompressed_model_wins_where_it_is_faster(program: torch.export.Ex
     x = torch.randn(4, 16)
     torch.testing.assert_close(small(x), program.module()(x))
     assert small.report.passes == []
+
+
+def test_the_input_itself_is_as_fast_as_the_input(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.speeds = {"fbgemm": 0.5, "healthy": 0.5, "healthy uncompressed": 0.5}
+    small = optimized(program, ["fbgemm", "healthy"])
+    assert "as fast as the input" in repr(small) and "times as fast" not in repr(small)
 
 
 def test_what_is_too_far_from_the_original_cannot_win(program: torch.export.ExportedProgram, stage: Stage) -> None:
@@ -109,6 +121,18 @@ def test_without_measuring_the_first_engine_is_taken(program: torch.export.Expor
     second = optimized(program, ["failing", "fbgemm"], measure=False)
     assert second.backend.name == "fbgemm"
     assert "no kernel" in entrants(second)["failing", "as asked", "-"].why_out
+
+
+def test_without_inputs_the_first_engine_is_taken(
+    program: torch.export.ExportedProgram, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAPHOPT_MEASURE")
+    unknown = copy.copy(program)
+    unknown._example_inputs = None
+    small = optimized(unknown, ["healthy", "fbgemm"], measure=None)
+    assert small.backend.name == "healthy" and stage.started == []
+    with pytest.raises(UsageError, match="measure=True needs example_inputs"):
+        optimized(unknown, ["healthy", "fbgemm"])
 
 
 def test_too_little_memory_is_an_error(

@@ -79,7 +79,7 @@ rows = st.lists(
 def test_nobody_who_may_win_is_faster_than_the_winner(entrants: list[Entrant], within: float) -> None:
     """And the best quantized one may always win, so that the accuracy check never empties a race."""
     rounded = [place for place, one in enumerate(entrants) if one.model == "as asked" and not one.why_out]
-    ruled, least = judged(entrants, rounded, within)
+    ruled, least = judged(entrants, dict.fromkeys(rounded, math.inf), within)
     order = fastest(ruled)
     speeds = [one.speed[0] for one in map(ruled.__getitem__, order) if one.speed is not None and not one.why_out]
     assert len(speeds) == len(order) and speeds == sorted(speeds, reverse=True)
@@ -91,3 +91,11 @@ def test_nobody_who_may_win_is_faster_than_the_winner(entrants: list[Entrant], w
     if known:
         best = max(known, key=lambda place: entrants[place].sqnr or -math.inf)
         assert not ruled[best].why_out
+
+
+def test_an_engine_that_computes_in_floats_sets_no_higher_bar() -> None:
+    """It left out what was asked for: the others are as close as the passes let them be."""
+    int8, floats = (Entrant("engine", "as asked", "float32", sqnr) for sqnr in (41.0, 69.0))
+    ruled, least = judged([int8, floats], {0: 41.5, 1: 41.2}, 3.0)
+    assert least == pytest.approx(38.2) and not any(one.why_out for one in ruled)
+    assert judged([int8, floats], {0: 41.5, 1: 69.0}, 3.0)[0][0].why_out.startswith("28.0 dB below the best")
