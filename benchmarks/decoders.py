@@ -61,7 +61,8 @@ def genai_folder(folder: Path, to: Path, bits: int) -> Path:
     """What its model builder (0.18) makes of a Hugging Face folder: weights of 4 or 8 bits in blocks of 32."""
     command = [
         sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(to),
-        "-c", str(to / "cache"), "-p", f"int{bits}", "-e", "cpu", "--extra_options", "block_size=32", "accuracy_level=4",
+        "-c", str(to / "cache"), "-p", f"int{bits}", "-e", "cpu",
+        "--extra_options", "block_size=32", "accuracy_level=4",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
