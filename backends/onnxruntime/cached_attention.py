@@ -149,7 +149,7 @@ def _sizes(m: Match) -> tuple[int, int, int]:
     shapes = [value.shape for value in (m.query, m.key, m.value, m.past_key, m.past_value)]
     if any(shape is None or not isinstance(shape[1], int) or not isinstance(shape[3], int) for shape in shapes):
         raise Declined("heads_unknown")
-    (_, heads, _, size), *others = shapes  # type: ignore[misc]
+    (_, heads, _, size), *others = shapes
     if len({shape[1] for shape in others if shape}) != 1 or any(shape and shape[3] != size for shape in others):
         raise Declined("heads_unknown")
     return int(heads), int(m.key.shape[1]), int(size)
@@ -218,9 +218,13 @@ def fill_in_place(graph: OnnxGraph) -> None:
     inputs = {value.name: value for value in graph.inputs}
     pasts = [value for name, value in inputs.items() if name.startswith(f"{PAST}.")]
     ids, mask = inputs.get(IDS), inputs.get(MASK)
-    if ids is None or mask is None or ids.rank != 2 or mask.rank != 2 or not all(map(_is_buffer, pasts)) or not pasts:
+    if ids is None or mask is None or ids.rank != 2 or mask.rank != 2 or not mask.users:
+        return
+    if len({past.shape and past.shape[2:3] for past in pasts}) != 1 or not all(map(_is_buffer, pasts)):
         return
     lengths = [node for past in pasts for node in past.users if _is_length(node)]
+    if not lengths:
+        return
     first = next(node for node in graph.nodes if node in lengths)
     whole = graph.emit("onnx.Shape", lengths[0].operands[0], at=first, start=2, end=3)
     sizes = [graph.emit("onnx.Shape", value, at=first, start=1, end=2) for value in (mask, ids)]
