@@ -104,6 +104,9 @@ class Optimized:
     origin: Path | None = None
     """The folder of transformers that the model came from, whose tokenizer `bundle` takes along."""
 
+    others: Mapping[str, Callable[[], Optimized]] = field(default_factory=dict)
+    """Of a race: by the suffix of a file, what makes the fastest result that is written to such a file."""
+
     def __str__(self) -> str:
         """The headline and the table of passes; `.report` has the rest."""
         from graphopt.report import text
@@ -268,8 +271,12 @@ class Optimized:
     ) -> Path:
         """Write the deployable file, and beside it NAME.json with the report's figures; returns the file's path.
 
+        NAME.json also says how the file is loaded as it was run here ("load"): the engine, its settings (session
+        options, inference precision, threads), and a line of Python. Of a race (target="fastest", or a list), the
+        fastest result that is written to such a file is taken: "x.onnx" is the best in ONNX, whichever engine won.
+
         path: a new file, or a regular one to replace, which may be the file that was optimized; links are followed. Its
-        suffix is .onnx, or .pt2 for targets of PyTorch.
+        suffix is .onnx, or .pt2 for targets of PyTorch; openvino also writes its own form, .xml with a .bin beside it.
 
         Targets of PyTorch write a torch.export archive (.pt2), which runs where graphopt is installed. aot: compile an
         AOTInductor package in its place, which `torch._inductor.aoti_load_package` runs without graphopt, with inputs
@@ -297,6 +304,9 @@ class Optimized:
         return bundle(self, folder, **options)
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
+        other = self.others.get(path.suffix)
+        if other is not None and path.suffix not in self.backend.suffixes:
+            return other()._export(path, opset, portable, external_data, aot)
         path = writing.place_of(path)
         if not aot:  # for which `package` wants .pt2
             self.backend.require_suffix(path)
@@ -308,12 +318,19 @@ class Optimized:
         if opset is not None or portable:
             self._check_exported(graph, opset)
         with writing.together(path, path.with_name(path.name + ".json")) as (part, manifest):
-            manifest.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+            facts = self.report.to_dict() | {"load": self._loading(path.name, aot)}
+            manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
                 self.transformed.package(part, self.feeds[0], metadata)
             else:
                 self.backend.export(graph, part, opset=opset, external_data=external_data, metadata=metadata)
         return path
+
+    def _loading(self, file: str, aot: bool) -> Mapping[str, Any]:
+        """How the file is loaded, as plain data."""
+        if aot:
+            return {"engine": f"torch {version('torch')}", "python": f"torch._inductor.aoti_load_package({file!r})"}
+        return self.backend.loading(file, self.threads)
 
     def _check_exported(self, graph: Graph, opset: int | None) -> None:
         """Run what is to be written, which is not what ran before. Raises GraphError where it computes something else.

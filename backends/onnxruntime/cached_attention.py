@@ -11,7 +11,8 @@ mask, which covers the past and the new positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -64,11 +65,7 @@ def _group_query_attention(op: Builder, m: Match) -> Mapping[Value, Value]:
     if size % _MULTIPLE:
         raise Declined("head_size_not_divided", size=size, multiple=_MULTIPLE)
     operands = [_flat(op, value) for value in (m.query, m.key, m.value)]
-    sizes = past[2], operands[1].shape and operands[1].shape[1]
-
-    def length(name: str) -> Value:
-        lengths = op.once(("lengths of a cache", *sizes), lambda: _lengths(op, m.past_key, operands[1]))
-        return lengths[name]
+    last, total, filled, fits = _lengths(op, m.past_key, operands[1])
 
     def grouped() -> Sequence[Value]:
         results = graph.emit_all(
@@ -84,7 +81,6 @@ def _group_query_attention(op: Builder, m: Match) -> Mapping[Value, Value]:
             with_shape(one, whole.shape)
         return _attention_op(op, m, operands, mask, pasts)
 
-    last, total, filled, fits = (length(name) for name in ("last", "total", "past", "fits"))
     results = grouped() if past[0] == 1 else graph.emit_if(fits, grouped, plain, op.at)
     return _replaced(op, m, results)
 
@@ -145,10 +141,11 @@ def _flat(op: Builder, value: Value) -> Value:
         source = reshape.operands[0] if reshape is not None and reshape.kind in ("reshape", "onnx.Reshape") else None
         if source is not None and splits_heads(value.shape, source.shape):
             return source
-    _, heads, length, size = value.shape  # type: ignore[misc]  # `_sizes` knows them
-    assert value.shape is not None and isinstance(heads, int) and isinstance(size, int)
+    assert value.shape is not None
+    batch, heads, length, size = value.shape
+    assert isinstance(heads, int) and isinstance(size, int)  # as `_sizes` says
     flat = op("onnx.Reshape", op.transpose(value, perm=(0, 2, 1, 3)), op.constant(torch.tensor([0, 0, heads * size])))
-    return with_shape(flat, (value.shape[0], length, heads * size))
+    return with_shape(flat, (batch, length, heads * size))
 
 
 def _sizes(m: Match) -> tuple[int, int, int]:
@@ -179,21 +176,26 @@ def _whole_mask(op: Builder, m: Match) -> Value | None:
     return float_mask(op, m.mask, m.query.dtype)
 
 
-def _lengths(op: Builder, past_key: Value, key: Value) -> Mapping[str, Value]:
-    """What the kernel is told of the cache: `past` (1,) of int64, `total` and `last` (batch,) of int32; and `fits`,
-    whether the kernel takes the step: one row, one new token, or no past."""
+def _lengths(op: Builder, past_key: Value, key: Value) -> tuple[Value, Value, Value, Value]:
+    """What the kernel is told of the cache, made once for all layers.
+
+    The last position (batch,) and the number of positions (1,), of int32; the size of the past (1,), of int64; and
+    whether the kernel takes the step, as it has one row, one new token, or no past.
+    """
+    assert past_key.shape is not None and key.shape is not None
+    sizes = past_key.shape[2], key.shape[1]
     one, zero = (op.constant(torch.tensor([number])) for number in (1, 0))
-    batch, new = op("onnx.Shape", key, start=0, end=1), op("onnx.Shape", key, start=1, end=2)
-    past = op("onnx.Shape", past_key, start=2, end=3)
-    total = op.add(past, new)
-    last = op("onnx.Expand", op.cast(op.sub(total, one), dtype=torch.int32), batch)
-    rest = op.mul(op.mul(op.sub(batch, one), op.sub(new, one)), past)
-    return {
-        "past": past,
-        "total": op.cast(total, dtype=torch.int32),
-        "last": last,
-        "fits": op.squeeze(op("onnx.Equal", rest, zero), axes=(0,)),
-    }
+
+    def once(name: str, emit: Callable[[], Value]) -> Value:
+        return op.once(("cache", name, *sizes), emit)
+
+    batch, new = (once(f"size {axis}", partial(op, "onnx.Shape", key, start=axis, end=axis + 1)) for axis in (0, 1))
+    past = once("past", lambda: op("onnx.Shape", past_key, start=2, end=3))
+    total = once("total", lambda: op.add(past, new))
+    last = once("last", lambda: op("onnx.Expand", op.cast(op.sub(total, one), dtype=torch.int32), batch))
+    rest = once("rest", lambda: op.mul(op.mul(op.sub(batch, one), op.sub(new, one)), past))
+    fits = once("fits", lambda: op.squeeze(op("onnx.Equal", rest, zero), axes=(0,)))
+    return last, once("int32 total", lambda: op.cast(total, dtype=torch.int32)), past, fits
 
 
 FORMS = Choice(

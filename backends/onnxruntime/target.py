@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -100,6 +100,14 @@ class OnnxRuntime(OnnxTarget):
             weight_only.FOLDED,
             saturation.RULES if saturates else (),
         )
+
+    def loading(self, file: str, threads: int | None = None) -> Mapping[str, Any]:
+        options = {} if threads is None else {"intra_op_num_threads": threads}
+        made = "options = onnxruntime.SessionOptions(); "
+        made += "".join(f"options.{name} = {value}; " for name, value in options.items())
+        call = f"onnxruntime.InferenceSession({file!r}, options, providers=['CPUExecutionProvider'])"
+        return {"engine": self.engine(), "session_options": options, "providers": ["CPUExecutionProvider"],
+                "python": made + call}  # fmt: skip
 
     def lower(
         self, graph: Graph, chooser: Chooser | None = None, *, lossless: bool = False

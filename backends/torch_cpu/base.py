@@ -71,6 +71,13 @@ class EagerTarget(Backend):
             raise LoweringError(str(error)) from error
         return EagerRunner(graph, self.operators, threads)
 
+    def loading(self, file: str, threads: int | None = None) -> Mapping[str, Any]:
+        python = (
+            "from graphopt.backends import target; from graphopt.dialects.fx.graph import FxGraph; "
+            f"target({self.name!r}).compile(FxGraph.load({file!r}), {threads})"
+        )
+        return {"engine": self.engine(), "threads": threads, "python": python}
+
     def check(self, folded: Graph, runner: Runner) -> None:
         """The lowered graph says what is promised: merged linears share a kernel, some sites are faster in float."""
         assert isinstance(runner, EagerRunner)

@@ -14,7 +14,7 @@ from graphopt.report import figures
 from graphopt.report.agreements import Agreement
 from graphopt.report.declines import Reason
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import PassRecord, Report
+from graphopt.report.records import PassRecord, Race, Report
 
 if TYPE_CHECKING:
     from graphopt.analysis.branches import Branch
@@ -201,6 +201,31 @@ def _agreement(one: Agreement) -> tuple[str, str, str]:
 def kernel_rows(report: Report) -> Rows:
     """One row per kernel."""
     return [("kernel", "number"), *((kind, str(number)) for kind, number in report.kernels.items())]
+
+
+def race_rows(race: Race) -> Rows:
+    """One row per entrant, the fastest first, then those that were not timed."""
+    rows: Rows = [("engine", "model", "floats", "ms", "times as fast", "SQNR", "outcome")]
+    order = sorted(range(len(race.entrants)), key=lambda place: -(race.entrants[place].speed or (0.0,))[0])
+    for place in order:
+        one = race.entrants[place]
+        speed = "-" if one.speed is None else figures.interval(*one.speed, steady=race.steady)
+        sqnr = "-" if one.sqnr is None else figures.decibels(one.sqnr)
+        outcome = one.why_out or ("taken" if place == race.winner else "")
+        times = " / ".join(f"{each:.3g}" for each in one.milliseconds) or "-"
+        rows.append((one.engine, one.model, one.precision, times, speed, sqnr, outcome))
+    return rows
+
+
+def race_notes(race: Race) -> list[str]:
+    """What the columns of `race_rows` are."""
+    if race.baseline is None:
+        return ["nothing was measured"]
+    base = race.entrants[race.baseline]
+    notes = [f"ms at {' / '.join(race.shapes)}; times as fast as {base.engine}, {base.model}"]
+    if race.least_sqnr is not None:
+        notes.append(f"only what reaches {figures.decibels(race.least_sqnr)} can win")
+    return notes
 
 
 def speed_rows(report: Report) -> Rows:

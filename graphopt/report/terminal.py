@@ -45,6 +45,9 @@ def report(report: Report) -> RenderableType:
     if report.kernels:
         parts.append(table(tables.kernel_rows(report), "kernels that the engine built"))
     parts += [Text(line) for line in tables.choices(report)]
+    if report.race is not None:
+        parts.append(table(tables.race_rows(report.race), "race of the engines", right=(3, 4, 5)))
+        parts += [Text(note, style="dim") for note in tables.race_notes(report.race)]
     if report.speed:
         parts.append(table(tables.speed_rows(report), "speed over the input"))
     if report.reverted:

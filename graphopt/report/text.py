@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from graphopt.report import figures, fitting, tables
 from graphopt.report.curves import curves
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import PassRecord, Relowering, Report, Shipped
+from graphopt.report.records import PassRecord, Race, Relowering, Report, Shipped
 
 if TYPE_CHECKING:
     from graphopt.analysis.branches import Branch
@@ -48,6 +48,7 @@ def report(report: Report) -> str:
         _titled("outputs against the original", outputs),
         _titled("kernels that the engine built", kernels),
         _titled("choices", [_wrapped(line, "  ") for line in tables.choices(report)]),
+        _titled("race of the engines", [] if report.race is None else [race(report.race)]),
         _titled("speed over the input", [table(tables.speed_rows(report), indent="  ")] if report.speed else []),
         _titled("reverted", [_wrapped(line, "  ") for line in tables.reverted(report)]),
     ]
@@ -97,6 +98,13 @@ def shipped(found: Shipped) -> str:
     if found.is_equal:
         return line
     return f"warning: {line}, and the last two differ by more than {found.tolerance:g} of the original's"
+
+
+def race(found: Race) -> str:
+    """One row per entrant, and what the columns are."""
+    notes = [_wrapped(note, "  ") for note in tables.race_notes(found)]
+    rows = table(tables.race_rows(found), indent="  ", left=("model", "floats", "outcome"))
+    return "\n".join([rows, *notes])
 
 
 def relowering(found: Relowering) -> str:

@@ -122,11 +122,18 @@ class Trainer:
                 if self.checkpoints is not None:
                     self.checkpoints.write(self, is_done=True)
         self._load(self.best.state)
+        self._release()
         self.spread.settle(self.module)
         self.graph.absorb(self.module)
         self.outcome.steps = self.step
         self.outcome.metric = None if self.evaluate is None else self.best.metric
         return self.outcome
+
+    def _release(self) -> None:
+        """Free what only further steps would need, before the whole weights are made."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        self.best.state = {}
 
     def _train(self) -> None:
         self._train_mode()

@@ -212,7 +212,7 @@ def _read_rows(model: onnx.ModelProto) -> None:
         if node.domain != DOMAIN or node.op_type not in ("linear", "linear__bias") or not floats:
             nodes.append(node)
             continue
-        *operands, y = *node.input, node.output[0]
+        operands, y = list(node.input), node.output[0]
         product = f"{y}.product" if len(operands) > 2 else y
         nodes.append(onnx.helper.make_node("FusedMatMul", operands[:2], [product], domain=_MICROSOFT, transB=1))
         if len(operands) > 2:

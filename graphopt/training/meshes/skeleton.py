@@ -58,5 +58,5 @@ def moved(module: fx.GraphModule) -> tuple[fx.GraphModule, Skeleton]:
     """A module of the same structure that takes over the parameters and has buffers of its own, and the skeleton of
     the module that is left."""
     memo = {id(one): one for one in module.parameters()}
-    taken: fx.GraphModule = copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    taken: fx.GraphModule = copy.deepcopy(module, memo)
     return taken, Skeleton(module)

@@ -240,13 +240,14 @@ def test_a_decoder_computes_what_a_whole_prompt_does(batch: int, causal: bool) -
     decoder = Decoder(runner.session, capacity=12, batch=batch)
     assert decoder.in_place is causal
     ids = fed(batch, 0, 9)["input_ids"].numpy()
-    for _ in range(2):  # the second time over what the first has left
-        decoder.reset()
-        found = np.concatenate([decoder.step(ids[:, i:j]) for i, j in ((0, 4), (4, 5), (5, 8), (8, 9))], 1)
+    for kept in (0, 0, 4):  # the second time over what the first has left, and then with its beginning
+        decoder.truncate(min(kept, decoder.length))
+        parts = [decoder.step(ids[:, i:j]) for i, j in ((0, 4), (4, 5), (5, 8), (8, 9)) if i >= kept]
+        found = np.concatenate(parts, 1)
         assert decoder.length == 9
         expected = runner(fed(batch, 0, 9))[0]
         if causal:
-            np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found, expected.numpy()[:, kept:], rtol=1e-4, atol=1e-5)
         else:  # each token attends to the last part too, which then is the whole
             np.testing.assert_allclose(found[:, -1], expected.numpy()[:, -1], rtol=1e-4, atol=1e-5)
 
@@ -268,6 +269,8 @@ def test_what_a_decoder_cannot_run_is_refused() -> None:
     decoder.step(np.zeros((1, 2), np.int64))
     with pytest.raises(UsageError, match=r"the cache holds 2 of 3 positions, and 2 more do not fit"):
         decoder.step(np.zeros((1, 2), np.int64))
+    with pytest.raises(UsageError, match=r"the cache holds 2 positions, of which 3 cannot be kept"):
+        decoder.truncate(3)
     with pytest.raises(UsageError, match=r"ids have the shape \[2, 1\]; a step takes \[1, 1 or more\]"):
         decoder.step(np.zeros((2, 1), np.int64))
     backend = OnnxRuntime()
