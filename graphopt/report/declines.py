@@ -187,6 +187,7 @@ SENTENCES = {
     "heads_unknown": "it is not known that its heads are split from, and joined to, the last axis",
     "heads_split_or_shared": "its heads are split by the graph, or queries share heads of keys",
     "head_size_unknown": "the size of its heads is not known",
+    "head_size_not_divided": "the kernel takes heads whose size is a multiple of {multiple}, and these have {size}",
     "key_heads_shared": "several heads of queries share one of keys",
     "key_heads_not_shared": "it has as many heads of keys as of queries, or the graph splits them",
     "attention_causal": "it is causal: two products would need a mask of its length",
