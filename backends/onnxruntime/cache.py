@@ -49,10 +49,22 @@ class Decoder:
         room = self.capacity if self.in_place else 0
         self._cache = {name: self._buffer(name, room) for name in self._presents}
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` positions, such as those of a prompt that is continued once more.
+
+        Raises UsageError where fewer were read.
+        """
+        if not 0 <= length <= self.length:
+            raise UsageError(f"the cache holds {self.length} positions, of which {length} cannot be kept")
+        if not self.in_place and length < self.length:
+            kept = {name: np.ascontiguousarray(one.numpy()[:, :, :length]) for name, one in self._cache.items()}
+            self._cache = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in kept.items()}
+        self.mask = self.mask[:, :length]
+
     @property
     def length(self) -> int:
         """How many positions the cache holds."""
-        return self.mask.shape[1]
+        return int(self.mask.shape[1])
 
     def step(self, ids: NDArray[np.int64], mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """The logits (batch, new, vocabulary) behind each of some new tokens, which are in the cache from then on.

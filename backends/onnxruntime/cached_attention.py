@@ -11,7 +11,8 @@ mask, which covers the past and the new positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -27,6 +28,8 @@ from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder
 IN_PLACE = "graphopt.cache_in_place"
 """The key, in a file's metadata, that says that it takes a cache of fixed size."""
 _KERNEL = "com.microsoft.GroupQueryAttention"
+_MULTIPLE = 8
+"""What the size of a head must be divided by: the kernel refuses others when it runs."""
 
 
 def _cached(op: Recorder, query: str, past_key: str, key: str, past_value: str, value: str,
@@ -58,13 +61,11 @@ def _group_query_attention(op: Builder, m: Match) -> Mapping[Value, Value]:
         raise Declined("mask_not_causal")
     if m.query.dtype is not torch.float32:
         raise Declined("activations_not_float32", dtype=str(m.query.dtype))
-    heads, kv_heads, _ = _sizes(m)
+    heads, kv_heads, size = _sizes(m)
+    if size % _MULTIPLE:
+        raise Declined("head_size_not_divided", size=size, multiple=_MULTIPLE)
     operands = [_flat(op, value) for value in (m.query, m.key, m.value)]
-    sizes = past[2], operands[1].shape and operands[1].shape[1]
-
-    def length(name: str) -> Value:
-        lengths = op.once(("lengths of a cache", *sizes), lambda: _lengths(op, m.past_key, operands[1]))
-        return lengths[name]
+    last, total, filled, fits = _lengths(op, m.past_key, operands[1])
 
     def grouped() -> Sequence[Value]:
         results = graph.emit_all(
@@ -80,7 +81,6 @@ def _group_query_attention(op: Builder, m: Match) -> Mapping[Value, Value]:
             with_shape(one, whole.shape)
         return _attention_op(op, m, operands, mask, pasts)
 
-    last, total, filled, fits = (length(name) for name in ("last", "total", "past", "fits"))
     results = grouped() if past[0] == 1 else graph.emit_if(fits, grouped, plain, op.at)
     return _replaced(op, m, results)
 
@@ -141,10 +141,11 @@ def _flat(op: Builder, value: Value) -> Value:
         source = reshape.operands[0] if reshape is not None and reshape.kind in ("reshape", "onnx.Reshape") else None
         if source is not None and splits_heads(value.shape, source.shape):
             return source
-    _, heads, length, size = value.shape  # type: ignore[misc]  # `_sizes` knows them
-    assert value.shape is not None and isinstance(heads, int) and isinstance(size, int)
+    assert value.shape is not None
+    batch, heads, length, size = value.shape
+    assert isinstance(heads, int) and isinstance(size, int)  # as `_sizes` says
     flat = op("onnx.Reshape", op.transpose(value, perm=(0, 2, 1, 3)), op.constant(torch.tensor([0, 0, heads * size])))
-    return with_shape(flat, (value.shape[0], length, heads * size))
+    return with_shape(flat, (batch, length, heads * size))
 
 
 def _sizes(m: Match) -> tuple[int, int, int]:
@@ -152,7 +153,7 @@ def _sizes(m: Match) -> tuple[int, int, int]:
     shapes = [value.shape for value in (m.query, m.key, m.value, m.past_key, m.past_value)]
     if any(shape is None or not isinstance(shape[1], int) or not isinstance(shape[3], int) for shape in shapes):
         raise Declined("heads_unknown")
-    (_, heads, _, size), *others = shapes  # type: ignore[misc]
+    (_, heads, _, size), *others = shapes
     if len({shape[1] for shape in others if shape}) != 1 or any(shape and shape[3] != size for shape in others):
         raise Declined("heads_unknown")
     return int(heads), int(m.key.shape[1]), int(size)
@@ -175,21 +176,26 @@ def _whole_mask(op: Builder, m: Match) -> Value | None:
     return float_mask(op, m.mask, m.query.dtype)
 
 
-def _lengths(op: Builder, past_key: Value, key: Value) -> Mapping[str, Value]:
-    """What the kernel is told of the cache: `past` (1,) of int64, `total` and `last` (batch,) of int32; and `fits`,
-    whether the kernel takes the step: one row, one new token, or no past."""
+def _lengths(op: Builder, past_key: Value, key: Value) -> tuple[Value, Value, Value, Value]:
+    """What the kernel is told of the cache, made once for all layers.
+
+    The last position (batch,) and the number of positions (1,), of int32; the size of the past (1,), of int64; and
+    whether the kernel takes the step, as it has one row, one new token, or no past.
+    """
+    assert past_key.shape is not None and key.shape is not None
+    sizes = past_key.shape[2], key.shape[1]
     one, zero = (op.constant(torch.tensor([number])) for number in (1, 0))
-    batch, new = op("onnx.Shape", key, start=0, end=1), op("onnx.Shape", key, start=1, end=2)
-    past = op("onnx.Shape", past_key, start=2, end=3)
-    total = op.add(past, new)
-    last = op("onnx.Expand", op.cast(op.sub(total, one), dtype=torch.int32), batch)
-    rest = op.mul(op.mul(op.sub(batch, one), op.sub(new, one)), past)
-    return {
-        "past": past,
-        "total": op.cast(total, dtype=torch.int32),
-        "last": last,
-        "fits": op.squeeze(op("onnx.Equal", rest, zero), axes=(0,)),
-    }
+
+    def once(name: str, emit: Callable[[], Value]) -> Value:
+        return op.once(("cache", name, *sizes), emit)
+
+    batch, new = (once(f"size {axis}", partial(op, "onnx.Shape", key, start=axis, end=axis + 1)) for axis in (0, 1))
+    past = once("past", lambda: op("onnx.Shape", past_key, start=2, end=3))
+    total = once("total", lambda: op.add(past, new))
+    last = once("last", lambda: op("onnx.Expand", op.cast(op.sub(total, one), dtype=torch.int32), batch))
+    rest = once("rest", lambda: op.mul(op.mul(op.sub(batch, one), op.sub(new, one)), past))
+    fits = once("fits", lambda: op.squeeze(op("onnx.Equal", rest, zero), axes=(0,)))
+    return last, once("int32 total", lambda: op.cast(total, dtype=torch.int32)), past, fits
 
 
 FORMS = Choice(
@@ -216,9 +222,13 @@ def fill_in_place(graph: OnnxGraph) -> None:
     inputs = {value.name: value for value in graph.inputs}
     pasts = [value for name, value in inputs.items() if name.startswith(f"{PAST}.")]
     ids, mask = inputs.get(IDS), inputs.get(MASK)
-    if ids is None or mask is None or ids.rank != 2 or mask.rank != 2 or not all(map(_is_buffer, pasts)) or not pasts:
+    if ids is None or mask is None or ids.rank != 2 or mask.rank != 2 or not mask.users:
+        return
+    if len({past.shape and past.shape[2:3] for past in pasts}) != 1 or not all(map(_is_buffer, pasts)):
         return
     lengths = [node for past in pasts for node in past.users if _is_length(node)]
+    if not lengths:
+        return
     first = next(node for node in graph.nodes if node in lengths)
     whole = graph.emit("onnx.Shape", lengths[0].operands[0], at=first, start=2, end=3)
     sizes = [graph.emit("onnx.Shape", value, at=first, start=1, end=2) for value in (mask, ids)]

@@ -12,6 +12,9 @@ X86_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx51
 ARM_FLAGS = ("asimddp", "i8mm", "bf16", "sve", "sve2")
 """CPU flags by which engines select kernels, as Linux spells them."""
 
+CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Variables of the environment that keep engines from using all instructions of the CPU."""
+
 PACKAGES = ("torch", "numpy", "onnxruntime", "onnx", "transformers")
 """Packages whose versions stand over a table of timings."""
 
@@ -37,9 +40,13 @@ def usable_cores() -> int:
 
 
 def machine() -> dict[str, str]:
-    """The part of the environment that belongs in a cache key: engine and threads are there already."""
+    """The part of the environment that belongs in a cache key: engine and threads are there already.
+
+    The instructions that engines may use are a part of it: the CPU's flags, and what caps them.
+    """
     facts = environment()
-    return {name: facts[name] for name in ("cpu", "flags", "cores")}
+    caps = {name: os.environ[name].upper() for name in CAPS if name in os.environ}
+    return {name: facts[name] for name in ("cpu", "flags", "cores")} | caps
 
 
 def header(environment: Mapping[str, str], threads: int) -> str:

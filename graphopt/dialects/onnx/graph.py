@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import onnx
 import onnx_ir as ir
@@ -36,7 +35,7 @@ OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
 
 _LARGE = 2**28
-"""Bytes of weights from which on a session counts as large."""
+"""Bytes of weights from which on a session, which holds a copy of them, is not kept longer than it is needed."""
 
 SCALED = "graphopt.scaled"
 """The metadata key of what passes have divided (`Graph.scaled`)."""
@@ -46,7 +45,6 @@ class OnnxGraph(Graph):
     """An ONNX model as a graph of ops. Make one with `from_model`, `from_file` or `empty`."""
 
     dialect = "onnx"
-    _with_large_session: ClassVar[Callable[[], OnnxGraph | None]] = staticmethod(lambda: None)
 
     def __init__(self, model: ir.Model, scratch: onnx_files.Scratch | None = None) -> None:
         """scratch: the file for weights that are added to a model too large for memory."""
@@ -257,12 +255,12 @@ class OnnxGraph(Graph):
             self.model.graph.remove(nodes)
             label = self._unique(f"{at.name}/{name}", self._node_names)
             branches.append(ir.AttrGraph(name, ir.Graph([], results, nodes=nodes, name=label)))
-        results = branches[0].as_graph().outputs
         name = self._unique(f"{at.path or at.name}/If", self._node_names)
         path = {PATH: at.path} if at.path else None
-        node = ir.Node("", "If", [self.native(condition)], branches, num_outputs=len(results), name=name,
+        inner = branches[0].as_graph().outputs
+        node = ir.Node("", "If", [self.native(condition)], branches, num_outputs=len(inner), name=name,
                        metadata_props=path)  # fmt: skip
-        for output, result in zip(node.outputs, results, strict=True):
+        for output, result in zip(node.outputs, inner, strict=True):
             output.name, output.type, output.shape = self._unique(f"{name}_{result.name}"), result.type, result.shape
         at.native.prepend(node)
         self._fresh[node] = None
@@ -453,19 +451,16 @@ class OnnxGraph(Graph):
                 if not onnx_sections.fit_together(nodes):
                     seen = onnx_sections.Sections(self, [feeds], nodes).through(wanted)
                     return {value: tensor for _, _, some in seen for value, tensor in some.items()}
-            self._forget_session()
+            self._session = None  # before the next one is made
             self._session = key, onnx_run.session(self.model, natives, level="disable")
         return dict(zip(wanted, onnx_run.run(self._session[1], feeds), strict=True))
 
-    def _forget_session(self) -> None:
-        """Drop the session of the last run before one is made; of all graphs one at most keeps a large one, which
-        holds a copy of the weights."""
-        self._session = None
-        if onnx_files.size(self.model) > _LARGE:
-            before = OnnxGraph._with_large_session()
-            if before is not None:
-                before._session = None
-            OnnxGraph._with_large_session = weakref.ref(self)
+    def release(self) -> None:
+        if self._session is not None and onnx_files.size(self.model) > _LARGE:
+            from graphopt.dialects.onnx import run as onnx_run  # which imports onnxruntime
+
+            self._session = None
+            onnx_run.return_memory()
 
     def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
         from graphopt.dialects.onnx import sections as onnx_sections

@@ -155,10 +155,10 @@ def _rotary(op: Builder, operands: Operands, attributes: Attributes) -> Value:
         a, b = (op.squeeze(op.slice(apart, axis=4, start=i, end=i + 1), axes=(4,)) for i in range(2))
     else:
         a, b = (op.slice(turned, axis=3, start=i * pairs, end=(i + 1) * pairs) for i in range(2))
-    parts = op.sub(op.mul(a, cos), op.mul(b, sin)), op.add(op.mul(b, cos), op.mul(a, sin))
+    parts = [op.sub(op.mul(a, cos), op.mul(b, sin)), op.add(op.mul(b, cos), op.mul(a, sin))]
     if attributes["interleaved"]:
         together = op.concat(*(op.unsqueeze(part, axes=(4,)) for part in parts), axis=4)
-        parts = (op("onnx.Reshape", together, _numbers(op, 0, 0, 0, 2 * pairs)),)
+        parts = [op("onnx.Reshape", together, _numbers(op, 0, 0, 0, 2 * pairs))]
     rest = [op.slice(x, axis=3, start=2 * pairs, end=size)] if size > 2 * pairs else []
     y = op.concat(*parts, *rest, axis=3)
     if not heads:

@@ -123,7 +123,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, he
     A pair is entry i and i + pairs, or 2i and 2i + 1 when interleaved.
     """
     if heads:
-        x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        x = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -152,8 +153,8 @@ def eagerly(feeds: dict[str, Tensor], heads: int, kv_heads: int, turned: int) ->
     values = torch.cat([feeds["past_key_values.0.value"], heads_of("v")], 2)
     allowed = (torch.arange(past + new)[None] <= positions[:, None]) & mask[:, None, None, : past + new].bool()
     bias = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    spread = [one.repeat_interleave(heads // kv_heads, 1) for one in (keys, values)]
-    y = F.scaled_dot_product_attention(query, *spread, bias, scale=SIZE**-0.5).transpose(1, 2).flatten(2)
+    spread = (one.repeat_interleave(heads // kv_heads, 1) for one in (keys, values))
+    y = OPS["attention"].reference(query, *spread, bias, scale=SIZE**-0.5).transpose(1, 2).flatten(2)
     return [F.linear(x + F.linear(y, held["o"]), held["table"]), keys, values]
 
 
@@ -213,6 +214,22 @@ def test_a_mask_that_allows_later_positions_is_left_to_the_operator_of_onnx() ->
     assert [decline.code for decline in log.declined.values()] == ["mask_not_causal"]
 
 
+@pytest.mark.parametrize(("size", "form"), [(4, "Attention"), (12, "Attention"), (16, "If")])
+def test_heads_of_a_size_that_the_kernel_refuses_are_left_to_the_operator_of_onnx(
+    size: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SIZE", size)
+    original, backend = step.__wrapped__(turned=size), OnnxRuntime()
+    graph, _ = backend.lower(original)
+    assert isinstance(graph, OnnxGraph)
+    assert [node.op_type for node in graph.model.graph if node.op_type in ("Attention", "If")] == [form]
+    feeds = fed(1, 3, 1)
+    found = backend.compile(graph)(feeds)
+    torch.testing.assert_close(found, original.evaluate(feeds, original.outputs), rtol=1e-4, atol=1e-5)
+    log = rewrite(original.clone(), [cached_attention.FORMS.only(KERNEL)])["cached-attention"]
+    assert [decline.code for decline in log.declined.values()] == ([] if form == "If" else ["head_size_not_divided"])
+
+
 # --- caches that stay where they are ---------------------------------------------------------------------------------
 
 
@@ -223,13 +240,14 @@ def test_a_decoder_computes_what_a_whole_prompt_does(batch: int, causal: bool) -
     decoder = Decoder(runner.session, capacity=12, batch=batch)
     assert decoder.in_place is causal
     ids = fed(batch, 0, 9)["input_ids"].numpy()
-    for _ in range(2):  # the second time over what the first has left
-        decoder.reset()
-        found = np.concatenate([decoder.step(ids[:, i:j]) for i, j in ((0, 4), (4, 5), (5, 8), (8, 9))], 1)
+    for kept in (0, 0, 4):  # the second time over what the first has left, and then with its beginning
+        decoder.truncate(min(kept, decoder.length))
+        parts = [decoder.step(ids[:, i:j]) for i, j in ((0, 4), (4, 5), (5, 8), (8, 9)) if i >= kept]
+        found = np.concatenate(parts, 1)
         assert decoder.length == 9
         expected = runner(fed(batch, 0, 9))[0]
         if causal:
-            np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found, expected.numpy()[:, kept:], rtol=1e-4, atol=1e-5)
         else:  # each token attends to the last part too, which then is the whole
             np.testing.assert_allclose(found[:, -1], expected.numpy()[:, -1], rtol=1e-4, atol=1e-5)
 
@@ -251,6 +269,8 @@ def test_what_a_decoder_cannot_run_is_refused() -> None:
     decoder.step(np.zeros((1, 2), np.int64))
     with pytest.raises(UsageError, match=r"the cache holds 2 of 3 positions, and 2 more do not fit"):
         decoder.step(np.zeros((1, 2), np.int64))
+    with pytest.raises(UsageError, match=r"the cache holds 2 positions, of which 3 cannot be kept"):
+        decoder.truncate(3)
     with pytest.raises(UsageError, match=r"ids have the shape \[2, 1\]; a step takes \[1, 1 or more\]"):
         decoder.step(np.zeros((2, 1), np.int64))
     backend = OnnxRuntime()
@@ -303,7 +323,8 @@ def test_language_models_decode_with_fused_kernels(name: str) -> None:
             feeds = {"input_ids": ids[:, past:], "attention_mask": mask}
             for value in small.lowered.inputs[2:]:
                 _, layer, kind = value.name.rsplit(".", 2)
-                empty = torch.zeros(batch, value.shape[1], 0, value.shape[3])
+                _, heads, _, size = (int(one) if isinstance(one, int) else 0 for one in value.shape or ())
+                empty = torch.zeros(batch, heads, 0, size)
                 feeds[value.name] = getattr(held.layers[int(layer)], f"{kind}s").clone() if past else empty
             expected = model(input_ids=ids[:, past:], attention_mask=mask, past_key_values=held, use_cache=True)
         found, real = small(feeds), mask.bool()
@@ -312,6 +333,7 @@ def test_language_models_decode_with_fused_kernels(name: str) -> None:
         )
         keys = found["present.1.key"], expected.past_key_values.layers[1].keys
         torch.testing.assert_close(*(one.transpose(1, 2)[real] for one in keys), rtol=1e-4, atol=1e-5)
+    assert isinstance(small.runner, OrtRunner)
     decoder = Decoder(small.runner.session, 16)
     ids = models.tokens(1, 9)
     steps = [decoder.step(part.numpy()) for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:])]

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.backends.onnxruntime import attention, linear, linear_int8, merged_linears, weight_only
+from graphopt.backends.onnxruntime import (
+    attention,
+    linear,
+    linear_int8,
+    merged_linears,
+    skip_layer_norm,
+    weight_only,
+)
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
@@ -379,3 +386,48 @@ def test_rows_whose_width_has_a_name_are_made_flat() -> None:
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     (expected,) = graph.evaluate({"x": x}, graph.outputs)
     assert within_tolerance(expected, OnnxRuntime().compile(made)({"x": x})[0])
+
+
+RESIDUAL = "s = add(x[b,t,16], r[b,t,16])\nn = rms_norm(s, G[16])\ny = add(mul(n, n), s)"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("form", "kernel"), [
+    ("RMSNormalization", "RMSNormalization"),
+    ("SkipSimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+])  # fmt: skip
+def test_a_residual_and_its_rms_norm(form: str, kernel: str, level: str, tmp_path: Path) -> None:
+    made = formed(RESIDUAL, skip_layer_norm.RMS_RESIDUAL, form)
+    assert kernels(made, level, tmp_path)[kernel] == 1
+
+
+def test_a_residual_of_other_shapes_is_normalized_apart() -> None:
+    text = RESIDUAL.replace("r[b,t,16]", "r[16]")
+    form = "SkipSimplifiedLayerNormalization"
+    assert declined(text, skip_layer_norm.RMS_RESIDUAL, form) == ["residual_norm_unsupported"]
+
+
+ROWS = "y = linear(x[b,t,96], dequantize(W[8,96]:int8:values(-7,5,2), S[8]:values(0.1,0.3), axis=0, bits={bits}))"
+BLOCKS = (
+    "y = linear(x[b,t,96], dequantize(W[8,96]:int8:values(-7,5,2), S[8,3]:values(0.1,0.3), axis=1, block=32, bits=8))"
+)
+
+
+@pytest.mark.parametrize(("bits", "form", "stored"), [
+    (4, "MatMulNBits", (4, 128)), (4, "MatMulNBits in blocks of 32", (4, 32)), (4, "MatMulNBits in 8 bits", (8, 128)),
+    (8, "MatMulNBits in blocks of 32", (8, 32)), (4, "MatMulNBits in float32", (4, 128)),
+])  # fmt: skip
+def test_a_stored_weight_takes_other_blocks_and_bits(bits: int, form: str, stored: tuple[int, int]) -> None:
+    graph = build("onnx", ROWS.format(bits=bits))
+    made = graph.clone()
+    assert rewrite(made, [weight_only.LINEAR.only(form)])["matmul-nbits"].hits == 1
+    (node,) = made.sites("com.microsoft.MatMulNBits")
+    assert (node.attributes["bits"], node.attributes["block_size"]) == stored
+    feeds = fed(graph)
+    (found,), (expected,) = (one.evaluate(feeds, one.outputs) for one in (made, graph))
+    assert sqnr(expected, found) > 35
+
+
+def test_a_stored_weight_keeps_the_blocks_and_bits_that_it_has() -> None:
+    assert declined(BLOCKS, weight_only.LINEAR, "MatMulNBits in blocks of 32") == ["stored_in_blocks"]
+    assert declined(BLOCKS, weight_only.LINEAR, "MatMulNBits in 8 bits") == ["stored_in_as_many_bits"]
