@@ -24,6 +24,9 @@ _LINEAR_INT8 = {
     "static": "xf = DequantizeLinear(x, scale, zero_point) {floats} {t} m = MatMul(xf, {w})",
     "dynamic": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) "
     "m = Mul(xf, s)",
+    # One product after the other: of both scales together, ONNX Runtime reads the first row's for all rows.
+    "rows": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) r = Mul(xf, weight_scale) "
+    "m = Mul(r, scale)",
 }
 
 
@@ -91,7 +94,7 @@ def function(op_type: str, opset: int) -> ir.Function:
     if name == "linear":
         signature, body = _linear_body(bias, kn)
     elif name == "linear_int8":
-        signature, body = _linear_int8_body(bias, kn, "static" if "static" in variant else "dynamic", opset)
+        signature, body = _linear_int8_body(bias, kn, next(one for one in _LINEAR_INT8 if one in variant), opset)
     elif name == "conv_int8":
         attributes = "<strides, pads, dilations, group>"
         given = "x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point" + (", bias" if bias else "")

@@ -554,7 +554,10 @@ def _write_function(
             operands[names.index("weight")] = weight.transpose()
     if op == "linear_int8":
         scale = operands[1]
-        variant.append("static" if scale is not None and scale.is_constant else "dynamic")
+        if scale is not None and scale.is_constant:
+            variant.append("static")
+        else:
+            variant.append("rows" if _is_of_rows(scale, None) else "dynamic")
     op_type = op + ("__" + "_".join(variant) if variant else "")
     while operands and operands[-1] is None:
         operands.pop()

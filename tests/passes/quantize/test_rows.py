@@ -98,6 +98,16 @@ def test_targets_compute_what_the_ops_mean(where: str) -> None:
     assert sqnr(expected, found) > 60
 
 
+def test_standard_operators_compute_the_same_at_every_level_of_optimization() -> None:
+    """ONNX Runtime fuses integer products with their scales, and reads a product of scales as one of a single row."""
+    graph = build("onnx", TEXT)
+    run(ROW, graph)
+    run(FoldInt8(), graph)
+    given_feeds = feeds(graph)
+    for computes in target("onnxruntime").exported(graph, None).values():
+        assert sqnr(outputs(graph, given_feeds)[0], computes(given_feeds)[0]) > 60
+
+
 @settings(max_examples=25, deadline=None)
 @given(draw=st.integers(0, 2**16), outlier=st.floats(1, 1e4))
 def test_the_error_of_a_row_is_bounded_by_its_own_largest_number(draw: int, outlier: float) -> None:
