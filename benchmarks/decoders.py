@@ -48,7 +48,7 @@ def eager_step(module: nn.Module, length: int) -> Step:
     @torch.inference_mode()
     def step() -> object:
         result = module(input_ids=torch.tensor([[TOKEN]]), past_key_values=held, use_cache=True)
-        held.crop(-1)  # type: ignore[no-untyped-call]
+        held.crop(-1)
         return result
 
     return step
@@ -60,8 +60,9 @@ def eager_step(module: nn.Module, length: int) -> Step:
 def genai_folder(folder: Path, to: Path, bits: int) -> Path:
     """What its model builder (0.18) makes of a Hugging Face folder: weights of 4 or 8 bits in blocks of 32."""
     command = [
-        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", folder, "-o", to, "-c", to / "cache",
-        "-p", f"int{bits}", "-e", "cpu", "--extra_options", "block_size=32", "accuracy_level=4",
+        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(to),
+        "-c", str(to / "cache"), "-p", f"int{bits}", "-e", "cpu",
+        "--extra_options", "block_size=32", "accuracy_level=4",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -11,10 +11,14 @@ templates. Nothing is downloaded.
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.request import Request, urlopen
 
 import torch
 import typer
@@ -25,6 +29,7 @@ from torch import Tensor
 import graphopt
 from graphopt import UsageError
 from graphopt.cli.sources import read_table
+from graphopt.serving import Predictor
 
 LENGTH = 64
 """Tokens at which texts are cut."""
@@ -103,6 +108,25 @@ def accuracy(model: Callable[..., Any], batches: Batches) -> float:
     return float(torch.cat(right).float().mean())
 
 
+def served(bundle: Path, texts: Sequence[str]) -> list[Any]:
+    """What `graphopt serve` answers to texts over HTTP. Raises UsageError where it does not start."""
+    command = [sys.executable, "-m", "graphopt", "serve", str(bundle), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        address, line = "", ""
+        for line in server.stderr:
+            address = line.split()[-1] if "listening on" in line else address
+            if address and "loaded" in line:
+                break
+        else:
+            raise UsageError(f"the server did not start: {line.strip()}")
+        try:
+            requests = (Request(f"{address}/predict", text.encode(), {"Content-Type": "text/plain"}) for text in texts)
+            return [json.load(urlopen(one))["predictions"][0] for one in requests]
+        finally:
+            server.terminate()
+
+
 def main(
     size: Size = "full",
     out: Out = Path("out/text_classification"),
@@ -142,11 +166,12 @@ def main(
     module.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
     bundle = small.bundle(out / "bundle", tokenizer=checkpoint)
-    found = graphopt.serving.Predictor(bundle)
-    for row, _ in rows[:2]:
-        best = found.predict(row)[0]
-        print(f"{row[:80]}  {best['label']} ({best['score']:.0%})")
-    summary["accuracy"] = f"{score(tuned):.1%} -> {score(found):.1%} of {cut} texts that it was not trained on"
+    asked = [row for row, _ in rows[:3]]
+    for row, answer in zip(asked, served(bundle, asked), strict=True):
+        print(f"{row[:80]}  {answer[0]['label']} ({answer[0]['score']:.0%})")
+    summary["accuracy"] = (
+        f"{score(tuned):.1%} -> {score(Predictor(bundle)):.1%} of {cut} texts that it was not trained on"
+    )
     summary.model(small, bundle / "model.onnx", size)
     summary.show()
 

@@ -9,25 +9,20 @@ from typing import Any
 
 import torch
 from frame import Size
-from torch import nn
 
 from graphopt import UsageError
 from graphopt.cli.sources import tokenizer_in
 from graphopt.errors import outer_door
 
 
-def encoder(kind: str, folder: Path | None, size: Size, **settings: Any) -> tuple[nn.Module, Any]:
+def encoder(kind: str, folder: Path | None, size: Size, **settings: Any) -> tuple[Any, Any]:
     """A model of transformers (kind: the name of its Auto class) in eval mode, and its tokenizer.
 
     folder: of a Hugging Face model and its tokenizer; None is all-MiniLM-L6-v2, a BERT of 6 layers, from its package,
     with a new head. At size tiny, one layer with seeded weights and the vocabulary of that tokenizer. settings: of its
     config. Raises UsageError where the folder holds no model or no tokenizer.
     """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers = quiet_transformers()
     place = folder or minilm()
     torch.manual_seed(0)
     tokenizer = tokenizer_in(place)
@@ -40,6 +35,16 @@ def encoder(kind: str, folder: Path | None, size: Size, **settings: Any) -> tupl
             )  # fmt: skip
             return auto.from_config(config).eval(), tokenizer
         return auto.from_pretrained(place, local_files_only=True, **settings).eval(), tokenizer
+
+
+def quiet_transformers() -> Any:
+    """The library, offline, without progress bars and warnings."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return transformers
 
 
 def minilm() -> Path:

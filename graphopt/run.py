@@ -24,6 +24,7 @@ from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
 from graphopt.measure import cache, limits, machine, timing
 from graphopt.passes.simplify import Simplify
+from graphopt.pipeline import lengths
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context, TeacherGraph
@@ -458,6 +459,19 @@ class Run:
             raise LoweringError(f"run by {self.backend.name}, the result fails: {error}") from error
         small.report.agreement = worst_of_each(small.report.agreement_by_shapes.values())
         small.report.notes += notes
+        self._compare_lengths(small)
+
+    def _compare_lengths(self, small: Optimized) -> None:
+        """Report the same on calibration texts of several lengths, where the model takes tokens."""
+        graph, calibration = self.captured.graph, self.calibration
+        lossless = all(one.lossless for one in self.pipeline.leaves())
+        if calibration is None or calibration.once or lossless or not lengths.takes_tokens(graph):
+            return
+        others = lengths.at_other_lengths(calibration, graph)
+        feeds = [next(iter(calibration)), *(others.batches if others else ())]
+        for one in feeds:
+            found, _ = Agree(graph, [one], self.captured.signature.outputs).compare(small.run_anew)
+            small.report.agreement_by_length |= {lengths.text(one): agreements for agreements in found.values()}
 
     def _check_metric(self, small: Optimized) -> None:
         """Evaluate what was trained and what ships: the same metric is promised, and reported."""

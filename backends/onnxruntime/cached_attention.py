@@ -28,6 +28,8 @@ from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder
 IN_PLACE = "graphopt.cache_in_place"
 """The key, in a file's metadata, that says that it takes a cache of fixed size."""
 _KERNEL = "com.microsoft.GroupQueryAttention"
+_MULTIPLE = 8
+"""What the size of a head must be divided by: the kernel refuses others when it runs."""
 
 
 def _cached(op: Recorder, query: str, past_key: str, key: str, past_value: str, value: str,
@@ -59,7 +61,9 @@ def _group_query_attention(op: Builder, m: Match) -> Mapping[Value, Value]:
         raise Declined("mask_not_causal")
     if m.query.dtype is not torch.float32:
         raise Declined("activations_not_float32", dtype=str(m.query.dtype))
-    heads, kv_heads, _ = _sizes(m)
+    heads, kv_heads, size = _sizes(m)
+    if size % _MULTIPLE:
+        raise Declined("head_size_not_divided", size=size, multiple=_MULTIPLE)
     operands = [_flat(op, value) for value in (m.query, m.key, m.value)]
     last, total, filled, fits = _lengths(op, m.past_key, operands[1])
 
@@ -149,7 +153,7 @@ def _sizes(m: Match) -> tuple[int, int, int]:
     shapes = [value.shape for value in (m.query, m.key, m.value, m.past_key, m.past_value)]
     if any(shape is None or not isinstance(shape[1], int) or not isinstance(shape[3], int) for shape in shapes):
         raise Declined("heads_unknown")
-    (_, heads, _, size), *others = shapes  # type: ignore[misc]
+    (_, heads, _, size), *others = shapes
     if len({shape[1] for shape in others if shape}) != 1 or any(shape and shape[3] != size for shape in others):
         raise Declined("heads_unknown")
     return int(heads), int(m.key.shape[1]), int(size)
@@ -218,9 +222,13 @@ def fill_in_place(graph: OnnxGraph) -> None:
     inputs = {value.name: value for value in graph.inputs}
     pasts = [value for name, value in inputs.items() if name.startswith(f"{PAST}.")]
     ids, mask = inputs.get(IDS), inputs.get(MASK)
-    if ids is None or mask is None or ids.rank != 2 or mask.rank != 2 or not all(map(_is_buffer, pasts)) or not pasts:
+    if ids is None or mask is None or ids.rank != 2 or mask.rank != 2 or not mask.users:
+        return
+    if len({past.shape and past.shape[2:3] for past in pasts}) != 1 or not all(map(_is_buffer, pasts)):
         return
     lengths = [node for past in pasts for node in past.users if _is_length(node)]
+    if not lengths:
+        return
     first = next(node for node in graph.nodes if node in lengths)
     whole = graph.emit("onnx.Shape", lengths[0].operands[0], at=first, start=2, end=3)
     sizes = [graph.emit("onnx.Shape", value, at=first, start=1, end=2) for value in (mask, ids)]

@@ -36,7 +36,6 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import STORED
 from graphopt.ir.rewrite import Choice, Rule, RuleLog
-from graphopt.lowering import row_scales
 from graphopt.lowering.backend import Chooser, Runner
 from graphopt.lowering.timed_forms import TimedChooser
 
@@ -87,7 +86,7 @@ class OnnxRuntime(OnnxTarget):
             (lstm.DYNAMIC,),
             (linear_int8.TO_INTEGERS,),
             (linear_int8.DYNAMIC, linear_int8.STATIC, linear_int8.ROWS),
-            (row_scales.QUANTIZE,),
+            (linear_int8.QUANTIZE_ROWS, linear_int8.ROW_SCALE),
             (conv_int8.PADDING,),
             (conv_int8_few_channels.FEW_CHANNELS,),
             (conv_int8.SMALL,),

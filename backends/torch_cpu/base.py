@@ -49,6 +49,11 @@ class EagerTarget(Backend):
     forms: ClassVar[Sequence[int8.Engine]]
     """The forms that int8 ops may take, in their static order."""
 
+    @property
+    def quantizes(self) -> tuple[str, ...]:
+        fused = (post for post in int8.POSTS if any(form.fuses(post) for form in self.forms))
+        return *fused, "linear"
+
     def accept(self, model: Any, example_inputs: Any) -> None:
         require_engines(self.name, self.engines)
         require_cpu(self.name, model, example_inputs)

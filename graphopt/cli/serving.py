@@ -19,7 +19,10 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes any free one.", min=0, max=65535)] = 8000,
     threads: Threads = None,
     workers: Annotated[int, typer.Option(help="Processes, each with its own models.", min=1)] = 1,
-    at_once: Annotated[int, typer.Option(help="Runs of a model at the same time, in one process.", min=1)] = 1,
+    at_once: Annotated[
+        int | None,
+        typer.Option(help="Runs of a model at the same time; one for each core without it.", min=1, show_default=False),
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option(envvar="GRAPHOPT_TOKEN", help="What clients must send as a bearer token.", show_default=False),

@@ -144,6 +144,11 @@ class Backend(ABC):
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+    @property
+    def quantizes(self) -> tuple[str, ...]:
+        """Ops whose results a kernel quantizes as it computes them."""
+        return ()
+
     granularities: ClassVar[tuple[str, ...]] = ("tensor",)
     """What may share a scale in dynamic quantization, best first: an activation (tensor), or a row of it (row)."""
     types: ClassVar[tuple[str, ...]] = ("int8",)

@@ -23,16 +23,20 @@ def environment() -> dict[str, str]:
     """What timings depend on: CPU, flags, usable cores, operating system, versions. Imports none of the packages."""
     cpuinfo = Path("/proc/cpuinfo")
     model, flags = cpu(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": model or platform.processor() or platform.machine(),
         "flags": flags,
-        "cores": str(usable),
+        "cores": str(usable_cores()),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "os": " ".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine() -> dict[str, str]:

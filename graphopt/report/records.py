@@ -93,6 +93,8 @@ class Report:
     """The deployed result against the original, on the example inputs: the worst of each output."""
     agreement_by_shapes: dict[str, list[Agreement]] = field(default_factory=dict)
     """The same by the shapes of the example inputs."""
+    agreement_by_length: dict[str, list[Agreement]] = field(default_factory=dict)
+    """The same on calibration texts of several lengths, by their tokens; empty for models that take no tokens."""
     shipped: Shipped | None = None
     """Of a model that was trained: the metric of what was trained, and of what ships."""
     speed: list[dict[str, Any]] = field(default_factory=list)

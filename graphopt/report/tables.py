@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphopt.analysis.propagation import LOST
@@ -184,20 +184,35 @@ def _first_names(labels: Sequence[str]) -> str:
 
 def agreement_rows(report: Report) -> Rows:
     """One row per output; where the example inputs have several shapes, one for each of them."""
-    figures_only = "SQNR", "cosine", "max error"
     if len(report.agreement_by_shapes) < 2:
-        return [("output", *figures_only), *((one.output, *_agreement(one)) for one in report.agreement)]
-    rows: Rows = [("output", "inputs", *figures_only)]
+        pooled = any(one.pooled is not None for one in report.agreement)
+        return [("output", *_figures(pooled)), *((one.output, *_agreement(one, pooled)) for one in report.agreement)]
+    return _agreements(report.agreement_by_shapes, "inputs", [one.output for one in report.agreement])
+
+
+def length_rows(report: Report) -> Rows:
+    """One row per output and length of the calibration texts."""
+    found = report.agreement_by_length
+    return _agreements(found, "tokens", dict.fromkeys(one.output for several in found.values() for one in several))
+
+
+def _agreements(found: Mapping[str, Sequence[Agreement]], title: str, outputs: Iterable[str]) -> Rows:
+    """One row per output and what it is compared on, output by output."""
+    pooled = any(one.pooled is not None for several in found.values() for one in several)
+    rows: Rows = [("output", title, *_figures(pooled))]
     return rows + [
-        (one.output, shapes, *_agreement(one))
-        for output in report.agreement
-        for shapes, agreements in report.agreement_by_shapes.items()
-        for one in agreements if one.output == output.output
+        (output, what, *_agreement(one, pooled))
+        for output in outputs for what, several in found.items() for one in several if one.output == output
     ]  # fmt: skip
 
 
-def _agreement(one: Agreement) -> tuple[str, str, str]:
-    return figures.decibels(one.sqnr), figures.cosine(one.cosine), f"{one.max_error:.3g}"
+def _figures(pooled: bool) -> tuple[str, ...]:
+    return ("SQNR", *(["pooled"] if pooled else []), "cosine", "max error")
+
+
+def _agreement(one: Agreement, pooled: bool) -> tuple[str, ...]:
+    mean = "-" if one.pooled is None else figures.decibels(one.pooled)
+    return figures.decibels(one.sqnr), *([mean] if pooled else []), figures.cosine(one.cosine), f"{one.max_error:.3g}"
 
 
 def kernel_rows(report: Report) -> Rows:

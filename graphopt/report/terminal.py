@@ -41,7 +41,10 @@ def report(report: Report) -> RenderableType:
     parts += [sensitivity(one.sensitivity, ROWS) for one in report.passes if one.sensitivity is not None]
     if report.agreement:
         rows = tables.agreement_rows(report)
-        parts.append(table(rows, "outputs against the original", right=range(len(rows[0]) - 3, len(rows[0]))))
+        parts.append(table(rows, "outputs against the original", right=range(rows[0].index("SQNR"), len(rows[0]))))
+    if report.agreement_by_length:
+        rows = tables.length_rows(report)
+        parts.append(table(rows, "outputs by length of the calibration texts", right=range(1, len(rows[0]))))
     if report.kernels:
         parts.append(table(tables.kernel_rows(report), "kernels that the engine built"))
     parts += [Text(line) for line in tables.choices(report)]

@@ -32,6 +32,7 @@ ROWS = 10
 def report(report: Report) -> str:
     """What was done to a model, why the rest was not, and what that did to cost and outputs."""
     outputs = [table(tables.agreement_rows(report), indent="  ", left=("output", "inputs"))] if report.agreement else []
+    by_length = [table(tables.length_rows(report), indent="  ", left=("output",))] if report.agreement_by_length else []
     kernels = [_wrapped(figures.counts(report.kernels), "  ")] if report.kernels else []
     sections = [
         f"{tables.headline(report)}\n\n{_heading(report)}",
@@ -49,6 +50,7 @@ def report(report: Report) -> str:
             if one.training
         ),
         _titled("outputs against the original", outputs),
+        _titled("outputs by length of the calibration texts", by_length),
         _titled("kernels that the engine built", kernels),
         _titled("choices", [_wrapped(line, "  ") for line in tables.choices(report)]),
         _titled("race of the engines", [] if report.race is None else [race(report.race)]),

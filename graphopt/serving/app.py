@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote_to_bytes
 
 from graphopt import __version__
 from graphopt.errors import GraphoptError, UsageError
+from graphopt.measure.machine import usable_cores
 from graphopt.serving import bodies, golden, openapi, tensors_v1, tensors_v2
 from graphopt.serving.batches import Axes
 from graphopt.serving.golden import Arrays
@@ -46,8 +47,8 @@ class Settings:
     folder: Path
     threads: int | None = None
     """Of the engine in each run; None takes what the bundle says."""
-    at_once: int = 1
-    """Runs of a model at the same time."""
+    at_once: int | None = None
+    """Runs of a model at the same time, which share its threads; None is one for each core."""
     token: str | None = None
     """What a client must send as `Authorization: Bearer TOKEN`."""
     cors: tuple[str, ...] = ()
@@ -145,9 +146,10 @@ class App:
         """Make what belongs to this process."""
         own = self.settings
         self.metrics = Metrics()
-        self.pool = ThreadPoolExecutor(max(32, own.at_once), "graphopt-engine")
+        at_once = own.at_once or usable_cores()
+        self.pool = ThreadPoolExecutor(max(32, 2 * at_once), "graphopt-engine")
         self.models = Models(
-            own.folder, self.pool, own.threads, own.at_once, own.max_queue, own.allow_batch_variance, self.metrics
+            own.folder, self.pool, own.threads, at_once, own.max_queue, own.allow_batch_variance, self.metrics
         )
         self.generating = 0
         self._count = 0

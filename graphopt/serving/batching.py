@@ -157,10 +157,16 @@ class Batcher:
         self._start()
 
 
+UNMEASURED = 8
+"""Most rows of a batch where the batch table has no latencies."""
+
+
 def _most_rows(manifest: Manifest) -> Mapping[int | None, int]:
     """By length of the batch table, in order, the batch that answers the most rows a second."""
     best: dict[int | None, tuple[float, int]] = {}
     for row in manifest.batches:
+        if row.ms is None and row.batch > UNMEASURED:
+            continue
         speed = float(row.batch) if not row.ms else row.batch / row.ms
         if row.length not in best or speed > best[row.length][0]:
             best[row.length] = (speed, row.batch)

@@ -275,7 +275,7 @@ def test_a_slow_sender(narrow: Client) -> None:
 def test_an_answer_that_takes_too_long_and_a_queue_that_is_full(encoder: Path) -> None:
     import threading
 
-    with Client.of(encoder, timeout=0.05, max_queue=1) as busy:
+    with Client.of(encoder, timeout=0.05, max_queue=1, at_once=1) as busy:
         hold, run = threading.Event(), busy.app.models.get("encoder").batcher._run
         busy.app.models.get("encoder").batcher._run = lambda feeds: (hold.wait(5), run(feeds))[1]
         answers = busy.together(*[("POST", V2, v2())] * 3)

@@ -456,8 +456,11 @@ class OnnxGraph(Graph):
         return dict(zip(wanted, onnx_run.run(self._session[1], feeds), strict=True))
 
     def release(self) -> None:
-        if onnx_files.size(self.model) > _LARGE:
+        if self._session is not None and onnx_files.size(self.model) > _LARGE:
+            from graphopt.dialects.onnx import run as onnx_run  # which imports onnxruntime
+
             self._session = None
+            onnx_run.return_memory()
 
     def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
         from graphopt.dialects.onnx import sections as onnx_sections

@@ -155,7 +155,7 @@ class Agree(Instrument):
                         f"on example {number}, {count} of the {kept[0].numel()} numbers of output {name!r} become NaN "
                         f"or infinite{_origin(graph, feeds)}: leave that out with ignore=[...]"
                     )
-                agreements.append(agreement(name, *kept))
+                agreements.append(agreement(name, a, b, real))
         return {shapes: worst_of_each(several) for shapes, several in by_shapes.items()}, list(notes.values())
 
     def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:

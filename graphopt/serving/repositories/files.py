@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from graphopt.measure.machine import usable_cores
 from graphopt.serving.bundles import Bundle
 
 
@@ -26,4 +26,4 @@ def write_bundle(bundle: Bundle, folder: Path) -> None:
 
 def threads(bundle: Bundle) -> int:
     """Of the engine. Written out everywhere, since the default of most servers is all cores for each instance."""
-    return bundle.manifest.threads or os.cpu_count() or 1
+    return bundle.manifest.threads or usable_cores()

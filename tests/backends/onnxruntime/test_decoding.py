@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -152,8 +153,8 @@ def eagerly(feeds: dict[str, Tensor], heads: int, kv_heads: int, turned: int) ->
     values = torch.cat([feeds["past_key_values.0.value"], heads_of("v")], 2)
     allowed = (torch.arange(past + new)[None] <= positions[:, None]) & mask[:, None, None, : past + new].bool()
     bias = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    spread = [one.repeat_interleave(heads // kv_heads, 1) for one in (keys, values)]
-    y = F.scaled_dot_product_attention(query, *spread, bias, scale=SIZE**-0.5).transpose(1, 2).flatten(2)
+    spread = (one.repeat_interleave(heads // kv_heads, 1) for one in (keys, values))
+    y = OPS["attention"].reference(query, *spread, bias, scale=SIZE**-0.5).transpose(1, 2).flatten(2)
     return [F.linear(x + F.linear(y, held["o"]), held["table"]), keys, values]
 
 
@@ -211,6 +212,22 @@ def test_a_mask_that_allows_later_positions_is_left_to_the_operator_of_onnx() ->
     torch.testing.assert_close(runner(feeds), original.evaluate(feeds, original.outputs), rtol=1e-4, atol=1e-5)
     log = rewrite(step(causal=False).clone(), [cached_attention.FORMS.only(KERNEL)])["cached-attention"]
     assert [decline.code for decline in log.declined.values()] == ["mask_not_causal"]
+
+
+@pytest.mark.parametrize(("size", "form"), [(4, "Attention"), (12, "Attention"), (16, "If")])
+def test_heads_of_a_size_that_the_kernel_refuses_are_left_to_the_operator_of_onnx(
+    size: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SIZE", size)
+    original, backend = step.__wrapped__(turned=size), OnnxRuntime()
+    graph, _ = backend.lower(original)
+    assert isinstance(graph, OnnxGraph)
+    assert [node.op_type for node in graph.model.graph if node.op_type in ("Attention", "If")] == [form]
+    feeds = fed(1, 3, 1)
+    found = backend.compile(graph)(feeds)
+    torch.testing.assert_close(found, original.evaluate(feeds, original.outputs), rtol=1e-4, atol=1e-5)
+    log = rewrite(original.clone(), [cached_attention.FORMS.only(KERNEL)])["cached-attention"]
+    assert [decline.code for decline in log.declined.values()] == ([] if form == "If" else ["head_size_not_divided"])
 
 
 # --- caches that stay where they are ---------------------------------------------------------------------------------
@@ -306,7 +323,8 @@ def test_language_models_decode_with_fused_kernels(name: str) -> None:
             feeds = {"input_ids": ids[:, past:], "attention_mask": mask}
             for value in small.lowered.inputs[2:]:
                 _, layer, kind = value.name.rsplit(".", 2)
-                empty = torch.zeros(batch, value.shape[1], 0, value.shape[3])
+                _, heads, _, size = (int(one) if isinstance(one, int) else 0 for one in value.shape or ())
+                empty = torch.zeros(batch, heads, 0, size)
                 feeds[value.name] = getattr(held.layers[int(layer)], f"{kind}s").clone() if past else empty
             expected = model(input_ids=ids[:, past:], attention_mask=mask, past_key_values=held, use_cache=True)
         found, real = small(feeds), mask.bool()
@@ -315,6 +333,7 @@ def test_language_models_decode_with_fused_kernels(name: str) -> None:
         )
         keys = found["present.1.key"], expected.past_key_values.layers[1].keys
         torch.testing.assert_close(*(one.transpose(1, 2)[real] for one in keys), rtol=1e-4, atol=1e-5)
+    assert isinstance(small.runner, OrtRunner)
     decoder = Decoder(small.runner.session, 16)
     ids = models.tokens(1, 9)
     steps = [decoder.step(part.numpy()) for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:])]

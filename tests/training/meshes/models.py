@@ -14,6 +14,7 @@ Trained = tuple[list[float], dict[str, list[float]]]
 """The losses of the steps, and the weights by name."""
 
 PASSES = {
+    "neurons": "prune{neurons=0.5},finetune{OPTIONS}",
     "cut": "prune{amount=0.5},low-rank{energy=0.6},finetune{OPTIONS}",
     "sparse": "sparsify{pattern=2:4},distill{OPTIONS}",
     "hidden": "prune{neurons=0.5},distill{hidden=0.5 OPTIONS}",

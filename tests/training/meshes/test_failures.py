@@ -48,7 +48,7 @@ def run(how: str, mesh: str | None, accumulate: int, folder: Path | None, at: in
 
 @pytest.fixture(scope="module")
 def unbroken() -> Trained:
-    return run("cut", None, 4, None)
+    return run("neurons", None, 4, None)
 
 
 @pytest.mark.parametrize("mesh", ["fsdp", "tp", "pp"])
@@ -57,21 +57,19 @@ def test_saved_by_two_processes_and_resumed_by_one_and_four(mesh: str, unbroken:
     two stages in two copies."""
     (tmp_path / "two").mkdir()
     own = 2 if mesh == "fsdp" else 4
-    broken = launch(2, run, "sparse" if mesh == "tp" else "cut", f"{mesh}=2", own, tmp_path / "two", 9, "interrupt")
+    broken = launch(2, run, "neurons", f"{mesh}=2", own, tmp_path / "two", 9, "interrupt")
     assert not isinstance(broken[0], str), broken[0]
     assert 0 < len(broken[0][0]) < 20
     files = [file.name for file in (tmp_path / "two").rglob("*") if file.is_file()]
     assert any(".shards" in str(file) for file in (tmp_path / "two").iterdir())
     assert {Path(name).suffix for name in files if name != ".lock"} <= {".safetensors", ".json", ".jsonl"}
-    expected = unbroken if mesh != "tp" else run("sparse", None, 4, None)
     copies = tmp_path / "four"
     _copy(tmp_path / "two", copies)
     four = {"fsdp": ("fsdp=4", 1), "tp": ("tp=4", 4), "pp": ("dp=2,pp=2", 2)}[mesh]
-    how = "sparse" if mesh == "tp" else "cut"
-    for found in (run(how, None, 4, tmp_path / "two"), launch(4, run, how, *four, copies)[0]):
+    for found in (run("neurons", None, 4, tmp_path / "two"), launch(4, run, "neurons", *four, copies)[0]):
         assert not isinstance(found, str), found
         assert len(found[0]) == 20
-        assert found[0] == pytest.approx(expected[0], rel=1e-5)
+        assert found[0] == pytest.approx(unbroken[0], rel=1e-5)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -133,6 +133,8 @@ def test_what_two_processes_take_is_what_was_planned(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     (one,) = launch(1, peak, None, 512, 24)
     found = launch(2, peak, "fsdp=2", 512, 24)
+    for answer in (one, *found):
+        assert not isinstance(answer, str), answer
     for taken, planned in (one, *found):
         assert taken == pytest.approx(planned, rel=0.10)
     assert max(taken for taken, _ in found) <= 0.65 * one[0]
