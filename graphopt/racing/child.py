@@ -35,6 +35,8 @@ class Child:
 
     def load(self, backend: str, precision: str, graph: str, feeds: str, threads: int | None) -> None:
         """backend: the target's class, as module:class. graph, feeds: files."""
+        if threads is not None:
+            torch.set_num_threads(threads)  # once, where a runner of torch would set it before each run
         module, _, name = backend.partition(":")
         target: Backend = getattr(import_module(module), name)()
         self.backend = target.at(precision)

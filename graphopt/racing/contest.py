@@ -163,8 +163,9 @@ class Contest:
         """With the first model that was captured: see whether the race fits, and what is compared with."""
         size = cost.Cost.of(run.captured.graph).bytes
         free = memory.available()
-        # Of each engine, the result, the model as it is, and this process's own programs of the two.
-        needed = int(len(self.backends) * 2 * (PROCESS + COPIES * size) + 2 * COPIES * size)
+        # Of each engine and precision, the result and the model as it is; and this process's own programs of the two.
+        processes = sum(2 * (len(one.precisions) if run.is_lossy else 1) for one in self.backends)
+        needed = int(processes * (PROCESS + COPIES * size) + 2 * COPIES * size)
         if free is not None and needed > free:
             raise TooLittleMemory(
                 f"a race of {len(self.backends)} engines needs about {written.size(needed)} of memory for this model, "
