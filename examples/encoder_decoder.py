@@ -48,7 +48,8 @@ def t5(width: int, layers: int) -> Any:
         vocab_size=LETTERS + 2, d_model=width, d_kv=width // 4, d_ff=4 * width, num_layers=layers, num_heads=4,
         dropout_rate=0.0, pad_token_id=PAD, eos_token_id=END, use_cache=False, **settings,
     )  # fmt: skip
-    model: Any = T5ForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model: Any = T5ForConditionalGeneration(config)
+    model.set_attn_implementation("eager")
     return model.eval()
 
 

@@ -19,8 +19,8 @@ from graphopt import GraphoptError, Optimized, UsageError
 from graphopt.errors import outer_door
 
 EXAMPLES = (
-    "question_answering", "image_classification", "sentence_embeddings", "keyword_spotting", "wild_onnx",
-    "detection", "speech", "encoder_decoder", "use_own_package",
+    "text_classification", "question_answering", "generation", "image_classification", "sentence_embeddings",
+    "keyword_spotting", "wild_onnx", "detection", "speech", "encoder_decoder", "use_own_package",
 )  # fmt: skip
 """In the order of the gallery in docs/examples.md."""
 

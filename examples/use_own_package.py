@@ -58,7 +58,8 @@ def main(size: Size = "full", out: Out = Path("out/use_own_package")) -> None:
         done = subprocess.run(line, env=environment, capture_output=True, text=True)
         print(done.stdout, end="", flush=True)
         if done.returncode:
-            raise graphopt.UsageError(f"{shown} failed: {done.stderr.strip().splitlines()[-1]}")
+            lines = [line.strip() for line in done.stderr.splitlines() if "error" in line.lower()]
+            raise graphopt.UsageError(f"{shown} failed: {next(reversed(lines), done.returncode)}")
 
     shutil.copytree(PACKAGE, out / "source", dirs_exist_ok=True)  # pip builds in the folder
     options = "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--upgrade", "--target", site

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,12 +19,14 @@ from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, r
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering.backend import Backend, Runner
+from graphopt.lowering.roofline import least_seconds
+from graphopt.measure.limits import Limits
 from graphopt.measure.machine import version
 from graphopt.pipeline.instruments import Agree, display, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import BenchResult, Report
+from graphopt.report.records import BenchResult, Report, Roofline
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -104,6 +106,9 @@ class Optimized:
     origin: Path | None = None
     """The folder of transformers that the model came from, whose tokenizer `bundle` takes along."""
 
+    others: Mapping[str, Callable[[], Optimized]] = field(default_factory=dict)
+    """Of a race: by the suffix of a file, what makes the fastest result that is written to such a file."""
+
     def __str__(self) -> str:
         """The headline and the table of passes; `.report` has the rest."""
         from graphopt.report import text
@@ -146,6 +151,13 @@ class Optimized:
         graphs = {name: getattr(self, name).clone() for name in ("captured", "transformed", "folded", "lowered")}
         feeds: list[Feeds] = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
         return replace(self, report=copy.deepcopy(self.report, memo), feeds=feeds, **graphs)
+
+    def set_roofline(self, limits: Limits, seconds: Sequence[float]) -> None:
+        """Report how much of what a run takes the machine's limits explain. seconds: p50 at each example input."""
+        self.report.roofline = [
+            Roofline(shapes_text(feeds), taken, least_seconds(self.folded, feeds, limits, self.backend.precision))
+            for feeds, taken in zip(self.feeds, seconds, strict=True)
+        ]
 
     def forget_state(self) -> None:
         """Reset a stateful model to its initial state."""
@@ -268,8 +280,12 @@ class Optimized:
     ) -> Path:
         """Write the deployable file, and beside it NAME.json with the report's figures; returns the file's path.
 
+        NAME.json also says how the file is loaded as it was run here ("load"): the engine, its settings (session
+        options, inference precision, threads), and a line of Python. Of a race (target="fastest", or a list), the
+        fastest result that is written to such a file is taken: "x.onnx" is the best in ONNX, whichever engine won.
+
         path: a new file, or a regular one to replace, which may be the file that was optimized; links are followed. Its
-        suffix is .onnx, or .pt2 for targets of PyTorch.
+        suffix is .onnx, or .pt2 for targets of PyTorch; openvino also writes its own form, .xml with a .bin beside it.
 
         Targets of PyTorch write a torch.export archive (.pt2), which runs where graphopt is installed. aot: compile an
         AOTInductor package in its place, which `torch._inductor.aoti_load_package` runs without graphopt, with inputs
@@ -297,6 +313,9 @@ class Optimized:
         return bundle(self, folder, **options)
 
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
+        other = self.others.get(path.suffix)
+        if other is not None and path.suffix not in self.backend.suffixes:
+            return other()._export(path, opset, portable, external_data, aot)
         path = writing.place_of(path)
         if not aot:  # for which `package` wants .pt2
             self.backend.require_suffix(path)
@@ -308,12 +327,19 @@ class Optimized:
         if opset is not None or portable:
             self._check_exported(graph, opset)
         with writing.together(path, path.with_name(path.name + ".json")) as (part, manifest):
-            manifest.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+            facts = self.report.to_dict() | {"load": self._loading(path.name, aot)}
+            manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
                 self.transformed.package(part, self.feeds[0], metadata)
             else:
                 self.backend.export(graph, part, opset=opset, external_data=external_data, metadata=metadata)
         return path
+
+    def _loading(self, file: str, aot: bool) -> Mapping[str, Any]:
+        """How the file is loaded, as plain data."""
+        if aot:
+            return {"engine": f"torch {version('torch')}", "python": f"torch._inductor.aoti_load_package({file!r})"}
+        return self.backend.loading(file, self.threads)
 
     def _check_exported(self, graph: Graph, opset: int | None) -> None:
         """Run what is to be written, which is not what ran before. Raises GraphError where it computes something else.

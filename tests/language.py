@@ -181,6 +181,7 @@ class FakeTarget(AnyTarget):
     floats: tuple[str, ...] = ()
     placement: Placement | None = None
     granularities: tuple[str, ...] = ("tensor", "row")
+    quantizes: tuple[str, ...] = ()
     bits: int = 8
     refused: Mapping[str, str] = field(default_factory=dict)
     """By label, why a site must stay float."""

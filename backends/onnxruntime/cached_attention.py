@@ -28,6 +28,8 @@ from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder
 IN_PLACE = "graphopt.cache_in_place"
 """The key, in a file's metadata, that says that it takes a cache of fixed size."""
 _KERNEL = "com.microsoft.GroupQueryAttention"
+_MULTIPLE = 8
+"""What the size of a head must be divided by: the kernel refuses others when it runs."""
 
 
 def _cached(op: Recorder, query: str, past_key: str, key: str, past_value: str, value: str,
@@ -59,7 +61,9 @@ def _group_query_attention(op: Builder, m: Match) -> Mapping[Value, Value]:
         raise Declined("mask_not_causal")
     if m.query.dtype is not torch.float32:
         raise Declined("activations_not_float32", dtype=str(m.query.dtype))
-    heads, kv_heads, _ = _sizes(m)
+    heads, kv_heads, size = _sizes(m)
+    if size % _MULTIPLE:
+        raise Declined("head_size_not_divided", size=size, multiple=_MULTIPLE)
     operands = [_flat(op, value) for value in (m.query, m.key, m.value)]
     last, total, filled, fits = _lengths(op, m.past_key, operands[1])
 

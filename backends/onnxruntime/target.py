@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -36,7 +36,6 @@ from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import STORED
 from graphopt.ir.rewrite import Choice, Rule, RuleLog
-from graphopt.lowering import row_scales
 from graphopt.lowering.backend import Chooser, Runner
 from graphopt.lowering.timed_forms import TimedChooser
 
@@ -87,7 +86,7 @@ class OnnxRuntime(OnnxTarget):
             (lstm.DYNAMIC,),
             (linear_int8.TO_INTEGERS,),
             (linear_int8.DYNAMIC, linear_int8.STATIC, linear_int8.ROWS),
-            (row_scales.QUANTIZE,),
+            (linear_int8.QUANTIZE_ROWS, linear_int8.ROW_SCALE),
             (conv_int8.PADDING,),
             (conv_int8_few_channels.FEW_CHANNELS,),
             (conv_int8.SMALL,),
@@ -100,6 +99,14 @@ class OnnxRuntime(OnnxTarget):
             weight_only.FOLDED,
             saturation.RULES if saturates else (),
         )
+
+    def loading(self, file: str, threads: int | None = None) -> Mapping[str, Any]:
+        options = {} if threads is None else {"intra_op_num_threads": threads}
+        made = "options = onnxruntime.SessionOptions(); "
+        made += "".join(f"options.{name} = {value}; " for name, value in options.items())
+        call = f"onnxruntime.InferenceSession({file!r}, options, providers=['CPUExecutionProvider'])"
+        return {"engine": self.engine(), "session_options": options, "providers": ["CPUExecutionProvider"],
+                "python": made + call}  # fmt: skip
 
     def lower(
         self, graph: Graph, chooser: Chooser | None = None, *, lossless: bool = False

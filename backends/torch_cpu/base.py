@@ -49,6 +49,11 @@ class EagerTarget(Backend):
     forms: ClassVar[Sequence[int8.Engine]]
     """The forms that int8 ops may take, in their static order."""
 
+    @property
+    def quantizes(self) -> tuple[str, ...]:
+        fused = (post for post in int8.POSTS if any(form.fuses(post) for form in self.forms))
+        return *fused, "linear"
+
     def accept(self, model: Any, example_inputs: Any) -> None:
         require_engines(self.name, self.engines)
         require_cpu(self.name, model, example_inputs)
@@ -70,6 +75,13 @@ class EagerTarget(Backend):
         except UsageError as error:
             raise LoweringError(str(error)) from error
         return EagerRunner(graph, self.operators, threads)
+
+    def loading(self, file: str, threads: int | None = None) -> Mapping[str, Any]:
+        python = (
+            "from graphopt.backends import target; from graphopt.dialects.fx.graph import FxGraph; "
+            f"target({self.name!r}).compile(FxGraph.load({file!r}), {threads})"
+        )
+        return {"engine": self.engine(), "threads": threads, "python": python}
 
     def check(self, folded: Graph, runner: Runner) -> None:
         """The lowered graph says what is promised: merged linears share a kernel, some sites are faster in float."""

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from graphopt import __version__
-from graphopt.cli import bundling, catalogue, comparisons, inspecting, optimizing, reproducing, timings
+from graphopt.cli import bundling, catalogue, comparisons, inspecting, optimizing, reproducing, serving, timings
 from graphopt.cli.sources import SYNTAX
 from graphopt.errors import GraphoptError, UsageError, described
 
@@ -58,6 +58,7 @@ COMMANDS = (
     timings.bench,
     bundling.bundle,
     bundling.verify,
+    serving.serve,
     catalogue.passes,
     catalogue.targets,
     timings.cache,

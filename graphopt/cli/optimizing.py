@@ -16,9 +16,11 @@ from graphopt.cli.options import (
     Json,
     Measure,
     Passes,
-    Target,
+    Precision,
+    Targets,
     Threads,
     Verbose,
+    Within,
 )
 from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file, require_writable
@@ -37,7 +39,9 @@ def optimize(
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
     passes: Passes = None,
-    target: Target = "onnxruntime",
+    target: Targets = "onnxruntime",
+    within: Within = 3.0,
+    precision: Precision = "auto",
     inputs: Inputs = None,
     calibration: Calibration = None,
     calibration_steps: CalibrationSteps = None,
@@ -100,8 +104,8 @@ def optimize(
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
-    from graphopt.backends import target as target_of
     from graphopt.capture.folders import opened
+    from graphopt.racing.engines import engines
     from graphopt.report.records import require_report_name
 
     if not model.is_dir():
@@ -114,7 +118,9 @@ def optimize(
     if report is not None:
         require_report_name(report)
     if output is not None and not aot:
-        target_of(target, cpu).require_suffix(output)
+        asked = engines(target, cpu, precision).backends
+        if not any(output.suffix in one.suffixes for one in asked):
+            asked[0].require_suffix(output)
     if teacher is not None:
         require_file(teacher)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
@@ -133,6 +139,8 @@ def optimize(
             source,
             passes,
             target=target,
+            within=within,
+            precision=precision,
             calibration_steps=calibration_steps,
             threads=threads,
             measure=measure,
@@ -159,8 +167,11 @@ def optimize(
 
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder for what it writes.")] = Path("demo-output"),
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Prune and distil it instead; under torchrun, in several processes.")
+    ] = False,
 ) -> None:
     """Optimize a sentence encoder with its real weights, verify and time it."""
-    from graphopt.cli.demo import main as run
+    from graphopt.cli.demo import distil, main
 
-    run(output)
+    distil(output) if distill else main(output)

@@ -264,6 +264,20 @@ def _is_number(cell: str) -> bool:
     return False
 
 
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of transformers in a folder. Raises UsageError where there is none."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UsageError("texts need transformers: pip install 'graphopt[demo]'") from error
+    what = f"{folder} holds no tokenizer that transformers loads"
+    with outer_door(UsageError, what):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made of the model's config alone
+        raise UsageError(f"{what}: it has no vocabulary; save one there with save_pretrained")
+    return tokenizer
+
+
 def _tokenizer(path: Path, table: Table) -> Callable[..., Mapping[str, Any]]:
     """Lists of texts -> tensors by name. Raises UsageError where the folder holds no tokenizer."""
     if not table.tokenizer:
@@ -275,12 +289,7 @@ def _tokenizer(path: Path, table: Table) -> Callable[..., Mapping[str, Any]]:
         require_positive_integer(f"{path}: max_length", table.max_length)
     if table.padding not in ("longest", "max_length"):
         raise UsageError(f"{path}: padding is {table.padding!r}; give longest or max_length")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise UsageError(f"{path}: texts need transformers: pip install 'graphopt[demo]'") from error
-    with outer_door(UsageError, f"{folder} holds no tokenizer that transformers loads"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = tokenizer_in(folder)
     if tokenizer.pad_token is None:  # of decoders, whose mask says what is padding
         tokenizer.pad_token = tokenizer.eos_token
     own = tokenizer.model_max_length

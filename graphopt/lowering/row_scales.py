@@ -41,7 +41,8 @@ def rescaled(op: Builder, product: Value, scale: Value, bias: Value | None) -> V
     return y if bias is None else op.add(y, bias)
 
 
-def _divided(op: Builder, m: Match) -> Value:
+def divided(op: Builder, m: Match) -> Value:
+    """A quantize of x / scale with the scale 1, in place of one with a scale for each row."""
     return op.quantize(op.div(m.x, m.scale), one(op), m.zero_point)
 
 
@@ -55,6 +56,6 @@ def _product(op: Builder, m: Match) -> Value:
     return rescaled(op, op.linear(steps, m.weight), m.scale, m.bias)
 
 
-QUANTIZE = Rule("quantize-rows", _quantize, _divided, check=lambda m: has_row_scale(m.root))
+QUANTIZE = Rule("quantize-rows", _quantize, divided, check=lambda m: has_row_scale(m.root))
 LINEAR_INT8 = Rule("linear-int8-of-rows", _linear_int8, _integer_product, check=lambda m: m.scale.rank != 0)
 LINEAR = Rule("linear-of-rows", _linear, _product, check=lambda m: has_row_scale(m.activation))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
-from graphopt.ir.graph import Flow, Graph, Value
+from graphopt.ir.graph import Feeds, Flow, Graph, Value, tensors_digest
 from graphopt.pipeline.batches import Batches, Input
 from graphopt.pipeline.instruments.phases import watched
 
@@ -62,6 +62,8 @@ class Calibration(Batches):
         super().__init__(batches, inputs, name="calibration", steps=calibration_steps)
         self.watchers = watchers
         self._ranks: Ranks | None = None
+        self.further: tuple[Feeds, ...] = ()
+        """Batches that follow those of the source."""
 
     def over(self, ranks: Ranks) -> Calibration:
         """The same batches, of which each rank observes its part; statistics are merged over ranks, so that all have
@@ -69,6 +71,21 @@ class Calibration(Batches):
         spread = copy.copy(self)
         spread._ranks = ranks
         return spread
+
+    @property
+    def count(self) -> int | None:
+        known = super().count
+        return None if known is None else known + len(self.further)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from super().__iter__()
+        yield from map(dict, self.further)
+
+    def followed_by(self, further: Iterable[Feeds]) -> Self:
+        """The same batches, and further ones behind them."""
+        both = copy.copy(self)
+        both.further = (*self.further, *further)
+        return both
 
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
         """Fill a fresh statistic of each value over all batches, and give them in order; padding is left out.
@@ -135,6 +152,12 @@ class Remembered(Calibration):
         self._graphs = graphs
         self._latest: tuple[Graph, int, str] | None = None
         self._known: dict[tuple[str, str, str], Any] = {}
+
+    def followed_by(self, further: Iterable[Feeds]) -> Self:
+        both = super().followed_by(further)
+        name = "".join(tensors_digest(feeds) for feeds in both.further)
+        both._graphs, both._latest = lambda graph: self._graphs(graph) + name, None
+        return both
 
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
         if self._latest is None or self._latest[:2] != (graph, graph.version):  # what is only added changes no value

@@ -47,6 +47,11 @@ class Target(Protocol):
         """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
 
     @property
+    def quantizes(self) -> tuple[str, ...]:
+        """Ops whose results a kernel quantizes as it computes them: nothing should stand between these and a
+        quantize."""
+
+    @property
     def granularities(self) -> tuple[str, ...]:
         """What may share a scale in dynamic quantization, best first: all of an activation (tensor), or each row of it
         along its last axis (row)."""
@@ -104,6 +109,7 @@ class AnyTarget:
     weight_bits: Mapping[str, tuple[int, ...]] = {"linear": (8, 4, 2), "conv": (8, 4, 2), "embedding": (8, 4, 2),
                                               **dict.fromkeys(STORED, (8,))}  # fmt: skip
     placement: Placement | None = None
+    quantizes: tuple[str, ...] = ()
     granularities: tuple[str, ...] = ("tensor", "row")
     types: tuple[str, ...] = ("int8",)
     floats: tuple[str, ...] = ("float16", "bfloat16")

@@ -105,6 +105,7 @@ SENTENCES = {
     "dtype_weight_only": "{dtype} is for products of two sides: give scheme=static, dynamic or auto",
     "bits_unsupported": "a {scheme} {op} has weights of {known} bits here, not {bits}",
     "granularity_unsupported": "{target} has kernels for dynamic activations of granularity {known}, not {asked}",
+    "rows_not_in_blocks": "QuantizeLinear has blocks from opset 21 on, of rows of a known width; this is opset {opset}",
     "rows_of_linears": "activations have a scale for each row where a linear reads them: {op} has no such kernel",
     "activation_bits_static": "activations of {bits} bits are int8 of a range that is known: give calibration, and "
     "scheme=static or auto",
@@ -186,6 +187,7 @@ SENTENCES = {
     "heads_unknown": "it is not known that its heads are split from, and joined to, the last axis",
     "heads_split_or_shared": "its heads are split by the graph, or queries share heads of keys",
     "head_size_unknown": "the size of its heads is not known",
+    "head_size_not_divided": "the kernel takes heads whose size is a multiple of {multiple}, and these have {size}",
     "key_heads_shared": "several heads of queries share one of keys",
     "key_heads_not_shared": "it has as many heads of keys as of queries, or the graph splits them",
     "attention_causal": "it is causal: two products would need a mask of its length",

@@ -48,7 +48,7 @@ class Generation:
     ) -> Iterator[str]:
         """The text in pieces; see `Predictor.generate`. Options are checked at once, before the first piece."""
         if not isinstance(prompt, str):
-            raise UsageError(f"the prompt is a {type(prompt).__name__}; give a text")
+            raise UsageError(f"the prompt is {str(prompt)[:60]}, and should be a text")
         ends = _stops(stop)
         choose = _chooser(temperature, top_p, seed)
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:

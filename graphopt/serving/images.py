@@ -46,7 +46,7 @@ class Images:
             elif isinstance(given, Path):
                 given = given.read_bytes()
             if not isinstance(given, bytes | bytearray):
-                raise UsageError(f"a {type(given).__name__} is no image: give its bytes, in JSON as base64")
+                raise UsageError(f"an image is given as its bytes, in JSON as base64, and not as {str(given)[:60]!r}")
             with Image.open(io.BytesIO(given)) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise UsageError(f"the image has {image.width} x {image.height} pixels; the most is {MOST_PIXELS}")

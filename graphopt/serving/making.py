@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,8 @@ class _Source:
     report: Mapping[str, Any]
     facts: Mapping[str, str]
     """Where it comes from."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of the bundle, beside the notes of the report."""
 
     @classmethod
     def of(cls, model: Any, reference: str | Path | None, tokenizer: str | Path | None, threads: int | None) -> _Source:
@@ -146,14 +148,23 @@ class _Source:
             self.model.export(part / MODEL)
             (part / (MODEL + ".json")).unlink()
             if self._has_own_operators(part / MODEL) and cost.Cost.of(self.model.lowered).bytes <= cost.LARGE:
-                self.model.export(part / PORTABLE, portable=True)
-                (part / (PORTABLE + ".json")).unlink()
+                self._write_twin(part)
             return
         for file in external_files(self.model):
             if file.parent.resolve() != self.model.parent.resolve():
                 raise UsageError(f"{file} holds weights of {self.model}, and lies in another folder: put them together")
             _copy(file, part / file.name)
         _copy(self.model, part / MODEL)
+
+    def _write_twin(self, part: Path) -> None:
+        """Write the portable twin, or a note where standard operators compute something else."""
+        assert isinstance(self.model, Optimized)  # as the caller has seen
+        try:
+            self.model.export(part / PORTABLE, portable=True)
+        except GraphError as error:
+            self.notes.append(f"the bundle has no portable twin: {error}")
+            return
+        (part / (PORTABLE + ".json")).unlink()
 
     @staticmethod
     def _has_own_operators(path: Path) -> bool:
@@ -217,7 +228,7 @@ def _finished(part: Path, source: _Source, name: str, code: str | None, inputs: 
         code=code,
         answer=answer,
         max_length=most,
-        report=source.report,
+        report={**source.report, "notes": [*source.report.get("notes", []), *source.notes]},
     )  # fmt: skip
     (part / manifest.FILE).write_text(found.to_json(), encoding="utf-8")
 

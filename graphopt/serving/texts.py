@@ -66,4 +66,4 @@ def _text(given: Any) -> Any:
     if isinstance(given, Mapping) and isinstance(given.get("text"), str):
         pair = given.get("text_pair")
         return given["text"] if pair is None else (given["text"], str(pair))
-    raise UsageError(f"a {type(given).__name__} is no text: give a string, or a list of two for a pair")
+    raise UsageError(f"a text is a string, or a list of two for a pair, and not {str(given)[:60]!r}")

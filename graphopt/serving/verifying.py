@@ -29,6 +29,8 @@ class Verified:
     engine: str
     missing_flags: str
     """CPU flags that the bundle was tuned for, and this CPU lacks."""
+    notes: tuple[str, ...] = ()
+    """What the bundle says of itself."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: infinity as text."""
@@ -37,9 +39,10 @@ class Verified:
     def __str__(self) -> str:
         twin = "" if self.portable_sqnr is None else f"; portable twin {self.portable_sqnr:.1f} dB"
         lacks = f"\ntuned for a CPU with {self.missing_flags}, which this one lacks" if self.missing_flags else ""
+        notes = "".join(f"\n{one}" for one in self.notes)
         return (
             f"{self.name}: {self.files} files have their hashes; {self.cases} golden cases on {self.engine}: SQNR "
-            f"{self.sqnr:.1f} dB ({self.recorded:.1f} recorded, at least {self.least:.1f} wanted){twin}{lacks}"
+            f"{self.sqnr:.1f} dB ({self.recorded:.1f} recorded, at least {self.least:.1f} wanted){twin}{lacks}{notes}"
         )
 
 
@@ -57,4 +60,5 @@ def verify(folder: str | Path, *, threads: int | None = None) -> Verified:
     return Verified(
         own.name, predictor.sqnr, own.golden.sqnr, golden.least(own.golden.sqnr), twin, own.golden.cases,
         len(own.files), f"{own.engine.name} {version()}", bundles.missing_flags(own),
+        tuple(map(str, own.report.get("notes", ()))),
     )  # fmt: skip

@@ -122,11 +122,18 @@ class Trainer:
                 if self.checkpoints is not None:
                     self.checkpoints.write(self, is_done=True)
         self._load(self.best.state)
+        self._release()
         self.spread.settle(self.module)
         self.graph.absorb(self.module)
         self.outcome.steps = self.step
         self.outcome.metric = None if self.evaluate is None else self.best.metric
         return self.outcome
+
+    def _release(self) -> None:
+        """Free what only further steps would need, before the whole weights are made."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+        self.best.state = {}
 
     def _train(self) -> None:
         self._train_mode()
@@ -424,14 +431,15 @@ class Trainer:
         self.evaluated_at = self.step
         if self.evaluate is None:
             if self._is_settled:
-                self.best = Best(self._state(), math.nan, self.step)
+                self._keep()
             return
         metric = self._score()
         self._tell({"step": self.step, "metric": metric})
         if not self._is_settled:
             return
         if metric > self.best.metric or not self.best.settled:
-            self.best = Best(self._state(), metric, self.step)
+            self._keep()
+            self.best.metric, self.best.waited = metric, 0
         else:
             self.best.waited += 1
 
@@ -466,7 +474,7 @@ class Trainer:
             return {name: one.detach().clone() for name, one in self.now()}
 
     def _keep(self) -> None:
-        """The weights as they are now are the best so far: their loss is finite."""
+        """The weights as they are now are the best so far; written over those before, as a second copy takes memory."""
         with self._as_read():
             for name, one in self.now():
                 self.best.state[name].copy_(one)

@@ -58,7 +58,7 @@ class Recover(Settings, Pass):
         trainer = Trainer(
             graph, objective, batches, self, frozen=sorted(names), rules=rules.by_parameter,
             module=module, evaluate=context.evaluate, checkpoints=self._checkpoints(graph, context),
-            watchers=context.instruments, name=self.name, mesh=_mesh(context),
+            watchers=context.instruments, name=self.name, mesh=mesh_of(context),
         )  # fmt: skip
         outcome = trainer.run()
         rules.finish()
@@ -95,7 +95,7 @@ class Recover(Settings, Pass):
         return Checkpoints(file, graph, self.checkpoint_minutes)
 
 
-def _mesh(context: Context) -> Mesh | None:
+def mesh_of(context: Context) -> Mesh | None:
     """The mesh that the run is spread over."""
     assert context.ranks is None or isinstance(context.ranks, Mesh)
     return context.ranks

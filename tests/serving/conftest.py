@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from tests.models import VOCABULARY, Encoder, exported, padding, seeded, tokens
+from tests.models import VOCABULARY, Encoder, exported, model, padding, seeded, tokens
 
 WORDS = ["[PAD]", "[UNK]", *(f"w{number}" for number in range(2, VOCABULARY))]
 
@@ -88,3 +88,18 @@ def copied(tmp_path: Path) -> Callable[[Path], Path]:
         return Path(copytree(bundle, tmp_path / "copies" / bundle.name))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a language model that writes w3 behind w2, w4 behind w3, and ends behind the last word."""
+    folder = tmp_path_factory.mktemp("writer")
+    origin = write_tokenizer(
+        folder / "hf", architectures=["TinyForCausalLM"], eos_token_id=VOCABULARY - 1, max_position_embeddings=64
+    )
+    next_token = torch.eye(VOCABULARY).roll(1, 1) * 5
+    graph = "g (int64[batch, seq] input_ids) => (float[batch, seq, 48] logits) {logits = Gather(T, input_ids)}"
+    onnx.save(model(graph, {"T": next_token}), folder / "bigram.onnx")
+    return graphopt.bundle(
+        folder / "bigram.onnx", folder / "writer", tokenizer=origin, inputs=[{"input_ids": tokens()}]
+    )

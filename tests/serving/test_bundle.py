@@ -22,7 +22,9 @@ from graphopt.errors import BundleError, GraphError, UsageError
 from graphopt.measure.machine import environment
 from graphopt.numerics import metrics
 from graphopt.report.records import Report
+from graphopt.result import Optimized
 from graphopt.serving import Predictor, bundles, golden, manifest
+from tests.cli.test_cli import write_model
 from tests.models import padding, tokens
 from tests.serving.conftest import WORDS, write_tokenizer
 
@@ -77,6 +79,22 @@ def test_a_bundle_with_int8_has_a_portable_twin(classifier: Path) -> None:
     assert {node.domain for node in onnx.load(classifier / "model.onnx").graph.node} > {""}
     found = graphopt.verify(classifier)
     assert found.portable_sqnr == pytest.approx(found.sqnr, abs=3)
+
+
+def test_a_twin_that_computes_something_else_is_left_out_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = graphopt.optimize(write_model(tmp_path / "m.onnx"), "quantize{scheme=dynamic}", measure=False)
+    export = Optimized.export
+
+    def without_twin(self: Optimized, path: Path, *, portable: bool = False) -> Path:
+        if portable:
+            raise GraphError("a portable file would compute something else")
+        return export(self, path)
+
+    monkeypatch.setattr(Optimized, "export", without_twin)
+    found = graphopt.verify(small.bundle(tmp_path / "b"))
+    assert found.portable_sqnr is None and "no portable twin: a portable file would compute" in str(found)
 
 
 def test_golden_cases_hold_no_padding(encoder: Path) -> None:

@@ -79,6 +79,9 @@ class Agree(Instrument):
             raise GraphError(f"this pass is declared lossless, and {moved}")
         self._latest = outputs
 
+    def resume(self, graph: Graph) -> None:
+        self._accepted = self._latest = self._outputs(graph)
+
     def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[dict[str, list[Agreement]], list[str]]:
         """The original's outputs compared with those of `run` for the same feeds, by the shapes of these: the worst of
         each output among the examples of the same shapes. And notes on what was not compared.
@@ -152,7 +155,7 @@ class Agree(Instrument):
                         f"on example {number}, {count} of the {kept[0].numel()} numbers of output {name!r} become NaN "
                         f"or infinite{_origin(graph, feeds)}: leave that out with ignore=[...]"
                     )
-                agreements.append(agreement(name, *kept))
+                agreements.append(agreement(name, a, b, real))
         return {shapes: worst_of_each(several) for shapes, several in by_shapes.items()}, list(notes.values())
 
     def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:

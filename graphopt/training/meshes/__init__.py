@@ -4,7 +4,8 @@ A mesh belongs to the run, and no pass knows it: each process makes the same cal
 part of the module, of the batches and of the state this process has.
 """
 
+from graphopt.training.meshes.evaluating import evaluated
 from graphopt.training.meshes.mesh import Mesh, MeshSizes, opened
 from graphopt.training.meshes.spreading import spread
 
-__all__ = ["Mesh", "MeshSizes", "opened", "spread"]
+__all__ = ["Mesh", "MeshSizes", "evaluated", "opened", "spread"]

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -61,10 +62,10 @@ class MeshSizes:
                 raise UsageError(f"mesh={text!r} gives {name} twice")
             sizes[name] = int(size)
         found = cls(**sizes)
-        if found.pp > 1 and found.fsdp > 1:
+        if len(cutting := [name for name in ("fsdp", "tp", "pp") if sizes.get(name, 1) > 1]) > 1:
             raise UsageError(
-                f"mesh={text!r}: stages gather sharded weights once a batch, so that pp and fsdp together cost more "
-                "than either: use pp with dp or tp, or fsdp with dp or tp"
+                f"mesh={text!r} cuts the model by {' and by '.join(cutting)}, and one of them is possible: give dp and "
+                "one of fsdp, tp and pp, such as dp=2,tp=2"
             )
         return found
 
@@ -82,13 +83,22 @@ class MeshSizes:
         return ",".join(f"{name}={size}" for name, size in self.axes.items() if size > 1) or "dp=1"
 
 
-def opened(text: str | None) -> Mesh | None:
+def opened(text: str | None, choose: Callable[[int, int], MeshSizes] | None = None) -> Mesh | None:
     """The mesh of this run: None of a single process. Without a text, data parallel over all processes of torchrun.
 
+    choose: what "auto" stands for, of the number of processes and the bytes of memory that each may use.
     Raises UsageError where the text is wrong, where it does not fit the number of processes, and where they do not
     find each other.
     """
     world = dist.get_world_size() if _is_open() else _world_of_torchrun()
+    if text == "auto" and choose is not None:
+        if world == 1:
+            return None
+        if not _is_open():
+            _open(world)
+        told: list[Any] = [None] * world
+        dist.all_gather_object(told, memory_of_process())
+        return Mesh(choose(world, min(told)))
     sizes = MeshSizes(dp=world) if text is None else MeshSizes.parse(text)
     if sizes.total != world:
         there = "there is 1" if world == 1 else f"there are {world}"
@@ -101,11 +111,6 @@ def opened(text: str | None) -> Mesh | None:
     if not _is_open():
         _open(world)
     return Mesh(sizes)
-
-
-def world_size() -> int:
-    """How many processes make this run."""
-    return dist.get_world_size() if _is_open() else _world_of_torchrun()
 
 
 def _is_open() -> bool:
@@ -270,6 +275,19 @@ _sessions = itertools.count()
 def _store() -> dist.Store:
     found: dist.Store = dist.distributed_c10d._get_default_store()
     return found
+
+
+def memory_of_process() -> int:
+    """The bytes that this process may use: its share of the machine, or its GPU's."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return available // here
 
 
 def _is_lost(error: BaseException | None) -> bool:

@@ -9,20 +9,22 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from graphopt.errors import UsageError
 from graphopt.training.meshes.blocks import Chain, Segment, cut
 from graphopt.training.meshes.mesh import Mesh
-from graphopt.training.meshes.skeleton import moved
+from graphopt.training.meshes.skeleton import emptied, moved
 from graphopt.training.meshes.spread import Spread
 from graphopt.training.rules import FixedZeros, WeightRule
 
 
 def shard(module: fx.GraphModule, mesh: Mesh) -> nn.Module:
-    """The same module in segments, each of which has its shard of every weight until it runs (FSDP2)."""
+    """The same module in segments, each of which has its shard of every weight until it runs (FSDP2); the module itself
+    is empty then."""
     chain = Chain(cut(module))
+    emptied(module)
     names = [name for name in ("dp", "fsdp") if mesh.sizes.axes[name] > 1]
     devices = mesh.devices[tuple(names)] if names != list(mesh.devices.mesh_dim_names or ()) else mesh.devices
     seen: dict[int, int] = {}
@@ -37,9 +39,6 @@ def shard(module: fx.GraphModule, mesh: Mesh) -> nn.Module:
     for one in [*chain.segments, chain]:
         if any(parameter not in whole for parameter in one.parameters()):
             fully_shard(one, mesh=devices, ignored_params=whole)
-    for one in chain.modules():
-        if isinstance(one, FSDPModule):
-            one.set_gradient_divide_factor(1.0)  # the weight of each batch says what it counts
     return chain
 
 
@@ -156,7 +155,8 @@ class Sharded(Spread):
             if not self._is_cut(name):
                 whole.append(own)
             elif gradient is not None:
-                own.grad, self._sharded[name].grad = local(gradient), None
+                # FSDP2 gives the mean over ranks, and the weight of each batch says what it counts
+                own.grad, self._sharded[name].grad = local(gradient).mul_(self.mesh.data_count), None
         self._sum(whole, group)
         self._average_statistics(group, self.mesh.data_count)
 

@@ -54,9 +54,20 @@ class Skeleton:
                 setattr(owner, own, nothing)
 
 
+def emptied(module: nn.Module) -> None:
+    """Drop the parameters of a GraphModule whose parts have them now: it is garbage, which is collected much later.
+
+    Modules that it calls are those of its parts, and keep theirs.
+    """
+    for owner in module.modules():
+        if type(owner) is nn.Module or isinstance(owner, fx.GraphModule):
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                setattr(owner, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+
 def moved(module: fx.GraphModule) -> tuple[fx.GraphModule, Skeleton]:
     """A module of the same structure that takes over the parameters and has buffers of its own, and the skeleton of
     the module that is left."""
     memo = {id(one): one for one in module.parameters()}
-    taken: fx.GraphModule = copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    taken: fx.GraphModule = copy.deepcopy(module, memo)
     return taken, Skeleton(module)

@@ -22,7 +22,7 @@ from graphopt.pipeline.batches import Batch
 from graphopt.training import streams
 from graphopt.training.meshes.blocks import blocks, cut, returned
 from graphopt.training.meshes.mesh import Mesh
-from graphopt.training.meshes.skeleton import moved
+from graphopt.training.meshes.skeleton import emptied, moved
 from graphopt.training.meshes.spread import Spread, Training
 from graphopt.training.rules import FixedZeros, MovingPattern, WeightRule
 
@@ -50,6 +50,8 @@ class Stages(Spread):
         self._held = [set(_state(one.inner)) for one in parts.segments]
         self.segment = parts.segments[self._index]
         self.module = self.segment
+        for other in (running, *(one.inner for one in parts.segments if one is not self.segment)):
+            emptied(other)
         self.parameters = {name: one for name, one in self.segment.inner.named_parameters() if name in trained}
         holders = {name: sum(name in one for one in self._held) for name in self._skeleton.shapes}
         self._shared = {name: holders[name] for name in trained if holders[name] > 1}

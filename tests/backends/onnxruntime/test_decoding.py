@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -211,6 +212,22 @@ def test_a_mask_that_allows_later_positions_is_left_to_the_operator_of_onnx() ->
     torch.testing.assert_close(runner(feeds), original.evaluate(feeds, original.outputs), rtol=1e-4, atol=1e-5)
     log = rewrite(step(causal=False).clone(), [cached_attention.FORMS.only(KERNEL)])["cached-attention"]
     assert [decline.code for decline in log.declined.values()] == ["mask_not_causal"]
+
+
+@pytest.mark.parametrize(("size", "form"), [(4, "Attention"), (12, "Attention"), (16, "If")])
+def test_heads_of_a_size_that_the_kernel_refuses_are_left_to_the_operator_of_onnx(
+    size: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SIZE", size)
+    original, backend = step.__wrapped__(turned=size), OnnxRuntime()
+    graph, _ = backend.lower(original)
+    assert isinstance(graph, OnnxGraph)
+    assert [node.op_type for node in graph.model.graph if node.op_type in ("Attention", "If")] == [form]
+    feeds = fed(1, 3, 1)
+    found = backend.compile(graph)(feeds)
+    torch.testing.assert_close(found, original.evaluate(feeds, original.outputs), rtol=1e-4, atol=1e-5)
+    log = rewrite(original.clone(), [cached_attention.FORMS.only(KERNEL)])["cached-attention"]
+    assert [decline.code for decline in log.declined.values()] == ([] if form == "If" else ["head_size_not_divided"])
 
 
 # --- caches that stay where they are ---------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,11 +16,12 @@ from graphopt.training.meshes import MeshSizes, opened
 from tests.training.meshes.launch import launch
 
 
-@given(sizes=st.fixed_dictionaries({"dp": st.integers(1, 8), "tp": st.integers(1, 8), "pp": st.integers(1, 8)}))
-def test_a_mesh_is_its_text(sizes: dict[str, int]) -> None:
+@given(copies=st.integers(1, 8), axis=st.sampled_from(["fsdp", "tp", "pp"]), parts=st.integers(1, 8))
+def test_a_mesh_is_its_text(copies: int, axis: str, parts: int) -> None:
+    sizes = {"dp": copies, axis: parts}
     found = MeshSizes.parse(",".join(f"{name}={size}" for name, size in sizes.items()))
     assert MeshSizes.parse(str(found)) == found
-    assert found.total == sizes["dp"] * sizes["tp"] * sizes["pp"]
+    assert found.total == math.prod(sizes.values())
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,7 @@ def test_a_mesh_is_its_text(sizes: dict[str, int]) -> None:
         ("dp=two", "whole number"),
         ("ddp=2", "did you mean 'dp'"),
         ("dp=2,dp=2", "twice"),
-        ("fsdp=2,pp=2", "together"),
+        ("fsdp=2,pp=2", "one of them"),
     ],
 )
 def test_a_wrong_text_is_refused(text: str, said: str) -> None:
