@@ -22,6 +22,7 @@ from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Choice, rewrite
 from graphopt.numerics.metrics import sqnr, within_tolerance
@@ -431,3 +432,31 @@ def test_a_stored_weight_takes_other_blocks_and_bits(bits: int, form: str, store
 def test_a_stored_weight_keeps_the_blocks_and_bits_that_it_has() -> None:
     assert declined(BLOCKS, weight_only.LINEAR, "MatMulNBits in blocks of 32") == ["stored_in_blocks"]
     assert declined(BLOCKS, weight_only.LINEAR, "MatMulNBits in 8 bits") == ["stored_in_as_many_bits"]
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["three", "and one that is split already"])
+def test_stored_linears_on_one_input_become_one_kernel_for_all(split: bool) -> None:
+    stored = "dequantize({name}[16,32]:int8:values(-7,5,2), {name}S[16,1]:values(0.1,0.3), axis=1, block=32, bits=4)"
+    text = "\n".join(f"{name.lower()} = relu(linear(x[b,t,32], {stored.format(name=name)}))" for name in "QKV")
+    parts = "l, r = onnx.Split(o, N[2]:int64:values(8,8), axis=-1, _outputs=2)"
+    own = f"o = linear(relu(x), {stored.format(name='O')})\n{parts}"
+    graph = build("onnx", f"{text}\n{own}\nreturn q, k, v, l, r" if split else f"{text}\nreturn q, k, v")
+    assert isinstance(graph, OnnxGraph)
+    made, feeds = graph.clone(), fed(graph)
+    log = rewrite(made, [merged_linears.WEIGHT_ONLY.only("merged")])["weight-only-linears-on-one-input"]
+    assert log.hits == 3
+    lowered, _ = OnnxRuntime().lower(made)
+    runner = OnnxRuntime().compile(lowered)
+    assert runner.kernels()["MatMulNBits"] == 1 + split
+    OnnxRuntime().check(graph, runner)
+    for one, other in zip(runner(feeds), graph.evaluate(feeds, graph.outputs), strict=True):
+        assert sqnr(other, one) > 30
+
+
+def test_a_kernel_that_is_missing_is_missed_where_linears_are_merged() -> None:
+    stored = "dequantize({name}[16,32]:int8, {name}S[16]:values(0.1), axis=0)"
+    text = "\n".join(f"{name.lower()} = linear(x[b,t,32], {stored.format(name=name)})" for name in "QK")
+    graph = build("onnx", f"{text}\nreturn q, k")
+    floats = build("onnx", "q = linear(x[b,t,32], Q[16,32])\nk = linear(x, K[16,32])\nreturn q, k")
+    with pytest.raises(LoweringError, match="2 weight-only linear were promised and onnxruntime built 0 kernels"):
+        OnnxRuntime().check(graph, OnnxRuntime().compile(floats))
