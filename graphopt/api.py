@@ -428,8 +428,10 @@ def _checkpoint(
 
 def _whatever_accumulates(pipeline: Pipeline) -> str:
     """The text of a pipeline but for `accumulate`: several processes may take what one accumulates."""
-    passes = (replace(one, accumulate=1) if isinstance(one, Settings) else one for one in pipeline.leaves())
-    return ",".join(map(str, passes))
+    def text(one: Any) -> str:
+        return str(replace(one, accumulate=1) if isinstance(one, Settings) else one)
+
+    return ",".join(map(text, pipeline.leaves()))
 
 
 def _teacher(model: Any, captured: Captured) -> TeacherGraph:

@@ -121,7 +121,8 @@ class Batches:
     def begin(self, epoch: int) -> None:
         """An epoch is next, from 0: a DistributedSampler shuffles by its number."""
         if self.is_split:
-            self._source.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+            source: Any = self._source
+            source.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The batches as feeds: by input name, in the dtypes of the graph."""

@@ -249,8 +249,8 @@ def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
             if isinstance(one, Tensor):
                 parts[f"optimizer/{name.removeprefix('module/')}/{key}"] = one
     tensors = {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
-    for parameter, rule in trainer.rules.items():
-        tensors |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
+    for held, rule in trainer.rules.items():
+        tensors |= {f"rule/{held}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
     torch_state, numpy_state, python_state, cuda_states = trainer.model_stream.state
     tensors["random/torch"] = torch_state
     tensors["random/numpy"] = torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))

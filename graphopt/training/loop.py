@@ -71,11 +71,11 @@ class Trainer:
         self.rules = dict(rules or {})
         self.device = precision.device_of(settings.device)
         self.module = module or trainable(graph, objective, settings)
-        for trained in (self.module, objective, *self.rules.values()):
-            trained.to(self.device)
+        for one in (self.module, objective, *self.rules.values()):
+            one.to(self.device)
         self.inputs = [value.name for value in graph.inputs]
         self.outcome = Outcome()
-        trained = [one for one, _ in self.module.named_parameters() if one not in frozen]
+        trained = [known for known, _ in self.module.named_parameters() if known not in frozen]
         for known, parameter in self.module.named_parameters():
             parameter.requires_grad_(known in trained)
         if not trained:

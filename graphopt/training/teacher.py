@@ -49,8 +49,9 @@ class Teacher:
         self._module: nn.Module | None = None
         if graph.dialect == "fx":
             module = graph.module(tuple, also=self.also).to(device)
-            is_cut = mesh is not None and mesh.sizes.fsdp > 1 and folder is None and isinstance(module, fx.GraphModule)
-            self._module = shard(module, mesh) if is_cut else module
+            self._module = module
+            if mesh is not None and mesh.sizes.fsdp > 1 and folder is None and isinstance(module, fx.GraphModule):
+                self._module = shard(module, mesh)
         self._folder = None if folder is None else Path(folder)
 
     @cached_property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -99,7 +99,7 @@ def cut(module: fx.GraphModule, stages: int | None = None) -> Cut:
         if node.op == "get_attr":
             readers.setdefault(str(node.target), set()).update(of_segment[user] for user in node.users)
     shared = {} if passing else {
-        name: cast(nn.Parameter, found) for name, several in readers.items()
+        name: found for name, several in readers.items()
         if len(several) > 1 and isinstance(found := attribute(module, name), nn.Parameter)
     }  # fmt: skip
     output = nodes[-1]
@@ -124,8 +124,7 @@ def cut(module: fx.GraphModule, stages: int | None = None) -> Cut:
             left = [node for node in live if made[node] == number and live[node] > number]
         segments.append(_segment(module, own, given, left, free, shared, passing))
     inputs = [node.name for node in nodes if node.op == "placeholder"]
-    structure = fx.node.map_arg(output.args[0], lambda node: Place(node.name))
-    return Cut(segments, inputs, shared, _plain(structure))
+    return Cut(segments, inputs, shared, _placed(output.args[0]))
 
 
 def attribute(module: nn.Module, path: str) -> Any:
@@ -134,10 +133,13 @@ def attribute(module: nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-def _plain(structure: Any) -> Any:
-    """torch.fx's immutable lists and dicts as plain ones."""
+def _placed(structure: Any) -> Any:
+    """What an output returns, in plain tuples and lists, with a `Place` for each value."""
+    if isinstance(structure, fx.Node):
+        return Place(structure.name)
     if isinstance(structure, tuple | list):
-        return tuple(map(_plain, structure)) if isinstance(structure, tuple) else list(map(_plain, structure))
+        placed = map(_placed, structure)
+        return tuple(placed) if isinstance(structure, tuple) else list(placed)
     return structure
 
 

@@ -153,10 +153,10 @@ class Mesh:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         axes = {name: size for name, size in sizes.axes.items() if size > 1}
         self.devices: DeviceMesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        coordinate = self.devices.get_coordinate() or []
+        coordinate: list[int] | tuple[int, ...] = self.devices.get_coordinate() or []
         self.place = dict.fromkeys(sizes.axes, 0) | dict(zip(axes, coordinate, strict=True))
         """Where this rank is along each axis."""
-        self._data = [name for name in ("dp", "fsdp") if name in axes]
+        self._data: list[str] = [name for name in ("dp", "fsdp") if name in axes]
         self._data_group = self._group_of(self._data)
 
     def __str__(self) -> str:
@@ -172,7 +172,8 @@ class Mesh:
 
     @property
     def data_index(self) -> int:
-        return self.place["dp"] * self.sizes.fsdp + self.place["fsdp"]
+        index: int = self.place["dp"] * self.sizes.fsdp + self.place["fsdp"]
+        return index
 
     @cached_property
     def device(self) -> torch.device:
@@ -272,9 +273,8 @@ _sessions = itertools.count()
 """Numbers the runs of this process, which are the same on all ranks."""
 
 
-def _store() -> dist.Store:
-    found: dist.Store = dist.distributed_c10d._get_default_store()
-    return found
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 def memory_of_process() -> int:

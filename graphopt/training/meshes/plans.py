@@ -191,7 +191,7 @@ def _run(model: nn.Module, example_inputs: Any, blocks: Sequence[str]) -> tuple[
             return saved
 
         try:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), _Ones():
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), _Ones():  # type: ignore[no-untyped-call]
                 result = shadow(*arguments, **named)
         except Exception as error:
             raise UsageError(
@@ -205,7 +205,7 @@ def _run(model: nn.Module, example_inputs: Any, blocks: Sequence[str]) -> tuple[
     return sum(kept.values()), max(handed, default=0)
 
 
-class _Ones(TorchDispatchMode):
+class _Ones(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Where a forward pass asks for the value of a tensor that has none, such as whether a mask is full, it is 1."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

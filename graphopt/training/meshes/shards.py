@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from graphopt import writing
 from graphopt.training.meshes.mesh import Mesh
@@ -33,7 +34,7 @@ def write(folder: Path, stem: str, mesh: Mesh, tensors: Mapping[str, Tensor]) ->
     it. Returns the digest of each file, by its path in `folder`. Raises OSError where it cannot be written."""
     part = mesh.first(lambda: Path(tempfile.mkdtemp(prefix=writing.MARK, dir=folder)))
     with _quiet():
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
     return mesh.first(lambda: _placed(folder, stem, part))
 
 
@@ -62,7 +63,7 @@ def read(folder: Path, files: Mapping[str, str], spread: Spread) -> dict[str, Te
         if blank is not None:
             blanks[name] = blank
     with _quiet():
-        dcp.load(blanks, storage_reader=HuggingFaceStorageReader(place), no_dist=spread.mesh is None)
+        load(blanks, storage_reader=HuggingFaceStorageReader(place), no_dist=spread.mesh is None)
     found = {name: spread.loaded(like(name), blank) for name, blank in blanks.items()}
     return {name: one for name, one in found.items() if one is not None}
 

@@ -160,7 +160,8 @@ class Spread:
             for bucket in _buckets(gradients):
                 flat = torch.cat([one.reshape(-1) for one in bucket])
                 dist.all_reduce(flat, group=group)
-                for one, summed in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+                parts = torch.split(flat, [one.numel() for one in bucket])
+                for one, summed in zip(bucket, parts, strict=True):
                     one.copy_(summed.view_as(one))
 
     def _average_statistics(self, group: dist.ProcessGroup, count: int) -> None:
@@ -208,12 +209,12 @@ class Spread:
         if self.mesh is None:
             return dict(own)
         by_part: dict[int, Mapping[str, float]] = {}
-        for place, terms in self.mesh.gather((self.mesh.data_index, dict(own))):
-            if terms:
-                by_part.setdefault(place, terms)
+        for place, given in self.mesh.gather((self.mesh.data_index, dict(own))):
+            if given:
+                by_part.setdefault(place, given)
         total: dict[str, float] = {}
-        for _, terms in sorted(by_part.items()):
-            for name, value in terms.items():
+        for _, several in sorted(by_part.items()):
+            for name, value in several.items():
                 total[name] = total.get(name, 0.0) + value
         return total
 

@@ -24,7 +24,7 @@ from graphopt.dialects.fx.graph import FxGraph
 from graphopt.dialects.fx.pairs import layout
 from graphopt.dialects.fx.parts import COPY, SUM
 from graphopt.dialects.fx.rounded import Rounded
-from graphopt.dialects.fx.views import raw_of
+from graphopt.dialects.fx.views import FxValue, raw_of
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Node, Value
 from graphopt.training.meshes.mesh import Mesh
@@ -105,7 +105,7 @@ def _returning(graph: FxGraph, also: Sequence[Value]) -> FxGraph:
     clone = graph.clone()
     if also:
         counterparts = dict(zip(graph.native.graph.nodes, clone.native.graph.nodes, strict=True))
-        further = [type(clone.outputs[0])(clone, counterparts[cast(fx.Node, raw_of(value))]) for value in also]
+        further = [FxValue(clone, counterparts[cast(fx.Node, raw_of(value))]) for value in also]
         outputs = [*clone.outputs, *further]
         clone.set_outputs({f"output {place}": value for place, value in enumerate(outputs)})
     return clone

@@ -26,25 +26,29 @@ PASSES = {
 
 def model(kind: str) -> nn.Module:
     """A seeded BERT, a Llama with grouped queries and tied embeddings, or a ResNet."""
-    import transformers as hf
+    import transformers
 
+    hf: Any = transformers
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
     if kind == "bert":
         config = hf.BertConfig(
             **sizes, num_attention_heads=4, max_position_embeddings=16, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )  # fmt: skip
-        return hf.BertForSequenceClassification(config).eval()
+        found: nn.Module = hf.BertForSequenceClassification(config).eval()
+        return found
     if kind == "llama":
         config = hf.LlamaConfig(
             **sizes, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=16,
             tie_word_embeddings=True,
         )  # fmt: skip
-        return hf.LlamaForCausalLM(config).eval()
-    return hf.ResNetForImageClassification(
+        found = hf.LlamaForCausalLM(config).eval()
+        return found
+    found = hf.ResNetForImageClassification(
         hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], num_labels=3)
     ).eval()
+    return found
 
 
 def batches(kind: str, count: int = 8, dtype: torch.dtype = torch.float64) -> list[dict[str, Tensor]]:

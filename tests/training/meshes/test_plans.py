@@ -29,7 +29,8 @@ BLOCKS = 4
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.wide, self.narrow, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(x + self.narrow(torch.relu(self.wide(x))))
