@@ -33,6 +33,8 @@ def test_runs_and_ends_with_a_file_that_loads(
     found = lines(capsys.readouterr().out)
     assert {"time", "peak memory"} <= found
     assert any("size" in line for line in found)
+    expected = FOLDER / "expected" / f"{name}.txt"
+    assert not expected.exists() or lines(expected.read_text(encoding="utf-8")) == found
     for file in (tmp_path / "out").rglob("*.onnx"):
         assert Deployed(file).outputs
 
