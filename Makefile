@@ -1,11 +1,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := graphopt tests docs $(wildcard benchmarks)
+CODE := graphopt tests docs examples $(wildcard benchmarks)
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # into build/docs; the variable: no news of mkdocs 2
 
 FUZZ_SECONDS ?= 3600
 
-.PHONY: demo test test-slow fuzz bench docs lint venv
+.PHONY: demo test test-slow fuzz bench examples docs lint venv
 
 demo: venv
 	$(BIN)/graphopt demo
@@ -21,6 +21,9 @@ fuzz: venv
 
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks.run --out out/bench
+
+examples: venv  # at full size; writes examples/expected
+	$(BIN)/python examples
 
 docs: venv
 	$(MKDOCS)

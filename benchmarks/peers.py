@@ -28,7 +28,7 @@ Made = TypeVar("Made")
 BASELINE, OPSET_23 = "fp32, default opset", "fp32, opset 23"
 """What every ratio is over, and the newest form, which is faster by itself."""
 
-PACKAGES = ("openvino", "nncf", "olive-ai", "onnxslim")
+PACKAGES = ("openvino", "nncf", "olive-ai", "onnxslim", "ctranslate2", "onnxruntime-genai", "llama-cpp-python")
 """Peers beside onnxruntime's own tools, by what pip calls them."""
 
 

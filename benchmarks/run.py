@@ -13,10 +13,10 @@ from rich.console import Console
 from benchmarks.case import DataMissing, Settings
 
 CASES = (
-    "minilm", "fbgemm", "scaling", "startup", "architectures", "corpus", "groups", "curves", "pruned", "growth",
-    "combined", "quantization", "sweep", "streaming", "calibration", "mixed", "int8", "int4", "float",
+    "minilm", "fidelity", "fbgemm", "scaling", "startup", "architectures", "corpus", "groups", "curves", "pruned",
+    "growth", "combined", "quantization", "sweep", "streaming", "calibration", "mixed", "int8", "int4", "float",
     "relower", "openvino", "slowdowns", "frontier", "optimizing", "torch_cpu", "packages", "finetune", "recover",
-    "recover_speed", "cuda",
+    "recover_speed", "cuda", "decoding",
 )  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -14,9 +14,20 @@ if TYPE_CHECKING:
     from graphopt.api import optimize
     from graphopt.capture.fx_conversion import to_torch
     from graphopt.comparing import compare
-    from graphopt.errors import CaptureError, GraphError, GraphoptError, LoweringError, PassError, UsageError
+    from graphopt.errors import (
+        BundleError,
+        CaptureError,
+        GraphError,
+        GraphoptError,
+        LoweringError,
+        PassError,
+        RankError,
+        UsageError,
+    )
     from graphopt.result import Optimized
     from graphopt.sensitivities import sensitivity
+    from graphopt.serving.making import bundle
+    from graphopt.serving.verifying import verify
 
 # From 1.29 on, onnxruntime reports its sessions to Microsoft, with names and hashes of models. It reads this variable
 # once, when it is imported.
@@ -24,22 +35,26 @@ os.environ["ORT_DISABLE_TELEMETRY"] = os.environ.get("ORT_DISABLE_TELEMETRY") or
 
 __version__ = "0.1.0"
 __all__ = [
-    "CaptureError", "GraphError", "GraphoptError", "LoweringError", "Optimized", "PassError", "UsageError",
-    "__version__", "compare", "optimize", "sensitivity", "to_torch",
+    "BundleError", "CaptureError", "GraphError", "GraphoptError", "LoweringError", "Optimized", "PassError",
+    "RankError", "UsageError", "__version__", "bundle", "compare", "optimize", "sensitivity", "to_torch", "verify",
 ]  # fmt: skip
 
 _MODULES = {  # where each public name is defined
+    "BundleError": "errors",
     "CaptureError": "errors",
     "GraphError": "errors",
     "GraphoptError": "errors",
     "LoweringError": "errors",
     "Optimized": "result",
     "PassError": "errors",
+    "RankError": "errors",
     "UsageError": "errors",
+    "bundle": "serving.making",
     "compare": "comparing",
     "optimize": "api",
     "sensitivity": "sensitivities",
     "to_torch": "capture.fx_conversion",
+    "verify": "serving.verifying",
 }
 
 

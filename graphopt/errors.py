@@ -49,6 +49,14 @@ class PassError(GraphoptError):
         self.pass_name, self.reason, self.node, self.reproducer = pass_name, reason, node, reproducer
 
 
+class RankError(GraphoptError):
+    """Another process of the mesh failed, has ended, or does something else; says which, and what it said."""
+
+
+class BundleError(GraphoptError, ValueError):
+    """A bundle is damaged, does not run here, or answers otherwise than it did when it was made; says which."""
+
+
 class LoweringError(GraphoptError):
     """The engine did not build what was promised, or the lowered graph computes something else; says where and why."""
 

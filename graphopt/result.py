@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,12 +19,14 @@ from graphopt.errors import GraphError, LoweringError, UsageError, outer_door, r
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering.backend import Backend, Runner
+from graphopt.lowering.roofline import least_seconds
+from graphopt.measure.limits import Limits
 from graphopt.measure.machine import version
 from graphopt.pipeline.instruments import Agree, display, watched
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import BenchResult, Report
+from graphopt.report.records import BenchResult, Report, Roofline
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,11 +52,15 @@ class Trained:
         module = self.graph.module()
         now = module.state_dict() | self.graph.unpacked(module)
         read = {*self.before.unpacked(), *(name for name, _ in self.before.constants())}
-        found: dict[int, Tensor] = {}  # by the memory of the tensor that it replaces: tied weights have several names
+        # By the memory of the tensor that it replaces: a tied weight has several names, and the graph keeps one.
+        found: dict[int, Tensor] = {
+            before.data_ptr(): now[name].detach().to(before.dtype)
+            for name, before in self.state.items()
+            if name in now and now[name].shape == before.shape
+        }
         for name, before in self.state.items():
-            if name in now and now[name].shape == before.shape:
-                found[before.data_ptr()] = now[name].detach().to(before.dtype)
-            elif name in now or name in read:
+            fits = now[name].shape == before.shape if name in now else before.data_ptr() in found or name not in read
+            if not fits:
                 is_now = f"{list(now[name].shape)}" if name in now else "in another form"
                 raise GraphError(
                     f"{name} of the module is {list(before.shape)}, and is {is_now} now, so the module cannot take "
@@ -94,6 +100,14 @@ class Optimized:
     """What the passes that train have left, where nothing lossy follows them."""
     sparse: Mapping[str, str] = field(default_factory=dict)
     """By the label of a site, the pattern of zeros in its weight that later training must keep."""
+    leads: bool = True
+    """False on the ranks of a mesh but rank 0: there `export` writes nothing, and what the model is called with runs in
+    the forms that need no measuring."""
+    origin: Path | None = None
+    """The folder of transformers that the model came from, whose tokenizer `bundle` takes along."""
+
+    others: Mapping[str, Callable[[], Optimized]] = field(default_factory=dict)
+    """Of a race: by the suffix of a file, what makes the fastest result that is written to such a file."""
 
     def __str__(self) -> str:
         """The headline and the table of passes; `.report` has the rest."""
@@ -129,13 +143,21 @@ class Optimized:
     @cached_property
     def runner(self) -> Runner:
         """The lowered graph, compiled; above 2 GB of weights not before it is asked for."""
-        return self.backend.compile(self.lowered, self.threads)
+        lowered = self.lowered if self.leads else self.backend.lower(self.folded)[0]
+        return self.backend.compile(lowered, self.threads)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy that is changed and run by itself; the weights, to which nothing writes, are shared."""
         graphs = {name: getattr(self, name).clone() for name in ("captured", "transformed", "folded", "lowered")}
         feeds: list[Feeds] = [{name: tensor.clone() for name, tensor in one.items()} for one in self.feeds]
         return replace(self, report=copy.deepcopy(self.report, memo), feeds=feeds, **graphs)
+
+    def set_roofline(self, limits: Limits, seconds: Sequence[float]) -> None:
+        """Report how much of what a run takes the machine's limits explain. seconds: p50 at each example input."""
+        self.report.roofline = [
+            Roofline(shapes_text(feeds), taken, least_seconds(self.folded, feeds, limits, self.backend.precision))
+            for feeds, taken in zip(self.feeds, seconds, strict=True)
+        ]
 
     def forget_state(self) -> None:
         """Reset a stateful model to its initial state."""
@@ -258,8 +280,12 @@ class Optimized:
     ) -> Path:
         """Write the deployable file, and beside it NAME.json with the report's figures; returns the file's path.
 
+        NAME.json also says how the file is loaded as it was run here ("load"): the engine, its settings (session
+        options, inference precision, threads), and a line of Python. Of a race (target="fastest", or a list), the
+        fastest result that is written to such a file is taken: "x.onnx" is the best in ONNX, whichever engine won.
+
         path: a new file, or a regular one to replace, which may be the file that was optimized; links are followed. Its
-        suffix is .onnx, or .pt2 for targets of PyTorch.
+        suffix is .onnx, or .pt2 for targets of PyTorch; openvino also writes its own form, .xml with a .bin beside it.
 
         Targets of PyTorch write a torch.export archive (.pt2), which runs where graphopt is installed. aot: compile an
         AOTInductor package in its place, which `torch._inductor.aoti_load_package` runs without graphopt, with inputs
@@ -267,17 +293,29 @@ class Optimized:
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
         target). external_data: keep weights in NAME.DIGEST.data, which is named by its content, so that at any moment
         the file and its weights are of one export; what an earlier export left there is removed. None decides by size.
-        The same input, pipeline and versions give the same bytes.
+        The same input, pipeline and versions give the same bytes. Of the ranks of a mesh rank 0 writes, and the others
+        return at once.
 
         Raises UsageError for another suffix, and for options that don't go together or that the target does not have;
         GraphError where there is no folder, or one in a file's place, a FIFO, a device or a link that leads nowhere,
         where a node has no spelling at `opset` (naming it), and where the file cannot be written, such as on a full
         disk. Then nothing is written, and what was there stays.
         """
+        if not self.leads:
+            return Path(path)
         with outer_door(GraphError, f"{path} cannot be written"):
             return self._export(Path(path), opset, portable, external_data, aot)
 
+    def bundle(self, folder: str | Path, **options: Any) -> Path:
+        """Write a folder that can be deployed and checks itself; see `graphopt.bundle`, which has the options."""
+        from graphopt.serving.making import bundle  # the one import that goes up: see the contract in pyproject.toml
+
+        return bundle(self, folder, **options)
+
     def _export(self, path: Path, opset: int | None, portable: bool, external_data: bool | None, aot: bool) -> Path:
+        other = self.others.get(path.suffix)
+        if other is not None and path.suffix not in self.backend.suffixes:
+            return other()._export(path, opset, portable, external_data, aot)
         path = writing.place_of(path)
         if not aot:  # for which `package` wants .pt2
             self.backend.require_suffix(path)
@@ -289,12 +327,19 @@ class Optimized:
         if opset is not None or portable:
             self._check_exported(graph, opset)
         with writing.together(path, path.with_name(path.name + ".json")) as (part, manifest):
-            manifest.write_text(json.dumps(self.report.to_dict(), indent=2, default=str) + "\n", encoding="utf-8")
+            facts = self.report.to_dict() | {"load": self._loading(path.name, aot)}
+            manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
                 self.transformed.package(part, self.feeds[0], metadata)
             else:
                 self.backend.export(graph, part, opset=opset, external_data=external_data, metadata=metadata)
         return path
+
+    def _loading(self, file: str, aot: bool) -> Mapping[str, Any]:
+        """How the file is loaded, as plain data."""
+        if aot:
+            return {"engine": f"torch {version('torch')}", "python": f"torch._inductor.aoti_load_package({file!r})"}
+        return self.backend.loading(file, self.threads)
 
     def _check_exported(self, graph: Graph, opset: int | None) -> None:
         """Run what is to be written, which is not what ran before. Raises GraphError where it computes something else.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from graphopt.capture.fx_conversion import to_fx
 from graphopt.capture.onnx_conversion import to_onnx
-from graphopt.capture.signature import as_model
+from graphopt.capture.signature import Signature, as_model
 from graphopt.capture.sources import Captured
 from graphopt.errors import GraphError, LoweringError, PassError, UsageError, first_line, outer_door
 from graphopt.ir import cost
@@ -21,20 +22,25 @@ from graphopt.ir.graph import Feeds, Graph, digest, dtype_name, shapes_text
 from graphopt.lowering import relower
 from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.never_slower import RERUNS, SpeedCheck, SpeedResult
-from graphopt.measure import cache, machine, timing
+from graphopt.measure import cache, limits, machine, timing
 from graphopt.passes.simplify import Simplify
+from graphopt.pipeline import lengths
 from graphopt.pipeline.batches import Batches
 from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context, TeacherGraph
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify, phase, watched
 from graphopt.pipeline.passes import Pass, Stage
+from graphopt.pipeline.ranks import MeasuredOnce, SameGraphs
 from graphopt.pipeline.runner import Pipeline, leaves
+from graphopt.pipeline.shared import SharedPasses
 from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report import tables
 from graphopt.report.agreements import worst_of_each
 from graphopt.report.declines import Reason
 from graphopt.report.records import Report, Shipped, count_kinds
 from graphopt.result import Optimized, Trained, versions
+from graphopt.training.meshes import Mesh, evaluated
+from graphopt.training.meshes.evaluating import OnEveryRank
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,16 @@ class Run:
     checkpoint: Path | None = None
     sparse: Mapping[str, str] = field(default_factory=dict)
     """The zeros that earlier calls of a chain left, as `Optimized.sparse` has them."""
+    shared: SharedPasses | None = None
+    """What passes have left that ran for another target before, where there are several."""
+    trial: Callable[[Graph], object] | None = None
+    """Runs a lowered graph elsewhere before it is run in this process; raises a GraphoptError where it does not run."""
+    original: Graph | None = None
+    """The input as it runs on the target, where that is known (`originals`)."""
+    mesh: Mesh | None = None
+    """The processes that run this together: all of them the passes, rank 0 alone what follows."""
+    _is_shared: bool = False
+    """Whether all ranks are at the same phase now, so that each finds by itself what fails."""
     _trained: Trained | None = None
     """What the passes that train have left, where nothing but lowering follows."""
 
@@ -85,9 +101,47 @@ class Run:
 
     def result(self) -> Optimized:
         """The result; where it is slower than the input, sites that lose are reverted, and in the end all of them."""
-        if not self._is_timed:
+        mesh = self.mesh
+        if mesh is None:
+            return self._result()
+        if not mesh.leads:
+            return self._followed(mesh)
+        try:
+            small = self._result()
+        except Exception as error:
+            if not self._is_shared:
+                failed = error
+                mesh.first(lambda: _raised(failed))
+            raise
+        mesh.first(lambda: small.report)
+        return small
+
+    def _followed(self, mesh: Mesh) -> Optimized:
+        """On the ranks that do not lead: the passes as often as rank 0 runs them, and its report."""
+        if self.calibration is not None and self.is_timed:
+            self.calibration = Remembered(self.calibration, digest)
+        pipelines = {"asked": self.pipeline, "fallback": self.fallback, "none": Pipeline()}
+        while not isinstance(told := mesh.first(_Step), Report):
+            pipeline = pipelines[told.pipeline]
+            report = self._report(pipeline, told.reverted)
+            transformed, folded, sparse = self._transformed(pipeline, report, None, told.reverted)
+            small = Optimized(
+                self.captured.graph, transformed, folded, folded, report, self.backend, self.captured.signature,
+                self.captured.feeds, self.threads, pipeline, self.earlier, self._trained, sparse, leads=False,
+            )  # fmt: skip
+        small.report = told
+        return small
+
+    def _lead(self, pipeline: Pipeline, reverted: Mapping[str, Decline]) -> None:
+        """Tell the other ranks which passes run next."""
+        if self.mesh is not None:
+            name = "asked" if pipeline is self.pipeline else "fallback" if pipeline is self.fallback else "none"
+            self.mesh.first(lambda: _Step(name, dict(reverted)))
+
+    def _result(self) -> Optimized:
+        if not self.is_timed:
             return self._optimized(self.pipeline)
-        if self.calibration is not None:  # the pipeline may run again
+        if self.calibration is not None and not isinstance(self.calibration, Remembered):  # it may run again
             self.calibration = Remembered(self.calibration, digest)
         small = self._optimized(self.pipeline)
         if self._baseline.runner is None:
@@ -108,7 +162,55 @@ class Run:
              "rounds": ratio.rounds, "steady": ratio.steady}
             for feeds, ratio in zip(self.captured.feeds, attempt.speed.ratios, strict=True)
         ]  # fmt: skip
+        known, taken = limits.known(), [ratio.seconds.get("optimized") for ratio in attempt.speed.ratios]
+        if known is not None and None not in taken:
+            small.set_roofline(known, [one[0] for one in taken if one is not None])
         return small
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether results are timed here: where that was asked for, and there is something to run."""
+        return bool(self.measure and self.captured.feeds and not self._is_too_large_to_run)
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether a pass that rounds was asked for, so that floats may be rounded too."""
+        return rounds((*self.earlier, *self.pipeline.leaves()))
+
+    def originals(self) -> Iterator[Graph]:
+        """The input in the forms in which it may run on the target: as it was handed in, then as it was captured."""
+        if self.captured.untouched is not None:
+            yield self.captured.untouched()
+        yield self.captured.graph
+
+    def uncompressed(self) -> Optimized:
+        """The input as it is, on the target."""
+        assert self.original is not None  # the caller has found one that runs
+        return self._optimized(Pipeline(), lowered=self.original)
+
+    def lowered_at(self, precision: str, small: Optimized) -> Graph:
+        """A result lowered once more, for floats in another precision. Raises LoweringError."""
+        with outer_door(LoweringError, f"the graph cannot be lowered for {self.backend.name} in {precision}"):
+            return self.backend.at(precision).lower(small.folded)[0]
+
+    def at(self, precision: str, small: Optimized, lowered: Graph) -> Optimized:
+        """A result with floats in another precision, checked and compared with the original."""
+        report = copy.copy(small.report)
+        report.notes = [*report.notes, f"floats are computed in {precision}"]
+        report.agreement, report.agreement_by_shapes = [], {}
+        found = replace(small, backend=self.backend.at(precision), lowered=lowered, report=report)
+        with outer_door(LoweringError, f"{self.backend.name} does not run the graph in {precision}"):
+            report.kernels = found.runner.kernels()
+        reference = self._reference(report)
+        if reference is not None:
+            self._compare(found, reference)
+        found.forget_state()
+        return found
+
+    def release(self) -> None:
+        """Drop the engine's programs of the input."""
+        for name in ("_baseline", "_captured_runner"):
+            self.__dict__.pop(name, None)
 
     def _optimized(
         self, pipeline: Pipeline, reverted: Mapping[str, Decline] | None = None, *, lowered: Graph | None = None
@@ -116,10 +218,15 @@ class Run:
         """All phases but timing, once. lowered: what the target is to run as it is, where nothing is to be lowered."""
         report = self._report(pipeline, reverted or {})
         reference = self._reference(report)
+        self._lead(pipeline, reverted or {})
+        self._is_shared = True
         transformed, folded, sparse = self._transformed(pipeline, report, reference, reverted or {})
+        self._is_shared = False
         as_it_came = lowered is not None
         if lowered is None:
             lowered = self._lowered(pipeline, folded, report)
+        if self.trial is not None and not as_it_came:
+            self.trial(lowered)
         self._check_outputs(folded, lowered, reference)
         if self.captured.unknown:
             self._check_shapes(lowered)
@@ -149,6 +256,8 @@ class Run:
                                 "(instruments=[Reproduce(folder)] does)")  # fmt: skip
         if self.measure and self._is_too_large_to_run:
             report.notes.append("above 2 GB: nothing is timed, and forms have a fixed order (agree=True times them)")
+        if self.mesh is not None:
+            report.notes.append(f"run by {self.mesh.world} processes, mesh={self.mesh}")
         if self._is_too_large_to_run:
             report.notes.append("above 2 GB: outputs are not compared with the original, nor kernels counted "
                                 "(agree=True does both)")  # fmt: skip
@@ -170,18 +279,20 @@ class Run:
     ) -> tuple[Graph, Graph, Mapping[str, str]]:
         """The graph after the passes that were asked for, and after the target's own; and its zeros that must stay."""
         kept = _BeforeLowering()
-        watchers: list[Instrument] = [] if self._is_large else [Reproduce()]
-        watchers += [Verify(), *self.instruments, kept]
+        mesh = self.mesh
+        watchers: list[Instrument] = [] if self._is_large or (mesh is not None and not mesh.leads) else [Reproduce()]
+        watchers += [Verify(), *([] if mesh is None else [SameGraphs(mesh)]), *self.instruments, kept]
         watchers += [] if reference is None else [reference]
         captured, loss, evaluate = self.captured, self.loss, self.evaluate
         context = Context(
-            target=self.backend,
+            target=self.backend if mesh is None else MeasuredOnce(self.backend, mesh),
+            ranks=mesh,
             report=report,
             feeds=captured.feeds,
             made_up=captured.made_up,
             calibration=self.calibration,
             loss=lambda outputs, batch, **options: loss(captured.signature.rebuild(outputs), batch, **options),
-            evaluate=None if evaluate is None else lambda graph: evaluate(as_model(graph, captured.signature)),
+            evaluate=None if evaluate is None else partial(_evaluated, evaluate, captured.signature, mesh),
             instruments=watchers,
             threads=self.threads,
             reverted=reverted,
@@ -206,10 +317,10 @@ class Run:
         last = max((place for place, one in enumerate(on_torch) if one), default=None)
         if last is None:
             context.original = captured.graph
-            return pipeline.apply(captured.graph, context)
+            return self._through(pipeline, captured.graph, context)
         context.original = before = self._torch_form.graph
         first, rest = pipeline.passes[: last + 1], pipeline.passes[last + 1 :]
-        trained = Pipeline(first).apply(before, context)
+        trained = self._through(Pipeline(first), before, context)
         is_last = all(leaf.lossless or leaf.stage is Stage.LOWER for one in rest for leaf in leaves(one))
         if is_last and pipeline.is_trained:
             self._trained = Trained(trained, before, captured.state)
@@ -225,6 +336,11 @@ class Run:
         tidy = [] if rest[:1] == (Simplify(),) else [Simplify()]
         return Pipeline([*tidy, *rest]).apply(converted, context)
 
+    def _through(self, pipeline: Pipeline, graph: Graph, context: Context) -> Graph:
+        if self.shared is None:
+            return pipeline.apply(graph, context)
+        return self.shared.apply(pipeline, graph, context)
+
     @cached_property
     def _torch_form(self) -> Captured:
         """The model as a graph that can be trained."""
@@ -234,12 +350,11 @@ class Run:
 
     def _is_lossless(self, pipeline: Pipeline) -> bool:
         """Whether nothing may be rounded that the model does not round: no pass that rounds was asked for."""
-        rounds = (one.stage is Stage.QUANTIZE and not one.lossless for one in (*self.earlier, *pipeline.leaves()))
-        return not self.captured.rounds and not any(rounds)
+        return not self.captured.rounds and not rounds((*self.earlier, *pipeline.leaves()))
 
     def _lowered(self, pipeline: Pipeline, folded: Graph, report: Report) -> Graph:
         """The target's own operators, in the forms that run fastest here where that is measured."""
-        chooser = self.backend.chooser(self.captured.feeds, self.threads) if self._is_timed else None
+        chooser = self.backend.chooser(self.captured.feeds, self.threads) if self.is_timed else None
         with (
             outer_door(LoweringError, f"the graph cannot be lowered for {self.backend.name}"),
             phase(self.instruments, "lower") as now,
@@ -344,11 +459,24 @@ class Run:
             raise LoweringError(f"run by {self.backend.name}, the result fails: {error}") from error
         small.report.agreement = worst_of_each(small.report.agreement_by_shapes.values())
         small.report.notes += notes
+        self._compare_lengths(small)
+
+    def _compare_lengths(self, small: Optimized) -> None:
+        """Report the same on calibration texts of several lengths, where the model takes tokens."""
+        graph, calibration = self.captured.graph, self.calibration
+        lossless = all(one.lossless for one in self.pipeline.leaves())
+        if calibration is None or calibration.once or lossless or not lengths.takes_tokens(graph):
+            return
+        others = lengths.at_other_lengths(calibration, graph)
+        feeds = [next(iter(calibration)), *(others.batches if others else ())]
+        for one in feeds:
+            found, _ = Agree(graph, [one], self.captured.signature.outputs).compare(small.run_anew)
+            small.report.agreement_by_length |= {lengths.text(one): agreements for agreements in found.values()}
 
     def _check_metric(self, small: Optimized) -> None:
         """Evaluate what was trained and what ships: the same metric is promised, and reported."""
-        if self.evaluate is None:
-            return
+        if self.evaluate is None or (self.mesh is not None and isinstance(self.evaluate, OnEveryRank)):
+            return  # here rank 0 is alone
         signature = self.captured.signature
         trained = small.transformed if self._trained is None else self._trained.graph
         found = Shipped(*(
@@ -359,10 +487,6 @@ class Run:
         small.report.notes.append(str(found))
 
     # --- timed -------------------------------------------------------------------------------------------------------
-
-    @property
-    def _is_timed(self) -> bool:
-        return bool(self.measure and self.captured.feeds and not self._is_too_large_to_run)
 
     def _timed(self, check: SpeedCheck, small: Optimized, notes: list[str]) -> _Attempt:
         with (
@@ -427,7 +551,10 @@ class Run:
         """The input as it was handed in; as it was captured, where the engine does not run that."""
         captured, notes = self.captured, list[str]()
         candidates: list[tuple[str, Callable[[], Graph]]] = [("the captured model", lambda: captured.graph)]
-        if captured.untouched is not None:
+        if self.original is not None:
+            original = self.original
+            candidates = [("the input itself", lambda: original)]
+        elif captured.untouched is not None:
             candidates.insert(0, ("the input itself", captured.untouched))
         for what, make in candidates:
             try:
@@ -484,6 +611,30 @@ class Run:
     def _is_too_large_to_run(self) -> bool:
         """Whether the model is so large that it runs only where agree=True asks for that."""
         return self._is_large and not self.agree
+
+
+def rounds(passes: Iterable[Pass]) -> bool:
+    """Whether one of the passes rounds numbers, so that a target may round others."""
+    return any(one.stage is Stage.QUANTIZE and not one.lossless for one in passes)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Which passes all ranks run next, and what they leave as it is."""
+
+    pipeline: str = ""
+    reverted: Mapping[str, Decline] = field(default_factory=dict)
+
+
+def _evaluated(
+    evaluate: Callable[[Any], float], signature: Signature, mesh: Mesh | None, graph: Graph
+) -> float:
+    """The metric of a graph, as rank 0 finds it."""
+    return evaluated(evaluate, as_model(graph, signature), mesh)
+
+
+def _raised(error: Exception) -> Report:
+    raise error
 
 
 class _BeforeLowering(Instrument):

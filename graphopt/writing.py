@@ -65,6 +65,31 @@ def together(*paths: Path) -> Iterator[tuple[Path, ...]]:
                 remove_unused_data(parts[0].place, keep={file.name for file in moved})
 
 
+@contextmanager
+def whole_folder(path: Path, mark: str) -> Iterator[Path]:
+    """Where to write the folder `path`: it takes its place when the block ends, and is removed where the block fails.
+
+    mark: a file that every such folder holds. A folder that is there is replaced as a whole, where it is empty or holds
+    that file; for a moment between two renames there is none. Links are followed.
+    Raises GraphError for anything else in its place, and where there is no folder to write it in.
+    """
+    place = path.resolve()
+    if not place.parent.is_dir():
+        raise GraphError(f"there is no folder {path.parent}; make it first")
+    if place.exists() and not place.is_dir():
+        raise GraphError(f"{path} is a file; name a folder")
+    if place.is_dir() and any(place.iterdir()) and not (place / mark).is_file():
+        raise GraphError(f"{path} holds other files and no {mark}, so it is not replaced: name another folder")
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=MARK) as around:
+        part = Path(around) / place.name
+        part.mkdir()
+        yield part
+        with _lock(place):
+            if place.exists():
+                place.rename(Path(around) / "before")
+            part.rename(place)
+
+
 def why_not(path: Path) -> str:
     """Why no file can be written at `path`, and what to do; empty where one can."""
     try:
@@ -100,8 +125,13 @@ def data_name(name: str, digest: str) -> str:
 
 def digest_of(file: Path) -> str:
     """128 bits of the SHA-256 of a file's content, in hexadecimal."""
+    return sha256_of(file)[:32]
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:32]
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def remove_unused_data(path: Path, keep: set[str]) -> None:

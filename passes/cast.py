@@ -105,6 +105,9 @@ class _MaxAbs:
         found = _largest(x if mask is None else x[mask])
         self.number = max(self.number, math.inf if math.isnan(found) else found)
 
+    def merge(self, other: _MaxAbs) -> None:
+        self.number = max(self.number, other.number)
+
 
 # --- numbers that do not fit ---------------------------------------------------------------------------------------
 

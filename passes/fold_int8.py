@@ -13,7 +13,7 @@ from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops.quantization import integer_range
 from graphopt.ir.qdq.integer_forms import normalize
 from graphopt.ir.qdq.numbers import fits_integers, saturates, stored
-from graphopt.ir.qdq.regions import MOVES
+from graphopt.ir.qdq.regions import MOVES, has_row_scale
 from graphopt.ir.rewrite import scalar
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
@@ -30,10 +30,10 @@ class FoldInt8(Pass):
     A site is a linear, conv or add that reads a dequantized activation; a weight alone that is dequantized makes none.
     linear_int8 gives float, so nothing needs to follow it. conv_int8 and add_int8 give integers: a site is declined
     unless only a quantize reads it, at most with a relu or clip between that the saturation of the integers makes up
-    for. Declined too: activations other than uint8 with one scale, weights other than int8 with a scale for each output
-    channel (zero points of weights are folded in where int8 has room for that), and a conv whose bias is computed. A
-    bias in integers becomes float. An op that only moves values, between a dequantize and a quantize of the same scale
-    and zero point, moves integers instead.
+    for. Declined too: activations other than uint8 with one scale (of linears also one for each row), weights other
+    than int8 with a scale for each output channel (zero points of weights are folded in where int8 has room for that),
+    and a conv whose bias is computed. A bias in integers becomes float. An op that only moves values, between a
+    dequantize and a quantize of the same scale and zero point, moves integers instead.
 
     A quantize to fewer than 8 bits becomes a clip and a quantize to 8, which makes the same integers: kernels that read
     them need not know of it, and are no faster for it.
@@ -176,7 +176,7 @@ def _maker(value: Value) -> Node | None:
 
 def _input(site: Node) -> _Quantized:
     """The quantized input of a site. Raises Declined where it is none."""
-    x, maker = _activation(site.input), _maker(site.input)
+    x, maker = _activation(site.input, rows=site.kind == "linear"), _maker(site.input)
     if x is None and maker is not None and maker.attributes["bits"] < 8:
         raise Declined("activation_bits", bits=maker.attributes["bits"])
     if x is None:
@@ -184,9 +184,13 @@ def _input(site: Node) -> _Quantized:
     return x
 
 
-def _activation(value: Value) -> _Quantized | None:
+def _activation(value: Value, *, rows: bool = False) -> _Quantized | None:
+    """The integers, scale and zero point of a dequantized activation in uint8. rows: whether it may have a scale for
+    each row."""
     maker = _maker(value)
-    if maker is None or maker.required("scale").rank != 0 or maker.attributes["bits"] < 8:
+    if maker is None or maker.attributes["bits"] < 8:
+        return None
+    if maker.required("scale").rank != 0 and not (rows and has_row_scale(maker)):
         return None
     integers, zero_point = maker.required("x"), maker.operand("zero_point")
     if integers.dtype != torch.uint8 or integers.is_constant:

@@ -180,6 +180,8 @@ class FakeTarget(AnyTarget):
     types: tuple[str, ...] = ("int8",)
     floats: tuple[str, ...] = ()
     placement: Placement | None = None
+    granularities: tuple[str, ...] = ("tensor", "row")
+    quantizes: tuple[str, ...] = ()
     bits: int = 8
     refused: Mapping[str, str] = field(default_factory=dict)
     """By label, why a site must stay float."""

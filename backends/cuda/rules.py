@@ -11,6 +11,7 @@ from graphopt.backends.cuda import kernels
 from graphopt.backends.cuda.kernels import MULTIPLE, SPARSE
 from graphopt.ir.decline import Decline, Declined
 from graphopt.ir.graph import Node, Value
+from graphopt.ir.qdq.regions import has_row_scale
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule
 
 OWN = "graphopt_cuda."
@@ -42,8 +43,7 @@ def why_no_kernel(site: Node) -> Decline | None:
         return Decline("activation_bits", bits=x.attributes["bits"])
     if x.required("x").dtype != stored.dtype or not _is_symmetric(x):
         return Decline("activation_not_symmetric", dtype=str(x.required("x").dtype), kernel=str(stored.dtype))
-    scale = x.required("scale")
-    if scale.rank != 0 and not (scale.rank == x.result.rank and scale.shape is not None and scale.shape[-1] == 1):
+    if x.required("scale").rank != 0 and not has_row_scale(x):
         return Decline("activation_scale_shape")
     assert stored.shape is not None
     return why_too_much_padding(int(stored.shape[0]), int(stored.shape[1]), MULTIPLE[stored.dtype])

@@ -39,7 +39,8 @@ class Cuda(Backend):
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {"linear": ("static", "dynamic", "weight-only")}
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {"linear": (8,)}
     types: ClassVar[tuple[str, ...]] = ("int8", "float8")
-    placement: ClassVar[Placement | None] = Placement(signed=True, rows=True)
+    placement: ClassVar[Placement | None] = Placement(signed=True)
+    granularities: ClassVar[tuple[str, ...]] = ("row",)
     floats: ClassVar[tuple[str, ...]] = ("bfloat16", "float16")
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 32, "channels": 32, "width": 32, "rank": 32}
     """What weights in 2:4 are multiples of; the kernels of 8 bits take multiples of 8 and 16."""

@@ -24,7 +24,7 @@ def multi_head(op: Builder, m: Match) -> Value:
     """The contrib kernel: key and value of as many heads as the query, and a mask that is added."""
     _require_plain_heads(m)
     _require_whole_mask(m)
-    mask = m.mask and _float_mask(op, m.mask, m.query.dtype)
+    mask = m.mask and float_mask(op, m.mask, m.query.dtype)
     none = (None, None)
     return op("com.microsoft.MultiHeadAttention", m.query, m.key, m.value, *none, mask, **_attributes(m))
 
@@ -35,7 +35,7 @@ def _packed(op: Builder, m: Match) -> Value:
     linears = _require_projections(m, "linear")
     _require_whole_mask(m)
     weight, bias = op.constant(_columns(linears)), op.constant(_biases(linears))
-    mask = m.mask and _float_mask(op, m.mask, m.query.dtype)
+    mask = m.mask and float_mask(op, m.mask, m.query.dtype)
     none = (None, None)
     return op("com.microsoft.Attention", linears[0].input, weight, bias, *none, mask, **_attributes(m))
 
@@ -80,7 +80,7 @@ def _two_products(op: Builder, m: Match) -> Value:
     scale = size**-0.5 if given["scale"] is None else float(given["scale"])
     scores = op("com.microsoft.FusedMatMul", query, key, transB=1, alpha=scale)
     if m.mask is not None:
-        scores = op.add(scores, _float_mask(op, m.mask, m.query.dtype))
+        scores = op.add(scores, float_mask(op, m.mask, m.query.dtype))
     mixed = op.matmul(op.softmax(scores, axis=-1), value)
     if not heads:
         return mixed
@@ -110,7 +110,7 @@ def _require_plain_heads(m: Match) -> None:
 # --- masks ---------------------------------------------------------------------------------------------------------
 
 
-def _float_mask(op: Builder, mask: Value, dtype: torch.dtype) -> Value:
+def float_mask(op: Builder, mask: Value, dtype: torch.dtype) -> Value:
     """A mask to add, made once for all its readers: 0 where attention is allowed, the lowest number elsewhere."""
 
     def emit() -> Value:
@@ -141,7 +141,7 @@ def _masked_attention(op: Recorder, query: str, key: str, value: str, mask: str)
 
 
 def _read_float_mask(op: Builder, m: Match) -> Mapping[Value, Value]:
-    mask = _float_mask(op, m.mask, m.query.dtype)
+    mask = float_mask(op, m.mask, m.query.dtype)
     return {
         one.root.result: op.graph.emit(one.root, one.query, one.key, one.value, mask, at=one.root) for one in m.group
     }
@@ -227,13 +227,13 @@ def _attention_3d(op: Builder, m: Match) -> Value:
     query, key, value = (m.attention.required(name).shape for name in ("query", "key", "value"))
     split = (query, m.query.shape), (key, m.key.shape), (value, m.value.shape)
     joined = m.attention.result.shape, m.root.result.shape
-    if not all(_splits_heads(*shapes) for shapes in (*split, joined)):
+    if not all(splits_heads(*shapes) for shapes in (*split, joined)):
         raise Declined("heads_unknown")
     attributes = dict(m.attention.attributes) | {"heads": query[1], "kv_heads": key[1]}
     return op.attention(m.query, m.key, m.value, m.mask, **attributes)
 
 
-def _splits_heads(split: tuple[int | str, ...] | None, flat: tuple[int | str, ...] | None) -> bool:
+def splits_heads(split: tuple[int | str, ...] | None, flat: tuple[int | str, ...] | None) -> bool:
     """Whether (batch, heads, length, size) is (batch, length, heads * size) split, with heads and size known.
 
     A reshape may also cut the batch or the length, as attention within blocks does; unnamed axes could hide that.

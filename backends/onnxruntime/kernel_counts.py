@@ -52,9 +52,10 @@ def _as_promised(built: Counter[str], folded: Graph, runner: Runner) -> Counter[
     """Kernel counts by what was promised: one that computes several sites, or one of another op, counts as those."""
     built["QAttention"] *= 3  # it holds the projections of query, key and value
     if isinstance(runner, OrtRunner):
-        merged = _split_parts(runner.model) - sum(len(site.results) - 1 for site in folded.sites("onnx.Split"))
+        merged = _split_parts(runner.model)
+        merged.subtract(_own_split_parts(folded))
         pointwise = pointwise_products(runner.model)
-        built["MatMulIntegerToFloat"] += merged
+        built.update(merged)
         built["QGemm"] -= pointwise
         built["QLinearConv"] += pointwise
         built["GatherBlockQuantized"] += _gathers_of_integers(runner.model)
@@ -70,9 +71,26 @@ def _require(built: Mapping[str, int], what: str, kernels: Sequence[str], sites:
         )
 
 
-def _split_parts(model: ir.Model) -> int:
-    """How many results its Split nodes have beyond one each: as many linears were merged into others."""
-    return sum(len(node.outputs) - 1 for node in model.graph if node.op_type == "Split")
+def _split_parts(model: ir.Model) -> Counter[str]:
+    """How many results its Split nodes have beyond one each, by the kernel that they read: so many linears were merged
+    into others."""
+    parts: Counter[str] = Counter()
+    for node in model.graph:
+        source = node.inputs[0].producer() if node.op_type == "Split" and node.inputs[0] is not None else None
+        if node.op_type == "Split":
+            stored = source is not None and source.op_type == "MatMulNBits"
+            parts["MatMulNBits" if stored else "MatMulIntegerToFloat"] += len(node.outputs) - 1
+    return parts
+
+
+def _own_split_parts(folded: Graph) -> Counter[str]:
+    """The same of the nodes that a graph has before anything is merged."""
+    parts: Counter[str] = Counter()
+    for site in folded.sites("onnx.Split"):
+        source = site.operands[0].producer if site.operands[0] is not None else None
+        stored = source is not None and source.kind == "linear" and weight_only.why_not(source) is None
+        parts["MatMulNBits" if stored else "MatMulIntegerToFloat"] += len(site.results) - 1
+    return parts
 
 
 def pointwise_products(model: ir.Model) -> int:

@@ -10,10 +10,13 @@ from torch import Tensor
 from graphopt.backends.onnxruntime.linear import stored_tensor
 from graphopt.backends.onnxruntime.rows import from_rows, to_rows
 from graphopt.backends.onnxruntime.weight_only import emit_matmul_nbits, in_blocks
+from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.qdq.numbers import fits_integers, saturates
+from graphopt.ir.qdq.regions import has_row_scale
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule, scalar
+from graphopt.lowering import row_scales
 
 
 def linear_int8(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
@@ -36,6 +39,12 @@ def _is_dynamic(m: Match) -> bool:
     quantize, ranges = m.x.producer, m.scale.producer
     kinds = [None if node is None else node.kind for node in (quantize, ranges)]
     return kinds == ["quantize", "choose_qparams"]
+
+
+def _is_of_rows(m: Match) -> bool:
+    quantize, scale = m.x.producer, m.scale.producer
+    kinds = [None if node is None else node.kind for node in (quantize, scale)]
+    return kinds == ["quantize", "row_scale"]
 
 
 def _is_static(m: Match) -> bool:
@@ -67,6 +76,13 @@ def _shared_integers(op: Builder, m: Match) -> Value:
     if len(m.x.users) == 1:
         raise Declined("quantized_input_not_shared")
     return _integer_to_float(op, m)
+
+
+def _rows_to_float(op: Builder, m: Match) -> Value:
+    """The kernel takes one scale for all rows: it gets 1, and a Mul behind it those of the rows."""
+    operands = m.x, _transposed(op, m.weight), row_scales.one(op), m.weight_scale, m.zero_point
+    product = op("com.microsoft.MatMulIntegerToFloat", *operands)
+    return row_scales.rescaled(op, product, m.scale, m.bias)
 
 
 def _matmul_nbits(op: Builder, m: Match) -> Value:
@@ -187,4 +203,66 @@ STATIC = Choice(
     around=lambda m: [m.x.producer, *m.x.users],
     lossy=frozenset({"MatMulNBits"}),
 )
+def _opset(op: Builder) -> int:
+    assert isinstance(op.graph, OnnxGraph)
+    return op.graph.opset
+
+
+def _quantize_rows(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
+    return op.quantize(x, scale, zero_point, bits=8)
+
+
+def _in_blocks(op: Builder, m: Match) -> Value:
+    """QuantizeLinear with one block a row: 0.6 to 0.9 of the time of a Div in front of one with the scale 1."""
+    width, opset = (m.x.shape or (None,))[-1], _opset(op)
+    if opset < 21 or not isinstance(width, int):
+        raise Declined("rows_not_in_blocks", opset=opset)
+    zero_points = op("onnx.Expand", m.zero_point, op("onnx.Shape", m.scale))
+    return op("onnx.QuantizeLinear", m.x, m.scale, zero_points, axis=-1, block_size=width)
+
+
+def _row_scale(op: Recorder, x: str) -> Pattern:
+    return op.row_scale(x)
+
+
+def _reduced(op: Builder, kind: str, x: Value) -> Value:
+    if _opset(op) < 18:
+        return op(kind, x, axes=(-1,), keepdims=1)
+    return op(kind, x, op.constant(torch.tensor([-1])), keepdims=1)
+
+
+def _step(op: Builder, m: Match, magnitude: Value) -> Value:
+    """The scale at a row's largest magnitude: for a row of zeros a tiny one, not 1, at which the integers are the
+    same."""
+    least = op.constant(torch.tensor(torch.finfo(torch.float32).tiny))
+    return op("onnx.Max", op.div(magnitude, op.constant(torch.tensor(m.root.attributes["largest"]))), least)
+
+
+def _of_both_ends(op: Builder, m: Match) -> Value:
+    """0.6 to 0.9 of the time of the maximum of Abs, which is written in between, at 8x128x1536 and 8x128x384."""
+    high, low = (_reduced(op, f"onnx.{kind}", m.x) for kind in ("ReduceMax", "ReduceMin"))
+    return _step(op, m, op("onnx.Max", high, op("onnx.Neg", low)))
+
+
+def _of_magnitudes(op: Builder, m: Match) -> Value:
+    """Fewer operators, for short inputs."""
+    return _step(op, m, _reduced(op, "onnx.ReduceMax", op("onnx.Abs", m.x)))
+
+
+ROW_SCALE = Choice("row-scale", _row_scale, {"ReduceMax, ReduceMin": _of_both_ends, "Abs": _of_magnitudes})
+QUANTIZE_ROWS = Choice(
+    "quantize-rows",
+    _quantize_rows,
+    {"blocks": _in_blocks, "Div": row_scales.divided},
+    check=lambda m: has_row_scale(m.root),
+)
+ROWS = Choice(
+    "linear-of-rows",
+    linear_int8,
+    {"MatMulIntegerToFloat": _rows_to_float, "MatMulNBits": _matmul_nbits},
+    check=_is_of_rows,
+    around=_on_one_input,
+    lossy=frozenset({"MatMulNBits"}),
+)
+"""Activations with a scale for each row."""
 TO_FLOAT = Rule("matmul-integer-to-float", linear_int8, _integer_to_float)

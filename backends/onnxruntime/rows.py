@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import torch
 
+from graphopt.dialects.onnx.graph import OnnxValue
+from graphopt.dialects.onnx.tensors import onnx_dtype
 from graphopt.ir.graph import Shape, Value
 from graphopt.ir.rewrite import Builder
 
@@ -21,6 +24,15 @@ def from_rows(op: Builder, product: Value, x: Value, width: int) -> Value:
 def open_axes(x: Value) -> int:
     """How many axes of x before its last one have no fixed size."""
     return sum(not isinstance(axis, int) for axis in (x.shape or ())[:-1])
+
+
+def with_shape(value: Value, shape: Shape | None, dtype: torch.dtype | None = None) -> Value:
+    """The value, stated to have a shape, and a dtype, that inference does not find."""
+    assert isinstance(value, OnnxValue)
+    value.native.shape = None if shape is None else ir.Shape([None if size == "?" else size for size in shape])
+    if dtype is not None:
+        value.native.type = ir.TensorType(onnx_dtype(dtype))
+    return value
 
 
 def _shape(op: Builder, x: Value, width: int) -> Value:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -72,5 +72,14 @@ class OrtRunner(Runner):
             # The dump holds every weight: externally, so that no model is too large for it.
             options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
             onnx_run.session(self.model, level="extended", options=options)
-            nodes = onnx.load(path, load_external_data=False).graph.node
-        return Counter(sorted(node.op_type for node in nodes))
+            graph = onnx.load(path, load_external_data=False).graph
+        return Counter(sorted(node.op_type for node in _nodes(graph)))
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of its subgraphs."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)

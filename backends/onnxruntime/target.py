@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 import onnxruntime as ort
@@ -14,6 +14,7 @@ from graphopt.backends.onnx_target import OnnxTarget
 from graphopt.backends.onnxruntime import (
     asymmetric_weights,
     attention,
+    cached_attention,
     conv_int8,
     conv_int8_few_channels,
     gelu,
@@ -22,6 +23,7 @@ from graphopt.backends.onnxruntime import (
     lstm,
     merged_linears,
     qlinear,
+    rotary,
     saturation,
     skip_layer_norm,
     weight_only,
@@ -33,8 +35,8 @@ from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import STORED
-from graphopt.ir.rewrite import Choice, Rule
-from graphopt.lowering.backend import Runner
+from graphopt.ir.rewrite import Choice, Rule, RuleLog
+from graphopt.lowering.backend import Chooser, Runner
 from graphopt.lowering.timed_forms import TimedChooser
 
 
@@ -54,6 +56,7 @@ class OnnxRuntime(OnnxTarget):
     }
     floats: ClassVar[tuple[str, ...]] = ("float16",)
     """Stored so, and computed in float32 between casts: files are smaller, not faster."""
+    granularities: ClassVar[tuple[str, ...]] = ("tensor", "row")
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {
         "linear": (8, 4, 2), "embedding": (8, 4), **dict.fromkeys(STORED, (8,)),
     }  # fmt: skip
@@ -71,26 +74,47 @@ class OnnxRuntime(OnnxTarget):
         saturates = self.saturates()
         return (
             # floats
-            (skip_layer_norm.RESIDUAL, *attention.ATTENTION_3D),
+            rotary.BEFORE_SPLIT,
+            (skip_layer_norm.RESIDUAL, skip_layer_norm.RMS_RESIDUAL, *attention.ATTENTION_3D),
+            (cached_attention.FORMS,),
             (attention.FORMS,),
+            (rotary.ANGLES_ONCE,),
             (attention.FLOAT_MASK_ONCE,),
             (merged_linears.FLOAT, merged_linears.INT8),
             (linear.BIAS, gelu.TANH),
             # int8
             (lstm.DYNAMIC,),
             (linear_int8.TO_INTEGERS,),
-            (linear_int8.DYNAMIC, linear_int8.STATIC),
+            (linear_int8.DYNAMIC, linear_int8.STATIC, linear_int8.ROWS),
+            (linear_int8.QUANTIZE_ROWS, linear_int8.ROW_SCALE),
             (conv_int8.PADDING,),
             (conv_int8_few_channels.FEW_CHANNELS,),
             (conv_int8.SMALL,),
             (conv_int8.PLAIN, linear_int8.TO_FLOAT, *qlinear.in_integers(not saturates), onnx_export.DYNAMIC_QUANTIZE),
             (qlinear.in_floats(not saturates),),
             # stored weights
+            (merged_linears.WEIGHT_ONLY,),
             (*asymmetric_weights.RULES, weight_only.LINEAR, weight_only.EMBEDDING),
             (*weight_only.STORED,),
             weight_only.FOLDED,
             saturation.RULES if saturates else (),
         )
+
+    def loading(self, file: str, threads: int | None = None) -> Mapping[str, Any]:
+        options = {} if threads is None else {"intra_op_num_threads": threads}
+        made = "options = onnxruntime.SessionOptions(); "
+        made += "".join(f"options.{name} = {value}; " for name, value in options.items())
+        call = f"onnxruntime.InferenceSession({file!r}, options, providers=['CPUExecutionProvider'])"
+        return {"engine": self.engine(), "session_options": options, "providers": ["CPUExecutionProvider"],
+                "python": made + call}  # fmt: skip
+
+    def lower(
+        self, graph: Graph, chooser: Chooser | None = None, *, lossless: bool = False
+    ) -> tuple[Graph, dict[str, RuleLog]]:
+        lowered, logs = super().lower(graph, chooser, lossless=lossless)
+        assert isinstance(lowered, OnnxGraph)
+        cached_attention.fill_in_place(lowered)
+        return lowered, logs
 
     def engine(self) -> str:
         return f"onnxruntime {ort.__version__}"

@@ -74,27 +74,32 @@ def is_stored(node: Node) -> bool:
     return node.kind == "dequantize" and all(value is None or value.is_constant for value in node.operands)
 
 
-def _blocks(graph: Graph, node: Node, least_bits: int) -> Blocks:
-    """The matrix of a stored dequantize in the kernels' form, in `least_bits` or more."""
+def _blocks(graph: Graph, node: Node, least_bits: int, block: int | None = None) -> Blocks:
+    """The matrix of a stored dequantize in the kernels' form, in `least_bits` or more.
+
+    block: columns of a block, where the weight has none of its own.
+    """
     integers, scale, zero_point = (None if v is None else graph.constant(v) for v in (*node.operands, None)[:3])
     assert integers is not None and scale is not None  # as stored
-    block = node.attributes["block"]
+    own = node.attributes["block"]
     if zero_point is None and integers.dtype is torch.uint8:
         zero_point = torch.zeros_like(scale, dtype=torch.uint8)
     bits = next(size for size in (2, 4, 8) if size >= max(node.attributes["bits"], least_bits))
-    return in_blocks(integers, scale, zero_point, bits=bits, block=block)
+    return in_blocks(integers, scale, zero_point, bits=bits, block=own, most=block or LARGEST_BLOCK)
 
 
 def in_blocks(
-    integers: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int = 8, block: int | None = None
+    integers: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int = 8, block: int | None = None,
+    most: int = LARGEST_BLOCK,
 ) -> Blocks:
     """A matrix of integers (rows, columns) in the kernels' form.
 
-    scale, zero_point: (rows, blocks) of `block` columns each; without `block`, (rows,) or () for all.
-    """
+    scale, zero_point: (rows, blocks) of `block` columns each; without `block`, (rows,) or () for all, repeated for
+    blocks of `most` columns, or of all of them where there are fewer.
+    """  # fmt: skip
     if not block:
-        block = next((size for size in BLOCKS if size >= integers.shape[1]), LARGEST_BLOCK)
-        block = min(block, LARGEST_BLOCK)
+        block = next((size for size in BLOCKS if size >= integers.shape[1]), most)
+        block = min(block, most)
         count = -(-integers.shape[1] // block)
         scale = scale.reshape(-1, 1).expand(integers.shape[0], count)
         zero_point = None if zero_point is None else zero_point.reshape(-1, 1).expand(integers.shape[0], count)
@@ -117,13 +122,21 @@ def _stored(op: Recorder, q: str, scale: str, zero_point: str | None = None) -> 
     return op.dequantize(q, scale, zero_point)
 
 
-def _matmul_nbits(level: int) -> Callable[[Builder, Match], Value]:
-    """Weights stay packed in memory, and are unpacked in registers, where they are multiplied."""
+def _matmul_nbits(level: int, bits: int = 2, block: int | None = None) -> Callable[[Builder, Match], Value]:
+    """Weights stay packed in memory, and are unpacked in registers, where they are multiplied.
+
+    bits: the fewest that an integer takes in memory. block: columns with a scale, of a weight with one for each row.
+    """
 
     def emit(op: Builder, m: Match) -> Value:
         _require_kernel(m.root)
+        given = m.weight.attributes
+        if bits > 2 and given["bits"] >= bits:
+            raise Declined("stored_in_as_many_bits", bits=bits)
+        if block is not None and given["block"]:
+            raise Declined("stored_in_blocks", block=given["block"])
         out, into = (int(size) for size in m.weight.result.shape)
-        packed = _blocks(op.graph, m.weight, least_bits=2)
+        packed = _blocks(op.graph, m.weight, least_bits=bits, block=block)
         return emit_matmul_nbits(op, m.x, packed, (out, into), m.bias, level=level)
 
     return emit
@@ -207,10 +220,15 @@ EMBEDDING = Choice(
 LINEAR = Choice(
     "matmul-nbits",
     _linear,
-    {"MatMulNBits": _matmul_nbits(ACCURACY_LEVEL), "MatMulNBits in float32": _matmul_nbits(FLOAT_LEVEL)},
+    {
+        "MatMulNBits": _matmul_nbits(ACCURACY_LEVEL),
+        "MatMulNBits in blocks of 32": _matmul_nbits(ACCURACY_LEVEL, block=32),
+        "MatMulNBits in 8 bits": _matmul_nbits(ACCURACY_LEVEL, bits=8),
+        "MatMulNBits in float32": _matmul_nbits(FLOAT_LEVEL),
+    },
     check=lambda m: is_stored(m.weight),
     shared=True,
-    lossy=frozenset({"MatMulNBits"}),
+    lossy=frozenset({"MatMulNBits", "MatMulNBits in blocks of 32", "MatMulNBits in 8 bits"}),
 )
 STORED = (
     Rule("stored-integers", _stored, _scaled, check=lambda m: is_stored(m.root) and _read_by(m.root, *STORED_OPS)),

@@ -35,6 +35,7 @@ class EagerTarget(Backend):
         "conv": ("static",),
         "add": ("static",),
     }
+    granularities: ClassVar[tuple[str, ...]] = ("tensor", "row")
     floats: ClassVar[tuple[str, ...]] = ("bfloat16",)
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
     zeros: str = "weights are packed densely, and zeros multiplied: only compressed files gain"
@@ -47,6 +48,11 @@ class EagerTarget(Backend):
     """The operators of torch that count as int8 kernels."""
     forms: ClassVar[Sequence[int8.Engine]]
     """The forms that int8 ops may take, in their static order."""
+
+    @property
+    def quantizes(self) -> tuple[str, ...]:
+        fused = (post for post in int8.POSTS if any(form.fuses(post) for form in self.forms))
+        return *fused, "linear"
 
     def accept(self, model: Any, example_inputs: Any) -> None:
         require_engines(self.name, self.engines)
@@ -69,6 +75,13 @@ class EagerTarget(Backend):
         except UsageError as error:
             raise LoweringError(str(error)) from error
         return EagerRunner(graph, self.operators, threads)
+
+    def loading(self, file: str, threads: int | None = None) -> Mapping[str, Any]:
+        python = (
+            "from graphopt.backends import target; from graphopt.dialects.fx.graph import FxGraph; "
+            f"target({self.name!r}).compile(FxGraph.load({file!r}), {threads})"
+        )
+        return {"engine": self.engine(), "threads": threads, "python": python}
 
     def check(self, folded: Graph, runner: Runner) -> None:
         """The lowered graph says what is promised: merged linears share a kernel, some sites are faster in float."""

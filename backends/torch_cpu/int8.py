@@ -19,6 +19,7 @@ from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.ops import OPS
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Replace, Rule, scalar
+from graphopt.lowering import row_scales
 from graphopt.lowering.merging import has_stored_bias, merge, merge_key
 from graphopt.lowering.saturation import max_abs
 
@@ -229,10 +230,12 @@ def convolution(op: Builder, m: Match) -> tuple[Value, dict[str, list[int]], int
 
 
 def stages(engines: Sequence[Engine]) -> Sequence[Sequence[Rule | Choice]]:
-    """For one graph: linears are merged, then lowered together with their tails, then all that is left is lowered."""
+    """For one graph: linears are merged, scales of rows taken out of them, then they are lowered together with their
+    tails, then all that is left is lowered."""
     alone = {engine.name: partial(_alone, engine) for engine in engines}
     return (
         (MERGED,),
+        (row_scales.QUANTIZE, row_scales.LINEAR_INT8),
         _behind_linears(engines, *((post, "quantize") for post in POSTS), ("quantize",)),
         _behind_linears(engines, *((post,) for post in POSTS), ("add",)),
         (

@@ -1,4 +1,4 @@
-"""A folder that `save_pretrained` of transformers wrote -> the module."""
+"""What holds a module -> the module: a folder that `save_pretrained` of transformers wrote, or a wrapper."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from graphopt.errors import CaptureError, described, outer_door
 
@@ -16,12 +17,15 @@ _CONFIG = "config.json"
 
 
 def opened(model: Any) -> Any:
-    """The module in a Hugging Face folder, in eval mode, where `model` is a path to one; anything else as it is.
+    """The module in a Hugging Face folder, in eval mode, where `model` is a path to one; the module inside of a
+    DataParallel or a DistributedDataParallel; anything else as it is.
 
     The folder holds config.json and weights in safetensors, in one file or in several with an index. The architecture
     is the first of the config's, as transformers has it: no code of the folder's is run, and no pickle is loaded.
     Raises CaptureError where that is not so, and where transformers is not installed.
     """
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
+        return model.module
     if not isinstance(model, str | Path) or not Path(model).is_dir():
         return model
     folder = Path(model)
@@ -29,6 +33,14 @@ def opened(model: Any) -> Any:
         architecture = _architecture(folder)
         _require_safetensors(folder)
         return _loaded(folder, architecture)
+
+
+def origin_of(model: Any) -> Path | None:
+    """The folder of transformers that a model is or came from: a path to one, or a module that was loaded from one."""
+    named = model if isinstance(model, str | Path) else getattr(model, "name_or_path", None)
+    if isinstance(named, str | Path) and str(named) and (Path(named) / _CONFIG).is_file():
+        return Path(named).absolute()
+    return None
 
 
 def _architecture(folder: Path) -> str:

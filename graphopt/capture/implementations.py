@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import TypeVar
@@ -21,15 +21,17 @@ _OTHERS = {_ATTENTION: ("eager",), _EXPERTS: ("batched_mm",)}
 def exported_with(module: nn.Module, capture: Callable[[], T], note: Callable[[T, str], None]) -> T:
     """What `capture` returns; where it cannot export the module as it is, with another of its implementations.
 
-    note: gets the result and a sentence where that is so. The module is left as it was. Raises NotExported, as the
+    The models of transformers may stand inside a module of the user's. note: gets the result and a sentence where that
+    is so. The module is left as it was. Raises NotExported, as the
     module as it is does, where no implementation can be exported.
     """
     try:
         return capture()
     except NotExported as error:
-        for settings in _settings(module):
+        models = _models(module)
+        for settings in _settings(models):
             try:
-                with _changed(module, settings):
+                with _changed(models, settings):
                     found = capture()
             except Exception:  # transformers too raises where a model lacks an implementation
                 continue
@@ -39,16 +41,24 @@ def exported_with(module: nn.Module, capture: Callable[[], T], note: Callable[[T
         raise
 
 
-def _settings(module: nn.Module) -> Iterator[dict[str, str]]:
+def _models(module: nn.Module) -> list[nn.Module]:
+    """The outermost models of transformers: the module itself, or those inside it."""
+    if _current(module):
+        return [module]
+    found = {id(model): model for child in module.children() for model in _models(child)}
+    return list(found.values())
+
+
+def _settings(models: Sequence[nn.Module]) -> Iterator[dict[str, str]]:
     """What to try, least changes first."""
-    now = _current(module)
-    options = [[(option, name) for name in (now[option], *_OTHERS[option])] for option in now]
-    tried = [{option: name for option, name in chosen if name != now[option]} for chosen in product(*options)]
-    seen: list[dict[str, str]] = [{}]
-    for settings in sorted(tried, key=len):
-        if settings not in seen:
-            seen.append(settings)
-            yield settings
+    now = [_current(model) for model in models]
+    changes: dict[str, list[str | None]] = {
+        option: [None, *(name for name in others if any(one.get(option, name) != name for one in now))]
+        for option, others in _OTHERS.items()
+    }
+    tried = [dict(zip(changes, chosen, strict=True)) for chosen in product(*changes.values())]
+    settings = [{option: name for option, name in one.items() if name is not None} for one in tried]
+    yield from sorted(filter(None, settings), key=len)
 
 
 def _current(module: nn.Module) -> dict[str, str]:
@@ -59,12 +69,14 @@ def _current(module: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def _changed(module: nn.Module, settings: dict[str, str]) -> Iterator[None]:
-    before = _current(module)
+def _changed(models: Sequence[nn.Module], settings: dict[str, str]) -> Iterator[None]:
+    before = [(model, _current(model)) for model in models]
     try:
-        for option, name in settings.items():
-            getattr(module, f"set_{option}")(name)
+        for model, now in before:
+            for option in settings.keys() & now.keys():
+                getattr(model, f"set_{option}")(settings[option])
         yield
     finally:
-        for option in settings:
-            getattr(module, f"set_{option}")(before[option])
+        for model, now in before:
+            for option in settings.keys() & now.keys():
+                getattr(model, f"set_{option}")(now[option])

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from graphopt import __version__
-from graphopt.cli import catalogue, comparisons, inspecting, optimizing, reproducing, timings
+from graphopt.cli import bundling, catalogue, comparisons, inspecting, optimizing, reproducing, serving, timings
 from graphopt.cli.sources import SYNTAX
 from graphopt.errors import GraphoptError, UsageError, described
 
@@ -56,6 +56,9 @@ COMMANDS = (
     inspecting.diff,
     comparisons.compare,
     timings.bench,
+    bundling.bundle,
+    bundling.verify,
+    serving.serve,
     catalogue.passes,
     catalogue.targets,
     timings.cache,
@@ -110,6 +113,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 TAKE_SOURCES = (
     optimizing.optimize, comparisons.sensitivity, comparisons.compare, timings.bench, inspecting.inspect,
+    bundling.bundle,
 )  # fmt: skip
 
 for command in COMMANDS:

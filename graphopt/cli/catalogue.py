@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,8 +57,10 @@ def passes(
 
 
 def targets(as_json: Json = False) -> None:
-    """List the targets."""
+    """List the targets, and what the engines of this machine reach."""
     from graphopt.backends import TARGETS, target
+    from graphopt.measure.limits import line, measured
+    from graphopt.measure.timing import is_on
 
     found: dict[str, dict[str, Any]] = {}
     for name in TARGETS:
@@ -71,8 +73,9 @@ def targets(as_json: Json = False) -> None:
         found[name] = {"dialect": backend.dialect, "summary": backend.summary, "schemes": schemes}
         if unused := TARGETS.why_unused(name):
             found[name]["note"] = unused
+    limits = measured() if is_on() else None
     if as_json:
-        print_json(found)
+        print_json(found if limits is None else found | {"machine": asdict(limits)})
         return
     for name, facts in found.items():
         if "broken" in facts:
@@ -82,6 +85,7 @@ def targets(as_json: Json = False) -> None:
         typer.echo(f"{name}  ({facts['dialect']})\n    {facts['summary']}\n    quantized: {quantized}")
         if "note" in facts:
             typer.echo(f"    {facts['note']}")
+    typer.echo(line(limits))
 
 
 def _described(cls: type[Pass]) -> dict[str, Any]:

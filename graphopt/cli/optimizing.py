@@ -16,9 +16,11 @@ from graphopt.cli.options import (
     Json,
     Measure,
     Passes,
-    Target,
+    Precision,
+    Targets,
     Threads,
     Verbose,
+    Within,
 )
 from graphopt.cli.printing import logged, print_json, show
 from graphopt.cli.reading import require_file, require_writable
@@ -37,7 +39,9 @@ def optimize(
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
     passes: Passes = None,
-    target: Target = "onnxruntime",
+    target: Targets = "onnxruntime",
+    within: Within = 3.0,
+    precision: Precision = "auto",
     inputs: Inputs = None,
     calibration: Calibration = None,
     calibration_steps: CalibrationSteps = None,
@@ -71,12 +75,28 @@ def optimize(
     threads: Threads = None,
     measure: Measure = None,
     cpu: Cpu = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXES",
+            help="How training is spread over the processes of torchrun: dp=2, fsdp=2, tp=2, pp=2, or dp=2,tp=2.",
+            show_default=False,
+        ),
+    ] = None,
     custom_ops: CustomOps = None,
     opset: Annotated[int | None, typer.Option(help="Opset of the file written.", min=1)] = None,
     portable: Annotated[bool, typer.Option("--portable", help="Write standard ONNX operators only.")] = False,
     aot: Annotated[
         bool, typer.Option("--aot", help="Compile an AOTInductor package (.pt2), which PyTorch runs without graphopt.")
     ] = False,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder to deploy, with the model, its tokenizer and golden inputs; see `graphopt bundle`.",
+            show_default=False,
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="A file for the report: .html, with the graph diff, or .txt or .json.")
     ] = None,
@@ -84,21 +104,23 @@ def optimize(
 ) -> None:
     """Make a model smaller and faster."""
     from graphopt.api import optimize as run
-    from graphopt.backends import target as target_of
     from graphopt.capture.folders import opened
+    from graphopt.racing.engines import engines
     from graphopt.report.records import require_report_name
 
     if not model.is_dir():
         require_file(model)
-    if dry_run and (output or report):
-        raise UsageError("--dry-run writes nothing; leave out --output and --report")
-    if not dry_run and output is None:
-        raise UsageError("say where to write: -o FILE, or --dry-run")
+    if dry_run and (output or report or bundle):
+        raise UsageError("--dry-run writes nothing; leave out --output, --bundle and --report")
+    if not dry_run and output is None and bundle is None:
+        raise UsageError("say where to write: -o FILE, --bundle DIR, or --dry-run")
     require_writable(model, output, report)
     if report is not None:
         require_report_name(report)
     if output is not None and not aot:
-        target_of(target, cpu).require_suffix(output)
+        asked = engines(target, cpu, precision).backends
+        if not any(output.suffix in one.suffixes for one in asked):
+            asked[0].require_suffix(output)
     if teacher is not None:
         require_file(teacher)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():
@@ -117,15 +139,22 @@ def optimize(
             source,
             passes,
             target=target,
+            within=within,
+            precision=precision,
             calibration_steps=calibration_steps,
             threads=threads,
             measure=measure,
             cpu=cpu,
+            mesh=mesh,
             custom_ops=custom_ops or (),
             verbose=shown,
             **{option: value for option, value in given.items() if value is not None},
         )
+    if not small.leads:  # rank 0 writes and reports
+        return
     written = [] if output is None else [small.export(output, opset=opset, portable=portable, aot=aot)]
+    if bundle is not None:
+        written.append(small.bundle(bundle))
     if report is not None:
         small.report.save(report, small.diff())
         written.append(report)
@@ -138,8 +167,11 @@ def optimize(
 
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder for what it writes.")] = Path("demo-output"),
+    distill: Annotated[
+        bool, typer.Option("--distill", help="Prune and distil it instead; under torchrun, in several processes.")
+    ] = False,
 ) -> None:
     """Optimize a sentence encoder with its real weights, verify and time it."""
-    from graphopt.cli.demo import main as run
+    from graphopt.cli.demo import distil, main
 
-    run(output)
+    distil(output) if distill else main(output)

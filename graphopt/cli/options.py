@@ -29,7 +29,27 @@ Verbose = Annotated[
 ]
 Cpu = Annotated[
     str | None,
-    typer.Option(help="The CPU that the result is for, where not this one: avx2, avx512, avx512_vnni."),
+    typer.Option(help="The CPU that the result is for, where not this one: avx2, avx512, avx512_vnni, avx512_amx."),
+]
+Targets = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="What the model will run on; several with commas between them, or fastest, are raced; see `graphopt "
+        "targets`.",
+    ),
+]
+Within = Annotated[
+    float,
+    typer.Option(
+        metavar="DB", help="In a race: how far the SQNR may be below the best quantized candidate's, in dB.", min=0.0
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="What floats are computed in where a pass rounds: auto (as measured), float32, bfloat16, float16."
+    ),
 ]
 Target = Annotated[str, typer.Option(help="What the model will run on; see `graphopt targets`.")]
 Calibration = Annotated[

@@ -173,7 +173,7 @@ class Texts:
     def of(cls, path: Path, table: Table, shuffle: bool) -> Texts:
         """The batches of a file. Raises UsageError, naming the line, the column or the option."""
         require_positive_integer(f"{path}: batch", table.batch)
-        names, rows = _table(path, _names(table.columns))
+        names, rows = read_table(path, _names(table.columns))
         columns = _names(table.text)
         if not 1 <= len(columns) <= 2:
             raise UsageError(f"{path}: say which columns hold the texts, text=NAME or text=[NAME,NAME]; there are "
@@ -213,13 +213,21 @@ def _names(value: Any) -> list[str]:
     return [str(one) for one in (value if isinstance(value, tuple) else [value])]
 
 
-def _table(path: Path, columns: Sequence[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The names of the columns, and the rows with the numbers of their lines."""
+def read_table(path: Path, columns: Sequence[str] = ()) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The names of the columns of a .csv or .tsv file, and the rows with the numbers of their lines.
+
+    columns: the names, of a file without a header line. Raises UsageError for a file that is no such table.
+    """
     require_file(path)
+    if path.suffix not in TABLES:
+        raise UsageError(f"{path} is no table: give a {' or '.join(TABLES)} file")
     is_table = outer_door(UsageError, f"{path} is no table of text in UTF-8")
     with is_table, path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, TABLES[path.suffix])
-        rows = [(reader.line_num, row) for row in reader if row]
+        try:
+            rows = [(reader.line_num, row) for row in reader if row]
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {reader.line_num}: {error}; is a quotation mark never closed?") from error
     names = list(columns) or (rows.pop(0)[1] if rows else [])
     if not rows:
         raise UsageError(f"{path} has no rows{'' if columns else ' below its header line'}")
@@ -256,6 +264,20 @@ def _is_number(cell: str) -> bool:
     return False
 
 
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of transformers in a folder. Raises UsageError where there is none."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UsageError("texts need transformers: pip install 'graphopt[demo]'") from error
+    what = f"{folder} holds no tokenizer that transformers loads"
+    with outer_door(UsageError, what):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made of the model's config alone
+        raise UsageError(f"{what}: it has no vocabulary; save one there with save_pretrained")
+    return tokenizer
+
+
 def _tokenizer(path: Path, table: Table) -> Callable[..., Mapping[str, Any]]:
     """Lists of texts -> tensors by name. Raises UsageError where the folder holds no tokenizer."""
     if not table.tokenizer:
@@ -267,12 +289,7 @@ def _tokenizer(path: Path, table: Table) -> Callable[..., Mapping[str, Any]]:
         require_positive_integer(f"{path}: max_length", table.max_length)
     if table.padding not in ("longest", "max_length"):
         raise UsageError(f"{path}: padding is {table.padding!r}; give longest or max_length")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise UsageError(f"{path}: texts need transformers: pip install 'graphopt[demo]'") from error
-    with outer_door(UsageError, f"{folder} holds no tokenizer that transformers loads"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = tokenizer_in(folder)
     if tokenizer.pad_token is None:  # of decoders, whose mask says what is padding
         tokenizer.pad_token = tokenizer.eos_token
     own = tokenizer.model_max_length

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graphopt.cli.options import Calibration, CustomOps, Inputs, Json, Model, Passes, Threads, Verbose
+from graphopt.cli.options import Calibration, CustomOps, Inputs, Json, Passes, Threads, Verbose
 from graphopt.cli.printing import logged, print_json
 from graphopt.cli.reading import graph_of, require_file, session_of
 from graphopt.cli.sources import batches, example
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: Model,
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An .onnx file, or the URL of a server.", show_default=False)
+    ],
     other: Annotated[
         Path | None, typer.Argument(help="A second .onnx file; without it, MODEL optimized.", show_default=False)
     ] = None,
@@ -30,14 +32,36 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; below 6 there is no interval.", min=1)] = 15,
     threads: Threads = None,
     custom_ops: CustomOps = None,
+    clients: Annotated[
+        int | None, typer.Option(help="Of a server: clients at once; 32 without it.", min=1, show_default=False)
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Of a server: how long; 10 without it.", min=0.1, show_default=False)
+    ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Of a server: the bundle with the golden set, where it hands out none.", show_default=False),
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="Of a server: what it wants.", show_default=False)] = None,
     as_json: Json = False,
     verbose: Verbose = None,
 ) -> None:
-    """Time two models in one interleaved run, with the first against itself as control.
+    """Time two models in one interleaved run, with the first against itself as control; or a server under load.
 
     Inputs are those of --inputs, else the first batch of --calibration, else made from the types that the model
-    declares.
+    declares. A server is sent the golden inputs of its bundle, and each answer is compared with the golden one.
     """
+    of_servers = {"--clients": clients, "--seconds": seconds, "--bundle": bundle, "--token": token}
+    of_models = {"OTHER": other, "--inputs": inputs, "--passes": passes, "--calibration": calibration,
+                 "--threads": threads, "--custom-ops": custom_ops}  # fmt: skip
+    is_url = target.startswith(("http://", "https://"))
+    for option, value in (of_models if is_url else of_servers).items():
+        if value is not None:
+            raise UsageError(f"{option} is for {'models' if is_url else 'servers'}, and {target} is none: leave it out")
+    if is_url:
+        _bench_server(target, of_servers, as_json)
+        return
+    model = Path(target)
     from graphopt.api import optimize as run
     from graphopt.capture.sources import capture
     from graphopt.dialects.adapter import adapter
@@ -88,6 +112,17 @@ def bench(
         print_json(plain({"environment": machine, "inputs": shapes_text(feeds), "ratios": row}))
     else:
         typer.echo(str(BenchResult(header(machine, threads or int(machine["cores"])), [(shapes_text(feeds), row)])))
+
+
+def _bench_server(url: str, options: Mapping[str, Any], as_json: bool) -> None:
+    from graphopt.serving.load import load
+
+    given = {name.removeprefix("--"): value for name, value in options.items() if value is not None}
+    found = load(url, **given)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo(str(found))
 
 
 def _require_inputs(path: Path, names: set[str]) -> None:

@@ -282,6 +282,9 @@ class Graph(ABC):
     def evaluate(self, feeds: Mapping[str, Tensor], fetch: Sequence[Value]) -> list[Tensor]:
         """Run the graph on named inputs and return the values asked for (any in the graph, constants included)."""
 
+    def release(self) -> None:  # noqa: B027  (most graphs keep nothing that is large)
+        """Drop what `evaluate` keeps for the next call, where that is large, such as a copy of the weights."""
+
     def gradients(
         self, feeds: Mapping[str, Tensor], loss: Callable[[list[Tensor]], Tensor], values: Sequence[Value]
     ) -> list[Tensor]:

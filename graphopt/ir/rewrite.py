@@ -169,6 +169,8 @@ class Choice:
     """Which matches are rewritten together, as in a rule: one form is taken for the whole group."""
     lossy: frozenset[str] = frozenset()
     """Forms that round what the others keep: left out unless a lossy pass was asked for."""
+    timed: bool = True
+    """Whether the target may time the forms; else the first legal one is taken, as what it gains shows only in use."""
 
     def exact(self) -> Choice:
         """The choice among the forms that compute the same, but for the order of sums."""

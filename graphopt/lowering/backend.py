@@ -11,19 +11,20 @@ To write a target, derive from `Backend` and `Runner`. A target has to say
 
 All else has a default. Where a pattern has several legal forms, `rules` gives a `Choice` in place of a Rule, and
 `chooser` says what picks one; `graphopt.lowering.timed_forms.TimedChooser` picks by time. `notes`, `accept`,
-`why_float`, `clock`, `place` and `graphsurgeon` are for engines that need them. A target of another package is found
-through the entry point group `graphopt.backends`.
+`why_float`, `clock`, `place`, `precisions`, `loading` and `graphsurgeon` are for engines that need them. A target of
+another package is found through the entry point group `graphopt.backends`.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -36,6 +37,9 @@ from graphopt.measure import timing
 from graphopt.measure.machine import environment
 from graphopt.measure.timing import Ratio
 from graphopt.pipeline.target import Placement
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""What a target may compute in where the model says float32."""
 
 
 class Chooser(Protocol):
@@ -134,10 +138,19 @@ class Backend(ABC):
 
     suffix: ClassVar[str] = ""
     """How the name of a file that it writes ends, such as .onnx; empty for any."""
+    other_suffixes: ClassVar[tuple[str, ...]] = ()
+    """Of files of other forms that it writes too."""
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+    @property
+    def quantizes(self) -> tuple[str, ...]:
+        """Ops whose results a kernel quantizes as it computes them."""
+        return ()
+
+    granularities: ClassVar[tuple[str, ...]] = ("tensor",)
+    """What may share a scale in dynamic quantization, best first: an activation (tensor), or a row of it (row)."""
     types: ClassVar[tuple[str, ...]] = ("int8",)
     """What it multiplies in 8 bits, best first."""
     floats: ClassVar[tuple[str, ...]] = ("float16", "bfloat16")
@@ -149,11 +162,28 @@ class Backend(ABC):
     sparse: tuple[str, ...] = ()
     """The patterns of zeros that kernels skip here, as `sparsify` spells them (2:4)."""
 
+    precision: str = "float32"
+    """What floats are computed in, of `precisions`; `at` gives the target at another one."""
+
     def __init__(self, cpu: str | None = None) -> None:
         """cpu: the CPU that graphs are lowered for, of CPUS; None is this one. Raises UsageError for an unknown one."""
         if cpu is not None and cpu not in CPUS:
             raise UsageError(f"there is no cpu {cpu!r}; give {', '.join(CPUS)}")
         self.cpu = cpu
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What float32 of a lossy pipeline may be computed in on this CPU, float32 first (PRECISIONS)."""
+        return ("float32",)
+
+    def at(self, precision: str) -> Self:
+        """This target, with floats computed in another precision. Raises UsageError where it has no kernels in it."""
+        if precision not in self.precisions:
+            known = " or ".join(self.precisions)
+            raise UsageError(f"{self.name} does not compute in {precision} on this CPU; give precision={known}")
+        other = copy.copy(self)
+        other.precision = precision
+        return other
 
     def accept(self, model: Any, example_inputs: Any) -> None:  # noqa: B027  (most targets take anything)
         """Raise UsageError where what a user hands over, or what is installed here, cannot run on this target."""
@@ -165,6 +195,11 @@ class Backend(ABC):
     def why_float(self, site: Node, scheme: str, dtype: str) -> Decline | None:
         """Why a site has no kernel in 8 bits, because of its sizes or of this machine; None where it has one."""
         return None
+
+    def loading(self, file: str, threads: int | None = None) -> Mapping[str, Any]:
+        """How an exported file is loaded as it was run here, as plain data: the engine, its settings, and one line of
+        Python. file: its name."""
+        return {"engine": self.engine(), "precision": self.precision, "threads": threads}
 
     def engine(self) -> str:
         """Name and version of what runs graphs here; a part of the key that timings are cached under."""
@@ -217,7 +252,7 @@ class Backend(ABC):
             for rule in stage:
                 if isinstance(rule, Rule):
                     rules.append(rule)
-                elif chooser is None:
+                elif chooser is None or not rule.timed:
                     rules.append(rule.rule())
                 else:
                     rest = [[other for other in later if other is not rule] for later in stages[index:]]
@@ -258,9 +293,14 @@ class Backend(ABC):
 
         return to_onnx(graph)
 
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that it writes."""
+        return self.suffix, *self.other_suffixes
+
     def require_suffix(self, path: Path) -> None:
         """Raise UsageError, with the right name, for a file that this target does not write."""
-        if self.suffix and path.suffix != self.suffix:
+        if self.suffix and path.suffix not in self.suffixes:
             what = f"{path.name} is no {self.suffix} file" if path.suffix else f"{path.name} has no suffix"
             raise UsageError(f"{what}, and {self.name} writes {self.suffix}: name it {path.stem}{self.suffix}")
 

@@ -18,12 +18,12 @@ def merge_key(linear: Node) -> Hashable | None:
 
     linear: a node of linear or linear_int8. None where its weight is not stored with one row for each output.
     """
-    rows = _rows(linear)
+    rows, maker = _rows(linear), linear.required("weight").producer
     if not all(value.is_constant and value.rank for value in rows):
         return None
     before = linear.operands[: linear.operands.index(linear.required("weight"))]
-    shape = rows[0].shape
-    return linear.kind, before, tuple(row.dtype for row in rows), shape[1:] if shape else None
+    stored = tuple((row.dtype, row.shape[1:] if row.shape else None) for row in rows)
+    return linear.kind, before, stored, None if maker is None else tuple(sorted(maker.attributes.items()))
 
 
 def has_stored_bias(linear: Node) -> bool:
@@ -57,8 +57,8 @@ def merge(linears: Sequence[Node], split: Split = slices) -> dict[Value, Value]:
         graph.add_constant(torch.cat([_tensor(graph, row) for row in column]), column[0].name)
         for column in zip(*(_rows(linear) for linear in linears), strict=True)
     ]
-    if not weight.is_constant:
-        stacked = [graph.emit("dequantize", *stacked, axis=0, at=first)]
+    if weight.producer is not None:
+        stacked = [graph.emit(weight.producer, *stacked, at=first)]
     widths = [_tensor(graph, _rows(linear)[0]).shape[0] for linear in linears]
     before = first.operands[: first.operands.index(weight)]
     product = graph.emit(first.kind, *before, *stacked, _bias(linears, widths), at=first)
@@ -73,8 +73,9 @@ def _rows(linear: Node) -> tuple[Value, ...]:
     maker = weight.producer
     if maker is None or maker.kind != "dequantize":
         return (weight,)
-    of_rows = maker.attributes["axis"] == 0 and maker.operand("zero_point") is None
-    return (maker.required("x"), maker.required("scale")) if of_rows else (weight,)
+    axis, block = maker.attributes["axis"], maker.attributes["block"]
+    of_rows = axis == 1 if block else axis == 0
+    return tuple(value for value in maker.operands if value is not None) if of_rows else (weight,)
 
 
 def _bias(linears: Sequence[Node], widths: Sequence[int]) -> Value | None:

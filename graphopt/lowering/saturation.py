@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-CPUS = {"avx2": "avx2", "avx512": "avx2 avx512f", "avx512_vnni": "avx2 avx512f avx512_vnni"}
+CPUS = {
+    "avx2": "avx2",
+    "avx512": "avx2 avx512f",
+    "avx512_vnni": "avx2 avx512f avx512_vnni",
+    "avx512_amx": "avx2 avx512f avx512_vnni avx512_bf16 amx_int8 amx_bf16",
+}
 """CPUs that graphs can be lowered for without measuring, and their flags as Linux spells them."""
 
 SAFE = 64

@@ -199,7 +199,9 @@ class TimedChooser:
     def _flows(self, graph: Graph, subgraphs: Iterable[Subgraph]) -> list[dict[Value, Tensor]]:
         """The inputs of subgraphs at each of the example inputs."""
         values = list(dict.fromkeys(value for subgraph in subgraphs for value in subgraph.inputs))
-        return [dict(zip(values, graph.evaluate(feeds, values), strict=True)) for feeds in self.feeds]
+        flows = [dict(zip(values, graph.evaluate(feeds, values), strict=True)) for feeds in self.feeds]
+        graph.release()
+        return flows
 
     def _compare_forms(
         self,

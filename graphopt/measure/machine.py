@@ -13,6 +13,9 @@ X86_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx51
 ARM_FLAGS = ("asimddp", "i8mm", "bf16", "sve", "sve2")
 """CPU flags by which engines select kernels, as Linux spells them."""
 
+CAPS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Variables of the environment that keep engines from using all instructions of the CPU."""
+
 PACKAGES = ("torch", "numpy", "onnxruntime", "onnx", "transformers")
 """Packages whose versions stand over a table of timings."""
 
@@ -21,11 +24,10 @@ def environment() -> dict[str, str]:
     """What timings depend on: CPU, flags, usable cores, operating system, versions. Imports none of the packages."""
     cpuinfo = Path("/proc/cpuinfo")
     model, flags = cpu(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": model or platform.processor() or platform.machine(),
         "flags": flags,
-        "cores": str(usable),
+        "cores": str(usable_cores()),
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "os": " ".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),
         "python": platform.python_version(),
@@ -33,10 +35,19 @@ def environment() -> dict[str, str]:
     }
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, str]:
-    """The part of the environment that belongs in a cache key: engine and threads are there already."""
+    """The part of the environment that belongs in a cache key: engine and threads are there already.
+
+    The instructions that engines may use are a part of it: the CPU's flags, and what caps them.
+    """
     facts = environment()
-    return {name: facts[name] for name in ("cpu", "flags", "cores")}
+    caps = {name: os.environ[name].upper() for name in CAPS if name in os.environ}
+    return {name: facts[name] for name in ("cpu", "flags", "cores")} | caps
 
 
 def header(environment: Mapping[str, str], threads: int) -> str:

@@ -1,6 +1,7 @@
 """Moments of the inputs of a layer over batches: norms, means, second moments."""
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,11 @@ class Norm:
         self._squares += rows.square().sum(1, dtype=torch.float64)
         self.count += rows.shape[1]
 
+    def merge(self, other: Self) -> None:
+        """Take in the rows that another has seen."""
+        self._squares += other._squares
+        self.count += other.count
+
     def norms(self) -> Tensor:
         """Float64 (groups, features): the root of the mean square (the norm over sqrt(count)). ValueError if empty."""
         _require_rows(self.count)
@@ -59,6 +65,11 @@ class Mean:
         rows = _rows(x, mask, self.features, self.conv)
         self._sum += rows.sum(1, dtype=torch.float64)
         self.count += rows.shape[1]
+
+    def merge(self, other: Self) -> None:
+        """Take in the rows that another has seen."""
+        self._sum += other._sum
+        self.count += other.count
 
     def mean(self) -> Tensor:
         """Float64 (groups, features). ValueError when no row was seen."""
@@ -99,6 +110,12 @@ class Covariance:
         self._sum += (rows.transpose(1, 2) @ rows).double()
         self._first += rows.sum(1, dtype=torch.float64)
         self.count += rows.shape[1]
+
+    def merge(self, other: Self) -> None:
+        """Take in the rows that another has seen."""
+        self._sum = _total(self._sum, other._sum)
+        self._first += other._first
+        self.count += other.count
 
     def matrix(self) -> Tensor:
         """Float64 (groups, features, features), symmetric. ValueError when no row was seen."""
@@ -150,6 +167,12 @@ class QuantizedMoments:
         self._means += torch.stack([rows.sum(1, dtype=torch.float64), quantized.sum(1, dtype=torch.float64)])
         self.count += rows.shape[1]
 
+    def merge(self, other: Self) -> None:
+        """Take in the rows that another has seen."""
+        self._second, self._cross = _total(self._second, other._second), _total(self._cross, other._cross)
+        self._means += other._means
+        self.count += other.count
+
     def affine(self) -> Tensor:
         """The means of r rᵀ and of x rᵀ, each with a last feature that is always 1: float64 (2, groups, features + 1,
         features + 1). ValueError when no row was seen."""
@@ -162,6 +185,11 @@ class QuantizedMoments:
             right = torch.cat([first, one], 1).unsqueeze(2)
             found.append(torch.cat([torch.cat([matrix / self.count, mean_quantized.unsqueeze(1)], 1), right], 2))
         return torch.stack(found)
+
+
+def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of what there is."""
+    return b if a is None else a if b is None else a + b
 
 
 def _require_rows(count: int) -> None:

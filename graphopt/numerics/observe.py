@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Observer(Protocol):
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Take in one batch: as `MinMax.update`."""
+
+    def merge(self, other: Self) -> None:
+        """Take in what another of its kind has seen."""
 
     def range(self) -> tuple[float, float]:
         """The chosen low and high, in the units of x. Raises ValueError when nothing was seen."""
@@ -84,6 +87,17 @@ class MinMax:
     def _take(self, seen: Tensor) -> None:
         """What a subclass keeps besides, of the real and finite elements of a batch, at least one."""
 
+    def merge(self, other: Self) -> None:
+        """Take in what another has seen, as if its batches had come here."""
+        if other.count == 0:
+            return
+        self._low, self._high = min(self._low, other._low), max(self._high, other._high)
+        self.count += other.count
+        self._join(other)
+
+    def _join(self, other: Self) -> None:
+        """Take in what a subclass keeps besides; the other has seen something."""
+
     def range(self) -> tuple[float, float]:
         """The smallest and the largest value, in the units of x. Raises ValueError when nothing was seen."""
         if self.count == 0:
@@ -127,22 +141,31 @@ class Histogram(MinMax):
             indices = (part.double() * 2.0**-self._exponent).floor_().to(torch.int64).sub_(self._first)
             self._counts += torch.bincount(indices, minlength=self.bins)
 
-    def _widen(self) -> None:
-        """Make the bins cover the extremes, moving the counts that are there."""
+    def _join(self, other: Self) -> None:
+        self._widen(finest=other._exponent)
+        assert self._counts is not None
+        self._counts += other._moved(self._first, self._exponent)
+
+    def _widen(self, finest: int = -126) -> None:
+        """Make the bins cover the extremes, and no finer than 2**finest, moving the counts that are there."""
         magnitude = max(abs(self._low), abs(self._high))
-        exponent = max(self._exponent, _exponent(magnitude) - 20)
+        exponent = max(self._exponent, _exponent(magnitude) - 20, finest)
         while _bin(self._high, exponent) - _bin(self._low, exponent) >= self.bins:
             exponent += 1
         first = _bin(self._low, exponent)
         if self._counts is not None and (first, exponent) == (self._first, self._exponent):
             return
+        self._counts, self._first, self._exponent = self._moved(first, exponent), first, exponent
+
+    def _moved(self, first: int, exponent: int) -> Tensor:
+        """The counts on a grid that is no finer and begins at bin `first`."""
         moved = torch.zeros(self.bins, dtype=torch.int64)
         if self._counts is not None:
             filled = torch.nonzero(self._counts).flatten()
             # shifting right rounds down, below zero too: the index on a grid twice as wide
             places = ((filled + self._first) >> min(exponent - self._exponent, 62)) - first
             moved.index_add_(0, places, self._counts[filled])
-        self._counts, self._first, self._exponent = moved, first, exponent
+        return moved
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """Left edges (float64, in the units of x) and counts (int64) of the bins from the first to the last that is
@@ -287,6 +310,11 @@ class ChannelMinMax:
         if self.count == 0:
             raise ValueError("no range: no element was observed")
         return self.extremes
+
+    def merge(self, other: Self) -> None:
+        """Take in what another has seen."""
+        self.low, self.high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        self.count += other.count
 
     def magnitudes(self) -> Tensor:
         """Float32 (channels,), the largest magnitude of each. Raises ValueError when nothing was seen."""

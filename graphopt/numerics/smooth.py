@@ -41,6 +41,15 @@ def smooth_factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor
     return factors.clamp(2.0**-60, 2.0**60).float()
 
 
+def outlier_factors(activations: Tensor, count: int) -> Tensor:
+    """Factors that bring the `count` largest channels down to the next one, and leave the others: float32 (in,), >= 1.
+
+    activations: (in,), the largest magnitude of each channel; count: less than in.
+    """
+    next_one = activations.double().topk(count + 1).values[-1]
+    return (activations.double() / next_one).clamp(1, 2.0**60).nan_to_num(1.0).float()
+
+
 def expected_error(
     weights: Sequence[Tensor], covariance: Tensor, low: Tensor, high: Tensor, factors: Tensor, *, bits: int = 8
 ) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from graphopt.capture.arguments import is_structure, leaves_of
 from graphopt.capture.decode import named_leaves
@@ -33,6 +35,15 @@ class Input(Protocol):
 
     @property
     def dtype(self) -> torch.dtype | None: ...
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a module, of which the name alone is known; what it is given for it are tensors."""
+
+    name: str
+    shape: None = None
+    dtype: None = None
 
 
 @dataclass(frozen=True)
@@ -76,15 +87,42 @@ class Batches:
         self.once = isinstance(self._source, Iterator)
         """Whether the batches come from a generator, which can be read only once."""
         self._used = False
+        self._part, self._whole = (0, 1), self
 
     @property
     def count(self) -> int | None:
-        """How many batches there are, where that is known."""
+        """How many batches there are, where that is known; of a part, how many it has."""
         try:
             known = len(self._source) if isinstance(self._source, Sized) else None
         except TypeError:  # the DataLoader of a stream has a length by its class only
             known = None
-        return known if self.steps is None or known is None else min(known, self.steps)
+        if known is None or self.is_split:
+            return known if self.steps is None or known is None else min(known, self.steps)
+        known = known if self.steps is None else min(known, self.steps)
+        index, parts = self._part
+        return len(range(index, known, parts))
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the user has given each process of a mesh batches of its own: by a DistributedSampler."""
+        return isinstance(getattr(self._source, "sampler", None), DistributedSampler)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it gives every process of a mesh the same batches, as often as they are read under one seed."""
+        return not self.once and not self.is_split and getattr(self._source, "generator", None) is None
+
+    def part(self, index: int, parts: int) -> Batches:
+        """Every `parts`-th batch, from `index` on: all that one process of a mesh reads, unless `is_split`."""
+        part = copy.copy(self)
+        part._part, part._whole = (index, parts), self._whole
+        return part
+
+    def begin(self, epoch: int) -> None:
+        """An epoch is next, from 0: a DistributedSampler shuffles by its number."""
+        if self.is_split:
+            source: Any = self._source
+            source.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """The batches as feeds: by input name, in the dtypes of the graph."""
@@ -92,19 +130,30 @@ class Batches:
 
     def with_batches(self) -> Iterator[Batch]:
         """The batches with their labels, and as the user gave them."""
-        if self.once and self._used:
+        if self.once and self._whole._used:
             raise UsageError(
                 f"the {self.name} batches are needed again, and a generator gives them once; pass a list or a "
                 "DataLoader"
             )
-        again, number = self._used or self.once, -1
-        self._used = True
-        batches = user_batches(f"{self.name} batches", self._source)
-        for number, raw in enumerate(itertools.islice(batches, self.steps)):
+        again, number = self._whole._used or self.once, -1
+        self._whole._used = True
+        for number, raw in self._numbered():
             yield self._checked(raw, f"{self.name} batch {number}")
-        if number < 0:
+        if number < 0 and self._part == (0, 1):
             used_up = " (a generator that was used up before? pass a list or a DataLoader)" if again else ""
             raise UsageError(f"{self.name} holds no batch{used_up}")
+
+    def _numbered(self) -> Iterator[tuple[int, Any]]:
+        """The batches of this part, with their numbers among all. A DataLoader loads no others."""
+        (index, parts), what = self._part, f"{self.name} batches"
+        if parts == 1 or self.is_split:
+            yield from enumerate(itertools.islice(user_batches(what, self._source), self.steps))
+        elif isinstance(self._source, DataLoader) and self._source.batch_sampler is not None:
+            loader = _with_sampler(self._source, _Every(self._source.batch_sampler, index, parts, self.steps))
+            yield from zip(itertools.count(index, parts), user_batches(what, loader))
+        else:
+            batches = enumerate(itertools.islice(user_batches(what, self._source), self.steps))
+            yield from itertools.islice(batches, index, None, parts)
 
     # --- one batch ---------------------------------------------------------------------------------------------------
 
@@ -138,10 +187,10 @@ class Batches:
             names = ", ".join(value.name for value in self.inputs)
             held = f"{len(given)} {'tensor' if len(given) == 1 else 'tensors'}"
             raise UsageError(f"{where} holds {held}, and the model has the inputs {names}; give a dict by these names")
-        if rest and self.note is None:
+        if rest and self._whole.note is None:
             names = ", ".join(value.name for value in self.inputs)
             inputs = f"the first is input {names}" if number == 1 else f"the first {number} are inputs {names}"
-            self.note = f"{self.name} batches hold {len(given)} tensors: {inputs}, the rest are labels"
+            self._whole.note = f"{self.name} batches hold {len(given)} tensors: {inputs}, the rest are labels"
         return {value.name: tensor for value, tensor in zip(self.inputs, leading, strict=True)}, _unwrapped(rest)
 
     def _taken_apart(self, given: Sequence[Any]) -> list[Any]:
@@ -210,6 +259,26 @@ class Batches:
         ]
 
 
+class _Every(Sampler[list[Any]]):
+    """Every `parts`-th of the first `steps` batches of a batch sampler, from `index` on."""
+
+    def __init__(self, batches: Any, index: int, parts: int, steps: int | None) -> None:
+        self.batches, self.index, self.parts, self.steps = batches, index, parts, steps
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return itertools.islice(iter(self.batches), self.index, self.steps, self.parts)
+
+
+def _with_sampler(loader: DataLoader[Any], batches: Sampler[list[Any]]) -> DataLoader[Any]:
+    """A DataLoader of the same samples in other batches."""
+    return DataLoader(
+        loader.dataset, batch_sampler=batches, num_workers=loader.num_workers, collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory, timeout=loader.timeout, worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context, generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+    )  # fmt: skip
+
+
 def opened(source: Any, name: str) -> Iterable[Any]:
     """What gives out batches, as an iterable. Raises UsageError, with the name of the source, for anything else."""
     if hasattr(source, "get_next"):
@@ -259,7 +328,8 @@ def _labels(labels: Any, is_row: bool) -> Any:
 
 def _given(array: Any, value: Input, where: str) -> Tensor:
     """What a batch holds for an input: as it is where that is of a type that torch lacks, such as texts."""
-    return Untouched.of(array) if value.dtype is None else _tensor(array, where)
+    is_untouched = value.dtype is None and not isinstance(value, Argument)
+    return Untouched.of(array) if is_untouched else _tensor(array, where)
 
 
 def _tensor(array: Any, where: str) -> Tensor:

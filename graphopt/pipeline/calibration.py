@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
-from graphopt.ir.graph import Flow, Graph, Value
+from graphopt.ir.graph import Feeds, Flow, Graph, Value, tensors_digest
 from graphopt.pipeline.batches import Batches, Input
 from graphopt.pipeline.instruments.phases import watched
 
 if TYPE_CHECKING:
     from graphopt.pipeline.instruments import Instrument
+    from graphopt.pipeline.ranks import Ranks
 
 MEMORY = Flow.memory
 """Most bytes of statistics that `Remembered` keeps."""
@@ -29,6 +31,9 @@ class Statistic(Protocol):
 
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Take in one batch; the mask is True at real positions. Raises ValueError on NaN or infinity there."""
+
+    def merge(self, other: Self) -> None:
+        """Take in what another of its kind has seen, of other batches."""
 
 
 S = TypeVar("S", bound=Statistic)
@@ -56,6 +61,31 @@ class Calibration(Batches):
         watchers: notified after each batch."""
         super().__init__(batches, inputs, name="calibration", steps=calibration_steps)
         self.watchers = watchers
+        self._ranks: Ranks | None = None
+        self.further: tuple[Feeds, ...] = ()
+        """Batches that follow those of the source."""
+
+    def over(self, ranks: Ranks) -> Calibration:
+        """The same batches, of which each rank observes its part; statistics are merged over ranks, so that all have
+        the same. What reads batches one by one (gradients) still reads all."""
+        spread = copy.copy(self)
+        spread._ranks = ranks
+        return spread
+
+    @property
+    def count(self) -> int | None:
+        known = super().count
+        return None if known is None else known + len(self.further)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from super().__iter__()
+        yield from map(dict, self.further)
+
+    def followed_by(self, further: Iterable[Feeds]) -> Self:
+        """The same batches, and further ones behind them."""
+        both = copy.copy(self)
+        both.further = (*self.further, *further)
+        return both
 
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
         """Fill a fresh statistic of each value over all batches, and give them in order; padding is left out.
@@ -67,7 +97,9 @@ class Calibration(Batches):
         Raises NotFinite where an activation holds NaN or infinity at a real position.
         """
         part: list[tuple[Value, S]] = []
-        flow, held, version = graph.flow(self), 0, graph.version
+        ranks = self._ranks
+        own: Batches = self if ranks is None else self.part(ranks.data_index, ranks.data_count)
+        flow, held, version = graph.flow(own), 0, graph.version
         for value, statistic in wanted:
             if part and held + statistic.nbytes > flow.memory:
                 yield from self._fill(flow, part)
@@ -97,7 +129,16 @@ class Calibration(Batches):
                         where = value.producer.label if value.producer is not None else value.name
                         raise NotFinite(f"on calibration batch {number}, {value.name!r}: {error}", where) from error
         while part:
-            yield part.pop(0)[1]
+            yield self._merged(part.pop(0)[1])
+
+    def _merged(self, statistic: S) -> S:
+        """A statistic over the batches of all ranks, merged in the order of ranks."""
+        if self._ranks is None:
+            return statistic
+        merged, *others = self._ranks.gather_data(statistic)
+        for other in others:
+            merged.merge(other)
+        return merged
 
 
 class Remembered(Calibration):
@@ -111,6 +152,12 @@ class Remembered(Calibration):
         self._graphs = graphs
         self._latest: tuple[Graph, int, str] | None = None
         self._known: dict[tuple[str, str, str], Any] = {}
+
+    def followed_by(self, further: Iterable[Feeds]) -> Self:
+        both = super().followed_by(further)
+        name = "".join(tensors_digest(feeds) for feeds in both.further)
+        both._graphs, both._latest = lambda graph: self._graphs(graph) + name, None
+        return both
 
     def observe(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
         if self._latest is None or self._latest[:2] != (graph, graph.version):  # what is only added changes no value

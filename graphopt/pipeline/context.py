@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from graphopt.pipeline.batches import Batch, Batches
     from graphopt.pipeline.calibration import Calibration, S
     from graphopt.pipeline.instruments import Instrument
+    from graphopt.pipeline.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Context:
     """Another model to learn from, where the user gave one."""
     checkpoint: Path | None = None
     """The folder where training passes keep what they need to go on after a crash."""
+    ranks: Ranks | None = None
+    """The processes that run this together; None of one alone."""
     is_lossy: bool = False
     """Whether a pass has lost something so far, other than by training."""
     sparse: dict[str, KeptZeros] = field(default_factory=dict)

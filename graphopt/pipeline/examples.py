@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from graphopt.capture.arguments import is_structure
 from graphopt.capture.decode import is_cache
 from graphopt.capture.labels import is_label, optional_labels
-from graphopt.capture.sources import Declared, declared_inputs
+from graphopt.capture.sources import declared_inputs
 from graphopt.errors import UsageError, nearest, user_batches
-from graphopt.pipeline.batches import SAMPLES, Batch, Batches, opened
+from graphopt.pipeline.batches import SAMPLES, Argument, Batch, Batches, opened
 
 
 def first_batch(model: Any, source: Any, *, name: str = "calibration") -> Any:
@@ -45,7 +45,7 @@ def first_batch(model: Any, source: Any, *, name: str = "calibration") -> Any:
         return tuple(given[: len(names)])
     whole = {one: given[one] for one in names if not _may_be_array(given[one])} if by_name else {}
     names = [one for one in names if one not in whole]
-    batch = _only(Batches([raw], [Declared(one, None, None) for one in names], name=name))
+    batch = _only(Batches([raw], [Argument(one) for one in names], name=name))
     feeds = _as_module_takes(model, batch)
     return {**feeds, **whole} if by_name else tuple(feeds.values())
 

@@ -88,6 +88,11 @@ def cross_entropy(
     return _to_classes(logits, labels, label_smoothing, class_weights)
 
 
+def wide(x: Tensor) -> Tensor:
+    """Floats of at least 32 bits, in which losses are computed: float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def logits_of(outputs: Mapping[str, Tensor]) -> Tensor:
     """The output called logits, else the first that holds floats."""
     floats = [one for one in outputs.values() if one.is_floating_point()]
@@ -145,7 +150,7 @@ def _spans(outputs: Mapping[str, Tensor], labels: Mapping[str, Any], smoothing: 
 
 def _to_floats(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
     if labels.shape == logits.shape and logits.shape[-1] > 1 and bool(((labels.sum(-1) - 1).abs() < 1e-3).all()):
-        rows, shares = logits.float().flatten(0, -2), labels.float().flatten(0, -2)
+        rows, shares = wide(logits).flatten(0, -2), wide(labels).flatten(0, -2).to(wide(logits).dtype)
         return F.cross_entropy(rows, shares, _fitting(weights, logits), label_smoothing=smoothing)
     if smoothing or weights is not None:
         raise UsageError(
@@ -154,7 +159,7 @@ def _to_floats(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor
         )
     if labels.numel() != logits.numel():
         raise UsageError(f"labels of {list(labels.shape)} floats do not fit an output of {list(logits.shape)}")
-    return F.mse_loss(logits.float().flatten(), labels.float().flatten())
+    return F.mse_loss(wide(logits).flatten(), labels.flatten().to(wide(logits).dtype))
 
 
 def _to_classes(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
@@ -178,7 +183,7 @@ def _to_classes(logits: Tensor, labels: Tensor, smoothing: float, weights: Tenso
             "left out"
         )
     return F.cross_entropy(
-        logits.flatten(0, -2).float(), labels, _fitting(weights, logits), ignore_index=IGNORED,
+        wide(logits).flatten(0, -2), labels, _fitting(weights, logits), ignore_index=IGNORED,
         label_smoothing=smoothing,
     )  # fmt: skip
 
@@ -189,4 +194,4 @@ def _fitting(weights: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     if len(weights) != logits.shape[-1]:
         raise UsageError(f"class_weights are {len(weights)} numbers, and the model has {logits.shape[-1]} classes")
-    return weights.to(logits.device, torch.float32)
+    return weights.to(logits.device, wide(logits).dtype)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from graphopt.errors import PassError, SpellingError, UsageError
+from graphopt.errors import PassError, RankError, SpellingError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.pipeline import remaining
 from graphopt.pipeline.context import Context
@@ -173,7 +173,7 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
         record.cost_after, record.nodes_after = context.cost(graph), len(graph.nodes)
         for instrument in active:
             instrument.after(pass_, graph, context)
-    except UsageError:
+    except (RankError, UsageError):
         raise
     except SpellingError as error:
         raise UsageError(f"{pass_} needs a newer opset than the file has: {error}. Convert the file first") from error

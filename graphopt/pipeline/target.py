@@ -26,8 +26,6 @@ class Placement:
     """True is int8 and symmetric; False is uint8 with a zero point."""
     fuses_sum: bool = False
     """Whether the kernel fuses the add into the conv: the conv's result stays float, the other operand is quantized."""
-    rows: bool = False
-    """Dynamic quantization: True is per row (per token) and symmetric; False is per tensor, with a zero point."""
 
 
 class Target(Protocol):
@@ -47,6 +45,16 @@ class Target(Protocol):
     @property
     def placement(self) -> Placement | None:
         """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+
+    @property
+    def quantizes(self) -> tuple[str, ...]:
+        """Ops whose results a kernel quantizes as it computes them: nothing should stand between these and a
+        quantize."""
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """What may share a scale in dynamic quantization, best first: all of an activation (tensor), or each row of it
+        along its last axis (row)."""
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -101,6 +109,8 @@ class AnyTarget:
     weight_bits: Mapping[str, tuple[int, ...]] = {"linear": (8, 4, 2), "conv": (8, 4, 2), "embedding": (8, 4, 2),
                                               **dict.fromkeys(STORED, (8,))}  # fmt: skip
     placement: Placement | None = None
+    quantizes: tuple[str, ...] = ()
+    granularities: tuple[str, ...] = ("tensor", "row")
     types: tuple[str, ...] = ("int8",)
     floats: tuple[str, ...] = ("float16", "bfloat16")
     round_to: Mapping[str, int] = {}

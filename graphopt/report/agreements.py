@@ -22,16 +22,30 @@ class Agreement:
     """Cosine similarity, each tensor taken as one vector."""
     max_error: float
     """The largest absolute difference."""
+    pooled: float | None = None
+    """Of an output with a vector for each token: the SQNR (dB) of its means over the tokens of each row. Errors that
+    differ from token to token cancel out in these."""
 
 
-def agreement(output: str, reference: Tensor, candidate: Tensor) -> Agreement:
-    """How close one output is to its reference. Raises ValueError when the shapes differ."""
-    return Agreement(
-        output,
-        metrics.sqnr(reference, candidate),
-        metrics.cosine(reference, candidate),
-        metrics.max_error(reference, candidate),
-    )
+def agreement(output: str, reference: Tensor, candidate: Tensor, real: Tensor | None = None) -> Agreement:
+    """How close one output is to its reference, at real positions. Raises ValueError when the shapes differ.
+
+    real: where there is no padding, boolean, the shape of the leading axes; with (batch, length) a vector (batch,
+    length, width) is one of a token. None: everywhere.
+    """
+    kept = (reference, candidate) if real is None else (reference[real], candidate[real])
+    pooled = None
+    if real is not None and (real.dim(), reference.dim()) == (2, 3) and reference.is_floating_point():
+        pooled = metrics.sqnr(*(_means(one, real) for one in (reference, candidate)))
+    return Agreement(output, metrics.sqnr(*kept), metrics.cosine(*kept), metrics.max_error(*kept), pooled)
+
+
+def _means(vectors: Tensor, real: Tensor) -> Tensor:
+    """The means (batch, width) of vectors (batch, length, width) over the real positions of each row that has any."""
+    present = real.any(1)
+    weights = real[present].double().unsqueeze(-1)
+    kept = vectors[present].double().masked_fill(weights == 0, 0.0)
+    return kept.sum(1) / weights.sum(1)
 
 
 def worst_of_each(examples: Iterable[Iterable[Agreement]]) -> list[Agreement]:
@@ -50,4 +64,5 @@ def worst(agreements: Iterable[Agreement]) -> Agreement:
         metrics.worst(run.sqnr for run in runs),
         metrics.worst(run.cosine for run in runs),
         -metrics.worst(-run.max_error for run in runs),
+        metrics.worst(pooled) if (pooled := [run.pooled for run in runs if run.pooled is not None]) else None,
     )

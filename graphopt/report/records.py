@@ -93,10 +93,16 @@ class Report:
     """The deployed result against the original, on the example inputs: the worst of each output."""
     agreement_by_shapes: dict[str, list[Agreement]] = field(default_factory=dict)
     """The same by the shapes of the example inputs."""
+    agreement_by_length: dict[str, list[Agreement]] = field(default_factory=dict)
+    """The same on calibration texts of several lengths, by their tokens; empty for models that take no tokens."""
     shipped: Shipped | None = None
     """Of a model that was trained: the metric of what was trained, and of what ships."""
     speed: list[dict[str, Any]] = field(default_factory=list)
     """By example shape, how many times as fast as the input: "shapes", "median", "low" and "high" (95%), "rounds"."""
+    race: Race | None = None
+    """Where several engines or precisions were asked for: how each of them did."""
+    roofline: list[Roofline] = field(default_factory=list)
+    """By example shape, how much of a run the machine's limits explain; empty where these are not known."""
     reverted: dict[str, Reason] = field(default_factory=dict)
     """By label, the sites that stay as they were because the model was slower with them changed."""
 
@@ -142,6 +148,60 @@ class Report:
         from graphopt.report import html
 
         return html.fragment(self)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What one run takes, and the least that its products take on this machine."""
+
+    shapes: str
+    """Of the inputs."""
+    seconds: float
+    """p50 of one run."""
+    least: dict[str, float]
+    """Seconds by class of products: int8, or the precision of floats."""
+
+    @property
+    def share(self) -> float:
+        """Of the machine's limit, what the run reaches: 1 is all of it."""
+        return sum(self.least.values()) / self.seconds
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One model in one engine, in a race."""
+
+    engine: str
+    """Name and version."""
+    model: str
+    """`as asked`, or `uncompressed`: the model as it came in."""
+    precision: str
+    """What its floats are computed in."""
+    sqnr: float | None = None
+    """In dB, of the worst output against the original's; None where it was not compared."""
+    milliseconds: tuple[float, ...] = ()
+    """p50 of one call at each of the example shapes; empty where it was not timed."""
+    speed: tuple[float, float, float] | None = None
+    """How many times as fast as the race's baseline, in the geometric mean over the shapes: median, 95% interval."""
+    why_out: str = ""
+    """Why it cannot win: how it fails, or that it is too far from the original; empty where it can."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """All candidates of a race, timed in one interleaved run, each in a process of its own."""
+
+    entrants: list[Entrant]
+    winner: int
+    """The one that was taken, by its place in `entrants`."""
+    baseline: int | None
+    """The one that speeds are over; None where nothing was measured."""
+    shapes: list[str]
+    """Of the example inputs."""
+    least_sqnr: float | None = None
+    """In dB, what an entrant must reach to win; None where no pass is lossy."""
+    steady: bool = True
+    """Whether the machine's speed was steady."""
 
 
 def require_report_name(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphopt.analysis.propagation import LOST
@@ -14,7 +14,7 @@ from graphopt.report import figures
 from graphopt.report.agreements import Agreement
 from graphopt.report.declines import Reason
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import PassRecord, Report
+from graphopt.report.records import PassRecord, Race, Report
 
 if TYPE_CHECKING:
     from graphopt.analysis.branches import Branch
@@ -73,6 +73,8 @@ def faster(speed: Sequence[Mapping[str, Any]]) -> str:
         return "speed not measured"
     ordered = sorted(speed, key=lambda one: one["median"])
     slower = sum(one["high"] < 1 for one in ordered)
+    if all(one["low"] == one["high"] == 1 for one in ordered):  # it is the input itself
+        return "as fast as the input"
     if len(ordered) > 1:
         words = f"{' to '.join(_times(one) + _bounds(one) for one in (ordered[0], ordered[-1]))} times as fast"
         words += f" over {len(ordered)} shapes"
@@ -182,25 +184,76 @@ def _first_names(labels: Sequence[str]) -> str:
 
 def agreement_rows(report: Report) -> Rows:
     """One row per output; where the example inputs have several shapes, one for each of them."""
-    figures_only = "SQNR", "cosine", "max error"
     if len(report.agreement_by_shapes) < 2:
-        return [("output", *figures_only), *((one.output, *_agreement(one)) for one in report.agreement)]
-    rows: Rows = [("output", "inputs", *figures_only)]
+        pooled = any(one.pooled is not None for one in report.agreement)
+        return [("output", *_figures(pooled)), *((one.output, *_agreement(one, pooled)) for one in report.agreement)]
+    return _agreements(report.agreement_by_shapes, "inputs", [one.output for one in report.agreement])
+
+
+def length_rows(report: Report) -> Rows:
+    """One row per output and length of the calibration texts."""
+    found = report.agreement_by_length
+    return _agreements(found, "tokens", dict.fromkeys(one.output for several in found.values() for one in several))
+
+
+def _agreements(found: Mapping[str, Sequence[Agreement]], title: str, outputs: Iterable[str]) -> Rows:
+    """One row per output and what it is compared on, output by output."""
+    pooled = any(one.pooled is not None for several in found.values() for one in several)
+    rows: Rows = [("output", title, *_figures(pooled))]
     return rows + [
-        (one.output, shapes, *_agreement(one))
-        for output in report.agreement
-        for shapes, agreements in report.agreement_by_shapes.items()
-        for one in agreements if one.output == output.output
+        (output, what, *_agreement(one, pooled))
+        for output in outputs for what, several in found.items() for one in several if one.output == output
     ]  # fmt: skip
 
 
-def _agreement(one: Agreement) -> tuple[str, str, str]:
-    return figures.decibels(one.sqnr), figures.cosine(one.cosine), f"{one.max_error:.3g}"
+def _figures(pooled: bool) -> tuple[str, ...]:
+    return ("SQNR", *(["pooled"] if pooled else []), "cosine", "max error")
+
+
+def _agreement(one: Agreement, pooled: bool) -> tuple[str, ...]:
+    mean = "-" if one.pooled is None else figures.decibels(one.pooled)
+    return figures.decibels(one.sqnr), *([mean] if pooled else []), figures.cosine(one.cosine), f"{one.max_error:.3g}"
 
 
 def kernel_rows(report: Report) -> Rows:
     """One row per kernel."""
     return [("kernel", "number"), *((kind, str(number)) for kind, number in report.kernels.items())]
+
+
+def race_rows(race: Race) -> Rows:
+    """One row per entrant, the fastest first, then those that were not timed."""
+    rows: Rows = [("engine", "model", "floats", "ms", "times as fast", "SQNR", "outcome")]
+    order = sorted(range(len(race.entrants)), key=lambda place: -(race.entrants[place].speed or (0.0,))[0])
+    for place in order:
+        one = race.entrants[place]
+        speed = "-" if one.speed is None else figures.interval(*one.speed, steady=race.steady)
+        sqnr = "-" if one.sqnr is None else figures.decibels(one.sqnr)
+        outcome = one.why_out or ("taken" if place == race.winner else "")
+        times = " / ".join(f"{each:.3g}" for each in one.milliseconds) or "-"
+        rows.append((one.engine, one.model, one.precision, times, speed, sqnr, outcome))
+    return rows
+
+
+def race_notes(race: Race) -> list[str]:
+    """What the columns of `race_rows` are."""
+    if race.baseline is None:
+        return ["nothing was measured"]
+    base = race.entrants[race.baseline]
+    notes = [f"ms at {' / '.join(race.shapes)}; times as fast as {base.engine}, {base.model}"]
+    if race.least_sqnr is not None:
+        notes.append(f"only what reaches {figures.decibels(race.least_sqnr)} can win")
+    return notes
+
+
+def roofline_rows(report: Report) -> Rows:
+    """One row per example shape; the classes of products are columns."""
+    kinds = list(dict.fromkeys(kind for one in report.roofline for kind in one.least))
+    rows: Rows = [("inputs", "ms", *(f"{kind} at least, ms" for kind in kinds), "share of the limit")]
+    return rows + [
+        (one.shapes, *map(figures.milliseconds, [one.seconds, *(one.least.get(kind, 0.0) for kind in kinds)]),
+         figures.share(one.share))
+        for one in report.roofline
+    ]  # fmt: skip
 
 
 def speed_rows(report: Report) -> Rows:

@@ -15,7 +15,7 @@ from graphopt.report import fitting, tables
 from graphopt.report.curves import curves
 from graphopt.report.diff import GraphDiff
 from graphopt.report.records import Report
-from graphopt.report.text import ROWS
+from graphopt.report.text import LIMIT, ROWS
 
 if TYPE_CHECKING:
     from graphopt.report.records import BenchResult, Comparison, Sensitivity
@@ -41,12 +41,20 @@ def report(report: Report) -> RenderableType:
     parts += [sensitivity(one.sensitivity, ROWS) for one in report.passes if one.sensitivity is not None]
     if report.agreement:
         rows = tables.agreement_rows(report)
-        parts.append(table(rows, "outputs against the original", right=range(len(rows[0]) - 3, len(rows[0]))))
+        parts.append(table(rows, "outputs against the original", right=range(rows[0].index("SQNR"), len(rows[0]))))
+    if report.agreement_by_length:
+        rows = tables.length_rows(report)
+        parts.append(table(rows, "outputs by length of the calibration texts", right=range(1, len(rows[0]))))
     if report.kernels:
         parts.append(table(tables.kernel_rows(report), "kernels that the engine built"))
     parts += [Text(line) for line in tables.choices(report)]
+    if report.race is not None:
+        parts.append(table(tables.race_rows(report.race), "race of the engines", right=(3, 4, 5)))
+        parts += [Text(note, style="dim") for note in tables.race_notes(report.race)]
     if report.speed:
         parts.append(table(tables.speed_rows(report), "speed over the input"))
+    if report.roofline:
+        parts.append(table(tables.roofline_rows(report), LIMIT))
     if report.reverted:
         rows = [("site", "reverted because"), *report.reverted.items()]
         parts.append(table(rows, "reverted", right=()))

@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from graphopt.report import figures, fitting, tables
 from graphopt.report.curves import curves
 from graphopt.report.diff import GraphDiff
-from graphopt.report.records import PassRecord, Relowering, Report, Shipped
+from graphopt.report.records import PassRecord, Race, Relowering, Report, Shipped
 
 if TYPE_CHECKING:
     from graphopt.analysis.branches import Branch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 
+LIMIT = "share of the machine's limit that products explain"
+"""The title of a table."""
+
 ROWS = 10
 """Sites of a sensitivity table that a report shows."""
 
@@ -29,6 +32,7 @@ ROWS = 10
 def report(report: Report) -> str:
     """What was done to a model, why the rest was not, and what that did to cost and outputs."""
     outputs = [table(tables.agreement_rows(report), indent="  ", left=("output", "inputs"))] if report.agreement else []
+    by_length = [table(tables.length_rows(report), indent="  ", left=("output",))] if report.agreement_by_length else []
     kernels = [_wrapped(figures.counts(report.kernels), "  ")] if report.kernels else []
     sections = [
         f"{tables.headline(report)}\n\n{_heading(report)}",
@@ -46,9 +50,12 @@ def report(report: Report) -> str:
             if one.training
         ),
         _titled("outputs against the original", outputs),
+        _titled("outputs by length of the calibration texts", by_length),
         _titled("kernels that the engine built", kernels),
         _titled("choices", [_wrapped(line, "  ") for line in tables.choices(report)]),
+        _titled("race of the engines", [] if report.race is None else [race(report.race)]),
         _titled("speed over the input", [table(tables.speed_rows(report), indent="  ")] if report.speed else []),
+        _titled(LIMIT, [table(tables.roofline_rows(report), indent="  ")] if report.roofline else []),
         _titled("reverted", [_wrapped(line, "  ") for line in tables.reverted(report)]),
     ]
     return "\n\n".join(section for section in sections if section)
@@ -97,6 +104,13 @@ def shipped(found: Shipped) -> str:
     if found.is_equal:
         return line
     return f"warning: {line}, and the last two differ by more than {found.tolerance:g} of the original's"
+
+
+def race(found: Race) -> str:
+    """One row per entrant, and what the columns are."""
+    notes = [_wrapped(note, "  ") for note in tables.race_notes(found)]
+    rows = table(tables.race_rows(found), indent="  ", left=("model", "floats", "outcome"))
+    return "\n".join([rows, *notes])
 
 
 def relowering(found: Relowering) -> str:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from graphopt.errors import UsageError, first_line
 from graphopt.ir.graph import Graph, digest, raw_bytes, tensors_digest
 from graphopt.pipeline.batches import Batch
 from graphopt.training import precision
+from graphopt.training.meshes import shards
 from graphopt.training.outcome import Best
 
 if TYPE_CHECKING:
@@ -131,17 +133,29 @@ class Checkpoints:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def due(self, trainer: Trainer) -> None:
-        """Write a checkpoint where the last is `minutes` old."""
-        if time.monotonic() - self._written >= 60 * self.minutes:
-            self.write(trainer)
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is `minutes` old."""
+        return time.monotonic() - self._written >= 60 * self.minutes
 
     def write(self, trainer: Trainer, *, is_done: bool = False) -> None:
         """Write all that `resume` reads, and the steps and evaluations so far as JSON lines.
 
         Raises UsageError where the disk is full or the folder cannot be written.
         """
-        tensors, facts = _state(trainer)
+        tensors, parts, facts = _state(trainer)
+        mesh, folder = trainer.mesh, self.file.parent
+        if mesh is None:
+            self._write(trainer, tensors | parts, facts, is_done)
+        else:
+            try:
+                files = shards.write(folder, self.file.stem, mesh, _stored(trainer, parts))
+            except OSError as error:
+                raise _unwritable(f"the checkpoint {self.file}", error) from error
+            mesh.first(lambda: self._write(trainer, tensors, facts | {"shards": files}, is_done))
+        self._written = time.monotonic()
+
+    def _write(self, trainer: Trainer, tensors: dict[str, Tensor], facts: dict[str, Any], is_done: bool) -> None:
         facts |= {**self._whose(trainer), "seen": self._seen.hexdigest(), "done": is_done}
         stored, text = {name: one.cpu().contiguous() for name, one in tensors.items()}, json.dumps(facts)
         try:
@@ -151,7 +165,7 @@ class Checkpoints:
                 part.write_text("".join(f"{json.dumps(one)}\n" for one in trainer.outcome.lines), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise _unwritable(f"the checkpoint {self.file}", error) from error
-        self._written = time.monotonic()
+        shards.forget(self.file.parent, self.file.stem, facts.get("shards", {}))
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -160,27 +174,42 @@ class Checkpoints:
 
         Raises UsageError for a checkpoint of another training, and for a damaged one.
         """
-        if not self.file.exists():
-            self._forget_later()
+        there = self.file.exists()
+        if trainer.mesh is not None:
+            trainer.mesh.require_same(
+                f"whether {self.file} is there", there, "give a folder that all machines share"
+            )
+        leads = trainer.mesh is None or trainer.mesh.leads
+        if not there:
+            if leads:
+                self._forget_later()
             return False
         tensors, facts = self._read()
-        if any(facts.get(name) != value for name, value in self._whose(trainer).items()):
+        files, part = facts.get("shards", {}), trainer.spread.part
+        spread_anew = facts.get("parts") != trainer.parts
+        is_other = not spread_anew and facts.get("accumulate") != trainer.settings.accumulate
+        if is_other or any(facts.get(name) != value for name, value in self._whose(trainer).items()):
             raise UsageError(
                 f"{self.file} is the checkpoint of another training (its model, its teacher, its calibration or its "
                 "options differ): name another folder, or delete it"
             )
         try:
-            _load(trainer, tensors, facts)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            parts = {name: part(shards.like(name), one) for name, one in tensors.items()}
+            found = {name: one for name, one in parts.items() if one is not None}
+            if files:
+                found |= shards.read(self.file.parent, files, trainer.spread)
+            _load(trainer, found, facts)
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
             raise self._damaged(error) from error
-        self._expected = facts["seen"]
-        if not trainer.is_done:
+        self._expected = "" if spread_anew else facts["seen"]
+        if not trainer.is_done and leads:
             self._forget_later()
         trainer.outcome.notes.append(f"went on from step {trainer.step}, at {self.file.name}")
         return True
 
     def _whose(self, trainer: Trainer) -> dict[str, str]:
-        return {"key": self.key, "objective": trainer.objective.key, "settings": str(trainer.settings)}
+        settings = replace(trainer.settings, accumulate=1)  # ranks may take what one process accumulates
+        return {"key": self.key, "objective": trainer.objective.key, "settings": str(settings)}
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
@@ -202,6 +231,7 @@ class Checkpoints:
         for other in self.file.parent.glob("*.safetensors"):
             if _place(other) > _place(self.file):
                 other.unlink()
+                shards.forget(other.parent, other.stem, {})
 
 
 def _place(file: Path) -> int:
@@ -209,54 +239,94 @@ def _place(file: Path) -> int:
     return int(file.name.partition("-")[0])
 
 
-def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that decides how a training goes on: tensors by name, and plain data."""
-    tensors = {f"module/{name}": one.detach().clone() for name, one in trainer.module.state_dict().items()}
-    tensors |= {f"best/{name}": one for name, one in trainer.best.state.items()}
-    tensors |= {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
-    for parameter, rule in trainer.rules.items():
-        tensors |= {f"rule/{parameter}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
-    optimizer = trainer.optimizer.state_dict()["state"]
-    for place, values in optimizer.items():
-        tensors |= {f"optimizer/{place}/{name}": one for name, one in values.items() if isinstance(one, Tensor)}
+def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """All that decides how a training goes on: tensors by name, which all ranks of a mesh have; those of which each
+    has its part; and plain data."""
+    parts = {f"module/{name}": one.detach().clone() for name, one in trainer.spread.tensors.items()}
+    parts |= {f"best/{name}": one for name, one in trainer.best.state.items()}
+    for name, parameter in trainer.named().items():
+        for key, one in trainer.optimizer.state.get(parameter, {}).items():
+            if isinstance(one, Tensor):
+                parts[f"optimizer/{name.removeprefix('module/')}/{key}"] = one
+    tensors = {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
+    for held, rule in trainer.rules.items():
+        tensors |= {f"rule/{held}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
     torch_state, numpy_state, python_state, cuda_states = trainer.model_stream.state
     tensors["random/torch"] = torch_state
     tensors["random/numpy"] = torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))
     tensors |= {f"random/cuda{place}": one for place, one in enumerate(cuda_states)}
     best = trainer.best
     facts = {
-        "step": trainer.step, "epoch": trainer.epoch, "batches": trainer.seen, "seconds": trainer.seconds(),
+        "step": trainer.step, "epoch": trainer.epoch, "seconds": trainer.seconds(),
+        "steps of the epoch": -(-trainer.seen // trainer.settings.accumulate),
         "evaluated at": trainer.evaluated_at, "notes": trainer.outcome.notes,
         "best": {"metric": best.metric, "step": best.step, "settled": best.settled, "waited": best.waited},
         "lines": trainer.outcome.lines, "amp": trainer.amp.name, "scaler": trainer.amp.scaler.state_dict(),
         "numpy": [numpy_state[0], *numpy_state[2:]],
         "python": [python_state[0], list(python_state[1]), python_state[2]],
+        "parts": trainer.parts, "accumulate": trainer.settings.accumulate,
     }  # fmt: skip
-    return tensors, facts
+    return tensors, parts, facts
+
+
+def _stored(trainer: Trainer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of this rank, as torch.distributed.checkpoint takes them."""
+    by_kind: dict[tuple[str, str], dict[str, Tensor]] = {("module", ""): {}, ("best", ""): {}}
+    by_kind |= {("optimizer", f"/{key}"): {} for key in _OPTIMIZERS[trainer.settings.optimizer]}
+    for name, part in parts.items():
+        kind = name.partition("/")[0]
+        end = f"/{name.rpartition('/')[2]}" if kind == "optimizer" else ""
+        by_kind[kind, end][shards.like(name)] = part
+    return {
+        f"{kind}/{name}{end}": one
+        for (kind, end), several in by_kind.items() for name, one in trainer.spread.stored(several).items()
+    }  # fmt: skip
 
 
 def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    def part(prefix: str) -> dict[str, Tensor]:
+    def named(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
 
-    trainer.module.load_state_dict(part("module/"))
-    trainer.objective.load_state_dict(part("objective/"))
+    with torch.no_grad():
+        module = named("module/")
+        for name, one in trainer.spread.tensors.items():
+            one.copy_(module[name])
+    trainer.objective.load_state_dict(named("objective/"))
     for parameter, rule in trainer.rules.items():
-        rule.load_state_dict(part(f"rule/{parameter}/"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, one in part("optimizer/").items():
-        place, key = name.split("/", 1)
-        state.setdefault(int(place), {})[key] = one
-    trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": state})
-    trainer.step, trainer.epoch, trainer.seen = facts["step"], facts["epoch"], facts["batches"]
+        rule.load_state_dict(named(f"rule/{parameter}/"))
+    _load_optimizer(trainer, named("optimizer/"))
+    trainer.step, trainer.epoch = facts["step"], facts["epoch"]
+    trainer.seen = facts["steps of the epoch"] * trainer.settings.accumulate
     trainer.spent, trainer.evaluated_at = facts["seconds"], facts["evaluated at"]
-    trainer.best = Best(part("best/"), **facts["best"])
+    best = named("best/")
+    trainer.best = Best({name: best[name].to(one.device) for name, one in trainer.now()}, **facts["best"])
     trainer.outcome.lines, trainer.outcome.notes = facts["lines"], facts["notes"]
     trainer.is_done = facts["done"]
     trainer.amp = precision.Amp(facts["amp"], trainer.device)
     trainer.amp.scaler.load_state_dict(facts["scaler"])
+    if (trainer.mesh is not None and not trainer.mesh.leads) or facts["parts"] != trainer.parts:
+        return  # the random numbers are of rank 0, in a mesh of this size
     name, *rest = facts["numpy"]
     version, internal, gauss = facts["python"]
     numpy_state = (name, tensors["random/numpy"].numpy().astype(np.uint32), *rest)
     cuda = [tensors[key] for key in sorted(tensors) if key.startswith("random/cuda")]
     trainer.model_stream.state = tensors["random/torch"], numpy_state, (version, tuple(internal), gauss), cuda
+
+
+def _load_optimizer(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    """The state of the optimizer, by the names of what it changes."""
+    state = trainer.optimizer.state_dict()
+    trained = [one for group in trainer.optimizer.param_groups for one in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    places = dict(zip(trained, numbers, strict=True))
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, parameter in trainer.named().items():
+        known = name.removeprefix("module/")
+        for key in _OPTIMIZERS[trainer.settings.optimizer]:
+            if (one := tensors.get(f"{known}/{key}")) is not None:
+                found.setdefault(places[parameter], {})[key] = one
+    trainer.optimizer.load_state_dict({**state, "state": found})
+
+
+_OPTIMIZERS = {"adamw": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}
+"""What each optimizer keeps of a parameter."""

@@ -116,13 +116,14 @@ def _blocks(graph: Graph) -> dict[str, Value]:
     graph."""
     inside: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if (path := _block_of(node.path)) is not None:
+        if (path := block_of(node.path)) is not None:
             inside.setdefault(path, []).append(node)
     found = {path: list(_results(nodes)) for path, nodes in inside.items()}
     return {path: values[0] for path, values in found.items() if len(values) == 1}
 
 
-def _block_of(path: str) -> str | None:
+def block_of(path: str) -> str | None:
+    """The outermost module with a number for a name that a module path lies in; None where there is none."""
     parts = path.split(".")
     place = next((place for place, part in enumerate(parts) if part.isdigit()), None)
     return None if place is None or (place == 0 and len(parts) == 1) else ".".join(parts[: place + 1])

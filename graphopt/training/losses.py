@@ -6,33 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.pipeline.loss import wide
+
 
 def soft_targets(student: Tensor, teacher: Tensor, temperature: float, real: Tensor | None = None) -> Tensor:
     """T² · KL(softmax(teacher / T) ‖ softmax(student / T)) over the last axis (Hinton et al. 2015, section 2).
 
     student, teacher: logits (..., classes). real: boolean (...), False at positions that are left out.
     """
-    log_student = F.log_softmax(student.float() / temperature, -1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, -1)
+    log_student = F.log_softmax(wide(student) / temperature, -1)
+    log_teacher = F.log_softmax(wide(teacher) / temperature, -1)
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1)
     return temperature**2 * masked_mean(divergence, real)
 
 
 def mean_square(student: Tensor, teacher: Tensor, real: Tensor | None = None) -> Tensor:
     """The squared error as a share of the teacher's mean square, over real positions (leading axes)."""
-    teacher = teacher.float()
-    error = (student.float() - teacher).square()
+    teacher = wide(teacher)
+    error = (wide(student) - teacher).square()
     return masked_mean(error, real) / masked_mean(teacher.square(), real).clamp(min=1e-12)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """1 - cosine of each pair of rows (batch, width), the mean."""
-    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
+    return (1 - F.cosine_similarity(wide(student), wide(teacher), dim=-1)).mean()
 
 
 def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """The mean squared difference of the two matrices of cosines between all rows of a batch (Tung & Mori 2019)."""
-    matrices = (F.normalize(x.float(), dim=-1) @ F.normalize(x.float(), dim=-1).T for x in (student, teacher))
+    matrices = (F.normalize(wide(x), dim=-1) @ F.normalize(wide(x), dim=-1).T for x in (student, teacher))
     ours, theirs = matrices
     return F.mse_loss(ours, theirs)
 
@@ -53,7 +55,7 @@ def relation_distance(student: Tensor, teacher: Tensor, heads: int, real: Tensor
 
 
 def _log_relations(x: Tensor, heads: int, real: Tensor | None) -> Tensor:
-    x = x.float().reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    x = wide(x).reshape(*x.shape[:2], heads, -1).transpose(1, 2)
     scores = x @ x.transpose(-1, -2) / x.shape[-1] ** 0.5
     if real is not None:
         scores = scores.masked_fill(~real[:, None, None, :], torch.finfo(scores.dtype).min)

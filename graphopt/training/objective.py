@@ -13,6 +13,7 @@ from graphopt.analysis.masks import padding_mask
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Value
 from graphopt.pipeline.batches import Batch
+from graphopt.pipeline.loss import wide
 from graphopt.training import losses
 from graphopt.training.features import Pair, projections, tokens_by_width
 from graphopt.training.teacher import Teacher
@@ -135,7 +136,7 @@ class Distillation(Objective):
                 found.append(self._embedding(x, y, positions))
             else:
                 if form == "probabilities":
-                    x, y = (p.float().clamp(min=1e-9).log() for p in (x, y))
+                    x, y = (wide(p).clamp(min=1e-9).log() for p in (x, y))
                 if form == "positions" and real is not None and x.shape == real.shape:
                     x, y = (scores.masked_fill(~real, -1e4) for scores in (x, y))
                 found.append(losses.soft_targets(x, y, self.weights.temperature, positions))

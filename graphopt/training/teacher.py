@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graphopt import writing
 from graphopt.errors import GraphError, UsageError, described, first_line
 from graphopt.ir.graph import Feeds, Graph, Value, digest, shapes_text, tensors_digest
+from graphopt.training.meshes.mesh import Mesh
+from graphopt.training.meshes.sharded import shard
 
 
 class Teacher:
@@ -27,9 +29,11 @@ class Teacher:
         inputs: Sequence[str],
         device: torch.device,
         folder: str | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """also: values inside the graph. inputs: the student's, in order; those of a teacher with other names are
         taken in order. folder: keeps what it says of each batch, by the digest of the batch's content.
+        mesh: of fsdp, which shards it, unless a folder answers some ranks and not others.
 
         Raises UsageError where the teacher reads inputs that the student has not, and when it is called, where it does
         not run on a batch, or the folder cannot be used.
@@ -44,7 +48,10 @@ class Teacher:
             raise UsageError(f"the teacher has the inputs {', '.join(names)}, and the student has {', '.join(inputs)}")
         self._module: nn.Module | None = None
         if graph.dialect == "fx":
-            self._module = graph.module(tuple, also=self.also).to(device)
+            module = graph.module(tuple, also=self.also).to(device)
+            self._module = module
+            if mesh is not None and mesh.sizes.fsdp > 1 and folder is None and isinstance(module, fx.GraphModule):
+                self._module = shard(module, mesh)
         self._folder = None if folder is None else Path(folder)
 
     @cached_property

@@ -14,6 +14,9 @@ from graphopt.passes.quantize.plan import QuantizationPlan
 from graphopt.passes.quantize.ranges import Activation, Parameters
 from graphopt.passes.quantize.weights import Stored, Weights
 
+_MIDDLE = 128
+"""The zero point of rows in uint8: as symmetric as int8, and 128 higher."""
+
 
 def emit(graph: Graph, plan: QuantizationPlan, parameters: Mapping[Activation, Parameters], weights: Weights) -> None:
     """Change the graph as planned, in topological order. All readers of a quantized value share one quantize."""
@@ -96,6 +99,9 @@ class _Emitter:
         if dtype is None:
             return self._quantized(x, *self.graph.emit_all("choose_qparams", x, at=at), at=at)
         scale = self.graph.emit("row_scale", x, at=at, largest=quantize.largest(dtype))
+        if dtype == torch.uint8:
+            middle = self.graph.add_constant(torch.tensor(_MIDDLE, dtype=dtype), "zero_point")
+            return self._quantized(x, scale, middle, at=at)
         zero_point = None  # quantize gives int8 then; other dtypes come from the zero point
         if dtype != torch.int8:
             zero_point = self.graph.add_constant(torch.zeros((), dtype=dtype), "zero_point")

@@ -80,8 +80,8 @@ class QuantizationPlan:
     static_dtype: torch.dtype = torch.uint8
     """Of statically quantized activations: uint8 with a zero point, or symmetric int8 or float8."""
     row_dtype: torch.dtype | None = None
-    """Of dynamically quantized activations: a symmetric dtype, one scale per row; None: uint8 with a zero point, per
-    tensor."""
+    """Of dynamically quantized activations with one scale per row, symmetric about zero, or in uint8 about 128; None:
+    uint8 with one scale and zero point for all of a value."""
 
     kept_at_8: tuple[Node, ...] = ()
     """First and last layers that keep 8 bits, while the others have fewer."""
@@ -129,15 +129,17 @@ def plan_of(
 
     by_site = {site: plan.scheme for site, plan in planned.items() if plan.activation_bits == 8}
     kept_at_8 = tuple(site for site in planned if site in ends and _is_narrow(asked[site], planned[site]))
-    placement, dtype = context.target.placement, schemes.TYPES[options.dtype]
+    placement = context.target.placement
     if placement is None:
         regions = closed_regions(graph, by_site, legal, stays, softmaxes)
-        return QuantizationPlan(planned, regions, {**declined, **regions.declined}, kept_at_8=kept_at_8)
-    regions = read_regions(graph, by_site, legal, stays, fuses_sum=placement.fuses_sum)
+    else:
+        regions = read_regions(graph, by_site, legal, stays, fuses_sum=placement.fuses_sum)
+    signed = placement is not None and placement.signed
+    activations = schemes.TYPES[options.dtype] if signed else torch.uint8
+    by_row = schemes.granularity_of(options.granularity, context) == "row"
     return QuantizationPlan(
         planned, regions, {**declined, **regions.declined},
-        static_dtype=dtype if placement.signed else torch.uint8, row_dtype=dtype if placement.rows else None,
-        kept_at_8=kept_at_8,
+        static_dtype=activations, row_dtype=activations if by_row else None, kept_at_8=kept_at_8,
     )  # fmt: skip
 
 
@@ -207,7 +209,10 @@ def _site(
     activation_bits = asked.activation_bits if site.kind in ("linear", "conv") else 8
     if is_end and scheme == "static":
         bits, activation_bits = _at_8(bits, activation_bits, options)
-    if why := schemes.why_no_kernel(site, scheme, options.dtype, context):
+    if why := (
+        schemes.why_no_kernel(site, scheme, options.dtype, context)
+        or schemes.why_wrong_granularity(site.kind, scheme, options.granularity, context)
+    ):
         return why
     if site.kind in ("matmul", "softmax"):
         return SitePlan(scheme, None)

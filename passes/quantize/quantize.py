@@ -18,6 +18,7 @@ from graphopt.passes.quantize.mixed import Goal, remember, sites_to_keep
 from graphopt.passes.quantize.plan import Asked, QuantizationPlan, plan_of
 from graphopt.passes.quantize.ranges import calibrate
 from graphopt.passes.quantize.weights import solve
+from graphopt.pipeline import lengths
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
@@ -56,6 +57,11 @@ class Quantize(Pass):
     """Activations: with calibrated ranges (static), the range of each run (dynamic), or in float (weight-only); by site
     if wanted. Auto: static with calibration, where the target has it."""
 
+    granularity: Literal["auto", "tensor", "row"] = "auto"
+    """Of dynamic activations: one scale for all of a value (tensor), or one for each row along its last axis, such as a
+    token (row), so that a row's result does not depend on what else is in the batch. Auto: as the target prefers. Row
+    makes scheme=auto dynamic."""
+
     dtype: Literal["int8", "float8"] = "int8"
     """What is multiplied: int8, or float8 (e4m3: 3 bits of fraction) where the target has kernels for it."""
 
@@ -87,7 +93,8 @@ class Quantize(Pass):
     """Whether biases compensate the mean error of outputs (none: with calibration)."""
 
     smooth: bool = True
-    """Whether channels that static sites read are smoothed first, as `smooth` does, where there is calibration."""
+    """Whether channels that static sites read are smoothed first, as `smooth` does, where there is calibration. Where
+    others read a value too, or nothing absorbs the factors, a product is added for a quarter of the error or less."""
 
     sqnr: Annotated[float, Range()] | None = None
     """Least SQNR (dB) of the worst output over the calibration: the sites that hurt most stay float until it is met."""
@@ -112,7 +119,12 @@ class Quantize(Pass):
         super().__post_init__()
 
     def contradiction(self) -> str | None:
-        return "bits is empty; give 8, 7, 4 or 2, or several of them" if self.bits == () else None
+        if self.bits == ():
+            return "bits is empty; give 8, 7, 4 or 2, or several of them"
+        known = set(self.scheme.values()) if isinstance(self.scheme, Mapping) else {self.scheme}
+        if self.granularity == "row" and known <= {"static", "weight-only"}:
+            return f"granularity=row is of scheme=dynamic, not of {' and '.join(sorted(known))}; leave out one of them"
+        return None
 
     def alone(self) -> Self:
         """At one site: without smoothing, which changes the nodes before it too."""
@@ -121,6 +133,8 @@ class Quantize(Pass):
     def run(self, graph: Graph, context: Context) -> None:
         schemes.require_type(self.dtype, context)
         asked = self._asked(graph, context)
+        if self._static(asked, context):
+            context = at_other_lengths(graph, context)
         if self.smooth and self.dtype == "int8" and context.calibration is not None:
             asked = self._smoothed(graph, context, asked)
         goal, kept = Goal(self.sqnr, self.cosine, self.max_drop), dict[Node, Decline]()
@@ -141,6 +155,9 @@ class Quantize(Pass):
             for option in _BY_SITE
         }  # fmt: skip
         values["activation_bits"] = dict.fromkeys(graph.nodes, 8) | values["activation_bits"]
+        if self.granularity == "row":
+            dynamic = {node: "dynamic" for node, scheme in values["scheme"].items() if scheme == "auto"}
+            values["scheme"] = values["scheme"] | dynamic
         asked: dict[Node, Asked | Decline] = {}
         sites = context.sites(graph, self.targets, self.ignore)
         if not any(node in self.targets for node in graph.nodes):
@@ -151,15 +168,19 @@ class Quantize(Pass):
             asked[site] = Asked(**by_option) if missing is None else Decline("no_term_matches", option=missing)
         return asked
 
+    def _static(self, asked: Mapping[Node, Asked | Decline], context: Context) -> list[Node]:
+        """The sites that are to have calibrated ranges, as far as there is calibration."""
+        return [
+            site for site, form in asked.items() if isinstance(form, Asked) and context.calibration is not None
+            and schemes.scheme_of(site.kind, form.scheme, context) == "static"
+        ]  # fmt: skip
+
     def _smoothed(
         self, graph: Graph, context: Context, asked: Mapping[Node, Asked | Decline]
     ) -> dict[Node, Asked | Decline]:
         """Smooth the channels that static sites read; what was asked of the sites, by the nodes in their place."""
-        static = [
-            site for site, form in asked.items() if site.kind in ("linear", "conv") and isinstance(form, Asked)
-            and schemes.scheme_of(site.kind, form.scheme, context) == "static"
-        ]  # fmt: skip
-        replaced, _ = smooth_channels(graph, context, static)
+        static = [site for site in self._static(asked, context) if site.kind in ("linear", "conv")]
+        replaced, _ = smooth_channels(graph, context, static, adds=True)
         context.labels |= {new: context.labels[old] for old, new in replaced.items() if old in asked}
         return {replaced.get(site, site): form for site, form in asked.items()}
 
@@ -189,3 +210,21 @@ class Quantize(Pass):
         ]  # fmt: skip
         if products and context.target.runs and self.dtype == "int8":
             context.note(schemes.safety(products))
+
+
+def at_other_lengths(graph: Graph, context: Context) -> Context:
+    """The same, calibrated on the texts of its batches at other lengths too, where the graph takes tokens.
+
+    Batches of a generator, which gives them once, are left alone.
+    """
+    calibration = context.calibration
+    if calibration is None or calibration.further or not lengths.takes_tokens(graph):
+        return context
+    if calibration.once:
+        context.note("calibrated at the lengths of the batches alone: a generator gives them once")
+        return context
+    found = lengths.at_other_lengths(calibration, graph)
+    if found is None:
+        return context
+    context.note(found.note)
+    return replace(context, calibration=calibration.followed_by(found.batches))

@@ -21,7 +21,10 @@ OPS = ("linear", "conv", "matmul", "softmax", "embedding", "conv_transpose", *RE
 """What may be selected; other ops are quantized where they stand between these. A softmax is asked for by name,
 and is quantized only after a static matmul."""
 
-WRONG = ("bits_unsupported", "activation_bits_static", "activation_bits_unread", "block_not_dividing")
+WRONG = (
+    "bits_unsupported", "activation_bits_static", "activation_bits_unread", "block_not_dividing",
+    "granularity_unsupported", "rows_of_linears",
+)  # fmt: skip
 """Codes of declines that other options would avoid."""
 
 _BLOCKS = (32, 16)
@@ -36,9 +39,8 @@ def legal(op: str, context: Context) -> tuple[str, ...]:
 
 
 def scheme_of(op: str, asked: str, context: Context) -> str:
-    """The scheme of a site: auto is static where calibration is given and the target has it, else dynamic.
-
-    It is weight-only where the target has nothing else. A table has no activations, and so weights alone.
+    """The scheme of a site: auto is static where calibration is given and the target has it, else the best of the
+    target's others, or dynamic where it has none. A table has no activations, and so weights alone.
     """
     if op == "embedding":
         return "weight-only"
@@ -47,7 +49,7 @@ def scheme_of(op: str, asked: str, context: Context) -> str:
     known = legal(op, context)
     if context.calibration is not None and "static" in known:
         return "static"
-    return "weight-only" if "weight-only" in known and "dynamic" not in known else "dynamic"
+    return next((scheme for scheme in known if scheme != "static"), "dynamic")
 
 
 def require_type(dtype: str, context: Context) -> None:
@@ -141,6 +143,21 @@ def why_no_kernel(site: Node, scheme: str, dtype: str, context: Context) -> Decl
     uncalibrated = "static" in known and context.calibration is None
     code = "no_kernel_uncalibrated" if uncalibrated else "no_kernel"
     return Decline(code, target=context.target.name, scheme=scheme, op=site.kind)
+
+
+def granularity_of(asked: str, context: Context) -> str:
+    """What shares a scale in dynamic quantization: as asked, or what the target prefers."""
+    return context.target.granularities[0] if asked == "auto" else asked
+
+
+def why_wrong_granularity(op: str, scheme: str, asked: str, context: Context) -> Decline | None:
+    """Why the activations of this op cannot have scales of this granularity in this scheme."""
+    if scheme != "dynamic":
+        return None
+    known, granularity = context.target.granularities, granularity_of(asked, context)
+    if granularity not in known:
+        return Decline("granularity_unsupported", target=context.target.name, known=" or ".join(known), asked=asked)
+    return Decline("rows_of_linears", op=op) if granularity == "row" and op != "linear" else None
 
 
 def why_wrong_bits(op: str, scheme: str, bits: int, context: Context) -> Decline | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Graph
-from graphopt.passes.recover.recover import Recover
+from graphopt.passes.recover.recover import Recover, mesh_of
 from graphopt.pipeline.context import Context, TeacherGraph
 from graphopt.pipeline.options import Range
 from graphopt.training.features import hidden_states, relations
@@ -81,7 +81,7 @@ class Distill(Recover):
         theirs = dict(zip(teacher.outputs, teacher.graph.outputs, strict=True))
         runner = Teacher(
             teacher.graph, [pair.teacher for pair in (*hidden, *related)], device=device_of(self.device),
-            inputs=[value.name for value in graph.inputs], folder=self.cache,
+            inputs=[value.name for value in graph.inputs], folder=self.cache, mesh=mesh_of(context),
         )  # fmt: skip
         weights = Weights(
             alpha=self.alpha, temperature=self.temperature, cosine=self.cosine, similarity=self.similarity,

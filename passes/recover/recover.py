@@ -20,6 +20,7 @@ from graphopt.pipeline.options import Range
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.training.checkpoints import Checkpoints
 from graphopt.training.loop import Trainer, require_batches, trainable
+from graphopt.training.meshes import Mesh
 from graphopt.training.objective import HardLoss, Objective
 from graphopt.training.settings import Settings
 
@@ -57,7 +58,7 @@ class Recover(Settings, Pass):
         trainer = Trainer(
             graph, objective, batches, self, frozen=sorted(names), rules=rules.by_parameter,
             module=module, evaluate=context.evaluate, checkpoints=self._checkpoints(graph, context),
-            watchers=context.instruments, name=self.name,
+            watchers=context.instruments, name=self.name, mesh=mesh_of(context),
         )  # fmt: skip
         outcome = trainer.run()
         rules.finish()
@@ -92,6 +93,12 @@ class Recover(Settings, Pass):
             return None
         file = context.checkpoint / f"{len(context.trained)}-{self.name}.safetensors"
         return Checkpoints(file, graph, self.checkpoint_minutes)
+
+
+def mesh_of(context: Context) -> Mesh | None:
+    """The mesh that the run is spread over."""
+    assert context.ranks is None or isinstance(context.ranks, Mesh)
+    return context.ranks
 
 
 def parameters_of(graph: Graph, module: nn.Module, node: Node) -> list[str]:

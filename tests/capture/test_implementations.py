@@ -48,6 +48,28 @@ NEEDS: list[tuple[dict[str, str], str]] = [
 ]  # fmt: skip
 
 
+class Wrapped(nn.Module):
+    """Two models of transformers, one of them under two names, in a module of the user's."""
+
+    def __init__(self, needs: dict[str, str]) -> None:
+        super().__init__()
+        self.first, self.layers = Switched(needs), nn.ModuleList([Switched(needs)])
+        self.again = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.again(self.layers[0](self.first(x)))
+        return y
+
+
+def test_models_inside_a_module_of_the_users_are_changed_and_put_back(dialect: str) -> None:
+    module = seeded(lambda: Wrapped({"attn_implementation": "eager"}))
+    inner = [one for one in module.modules() if isinstance(one, Switched)]
+    inner[1].set_attn_implementation("flash_attention_2")
+    captured = capture(module, dialect, example_inputs=X)
+    assert [one for one in captured.notes if one.startswith('captured with attn_implementation="eager", since')]
+    assert [one.config._attn_implementation for one in inner] == ["sdpa", "flash_attention_2"]
+
+
 @pytest.mark.parametrize(("needs", "chosen"), NEEDS)
 def test_the_implementation_that_exports_is_taken_and_put_back(
     dialect: str, needs: dict[str, str], chosen: str

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cli.test_cli import RANDOM, write_model
+from tests.serving.conftest import encoder, model_file  # noqa: F401  (the bundle that is served)
 
 
 @pytest.fixture

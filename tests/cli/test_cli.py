@@ -117,7 +117,7 @@ def test_a_dry_run_says_why_not_and_writes_nothing(model: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{model}"], "say where to write: -o FILE, or --dry-run"),
+        (["{model}"], "say where to write: -o FILE, --bundle DIR, or --dry-run"),
         (["{model}", "--dry-run", "-o", "{folder}/small.onnx"], "--dry-run writes nothing"),
         (["{folder}/none.onnx", "--dry-run"], "there is no file {folder}/none.onnx"),
         (["{model}", "-o", "{folder}/none/small.onnx"], "there is no folder {folder}/none; make it first"),

@@ -262,6 +262,7 @@ def test_a_function_of_a_model(script: Path) -> None:
         ("{folder}/a.tsv{{text=text}}", "a.tsv: name the folder of the model's tokenizer, tokenizer=FOLDER"),
         ("{folder}/a.tsv{{text=text tokenizer=nowhere}}", "a.tsv: there is no folder nowhere with a tokenizer"),
         ("{folder}/a.tsv{{text=text tokenizer={folder}}}", "{folder} holds no tokenizer that transformers loads"),
+        ("{folder}/a.tsv{{text=text tokenizer={folder}/bare}}", "loads: it has no vocabulary; save one there with"),
         ("{folder}/a.tsv{{text=text tokenizer={tokenizer} padding=left}}", "padding is 'left'; give longest"),
         ("{folder}/a.tsv{{text=text tokenizer={tokenizer} padding=max_length}}", "say how long texts are padded to be"),
         ("{folder}/a.tsv{{text=text tokenizer={tokenizer} max_length=-1}}", "a.tsv: max_length is -1; give a whole"),
@@ -270,6 +271,7 @@ def test_a_function_of_a_model(script: Path) -> None:
         ("{folder}/ragged.tsv{{text=text}}", "ragged.tsv, line 2: 3 columns, and there are 2 names: text, y"),
         ("{folder}/header.csv{{text=text}}", "header.csv has no rows below its header line"),
         ("{folder}/latin.csv{{text=text}}", "latin.csv is no table of text in UTF-8: UnicodeDecodeError"),
+        ("{folder}/open.csv{{text=text}}", "open.csv, line 6554: field larger than field limit (131072); is a quota"),
     ],
 )
 def test_refuses(source: str, message: str, tokenizer: Path, script: Path, archive: Path, tmp_path: Path) -> None:
@@ -282,6 +284,9 @@ def test_refuses(source: str, message: str, tokenizer: Path, script: Path, archi
     write(tmp_path / "a.tsv", "text\ty", "cat\t1", "dog\tno")
     write(tmp_path / "ragged.tsv", "text\ty", "cat\t1\t2")
     write(tmp_path / "header.csv", "text,y")
+    (tmp_path / "bare").mkdir()
+    write(tmp_path / "bare" / "config.json", '{"model_type": "bert"}')
+    write(tmp_path / "open.csv", "text,y", '"a quotation mark that is never closed,1', *["twenty characters,1"] * 9000)
     (tmp_path / "latin.csv").write_bytes(b"text\ncaf\xe9")
     places = {"folder": tmp_path, "tokenizer": tokenizer}
     with pytest.raises(UsageError) as caught:

@@ -11,20 +11,20 @@ import pytest
 from tests.laws.test_package import environment, install
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "tests" / "plugin"
+EXAMPLE = ROOT / "examples" / "own_package"
 
 OPTIMIZE = """
 import sys
 import onnx, torch, graphopt
 from onnx import numpy_helper, parser
-assert not any(name.startswith("toygraphopt") for name in sys.modules)
+assert not any(name.startswith("graphopt_clip") for name in sys.modules)
 model = parser.parse_model('<ir_version: 10, opset_import: ["": 20]> '
                            'g (float[n,4] x) => (float[n,4] y) { y = MatMul(x, W) }')
 model.graph.initializer.append(numpy_helper.from_array(torch.eye(4).numpy(), "W"))
-small = graphopt.optimize(model, "clip-weights{limit=0.1}", target="toy", measure=False)
+small = graphopt.optimize(model, "clip-weights{limit=0.1}", target="float-convs", measure=False)
 print(small.report.target, small.report.pipeline, float(small(torch.ones(1, 4))["y"].sum()))
 (record,) = [record for record in small.report.passes if record.name == "clip-weights"]
-print(record.changed, graphopt.optimize(model, "clip-weights{limit=2}", target="toy").report.passes[1].declined)
+print(record.changed, graphopt.optimize(model, "clip-weights{limit=2}", target="float-convs").report.passes[1].declined)
 """
 
 
@@ -59,7 +59,7 @@ def test_both_are_found_by_name(python: Path) -> None:
     done = run(python, "-c", OPTIMIZE)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
-    assert first.startswith("toy simplify,clip-weights{limit=0.1},fold-int8 0.4")
+    assert first.startswith("float-convs simplify,clip-weights{limit=0.1},fold-int8 0.4")
     assert second.startswith("1 {") and second.endswith("'within the limit (largest 1.0, limit 2)'}"), second
 
 
@@ -80,7 +80,8 @@ def test_the_commands_list_them_and_what_is_broken(python: Path) -> None:
     assert "quantize  (QUANTIZE, lossy, fx and onnx)" in lines
 
     done = run(python, "-m", "graphopt", "targets")
-    assert "toy  (onnx)\n    ONNX Runtime with floats only, as an example\n    quantized: none" in done.stdout
+    summary = "ONNX Runtime with integers in linears alone"
+    assert f"float-convs  (onnx)\n    {summary}\n    quantized: linear dynamic" in done.stdout
     assert "fast  (broken: target 'fast' of package rival 0.1 cannot be imported" in done.stdout
 
 
@@ -106,5 +107,6 @@ def test_a_built_in_name_stays_graphopts_own(python: Path) -> None:
 
 
 def test_no_plugin_is_imported_before_its_name_is_used(python: Path) -> None:
-    probe = "import sys, graphopt.backends as b; print('toy' in list(b.TARGETS), 'toygraphopt' in sys.modules)"
+    names = "'float-convs' in list(b.TARGETS), 'graphopt_clip' in sys.modules"
+    probe = f"import sys, graphopt.backends as b; print({names})"
     assert run(python, "-c", probe).stdout == "True False\n"

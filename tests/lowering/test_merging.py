@@ -47,3 +47,35 @@ def test_each_linear_gets_its_own_part(dialect: str) -> None:
         graph.replace(linear, part)
     assert len(graph.sites("linear")) == 1 and len(graph.sites("slice")) == 2
     assert_outputs_equal(graph, original, rtol=1e-6)
+
+
+STORED = {
+    "rows": "dequantize({name}[{rows},32]:int8, {name}S[{rows}]:values(0.1), axis=0)",
+    "rows with zero points": "dequantize({name}[{rows},32]:uint8, {name}S[{rows}]:values(0.1), {name}Z[{rows}]:uint8, "
+    "axis=0)",
+    "blocks": "dequantize({name}[{rows},32]:int8, {name}S[{rows},2]:values(0.1,0.2), axis=1, block=16)",
+    "blocks of 4 bits": "dequantize({name}[{rows},32]:int8:values(-8,7,3), {name}S[{rows},2]:values(0.1,0.2), axis=1, "
+    "block=16, bits=4)",
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_stored_weights_are_stacked_as_they_are_stored(kind: str, dialect: str) -> None:
+    a, b = (STORED[kind].format(name=name, rows=rows) for name, rows in (("A", 4), ("B", 6)))
+    graph = build(dialect, f"a = linear(x[2,32], {a})\nb = linear(x, {b}, C[6])\nreturn a, b")
+    original, linears = graph.clone(), graph.sites("linear")
+    assert merge_key(linears[0]) == merge_key(linears[1]) is not None
+    for linear, part in zip(linears, merge(linears).values(), strict=True):
+        graph.replace(linear, part)
+    graph.sweep()
+    (made,), (before, _) = graph.sites("dequantize"), original.sites("dequantize")
+    assert made.attributes == before.attributes and made.result.shape == (10, 32)
+    assert_outputs_equal(graph, original, rtol=1e-6)
+
+
+def test_weights_in_other_blocks_are_not_stacked(dialect: str) -> None:
+    wide = STORED["blocks"].replace("{rows},2]", "{rows},1]").replace("block=16", "block=32")
+    a, b = STORED["blocks"].format(name="A", rows=4), wide.format(name="B", rows=4)
+    graph = build(dialect, f"a = linear(x[2,32], {a})\nb = linear(x, {b})\nreturn a, b")
+    first, second = map(merge_key, graph.sites("linear"))
+    assert first != second

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graphopt.numerics.quantize import activation_parameters
-from graphopt.numerics.smooth import ALPHAS, expected_error, smooth, smooth_factors
+from graphopt.numerics.smooth import ALPHAS, expected_error, outlier_factors, smooth, smooth_factors
 from tests.models import quantize_weight
 
 
@@ -95,3 +95,13 @@ def test_what_does_not_fit_is_refused() -> None:
         smooth([seeded(16, 32), seeded(16, 31)], second, low, high)
     with pytest.raises(ValueError, match="channel 3 has low above high"):
         smooth([seeded(16, 32)], second, low.index_fill(0, torch.tensor(3), torch.inf), high)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_outliers_come_down_to_the_next_channel(count: int) -> None:
+    sizes = torch.tensor([3.0, 1.0, 40.0, 2.0, 5.0, 0.0, 0.5, 9.0])
+    factors = outlier_factors(sizes, count)
+    least = sizes.sort(descending=True).values[count]
+    assert bool((factors >= 1).all()) and int((factors > 1).sum()) == count
+    if least > 0:
+        assert torch.equal((sizes / factors).sort(descending=True).values[: count + 1], least.expand(count + 1))

@@ -28,7 +28,7 @@ sentences = st.lists(names, min_size=1, max_size=4).map(" ".join)
 numbers = st.integers(0, 10**13)
 decibels = st.floats(-20, 200) | st.just(math.inf)
 costs = st.builds(Cost, st.none() | numbers, numbers, numbers)
-agreements = st.builds(Agreement, names, decibels, st.floats(-1, 1), st.floats(0, 1e9))
+agreements = st.builds(Agreement, names, decibels, st.floats(-1, 1), st.floats(0, 1e9), st.none() | decibels)
 
 
 @st.composite
@@ -54,6 +54,7 @@ def reports(draw: st.DrawFn) -> Report:
         passes=draw(st.lists(records(), max_size=3)), cost_before=draw(costs), cost_after=draw(costs),
         kernels=draw(st.dictionaries(names, numbers, max_size=3)), agreement=draw(st.lists(agreements, max_size=3)),
         agreement_by_shapes=draw(st.dictionaries(sentences, st.lists(agreements, max_size=2), max_size=3)),
+        agreement_by_length=draw(st.dictionaries(names, st.lists(agreements, max_size=2), max_size=3)),
         speed=draw(st.lists(speeds, max_size=3)),
         reverted=draw(st.dictionaries(names, sentences.map(lambda one: Reason.of(Decline("told", sentence=one))))),
     )  # fmt: skip
@@ -81,7 +82,8 @@ def test_a_report_splits_no_word_at_any_width(report: Report, width: int) -> Non
     left_out = narrow.removeprefix("too narrow for: ").split(", ")
     header, *rows = tables.pass_rows(report)
     cells = [cell for row in [header, *rows] for name, cell in zip(header, row, strict=True) if name not in left_out]
-    others = tables.agreement_rows(report), tables.kernel_rows(report), tables.speed_rows(report)
+    others = [tables.agreement_rows(report), tables.kernel_rows(report), tables.speed_rows(report)]
+    others += [tables.length_rows(report)]
     cells += [cell for table in others for row in table[1:] for cell in row]
     cells += [cell for pair in report.reverted.items() for cell in pair]
     cells += [cell for one in report.passes for row in tables.declined(one.declined) for cell in (row[0], row[2])]

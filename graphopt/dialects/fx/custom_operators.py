@@ -20,9 +20,9 @@ from graphopt.ir.ops.recurrent import RECURRENT
 
 NAMES = (
     "choose_qparams", "row_scale", "quantize", "dequantize", "linear_int8", "conv_int8", "add_int8", "max_pool",
-    "average_pool", *RECURRENT,
+    "average_pool", "rotary", *RECURRENT,
 )  # fmt: skip
-_OPEN = ("max_pool", "average_pool", "row_scale", "quantize", "dequantize")
+_OPEN = ("max_pool", "average_pool", "rotary", "row_scale", "quantize", "dequantize")
 """Operators that compilers decompose into the calls of their reference, to differentiate and to fuse them."""
 """Operators over a length that a trace leaves open: a decomposed one is a loop over it, which fixes it."""
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from graphopt.dialects.fx.custom_operators import NAMES
 from graphopt.dialects.fx.graph import FxGraph
-from graphopt.dialects.fx.native import has_effect, is_constant, meta, target_name
+from graphopt.dialects.fx.native import has_effect, meta, target_name
 from graphopt.dialects.fx.spellings import Literal, arguments
 from graphopt.dialects.fx.views import FxNode, FxValue
 from graphopt.errors import GraphError
@@ -25,7 +25,7 @@ def exportable(graph: FxGraph) -> FxGraph:
     """A clone that computes the same and returns its outputs as one tuple.
 
     Ops of `custom_operators` are calls of `graphopt_whole` in it. Raises GraphError, naming the node, for what only
-    torch holds: writes to stored tensors, scales of rows, float8, and quantization that is no op (to a part of an
+    torch holds: writes to stored tensors, float8, and quantization that is no op (to a part of an
     integer's range, or of other floats than float32).
     """
     clone = graph.clone()
@@ -46,13 +46,10 @@ def exportable(graph: FxGraph) -> FxGraph:
 def _require_exportable(node: FxNode) -> None:
     native = node.native
     float8 = _FLOAT8.intersection(value.dtype for value in (*node.operands, *node.results) if value is not None)
-    quantizes = node.kind in ("quantize", "dequantize")
     if has_effect(native):
         reason = "it writes to a tensor that the module keeps, or to an input"
     elif float8:
         reason = f"it has values in {dtype_name(min(float8, key=str))}"
-    elif quantizes and node.attributes["axis"] is None and node.required("scale").shape not in ((), (1,)):
-        reason = "it has a scale for each row"
     elif node.op is None and target_name(native).startswith("quantized_decomposed."):
         reason = "it uses a part of the range of its integers, or other floats than float32"
     else:
@@ -66,9 +63,9 @@ def _zero_point(node: FxNode) -> Value | None:
     raw = given["zero_point"] if "zero_point" in given else given["zero_points"]
     if isinstance(raw, fx.Node) and str(raw.target) == "aten._to_copy.default":  # as `spellings` widens it
         raw = raw.args[0]
-    dtype = meta(node.native if node.kind == "quantize" else given["input"]).dtype
+    dtype = meta(node.native if node.kind == "quantize" else node.native.all_input_nodes[0]).dtype
     read = node.operand("zero_point")
-    added = node.attributes["axis"] is None and is_constant(given["input"])  # by `spellings`, where there was none
+    added = node.attributes["axis"] is None and node.required("x").is_constant  # by `spellings`, where there was none
     if read is not None or raw is None or added:
         return read
     if isinstance(raw, fx.Node):

@@ -6,7 +6,7 @@ stages here find what people and libraries wrote out in several operators.
 
 from __future__ import annotations
 
-from graphopt.dialects import heads, raising
+from graphopt.dialects import heads, raising, repeated_heads
 from graphopt.dialects.fx.linears import raise_products
 from graphopt.dialects.fx.recurrent import raise_recurrent
 from graphopt.dialects.raising import Stage, sweep
@@ -20,6 +20,7 @@ STAGES = (
     Stage("linears", raise_products),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
+    repeated_heads.STAGE,
     heads.STAGE,
     Stage("sweep", sweep),
 )

@@ -6,6 +6,7 @@ The values are those of the ops that are deployed, bit for bit; only the gradien
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,10 @@ class Rounded(nn.Module):
         self.register_buffer("zero_point", zero_point)
         self.low, self.high, self.dtype, self.axis, self.block = low, high, dtype, axis, block
         self.is_weight, self.rows, self.declared = weight, rows, declared or (low, high)
+        self.parts = 1
+        """How many processes have a part of what shares a scale."""
+        self.over: Callable[[Tensor], Tensor] | None = None
+        """Gives the extremes over these processes, from which a dynamic range is chosen."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
@@ -79,10 +84,11 @@ class Rounded(nn.Module):
         scale: Tensor
         if self.scale is not None and self.zero_point is not None:
             return self.step(), self.zero_point
+        x = x.detach() if self.over is None else self.over(x.detach())
         if self.rows is not None and self.zero_point is not None:
-            scale = torch.ops.graphopt.row_scale(x.detach(), largest=self.rows)
+            scale = torch.ops.graphopt.row_scale(x, largest=self.rows)
             return scale, self.zero_point
-        scale, zero_point = torch.ops.graphopt.choose_qparams(x.detach())
+        scale, zero_point = torch.ops.graphopt.choose_qparams(x)
         return scale, zero_point
 
     def step(self) -> Tensor:
@@ -152,7 +158,7 @@ class Rounded(nn.Module):
         """How many elements of x share a scale, those of one sample where x is an activation."""
         scales = 1 if self.scale is None else self.scale.numel()
         batch = 1 if self.is_weight or not x.dim() else x.shape[0]
-        return max(1, x.numel() // max(1, scales * batch))
+        return max(1, self.parts * x.numel() // max(1, scales * batch))
 
     def extra_repr(self) -> str:
         learned = ", scale learned" if self.limit is not None else ""

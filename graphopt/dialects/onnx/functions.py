@@ -24,6 +24,9 @@ _LINEAR_INT8 = {
     "static": "xf = DequantizeLinear(x, scale, zero_point) {floats} {t} m = MatMul(xf, {w})",
     "dynamic": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) "
     "m = Mul(xf, s)",
+    # One product after the other: of both scales together, ONNX Runtime reads the first row's for all rows.
+    "rows": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) r = Mul(xf, weight_scale) "
+    "m = Mul(r, scale)",
 }
 
 
@@ -91,7 +94,7 @@ def function(op_type: str, opset: int) -> ir.Function:
     if name == "linear":
         signature, body = _linear_body(bias, kn)
     elif name == "linear_int8":
-        signature, body = _linear_int8_body(bias, kn, "static" if "static" in variant else "dynamic", opset)
+        signature, body = _linear_int8_body(bias, kn, next(one for one in _LINEAR_INT8 if one in variant), opset)
     elif name == "conv_int8":
         attributes = "<strides, pads, dilations, group>"
         given = "x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point" + (", bias" if bias else "")
@@ -102,6 +105,8 @@ def function(op_type: str, opset: int) -> ir.Function:
             f"{floats if opset >= 13 else _rows('weight', 'weight_scale', 'wf', rank)} "
             f"c = Conv<{_CONV}>(xf, wf{', bias' if bias else ''}) y = QuantizeLinear(c, y_scale, y_zero_point)"
         )
+    elif "row" in variant:
+        signature, body = _row_body(name, "shifted" in variant)
     elif name == "dequantize":
         attributes, given = "<axis, block_size, bits>", "x, scale" + (", zero_point" if "shifted" in variant else "")
         block = ", block_size = @block_size" if opset >= 21 else ""
@@ -117,12 +122,25 @@ def function(op_type: str, opset: int) -> ir.Function:
     elif name == "attention":
         attributes = "<scale, causal, heads, kv_heads>"
         signature, body = _ATTENTION_OVER_QUERIES
+    elif name == "rotary":
+        attributes = "<interleaved, heads, turned>"
+        signature, body = _ROTARY_OVER_BATCH
     elif name in _FIXED:
         signature, body = _FIXED[name]
     else:
         raise GraphError(f"there is no ONNX function for {op_type!r}")
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {op_type} {attributes} {signature} {{ {body} }}'
     return ir.serde.deserialize_function(_parse(text))
+
+
+def _row_body(name: str, shifted: bool) -> tuple[str, str]:
+    """quantize or dequantize with a scale for each row: by a scale of 1, and a division or product beside it."""
+    one = "one = Constant<value_float = 1.0>()"
+    zero = "" if shifted else "n = Constant<value_float = 0.0>() zero_point = Cast<to = 3>(n)"  # int8
+    signature = f"(x, scale{', zero_point' if shifted else ''}) => (y)"
+    if name == "quantize":
+        return signature, f"{one} {zero} s = Div(x, scale) y = QuantizeLinear(s, one, zero_point)"
+    return signature, f"{one} {zero} s = DequantizeLinear(x, one, zero_point) y = Mul(s, scale)"
 
 
 _BLOCKS = (
@@ -147,6 +165,13 @@ _ATTENTION_OVER_QUERIES = (
     "kv_num_heads = @kv_heads>(query, key, value, all)",
 )
 
+_ROTARY_OVER_BATCH = (
+    "(x, cos, sin) => (y)",
+    "n = Shape<start = 0, end = 1>(x) rest = Shape<start = 1>(cos) sizes = Concat<axis = 0>(n, rest) "
+    "c = Expand(cos, sizes) s = Expand(sin, sizes) "
+    "y = RotaryEmbedding<interleaved = @interleaved, num_heads = @heads, rotary_embedding_dim = @turned>(x, c, s)",
+)
+
 _FIXED = {
     "silu": ("(x) => (y)", "s = Sigmoid(x) y = Mul(x, s)"),
     "hard_swish": ("(x) => (y)", "s = HardSigmoid<alpha = 0.16666667, beta = 0.5>(x) y = Mul(x, s)"),
@@ -162,7 +187,7 @@ _FIXED = {
 
 _REFERENCES = {
     "strides": "ints", "pads": "ints", "dilations": "ints", "group": "int", "scale": "float", "causal": "int",
-    "heads": "int", "kv_heads": "int",
+    "heads": "int", "kv_heads": "int", "interleaved": "int", "turned": "int",
     "axis": "int", "block_size": "int", "largest": "float",
 }  # fmt: skip
 

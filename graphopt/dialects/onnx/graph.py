@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +33,9 @@ __all__ = ["OPSET", "PATH", "OnnxGraph", "OnnxNode", "OnnxValue"]
 
 OPSET = 23
 """The opset that modules are captured at and files are lifted to: the first with an Attention operator."""
+
+_LARGE = 2**28
+"""Bytes of weights from which on a session, which holds a copy of them, is not kept longer than it is needed."""
 
 SCALED = "graphopt.scaled"
 """The metadata key of what passes have divided (`Graph.scaled`)."""
@@ -234,6 +237,35 @@ class OnnxGraph(Graph):
             native.outputs[0].shape = kind.native.outputs[0].shape  # a file may state more than inference finds
         return OnnxValue(self, native.outputs[0])
 
+    def emit_if(
+        self, condition: Value, then: Callable[[], Sequence[Value]], otherwise: Callable[[], Sequence[Value]], at: Node
+    ) -> tuple[OnnxValue, ...]:
+        """The results of one of two branches, picked at each run by a boolean scalar.
+
+        then, otherwise: emit the nodes of a branch, and return as many results each, of the same shapes and dtypes.
+        """
+        assert isinstance(at, OnnxNode)
+        branches = []
+        for name, make in (("then_branch", then), ("else_branch", otherwise)):
+            before = len(self._fresh)
+            results = [self.native(value) for value in make()]
+            nodes = list(self._fresh)[before:]
+            for node in nodes:
+                del self._fresh[node]
+            self.model.graph.remove(nodes)
+            label = self._unique(f"{at.name}/{name}", self._node_names)
+            branches.append(ir.AttrGraph(name, ir.Graph([], results, nodes=nodes, name=label)))
+        name = self._unique(f"{at.path or at.name}/If", self._node_names)
+        path = {PATH: at.path} if at.path else None
+        inner = branches[0].as_graph().outputs
+        node = ir.Node("", "If", [self.native(condition)], branches, num_outputs=len(inner), name=name,
+                       metadata_props=path)  # fmt: skip
+        for output, result in zip(node.outputs, inner, strict=True):
+            output.name, output.type, output.shape = self._unique(f"{name}_{result.name}"), result.type, result.shape
+        at.native.prepend(node)
+        self._fresh[node] = None
+        return tuple(OnnxValue(self, output) for output in node.outputs)
+
     def emit_sized(
         self, node: Node, *operands: Value | None, sizes: Mapping[int, int], at: Node | None = None
     ) -> OnnxValue:
@@ -419,8 +451,16 @@ class OnnxGraph(Graph):
                 if not onnx_sections.fit_together(nodes):
                     seen = onnx_sections.Sections(self, [feeds], nodes).through(wanted)
                     return {value: tensor for _, _, some in seen for value, tensor in some.items()}
+            self._session = None  # before the next one is made
             self._session = key, onnx_run.session(self.model, natives, level="disable")
         return dict(zip(wanted, onnx_run.run(self._session[1], feeds), strict=True))
+
+    def release(self) -> None:
+        if self._session is not None and onnx_files.size(self.model) > _LARGE:
+            from graphopt.dialects.onnx import run as onnx_run  # which imports onnxruntime
+
+            self._session = None
+            onnx_run.return_memory()
 
     def flow(self, batches: Iterable[Mapping[str, Tensor]]) -> Flow:
         from graphopt.dialects.onnx import sections as onnx_sections

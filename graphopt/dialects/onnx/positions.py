@@ -15,9 +15,7 @@ import torch
 from graphopt.dialects.onnx import shapes as onnx_shapes
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
 from graphopt.dialects.onnx.shapes import Size
-
-_FAR = 2**31 - 1
-"""The end of a slice means the end of the axis from this number on."""
+from graphopt.dialects.onnx.whole_slices import FAR
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def _position(
             bounds = [_numbers(value, held) for value in native.inputs[1:]]
             whole = bounds[0] == [0] and (len(bounds) < 4 or bounds[3] == [1])
             end = bounds[1][0] if bounds[1] else None
-            to_the_end = end == known.size if isinstance(end, str) else end is not None and end >= _FAR
+            to_the_end = end == known.size if isinstance(end, str) else end is not None and end >= FAR
             return known if whole and to_the_end else None
     return None
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from graphopt.dialects import heads, raising
+from graphopt.dialects import heads, raising, repeated_heads
+from graphopt.dialects.onnx import rotary
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.linears import PRODUCT_KINDS, raise_linears, respell_attention
 from graphopt.dialects.onnx.positions import raise_positions
 from graphopt.dialects.onnx.quantized import raise_quantized
 from graphopt.dialects.onnx.recurrent import drop_zero_states, raise_recurrent
 from graphopt.dialects.onnx.sequences import raise_sequence_splits
+from graphopt.dialects.onnx.whole_slices import drop_whole_slices
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants
 
@@ -35,11 +37,14 @@ OPERATORS = (
 FORMS = (
     # First: exporters compute the axes, scales and shapes by which the other stages know their forms.
     Stage("constants", fold_constants),
+    Stage("whole slices", drop_whole_slices),
     Stage("positions", raise_positions),
     Stage("splits", raise_sequence_splits),
     Stage("zero states", drop_zero_states),
     Stage("flattened linears", raising.raise_flattened_linears),
     *raising.FORMS,
+    repeated_heads.STAGE,
+    rotary.STAGE,
     heads.STAGE,
     Stage("sweep", sweep),
 )

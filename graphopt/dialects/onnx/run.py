@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from graphopt.dialects.onnx import custom_operators
 from graphopt.dialects.onnx.mended import restore_map_types
+from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES, array_to_torch, to_numpy
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError
@@ -32,6 +35,7 @@ SHAREABLE = {dtype for dtype in TORCH_DTYPES if dtype is not ir.DataType.BFLOAT1
 """Element types that go in and out of a session as numpy arrays."""
 _BY_NUMPY_NAME = {dtype.numpy().name: torch_dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 CPU = "CPUExecutionProvider"
+_MICROSOFT = "com.microsoft"
 _LARGE = 1024
 """Bytes above which a session is given a weight by address, not in the model."""
 
@@ -51,7 +55,13 @@ def session(
     Custom operators that are registered are known to it. On the CPU alone, ops that have no kernels in 16 bits there
     are computed in float32 between casts. Raises GraphError naming operators that nothing defines.
     """
-    options = options or ort.SessionOptions()
+    if options is None:
+        options = ort.SessionOptions()
+        if level == "disable":  # a few runs, to know numbers: memory counts more than their time
+            # The arena would keep what a run needs for dequantized and transposed weights.
+            options.enable_cpu_mem_arena = False
+            # Packed weights stand beside the others: 1.7 times the weights in memory, and no gain for few rows.
+            options.add_session_config_entry("session.disable_prepacking", "1")
     custom_operators.add_libraries(options)
     options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = 4  # errors are raised; no need to log them too
@@ -60,6 +70,8 @@ def session(
     weights, proto = _without_large_weights(model)
     if tuple(providers) == (CPU,):
         _widen(proto.graph)
+    if level == "disable":
+        _read_rows(proto)
     if outputs is not None:
         _keep_only(proto.graph, outputs)
     wide = _widen_ends(proto.graph)
@@ -93,6 +105,12 @@ def run(session: ort.InferenceSession, feeds: Mapping[str, Tensor]) -> list[Tens
         _from_result(result).to(torch.bfloat16) if value.name in wide else _from_result(result)
         for value, result in results
     ]
+
+
+def return_memory() -> None:
+    """Give what was freed back to the system. glibc keeps blocks of up to 32 MB, as most weights are, for later."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def _unknown(model: onnx.ModelProto) -> list[str]:
@@ -184,8 +202,39 @@ def _widen(graph: onnx.GraphProto) -> None:
             if types.get(name) in narrow:
                 node.output[index] = f"{name}.unrounded"
                 nodes.append(onnx.helper.make_node("Cast", [node.output[index]], [name], to=types[name]))
+    _replace_nodes(graph, nodes)
+
+
+def _read_rows(model: onnx.ModelProto) -> None:
+    """Let linears of float32 read their weights as stored, row by row, in the product itself.
+
+    Their function has a Transpose and a MatMul: without the engine's optimizations each run would write all weights
+    anew, which takes 8 times as long for one row, and twice the memory of the weights.
+    """
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        floats = all(types.get(name) == onnx.TensorProto.FLOAT for name in node.input[:2])
+        if node.domain != DOMAIN or node.op_type not in ("linear", "linear__bias") or not floats:
+            nodes.append(node)
+            continue
+        operands, y = list(node.input), node.output[0]
+        product = f"{y}.product" if len(operands) > 2 else y
+        nodes.append(onnx.helper.make_node("FusedMatMul", operands[:2], [product], domain=_MICROSOFT, transB=1))
+        if len(operands) > 2:
+            nodes.append(onnx.helper.make_node("Add", [product, operands[2]], [y]))
+    _replace_nodes(graph, nodes)
+    if all(opset.domain != _MICROSOFT for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    kept = onnx.GraphProto()
+    kept.node.extend(nodes)  # copies, of which those in the graph are no longer part
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(kept.node)
 
 
 def _widen_ends(graph: onnx.GraphProto) -> dict[str, str]:

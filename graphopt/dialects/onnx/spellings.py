@@ -91,7 +91,8 @@ def _read_function(graph: OnnxGraph, node: ir.Node) -> Read | None:
         index = OPS[name].operands.index("weight")
         weight = operands[index]
         operands[index] = weight.transpose() if weight is not None else None
-    return name, tuple(operands), dict(OPS[name].attributes) | _function_attributes(node)
+    own = {key: value for key, value in _function_attributes(node).items() if key in OPS[name].attributes}
+    return name, tuple(operands), dict(OPS[name].attributes) | own
 
 
 def _function_attributes(node: ir.Node) -> dict[str, Any]:
@@ -265,6 +266,17 @@ def _read_attention(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue |
         "kv_heads": _integer(node, "kv_num_heads", heads),
     }
     return ("attention", operands[:4], attributes) if plain else None
+
+
+def _read_rotary(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
+    """None where positions pick the angles from a table, or where it turns another part of a head than they cover."""
+    cos, turned = operands[1], _integer(node, "rotary_embedding_dim", 0)
+    if len([value for value in operands if value is not None]) != 3 or cos is None or cos.rank != 3 or not cos.shape:
+        return None
+    if turned and cos.shape[-1] != turned // 2:
+        return None
+    interleaved = bool(_integer(node, "interleaved", 0))
+    return "rotary", operands[:3], {"interleaved": interleaved, "heads": _integer(node, "num_heads", 0)}
 
 
 def _read_layer_norm(graph: OnnxGraph, node: ir.Node, operands: tuple[OnnxValue | None, ...]) -> Read | None:
@@ -492,6 +504,7 @@ _READERS: dict[str, Callable[[Any, ir.Node, Any], Read | None]] = {
     "AveragePool": _read_average_pool,
     "GlobalAveragePool": _read_global_mean,
     "Attention": _read_attention,
+    "RotaryEmbedding": _read_rotary,
     "LayerNormalization": _read_layer_norm,
     "RMSNormalization": lambda graph, node, operands: _read_norm("rms_norm", node, operands),
     "BatchNormalization": _read_batch_norm,
@@ -549,7 +562,10 @@ def _write_function(
             operands[names.index("weight")] = weight.transpose()
     if op == "linear_int8":
         scale = operands[1]
-        variant.append("static" if scale is not None and scale.is_constant else "dynamic")
+        if scale is not None and scale.is_constant:
+            variant.append("static")
+        else:
+            variant.append("rows" if _is_of_rows(scale, None) else "dynamic")
     op_type = op + ("__" + "_".join(variant) if variant else "")
     while operands and operands[-1] is None:
         operands.pop()
@@ -625,6 +641,29 @@ def _write_attention(graph: OnnxGraph, operands: Sequence[OnnxValue | None], att
         spelled["q_num_heads"] = attributes["heads"]
         spelled["kv_num_heads"] = attributes["kv_heads"] or attributes["heads"]
     return Spelled("Attention", operands, spelled)
+
+
+def _write_rotary(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attributes: Mapping[str, Any]) -> Spelled:
+    if graph.opset < 23:
+        raise SpellingError(f"rotary has no ONNX operator at opset {graph.opset}; it needs 23")
+    x, cos, _ = operands
+    assert x is not None and cos is not None
+    width, pairs = (None if value.shape is None else value.shape[-1] for value in (x, cos))
+    if not isinstance(width, int) or not isinstance(pairs, int):
+        raise SpellingError("the size of a head that rotary turns, or how much of it, is not known")
+    heads = attributes["heads"]
+    spelled = {"interleaved": int(attributes["interleaved"]), "num_heads": heads}
+    spelled["rotary_embedding_dim"] = 2 * pairs if 2 * pairs < width // (heads or 1) else 0
+    if repeats_over_batch(x, cos):
+        renamed = {"num_heads": "heads", "rotary_embedding_dim": "turned"}
+        given = {renamed.get(name, name): value for name, value in spelled.items()}
+        return Spelled("rotary__over_batch", operands, given, DOMAIN)
+    return Spelled("RotaryEmbedding", operands, spelled)
+
+
+def repeats_over_batch(x: Value, angles: Value) -> bool:
+    """Whether the angles of rotary are the same for all rows of a batch: the operator wants them once for each row."""
+    return x.shape is not None and angles.shape is not None and angles.shape[0] == 1 and x.shape[0] != 1
 
 
 def repeats_over_queries(query: Value | None, *others: Value | None) -> bool:
@@ -730,6 +769,8 @@ def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attr
     _require_quantized(graph, "quantize", axis)
     spelled = {} if axis is None else {"axis": axis}
     x, scale, zero_point = (*operands, None)[:3]
+    if _is_of_rows(scale, axis):
+        return _write_rows("quantize", operands, bits)
     if bits < 8:
         if graph.opset < _NARROW_SINCE.get(bits, sys.maxsize):
             raise SpellingError(f"quantize to {bits} bits has no ONNX operator at opset {graph.opset}: there are 8, "
@@ -740,6 +781,19 @@ def _write_quantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], attr
     elif zero_point is None:
         spelled["output_dtype"] = next(int(dtype) for dtype, size in _SIGNED.items() if size == bits)
     return Spelled("QuantizeLinear", [x, scale, zero_point], spelled)
+
+
+def _is_of_rows(scale: OnnxValue | None, axis: int | None) -> bool:
+    """Whether a scale has a number for each row, (..., 1)."""
+    return axis is None and scale is not None and (scale.rank or 0) > 1
+
+
+def _write_rows(op: str, operands: Sequence[OnnxValue | None], bits: int) -> Spelled:
+    """With a scale for each row, which the operators of ONNX have for matrices alone."""
+    if bits != 8:
+        raise SpellingError(f"{op} with a scale for each row has a form in ONNX for 8 bits, not for {bits}")
+    zero_point = (*operands, None)[2]
+    return Spelled(f"{op}__row" + ("" if zero_point is None else "_shifted"), operands, {}, DOMAIN)
 
 
 def _require_quantized(graph: OnnxGraph, op: str, axis: int | None) -> None:
@@ -765,6 +819,8 @@ def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], at
     spelled = {"axis": axis} if axis is not None else {}
     spelled |= {"block_size": block} if block else {}
     x, scale, zero_point = (*operands, None)[:3]
+    if _is_of_rows(scale, axis):
+        return _write_rows("dequantize", operands, bits)
     if graph.opset < 13 and not block and axis == 0 and x is not None and x.rank is not None:
         op_type = f"dequantize__rows_{x.rank}" + ("" if zero_point is None else "_shifted")
         return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
@@ -797,6 +853,7 @@ _WRITERS: dict[str, Callable[[Any, Any, Any], Spelled | None]] = {
     "max_pool": _write_pool("MaxPool"),
     "average_pool": _write_pool("AveragePool"),
     "attention": _write_attention,
+    "rotary": _write_rotary,
     "layer_norm": _write_layer_norm,
     "rms_norm": _write_rms_norm,
     "batch_norm": lambda graph, operands, attributes: Spelled(

@@ -140,12 +140,39 @@ def _later_keys(op: Builder, scores: Value) -> Value:
         return _triangle(op, lowest, one, upper=True)
 
 
+def _rotary(op: Builder, operands: Operands, attributes: Attributes) -> Value:
+    """a · cos - b · sin and b · cos + a · sin of the pairs (a, b), heads split and joined where they come together."""
+    x, cos, sin = (_required(operands, index) for index in range(3))
+    heads, pairs = attributes["heads"], cos.shape[-1] if cos.shape is not None else None
+    x = _split(op, x, heads) if heads else x
+    size = x.shape[-1] if x.shape is not None else None
+    if not isinstance(size, int) or not isinstance(pairs, int):
+        raise SpellingError("the size of a head that rotary turns, or how much of it, is not known")
+    cos, sin = (op.unsqueeze(value, axes=(1,)) for value in (cos, sin))
+    turned = op.slice(x, axis=3, start=0, end=2 * pairs)
+    if attributes["interleaved"]:
+        apart = op("onnx.Reshape", turned, _numbers(op, 0, 0, 0, pairs, 2))
+        a, b = (op.squeeze(op.slice(apart, axis=4, start=i, end=i + 1), axes=(4,)) for i in range(2))
+    else:
+        a, b = (op.slice(turned, axis=3, start=i * pairs, end=(i + 1) * pairs) for i in range(2))
+    parts = [op.sub(op.mul(a, cos), op.mul(b, sin)), op.add(op.mul(b, cos), op.mul(a, sin))]
+    if attributes["interleaved"]:
+        together = op.concat(*(op.unsqueeze(part, axes=(4,)) for part in parts), axis=4)
+        parts = [op("onnx.Reshape", together, _numbers(op, 0, 0, 0, 2 * pairs))]
+    rest = [op.slice(x, axis=3, start=2 * pairs, end=size)] if size > 2 * pairs else []
+    y = op.concat(*parts, *rest, axis=3)
+    if not heads:
+        return y
+    return op("onnx.Reshape", op.transpose(y, perm=(0, 2, 1, 3)), _numbers(op, 0, 0, heads * size))
+
+
 OPS: Mapping[str, Callable[[Builder, Operands, Attributes], Value]] = {
     "gelu": _gelu,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "softmax": _softmax,
     "attention": _attention,
+    "rotary": _rotary,
 }
 """By op, what writes it out where the opset has no operator for it. Each raises SpellingError where it cannot."""
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention."""
+"""Scaled dot-product attention, and the rotation of its queries and keys by their positions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -88,4 +89,45 @@ def attention(
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     y = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
+    return y.transpose(1, 2).flatten(2) if heads else y
+
+
+def _rotary_axes(node: NodeAxes) -> None:
+    """A head goes whole; cos and sin are of the entries of any head."""
+    x, *angles = node.given
+    heads = node.attributes["heads"]
+    positions = node.positions(x, -1)
+    if heads and positions is not None:
+        units = positions.reshape(heads, -1)
+        node.link(*np.broadcast_arrays(units[:, :1], units))
+    for axis in range(node.rank(x) - (not heads)):
+        node.same(x, axis, node.y, axis)
+    for value in (x, node.y) if not heads else ():
+        node.lock(value, -1, "axis_inside_attention")
+    for value in angles:
+        for axis in range(node.rank(value)):
+            node.lock(value, axis, "axis_inside_attention")
+
+
+def _rotary_cut(cut: Cut, node: NodeAxes) -> list[Value]:
+    heads = node.attributes["heads"]
+    return cut.same(node, heads=cut.share(node, node.x, -1, heads) if heads else 0)
+
+
+@op(flops=0, axes=_rotary_axes, cut=_rotary_cut)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, heads: int = 0) -> Tensor:
+    """Queries or keys with pairs of their entries turned by angles, which grow with the position (Su et al., 2021).
+
+    x: 4-D (batch, heads, length, head size) when heads is 0, else 3-D (batch, length, heads · head size). cos, sin:
+    (batch or 1, length, pairs), of the angles. Of each head the first 2 · pairs entries are turned, the others stay.
+    A pair is entry i and i + pairs, or 2i and 2i + 1 when interleaved.
+    """
+    if heads:
+        x = x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    parts = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+    y = torch.cat([turned, rest], -1)
     return y.transpose(1, 2).flatten(2) if heads else y

@@ -16,7 +16,10 @@ from graphopt.ir.ops.quantization import dequantize, quantize
 def linear_int8(
     x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """linear of uint8 x (with scalar scale and zero point) and int8 weight (out, in), a scale per row; float32 out."""
+    """linear of uint8 x and int8 weight (out, in) with a scale per row; float32 out.
+
+    scale: of x, a scalar, or (..., 1), one for each of its rows; zero_point: a scalar.
+    """
     y = F.linear(x.float() - zero_point.float(), weight.float()) * (scale * weight_scale)
     return y if bias is None else y + bias
 

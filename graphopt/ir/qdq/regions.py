@@ -52,6 +52,16 @@ def end_of(node: Node) -> Node:
     return user if user.kind == "relu" else node
 
 
+def has_row_scale(node: Node) -> bool:
+    """Whether a quantize or dequantize has a scale for each row of what it reads, (..., 1), and at most one zero
+    point."""
+    scale, zero_point = node.required("scale"), node.operand("zero_point")
+    if node.attributes["axis"] is not None or scale.rank is None or scale.rank < 1 or scale.shape is None:
+        return False
+    one_zero = zero_point is None or zero_point.rank == 0
+    return scale.rank == node.required("x").rank and scale.shape[-1] == 1 and one_zero
+
+
 def reads_integers(site: Node) -> bool:
     """Whether all that a linear, conv or matmul multiplies is dequantized, activations from integers of 8 bits."""
     makers = [value.producer for value in site.operands[:2] if value is not None]

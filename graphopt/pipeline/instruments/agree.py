@@ -79,6 +79,9 @@ class Agree(Instrument):
             raise GraphError(f"this pass is declared lossless, and {moved}")
         self._latest = outputs
 
+    def resume(self, graph: Graph) -> None:
+        self._accepted = self._latest = self._outputs(graph)
+
     def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[dict[str, list[Agreement]], list[str]]:
         """The original's outputs compared with those of `run` for the same feeds, by the shapes of these: the worst of
         each output among the examples of the same shapes. And notes on what was not compared.
@@ -89,7 +92,9 @@ class Agree(Instrument):
 
     def moved(self, lowered: Graph, graph: Graph) -> str | None:
         """See `moved_by`: of a graph that is run without the engine's optimizations."""
-        return self.moved_by(lambda feeds: lowered.evaluate(feeds, lowered.outputs), graph)
+        moved = self.moved_by(lambda feeds: lowered.evaluate(feeds, lowered.outputs), graph)
+        lowered.release()
+        return moved
 
     def moved_by(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph) -> str | None:
         """The first output that a run moves beyond the tolerance of a lossless pass, and by how much.
@@ -116,7 +121,9 @@ class Agree(Instrument):
         }
 
     def _outputs(self, graph: Graph) -> list[list[Any]]:
-        return [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
+        outputs = [graph.evaluate(feeds, graph.outputs) for feeds in self.feeds]
+        graph.release()
+        return outputs
 
     def _agreements(
         self, outputs: list[list[Any]], graph: Graph | None = None
@@ -148,7 +155,7 @@ class Agree(Instrument):
                         f"on example {number}, {count} of the {kept[0].numel()} numbers of output {name!r} become NaN "
                         f"or infinite{_origin(graph, feeds)}: leave that out with ignore=[...]"
                     )
-                agreements.append(agreement(name, *kept))
+                agreements.append(agreement(name, a, b, real))
         return {shapes: worst_of_each(several) for shapes, several in by_shapes.items()}, list(notes.values())
 
     def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:

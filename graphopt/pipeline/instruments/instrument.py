@@ -25,6 +25,9 @@ class Instrument:
     def after(self, pass_: Pass, graph: Graph, context: Context) -> None:
         """Called after the pass, whose record is `context.record`. An error raised here fails the pass."""
 
+    def resume(self, graph: Graph) -> None:
+        """Called in the place of passes that ran before, on an equal graph, with what they left."""
+
     def failed(self, pass_: Pass, graph: Graph, context: Context, error: Exception) -> str | None:
         """Called where the pass, or an instrument after it, failed. May return the folder of a reproducer."""
         return None

@@ -10,11 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.backends.onnxruntime import attention, linear, linear_int8, merged_linears, weight_only
+from graphopt.backends.onnxruntime import (
+    attention,
+    linear,
+    linear_int8,
+    merged_linears,
+    skip_layer_norm,
+    weight_only,
+)
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.errors import LoweringError
 from graphopt.ir.graph import Graph
 from graphopt.ir.rewrite import Choice, rewrite
 from graphopt.numerics.metrics import sqnr, within_tolerance
@@ -379,3 +387,76 @@ def test_rows_whose_width_has_a_name_are_made_flat() -> None:
     x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     (expected,) = graph.evaluate({"x": x}, graph.outputs)
     assert within_tolerance(expected, OnnxRuntime().compile(made)({"x": x})[0])
+
+
+RESIDUAL = "s = add(x[b,t,16], r[b,t,16])\nn = rms_norm(s, G[16])\ny = add(mul(n, n), s)"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("form", "kernel"), [
+    ("RMSNormalization", "RMSNormalization"),
+    ("SkipSimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+])  # fmt: skip
+def test_a_residual_and_its_rms_norm(form: str, kernel: str, level: str, tmp_path: Path) -> None:
+    made = formed(RESIDUAL, skip_layer_norm.RMS_RESIDUAL, form)
+    assert kernels(made, level, tmp_path)[kernel] == 1
+
+
+def test_a_residual_of_other_shapes_is_normalized_apart() -> None:
+    text = RESIDUAL.replace("r[b,t,16]", "r[16]")
+    form = "SkipSimplifiedLayerNormalization"
+    assert declined(text, skip_layer_norm.RMS_RESIDUAL, form) == ["residual_norm_unsupported"]
+
+
+ROWS = "y = linear(x[b,t,96], dequantize(W[8,96]:int8:values(-7,5,2), S[8]:values(0.1,0.3), axis=0, bits={bits}))"
+BLOCKS = (
+    "y = linear(x[b,t,96], dequantize(W[8,96]:int8:values(-7,5,2), S[8,3]:values(0.1,0.3), axis=1, block=32, bits=8))"
+)
+
+
+@pytest.mark.parametrize(("bits", "form", "stored"), [
+    (4, "MatMulNBits", (4, 128)), (4, "MatMulNBits in blocks of 32", (4, 32)), (4, "MatMulNBits in 8 bits", (8, 128)),
+    (8, "MatMulNBits in blocks of 32", (8, 32)), (4, "MatMulNBits in float32", (4, 128)),
+])  # fmt: skip
+def test_a_stored_weight_takes_other_blocks_and_bits(bits: int, form: str, stored: tuple[int, int]) -> None:
+    graph = build("onnx", ROWS.format(bits=bits))
+    made = graph.clone()
+    assert rewrite(made, [weight_only.LINEAR.only(form)])["matmul-nbits"].hits == 1
+    (node,) = made.sites("com.microsoft.MatMulNBits")
+    assert (node.attributes["bits"], node.attributes["block_size"]) == stored
+    feeds = fed(graph)
+    (found,), (expected,) = (one.evaluate(feeds, one.outputs) for one in (made, graph))
+    assert sqnr(expected, found) > 35
+
+
+def test_a_stored_weight_keeps_the_blocks_and_bits_that_it_has() -> None:
+    assert declined(BLOCKS, weight_only.LINEAR, "MatMulNBits in blocks of 32") == ["stored_in_blocks"]
+    assert declined(BLOCKS, weight_only.LINEAR, "MatMulNBits in 8 bits") == ["stored_in_as_many_bits"]
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["three", "and one that is split already"])
+def test_stored_linears_on_one_input_become_one_kernel_for_all(split: bool) -> None:
+    stored = "dequantize({name}[16,32]:int8:values(-7,5,2), {name}S[16,1]:values(0.1,0.3), axis=1, block=32, bits=4)"
+    text = "\n".join(f"{name.lower()} = relu(linear(x[b,t,32], {stored.format(name=name)}))" for name in "QKV")
+    parts = "l, r = onnx.Split(o, N[2]:int64:values(8,8), axis=-1, _outputs=2)"
+    own = f"o = linear(relu(x), {stored.format(name='O')})\n{parts}"
+    graph = build("onnx", f"{text}\n{own}\nreturn q, k, v, l, r" if split else f"{text}\nreturn q, k, v")
+    assert isinstance(graph, OnnxGraph)
+    made, feeds = graph.clone(), fed(graph)
+    log = rewrite(made, [merged_linears.WEIGHT_ONLY.only("merged")])["weight-only-linears-on-one-input"]
+    assert log.hits == 3
+    lowered, _ = OnnxRuntime().lower(made)
+    runner = OnnxRuntime().compile(lowered)
+    assert runner.kernels()["MatMulNBits"] == 1 + split
+    OnnxRuntime().check(graph, runner)
+    for one, other in zip(runner(feeds), graph.evaluate(feeds, graph.outputs), strict=True):
+        assert sqnr(other, one) > 30
+
+
+def test_a_kernel_that_is_missing_is_missed_where_linears_are_merged() -> None:
+    stored = "dequantize({name}[16,32]:int8, {name}S[16]:values(0.1), axis=0)"
+    text = "\n".join(f"{name.lower()} = linear(x[b,t,32], {stored.format(name=name)})" for name in "QK")
+    graph = build("onnx", f"{text}\nreturn q, k")
+    floats = build("onnx", "q = linear(x[b,t,32], Q[16,32])\nk = linear(x, K[16,32])\nreturn q, k")
+    with pytest.raises(LoweringError, match="2 weight-only linear were promised and onnxruntime built 0 kernels"):
+        OnnxRuntime().check(graph, OnnxRuntime().compile(floats))

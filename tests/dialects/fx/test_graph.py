@@ -79,6 +79,12 @@ CASES: dict[str, list[Case]] = {
          {"scale": 0.5}),
         ([normal(2, 4, 5, 8), normal(2, 4, 5, 8, seed=1), normal(2, 4, 5, 8, seed=2)], {"causal": True}),
     ],
+    "rotary": [
+        ([normal(2, 4, 3, 8), normal(2, 3, 4), normal(2, 3, 4, seed=1)], {}),
+        ([normal(2, 4, 3, 8), normal(1, 3, 2), normal(1, 3, 2, seed=1)], {"interleaved": True}),
+        ([normal(2, 3, 16), normal(1, 3, 4), normal(1, 3, 4, seed=1)], {"heads": 2}),
+        ([normal(2, 3, 16), normal(2, 3, 3), normal(2, 3, 3, seed=1)], {"heads": 2}),
+    ],
     "layer_norm": [([normal(2, 3, 4), normal(4), normal(4, seed=1)], {"eps": 1e-6}),
                    ([normal(2, 3, 4), normal(3, 4)], {})],
     "rms_norm": [([normal(2, 3, 4), normal(4)], {"eps": 1e-6})],

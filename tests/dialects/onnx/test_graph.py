@@ -16,7 +16,7 @@ from graphopt.errors import GraphError
 from graphopt.ir.graph import Value
 from graphopt.ir.ops import OPS
 from tests.dialects.fx.test_graph import CASES, Case, integers, normal, operand_names, reference
-from tests.language import build, feeds
+from tests.language import build, feeds, outputs
 from tests.models import model, plain_run
 
 PER_CHANNEL = torch.tensor([0.001, 0.002, 0.003, 0.004, 0.005])
@@ -537,3 +537,33 @@ def test_views_compare_by_what_they_view() -> None:
     assert graph.nodes[0] != graph.clone().nodes[0]
     assert isinstance(graph.nodes[0], OnnxNode) and isinstance(graph.inputs[0], OnnxValue)
     assert graph.inputs[0] == graph.nodes[0].input and graph.inputs[0] != graph.inputs[0].transpose()
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(0, False), (2**28, True)])
+def test_a_large_session_is_dropped_when_it_is_released(
+    limit: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.dialects.onnx.graph._LARGE", limit)
+    graph = build("onnx", "y = linear(x[2,4], W[3,4], B[3])")
+    assert isinstance(graph, OnnxGraph)
+    expected = outputs(graph)
+    graph.release()
+    assert (graph._session is not None) is kept
+    torch.testing.assert_close(outputs(graph), expected)
+
+
+def test_results_of_two_branches_are_picked_at_each_run() -> None:
+    graph = build("onnx", "y = relu(x[2,3])")
+    assert isinstance(graph, OnnxGraph)
+    (node,), (x,) = graph.nodes, graph.inputs
+    flag = graph.emit("onnx.Less", graph.emit("mean", x, axes=(0, 1), keepdim=False, at=node),
+                      graph.add_constant(torch.tensor(0.0)), at=node)  # fmt: skip
+    (result,) = graph.emit_if(flag, lambda: [graph.emit("sub", graph.add_constant(torch.tensor(1.0)), x, at=node)],
+                              lambda: [graph.emit("exp", x, at=node)], node)  # fmt: skip
+    graph.replace(node, result)
+    graph.sweep()
+    graph.verify()
+    assert [one.kind for one in graph.nodes] == ["mean", "onnx.Less", "onnx.If"] and result.shape == (2, 3)
+    for given, expected in ((torch.ones(2, 3), torch.ones(2, 3).exp()), (-torch.ones(2, 3), 2 * torch.ones(2, 3))):
+        torch.testing.assert_close(graph.evaluate({"x": given}, graph.outputs)[0], expected)
+        torch.testing.assert_close(graph.clone().evaluate({"x": given}, graph.clone().outputs)[0], expected)

@@ -77,10 +77,26 @@ class Recurrence(nn.Module):
         return z
 
 
-def test_what_recurrent_layers_learn_is_handed_back() -> None:
-    """Though a layer has one weight for both of its directions, and one bias for both of its products."""
+class Tied(nn.Module):
+    """x (batch, 6) -> (batch, 4): one weight under three names, of which the forward pass uses the last two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6, bias=False)
+        self.first, self.second = nn.Sequential(self.shared, nn.Tanh()), nn.Sequential(self.shared, nn.Tanh())
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.second(self.first(x)))
+        return y
+
+
+@pytest.mark.parametrize("kind", [Recurrence, Tied])
+def test_what_has_other_names_in_the_graph_is_handed_back(kind: type[nn.Module]) -> None:
+    """A recurrent layer has one weight for both of its directions, and one bias for both of its products; a tied
+    weight has one of its names."""
     torch.manual_seed(0)
-    model, reference = Recurrence().eval(), Recurrence()
+    model, reference = kind().eval(), kind()
     reference.load_state_dict(model.state_dict())
     small = optimize(
         model, "finetune{epochs=2 lr=0.02 warmup=0 decay=none weight_decay=0}", training=batches(), example_inputs=X

@@ -1,0 +1,1 @@
+"""A package that adds a pass and a target to graphopt."""

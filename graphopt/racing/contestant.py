@@ -1,0 +1,160 @@
+"""A lowered graph in a process of its own, which may fail, crash or hang without harm to this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from graphopt.ir import cost
+from graphopt.ir.graph import Feeds, Graph
+from graphopt.lowering.backend import Backend
+
+SECONDS = 60.0
+"""Least time that a process has for an answer: to start, to load a graph, for one run, for one block of a timing."""
+
+SECONDS_PER_GB = 60.0
+"""What it has beside that, for each GB of weights."""
+
+
+class Lost(Exception):
+    """A contestant does not run: it failed, its process died, or it gave no answer in time; the text says how."""
+
+
+@dataclass
+class TimedCall:
+    """One call of a contestant, for `timing.paired_calls`, which its process times itself."""
+
+    contestant: Contestant
+    shape: int
+
+    def __call__(self) -> None:
+        self.seconds(1)
+
+    def seconds(self, calls: int) -> float:
+        """Of so many calls together. Raises Lost."""
+        return self.contestant.seconds(self.shape, calls)
+
+
+class Contestant:
+    """Starts the process, loads the graph from a file, and runs it once at each of the feeds. Raises Lost."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        graph: Graph,
+        feeds: Sequence[Feeds],
+        folder: Path,
+        threads: int | None = None,
+        limit: float | None = None,
+    ) -> None:
+        """folder: an empty one for its files. limit: seconds for an answer, by default what the size allows."""
+        self.number = len(feeds)
+        self._folder = folder
+        self._limit = limit or SECONDS + SECONDS_PER_GB * cost.Cost.of(graph).bytes / 1e9
+        file = folder / f"graph.{'onnx' if graph.dialect == 'onnx' else 'pt2'}"
+        graph.save(file)
+        torch.save([dict(one) for one in feeds], folder / "feeds.pt")
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._process = _started(folder, self._answers)
+        try:
+            self._ask("start", SECONDS)
+            cls = type(backend)
+            self._ask(
+                "load", backend=f"{cls.__module__}:{cls.__qualname__}", precision=backend.precision, graph=str(file),
+                feeds=str(folder / "feeds.pt"), threads=threads,
+            )  # fmt: skip
+            for shape in range(self.number):
+                self._ask("run", shape=shape, to=str(self._outputs(shape)))
+        except BaseException:
+            self.close()
+            raise
+
+    def outputs(self, shape: int) -> list[Any]:
+        """What it computed at one of the feeds; None where an output is no tensor."""
+        found: list[Any] = torch.load(self._outputs(shape), weights_only=True)
+        return found
+
+    def seconds(self, shape: int, calls: int) -> float:
+        """Seconds of so many calls together, on the child's own clock. Raises Lost."""
+        return float(self._ask("time", shape=shape, calls=calls))
+
+    @property
+    def calls(self) -> list[TimedCall]:
+        """One call for each of the feeds."""
+        return [TimedCall(self, shape) for shape in range(self.number)]
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _outputs(self, shape: int) -> Path:
+        return self._folder / f"outputs{shape}.pt"
+
+    def _ask(self, name: str, limit: float | None = None, **arguments: Any) -> Any:
+        """What the child finds. limit: seconds, by default those of the engine's own work. Raises Lost."""
+        limit = limit or self._limit
+        command = json.dumps({"name": name, **arguments}) + "\n"
+        assert self._process.stdin is not None  # as it was started with a pipe
+        try:
+            self._process.stdin.write(command)
+            self._process.stdin.flush()
+            line = self._answers.get(timeout=limit)
+        except OSError:  # the process is gone
+            line = ""
+        except queue.Empty:
+            raise Lost(f"gave no answer in {limit:.0f} s") from None
+        if not line:
+            raise Lost(_how_it_died(self._process.wait(), self._folder / "stderr"))
+        answer = json.loads(line)
+        if "failed" in answer:
+            raise Lost(f"failed: {answer['failed']}")
+        return answer["found"]
+
+
+def _started(folder: Path, answers: queue.SimpleQueue[str]) -> subprocess.Popen[str]:
+    """A child that imports from where this process does, with a thread that collects its answers."""
+    paths = [path for path in sys.path if path]
+    with (folder / "stderr").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "graphopt.racing.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=errors, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )  # fmt: skip
+    assert process.stdout is not None  # a pipe
+    threading.Thread(target=partial(_collect, process.stdout, answers), daemon=True).start()
+    return process
+
+
+def _collect(pipe: IO[str], answers: queue.SimpleQueue[str]) -> None:
+    """Each line, and an empty one at the end."""
+    try:
+        for line in pipe:
+            answers.put(line)
+    except ValueError:  # `close` has closed the pipe
+        return
+    answers.put("")
+
+
+def _how_it_died(code: int, errors: Path) -> str:
+    """code: what the process returned; below 0 the signal that ended it."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        memory = ", as where memory runs out" if -code == getattr(signal, "SIGKILL", None) else ""
+        return f"its process died of signal {-code} ({name}{memory})"
+    lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"its process ended with code {code}" + (f": {lines[-1][:160]}" if lines else "")

@@ -1,0 +1,156 @@
+"""The race itself: candidates that time themselves, in one interleaved run, and which of them is taken."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from graphopt.measure import timing
+from graphopt.measure.timing import Ratio, Ratios, TimesItself
+from graphopt.racing.contestant import Lost
+from graphopt.report.records import Entrant
+
+CAN_NOT_WIN = 0.5
+"""A candidate whose speed over the baseline's stays below this in its first rounds is no longer timed."""
+
+NARROW = 1.1
+"""Upper over lower end of the 95% interval at which fewer rounds are enough."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a race has measured, by the label of each candidate."""
+
+    baseline: str
+    """What the speeds are over."""
+    speeds: dict[str, Ratios]
+    """Over the baseline."""
+    lost: dict[str, str] = field(default_factory=dict)
+    """How those failed that did not come to the end."""
+    sqnrs: dict[str, float] = field(default_factory=dict)
+    """Of the outputs to the original's, in dB."""
+
+    @property
+    def steady(self) -> bool:
+        """Whether the machine's speed was."""
+        return all(one.overall.steady for one in self.speeds.values())
+
+    def milliseconds(self, label: str) -> tuple[float, ...]:
+        """p50 of one call at each shape."""
+        return tuple(1000 * shape.seconds[label][0] for shape in self.speeds[label].shapes)
+
+    def kept(self) -> dict[str, Any]:
+        """Plain data for the timing cache, with the entries that `graphopt cache` shows of any choice."""
+        overall = {label: ratios.overall for label, ratios in self.speeds.items()}
+        ordered = sorted(overall, key=lambda label: label != self.baseline)
+        return {
+            "form": max(overall, key=lambda label: overall[label].median),
+            "ratios": {label: [overall[label].median, overall[label].low, overall[label].high] for label in ordered},
+            "dropped": self.lost,
+            "race": asdict(self),
+        }
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Figures:
+        """What `kept` gave."""
+        facts = kept["race"]
+        speeds = {
+            label: Ratios(_ratio(one["overall"]), tuple(map(_ratio, one["shapes"])))
+            for label, one in facts["speeds"].items()
+        }
+        return cls(facts["baseline"], speeds, facts["lost"], facts["sqnrs"])
+
+
+def _ratio(facts: Mapping[str, Any]) -> Ratio:
+    seconds = {label: (p50, p90) for label, (p50, p90) in facts["seconds"].items()}
+    return Ratio(**{**facts, "seconds": seconds})
+
+
+def timed(
+    candidates: Mapping[str, Sequence[TimesItself]],
+    baselines: Sequence[str],
+    *,
+    clock: timing.Clock = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
+    probe: Callable[[], object] | None = None,
+    on_round: Callable[[str], object] | None = None,
+) -> Figures:
+    """Time all candidates in one interleaved run (`timing.paired_calls`), each with one call for each shape.
+
+    baselines: labels, of which the first that runs is what the others are compared with; the first candidate where
+    none does. One that is lost on the way is left out, and the others start again. Raises Lost where none is left.
+    """
+    lost: dict[str, str] = {}
+    while remaining := {label: calls for label, calls in candidates.items() if label not in lost}:
+        baseline = next(label for label in (*baselines, *remaining) if label in remaining)
+        named = {label: [_Named(call, label) for call in calls] for label, calls in remaining.items()}
+        try:
+            found = timing.paired_calls(
+                named, baseline=baseline, give_up_below=CAN_NOT_WIN, until=_is_narrow, clock=clock, sleep=sleep,
+                probe=probe, on_round=on_round,
+            )  # fmt: skip
+        except _Out as out:
+            lost[out.label] = out.how
+            continue
+        return Figures(baseline, found, lost)
+    raise Lost("; ".join(f"{label} {how}" for label, how in lost.items()))
+
+
+def _is_narrow(ratios: Ratios) -> bool:
+    return ratios.overall.steady and 0 < ratios.overall.high <= NARROW * ratios.overall.low
+
+
+class _Out(Exception):
+    def __init__(self, label: str, how: str) -> None:
+        self.label, self.how = label, how
+
+
+@dataclass
+class _Named:
+    """A call whose failure says whose it is."""
+
+    call: TimesItself
+    label: str
+
+    def __call__(self) -> None:
+        self.seconds(1)
+
+    def seconds(self, calls: int) -> float:
+        try:
+            return self.call.seconds(calls)
+        except Lost as lost:
+            raise _Out(self.label, str(lost)) from lost
+
+
+def judged(
+    entrants: Sequence[Entrant], rounded: Mapping[int, float], within: float
+) -> tuple[list[Entrant], float | None]:
+    """The entrants, those too far from the original ruled out, and the least SQNR (dB) that the others reach.
+
+    rounded: by the places of the results of a lossy pipeline that kept its passes, the SQNR that these passes leave. An
+    engine that computes some of their sites in floats is closer to the original than was asked for, and sets no higher
+    bar than that. The least is `within` dB below the best of these; there is none where no entrant rounds, or none was
+    compared.
+    """
+    found = [(entrants[place].sqnr, planned) for place, planned in rounded.items()]
+    known = [min(sqnr, planned) for sqnr, planned in found if sqnr is not None]
+    best = max((one for one in known if not math.isnan(one)), default=None)
+    if best is None:
+        return list(entrants), None
+    least = best - within
+
+    def ruled(one: Entrant) -> Entrant:
+        if one.why_out or one.sqnr is None or one.sqnr >= least:
+            return one
+        return replace(one, why_out=f"{best - one.sqnr:.1f} dB below the best, and within={within:g}")
+
+    return [ruled(one) for one in entrants], least
+
+
+def fastest(entrants: Sequence[Entrant]) -> list[int]:
+    """The places of those that may win, the fastest first."""
+    timed = [place for place, one in enumerate(entrants) if one.speed is not None and not one.why_out]
+    return sorted(timed, key=lambda place: -(entrants[place].speed or (0.0,))[0])

@@ -1,0 +1,134 @@
+"""What the folder of a Hugging Face model says of texts, images and answers; data only, no code of it is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graphopt.errors import UsageError
+from graphopt.serving.manifest import AnswerSpec, ImageSpec, TextSpec
+
+TOKENIZER = "tokenizer.json"
+_UNLIMITED = 1 << 20
+"""transformers writes 10**30 where a tokenizer has no limit."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The settings in a folder."""
+
+    has_tokenizer: bool
+    config: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+    image: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    pooling: Mapping[str, Any]
+    sentence: Mapping[str, Any]
+    is_normalized: bool
+    """Whether a sentence encoder's embeddings have length 1."""
+
+    @classmethod
+    def of(cls, folder: Path) -> Folder:
+        modules = folder / "modules.json"
+        return cls(
+            has_tokenizer=(folder / TOKENIZER).is_file(),
+            config=_settings(folder / "config.json"),
+            tokenizer=_settings(folder / "tokenizer_config.json"),
+            image=_settings(folder / "preprocessor_config.json"),
+            generation=_settings(folder / "generation_config.json"),
+            pooling=_settings(folder / "1_Pooling" / "config.json"),
+            sentence=_settings(folder / "sentence_bert_config.json"),
+            is_normalized=modules.is_file() and "Normalize" in modules.read_text(encoding="utf-8"),
+        )
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model predicts the next token."""
+        named = self.config.get("architectures")
+        several = named if isinstance(named, list) else []
+        return any(str(one).endswith(("ForCausalLM", "LMHeadModel")) for one in several)
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens: the least of the limits that the folder names."""
+        said = (
+            self.tokenizer.get("model_max_length"), self.sentence.get("max_seq_length"),
+            self.config.get("max_position_embeddings"), self.config.get("n_positions"),
+        )  # fmt: skip
+        return min((int(one) for one in said if isinstance(one, int | float) and 0 < one < _UNLIMITED), default=None)
+
+    def text_spec(self, generates: bool) -> TextSpec:
+        pad = self.config.get("pad_token_id")
+        ends = self.generation.get("eos_token_id", self.config.get("eos_token_id"))
+        several = ends if isinstance(ends, list) else [ends]
+        return TextSpec(
+            TOKENIZER,
+            self.max_length,
+            pad if isinstance(pad, int) else 0,
+            generates,
+            tuple(int(one) for one in several if isinstance(one, int)) if generates else (),
+        )
+
+    def image_spec(self, inputs: Sequence[str]) -> ImageSpec | None:
+        """The transforms of an image processor; None where the folder holds none, or the model takes no images."""
+        name = "pixel_values" if "pixel_values" in inputs else inputs[0] if len(inputs) == 1 else None
+        if not self.image or name is None:
+            return None
+        own = self.image
+        normalizes = own.get("do_normalize", True)
+        return ImageSpec(
+            input=name,
+            resize=_edges(own.get("size")) if own.get("do_resize", True) else None,
+            crop=_crop(own.get("crop_size", own.get("size"))) if own.get("do_center_crop", False) else None,
+            resample=int(own.get("resample", 2)),
+            scale=float(own.get("rescale_factor", 1 / 255)) if own.get("do_rescale", True) else 1.0,
+            mean=tuple(map(float, own.get("image_mean", [0.5] * 3))) if normalizes else (0.0,) * 3,
+            std=tuple(map(float, own.get("image_std", [0.5] * 3))) if normalizes else (1.0,) * 3,
+        )
+
+    def answer_spec(self, outputs: Sequence[str]) -> AnswerSpec | None:
+        """Labels of a classifier, or the pooling of a sentence encoder."""
+        named = self.config.get("architectures")
+        kind = str(named[0]) if isinstance(named, list) and named else ""
+        labels = self.config.get("id2label")
+        if "logits" in outputs and kind.endswith(("ForSequenceClassification", "ForImageClassification")):
+            count = len(labels) if isinstance(labels, dict) else 2
+            table = labels if isinstance(labels, dict) else {}
+            return AnswerSpec("logits", tuple(str(table.get(str(one), f"LABEL_{one}")) for one in range(count)))
+        if self.pooling and "last_hidden_state" in outputs:
+            way = "cls" if self.pooling.get("pooling_mode_cls_token") else "mean"
+            return AnswerSpec("last_hidden_state", pooling=way, normalize=self.is_normalized)
+        return None
+
+
+def _settings(file: Path) -> Mapping[str, Any]:
+    """The object in a file of JSON; empty where there is no file. Raises UsageError for anything else."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{file} is no JSON") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{file} holds no settings: it is no object")
+    return found
+
+
+def _edges(size: Any) -> tuple[int, ...] | None:
+    if isinstance(size, int):
+        return (size,)
+    if isinstance(size, dict) and "shortest_edge" in size:
+        return (int(size["shortest_edge"]),)
+    if isinstance(size, dict) and {"height", "width"} <= set(size):
+        return int(size["height"]), int(size["width"])
+    return None
+
+
+def _crop(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    edges = _edges(size)
+    return None if edges is None else (edges[0], edges[-1])

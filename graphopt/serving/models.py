@@ -1,0 +1,178 @@
+"""The models of a server: a bundle, or a folder of NAME/VERSION/ bundles; a changed one is loaded again while the old
+one answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from graphopt.errors import BundleError, GraphoptError, described, nearest
+from graphopt.serving import manifest
+from graphopt.serving.batching import Batcher
+from graphopt.serving.metrics import Metrics
+from graphopt.serving.predictor import Predictor
+from graphopt.serving.refusals import Refused
+
+LOG = logging.getLogger("graphopt.serving")
+
+Stamp = tuple[int, int, int]
+"""What of a file changes with its content: inode, time and size."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """One version of a model."""
+
+    name: str
+    version: str
+    predictor: Predictor
+    batcher: Batcher
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}:{self.version}"
+
+
+@dataclass
+class Models:
+    """All models of one process."""
+
+    root: Path
+    pool: Executor
+    threads: int | None
+    at_once: int
+    most_waiting: int
+    allow_variance: bool
+    metrics: Metrics
+    served: dict[str, dict[str, Served]] = field(default_factory=dict)
+    failed: dict[Path, tuple[Stamp | None, str]] = field(default_factory=dict)
+    """Bundles that could not be loaded: what their manifest was then, and why."""
+    _stamps: dict[Path, Stamp] = field(default_factory=dict)
+    _places: dict[Path, tuple[str, str]] = field(default_factory=dict)
+
+    def get(self, name: str | None, version: str | None = None) -> Served:
+        """A version of a model, the highest where none is named; the only model where no name is given.
+
+        Raises Refused: 400 for a name or version that cannot be one, 404 for one that is not there.
+        """
+        if name is None:
+            if len(self.served) != 1:
+                raise Refused(400, f"name the model: there are {', '.join(sorted(self.served)) or 'none'}")
+            name = next(iter(self.served))
+        for given in filter(None, (name, version)):
+            if not manifest.NAME.fullmatch(given):
+                raise Refused(400, "the name of a model or version has letters, digits, dots and hyphens")
+        versions = self.served.get(name)
+        if not versions:
+            raise Refused(404, f"there is no model {name!r}{nearest(name, list(self.served))}")
+        if version is None:
+            return versions[max(versions, key=_order)]
+        if version not in versions:
+            raise Refused(
+                404, f"{name} has no version {version!r}; there are {', '.join(sorted(versions, key=_order))}"
+            )
+        return versions[version]
+
+    async def refresh(self) -> None:
+        """Load what is new or changed, and drop what is gone. A changed bundle takes over once it was read whole and
+        has answered its golden inputs; a damaged one changes nothing."""
+        found = await asyncio.get_running_loop().run_in_executor(None, places, self.root)
+        for path in [one for one in self._places if one not in found]:
+            self._drop(path)
+        for path, (name, version) in found.items():
+            stamp = _stamp(path)
+            if stamp is None or self._stamps.get(path) == stamp:
+                continue
+            if path in self.failed and self.failed[path][0] == stamp:
+                continue
+            await self._load(path, name, version, stamp)
+
+    async def _load(self, path: Path, name: str, version: str, stamp: Stamp) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            predictor = await loop.run_in_executor(None, lambda: Predictor(path, threads=self.threads))
+        except GraphoptError as error:
+            self.failed[path] = (stamp, str(error))
+            LOG.error("%s", error)
+            return
+        except Exception as error:
+            self.failed[path] = (stamp, described(error))
+            LOG.exception("%s cannot be loaded", path)
+            return
+        if _stamp(path) != stamp:  # changed again while it was read: the next round reads it
+            return
+        name = name or predictor.manifest.name
+        self.failed.pop(path, None)
+        before = self.served.get(name, {}).get(version)
+        label = f"{name}:{version}"
+        batcher = Batcher(
+            predictor.manifest,
+            predictor.run,
+            self.pool,
+            at_once=self.at_once,
+            most_waiting=self.most_waiting,
+            allow_variance=self.allow_variance,
+            on_batch=lambda rows: self.metrics.batch(label, rows),
+        )
+        self._drop(path)
+        self.served.setdefault(name, {})[version] = Served(name, version, predictor, batcher)
+        self._stamps[path], self._places[path] = stamp, (name, version)
+        LOG.info("%s %s: SQNR %.1f dB", "reloaded" if before else "loaded", label, predictor.sqnr)
+
+    def _drop(self, path: Path) -> None:
+        """Take a bundle out of service; requests that it has taken are answered by it."""
+        self._stamps.pop(path, None)
+        if path not in self._places:
+            return
+        name, version = self._places.pop(path)
+        versions = self.served.get(name, {})
+        versions.pop(version, None)
+        if not versions:
+            self.served.pop(name, None)
+
+    @property
+    def all(self) -> list[Served]:
+        return [
+            versions[version] for _, versions in sorted(self.served.items()) for version in sorted(versions, key=_order)
+        ]
+
+
+def places(root: Path) -> Mapping[Path, tuple[str, str]]:
+    """The bundles under a folder, with the name (empty: that of the manifest) and the version that they are served as.
+
+    Raises BundleError where the folder is not there.
+    """
+    if (root / manifest.FILE).is_file():
+        return {root: ("", "1")}
+    if not root.is_dir():
+        raise BundleError(f"there is no folder {root}")
+    found: dict[Path, tuple[str, str]] = {}
+    for model in sorted(root.iterdir()):
+        if not model.is_dir() or not manifest.NAME.fullmatch(model.name):
+            continue
+        if (model / manifest.FILE).is_file():
+            found[model] = (model.name, "1")
+            continue
+        for version in sorted(model.iterdir()):
+            if manifest.NAME.fullmatch(version.name) and (version / manifest.FILE).is_file():
+                found[version] = (model.name, version.name)
+    return found
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """Of the manifest, which is written last and holds the hashes of all other files."""
+    try:
+        facts = os.stat(path / manifest.FILE)
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
+def _order(version: str) -> tuple[int, int, str]:
+    """Versions that are numbers by their value, and above all others."""
+    return (1, int(version), "") if version.isdecimal() else (0, 0, version)

@@ -1,0 +1,186 @@
+"""graphopt serve and bench URL: how they refuse, and a server that runs for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+
+from graphopt.serving.load import load
+from tests.cli.test_cli import done, refused
+
+uvicorn = pytest.importorskip("uvicorn")
+
+
+@contextmanager
+def running(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server, once it is ready, and its URL."""
+    command = [sys.executable, "-m", "graphopt", "serve", str(folder), "--port", "0", *options]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as server:
+        try:
+            assert server.stderr is not None
+            lines: list[str] = []
+            while not (found := re.search(r"listening on (http://\S+)", "".join(lines))):
+                lines.append(server.stderr.readline())
+                assert lines[-1], "".join(lines)
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            end = time.monotonic() + 60
+            while time.monotonic() < end and ask(f"{found[1]}/v2/health/ready")[0] != 200:
+                time.sleep(0.05)
+            yield server, found[1]
+        finally:
+            server.kill()
+
+
+def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urlopen(Request(url, data, headers), timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except OSError as error:
+        return getattr(error, "code", 0), None
+
+
+def raw(url: str, content: bytes, seconds: float = 30) -> bytes:
+    """What a server answers to bytes, until it closes the connection."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
+        connection.sendall(content)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+        return received
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_serve_refuses(encoder: Path, tmp_path: Path) -> None:
+    assert "0.0.0.0 can be reached from other machines: give a token" in refused(
+        2, "serve", encoder, "--host", "0.0.0.0"
+    )
+    assert "holds no bundle" in refused(2, "serve", tmp_path)
+    assert "there is no folder" in refused(1, "serve", tmp_path / "nowhere")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in refused(
+            2, "serve", encoder, "--port", port
+        )
+
+
+def test_options_of_models_and_of_servers_do_not_mix(model: Path, tmp_path: Path) -> None:
+    url = "http://127.0.0.1:1"
+    assert "--passes is for models" in refused(2, "bench", url, "--passes", "quantize")
+    for option, value in (("--clients", "2"), ("--seconds", "1"), ("--bundle", tmp_path), ("--token", "x")):
+        assert f"{option} is for servers" in refused(2, "bench", model, option, value)
+    assert "cannot be reached" in refused(2, "bench", url)
+    assert "is no URL of a server or a model" in refused(2, "bench", "http://127.0.0.1:1/else")
+
+
+# --- for real ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_bundle_that_is_damaged_is_not_served(encoder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    copytree(encoder, bundle)
+    (bundle / "golden.npz").write_bytes(b"")
+    for workers in ("1", "2"):
+        command = [sys.executable, "-m", "graphopt", "serve", str(bundle), "--port", "0", "--workers", workers]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 2 and "golden.npz is not the file" in ended.stderr
+
+
+@pytest.mark.slow
+def test_load_with_damage_reload_and_stop(encoder: Path, tmp_path: Path) -> None:
+    """Under load from several clients: malformed requests, a bundle that is replaced, and SIGTERM lose no answer."""
+    bundle = tmp_path / "b"
+    copytree(encoder, bundle)
+    with running(bundle, "--reload-every", "0.1", "--quiet") as (server, url):
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(load(url, clients=8, seconds=4)))
+        thread.start()
+        time.sleep(0.5)
+        for content in (
+            b"nonsense\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost",
+            b"\x00" * 100,
+            b"POST /v2/models/x/infer HTTP/9\r\n\r\n",
+        ):
+            with socket.create_connection(tuple(url.removeprefix("http://").split(":")), timeout=5) as connection:  # type: ignore[arg-type]
+                connection.sendall(content)
+        copytree(encoder, tmp_path / "new")
+        manifest = tmp_path / "new" / "manifest.json"
+        manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        rmtree(bundle)
+        (tmp_path / "new").rename(bundle)
+        thread.join(60)
+        assert found[0].wrong == 0 and found[0].errors == {} and found[0].answers > 50
+        assert found[0].cpu_ms > 0
+
+        thread = threading.Thread(target=lambda: found.append(load(url, clients=8, seconds=2)))
+        thread.start()
+        time.sleep(0.7)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        thread.join(60)
+        assert found[1].wrong == 0 and found[1].answers > 10
+        assert set(found[1].errors) <= {"ConnectionRefusedError"}  # after it has stopped
+
+
+@pytest.mark.slow
+def test_two_workers_a_token_and_bench(encoder: Path) -> None:
+    options = ["--workers", "2", "--token", "secret", "--host", "127.0.0.1", "--threads", "1", "--at-once", "2"]
+    with running(encoder, *options, "--cors", "https://a.example", "--allow-batch-variance") as (server, url):
+        assert ask(f"{url}/v2/models/encoder")[0] == 401
+        told = json.loads(done("bench", url, "--token", "secret", "--clients", "4", "--seconds", "1", "--json"))
+        assert told["wrong"] == 0 and told["errors"] == {} and told["answers"] > 10
+        said = done("bench", f"{url}/v2/models/encoder", "--bundle", encoder, "--token", "secret", "--seconds", "0.5")
+        assert "wrong answers: 0" in said
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_limits_of_connections(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = ["--max-bytes", "1000", "--max-queue", "4", "--max-tokens", "8", "--timeout", "5", "--body-timeout", "0.3"]
+    with running(encoder, *limits) as (_, url):
+        head = b"POST /v2/models/encoder/infer HTTP/1.1\r\nHost: x\r\n"
+        assert raw(url, head + b"Content-Length: 5000\r\n\r\n" + b"x" * 5000).startswith(b"HTTP/1.1 413")
+        assert raw(url, head + b"Content-Length: 100\r\n\r\nslow").startswith(b"HTTP/1.1 408")
+        assert raw(url, head + b"X: " + b"x" * 70_000).startswith(b"HTTP/1.1 431")
+        assert raw(url, b"GET /v2 HT").startswith(b"HTTP/1.1 408")  # after 10 seconds
+        assert raw(url, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+        assert ask(f"{url}/v2/health/live")[0] == 200
+
+
+@pytest.mark.slow
+def test_a_client_of_triton_runs_unchanged(encoder: Path) -> None:
+    client = pytest.importorskip("tritonclient.http")
+    import numpy as np
+
+    with running(encoder) as (_, url), client.InferenceServerClient(url.removeprefix("http://")) as server:
+        assert server.is_server_live() and server.is_server_ready() and server.is_model_ready("encoder")
+        inputs = []
+        for name, array in (("ids", np.array([[3, 4, 5]])), ("mask", np.ones((1, 3), np.int64))):
+            inputs.append(client.InferInput(name, array.shape, "INT64"))
+            inputs[-1].set_data_from_numpy(array)
+        assert server.infer("encoder", inputs).as_numpy("y").shape == (1, 3, 32)

@@ -1,0 +1,51 @@
+"""Each example runs at size tiny, and prints the lines that its expected output has."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from frame import EXAMPLES, Deployed
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples"
+QUICK = ("wild_onnx",)
+"""Those that are quick enough for each run of the tests."""
+
+
+def lines(output: str) -> set[str]:
+    """What stands in front of the figures at the end of an output."""
+    return {re.split(r"  +", line)[0] for line in output.strip().split("\n\n")[-1].splitlines()}
+
+
+def marked(name: str) -> object:
+    return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in EXAMPLES])
+def test_runs_and_ends_with_a_file_that_loads(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAPHOPT_DATA", raising=False)
+    importlib.import_module(name).main(size="tiny", out=tmp_path / "out")
+    found = lines(capsys.readouterr().out)
+    assert {"time", "peak memory"} <= found
+    assert any("size" in line for line in found)
+    expected = FOLDER / "expected" / f"{name}.txt"
+    assert not expected.exists() or lines(expected.read_text(encoding="utf-8")) == found
+    for file in (tmp_path / "out").rglob("*.onnx"):
+        assert Deployed(file).outputs
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_says_how_it_is_called(name: str) -> None:
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert f"python examples/{name}.py" in text
+    assert f"examples/{name}.py" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+
+
+def test_all_are_listed() -> None:
+    files = {file.stem for file in FOLDER.glob("*.py") if "program(main)" in file.read_text(encoding="utf-8")}
+    assert files - {"frame"} == set(EXAMPLES)

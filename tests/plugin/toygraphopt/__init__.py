@@ -1,1 +1,0 @@
-"""An example of a package that adds a pass and a target to graphopt."""

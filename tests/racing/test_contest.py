@@ -1,0 +1,188 @@
+"""A race as `optimize` runs it, with scripted speeds: what is taken, what the report says, and who is left out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graphopt
+from graphopt.errors import LoweringError, UsageError
+from graphopt.measure import memory
+from graphopt.pipeline.instruments import Instrument
+from graphopt.report.records import Entrant
+from graphopt.result import Optimized
+from tests.racing.conftest import Stage
+
+QUANTIZE = "quantize{scheme=dynamic}"
+
+
+def optimized(program: torch.export.ExportedProgram, target: Any, passes: Any = QUANTIZE, **options: Any) -> Optimized:
+    return graphopt.optimize(program, passes, target=target, **{"measure": True, **options})
+
+
+def entrants(small: Optimized) -> dict[tuple[str, str, str], Entrant]:
+    assert small.report.race is not None
+    return {(one.engine, one.model, one.precision): one for one in small.report.race.entrants}
+
+
+def test_takes_the_fastest_engine_and_reports_all(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.speeds = {"fbgemm": 2.0, "healthy": 3.0, "healthy uncompressed": 1.5}
+    small = optimized(program, ["fbgemm", "healthy"])
+    assert small.backend.name == "healthy"
+    found = entrants(small)
+    assert list(found) == [(engine, model, "float32") for engine in ("fbgemm", "healthy")
+                           for model in ("as asked", "uncompressed")]  # fmt: skip
+    assert found["healthy", "as asked", "float32"].speed == (3.0, 3.0, 3.0)
+    assert found["healthy", "uncompressed", "float32"].milliseconds == pytest.approx([1 / 1.5])
+    assert [one["median"] for one in small.report.speed] == [3.0]
+    assert "3.0 times as fast" in str(small)
+    text = str(small.report)
+    assert "race of the engines" in text and "uncompressed" in text and "taken" in text
+    assert stage.open == 0
+    (roofline,) = small.report.roofline
+    read = 2 * 16 * 32 + 2 * 4 * (16 + 32)  # bytes of weights, scales and biases, which take longer than the products
+    assert roofline.least == pytest.approx({"int8": read / 1e9})
+    assert roofline.share == pytest.approx(read / 1e9 / (0.001 / 3))
+    assert "share of the machine's limit" in text
+
+
+def test_the_uncompressed_model_wins_where_it_is_faster(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.speeds = {"fbgemm": 2.0, "healthy": 1.2, "healthy uncompressed": 2.5}
+    small = optimized(program, ["fbgemm", "healthy"])
+    assert (small.backend.name, small.report.pipeline) == ("healthy", "")
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(small(x), program.module()(x))
+    assert small.report.passes == []
+
+
+def test_the_input_itself_is_as_fast_as_the_input(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.speeds = {"fbgemm": 0.5, "healthy": 0.5, "healthy uncompressed": 0.5}
+    small = optimized(program, ["fbgemm", "healthy"])
+    assert "as fast as the input" in repr(small) and "times as fast" not in repr(small)
+
+
+def test_what_is_too_far_from_the_original_cannot_win(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.speeds, stage.noise = {"fbgemm": 2.0, "healthy": 9.0}, {("healthy", "float32"): 0.1}
+    small = optimized(program, ["fbgemm", "healthy"])
+    assert small.backend.name == "fbgemm"
+    found = entrants(small)["healthy", "as asked", "float32"]
+    assert "dB below the best, and within=3" in found.why_out
+    assert optimized(program, ["fbgemm", "healthy"], within=60).backend.name == "healthy"
+
+
+def test_an_engine_that_does_not_run_has_a_row(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.lost = {"crashing": "its process died of signal 11 (SIGSEGV)", "hanging": "gave no answer in 60 s"}
+    small = optimized(program, ["crashing", "hanging", "failing", "fbgemm"])
+    assert small.backend.name == "fbgemm"
+    rows = {one.engine: one.why_out for one in entrants(small).values()}
+    assert "died of signal 11" in rows["crashing"] and "no answer in 60 s" in rows["hanging"]
+    assert "no kernel" in rows["failing"]
+
+
+def test_raises_what_the_first_engine_raised_where_none_runs(
+    program: torch.export.ExportedProgram, stage: Stage
+) -> None:
+    stage.lost = {"crashing": "its process died of signal 11 (SIGSEGV)", "hanging": "gave no answer in 60 s"}
+    with pytest.raises(LoweringError, match="crashing does not run the model"):
+        optimized(program, ["crashing", "hanging"])
+
+
+def test_the_passes_before_quantizing_run_once(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    class Seen(Instrument):
+        names: list[str] = []  # noqa: RUF012
+
+        def before(self, pass_: Any, graph: Any, context: Any) -> None:
+            self.names.append(pass_.name)
+
+    seen = Seen()
+    optimized(program, ["fbgemm", "healthy"], f"sparsify{{amount=0.5}},{QUANTIZE}", instruments=[seen])
+    assert [seen.names.count(name) for name in ("simplify", "sparsify", "quantize")] == [1, 1, 2]
+
+
+def test_a_second_call_reads_the_cache(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.speeds = {"fbgemm": 2.0, "healthy": 3.0}
+    first = optimized(program, ["fbgemm", "healthy"])
+    started, races = len(stage.started), stage.races
+    second = optimized(program, ["fbgemm", "healthy"])
+    assert (len(stage.started), stage.races) == (started, races)
+    assert second.report.race == first.report.race
+
+
+def test_without_measuring_the_first_engine_is_taken(program: torch.export.ExportedProgram, engines: None) -> None:
+    small = optimized(program, ["healthy", "fbgemm"], measure=False)
+    assert small.backend.name == "healthy"
+    assert any("nothing is measured" in note and "healthy, fbgemm" in note for note in small.report.notes)
+    assert "nothing was measured" in str(small.report)
+    second = optimized(program, ["failing", "fbgemm"], measure=False)
+    assert second.backend.name == "fbgemm"
+    assert "no kernel" in entrants(second)["failing", "as asked", "-"].why_out
+
+
+def test_without_inputs_the_first_engine_is_taken(
+    program: torch.export.ExportedProgram, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAPHOPT_MEASURE")
+    unknown = copy.copy(program)
+    unknown._example_inputs = None
+    small = optimized(unknown, ["healthy", "fbgemm"], measure=None)
+    assert small.backend.name == "healthy" and stage.started == []
+    with pytest.raises(UsageError, match="measure=True needs example_inputs"):
+        optimized(unknown, ["healthy", "fbgemm"])
+
+
+def test_too_little_memory_is_an_error(
+    program: torch.export.ExportedProgram, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 1_000_000)
+    with pytest.raises(UsageError, match=r"a race of 2 engines needs about 2\.00 GB .* and 1\.00 MB are free"):
+        optimized(program, ["fbgemm", "healthy"])
+
+
+def test_precision_is_measured_where_a_pass_rounds(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.speeds = {"rounding bfloat16": 3.0, "rounding": 2.0}
+    small = optimized(program, "rounding")
+    assert small.backend.precision == "bfloat16"
+    assert any("floats are computed in bfloat16" in note for note in small.report.notes)
+    stage.noise = {("rounding", "bfloat16"): 0.2}
+    assert optimized(program, "rounding", f"sparsify{{amount=0.25}},{QUANTIZE}").backend.precision == "float32"
+
+
+def test_precision_is_closed_without_a_pass_that_rounds(program: torch.export.ExportedProgram, stage: Stage) -> None:
+    stage.speeds = {"rounding bfloat16": 3.0}
+    small = optimized(program, ["rounding", "fbgemm"], None)
+    assert {precision for _, _, precision in entrants(small)} == {"float32"}
+    for target, options in (("rounding", {"precision": "bfloat16"}), ("rounding{precision=bfloat16}", {})):
+        with pytest.raises(UsageError, match="precision=bfloat16 rounds, and none of the passes does"):
+            optimized(program, target, None, **options)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_a_precision_that_was_asked_for_is_held_to_within(
+    program: torch.export.ExportedProgram, stage: Stage, measure: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage.speeds = {"rounding": 9.0}
+    small = optimized(program, "rounding{precision=bfloat16}", measure=measure)
+    assert small.backend.precision == "bfloat16"
+    if measure:
+        monkeypatch.setenv("GRAPHOPT_CACHE", str(tmp_path / "other"))
+        stage.noise = {("rounding", "bfloat16"): 0.2}
+        with pytest.raises(LoweringError, match=r"precision=bfloat16 gives .* below .* of float32, and within=2"):
+            optimized(program, "rounding", within=2, precision="bfloat16", measure=measure, agree=True)
+
+
+def test_exports_the_winner_and_how_to_load_it(
+    program: torch.export.ExportedProgram, stage: Stage, tmp_path: Path
+) -> None:
+    stage.speeds = {"fbgemm": 2.0}
+    small = optimized(program, ["fbgemm", "healthy"], threads=2)
+    path = small.export(tmp_path / "small.pt2")
+    facts = json.loads(path.with_name("small.pt2.json").read_text())
+    assert facts["load"]["threads"] == 2 and "small.pt2" in facts["load"]["python"]
+    assert facts["race"]["winner"] == 0
+    with pytest.raises(UsageError, match=r"no \.pt2 file, and fbgemm writes \.pt2"):
+        small.export(tmp_path / "small.onnx")
