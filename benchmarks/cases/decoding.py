@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _measured(shape: Shape, folder: Path, settings: Settings) -> tuple[dict[str,
             steps[name] = several
 
     for name, path in files.items():
-        add(f"graphopt {name}", lambda length, path=path: decoders.graphopt_step(path, length, settings.threads))
+        add(f"graphopt {name}", partial(decoders.graphopt_step, path, threads=settings.threads))
     add("PyTorch eager", lambda length: decoders.eager_step(module, length))
     for name, make in _peers(module, folder, settings.threads).items():
         add(name, make)
@@ -169,7 +170,8 @@ def _save(module: nn.Module, folder: Path) -> None:
 
     module.save_pretrained(folder)  # type: ignore[operator]
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")  # type: ignore[no-untyped-call]
+    fast.save_pretrained(folder)
 
 
 def _same_bits(ours: str, peer: str) -> bool:

@@ -119,7 +119,7 @@ def ctranslate2_encoder(folder: Path, threads: int) -> Runs:
 
 def figures(run: Runs, module: nn.Module, judged: Mapping[str, Sequence[Batch]]) -> dict[str, float]:
     """By column, the SNR over all texts."""
-    found = {}
+    found: dict[str, float] = {}
     for name, batches in judged.items():
         energies = {"tokens": [0.0, 0.0], "pooled": [0.0, 0.0]}
         for batch in batches:

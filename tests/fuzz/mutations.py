@@ -157,7 +157,7 @@ def _store_outside(model: onnx.ModelProto, folder: Path, shards: int) -> None:
             file.write(content)
         onnx.external_data_helper.set_external_data(tensor, name, offset, len(content))
         for held in ("raw_data", "float_data", "int32_data", "int64_data"):
-            tensor.ClearField(held)  # type: ignore[arg-type]
+            tensor.ClearField(held)
 
 
 def _entry(model: onnx.ModelProto, random: random.Random, key: str, value: str) -> None:

@@ -121,7 +121,7 @@ def test_a_loop_that_carries_a_sequence(typed: bool) -> None:
 def test_a_file_older_than_the_engine_is_respelled(opset: int) -> None:
     def node(op_type: str, *inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
         old = {"consumed_inputs": [0] * len(inputs)} if opset < 6 and op_type in ("Relu", "BatchNormalization") else {}
-        return helper.make_node(op_type, inputs, [output], **old, **attributes)
+        return helper.make_node(op_type, inputs, [output], **old, **attributes)  # type: ignore[arg-type]
 
     reshape = (node("Reshape", "r", output="f", shape=[0, 4]) if opset < 5
                else node("Reshape", "r", "s", output="f"))  # fmt: skip
@@ -130,7 +130,8 @@ def test_a_file_older_than_the_engine_is_respelled(opset: int) -> None:
         reshape, node("Dropout", "f", output="d", is_test=1), node("Gemm", "d", "w", "g", output="p", broadcast=1),
         node("Add", "p", "g", output="y", broadcast=1),
     ]  # fmt: skip
-    g, h, w = np.float32([1, 2, 3, 4]), np.float32([0, 1, 0, -1]), np.eye(4, dtype=np.float32) * 2
+    g, h = np.array([[1, 2, 3, 4], [0, 1, 0, -1]], np.float32)
+    w = np.eye(4, dtype=np.float32) * 2
     proto = file(*nodes, g=g, h=h, w=w)
     if opset >= 5:
         proto.graph.initializer.append(numpy_helper.from_array(np.array([0, 4]), "s"))
@@ -143,7 +144,8 @@ def test_a_file_older_than_the_engine_is_respelled(opset: int) -> None:
 
 
 def test_an_old_file_whose_axis_is_named_stays_and_is_refused_by_name() -> None:
-    proto = file(helper.make_node("Add", ["x", "c"], ["y"], name="shift", broadcast=1, axis=0), c=np.float32([1, 2, 3]))
+    shift = helper.make_node("Add", ["x", "c"], ["y"], name="shift", broadcast=1, axis=0)
+    proto = file(shift, c=np.array([1, 2, 3], np.float32))
     proto.opset_import[0].version = 6
     with pytest.raises(CaptureError, match=r"Add\(6\) node with name 'shift'"):
         capture(proto, "onnx", example_inputs=X)
