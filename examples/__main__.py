@@ -47,7 +47,9 @@ def main(
         if running.returncode:
             failed.append(name)
         elif size == "full":
-            (HERE / "expected" / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+            expected = HERE / "expected" / f"{name}.txt"
+            expected.parent.mkdir(exist_ok=True)
+            expected.write_text("".join(lines), encoding="utf-8")
     print(f"\n{'example':24}{'minutes':>8}{'peak memory':>14}")
     for name, seconds, memory in rows:
         print(f"{name:24}{seconds / 60:8.1f}{memory / 1e9:11.2f} GB{'  failed' if name in failed else ''}")

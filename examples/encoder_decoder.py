@@ -1,4 +1,4 @@
-"""An encoder-decoder in two files: a T5 that is trained here to write words backwards, and a Whisper with its convs.
+"""An encoder-decoder in two files: a T5 that is trained here to write words backwards.
 
     python examples/encoder_decoder.py
 
