@@ -132,7 +132,7 @@ def failing(*_: Any) -> Any:
 STATIC = "quantize{scheme=static}"
 
 WRONG_OPTIMIZE: dict[str, tuple[dict[str, Any], type[GraphoptError], str]] = {
-    "target": ({"target": 3}, UsageError, "optimize cannot use its arguments|there is no target"),
+    "target": ({"target": 3}, UsageError, "target is 3; give the name of one, or a list of names"),
     "unknown target": ({"target": "onnxruntme"}, UsageError, "did you mean 'onnxruntime'"),
     "cpu": ({"cpu": "z80"}, UsageError, "there is no cpu 'z80'"),
     "passes": ({"passes": object()}, UsageError, "give pass objects, or one text"),

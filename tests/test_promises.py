@@ -358,13 +358,17 @@ def test_values_that_messages_name_are_taken() -> None:
     assert len(named) > 15 and not wrong
 
 
+OF_OTHERS = {"--trace", "--nproc-per-node", "--create-home", "--no-deps", "--start-period", "--no-cache-dir"}
+"""Options of trtexec, torchrun, and what a Dockerfile calls."""
+
+
 def test_options_and_extras_that_messages_name_are_there() -> None:
     """`--calibration` is an option of a command, and `graphopt[demo]` one of the package."""
     shown = "\n".join(messages())
     commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
     params = [param for command in commands for param in command.params]
     options = {name for param in params for name in (*param.opts, *param.secondary_opts)}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown)) - {"--trace"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown)) - OF_OTHERS
     assert len(named) > 5 and named <= options
     extras = set(re.findall(r"graphopt\[(\w+)\]", shown))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
