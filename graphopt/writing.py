@@ -90,6 +90,11 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
             part.rename(place)
 
 
+def into_place(part: Path, place: Path) -> None:
+    """Give a folder, which several processes have written under a temporary name, the name that nothing has yet."""
+    os.replace(part, place)
+
+
 def why_not(path: Path) -> str:
     """Why no file can be written at `path`, and what to do; empty where one can."""
     try:

@@ -58,7 +58,8 @@ ATTENTION = """
     a = attention(q[b,4,s,8], k[b,2,t,8], v[b,2,t,8], m[b,1,s,t]:bool, scale=0.3)
     c = attention(q, q, q, causal=True)
     r = attention(q, k, v, n[b,1,1,t])
-    return a, c, r
+    o = rotary(p[2,4,6,8], cos[2,6,4], sin[2,6,4])
+    return a, c, r, o
 """
 QUANTIZED = """
     s, z = choose_qparams(x[batch,8])

@@ -94,7 +94,8 @@ def function(op_type: str, opset: int) -> ir.Function:
     if name == "linear":
         signature, body = _linear_body(bias, kn)
     elif name == "linear_int8":
-        signature, body = _linear_int8_body(bias, kn, next(one for one in _LINEAR_INT8 if one in variant), opset)
+        form = next((one for one in _LINEAR_INT8 if one in variant), "dynamic")
+        signature, body = _linear_int8_body(bias, kn, form, opset)
     elif name == "conv_int8":
         attributes = "<strides, pads, dilations, group>"
         given = "x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point" + (", bias" if bias else "")

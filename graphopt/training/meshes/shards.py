@@ -7,7 +7,6 @@ themselves: nothing is pickled.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 import warnings
@@ -42,7 +41,7 @@ def _placed(folder: Path, stem: str, part: Path) -> dict[str, str]:
     """Give a written folder its name."""
     free = (folder / f"{stem}.{number}{SUFFIX}" for number in range(len(list(folder.iterdir())) + 1))
     place = next(one for one in free if not one.exists())
-    os.replace(part, place)
+    writing.into_place(part, place)
     return {str(file.relative_to(folder)): _digest(file) for file in sorted(place.iterdir())}
 
 
