@@ -142,7 +142,7 @@ def test_columns_are_left_out_by_name_and_then_rows_become_lists() -> None:
 def test_text_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"columns": 20}
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((sizes["columns"], 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((sizes["columns"], 24)))
     assert text.table(ROWS, optional=("nodes", "sites")).splitlines() == [
         "pass         size", "-----------------", "simplify  90.4 MB", "quantize  22.6 MB",
         "too narrow for:", "nodes, sites",
