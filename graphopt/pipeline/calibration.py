@@ -72,6 +72,12 @@ class Calibration(Batches):
         spread._ranks = ranks
         return spread
 
+    def part(self, index: int, parts: int) -> Calibration:
+        part = super().part(index, parts)
+        assert isinstance(part, Calibration)
+        part.further = self.further[index::parts]
+        return part
+
     @property
     def count(self) -> int | None:
         known = super().count
