@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,16 @@ def test_cuts_each_group_alone(name: str, dialect: str) -> None:
     assert cut == len(ARCHITECTURES[name][2])
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+LONG = {"llama", "gpt2", "encoder", "unshuffle", "unbind", "gate", "doubled", "shuffle", "reflected", "channel pad"}
+"""Architectures and operations that take seconds each, and whose kind others of the list stand for."""
+
+
+def marked(cases: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """Cases of a parametrized test, which end with their name; those of `LONG` are marked slow."""
+    return (pytest.param(*case, marks=[pytest.mark.slow] if case[-1] in LONG else []) for case in cases)
+
+
+@pytest.mark.parametrize("name", marked((name,) for name in ARCHITECTURES))
 def test_cuts_all_groups_at_once(name: str, dialect: str) -> None:
     inputs, graph = ARCHITECTURES[name][1], captured(name, dialect).clone()
     expected = [tensor.shape for tensor in outputs(graph, inputs)]
@@ -212,7 +221,7 @@ NO_SHAPES = {
 
 
 @pytest.mark.parametrize(
-    ("image", "name"), [*((True, name) for name in IMAGES), *((False, name) for name in SEQUENCES)]
+    ("image", "name"), marked([*((True, name) for name in IMAGES), *((False, name) for name in SEQUENCES)])
 )
 def test_follows_channels_through_an_operation(image: bool, name: str, dialect: str) -> None:
     """To its consumer, cutting as many units as expected, or up to the lock that is expected."""

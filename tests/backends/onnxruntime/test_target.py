@@ -203,7 +203,7 @@ class Heads(nn.Module):
 
 
 @pytest.mark.parametrize(("mask", "causal"), [*((mask, False) for mask in MASKS), ("none", True)])
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("kv_heads", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_attention_splits_its_own_heads(kv_heads: int, causal: bool, mask: str) -> None:
     module = Heads(kv_heads, causal, MASKS[mask]).eval()
     draw = torch.Generator().manual_seed(3)
@@ -447,7 +447,7 @@ def test_a_decoder_and_a_conv_net_at_an_older_opset(kind: type[nn.Module], opset
 
 
 @pytest.mark.parametrize(("mask", "causal"), [("none", True), ("boolean", False), ("float", False)])
-@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("kv_heads", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_attention_at_an_older_opset(kv_heads: int, causal: bool, mask: str, tmp_path: Path) -> None:
     module = Heads(kv_heads, causal, MASKS[mask]).eval()
     draw = torch.Generator().manual_seed(3)
