@@ -287,7 +287,14 @@ def test_a_generator_that_is_used_up_says_what_to_pass(encoder: onnx.ModelProto,
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("passes", ["quantize{scheme=dynamic}", "sparsify{amount=0.5}", "low-rank{rank=4}"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "quantize{scheme=dynamic}",
+        pytest.param("sparsify{amount=0.5}", marks=pytest.mark.slow),
+        pytest.param("low-rank{rank=4}", marks=pytest.mark.slow),
+    ],
+)
 def test_a_weight_that_is_not_finite_names_its_module(passes: str) -> None:
     module = seeded(Encoder)
     with torch.no_grad():

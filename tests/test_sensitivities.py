@@ -387,7 +387,7 @@ class Classifier(nn.Module):
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "fbgemm"])
-@pytest.mark.parametrize("given", [torch.from_numpy, np.asarray])
+@pytest.mark.parametrize("given", [torch.from_numpy, pytest.param(np.asarray, marks=pytest.mark.slow)])
 def test_evaluate_is_given_a_model_like_the_original(target: str, given: Callable[..., Any]) -> None:
     module = seeded(Classifier)
     x = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)

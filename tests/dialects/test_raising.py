@@ -309,7 +309,7 @@ def test_a_quantized_encoder_has_the_same_kernels_from_every_exporter(encoder: A
     assert [kernels(result) for result in results] == [expected] * len(EXPORTERS)
 
 
-@pytest.mark.parametrize("how", EXPORTERS[1:])
+@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in EXPORTERS[1:3]), EXPORTERS[3]])
 def test_a_decoder_from_every_exporter(how: tuple[int, bool]) -> None:
     module, inputs = seeded(Decoder), {"ids": tokens()}
     proto = exported(module, inputs, *how)

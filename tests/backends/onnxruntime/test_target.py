@@ -304,7 +304,7 @@ OPEN = {"MatMulIntegerToFloat": 5, "QLinearMatMul": 1, "Softmax": 1, "QuantizeLi
     ("kind", "ops", "kernels"),
     [
         (Products, "linear,matmul,softmax", CLOSED),
-        (Products, "linear,matmul", OPEN),
+        pytest.param(Products, "linear,matmul", OPEN, marks=pytest.mark.slow),
         (MaskedProducts, "linear,matmul,softmax", OPEN),
     ],
 )

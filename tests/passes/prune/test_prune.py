@@ -164,7 +164,7 @@ def test_a_weight_that_others_read_is_not_solved_again(dialect: str) -> None:
     assert any(note.startswith("tied weights stay as they are: ") for note in context.record.notes)
 
 
-@pytest.mark.parametrize("target_share", [0.6, 0.8])
+@pytest.mark.parametrize("target_share", [0.6, pytest.param(0.8, marks=pytest.mark.slow)])
 def test_an_encoder_meets_its_budget(dialect: str, target_share: float) -> None:
     target = {"fx": "fbgemm", "onnx": "onnxruntime"}[dialect]
     batch = {"ids": tokens(), "mask": padding()}
