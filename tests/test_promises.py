@@ -281,7 +281,9 @@ PROMISES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PROMISES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if place % 2 else []) for place, name in enumerate(PROMISES)]
+)
 def test_what_an_error_advises_works(name: str) -> None:
     promise = PROMISES[name]
     with pytest.raises(GraphoptError) as caught:
