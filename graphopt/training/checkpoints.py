@@ -290,7 +290,8 @@ def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, A
     with torch.no_grad():
         module = named("module/")
         for name, one in trainer.spread.tensors.items():
-            one.copy_(module[name])
+            if name in module or name in trainer.parameters:
+                one.copy_(module[name])  # other constants may have no whole under tensor parallel, and don't change
     trainer.objective.load_state_dict(named("objective/"))
     for parameter, rule in trainer.rules.items():
         rule.load_state_dict(named(f"rule/{parameter}/"))
@@ -298,7 +299,8 @@ def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, A
     trainer.step, trainer.epoch = facts["step"], facts["epoch"]
     trainer.seen = facts["steps of the epoch"] * trainer.settings.accumulate
     trainer.spent, trainer.evaluated_at = facts["seconds"], facts["evaluated at"]
-    best = named("best/")
+    best = {name: one.detach().clone() for name, one in trainer.now() if name not in trainer.parameters}
+    best |= named("best/")
     trainer.best = Best({name: best[name].to(one.device) for name, one in trainer.now()}, **facts["best"])
     trainer.outcome.lines, trainer.outcome.notes = facts["lines"], facts["notes"]
     trainer.is_done = facts["done"]
