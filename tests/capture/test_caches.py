@@ -36,7 +36,14 @@ def captured() -> Captured:
     return capture(gpt2(), "onnx", example_inputs={"input_ids": tokens(2, 6)}, cache=True)
 
 
-@pytest.mark.parametrize("example", [step(), step(1), step(4, 3, 1)], ids=["a token", "after a token", "three tokens"])
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(step(), id="a token"),
+        pytest.param(step(1), id="after a token", marks=pytest.mark.slow),
+        pytest.param(step(4, 3, 1), id="three tokens", marks=pytest.mark.slow),
+    ],
+)
 def test_a_cache_among_the_example_inputs_is_captured(example: dict[str, Any]) -> None:
     of_cache = capture(gpt2(), "onnx", example_inputs=example)
     past = pairs(example["past_key_values"])

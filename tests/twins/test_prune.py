@@ -39,7 +39,9 @@ class Recorded(Calibration):
         return iter([self.seen[name] for _, _, name in pairs])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "gpt2" else []) for name in KINDS]
+)
 def test_groups_have_the_same_names(name: str) -> None:
     fx, onnx = (
         [(group.name, group.kind, group.size) for group in groups(captured(name, dialect).graph) if not group.locked]

@@ -131,6 +131,7 @@ def results_of(module: nn.Module, *paths: str) -> Iterator[dict[str, Tensor]]:
         one.remove()
 
 
+@pytest.mark.slow
 def test_blocks_and_relations_of_a_bert() -> None:
     """Against forward hooks: the results of both layers; queries, keys and values of the last, in 8 parts."""
     feeds = {"input_ids": FEEDS["ids"], "attention_mask": FEEDS["mask"]}
