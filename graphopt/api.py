@@ -178,7 +178,10 @@ def optimize(
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
         if teacher is not None and all(leaf.name == "finetune" for leaf in pipeline.leaves() if leaf.trains):
             raise UsageError("teacher= is for distill, and finetune learns from labels: use distill, or leave it out")
-    if asked.is_several and isinstance(calibration, Iterator):  # each dialect reads the batches for itself
+    if asked.is_several and isinstance(calibration, Iterator):
+        if calibration_steps is not None:
+            require_positive_integer("calibration_steps", calibration_steps)
+        # each dialect reads the batches for itself
         calibration = list(islice(user_batches("calibration batches", calibration), calibration_steps))
     with _few_collections(), _session(processes):
         if example_inputs is None:

@@ -48,7 +48,7 @@ class Untouched(Tensor):
             return given
         if isinstance(given, cls) and name in ("__getitem__", "unsqueeze") and isinstance(given.held, np.ndarray):
             cut = given.held[args[1]] if name == "__getitem__" else np.expand_dims(given.held, args[1])
-            return cls.of(np.asarray(cut, object))
+            return cls.of(np.asarray(cut, given.held.dtype))
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
         if isinstance(found, Tensor):

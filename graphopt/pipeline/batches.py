@@ -6,12 +6,12 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from graphopt.capture.arguments import is_structure, leaves_of
 from graphopt.capture.decode import named_leaves
@@ -148,7 +148,7 @@ class Batches:
         (index, parts), what = self._part, f"{self.name} batches"
         if parts == 1 or self.is_split:
             yield from enumerate(itertools.islice(user_batches(what, self._source), self.steps))
-        elif isinstance(self._source, DataLoader) and self._source.batch_sampler is not None:
+        elif _has_sampler(self._source):
             loader = _with_sampler(self._source, _Every(self._source.batch_sampler, index, parts, self.steps))
             yield from zip(itertools.count(index, parts), user_batches(what, loader))
         else:
@@ -267,6 +267,12 @@ class _Every(Sampler[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         return itertools.islice(iter(self.batches), self.index, self.steps, self.parts)
+
+
+def _has_sampler(source: Any) -> TypeGuard[DataLoader[Any]]:
+    """Whether a sampler chooses the batches: one of an iterable dataset has no say."""
+    is_loader = isinstance(source, DataLoader) and source.batch_sampler is not None
+    return is_loader and not isinstance(source.dataset, IterableDataset)
 
 
 def _with_sampler(loader: DataLoader[Any], batches: Sampler[list[Any]]) -> DataLoader[Any]:

@@ -61,7 +61,8 @@ def at_other_lengths(batches: Iterable[Feeds], graph: Graph) -> Lengths | None:
         if same:
             last = _length(same[0])
             found.append(("joined to", same))
-    if middle >= LEAST and (short := in_batches(rows[:ROWS], middle // CUT, size)):
+    short = in_batches(rows[:ROWS], middle // CUT, size) if middle >= LEAST else []
+    if short and all(_fits(graph, feeds) for feeds in short):
         found.append(("cut to", short))
     if not found:
         return None
@@ -101,8 +102,8 @@ def first_rows(batches: Iterable[Feeds], inputs: Sequence[Input], count: int) ->
 
 def _real(value: Input, inputs: Sequence[Input], feeds: Feeds) -> Tensor:
     """Where an input holds no padding, (batch, length)."""
-    length = (value.shape or ("", ""))[1]
-    masks = [feeds[one.name].bool() for one in inputs if is_mask(one.name) and (one.shape or ("", ""))[1] == length]
+    shape = feeds[value.name].shape
+    masks = [feeds[one.name].bool() for one in inputs if is_mask(one.name) and feeds[one.name].shape == shape]
     return torch.stack(masks).any(0) if masks else torch.ones_like(feeds[value.name], dtype=torch.bool)
 
 

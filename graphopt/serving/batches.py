@@ -135,6 +135,20 @@ def measured_padding(
     return Padding(axis, values, wide.sqnr >= golden.least(plain.sqnr), wide.sqnr)
 
 
+def has_rows(run: Run, case: Case) -> bool:
+    """Whether outputs have as many rows as inputs: an open axis 0 may count something else, such as detections, and a
+    file may take one row alone in spite of it."""
+    own = {name: array[:1] for name, array in case.inputs.items()}
+    for count in (2, 3):
+        try:
+            outputs = run(stacked([own] * count))
+        except Exception:  # the engine's own exceptions have no base of theirs
+            return False
+        if any(array.shape[:1] != (count,) for array in outputs.values()):
+            return False
+    return True
+
+
 def measured_invariance(run: Run, case: Case, inputs: Sequence[TensorSpec]) -> float:
     """SQNR (dB) of the answer to one row beside different rows, against the answer beside a copy of itself; the worst.
 

@@ -135,6 +135,8 @@ class Batcher:
             if len(batch) == 1:
                 return [error]
             return [answer for one in batch for answer in self._answers([one])]  # whose fault it was
+        if any(array.shape[:1] != (sum(one.rows for one in batch),) for array in outputs.values()):
+            return [answer for one in batch for answer in self._answers([one])]  # rows are no parts of these outputs
         found, start = [], 0
         for one in batch:
             rows = {name: array[start : start + one.rows] for name, array in outputs.items()}

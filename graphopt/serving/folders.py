@@ -12,6 +12,10 @@ from graphopt.errors import UsageError
 from graphopt.serving.manifest import AnswerSpec, ImageSpec, TextSpec
 
 TOKENIZER = "tokenizer.json"
+_POOLINGS = {
+    frozenset({"pooling_mode_cls_token"}): "cls", frozenset({"pooling_mode_mean_tokens"}): "mean", frozenset(): "mean",
+}  # fmt: skip
+"""What `pooling_mode_...` of sentence-transformers says, where graphopt pools so; the mean is its default."""
 _UNLIMITED = 1 << 20
 """transformers writes 10**30 where a tokenizer has no limit."""
 
@@ -29,10 +33,13 @@ class Folder:
     sentence: Mapping[str, Any]
     is_normalized: bool
     """Whether a sentence encoder's embeddings have length 1."""
+    has_further_modules: bool
+    """Whether something is computed behind the pooling of a sentence encoder, such as a Dense layer."""
 
     @classmethod
     def of(cls, folder: Path) -> Folder:
         modules = folder / "modules.json"
+        listed = modules.read_text(encoding="utf-8") if modules.is_file() else ""
         return cls(
             has_tokenizer=(folder / TOKENIZER).is_file(),
             config=_settings(folder / "config.json"),
@@ -41,7 +48,8 @@ class Folder:
             generation=_settings(folder / "generation_config.json"),
             pooling=_settings(folder / "1_Pooling" / "config.json"),
             sentence=_settings(folder / "sentence_bert_config.json"),
-            is_normalized=modules.is_file() and "Normalize" in modules.read_text(encoding="utf-8"),
+            is_normalized="Normalize" in listed,
+            has_further_modules=any(name in listed for name in ("Dense", "WeightedLayerPooling", "CNN", "LSTM")),
         )
 
     @property
@@ -90,17 +98,24 @@ class Folder:
         )
 
     def answer_spec(self, outputs: Sequence[str]) -> AnswerSpec | None:
-        """Labels of a classifier, or the pooling of a sentence encoder."""
+        """Labels of a classifier of one of several, or the pooling of a sentence encoder.
+
+        None for what answers with its outputs as they are: a regression, several labels at once, another way to pool.
+        """
         named = self.config.get("architectures")
         kind = str(named[0]) if isinstance(named, list) and named else ""
         labels = self.config.get("id2label")
         if "logits" in outputs and kind.endswith(("ForSequenceClassification", "ForImageClassification")):
-            count = len(labels) if isinstance(labels, dict) else 2
+            count = len(labels) if isinstance(labels, dict) else self.config.get("num_labels", 2)
+            if count < 2 or self.config.get("problem_type") in ("regression", "multi_label_classification"):
+                return None
             table = labels if isinstance(labels, dict) else {}
             return AnswerSpec("logits", tuple(str(table.get(str(one), f"LABEL_{one}")) for one in range(count)))
         if self.pooling and "last_hidden_state" in outputs:
-            way = "cls" if self.pooling.get("pooling_mode_cls_token") else "mean"
-            return AnswerSpec("last_hidden_state", pooling=way, normalize=self.is_normalized)
+            modes = {name for name, value in self.pooling.items() if name.startswith("pooling_mode_") and value is True}
+            way = _POOLINGS.get(frozenset(modes))
+            if way is not None and not self.has_further_modules:
+                return AnswerSpec("last_hidden_state", pooling=way, normalize=self.is_normalized)
         return None
 
 

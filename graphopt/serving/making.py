@@ -191,6 +191,7 @@ def _finished(part: Path, source: _Source, name: str, code: str | None, inputs: 
         score, each = min(score, most_sure), [min(one, most_sure) for one in each]
     (part / golden.FILE).write_bytes(golden.written(cases))
     axes = batches.Axes.of(running.inputs, running.outputs)
+    axes = replace(axes, batched=axes.batched and batches.has_rows(running.run, cases[0]))
     example = {key: array[:1] for key, array in cases[0].inputs.items()} if axes.batched else cases[0].inputs
     neighbours = batches.measured_invariance(running.run, cases[0], running.inputs) if axes.batched else None
     outputs = batches.named_outputs(cases, running.inputs, running.outputs, axes)

@@ -152,6 +152,9 @@ class Predictor:
                 yield from map(self.run, group)
                 continue
             outputs = self.run(stacked(group))
+            if any(array.shape[:1] != (len(group),) for array in outputs.values()):
+                yield from map(self.run, group)  # rows are no parts of these outputs
+                continue
             for number, length in enumerate(lengths):
                 one = row(outputs, number)
                 yield one if padding is None else cropped(one, own.outputs, padding, length)

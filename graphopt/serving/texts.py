@@ -30,15 +30,17 @@ class Tokenizer:
             raise BundleError(f"{where}: {spec.tokenizer} is no tokenizer: {described(error)}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._cutting = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())  # prompts are not cut, texts are
+        if spec.max_length is not None:
+            self._cutting.enable_truncation(spec.max_length)
         self.spec = spec
         self._dtypes = {one.name: np.dtype(one.dtype) for one in inputs if one.name in GIVES}
 
     def __call__(self, texts: Sequence[Any], *, pad: bool = True) -> list[Arrays]:
-        """Inputs for each text, a batch of one; a pair of texts is a list of two. Longer ones are cut."""
+        """Inputs for each text, a batch of one; a pair of texts is a list of two. Longer ones are cut in front of
+        their last special token."""
         found = []
-        for encoding in self._tokenizer.encode_batch([_text(one) for one in texts]):
-            if self.spec.max_length is not None and len(encoding.ids) > self.spec.max_length:
-                encoding.truncate(self.spec.max_length)
+        for encoding in self._cutting.encode_batch([_text(one) for one in texts]):
             if not encoding.ids:
                 raise UsageError("an empty text has no tokens")
             columns = dict(zip(GIVES, (encoding.ids, encoding.attention_mask, encoding.type_ids), strict=True))

@@ -187,7 +187,8 @@ class Checkpoints:
         tensors, facts = self._read()
         files, part = facts.get("shards", {}), trainer.spread.part
         spread_anew = facts.get("parts") != trainer.parts
-        is_other = not spread_anew and facts.get("accumulate") != trainer.settings.accumulate
+        of_a_step = trainer.parts * trainer.settings.accumulate
+        is_other = facts.get("parts", 1) * facts.get("accumulate", 0) != of_a_step
         if is_other or any(facts.get(name) != value for name, value in self._whose(trainer).items()):
             raise UsageError(
                 f"{self.file} is the checkpoint of another training (its model, its teacher, its calibration or its "
@@ -306,8 +307,8 @@ def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, A
     trainer.is_done = facts["done"]
     trainer.amp = precision.Amp(facts["amp"], trainer.device)
     trainer.amp.scaler.load_state_dict(facts["scaler"])
-    if (trainer.mesh is not None and not trainer.mesh.leads) or facts["parts"] != trainer.parts:
-        return  # the random numbers are of rank 0, in a mesh of this size
+    if (trainer.mesh is not None and trainer.mesh.data_index) or facts["parts"] != trainer.parts:
+        return  # the random numbers are of rank 0 and of those that have its batches, in a mesh of this size
     name, *rest = facts["numpy"]
     version, internal, gauss = facts["python"]
     numpy_state = (name, tensors["random/numpy"].numpy().astype(np.uint32), *rest)

@@ -142,6 +142,19 @@ class Stream(IterableDataset[Any]):
         yield FEED
 
 
+class Numbers(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from torch.arange(24.0).reshape(8, 3)
+
+
+def test_a_loader_of_a_stream_is_read_in_parts() -> None:
+    """Its batch sampler has no say over what it reads."""
+    whole = Batches(DataLoader(Numbers(), batch_size=2), X)
+    parts = [[feeds["x"] for feeds in whole.part(index, 2)] for index in (0, 1)]
+    read = torch.cat([parts[0][0], parts[1][0], parts[0][1], parts[1][1]])
+    torch.testing.assert_close(read, torch.arange(24.0).reshape(8, 3))
+
+
 def test_count() -> None:
     assert Batches([FEED] * 5, X).count == 5
     assert Batches([FEED] * 5, X, steps=2).count == 2

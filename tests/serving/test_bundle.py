@@ -25,7 +25,7 @@ from graphopt.report.records import Report
 from graphopt.result import Optimized
 from graphopt.serving import Predictor, bundles, golden, manifest
 from tests.cli.test_cli import write_model
-from tests.models import padding, tokens
+from tests.models import model, padding, tokens
 from tests.serving.conftest import WORDS, write_tokenizer
 
 Copy = Callable[[Path], Path]
@@ -65,6 +65,16 @@ def test_the_manifest_holds_what_export_writes_and_more(classifier: Path) -> Non
 def test_dynamic_quantization_is_not_batch_invariant_and_floats_are(classifier: Path, encoder: Path) -> None:
     assert facts(classifier)["batch_invariant"] is False
     assert facts(encoder)["batch_invariant"] is True
+
+
+def test_outputs_that_count_something_else_are_not_split_by_rows(tmp_path: Path) -> None:
+    """Axis 0 of the output is open, and counts what is above 0 in all rows."""
+    text = """g (float[b, 4] x) => (float[n] y) { zero = Constant<value = float {0.0}>()
+        is_above = Greater(x, zero)  all = Constant<value = int64[1] {-1}>()
+        flat = Reshape(x, all)  above = Reshape(is_above, all)  y = Compress<axis = 0>(flat, above) }"""
+    onnx.save(model(text, {}), tmp_path / "m.onnx")
+    bundle = graphopt.bundle(tmp_path / "m.onnx", tmp_path / "b", inputs=[{"x": np.array([[1, -2, 3, 4]], np.float32)}])
+    assert json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["batch_invariant"] is None
 
 
 def test_padding_is_measured(encoder: Path) -> None:

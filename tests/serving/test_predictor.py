@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 import graphopt
 from graphopt.errors import BundleError, UsageError
 from graphopt.serving import Predictor, predictor
 from graphopt.serving.engine import Engine
+from graphopt.serving.folders import Folder
 from graphopt.serving.images import Images
-from graphopt.serving.manifest import ImageSpec
+from graphopt.serving.manifest import ImageSpec, TensorSpec, TextSpec
+from graphopt.serving.texts import Tokenizer
 from tests.models import VOCABULARY, model, padding, tokens
 from tests.serving.conftest import WORDS, write_tokenizer
 
@@ -109,6 +113,44 @@ def test_labels_of_texts_alone_and_together(classifier: Path) -> None:
     for text, table in zip(texts, together, strict=True):
         assert table == found.predict({"text": text[0], "text_pair": text[1]} if isinstance(text, list) else text)
         assert {row["label"] for row in table} == {"bad", "good", "other"}
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling", "modules"),
+    [
+        ({"id2label": {"0": "score"}}, "", ""),
+        ({"num_labels": 1}, "", ""),
+        ({"problem_type": "multi_label_classification"}, "", ""),
+        ({}, '{"pooling_mode_max_tokens": true}', ""),
+        ({}, '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": true}', ""),
+        ({}, '{"pooling_mode_mean_tokens": true}', '[{"type": "sentence_transformers.models.Dense"}]'),
+    ],
+)
+def test_other_answers_are_the_outputs_as_they_are(
+    config: dict[str, Any], pooling: str, modules: str, tmp_path: Path
+) -> None:
+    """A softmax over one score would be 1 for every text."""
+    kind = "AModel" if pooling else "AForSequenceClassification"
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [kind], **config}), encoding="utf-8")
+    if pooling:
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").write_text(pooling, encoding="utf-8")
+        (tmp_path / "modules.json").write_text(modules or "[]", encoding="utf-8")
+    assert Folder.of(tmp_path).answer_spec(["logits", "last_hidden_state"]) is None
+
+
+def test_a_long_text_keeps_its_last_special_token(tmp_path: Path) -> None:
+    inputs = (TensorSpec("input_ids", "int64", ("b", "s")),)
+    made = tokenizers.Tokenizer.from_file(str(write_tokenizer(tmp_path / "hf") / "tokenizer.json"))
+    end = [("w9", WORDS.index("w9"))]
+    made.post_processor = TemplateProcessing(single="$A w9", pair="$A w9 $B w9", special_tokens=end)
+    content = made.to_str().encode()
+    whole = Tokenizer(content, TextSpec("tokenizer.json", None, 0, False, ()), inputs, where="here")
+    cut = Tokenizer(content, TextSpec("tokenizer.json", 6, 0, False, ()), inputs, where="here")
+    for text in ("w2 " * 20, ["w3 " * 20, "w4 " * 20]):
+        (long,), (short,) = whole([text]), cut([text])
+        assert short["input_ids"].shape == (1, 6) and short["input_ids"][0, -1] == long["input_ids"][0, -1]
+    assert len(cut.ids("w2 " * 20)) == len(whole.ids("w2 " * 20))
 
 
 def test_an_embedding_is_the_mean_of_tokens(tmp_path: Path) -> None:

@@ -119,9 +119,14 @@ def _pad(node: onnx.NodeProto, given: _Attributes) -> list[onnx.NodeProto] | Non
     return []
 
 
+def _refused(node: onnx.NodeProto, given: _Attributes) -> None:
+    """A slope for each channel, which from 7 on is broadcast along the last axis."""
+    return None
+
+
 _SPELLINGS: Mapping[str, Callable[[onnx.NodeProto, _Attributes], list[onnx.NodeProto] | None]] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Greater", "Less"), _elementwise),
     "BatchNormalization": _in_test, "Dropout": _in_test, "Gemm": _without("broadcast"), "Reshape": _reshape,
-    "Cast": _cast, "Pad": _pad,
+    "Cast": _cast, "Pad": _pad, "PRelu": _refused,
 }  # fmt: skip
 """Operators that changed by more than what `misfit` sees, or whose attributes say what is so at OPSET."""

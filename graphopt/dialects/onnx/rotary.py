@@ -80,6 +80,8 @@ def _half(op: Builder, value: Value) -> Value:
     """The first half of the last axis of a value whose two halves are equal: what repeats them is left out."""
     node, tensor = value.producer, op.graph.constant(value)
     if tensor is not None:
+        if not tensor.dim() or tensor.shape[-1] % 2:
+            raise Declined("rotary_angles_differ")
         first, second = tensor.chunk(2, -1)
         if not torch.equal(first, second):
             raise Declined("rotary_angles_differ")

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -32,9 +33,18 @@ def write(folder: Path, stem: str, mesh: Mesh, tensors: Mapping[str, Tensor]) ->
     """Write what each rank gives into a new folder beside others, whose name begins with a stem; every rank must call
     it. Returns the digest of each file, by its path in `folder`. Raises OSError where it cannot be written."""
     part = mesh.first(lambda: Path(tempfile.mkdtemp(prefix=writing.MARK, dir=folder)))
-    with _quiet():
+    with _quiet(), _as_os_error():
         save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True))
     return mesh.first(lambda: _placed(folder, stem, part))
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """torch raises what is no Exception where a rank cannot write or read."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise OSError("; ".join(str(one[0]) for one in error.failures.values())) from error
 
 
 def _placed(folder: Path, stem: str, part: Path) -> dict[str, str]:
@@ -61,7 +71,7 @@ def read(folder: Path, files: Mapping[str, str], spread: Spread) -> dict[str, Te
         blank = spread.blank(like(name), one.size, one.properties.dtype)
         if blank is not None:
             blanks[name] = blank
-    with _quiet():
+    with _quiet(), _as_os_error():
         load(blanks, storage_reader=HuggingFaceStorageReader(place), no_dist=spread.mesh is None)
     found = {name: spread.loaded(like(name), blank) for name, blank in blanks.items()}
     return {name: one for name, one in found.items() if one is not None}

@@ -162,7 +162,7 @@ class Stages(Spread):
         """What this stage is handed, and what it hands on, for the first of the batches."""
         given: Meta = []
         left: Meta = [((), (), torch.get_default_dtype())]
-        training = self.segment.training
+        modes = {module: module.training for module in self.segment.modules()}
         self.segment.eval()
         told: list[Any] = [None] * self._count
         with torch.no_grad(), streams.restored():
@@ -175,7 +175,8 @@ class Stages(Spread):
                 dist.all_gather_object(told, own, group=self.mesh.group("pp"))
                 if stage + 1 == self._index:
                     given = told[stage]
-        self.segment.train(training)
+        for module, training in modes.items():  # frozen norms stay as they were
+            module.training = training
         if self._index == self._count - 1:
             left = [((), (), run.dtype_of_loss(given))]
         return given, left
