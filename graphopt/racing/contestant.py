@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,8 @@ class Contestant:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(OSError):  # a command that was written to a process that is gone is flushed again here
+                    pipe.close()
 
     def _outputs(self, shape: int) -> Path:
         return self._folder / f"outputs{shape}.pt"
