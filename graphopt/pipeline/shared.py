@@ -1,4 +1,4 @@
-"""Passes that several targets have in common, run once: pruning and training know nothing of an engine."""
+"""Passes that several targets have in common, run once: what they measure is measured on the first of the targets."""
 
 from __future__ import annotations
 
