@@ -248,7 +248,7 @@ def test_a_body_that_is_too_large(narrow: Client) -> None:
 
 
 def test_a_zip_bomb(narrow: Client) -> None:
-    bomb = gzip.compress(b"0" * 1_000_000)
+    bomb = gzip.compress(b"0" * 1_000_000, mtime=0)
     assert len(bomb) < 2000
     answer = narrow("POST", V2, bomb, {"Content-Encoding": "gzip"})
     assert answer.status == 413 and "after decompression" in answer.error
@@ -256,7 +256,7 @@ def test_a_zip_bomb(narrow: Client) -> None:
 
 @pytest.mark.parametrize(
     ("body", "encoding", "status"),
-    [(b"x", "gzip", 400), (gzip.compress(b"{}" * 50)[:-9], "gzip", 400), (b"x", "br", 415)],
+    [(b"x", "gzip", 400), (gzip.compress(b"{}" * 50, mtime=0)[:-9], "gzip", 400), (b"x", "br", 415)],
 )
 def test_what_cannot_be_decompressed(body: bytes, encoding: str, status: int, narrow: Client) -> None:
     assert narrow("POST", V2, body, {"Content-Encoding": encoding}).status == status
