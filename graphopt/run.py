@@ -157,11 +157,7 @@ class Run:
         small = attempt.small
         small.forget_state()
         small.report.notes += attempt.notes
-        small.report.speed = [
-            {"shapes": shapes_text(feeds), "median": ratio.median, "low": ratio.low, "high": ratio.high,
-             "rounds": ratio.rounds, "steady": ratio.steady}
-            for feeds, ratio in zip(self.captured.feeds, attempt.speed.ratios, strict=True)
-        ]  # fmt: skip
+        small.report.set_speed(map(shapes_text, self.captured.feeds), attempt.speed.ratios)
         known, taken = limits.known(), [ratio.seconds.get("optimized") for ratio in attempt.speed.ratios]
         if known is not None and None not in taken:
             small.set_roofline(known, [one[0] for one in taken if one is not None])

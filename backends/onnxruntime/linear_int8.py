@@ -17,11 +17,7 @@ from graphopt.ir.qdq.numbers import fits_integers, saturates
 from graphopt.ir.qdq.regions import has_row_scale
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule, scalar
 from graphopt.lowering import row_scales
-
-
-def linear_int8(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
-                bias: str | None = None) -> Pattern:  # fmt: skip
-    return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
+from graphopt.lowering.row_scales import linear_int8
 
 
 def _transposed(op: Builder, weight: Value) -> Value:
@@ -35,16 +31,10 @@ def _transposed(op: Builder, weight: Value) -> Value:
 # --- results in floats ---------------------------------------------------------------------------------------------
 
 
-def _is_dynamic(m: Match) -> bool:
-    quantize, ranges = m.x.producer, m.scale.producer
-    kinds = [None if node is None else node.kind for node in (quantize, ranges)]
-    return kinds == ["quantize", "choose_qparams"]
-
-
-def _is_of_rows(m: Match) -> bool:
-    quantize, scale = m.x.producer, m.scale.producer
-    kinds = [None if node is None else node.kind for node in (quantize, scale)]
-    return kinds == ["quantize", "row_scale"]
+def _is_scaled_by(m: Match, op: str) -> bool:
+    """Whether the activation is quantized right in front, with a scale that an op finds at each run."""
+    kinds = [None if node is None else node.kind for node in (m.x.producer, m.scale.producer)]
+    return kinds == ["quantize", op]
 
 
 def _is_static(m: Match) -> bool:
@@ -191,7 +181,7 @@ DYNAMIC = Choice(
         "MatMulIntegerToFloat": _shared_integers,
         "MatMulNBits": _matmul_nbits,
     },
-    check=_is_dynamic,
+    check=lambda m: _is_scaled_by(m, "choose_qparams"),
     around=_on_one_input,
     lossy=frozenset({"MatMulNBits"}),
 )
@@ -206,10 +196,6 @@ STATIC = Choice(
 def _opset(op: Builder) -> int:
     assert isinstance(op.graph, OnnxGraph)
     return op.graph.opset
-
-
-def _quantize_rows(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
-    return op.quantize(x, scale, zero_point, bits=8)
 
 
 def _in_blocks(op: Builder, m: Match) -> Value:
@@ -252,7 +238,7 @@ def _of_magnitudes(op: Builder, m: Match) -> Value:
 ROW_SCALE = Choice("row-scale", _row_scale, {"ReduceMax, ReduceMin": _of_both_ends, "Abs": _of_magnitudes})
 QUANTIZE_ROWS = Choice(
     "quantize-rows",
-    _quantize_rows,
+    row_scales.quantize,
     {"blocks": _in_blocks, "Div": row_scales.divided},
     check=lambda m: has_row_scale(m.root),
 )
@@ -260,7 +246,7 @@ ROWS = Choice(
     "linear-of-rows",
     linear_int8,
     {"MatMulIntegerToFloat": _rows_to_float, "MatMulNBits": _matmul_nbits},
-    check=_is_of_rows,
+    check=lambda m: _is_scaled_by(m, "row_scale"),
     around=_on_one_input,
     lossy=frozenset({"MatMulNBits"}),
 )

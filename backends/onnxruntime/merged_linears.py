@@ -8,10 +8,10 @@ import torch
 
 from graphopt.backends.onnxruntime import weight_only
 from graphopt.backends.onnxruntime.linear import linear
-from graphopt.backends.onnxruntime.linear_int8 import linear_int8
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder
 from graphopt.lowering.merging import has_stored_bias, merge, merge_key
+from graphopt.lowering.row_scales import linear_int8
 
 
 def _merged(op: Builder, m: Match) -> Mapping[Value, Value]:

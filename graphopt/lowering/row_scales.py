@@ -17,12 +17,12 @@ from graphopt.ir.qdq.regions import has_row_scale
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule
 
 
-def _quantize(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
+def quantize(op: Recorder, x: str, scale: str, zero_point: str) -> Pattern:
     return op.quantize(x, scale, zero_point, bits=8)
 
 
-def _linear_int8(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
-                 bias: str | None = None) -> Pattern:  # fmt: skip
+def linear_int8(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str,
+                bias: str | None = None) -> Pattern:  # fmt: skip
     return op.linear_int8(x, scale, zero_point, weight, weight_scale, bias)
 
 
@@ -56,6 +56,6 @@ def _product(op: Builder, m: Match) -> Value:
     return rescaled(op, op.linear(steps, m.weight), m.scale, m.bias)
 
 
-QUANTIZE = Rule("quantize-rows", _quantize, divided, check=lambda m: has_row_scale(m.root))
-LINEAR_INT8 = Rule("linear-int8-of-rows", _linear_int8, _integer_product, check=lambda m: m.scale.rank != 0)
+QUANTIZE = Rule("quantize-rows", quantize, divided, check=lambda m: has_row_scale(m.root))
+LINEAR_INT8 = Rule("linear-int8-of-rows", linear_int8, _integer_product, check=lambda m: m.scale.rank != 0)
 LINEAR = Rule("linear-of-rows", _linear, _product, check=lambda m: has_row_scale(m.activation))

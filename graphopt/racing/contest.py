@@ -327,11 +327,7 @@ class Contest:
         small = winner.make()
         report = small.report
         report.race = Race([*ruled, *self._outsiders()], place, base, shapes, least, figures.steady)
-        report.speed = [
-            {"shapes": text, "median": ratio.median, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds,
-             "steady": ratio.steady}
-            for text, ratio in zip(shapes, figures.speeds[winner.label].shapes, strict=True)
-        ]  # fmt: skip
+        report.set_speed(shapes, figures.speeds[winner.label].shapes)
         small.set_roofline(limits.measured(), [one / 1000 for one in ruled[place].milliseconds])
         report.notes.append(f"raced, {winner.label} is the fastest of {len(order)}; speed is over {figures.baseline}")
         for other in order[1:]:

@@ -106,6 +106,14 @@ class Report:
     reverted: dict[str, Reason] = field(default_factory=dict)
     """By label, the sites that stay as they were because the model was slower with them changed."""
 
+    def set_speed(self, shapes: Iterable[str], ratios: Iterable[Ratio]) -> None:
+        """Say how many times as fast the result is, by example shape."""
+        self.speed = [
+            {"shapes": text, "median": ratio.median, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds,
+             "steady": ratio.steady}
+            for text, ratio in zip(shapes, ratios, strict=True)
+        ]  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON: a reason as its code, values and sentence; infinity and NaN as text."""
         passes = [plain(record) | {"changed": record.changed} for record in self.passes]

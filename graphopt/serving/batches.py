@@ -144,9 +144,14 @@ def has_rows(run: Run, case: Case) -> bool:
             outputs = run(stacked([own] * count))
         except Exception:  # the engine's own exceptions have no base of theirs
             return False
-        if any(array.shape[:1] != (count,) for array in outputs.values()):
+        if not are_rows(outputs, count):
             return False
     return True
+
+
+def are_rows(outputs: Arrays, count: int) -> bool:
+    """Whether each output has so many rows, one for each of the inputs."""
+    return all(array.shape[:1] == (count,) for array in outputs.values())
 
 
 def measured_invariance(run: Run, case: Case, inputs: Sequence[TensorSpec]) -> float:

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-from graphopt.serving.batches import cropped, length_of, padded
+from graphopt.serving.batches import are_rows, cropped, length_of, padded
 from graphopt.serving.engine import stacked
 from graphopt.serving.golden import Arrays
 from graphopt.serving.manifest import Manifest
@@ -135,7 +135,7 @@ class Batcher:
             if len(batch) == 1:
                 return [error]
             return [answer for one in batch for answer in self._answers([one])]  # whose fault it was
-        if any(array.shape[:1] != (sum(one.rows for one in batch),) for array in outputs.values()):
+        if not are_rows(outputs, sum(one.rows for one in batch)):
             return [answer for one in batch for answer in self._answers([one])]  # rows are no parts of these outputs
         found, start = [], 0
         for one in batch:

@@ -23,9 +23,8 @@ import numpy as np
 from graphopt.errors import UsageError, described
 from graphopt.serving import bundles, golden
 from graphopt.serving.golden import Arrays, Case
-from graphopt.serving.tensors_v2 import DATATYPES
+from graphopt.serving.tensors_v2 import DATATYPES, DTYPES
 
-_DTYPES = {name: np.dtype(dtype) for dtype, name in DATATYPES.items()}
 _SECONDS = 60.0
 """Until an answer counts as an error."""
 
@@ -212,7 +211,7 @@ def _outputs(headers: dict[str, str], body: bytes) -> Arrays:
     found, start = {}, length
     for one in json.loads(body[:length])["outputs"]:
         size = one["parameters"]["binary_data_size"]
-        array = np.frombuffer(body, _DTYPES[one["datatype"]], size // _DTYPES[one["datatype"]].itemsize, start)
+        array = np.frombuffer(body, DTYPES[one["datatype"]], size // DTYPES[one["datatype"]].itemsize, start)
         found[one["name"]] = array.reshape(one["shape"])
         start += size
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from graphopt.errors import BundleError, GraphError, UsageError, outer_door, req
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest
 from graphopt.lowering.saturation import CPUS
+from graphopt.measure import timing
 from graphopt.measure.machine import environment
 from graphopt.numerics.metrics import QUANTIZED_SQNR
 from graphopt.pipeline.batches import Batches
@@ -86,7 +86,7 @@ def bundle(
             require_positive_integer("threads", threads)
         name = _name(name, folder)
         source = _Source.of(model, reference, tokenizer, threads)
-        measures = (os.environ.get("GRAPHOPT_MEASURE") != "0" and source.cpu is None) if measure is None else measure
+        measures = (timing.is_on() and source.cpu is None) if measure is None else measure
         with writing.whole_folder(folder, manifest.FILE) as part:
             source.write(part)
             _finished(part, source, name, code, inputs, measures)

@@ -12,7 +12,7 @@ import numpy as np
 from graphopt.errors import BundleError, UsageError, described, first_line, nearest, user_code
 from graphopt.serving import bundles, golden
 from graphopt.serving.answers import answer
-from graphopt.serving.batches import SIZES, cropped, length_of, padded
+from graphopt.serving.batches import SIZES, are_rows, cropped, length_of, padded
 from graphopt.serving.engine import row, stacked
 from graphopt.serving.generation import Generation
 from graphopt.serving.golden import Arrays
@@ -152,7 +152,7 @@ class Predictor:
                 yield from map(self.run, group)
                 continue
             outputs = self.run(stacked(group))
-            if any(array.shape[:1] != (len(group),) for array in outputs.values()):
+            if not are_rows(outputs, len(group)):
                 yield from map(self.run, group)  # rows are no parts of these outputs
                 continue
             for number, length in enumerate(lengths):

@@ -20,7 +20,8 @@ DATATYPES = {
     **{name: name.upper() for name in ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")},
 }  # fmt: skip
 """The protocol's names, by numpy's."""
-_DTYPES = {name: np.dtype(dtype) for dtype, name in DATATYPES.items()}
+DTYPES = {name: np.dtype(dtype) for dtype, name in DATATYPES.items()}
+"""numpy's, by the protocol's names."""
 LENGTH = b"inference-header-content-length"
 
 
@@ -154,9 +155,9 @@ def _tensor(one: Mapping[str, Any], name: str, tail: memoryview, start: int) -> 
     shape, datatype, parameters = one.get("shape"), one.get("datatype"), _parameters(one)
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
         raise Refused(400, f"{name}: shape must be a list of sizes")
-    if not isinstance(datatype, str) or datatype not in _DTYPES:
-        raise Refused(400, f"{name}: datatype must be one of {', '.join(_DTYPES)}")
-    dtype, count = _DTYPES[datatype], math.prod(shape)
+    if not isinstance(datatype, str) or datatype not in DTYPES:
+        raise Refused(400, f"{name}: datatype must be one of {', '.join(DTYPES)}")
+    dtype, count = DTYPES[datatype], math.prod(shape)
     if "shared_memory_region" in parameters:
         raise Refused(400, f"{name}: there is no shared memory here; send the data")
     size = parameters.get("binary_data_size")

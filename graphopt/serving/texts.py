@@ -30,8 +30,9 @@ class Tokenizer:
             raise BundleError(f"{where}: {spec.tokenizer} is no tokenizer: {described(error)}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._cutting = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())  # prompts are not cut, texts are
-        if spec.max_length is not None:
+        self._cutting = self._tokenizer
+        if spec.max_length is not None:  # texts are cut, and prompts are not
+            self._cutting = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
             self._cutting.enable_truncation(spec.max_length)
         self.spec = spec
         self._dtypes = {one.name: np.dtype(one.dtype) for one in inputs if one.name in GIVES}

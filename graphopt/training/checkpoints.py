@@ -300,9 +300,10 @@ def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, A
     trainer.step, trainer.epoch = facts["step"], facts["epoch"]
     trainer.seen = facts["steps of the epoch"] * trainer.settings.accumulate
     trainer.spent, trainer.evaluated_at = facts["seconds"], facts["evaluated at"]
-    best = {name: one.detach().clone() for name, one in trainer.now() if name not in trainer.parameters}
-    best |= named("best/")
-    trainer.best = Best({name: best[name].to(one.device) for name, one in trainer.now()}, **facts["best"])
+    best = named("best/")
+    state = {name: best[name].to(one.device) if name in best or name in trainer.parameters else one.detach().clone()
+             for name, one in trainer.now()}  # fmt: skip
+    trainer.best = Best(state, **facts["best"])
     trainer.outcome.lines, trainer.outcome.notes = facts["lines"], facts["notes"]
     trainer.is_done = facts["done"]
     trainer.amp = precision.Amp(facts["amp"], trainer.device)

@@ -134,7 +134,7 @@ class Quantize(Pass):
         schemes.require_type(self.dtype, context)
         asked = self._asked(graph, context)
         if self._static(asked, context):
-            context = at_other_lengths(graph, context)
+            context = _calibrated_at_other_lengths(graph, context)
         if self.smooth and self.dtype == "int8" and context.calibration is not None:
             asked = self._smoothed(graph, context, asked)
         goal, kept = Goal(self.sqnr, self.cosine, self.max_drop), dict[Node, Decline]()
@@ -212,7 +212,7 @@ class Quantize(Pass):
             context.note(schemes.safety(products))
 
 
-def at_other_lengths(graph: Graph, context: Context) -> Context:
+def _calibrated_at_other_lengths(graph: Graph, context: Context) -> Context:
     """The same, calibrated on the texts of its batches at other lengths too, where the graph takes tokens.
 
     Batches of a generator, which gives them once, are left alone.

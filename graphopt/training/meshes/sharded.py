@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,8 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from graphopt.errors import UsageError
 from graphopt.training.meshes.blocks import Chain, Segment, cut
 from graphopt.training.meshes.mesh import Mesh
-from graphopt.training.meshes.skeleton import emptied, moved
-from graphopt.training.meshes.spread import Spread
+from graphopt.training.meshes.skeleton import Divided, emptied, moved
 from graphopt.training.rules import FixedZeros, WeightRule
 
 
@@ -47,7 +45,7 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-class Sharded(Spread):
+class Sharded(Divided):
     """Each process has a shard of every tensor, and its own batches; with dp, groups of processes are copies."""
 
     def __init__(self, module: fx.GraphModule, trained: Collection[str], mesh: Mesh) -> None:
@@ -119,14 +117,6 @@ class Sharded(Spread):
         several = [torch.empty_like(padded) for _ in range(self._count)]
         dist.all_gather(several, padded, group=self.mesh.group("fsdp"))
         return torch.cat(several)[:size]
-
-    @contextmanager
-    def filled(self, module: nn.Module) -> Iterator[None]:
-        with self._skeleton.filled(self.wholes(self.tensors)):
-            yield
-
-    def settle(self, module: nn.Module) -> None:
-        self._skeleton.fill(self.wholes(self.tensors))
 
     def rules(self, rules: Mapping[str, WeightRule]) -> dict[str, WeightRule]:
         found: dict[str, WeightRule] = {}

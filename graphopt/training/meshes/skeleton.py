@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
+
+from graphopt.training.meshes.spread import Spread
 
 
 class Skeleton:
@@ -52,6 +55,35 @@ class Skeleton:
             nothing = nn.Parameter(getattr(first, name).detach().to("meta"), requires_grad=False)
             for owner, own in places:
                 setattr(owner, own, nothing)
+
+
+class Divided(Spread):
+    """No process has the whole module: a skeleton holds its place, and is filled where what was trained is read."""
+
+    _skeleton: Skeleton
+
+    @contextmanager
+    def filled(self, module: nn.Module) -> Iterator[None]:
+        with self._skeleton.filled(self.wholes(self.tensors)):
+            yield
+
+    def settle(self, module: nn.Module) -> None:
+        self._skeleton.fill(self.wholes(self.tensors))
+
+
+def given_by(
+    sender: int, one: Tensor | None, shape: Sequence[int], dtype: torch.dtype, group: dist.ProcessGroup,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """A tensor that one rank of a group has, on all of them; every rank of the group must call it.
+
+    sender: its place in the group. one: the tensor there, of this shape and dtype; not read elsewhere.
+    """
+    is_here = dist.get_rank(group) == sender
+    assert one is not None or not is_here
+    found = one.contiguous() if is_here and one is not None else torch.empty(shape, dtype=dtype, device=device)
+    dist.broadcast(found, dist.get_global_rank(group, sender), group=group)
+    return found
 
 
 def emptied(module: nn.Module) -> None:

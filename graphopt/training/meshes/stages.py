@@ -6,8 +6,7 @@ many of them as stages, or more, in the 1F1B schedule, with fewer in GPipe's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -22,15 +21,15 @@ from graphopt.pipeline.batches import Batch
 from graphopt.training import streams
 from graphopt.training.meshes.blocks import blocks, cut, returned
 from graphopt.training.meshes.mesh import Mesh
-from graphopt.training.meshes.skeleton import emptied, moved
-from graphopt.training.meshes.spread import Spread, Training
+from graphopt.training.meshes.skeleton import Divided, emptied, given_by, moved
+from graphopt.training.meshes.spread import Training
 from graphopt.training.rules import FixedZeros, MovingPattern, WeightRule
 
 Meta = list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
 """Shape, stride and dtype of each value between two stages."""
 
 
-class Stages(Spread):
+class Stages(Divided):
     """Each process has some of the blocks; with dp, several such pipelines have their own batches."""
 
     def __init__(self, module: fx.GraphModule, trained: Collection[str], mesh: Mesh) -> None:
@@ -81,19 +80,8 @@ class Stages(Spread):
             for name, shape, dtype in several:
                 if name in found:
                     continue
-                one = parts[name].contiguous() if stage == self._index else torch.empty(
-                    shape, dtype=dtype, device=self.mesh.device)  # fmt: skip
-                dist.broadcast(one, dist.get_global_rank(group, stage), group=group)
-                found[name] = one
+                found[name] = given_by(stage, parts.get(name), shape, dtype, group, self.mesh.device)
         return found
-
-    @contextmanager
-    def filled(self, module: nn.Module) -> Iterator[None]:
-        with self._skeleton.filled(self.wholes(self.tensors)):
-            yield
-
-    def settle(self, module: nn.Module) -> None:
-        self._skeleton.fill(self.wholes(self.tensors))
 
     def rules(self, rules: Mapping[str, WeightRule]) -> dict[str, WeightRule]:
         for name, rule in rules.items():

@@ -9,8 +9,7 @@ heads that read it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,8 +27,7 @@ from graphopt.dialects.fx.views import FxValue, raw_of
 from graphopt.errors import UsageError
 from graphopt.ir.graph import Node, Value
 from graphopt.training.meshes.mesh import Mesh
-from graphopt.training.meshes.skeleton import Skeleton
-from graphopt.training.meshes.spread import Spread
+from graphopt.training.meshes.skeleton import Divided, Skeleton, given_by
 from graphopt.training.rules import FixedZeros, MovingPattern, WeightRule
 
 _KINDS = ("heads", "neurons")
@@ -163,7 +161,7 @@ def _connect(
     own.sweep()
 
 
-class TensorParallel(Spread):
+class TensorParallel(Divided):
     """Each process has its part of the heads and neurons, and the same batches as the others; with dp, its own."""
 
     def __init__(
@@ -247,35 +245,20 @@ class TensorParallel(Spread):
         found: dict[str, Tensor] = {}
         for name, shape, dtype in told[0]:  # the first has all
             if name not in self.made.cuts or len(shape) == 0:
-                one = parts[name].contiguous() if self._index == 0 else torch.empty(
-                    shape, dtype=dtype, device=self.mesh.device)  # fmt: skip
-                if name in self.made.first:
-                    dist.broadcast(one, dist.get_global_rank(self._group, 0), group=self._group)
-                else:
-                    one = parts[name]
-                found[name] = one
+                is_of_first = name in self.made.first
+                found[name] = self._given_by(0, parts.get(name), shape, dtype) if is_of_first else parts[name]
                 continue
             axis, places = self.made.cuts[name]
-            several = [
-                parts[name].contiguous() if rank == self._index else torch.empty(
-                    [*shape[:axis], len(place), *shape[axis + 1 :]], dtype=dtype, device=self.mesh.device)
-                for rank, place in enumerate(places)
-            ]  # fmt: skip
-            for rank, one in enumerate(several):
-                dist.broadcast(one, dist.get_global_rank(self._group, rank), group=self._group)
             whole = torch.empty(self._skeleton.shapes[name], dtype=dtype, device=self.mesh.device)
-            for place, one in zip(places, several, strict=True):
-                whole.index_copy_(axis, place.to(whole.device), one)
+            for rank, place in enumerate(places):
+                own_shape = [*shape[:axis], len(place), *shape[axis + 1 :]]
+                part = self._given_by(rank, parts.get(name), own_shape, dtype)
+                whole.index_copy_(axis, place.to(whole.device), part)
             found[name] = whole
         return found
 
-    @contextmanager
-    def filled(self, module: nn.Module) -> Iterator[None]:
-        with self._skeleton.filled(self.wholes(self.tensors)):
-            yield
-
-    def settle(self, module: nn.Module) -> None:
-        self._skeleton.fill(self.wholes(self.tensors))
+    def _given_by(self, rank: int, one: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return given_by(rank, one, shape, dtype, self._group, self.mesh.device)
 
     def rules(self, rules: Mapping[str, WeightRule]) -> dict[str, WeightRule]:
         found: dict[str, WeightRule] = {}
