@@ -174,7 +174,8 @@ SENTENCES = {
     "softmax_row_may_be_nan": "a row that is masked as a whole may be NaN",
     "transpose_reshapes_differ": "the reshapes do more than merge the batch axes and split them again",
     "transpose_shapes_unknown": "the shapes are not known to be 4-D",
-    "rotary_angles_by_head": "the angles of a rotary embedding have shape {shape}: they are not those of all heads",
+    "rotary_angles_by_head": "the angles of a rotary embedding have shape {shape}: they are not one for each position, "
+    "the same for all heads",
     "rotary_angles_differ": "the angles of a rotary embedding are not the same for both halves of a head",
     "rotary_angles_unknown": "the angles of a rotary embedding come from {found}, of which no half is known",
     "rotary_halves_differ": "a rotary embedding does not turn the two halves of a head into each other",
