@@ -467,7 +467,7 @@ class Run:
         lossless = all(one.lossless for one in self.pipeline.leaves())
         if calibration is None or calibration.once or lossless or not lengths.takes_tokens(graph):
             return
-        others = lengths.at_other_lengths(calibration, graph)
+        others = calibration.at_other_lengths(graph)
         feeds = [next(iter(calibration)), *(others.batches if others else ())]
         for one in feeds:
             found, _ = Agree(graph, [one], self.captured.signature.outputs).compare(small.run_anew)
