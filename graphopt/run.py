@@ -445,7 +445,9 @@ class Run:
             moved = None
             if reference is not None:
                 self._compare(small, reference)
-                moved = reference.moved_by(small.run_anew, small.folded) if promised else None
+                if promised:
+                    rounds = self.backend.rounds(small.lowered)
+                    moved = reference.moved_by(small.run_anew, small.folded, rounds=rounds)
             small.forget_state()
             now.result = tables.closeness(report)
         if moved is not None:
@@ -626,9 +628,7 @@ class _Step:
     reverted: Mapping[str, Decline] = field(default_factory=dict)
 
 
-def _evaluated(
-    evaluate: Callable[[Any], float], signature: Signature, mesh: Mesh | None, graph: Graph
-) -> float:
+def _evaluated(evaluate: Callable[[Any], float], signature: Signature, mesh: Mesh | None, graph: Graph) -> float:
     """The metric of a graph, as rank 0 finds it."""
     return evaluated(evaluate, as_model(graph, signature), mesh)
 

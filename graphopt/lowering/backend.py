@@ -56,9 +56,7 @@ class Chooser(Protocol):
     def measured(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
         """By choice, what was measured for each kind of site, as plain data."""
 
-    def decide(
-        self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]
-    ) -> Callable[[Match], str]:
+    def decide(self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]) -> Callable[[Match], str]:
         """From a match to the name of its form.
 
         finish: lowers the rest of a graph in which one form was applied, so that it can be compiled.
@@ -134,6 +132,10 @@ class Backend(ABC):
         """Runs of the file that `export` would write, by how an engine optimizes it; none where it is what ran here."""
         return {}
 
+    def rounds(self, graph: Graph) -> bool:
+        """Whether kernels of a lowered graph round activations to 8 bits that are floats in ops (`Choice.lossy`)."""
+        return False
+
     # --- what some targets say -------------------------------------------------------------------------------------
 
     suffix: ClassVar[str] = ""
@@ -144,6 +146,7 @@ class Backend(ABC):
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+
     @property
     def quantizes(self) -> tuple[str, ...]:
         """Ops whose results a kernel quantizes as it computes them."""
