@@ -73,6 +73,10 @@ class LowRank(Pass):
             return f"{' and '.join(given)} choose ranks in different ways; give one of them"
         return None
 
+    @property
+    def measures(self) -> bool:
+        return self.rank == "break-even"
+
     def run(self, graph: Graph, context: Context) -> None:
         splits: dict[Node, Split] = {}
         for site in selected(graph, context, self.targets, self.ignore):
