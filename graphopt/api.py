@@ -43,7 +43,7 @@ from graphopt.pipeline.loss import Loss, followed
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.prompts import in_steps
 from graphopt.pipeline.runner import Pipeline, leaves
-from graphopt.pipeline.shared import SharedPasses
+from graphopt.pipeline.shared import SharedPasses, shared
 from graphopt.pipeline.text import parse
 from graphopt.racing.contest import Contest
 from graphopt.racing.engines import Engines, engines, require_precision
@@ -170,9 +170,9 @@ def optimize(
         if is_race and processes is not None:
             raise UsageError("engines and precisions are raced by one process, and this is one of several: give one "
                              "target, without precision=")  # fmt: skip
-        if asked.is_several and checkpoint is not None and _trains_rounded(pipeline):
-            raise UsageError("checkpoint= keeps one training, and what is trained behind quantize is trained for each "
-                             "engine: give one target")  # fmt: skip
+        if asked.is_several and checkpoint is not None and _trains_for_each(pipeline):
+            raise UsageError("checkpoint= keeps one training, and what is trained behind quantize, or behind a pass "
+                             "that measures, is trained for each engine: give one target")  # fmt: skip
         for option, given in (("training", training), ("teacher", teacher), ("checkpoint", checkpoint)):
             if given is not None and not pipeline.is_trained:
                 raise UsageError(f"{option}= is for passes that train, and there are none: add distill or finetune")
@@ -524,14 +524,10 @@ def _require_open(asked: Engines, is_lossy: bool) -> None:
             backend.at(precision)
 
 
-def _trains_rounded(pipeline: Pipeline) -> bool:
-    """Whether a pass trains behind one that rounds."""
-    done: list[Pass] = []
-    for leaf in pipeline.leaves():
-        if leaf.trains and rounds(done):
-            return True
-        done.append(leaf)
-    return False
+def _trains_for_each(pipeline: Pipeline) -> bool:
+    """Whether a pass trains what several engines do not have in common."""
+    own = pipeline.passes[len(shared(pipeline.passes)) :]
+    return any(leaf.trains for one in own for leaf in leaves(one))
 
 
 def _is_race_of_precisions(asked: Engines, measures: bool, is_lossy: bool) -> bool:

@@ -56,9 +56,7 @@ class Chooser(Protocol):
     def measured(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
         """By choice, what was measured for each kind of site, as plain data."""
 
-    def decide(
-        self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]
-    ) -> Callable[[Match], str]:
+    def decide(self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]) -> Callable[[Match], str]:
         """From a match to the name of its form.
 
         finish: lowers the rest of a graph in which one form was applied, so that it can be compiled.
@@ -127,12 +125,21 @@ class Backend(ABC):
     ) -> None:
         """Write a deployable file, checked; see `Optimized.export`.
 
-        `path` lies in an empty folder, whose files are moved to where the user wants them once this returns.
+        `path` lies in an empty folder, whose files are moved to where the user wants them once this returns; for a
+        target that writes a folder it is the empty folder itself.
         """
 
     def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Feeds], Sequence[Any]]]:
         """Runs of the file that `export` would write, by how an engine optimizes it; none where it is what ran here."""
         return {}
+
+    def rounds(self, graph: Graph) -> bool:
+        """Whether kernels of a lowered graph round activations to 8 bits that are floats in ops (`Choice.lossy`)."""
+        return False
+
+    def written(self, graph: Graph, path: Path) -> Callable[[Feeds], Sequence[Any]] | None:
+        """A run of what `export` has written, read again; None where it is not run here. graph: what was written."""
+        return None
 
     # --- what some targets say -------------------------------------------------------------------------------------
 
@@ -140,10 +147,13 @@ class Backend(ABC):
     """How the name of a file that it writes ends, such as .onnx; empty for any."""
     other_suffixes: ClassVar[tuple[str, ...]] = ()
     """Of files of other forms that it writes too."""
+    folder_mark: ClassVar[str] = ""
+    """Of a target that writes a folder: a file in it, by which that is known, and may be replaced. Empty for files."""
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+
     @property
     def quantizes(self) -> tuple[str, ...]:
         """Ops whose results a kernel quantizes as it computes them."""

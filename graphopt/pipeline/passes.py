@@ -79,6 +79,11 @@ class Pass:
         return None
 
     @property
+    def measures(self) -> bool:
+        """Whether it asks the target how fast graphs are (`Target.ratios`): what it leaves is made for that engine."""
+        return False
+
+    @property
     def marks(self) -> bool:
         """Whether it changes nothing, and only marks what the training behind it learns to remove (`Context.marks`)."""
         return False

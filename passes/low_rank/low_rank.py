@@ -74,8 +74,12 @@ class LowRank(Pass):
         return None
 
     def within(self) -> LowRank | None:
-        budgeted = self.params is not None or self.flops is not None or self.rank == "break-even"
+        budgeted = self.params is not None or self.flops is not None or self.measures
         return None if budgeted else replace(self, fit="weights")
+
+    @property
+    def measures(self) -> bool:
+        return self.rank == "break-even"
 
     def run(self, graph: Graph, context: Context) -> None:
         splits: dict[Node, Split] = {}

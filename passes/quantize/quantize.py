@@ -229,7 +229,7 @@ def _calibrated_at_other_lengths(graph: Graph, context: Context) -> Context:
     if calibration.once:
         context.note("calibrated at the lengths of the batches alone: a generator gives them once")
         return context
-    found = lengths.at_other_lengths(calibration, graph)
+    found = calibration.at_other_lengths(graph)
     if found is None:
         return context
     context.note(found.note)
