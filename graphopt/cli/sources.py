@@ -270,6 +270,8 @@ def tokenizer_in(folder: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UsageError("texts need transformers: pip install 'graphopt[demo]'") from error
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder {folder} with a tokenizer")
     what = f"{folder} holds no tokenizer that transformers loads"
     with outer_door(UsageError, what):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
