@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree, rmtree
@@ -109,41 +110,107 @@ def test_a_bundle_that_is_damaged_is_not_served(encoder: Path, tmp_path: Path) -
         assert ended.returncode == 2 and "golden.npz is not the file" in ended.stderr
 
 
-@pytest.mark.slow
-def test_load_with_damage_reload_and_stop(encoder: Path, tmp_path: Path) -> None:
-    """Under load from several clients: malformed requests, a bundle that is replaced, and SIGTERM lose no answer."""
-    bundle = tmp_path / "b"
-    copytree(encoder, bundle)
-    with running(bundle, "--reload-every", "0.1", "--quiet") as (server, url):
-        found: list[Any] = []
-        thread = threading.Thread(target=lambda: found.append(load(url, clients=8, seconds=4)))
-        thread.start()
-        time.sleep(0.5)
-        for content in (
-            b"nonsense\r\n\r\n",
-            b"GET / HTTP/1.1\r\nHost",
-            b"\x00" * 100,
-            b"POST /v2/models/x/infer HTTP/9\r\n\r\n",
-        ):
-            with socket.create_connection(tuple(url.removeprefix("http://").split(":")), timeout=5) as connection:  # type: ignore[arg-type]
-                connection.sendall(content)
-        copytree(encoder, tmp_path / "new")
-        manifest = tmp_path / "new" / "manifest.json"
-        manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")
-        rmtree(bundle)
-        (tmp_path / "new").rename(bundle)
-        thread.join(60)
-        assert found[0].wrong == 0 and found[0].errors == {} and found[0].answers > 50
-        assert found[0].cpu_ms > 0
+def workers_of(server: subprocess.Popen[str]) -> list[int]:
+    """The processes that answer."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text(encoding="utf-8").split()
+    return [int(one) for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
 
-        thread = threading.Thread(target=lambda: found.append(load(url, clients=8, seconds=2)))
-        thread.start()
-        time.sleep(0.7)
+
+def memory(process: int) -> int:
+    """Resident bytes."""
+    pages = int(Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+LOAD_SECONDS = float(os.environ.get("GRAPHOPT_LOAD_SECONDS", "6"))
+"""How long the test of load takes."""
+MALFORMED = (
+    b"nonsense\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost",
+    b"\x00" * 100,
+    b"POST /v2/models/x/infer HTTP/9\r\n\r\n",
+    b"POST /v2/models/b/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n{",
+    b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Encoding: gzip\r\n\r\n{}",
+    b"POST /v2/models/b/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+    b"Inference-Header-Content-Length: 2\r\n\r\n{}1234567",
+    b"POST /v2/models/b/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+)  # fmt: skip
+
+
+def send_malformed(url: str, ends: float) -> int:
+    """One malformed request for each hundred that were answered, until a time. How many were sent."""
+    sent = 0
+    while time.monotonic() < ends:
+        with urlopen(f"{url}/metrics", timeout=30) as answer:
+            found = re.findall(rb'^graphopt_requests_total\{.*status="200"\} (\d+)$', answer.read(), re.MULTILINE)
+        for _ in range(max(0, sum(map(int, found)) // 100 - sent)):
+            with socket.create_connection(tuple(url.removeprefix("http://").split(":")), timeout=30) as connection:  # type: ignore[arg-type]
+                connection.sendall(MALFORMED[sent % len(MALFORMED)])
+                connection.shutdown(socket.SHUT_WR)
+                answer_ = connection.recv(65536)
+                assert answer_ == b"" or answer_.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), answer_
+            sent += 1
+        time.sleep(0.1)
+    return sent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes and their memory are read from /proc")
+def test_load_with_damage_reload_and_stop(encoder: Path, tmp_path: Path) -> None:
+    """Under load: malformed requests, a bundle that is replaced each second, a worker that is told to stop, and then
+    the server. No answer is lost or wrong, and memory does not grow."""
+    bundle, seconds = tmp_path / "b", LOAD_SECONDS
+    copytree(encoder, bundle)
+    with running(bundle, "--workers", "2", "--reload-every", "0.1", "--quiet") as (server, url):
+        ends = time.monotonic() + seconds
+        with ThreadPoolExecutor(2) as pool:
+            loaded = pool.submit(load, url, clients=8, seconds=seconds)
+            malformed = pool.submit(send_malformed, url, ends - 1)
+            first, other = workers_of(server)
+            begin, told, reloads = 0, False, 0
+            while time.monotonic() < ends - 1:
+                time.sleep(1)
+                replace_bundle(encoder, bundle, reloads)
+                reloads += 1
+                if not told and time.monotonic() > ends - 0.7 * seconds:
+                    os.kill(first, signal.SIGTERM)
+                    told, begin = True, memory(other)
+            end, replaced = memory(other), workers_of(server)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+            found, sent = loaded.result(), malformed.result()
+    print(f"{found}\n{sent} malformed requests, {reloads} reloads, {begin >> 20} -> {end >> 20} MiB")
+    assert told and other in replaced and first not in replaced
+    assert found.wrong == 0 and found.answers > 10 * seconds and sent > found.answers // 500
+    assert set(found.errors) <= {"ConnectionRefusedError"}  # after the server has stopped
+    assert end - begin < 32 << 20
+
+
+def replace_bundle(encoder: Path, bundle: Path, number: int) -> None:
+    """Put another bundle that answers the same in the place of one that is served."""
+    made = bundle.with_name(f"new{number}")
+    copytree(encoder, made)
+    manifest = made / "manifest.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8") + "\n" * (1 + number % 2), encoding="utf-8")
+    rmtree(bundle)
+    made.rename(bundle)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
+def test_workers_that_are_killed_together_are_started_again(encoder: Path) -> None:
+    with running(encoder, "--workers", "2", "--quiet") as (server, url):
+        before = workers_of(server)
+        for one in before:
+            os.kill(one, signal.SIGKILL)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and (
+            ask(f"{url}/v2/health/ready")[0] != 200 or not set(workers_of(server)).isdisjoint(before)
+        ):
+            time.sleep(0.1)
+        assert ask(f"{url}/v2/health/ready")[0] == 200 and server.poll() is None
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
-        thread.join(60)
-        assert found[1].wrong == 0 and found[1].answers > 10
-        assert set(found[1].errors) <= {"ConnectionRefusedError"}  # after it has stopped
 
 
 @pytest.mark.slow
