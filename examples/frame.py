@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import onnxruntime
 import torch
 import typer
 from torch import Tensor
@@ -79,6 +78,8 @@ class Deployed:
     """A file in ONNX Runtime alone: tensors or arrays in by name, tensors out by name."""
 
     def __init__(self, path: Path) -> None:
+        import onnxruntime  # here, as graphopt turns its telemetry off, where it comes first
+
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.inputs = [one.name for one in self.session.get_inputs()]
         self.outputs = [one.name for one in self.session.get_outputs()]
