@@ -13,6 +13,7 @@ from torch import Tensor
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.dialects.onnx.quantized import rounds_activations
 from graphopt.ir.graph import Feeds, Graph
 from graphopt.ir.qdq.regions import require_no_int8_ops
 from graphopt.ir.rewrite import Choice, Rule
@@ -46,7 +47,11 @@ class OnnxTarget(Backend):
     def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Feeds], list[Tensor]]]:
         assert isinstance(graph, OnnxGraph)
         model = self.deployable(graph, opset)
-        return {level: partial(onnx_run.run, onnx_run.session(model, level=level)) for level in self.levels}
+        return {level: partial(onnx_run.run, onnx_run.session(model, level=level, exact=True)) for level in self.levels}
+
+    def rounds(self, graph: Graph) -> bool:
+        assert isinstance(graph, OnnxGraph)
+        return rounds_activations(graph.model)
 
     def graphsurgeon(self, graph: Graph) -> Any:
         assert isinstance(graph, OnnxGraph)

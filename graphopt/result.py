@@ -379,8 +379,9 @@ class Optimized:
         what = "a portable file" if opset is None else f"the file at opset {opset}"
         with outer_door(GraphError, f"{what} does not run: give another opset, or leave it out"):
             reference = Agree(graph, self.feeds, self.signature.outputs)
+            rounds = self.backend.rounds(graph)
             for level, run in self.backend.exported(graph, opset).items():
-                if (moved := reference.moved_by(run, graph)) is not None:
+                if (moved := reference.moved_by(run, graph, rounds=rounds)) is not None:
                     raise GraphError(f"{what} would compute something else (optimizations: {level}): {moved}")
 
     def _metadata(self, portable: bool) -> dict[str, str]:

@@ -90,6 +90,8 @@ class Run:
     """Runs a lowered graph elsewhere before it is run in this process; raises a GraphoptError where it does not run."""
     original: Graph | None = None
     """The input as it runs on the target, where that is known (`originals`)."""
+    asked: Report | None = None
+    """Of the passes that were asked for, before any of their sites is reverted: once they have run."""
     mesh: Mesh | None = None
     """The processes that run this together: all of them the passes, rank 0 alone what follows."""
     _is_shared: bool = False
@@ -218,6 +220,8 @@ class Run:
         self._is_shared = True
         transformed, folded, sparse = self._transformed(pipeline, report, reference, reverted or {})
         self._is_shared = False
+        if pipeline is self.pipeline and not reverted:
+            self.asked = report
         as_it_came = lowered is not None
         if lowered is None:
             lowered = self._lowered(pipeline, folded, report)
@@ -441,7 +445,9 @@ class Run:
             moved = None
             if reference is not None:
                 self._compare(small, reference)
-                moved = reference.moved_by(small.run_anew, small.folded) if promised else None
+                if promised:
+                    rounds = self.backend.rounds(small.lowered)
+                    moved = reference.moved_by(small.run_anew, small.folded, rounds=rounds)
             small.forget_state()
             now.result = tables.closeness(report)
         if moved is not None:
@@ -463,7 +469,7 @@ class Run:
         lossless = all(one.lossless for one in self.pipeline.leaves())
         if calibration is None or calibration.once or lossless or not lengths.takes_tokens(graph):
             return
-        others = lengths.at_other_lengths(calibration, graph)
+        others = calibration.at_other_lengths(graph)
         feeds = [next(iter(calibration)), *(others.batches if others else ())]
         for one in feeds:
             found, _ = Agree(graph, [one], self.captured.signature.outputs).compare(small.run_anew)
@@ -622,9 +628,7 @@ class _Step:
     reverted: Mapping[str, Decline] = field(default_factory=dict)
 
 
-def _evaluated(
-    evaluate: Callable[[Any], float], signature: Signature, mesh: Mesh | None, graph: Graph
-) -> float:
+def _evaluated(evaluate: Callable[[Any], float], signature: Signature, mesh: Mesh | None, graph: Graph) -> float:
     """The metric of a graph, as rank 0 finds it."""
     return evaluated(evaluate, as_model(graph, signature), mesh)
 

@@ -56,9 +56,7 @@ class Chooser(Protocol):
     def measured(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
         """By choice, what was measured for each kind of site, as plain data."""
 
-    def decide(
-        self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]
-    ) -> Callable[[Match], str]:
+    def decide(self, graph: Graph, choice: Choice, finish: Callable[[Graph], object]) -> Callable[[Match], str]:
         """From a match to the name of its form.
 
         finish: lowers the rest of a graph in which one form was applied, so that it can be compiled.
@@ -135,6 +133,10 @@ class Backend(ABC):
         """Runs of the file that `export` would write, by how an engine optimizes it; none where it is what ran here."""
         return {}
 
+    def rounds(self, graph: Graph) -> bool:
+        """Whether kernels of a lowered graph round activations to 8 bits that are floats in ops (`Choice.lossy`)."""
+        return False
+
     def written(self, graph: Graph, path: Path) -> Callable[[Feeds], Sequence[Any]] | None:
         """A run of what `export` has written, read again; None where it is not run here. graph: what was written."""
         return None
@@ -151,6 +153,7 @@ class Backend(ABC):
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
     """Where integers are wanted; None: in closed quantized regions, whose results are integers too."""
+
     @property
     def quantizes(self) -> tuple[str, ...]:
         """Ops whose results a kernel quantizes as it computes them."""
@@ -246,7 +249,12 @@ class Backend(ABC):
         stages = self.rules(lowered)
         if lossless:
             stages = [[one.exact() if isinstance(one, Choice) else one for one in stage] for stage in stages]
+        bodies = lowered.bodies  # without those that rules make
         logs = self._apply(lowered, stages, chooser)
+        for body in bodies:  # whose values have no feeds by which a form could be timed
+            for name, log in self._apply(body, stages).items():
+                logs[name] = logs.get(name, RuleLog()).then(log)
+        lowered.sweep()
         lowered.verify()
         return lowered, logs
 

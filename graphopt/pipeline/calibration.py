@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 from torch import Tensor
 
 from graphopt.analysis.masks import mask_inputs, real_positions
-from graphopt.ir.graph import Feeds, Flow, Graph, Value, tensors_digest
+from graphopt.ir.graph import Feeds, Flow, Graph, Shape, Value, tensors_digest
 from graphopt.pipeline.batches import Batches, Input
 from graphopt.pipeline.instruments.phases import watched
+from graphopt.pipeline.lengths import Lengths, at_other_lengths
 
 if TYPE_CHECKING:
     from graphopt.pipeline.instruments import Instrument
@@ -64,6 +65,15 @@ class Calibration(Batches):
         self._ranks: Ranks | None = None
         self.further: tuple[Feeds, ...] = ()
         """Batches that follow those of the source."""
+        self._lengths: dict[tuple[Shape | None, ...], Lengths | None] = {}
+
+    def at_other_lengths(self, graph: Graph) -> Lengths | None:
+        """`lengths.at_other_lengths` of the batches of the source, made once: with the first graph that asks, for all
+        that take inputs of the same shapes."""
+        key = tuple(value.shape for value in graph.inputs)
+        if key not in self._lengths:
+            self._lengths[key] = at_other_lengths(super().__iter__(), graph)
+        return self._lengths[key]
 
     def over(self, ranks: Ranks) -> Calibration:
         """The same batches, of which each rank observes its part; statistics are merged over ranks, so that all have

@@ -79,6 +79,11 @@ class Pass:
         return None
 
     @property
+    def measures(self) -> bool:
+        """Whether it asks the target how fast graphs are (`Target.ratios`): what it leaves is made for that engine."""
+        return False
+
+    @property
     def marks(self) -> bool:
         """Whether it changes nothing, and only marks what the training behind it learns to remove (`Context.marks`)."""
         return False
@@ -90,6 +95,11 @@ class Pass:
     def alone(self) -> Self:
         """The pass as it runs at one site alone, as `sensitivity` does: without what it does to other nodes besides."""
         return self
+
+    def within(self) -> Pass | None:
+        """The pass as it runs in the bodies of conditions and loops (`Graph.bodies`), where no feeds are known and no
+        calibration is; None where it does not enter them, and what has weights there is declined."""
+        return None
 
     def run(self, graph: Graph, context: Context) -> None:
         raise NotImplementedError

@@ -1,15 +1,20 @@
-"""Passes that several targets have in common, run once: what they measure is measured on the first of the targets."""
+"""Passes that several targets have in common, run once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from typing import Any
 
+from torch import Tensor
+
+from graphopt.errors import GraphError
 from graphopt.ir.graph import Graph, digest
+from graphopt.measure.timing import Ratio
 from graphopt.pipeline.context import Context
-from graphopt.pipeline.passes import Stage
+from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
+from graphopt.pipeline.target import Target
 from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report.records import PassRecord
 
@@ -26,25 +31,65 @@ class _Left:
     is_lossy: bool
 
 
+def shared(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The first passes of a pipeline, which leave the same on every target: those before the first that measures, as a
+    time is one engine's own, and before the first of QUANTIZE, as integers and the precision of floats differ by
+    target. What a pass marks, and the training that learns from it, stay together."""
+    last, marked = 0, False
+    for place, one in enumerate(passes):
+        for leaf in leaves(one):
+            if leaf.measures or leaf.stage >= Stage.QUANTIZE:
+                return tuple(passes[:last])
+            marked = not leaf.trains and (marked or leaf.marks)
+        last = last if marked else place + 1
+    return tuple(passes[:last])
+
+
+class _Unmeasured:
+    """A target for passes that are shared, which may not measure."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def ratios(
+        self,
+        graph: Graph,
+        baseline: Graph,
+        feeds: Sequence[Mapping[str, Tensor]],
+        *,
+        threads: int | None = None,
+        rounds: int = 15,
+    ) -> list[Ratio]:
+        """Raises GraphError: another target would take what was measured on this one."""
+        raise GraphError(
+            f"it times graphs on {self._target.name}, and its property `measures` is False, by which other targets "
+            "would take its result: let it be True"
+        )
+
+
 @dataclass
 class SharedPasses:
-    """Applies pipelines, and keeps what the passes before the first of QUANTIZE leave: those that follow differ by
-    target, in the placement of integers and the precision of floats. Equal passes on an equal graph run once."""
+    """Applies pipelines, and keeps what the passes leave that are `shared`. Equal passes on an equal graph run once."""
 
     _known: dict[tuple[str, str, tuple[str, ...]], _Left] = field(default_factory=dict)
 
     def apply(self, pipeline: Pipeline, graph: Graph, context: Context) -> Graph:
         """As `Pipeline.apply`."""
-        first = tuple(
-            takewhile(lambda one: all(leaf.stage < Stage.QUANTIZE for leaf in leaves(one)), pipeline.passes)
-        )
+        first = shared(pipeline.passes)
         if not first:
             return pipeline.apply(graph, context)
         key = digest(graph), str(Pipeline(first)), tuple(sorted(context.reverted))
         left = self._known.get(key)
         if left is None:
-            number = len(context.report.passes)
-            after = Pipeline(first).apply(graph, context)
+            number, target = len(context.report.passes), context.target
+            context.target = _Unmeasured(target)
+            try:
+                after = Pipeline(first).apply(graph, context)
+            finally:
+                context.target = target
             self._known[key] = _Left(
                 after, tuple(context.report.passes[number:]), context.original, tuple(context.trained),
                 dict(context.sparse), context.is_lossy,

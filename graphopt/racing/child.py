@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -59,7 +60,15 @@ class Child:
         try:
             return {"found": getattr(self, arguments.pop("name"))(**arguments)}
         except Exception as error:  # exceptions of engines have no class in common
-            return {"failed": first_line(error)}
+            passing = isinstance(error, MemoryError | OSError) or is_short_of_room(str(error))
+            return {"failed": first_line(error), "passing": passing}
+
+
+def is_short_of_room(message: str) -> bool:
+    """Whether an engine says that it found no memory, or no room on the disk: in errors of its own, whose text alone
+    tells (std::bad_alloc, DefaultCPUAllocator: can't allocate memory, PytorchStreamWriter failed writing file)."""
+    return re.search("bad_?alloc|bad allocation|can't allocate|cannot allocate|failed to allocate|failed writing|"
+                     "no space left", message, re.IGNORECASE) is not None  # fmt: skip
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import GraphError, GraphoptError, LoweringError, UsageError, first_line
+from graphopt.errors import GraphError, GraphoptError, LoweringError, UsageError, described, first_line
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest, shapes_text, tensors_digest
 from graphopt.lowering.backend import Backend
@@ -24,21 +24,14 @@ from graphopt.measure import cache, limits, machine, memory, timing
 from graphopt.measure.cache import UNSURE
 from graphopt.numerics import metrics
 from graphopt.pipeline.instruments import Agree, Instrument, phase, watched
-from graphopt.racing.contestant import Contestant, Lost
+from graphopt.racing.contestant import Contestant, Lost, room
 from graphopt.racing.figures import Figures, fastest, judged, timed
+from graphopt.racing.fitting import ASKED, UNCOMPRESSED, Fitting, TooLittleMemory, fitting
 from graphopt.report import figures as written
 from graphopt.report.agreements import Agreement, worst_of_each
 from graphopt.report.records import Entrant, Race
 from graphopt.result import Optimized
 from graphopt.run import Run
-
-ASKED, UNCOMPRESSED = "as asked", "uncompressed"
-
-PROCESS = 0.5e9
-"""Bytes of a process that runs one result, beside the model: torch, the engine and graphopt."""
-
-COPIES = 2.5
-"""Of the weights, in a process that loads them: as read, as packed by the engine, and while one becomes the other."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,9 @@ class Candidate:
     make: Callable[[], Optimized]
     """The result, should it be taken."""
     planned: float | None = None
-    """Of the result of a lossy pipeline that kept its passes: the SQNR (dB) that these leave, before it is lowered."""
+    """Of what a lossy pipeline made: the SQNR (dB) that its passes leave, before anything is reverted or lowered."""
+    rounds: bool = False
+    """Whether it rounds what the model does not."""
     why_out: str = ""
     """Why it cannot win, and is only compared with."""
 
@@ -99,20 +94,27 @@ class Contest:
     """By the label of a candidate, the digest of the graph that its process has loaded."""
     _feeds: list[Feeds] = field(default_factory=list)
     _reference: Agree | None = None
+    _fitting: Fitting | None = None
 
     def result(self) -> Optimized:
         """The fastest result that is close enough to the original; as `first` where nothing can be timed, as there are
-        no inputs or the model is too large to be run.
+        no inputs or the model is too large to be run, and where one engine has no room to race its precisions.
 
-        Raises UsageError where memory is too small, and what the first engine raised where none has a result.
+        Raises UsageError where memory is too small for any race of several engines, and where no files can be written,
+        and what the first engine raised where none has a result.
         """
         with ExitStack() as stack:
-            self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graphopt-")))
             stack.callback(self._close)
+            try:
+                kept = tempfile.TemporaryDirectory(prefix="graphopt-", ignore_cleanup_errors=True)
+                self._folder = Path(stack.enter_context(kept))
+            except OSError as error:
+                raise UsageError("a race keeps files in a temporary folder, and there is none to write to "
+                                 f"({described(error)}): make room, or set TMPDIR") from error  # fmt: skip
             for backend in self.backends:
                 try:
                     run = self.run(backend)
-                    if not run.is_timed:
+                    if not run.is_timed or not self._has_room(run):
                         return self.first()
                     self._enter(run)
                 except TooLittleMemory:
@@ -133,6 +135,7 @@ class Contest:
             except GraphoptError as error:
                 self._refused[backend.name] = error
                 continue
+            small.report.notes += self._left_out()
             if len(self.backends) > 1:
                 order = ", ".join(one.name for one in self.backends)
                 small.report.notes.append(f"nothing is measured: this is the first engine that takes the model, in the "
@@ -149,8 +152,10 @@ class Contest:
         """Make the candidates of one engine. Raises a GraphoptError where there is none."""
         backend, asked = run.backend, self.precisions[run.backend.name]
         backend.at("float32" if asked == "auto" else asked)
+        self._fits(run).require(backend.name)
         if self._reference is None:
-            self._begin(run)
+            self._feeds = run.captured.feeds
+            self._reference = Agree(run.captured.graph, self._feeds, run.captured.signature.outputs)
         with phase(self.instruments, f"try {backend.name}"):
             run.original = self._original(run)
         run.trial = partial(self._trial, backend, ASKED)
@@ -159,20 +164,32 @@ class Contest:
         self._candidates += self._found(run, small)
         run.release()
 
-    def _begin(self, run: Run) -> None:
-        """With the first model that was captured: see whether the race fits, and what is compared with."""
-        size = cost.Cost.of(run.captured.graph).bytes
-        free = memory.available()
-        # Of each engine and precision, the result and the model as it is; and this process's own programs of the two.
-        processes = sum(2 * (len(one.precisions) if run.is_lossy else 1) for one in self.backends)
-        needed = int(processes * (PROCESS + COPIES * size) + 2 * COPIES * size)
-        if free is not None and needed > free:
-            raise TooLittleMemory(
-                f"a race of {len(self.backends)} engines needs about {written.size(needed)} of memory for this model, "
-                f"and {written.size(free)} are free: name fewer engines, or one target"
+    def _fits(self, run: Run) -> Fitting:
+        """Which candidates fit into memory, seen with the first model that was captured."""
+        if self._fitting is None:
+            size = cost.Cost.of(run.captured.graph).bytes
+            self._fitting = fitting(
+                self.backends, self.precisions, size=size, free=memory.available(), is_lossy=run.is_lossy
             )
-        self._feeds = run.captured.feeds
-        self._reference = Agree(run.captured.graph, self._feeds, run.captured.signature.outputs)
+        return self._fitting
+
+    def _has_room(self, run: Run) -> bool:
+        """Whether there is a race: of one engine, with something to race against. Raises TooLittleMemory where several
+        were to be raced, and not one of them fits."""
+        fits = self._fits(run)
+        if len(self.backends) == 1:
+            return len({precision for _, _, precision in fits.taken}) > 1
+        if not fits.taken:
+            raise TooLittleMemory(
+                f"a race of {len(self.backends)} engines needs about {written.size(fits.all)} of memory for this "
+                f"model, and {written.size(fits.free or 0)} are free, too little for one of them: give one target"
+            )
+        return True
+
+    def _left_out(self) -> list[str]:
+        """What the user should know of candidates that did not fit."""
+        note = None if self._fitting is None else self._fitting.note()
+        return [] if note is None else [note]
 
     def _original(self, run: Run) -> Graph:
         """The model as it is, in the first form that runs. Raises LoweringError where none does."""
@@ -192,21 +209,22 @@ class Contest:
         backend, original = run.backend, run.original
         assert original is not None  # as `_enter` has found it
         small.__dict__.pop("runner", None)  # one engine's programs at a time
-        asked = self.precisions[backend.name]
+        asked, fits = self.precisions[backend.name], self._fits(run).taken
         why_out = "" if asked in ("auto", "float32") else f"precision={asked} was asked for"
-        planned = _planned(small) if run.is_lossy and small.report.pipeline == str(run.pipeline) else None
+        planned, rounds = (_planned(run, small), _is_whole(run, small)) if run.is_lossy else (None, False)
         plain = Candidate(backend, UNCOMPRESSED, original, run.uncompressed, why_out=why_out)
-        made = Candidate(backend, ASKED, small.lowered, lambda: small, planned, why_out)
-        if made.digest != plain.digest:
+        made = Candidate(backend, ASKED, small.lowered, lambda: small, planned, rounds, why_out)
+        is_made = made.digest != plain.digest
+        if is_made:
             yield made
-        yield plain
-        for precision in backend.precisions[1:] if run.is_lossy else ():
-            if asked in ("auto", precision):
-                other = backend.at(precision)
-                lowered = run.lowered_at(precision, small) if made.digest != plain.digest else original
-                if made.digest != plain.digest:
-                    yield Candidate(other, ASKED, lowered, partial(run.at, precision, small, lowered), planned)
-                yield Candidate(other, UNCOMPRESSED, original, partial(_uncompressed_at, run, precision))
+        yield plain if is_made else replace(plain, planned=planned)
+        for precision in backend.precisions[1:]:
+            other = backend.at(precision)
+            if is_made and (backend.name, ASKED, precision) in fits:
+                lowered = run.lowered_at(precision, small)
+                yield Candidate(other, ASKED, lowered, partial(run.at, precision, small, lowered), planned, rounds=True)
+            if (backend.name, UNCOMPRESSED, precision) in fits:
+                yield Candidate(other, UNCOMPRESSED, original, partial(_uncompressed_at, run, precision), rounds=True)
 
     def _in_precision(self, run: Run, small: Optimized) -> Optimized:
         """The result in the precision that was asked for by name. Raises LoweringError where that breaks `within`."""
@@ -215,6 +233,8 @@ class Contest:
             return small
         found = run.at(precision, small, run.lowered_at(precision, small))
         best, least = (_worst(one.report.agreement) for one in (small, found))
+        planned = _planned(run, small)
+        best = best if best is None or planned is None else min(best, planned)
         if best is not None and least is not None and not least >= best - self.within:
             raise _breaks_within(precision, least, best, self.within)
         return found
@@ -240,7 +260,8 @@ class Contest:
         if found is not None:
             self._contestants.pop(candidate.label)
             found.close()
-        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        with room():
+            folder = Path(tempfile.mkdtemp(dir=self._folder))
         found = Contestant(candidate.backend, candidate.graph, self._feeds, folder, self.threads)
         self._contestants[candidate.label] = candidate.digest, found
         return found
@@ -263,17 +284,20 @@ class Contest:
         ):
             found = self._raced(advance)
             now.result = f"{len(found.speeds)} candidates"
-        cache.opened().put(key, found.kept(), math.inf if found.steady else UNSURE)
+        if not found.passing:  # they may run at the next call
+            cache.opened().put(key, found.kept(), math.inf if found.steady else UNSURE)
         return found
 
     def _raced(self, advance: Callable[[str], None]) -> Figures:
         running: dict[str, Contestant] = {}
         lost: dict[str, str] = {}
+        passing: tuple[str, ...] = ()
         for candidate in self._candidates:
             try:
                 running[candidate.label] = self._contestant(candidate)
             except Lost as error:
                 lost[candidate.label] = str(error)
+                passing += (candidate.label,) if error.passing else ()
         sqnrs = {}
         for name, contestant in running.items():
             try:
@@ -286,7 +310,7 @@ class Contest:
             found = timed(calls, baselines, on_round=advance)
         except Lost as error:
             raise LoweringError(f"no engine came to the end of the race: {error}") from error
-        return replace(found, lost=lost | found.lost, sqnrs=sqnrs)
+        return replace(found, lost=lost | found.lost, sqnrs=sqnrs, passing=passing + found.passing)
 
     def _sqnr(self, contestant: Contestant) -> float:
         """Of the worst output that holds floats. Raises GraphError where a shape differs, or numbers become NaN."""
@@ -313,8 +337,9 @@ class Contest:
     def _taken(self, figures: Figures) -> Optimized:
         """The winner, with the race in its report, and what it exports for the other engines."""
         entrants = [self._entrant(one, figures) for one in self._candidates]
-        rounded = {place: one.planned for place, one in enumerate(self._candidates) if one.planned is not None}
-        ruled, least = judged(entrants, rounded, self.within)
+        planned = {place: one.planned for place, one in enumerate(self._candidates) if one.planned is not None}
+        rounding = {place for place, one in enumerate(self._candidates) if one.rounds}
+        ruled, least = judged(entrants, planned, rounding, self.within)
         self._require_precision(ruled, entrants, least)
         order = fastest(ruled)
         if not order:
@@ -329,6 +354,7 @@ class Contest:
         report.race = Race([*ruled, *self._outsiders()], place, base, shapes, least, figures.steady)
         report.set_speed(shapes, figures.speeds[winner.label].shapes)
         small.set_roofline(limits.measured(), [one / 1000 for one in ruled[place].milliseconds])
+        report.notes += self._left_out()
         report.notes.append(f"raced, {winner.label} is the fastest of {len(order)}; speed is over {figures.baseline}")
         for other in order[1:]:
             times = zip(shapes, ruled[place].milliseconds, ruled[other].milliseconds, strict=True)
@@ -360,7 +386,9 @@ class Contest:
         for before, after in zip(entrants, ruled, strict=True):
             asked = len(self.backends) == 1 and self.precisions[after.engine] == after.precision != "float32"
             if asked and after.model == ASKED and after.why_out and not before.why_out:
-                assert least is not None and after.sqnr is not None  # else nothing is ruled out
+                if least is None or after.sqnr is None:
+                    raise LoweringError(f"precision={after.precision} cannot be held to within={self.within:g}: "
+                                        f"{after.why_out}")  # fmt: skip
                 raise _breaks_within(after.precision, after.sqnr, least + self.within, self.within)
 
     def _by_suffix(self, order: Sequence[int]) -> dict[str, Callable[[], Optimized]]:
@@ -370,10 +398,6 @@ class Contest:
             for suffix in self._candidates[place].backend.suffixes:
                 found.setdefault(suffix, self._candidates[place].make)
         return found
-
-
-class TooLittleMemory(UsageError):
-    """A race needs more memory than is free."""
 
 
 def _breaks_within(precision: str, sqnr: float, best: float, within: float) -> LoweringError:
@@ -389,10 +413,19 @@ def _uncompressed_at(run: Run, precision: str) -> Optimized:
     return run.at(precision, run.uncompressed(), run.original)
 
 
-def _planned(small: Optimized) -> float:
-    """The SQNR (dB) that the passes of a result leave; infinity where it was not found."""
-    known = [found for record in small.report.passes if (found := _worst(record.agreement)) is not None]
-    return known[-1] if known else math.inf
+def _planned(run: Run, small: Optimized) -> float | None:
+    """The SQNR (dB) that the passes that were asked for leave, before any of their sites is reverted. Where it was not
+    found, infinity of a result that has all of them, which sets the bar by itself, and None of any other."""
+    assert run.asked is not None  # as there is a result
+    known = [found for record in run.asked.passes if (found := _worst(record.agreement)) is not None]
+    if known:
+        return known[-1]
+    return math.inf if _is_whole(run, small) and not small.report.reverted else None
+
+
+def _is_whole(run: Run, small: Optimized) -> bool:
+    """Whether a result is by the passes that were asked for, and not by fewer, as these made it slower."""
+    return small.report.pipeline == str(run.pipeline)
 
 
 def _not_taken() -> Optimized:

@@ -8,9 +8,10 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import IO, Any
 
 import torch
 
+from graphopt.errors import described, first_line
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph
 from graphopt.lowering.backend import Backend
+from graphopt.racing import child
 
 SECONDS = 60.0
 """Least time that a process has for an answer: to start, to load a graph, for one run, for one block of a timing."""
@@ -29,8 +32,29 @@ SECONDS_PER_GB = 60.0
 """What it has beside that, for each GB of weights."""
 
 
+OWN_FAULTS = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
+"""Signals of a process that fails by itself, and so would fail again; others come from outside."""
+
+
 class Lost(Exception):
     """A contestant does not run: it failed, its process died, or it gave no answer in time; the text says how."""
+
+    def __init__(self, how: str, *, passing: bool = False) -> None:
+        """passing: whether it may run another time, as memory, room on the disk or time was too short."""
+        super().__init__(how)
+        self.passing = passing
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """For writing files that a contestant reads. Raises Lost where there is no room, or no right to write."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # which of the two depends on who writes: Python, onnx or torch
+        said = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        where = tempfile.gettempdir()
+        how = f"has no file to read, as {where} cannot be written ({said}): make room there, or set TMPDIR"
+        raise Lost(how, passing=True) from error
 
 
 @dataclass
@@ -65,10 +89,13 @@ class Contestant:
         self._folder = folder
         self._limit = limit or SECONDS + SECONDS_PER_GB * cost.Cost.of(graph).bytes / 1e9
         file = folder / f"graph.{'onnx' if graph.dialect == 'onnx' else 'pt2'}"
-        graph.save(file)
-        torch.save([dict(one) for one in feeds], folder / "feeds.pt")
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._process = _started(folder, self._answers)
+        with room():
+            graph.save(file)
+            torch.save([dict(one) for one in feeds], folder / "feeds.pt")
+            errors = (folder / "stderr").open("w")
+        with errors:
+            self._process = _started(errors, self._answers)
         try:
             self._ask("start", SECONDS)
             cls = type(backend)
@@ -109,8 +136,15 @@ class Contestant:
         return self._folder / f"outputs{shape}.pt"
 
     def _ask(self, name: str, limit: float | None = None, **arguments: Any) -> Any:
-        """What the child finds. limit: seconds, by default those of the engine's own work. Raises Lost."""
-        limit = limit or self._limit
+        """What the child finds. limit: seconds, by default those of the engine's own work. Raises Lost; then the
+        process has ended, so that one that hangs takes no time of the others."""
+        try:
+            return self._answered(name, limit or self._limit, arguments)
+        except Lost:
+            self.close()
+            raise
+
+    def _answered(self, name: str, limit: float, arguments: Mapping[str, Any]) -> Any:
         command = json.dumps({"name": name, **arguments}) + "\n"
         assert self._process.stdin is not None  # as it was started with a pipe
         try:
@@ -120,23 +154,40 @@ class Contestant:
         except OSError:  # the process is gone
             line = ""
         except queue.Empty:
-            raise Lost(f"gave no answer in {limit:.0f} s") from None
+            raise Lost(f"gave no answer in {limit:.0f} s", passing=True) from None
         if not line:
-            raise Lost(_how_it_died(self._process.wait(), self._folder / "stderr"))
+            raise self._died(limit)
         answer = json.loads(line)
         if "failed" in answer:
-            raise Lost(f"failed: {answer['failed']}")
+            raise Lost(f"failed: {answer['failed']}", passing=answer["passing"])
         return answer["found"]
 
+    def _died(self, limit: float) -> Lost:
+        """How the process ended that answers no more."""
+        try:
+            code = self._process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return Lost(f"answers no more, and did not end in {limit:.0f} s", passing=True)
+        lines = (self._folder / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = lines[-1][:160] if lines else ""
+        if code >= 0:
+            return Lost(f"its process ended with code {code}" + (f": {said}" if said else ""), passing=True)
+        number = signal.Signals(-code)
+        memory = ", as where memory runs out" if number == getattr(signal, "SIGKILL", None) else ""
+        passing = number not in OWN_FAULTS or child.is_short_of_room(said)
+        return Lost(f"its process died of signal {number} ({number.name}{memory})", passing=passing)
 
-def _started(folder: Path, answers: queue.SimpleQueue[str]) -> subprocess.Popen[str]:
-    """A child that imports from where this process does, with a thread that collects its answers."""
+
+def _started(errors: IO[str], answers: queue.SimpleQueue[str]) -> subprocess.Popen[str]:
+    """A child that imports from where this process does, with a thread that collects its answers. Raises Lost."""
     paths = [path for path in sys.path if path]
-    with (folder / "stderr").open("w") as errors:
+    try:
         process = subprocess.Popen(
             [sys.executable, "-m", "graphopt.racing.child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=errors, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
+    except OSError as error:
+        raise Lost(f"has no process: {described(error)}", passing=True) from error
     assert process.stdout is not None  # a pipe
     threading.Thread(target=partial(_collect, process.stdout, answers), daemon=True).start()
     return process
@@ -150,13 +201,3 @@ def _collect(pipe: IO[str], answers: queue.SimpleQueue[str]) -> None:
     except ValueError:  # `close` has closed the pipe
         return
     answers.put("")
-
-
-def _how_it_died(code: int, errors: Path) -> str:
-    """code: what the process returned; below 0 the signal that ended it."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        memory = ", as where memory runs out" if -code == getattr(signal, "SIGKILL", None) else ""
-        return f"its process died of signal {-code} ({name}{memory})"
-    lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"its process ended with code {code}" + (f": {lines[-1][:160]}" if lines else "")

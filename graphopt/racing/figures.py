@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,8 @@ class Figures:
     """How those failed that did not come to the end."""
     sqnrs: dict[str, float] = field(default_factory=dict)
     """Of the outputs to the original's, in dB."""
+    passing: tuple[str, ...] = ()
+    """Of those that are lost, the ones that may run another time (`Lost.passing`)."""
 
     @property
     def steady(self) -> bool:
@@ -83,7 +85,7 @@ def timed(
     baselines: labels, of which the first that runs is what the others are compared with; the first candidate where
     none does. One that is lost on the way is left out, and the others start again. Raises Lost where none is left.
     """
-    lost: dict[str, str] = {}
+    lost: dict[str, Lost] = {}
     while remaining := {label: calls for label, calls in candidates.items() if label not in lost}:
         baseline = next(label for label in (*baselines, *remaining) if label in remaining)
         named = {label: [_Named(call, label) for call in calls] for label, calls in remaining.items()}
@@ -93,9 +95,10 @@ def timed(
                 probe=probe, on_round=on_round,
             )  # fmt: skip
         except _Out as out:
-            lost[out.label] = out.how
+            lost[out.label] = out.lost
             continue
-        return Figures(baseline, found, lost)
+        passing = tuple(label for label, how in lost.items() if how.passing)
+        return Figures(baseline, found, {label: str(how) for label, how in lost.items()}, passing=passing)
     raise Lost("; ".join(f"{label} {how}" for label, how in lost.items()))
 
 
@@ -104,8 +107,8 @@ def _is_narrow(ratios: Ratios) -> bool:
 
 
 class _Out(Exception):
-    def __init__(self, label: str, how: str) -> None:
-        self.label, self.how = label, how
+    def __init__(self, label: str, lost: Lost) -> None:
+        self.label, self.lost = label, lost
 
 
 @dataclass
@@ -122,32 +125,34 @@ class _Named:
         try:
             return self.call.seconds(calls)
         except Lost as lost:
-            raise _Out(self.label, str(lost)) from lost
+            raise _Out(self.label, lost) from lost
 
 
 def judged(
-    entrants: Sequence[Entrant], rounded: Mapping[int, float], within: float
+    entrants: Sequence[Entrant], planned: Mapping[int, float], rounding: Container[int], within: float
 ) -> tuple[list[Entrant], float | None]:
     """The entrants, those too far from the original ruled out, and the least SQNR (dB) that the others reach.
 
-    rounded: by the places of the results of a lossy pipeline that kept its passes, the SQNR that these passes leave. An
-    engine that computes some of their sites in floats is closer to the original than was asked for, and sets no higher
-    bar than that. The least is `within` dB below the best of these; there is none where no entrant rounds, or none was
-    compared.
+    planned: by the places of what was made by a lossy pipeline, the SQNR that its passes leave before anything of them
+    is reverted; infinity where that is not known. An engine that computes some of their sites in floats, or reverts
+    them, is closer to the original than was asked for, and sets no higher bar than that. The least is `within` dB below
+    the best of these; there is none where there are none of them. rounding: the places of those that round what the
+    model does not. Where no bar is known, these are out: nothing says how much may be lost.
     """
-    found = [(entrants[place].sqnr, planned) for place, planned in rounded.items()]
-    known = [min(sqnr, planned) for sqnr, planned in found if sqnr is not None]
-    best = max((one for one in known if not math.isnan(one)), default=None)
-    if best is None:
-        return list(entrants), None
-    least = best - within
+    found = [(entrants[place].sqnr, most) for place, most in planned.items()]
+    known = [min(sqnr, most) for sqnr, most in found if sqnr is not None and not math.isnan(sqnr)]
+    best = max(known or [most for _, most in found if most < math.inf], default=None)
 
-    def ruled(one: Entrant) -> Entrant:
-        if one.why_out or one.sqnr is None or one.sqnr >= least:
+    def ruled(place: int, one: Entrant) -> Entrant:
+        if one.why_out:
+            return one
+        if place in rounding and (best is None or one.sqnr is None):
+            return replace(one, why_out="it rounds, and nothing to compare with says how much may be lost")
+        if best is None or one.sqnr is None or one.sqnr >= best - within:
             return one
         return replace(one, why_out=f"{best - one.sqnr:.1f} dB below the best, and within={within:g}")
 
-    return [ruled(one) for one in entrants], least
+    return [ruled(place, one) for place, one in enumerate(entrants)], None if best is None else best - within
 
 
 def fastest(entrants: Sequence[Entrant]) -> list[int]:

@@ -13,6 +13,10 @@ SENTENCES = {
     "slower": "slower when changed: {after:.0f} us in place of {before:.0f} us",
     "nothing_to_change": "nothing to change",
     "op_without_form": "this pass has no form for the weights of {op}",
+    "in_body": "{op} stands in a branch or in the body of a loop, which this pass does not enter: its weights stay as "
+               "they are",
+    "not_calibrated_in_body": "{op} stands in a branch or in the body of a loop, whose values no calibration sees: "
+                              "scheme=dynamic and scheme=weight-only need none",
     "opaque_operator": "{op} is an operator that no pass knows: its weights stay as they are",
     # groups (analysis)
     "axis_of_directions": "it is the axis of the directions of {op} ({node})",
@@ -175,7 +179,8 @@ SENTENCES = {
     "softmax_row_may_be_nan": "a row that is masked as a whole may be NaN",
     "transpose_reshapes_differ": "the reshapes do more than merge the batch axes and split them again",
     "transpose_shapes_unknown": "the shapes are not known to be 4-D",
-    "rotary_angles_by_head": "the angles of a rotary embedding have shape {shape}: they are not those of all heads",
+    "rotary_angles_by_head": "the angles of a rotary embedding have shape {shape}: they are not one for each position, "
+    "the same for all heads",
     "rotary_angles_differ": "the angles of a rotary embedding are not the same for both halves of a head",
     "rotary_angles_unknown": "the angles of a rotary embedding come from {found}, of which no half is known",
     "rotary_halves_differ": "a rotary embedding does not turn the two halves of a head into each other",

@@ -110,7 +110,8 @@ def measured_padding(
     run: Run, cases: Sequence[Case], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], pad_id: int,
     most: int | None,
 ) -> Padding | None:  # fmt: skip
-    """How inputs may be padded, and whether answers stay as good; None for models without such an axis.
+    """How inputs may be padded, and whether answers stay as good; None for models without such an axis. What no case
+    could be tried on, or fails on one, is not measured, and nothing is padded.
 
     most: the longest input that the model takes, where it has a limit.
     """
@@ -119,8 +120,8 @@ def measured_padding(
         return None
     specs = [one for one in inputs if axis_of(one, axis) is not None]
     values = {one.name: pad_id if _holds_tokens(one) else 0 for one in specs}
-    padding = Padding(axis, values, False, float("nan"))
-    plain, wide = golden.Score(), golden.Score()
+    padding = Padding(axis, values, False, None)
+    plain, wide, tried = golden.Score(), golden.Score(), 0
     for case in cases:
         length = length_of(case.inputs, inputs, axis)
         longer = next((one for one in LENGTHS if one > length), 2 * length)
@@ -132,6 +133,9 @@ def measured_padding(
             return padding
         plain.add(case.outputs, run(case.inputs))
         wide.add(case.outputs, answers)
+        tried += 1
+    if not tried:
+        return padding
     return Padding(axis, values, wide.sqnr >= golden.least(plain.sqnr), wide.sqnr)
 
 

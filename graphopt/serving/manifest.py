@@ -79,8 +79,8 @@ class Padding:
     """By input that has the axis, what is appended."""
     invariant: bool
     """Whether the answer stays as good, measured on the golden inputs; only then are requests padded."""
-    sqnr: float
-    """Of answers to padded inputs against the golden outputs, in dB."""
+    sqnr: float | None
+    """Of answers to padded inputs against the golden outputs, in dB; None where that was not measured."""
 
 
 @dataclass(frozen=True)

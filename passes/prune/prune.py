@@ -163,6 +163,10 @@ class Prune(Pass):
         return None
 
     @property
+    def measures(self) -> bool:
+        return self.latency is not None
+
+    @property
     def marks(self) -> bool:
         return self.criterion == "movement"
 

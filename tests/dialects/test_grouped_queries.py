@@ -86,6 +86,33 @@ def test_angles_that_are_no_halves_are_left(angles: str, code: str) -> None:
     assert not log.hits and {decline.code for decline in log.declined.values()} == {code}
 
 
+@given(
+    sizes=st.tuples(*[st.sampled_from([1, 2, 3])] * 3), broadcast=st.tuples(*[st.booleans()] * 3),
+    dropped=st.integers(0, 3), constant=st.booleans(),
+)  # fmt: skip
+@settings(deadline=None, max_examples=25)
+def test_angles_of_any_layout_mean_the_same(
+    sizes: tuple[int, int, int], broadcast: tuple[bool, bool, bool], dropped: int, constant: bool
+) -> None:
+    """x is (batch, heads, length, size), or (batch, length, heads, size): the angles say which, or are left alone."""
+    shape = [1 if one else size for size, one in zip(sizes, broadcast, strict=True)]
+    while dropped and shape and shape[0] == 1:
+        shape, dropped = shape[1:], dropped - 1
+    joined = str([*shape, 8]).replace(" ", "")
+    if constant:
+        angles = f"c = identity(A{joined}:values(0.5,0.3,-0.2,0.1))\nd = identity(B{joined}:values(0.1,-0.4,0.2,0.3))"
+    else:
+        half = str([*shape, 4]).replace(" ", "")
+        angles = f"e = concat(a{half}, a, axis=-1)\nc = onnx.Cos(e)\nd = onnx.Sin(e)"
+    batch, one, other = sizes
+    original = build("onnx", TURNED.format(angles=angles, x=f"x[{batch},{one},{other},8]"))
+    graph = original.clone()
+    run_stages((rotary.STAGE,), graph)
+    assert_outputs_equal(graph, original)
+    full = [1] * (3 - len(shape)) + shape
+    assert bool(graph.sites("rotary")) == (full[1:] in ([1, other], [one, 1]))
+
+
 def test_halves_that_are_swapped_the_other_way_are_left() -> None:
     text = TURNED.format(angles=ANGLES.format(batch=1), x="x[2,2,3,8]").replace("onnx.Neg(s), f", "onnx.Neg(f), s")
     log = rewrite(build("onnx", text), rotary.STAGE.rules)["rotary"]

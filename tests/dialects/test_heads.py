@@ -149,6 +149,7 @@ FORMS = [
     Form(cross="apart", bias_kv=True, weights="unused", padded=True),
     Form(weights="returned"),
     Form(zero_attention=True),
+    Form(zero_attention=True, weights="unused"),  # keys and values end with one row for each of batch times heads
 ]
 
 

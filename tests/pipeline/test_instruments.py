@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from graphopt.errors import GraphError, PassError, UsageError
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Feeds, Graph
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.instruments import (
@@ -172,6 +172,16 @@ def test_a_quantized_graph_is_held_to_one_step() -> None:
                 run(graph, scale, instruments=agree)
         else:
             run(graph, scale, instruments=agree)
+
+
+@pytest.mark.parametrize(("factor", "alone", "rounding"), [(1.0, True, True), (1.02, False, True), (1.1, False, False)])
+def test_kernels_that_round_activations_are_held_to_30_db(factor: float, alone: bool, rounding: bool) -> None:
+    """1.02 is noise of 34 dB, and 1.1 of 20 dB."""
+    graph = build("onnx", "w = dequantize(W[3,4]:seed1:int8, S[3]:ones, axis=0)\ny = linear(x[batch,4], w)")
+    agree = Agree(graph, examples(graph))
+    noisy: Callable[[Feeds], list[Tensor]] = lambda one: [factor * y for y in graph.evaluate(one, graph.outputs)]  # noqa: E731
+    assert (agree.moved_by(noisy, graph) is None) == alone
+    assert (agree.moved_by(noisy, graph, rounds=True) is None) == rounding
 
 
 def test_a_quantized_original_is_held_to_what_it_makes_of_the_last_bits_of_its_inputs(dialect: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -141,6 +142,22 @@ def test_static_ranges_are_calibrated_at_other_lengths(dialect: str) -> None:
     batches = [padded([1, 2, 3], [4, 5, 6, 7]), padded([8, 9])]
     (note,) = [one for one in run(Quantize(scheme="static"), graph, calibration=batches).record.notes if "other" in one]
     assert note == "calibrated at other lengths too: rows of 2 to 4 tokens were joined to 9 (1 rows)"
+
+
+def test_other_lengths_are_made_once(dialect: str) -> None:
+    """For all who ask: calibrating, with a graph that passes have changed, and the report, with the original."""
+    graph, read = build(dialect, TEXT), list[int]()
+
+    class Source:
+        def __iter__(self) -> Iterator[Any]:
+            read.append(0)
+            yield padded([1, 2, 3], [4, 5, 6, 7])
+
+    calibration = Calibration(Source(), graph.inputs)
+    found = calibration.at_other_lengths(graph)
+    assert found is not None and Remembered(calibration).at_other_lengths(graph.clone()) is found
+    assert calibration.followed_by(found.batches).at_other_lengths(graph) is found
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize("options", [{"scheme": "dynamic"}, {"scheme": "weight-only"}])

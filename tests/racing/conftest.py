@@ -45,6 +45,8 @@ class Stage:
     """By engine and precision, what its outputs are multiplied by, less 1."""
     lost: dict[str, str] = field(default_factory=dict)
     """By engine, how each of its processes ends when it starts."""
+    lost_later: dict[str, Lost] = field(default_factory=dict)
+    """By engine, how each of its processes ends in the race."""
     started: list[str] = field(default_factory=list)
     """The engines of all processes that were started, in order."""
     open: int = 0
@@ -55,6 +57,8 @@ class Stage:
         self, candidates: Mapping[str, Sequence[Any]], *, baseline: str, rounds: int = timing.ROUNDS, **options: Any
     ) -> dict[str, Ratios]:
         """In place of `timing.paired_calls`."""
+        for call in (one for calls in candidates.values() for one in calls if hasattr(one, "seconds")):
+            call.seconds(1)
         self.races += baseline != "input"
         found = {}
         for name, calls in candidates.items():
@@ -74,7 +78,7 @@ class Stage:
         self.open += 1
         noise = self.noise.get((backend.name, backend.precision), 0.0)
         outputs = [[one * (1 + noise) for one in graph.evaluate(each, graph.outputs)] for each in feeds]
-        return FakeContestant(self, outputs)
+        return FakeContestant(self, outputs, self.lost_later.get(backend.name))
 
 
 @dataclass
@@ -83,14 +87,23 @@ class FakeContestant:
 
     stage: Stage
     results: list[list[Tensor]]
+    lost: Lost | None = None
 
     @property
     def number(self) -> int:
         return len(self.results)
 
     @property
-    def calls(self) -> list[None]:
-        return [None] * self.number
+    def calls(self) -> list[FakeContestant]:
+        return [self] * self.number
+
+    def __call__(self) -> None:
+        self.seconds(1)
+
+    def seconds(self, calls: int) -> float:
+        if self.lost is not None:
+            raise self.lost
+        return 0.001 * calls
 
     def outputs(self, shape: int) -> list[Tensor]:
         return self.results[shape]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import graphopt
 from graphopt.errors import LoweringError, UsageError
 from graphopt.measure import memory
 from graphopt.pipeline.instruments import Instrument
+from graphopt.racing.contestant import Lost
 from graphopt.report.records import Entrant
 from graphopt.result import Optimized
 from tests.racing.conftest import Stage
@@ -141,6 +144,70 @@ def test_too_little_memory_is_an_error(
     monkeypatch.setattr(memory, "available", lambda: 1_000_000)
     with pytest.raises(UsageError, match=r"a race of 2 engines needs about 2\.00 GB .* and 1\.00 MB are free"):
         optimized(program, ["fbgemm", "healthy"])
+
+
+@pytest.mark.slow
+def test_candidates_that_do_not_fit_are_left_out(
+    program: torch.export.ExportedProgram, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.speeds = {"rounding bfloat16": 3.0, "rounding": 2.0, "healthy": 9.0}
+    monkeypatch.setattr(memory, "available", lambda: 1_200_000_000)
+    small = optimized(program, ["rounding", "healthy"])
+    assert (small.backend.name, small.backend.precision) == ("rounding", "float32")
+    assert "want of memory" in entrants(small)["healthy", "as asked", "-"].why_out
+    assert any("left out for want of memory: healthy as asked" in note for note in small.report.notes)
+    small = optimized(program, "rounding")
+    assert small.report.race is None and small.backend.precision == "float32"
+    assert any("rounding as asked bfloat16" in note for note in small.report.notes)
+    monkeypatch.setattr(memory, "available", lambda: 1_000)
+    assert optimized(program, "rounding").backend.precision == "float32"
+    assert optimized(program, "rounding", precision="bfloat16").backend.precision == "bfloat16"
+
+
+def test_a_full_disk_is_an_error_of_graphopt(
+    program: torch.export.ExportedProgram, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", full)
+        with pytest.raises(UsageError, match=r"No space left on device.*set TMPDIR"):
+            optimized(program, ["fbgemm", "healthy"])
+    make = tempfile.TemporaryDirectory
+
+    def full_inside(*arguments: Any, **options: Any) -> Any:
+        folder = make(*arguments, **options)
+        monkeypatch.setattr(tempfile, "mkdtemp", full)
+        return folder
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full_inside)
+    with pytest.raises(LoweringError, match=r"fbgemm does not run .*cannot be written \(No space left on device\)"):
+        optimized(program, ["fbgemm", "healthy"])
+
+
+@pytest.mark.parametrize("passing", [True, False])
+def test_a_loss_that_may_pass_is_not_kept(program: torch.export.ExportedProgram, stage: Stage, passing: bool) -> None:
+    stage.lost_later = {"healthy": Lost("gave no answer in 60 s", passing=passing)}
+    small = optimized(program, ["fbgemm", "healthy"])
+    assert small.backend.name == "fbgemm"
+    assert "gave no answer" in entrants(small)["healthy", "as asked", "float32"].why_out
+    races = stage.races
+    optimized(program, ["fbgemm", "healthy"])
+    assert stage.races == races + passing
+
+
+def test_a_reverted_quantize_sets_the_bar_that_was_asked_for(
+    program: torch.export.ExportedProgram, stage: Stage
+) -> None:
+    """In one precision, what was asked for is slower than the input, and in the other far from it."""
+    stage.speeds = {"optimized": 0.5, "rounding bfloat16": 9.0, "rounding uncompressed bfloat16": 9.0}
+    stage.noise = {("rounding", "bfloat16"): 0.2}
+    small = optimized(program, "rounding")
+    assert small.backend.precision == "float32"
+    race = small.report.race
+    assert race is not None and race.least_sqnr is not None and 20 < race.least_sqnr < 60
+    assert "within=3" in entrants(small)["rounding", "uncompressed", "bfloat16"].why_out
 
 
 def test_precision_is_measured_where_a_pass_rounds(program: torch.export.ExportedProgram, stage: Stage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -36,24 +37,44 @@ def test_runs_and_times_a_graph(small: Optimized, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "how"),
+    ("backend", "how", "passing"),
     [
-        (fakes.Failing(), "failed: this engine has no kernel for that"),
-        (fakes.Crashing(), r"its process died of signal 11 \(SIGSEGV\)"),
-        (fakes.Hanging(), "gave no answer in 1 s"),
+        (fakes.Failing(), "failed: this engine has no kernel for that", False),
+        (fakes.Crashing(), r"its process died of signal 11 \(SIGSEGV\)", False),
+        (fakes.Hanging(), "gave no answer in 1 s", True),
     ],
     ids=lambda one: getattr(one, "name", ""),
 )
-def test_says_how_an_engine_is_lost(backend: Backend, how: str, small: Optimized, tmp_path: Path) -> None:
-    with pytest.raises(Lost, match=how):
+def test_says_how_an_engine_is_lost(
+    backend: Backend, how: str, passing: bool, small: Optimized, tmp_path: Path
+) -> None:
+    with pytest.raises(Lost, match=how) as raised:
         started(backend, small, tmp_path, limit=1.0 if backend.name == "hanging" else 60.0)
+    assert raised.value.passing == passing
 
 
-def test_a_process_that_dies_later_is_lost(small: Optimized, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "how"), [(signal.SIGKILL, "signal 9 .*memory"), (signal.SIGSTOP, "gave no answer in 5 s")]
+)
+def test_a_process_that_is_lost_later_has_ended(number: int, how: str, small: Optimized, tmp_path: Path) -> None:
+    """Whatever it did: one that hangs would take time of the others."""
     contestant = started(fakes.Healthy(), small, tmp_path)
+    contestant._limit = 5.0
+    contestant._process.send_signal(number)
+    with pytest.raises(Lost, match=how) as raised:
+        contestant.seconds(0, 1)
+    assert raised.value.passing and contestant._process.poll() is not None
+    contestant.close()
+
+
+def test_what_has_no_room_says_where(small: Optimized, tmp_path: Path) -> None:
+    """As on a full disk: no file may be longer than some bytes."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     try:
-        contestant._process.kill()
-        with pytest.raises(Lost, match=r"signal 9 .*memory"):
-            contestant.seconds(0, 1)
+        with pytest.raises(Lost, match=r"cannot be written \(.*\): make room there, or set TMPDIR") as raised:
+            started(fakes.Healthy(), small, tmp_path)
     finally:
-        contestant.close()
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.passing

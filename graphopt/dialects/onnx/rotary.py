@@ -6,13 +6,14 @@ half; the op reads them once.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from graphopt.dialects.raising import Stage
 from graphopt.ir.decline import Declined
-from graphopt.ir.graph import Node, Value
+from graphopt.ir.graph import Node, Shape, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, scalar
 
 
@@ -29,7 +30,14 @@ def _to_rotary(op: Builder, m: Match) -> Value:
     pairs = m.x.shape[3] // 2
     if _part(m.first) != (3, 0, pairs) or _part(m.second) != (3, pairs, 2 * pairs) or not _is_last(m.turned):
         raise Declined("rotary_halves_differ")
-    return op.rotary(m.x, _angles(op, m.cos), _angles(op, m.sin))
+    cos, sin = (op.once(("half of angles", value), partial(_half, op, value)) for value in (m.cos, m.sin))
+    axes = [axis for axis in (1, 2) if all(_same_for_heads(m.x.shape, half.shape, axis) for half in (cos, sin))]
+    if not axes:
+        raise Declined("rotary_angles_by_head", shape=cos.shape)
+    heads, to_heads = axes[0], (0, 2, 1, 3)
+    x = m.x if heads == 1 else op.transpose(m.x, perm=to_heads)
+    turned = op.rotary(x, _of_positions(op, cos, heads), _of_positions(op, sin, heads))
+    return turned if heads == 1 else op.transpose(turned, perm=to_heads)
 
 
 def _of_a_part(op: Recorder, x: Any, cos: Any, sin: Any) -> Pattern:
@@ -59,21 +67,33 @@ def _is_last(concat: Node) -> bool:
 # --- angles ----------------------------------------------------------------------------------------------------------
 
 
-def _angles(op: Builder, value: Value) -> Value:
-    """(batch or 1, length, pairs) of what is broadcast to all heads, and stands for each half of a head."""
+def _same_for_heads(x: Shape | None, half: Shape | None, heads: int) -> bool:
+    """Whether angles that are broadcast to x are the same for all heads, and one for each position.
+
+    x: (batch, heads, length, size), or (batch, length, heads, size) where `heads`, the axis, is 2.
+    """
+    if x is None or half is None or not 0 < len(half) <= 4:
+        return False
+    angles = (1,) * (4 - len(half)) + tuple(half)
+    positions = 3 - heads
+    differ = [one != own and (1 in (one, own) or (isinstance(one, int) and isinstance(own, int)))
+              for one, own in zip(angles, x, strict=True)]  # fmt: skip
+    return angles[heads] == 1 and not differ[positions] and (angles[0] == 1 or not differ[0])
+
+
+def _of_positions(op: Builder, half: Value, heads: int) -> Value:
+    """(batch or 1, length, pairs) of angles that are the same for all heads. heads: the axis of x that these are on."""
+    missing = 4 - (half.rank or 0)
+    node, axis = half.producer, heads - missing
 
     def emit() -> Value:
-        half = _half(op, value)
-        if half.rank == 2:
-            return op.unsqueeze(half, axes=(0,))
-        if half.rank != 4 or half.shape is None or half.shape[1] != 1:
-            raise Declined("rotary_angles_by_head", shape=half.shape)
-        node = half.producer
-        if node is not None and node.kind == "unsqueeze" and node.attributes["axes"] == (1,):
-            return node.input
-        return op.squeeze(half, axes=(1,))
+        if axis < 0:  # which broadcasting adds
+            return op.unsqueeze(half, axes=tuple(range(missing - 1))) if missing > 1 else half
+        added = node is not None and node.kind == "unsqueeze" and node.attributes["axes"] == (axis,)
+        bare = node.input if added and node is not None else op.squeeze(half, axes=(axis,))
+        return op.unsqueeze(bare, axes=tuple(range(missing))) if missing else bare
 
-    return op.once(("rotary angles", value), emit)
+    return op.once(("rotary angles", half, heads), emit)
 
 
 def _half(op: Builder, value: Value) -> Value:

@@ -36,6 +36,8 @@ SHAREABLE = {dtype for dtype in TORCH_DTYPES if dtype is not ir.DataType.BFLOAT1
 _BY_NUMPY_NAME = {dtype.numpy().name: torch_dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 CPU = "CPUExecutionProvider"
 _MICROSOFT = "com.microsoft"
+_FLOAT_LEVEL = "1"
+"""Of accuracy, at which MatMulNBits multiplies floats; the engine's default is 4, int8."""
 _LARGE = 1024
 """Bytes above which a session is given a weight by address, not in the model."""
 
@@ -45,6 +47,7 @@ def session(
     outputs: Sequence[ir.Value] | None = None,
     *,
     level: str = "disable",
+    exact: bool = False,
     threads: int | None = None,
     options: ort.SessionOptions | None = None,
     providers: Sequence[str] = (CPU,),
@@ -52,6 +55,8 @@ def session(
     """A session of the model that shares the memory of its weights.
 
     outputs: what it returns in place of the model's own outputs. level: one of LEVELS, the engine's own optimizations.
+    exact: without the optimization that rounds, which takes MatMulNBits for a product with weights that are stored in
+    integers, and rounds its activations to int8 by block.
     Custom operators that are registered are known to it. On the CPU alone, ops that have no kernels in 16 bits there
     are computed in float32 between casts. Raises GraphError naming operators that nothing defines.
     """
@@ -62,6 +67,8 @@ def session(
             options.enable_cpu_mem_arena = False
             # Packed weights stand beside the others: 1.7 times the weights in memory, and no gain for few rows.
             options.add_session_config_entry("session.disable_prepacking", "1")
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", _FLOAT_LEVEL)
     custom_operators.add_libraries(options)
     options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = 4  # errors are raised; no need to log them too

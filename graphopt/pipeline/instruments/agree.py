@@ -96,13 +96,14 @@ class Agree(Instrument):
         lowered.release()
         return moved
 
-    def moved_by(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph) -> str | None:
+    def moved_by(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph, *, rounds: bool = False) -> str | None:
         """The first output that a run moves beyond the tolerance of a lossless pass, and by how much.
 
-        graph: what the last pass left, and what is run is to compute. None where every output is within the
+        graph: what the last pass left, and what is run is to compute. rounds: whether the run rounds activations to 8
+        bits that are floats in `graph`; then metrics.QUANTIZED_SQNR is enough. None where every output is within the
         tolerance, or where `graph` does not agree with itself, as it is random. Raises what the run raises.
         """
-        moved = self._moved(self._latest, [list(run(feeds)) for feeds in self.feeds], graph)
+        moved = self._moved(self._latest, [list(run(feeds)) for feeds in self.feeds], graph, rounds=rounds)
         if moved is None or self._moved(self._latest, self._outputs(graph), graph) is not None:
             return None
         return moved
@@ -158,8 +159,11 @@ class Agree(Instrument):
                 agreements.append(agreement(name, a, b, real))
         return {shapes: worst_of_each(several) for shapes, several in by_shapes.items()}, list(notes.values())
 
-    def _moved(self, before: list[list[Any]], after: list[list[Any]], graph: Graph) -> str | None:
+    def _moved(
+        self, before: list[list[Any]], after: list[list[Any]], graph: Graph, *, rounds: bool = False
+    ) -> str | None:
         """The first output of `graph` that moves by more than rounding explains, and by how much; None where none."""
+        rounds = rounds or self._rounds
         rtol = metrics.QUANTIZED_RTOL if _is_quantized(graph) else None
         for number, (expected, found) in enumerate(zip(before, after, strict=True)):
             of_each = zip(self.names, self._sized, expected, found, self.original[number], strict=True)
@@ -174,7 +178,7 @@ class Agree(Instrument):
                     continue
                 if rtol is not None and metrics.sqnr(first, b) > metrics.sqnr(first, a) - QUANTIZED_MARGIN:
                     continue
-                if self._rounds and a.is_floating_point() and metrics.sqnr(a, b) > self._least:
+                if rounds and a.is_floating_point() and metrics.sqnr(a, b) > self._least:
                     continue
                 allowed = f"{rtol or metrics.tolerance(a.dtype)[0]:.2g}" if a.is_floating_point() else "equal values"
                 largest = float(torch.nan_to_num(a.double()).abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import graphopt
@@ -119,6 +122,47 @@ def test_weights_alone_stay_exact_unless_a_lossy_pass_is_asked_for(tmp_path: Pat
     asked = graphopt.optimize(proto, "quantize{scheme=weight-only}", example_inputs=feeds)
     levels = [node.attributes["accuracy_level"] for node in asked.lowered.nodes if "MatMulNBits" in node.kind]
     assert levels == [4]
+
+
+def chain(depth: int, seed: int = 0) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
+    """Products one after the other, and inputs with two large channels, which coarsen the steps of their blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {f"W{place}": torch.randn(64, 64, generator=generator) / 8 for place in range(depth)}
+    names = ["x", *(f"h{place}" for place in range(1, depth)), "y"]
+    body = " ".join(f"{names[place + 1]} = MatMul({names[place]}, W{place})" for place in range(depth))
+    spread = torch.ones(64).index_fill(0, torch.tensor([0, 32]), 50.0)
+    feeds = {"x": torch.randn(5, 64, generator=generator) * spread}
+    return model(f"g (float[n,64] x) => (float[n,64] y) {{ {body} }}", weights, opset=21), feeds
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_portable_file_of_weights_in_integers_keeps_activations_in_floats(bits: int, tmp_path: Path) -> None:
+    """The engine's optimizer reads its products as MatMulNBits, which rounds activations unless it is told not to."""
+    proto, feeds = chain(1)
+    small = graphopt.optimize(proto, f"quantize{{scheme=weight-only bits={bits} block=32}}", example_inputs=feeds,
+                              measure=False)  # fmt: skip
+    path = small.export(tmp_path / "portable.onnx", portable=True)
+    expected = small.folded.evaluate(feeds, small.folded.outputs)[0]
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": feeds["x"].numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 4), st.sampled_from(["4", "8", "[4,8]"]), st.sampled_from(["none", "32"]), st.integers(0, 99))
+def test_whatever_weights_are_stored_in_integers_for_has_a_portable_file(
+    depth: int, bits: str, block: str, seed: int
+) -> None:
+    proto, feeds = chain(depth, seed)
+    small = graphopt.optimize(proto, f"quantize{{scheme=weight-only bits={bits} block={block}}}", example_inputs=feeds,
+                              measure=False)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        path = small.export(Path(folder) / "portable.onnx", portable=True)
+        expected = small.folded.evaluate(feeds, small.folded.outputs)[0]
+        torch.testing.assert_close(plain_run(str(path), feeds)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_form_that_reads_floats_keeps_the_range_of_the_quantize() -> None:
