@@ -171,6 +171,7 @@ class Zero3(Zero, Divided):
 def _config_of(accelerator: Any, settings: Settings) -> Iterator[None]:
     """What DeepSpeed is told of this training besides what the user has said, who keeps it as it was."""
     plugin, engine = accelerator.state.deepspeed_plugin, accelerator.deepspeed_engine_wrapped
+    steps, accelerator.gradient_accumulation_steps = accelerator.gradient_accumulation_steps, settings.accumulate
     before = plugin.hf_ds_config
     plugin.hf_ds_config = copy.deepcopy(before)
     config = plugin.deepspeed_config = plugin.hf_ds_config.config
@@ -187,4 +188,4 @@ def _config_of(accelerator: Any, settings: Settings) -> Iterator[None]:
         yield
     finally:
         plugin.hf_ds_config, plugin.deepspeed_config = before, before.config
-        accelerator.deepspeed_engine_wrapped = engine
+        accelerator.deepspeed_engine_wrapped, accelerator.gradient_accumulation_steps = engine, steps

@@ -182,6 +182,7 @@ def test_fsdp_on_a_cpu_is_no_silent_ddp() -> None:
 
 def prepared() -> str:
     accelerator = made()
+    torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.randn(16, 6), torch.arange(16) % 4)
     loader = accelerator.prepare(torch.utils.data.DataLoader(data, batch_size=4))
     with pytest.raises(UsageError) as caught:
