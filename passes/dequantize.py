@@ -34,6 +34,9 @@ class Dequantize(Pass):
     ignore: Selector = Selector()
     """Sites to leave as they are."""
 
+    def within(self) -> Dequantize:
+        return self
+
     def run(self, graph: Graph, context: Context) -> None:
         unfold(graph)
         for site in context.sites(graph, Selector("dequantize"), self.ignore):

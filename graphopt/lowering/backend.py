@@ -249,7 +249,12 @@ class Backend(ABC):
         stages = self.rules(lowered)
         if lossless:
             stages = [[one.exact() if isinstance(one, Choice) else one for one in stage] for stage in stages]
+        bodies = lowered.bodies  # without those that rules make
         logs = self._apply(lowered, stages, chooser)
+        for body in bodies:  # whose values have no feeds by which a form could be timed
+            for name, log in self._apply(body, stages).items():
+                logs[name] = logs.get(name, RuleLog()).then(log)
+        lowered.sweep()
         lowered.verify()
         return lowered, logs
 

@@ -130,7 +130,7 @@ def test_if_with_weights_of_the_graph_around_it(condition: bool, tmp_path: Path)
     proto = model(IF, {"W": W, "B": B})
     result = assert_same(proto, feeds, tmp_path)
     assert [node.kind for node in result.folded.nodes] == ["linear", "onnx.If", "linear"]
-    assert_quantizes(proto, feeds, 2)  # the branches stay in float
+    assert_quantizes(proto, feeds, 3)  # also the one in a branch
 
 
 def test_a_reader_inside_a_branch_is_no_end_of_a_quantized_region(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_loop_with_weights_of_the_graph_around_it(tmp_path: Path) -> None:
     }"""
     proto = model(text, {"W": W, "N": np.array(3), "C": np.array(True)})
     assert_same(proto, X, tmp_path)
-    assert_quantizes(proto, X, 1)
+    assert_quantizes(proto, X, 2)
 
 
 def test_scan(tmp_path: Path) -> None:
@@ -284,6 +284,22 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
     feeds = {"x": normal(3, 64)}
     result = assert_same(proto, feeds, tmp_path)
     assert [node.kind for node in result.folded.nodes][-1] in ("linear", "matmul")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("passes", [None, "sparsify{amount=0.5}"])
+def test_weights_that_are_stored_in_16_bits_stay_so(dtype: torch.dtype, passes: str | None, tmp_path: Path) -> None:
+    text = "g (float[n,64] x) => (float[n,64] y) { v = Cast<to = 1>(W)  h = MatMul(x, v)  y = MatMul(h, V) }"
+    proto = model(text, {"V": normal(64, 64)})
+    bits = normal(64, 64).to(dtype).view(torch.int16).numpy().tobytes()
+    kind = TensorProto.FLOAT16 if dtype is torch.float16 else TensorProto.BFLOAT16
+    proto.graph.initializer.append(helper.make_tensor("W", kind, [64, 64], bits, raw=True))
+    written = onnx.load(graphopt.optimize(proto, passes).export(tmp_path / "small.onnx"))
+    short = {one.data_type: len(one.raw_data) for one in written.graph.initializer}
+    assert short == {kind: 64 * 64 * 2, TensorProto.FLOAT: 64 * 64 * 4}
+    assert [node.op_type for node in written.graph.node] == ["Cast", "MatMul", "MatMul"]
+    if passes is None:
+        assert_same(proto, {"x": normal(3, 64)}, tmp_path)
 
 
 def test_sequences_and_optionals(tmp_path: Path) -> None:
