@@ -94,9 +94,9 @@ def export_at(opset: int, model: onnx.ModelProto, feeds: Feeds, *, portable: boo
             assert_close(model, expected[0][1], reference, "the reference evaluator", moved)
         except AssertionError:  # which has another opinion of the model as it was drawn
             return True
-        again = _by_reference(written, feeds)
-        assert again is not None, f"the reference evaluator does not run the file at opset {opset}"
-        assert_close(model, expected[0][1], again, "the reference evaluator", moved)
+        again = _by_reference(written, feeds)  # it has, for one, no DequantizeLinear before opset 19
+        if again is not None:
+            assert_close(model, expected[0][1], again, "the reference evaluator", moved)
     return True
 
 
