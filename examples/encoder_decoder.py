@@ -70,7 +70,8 @@ def whisper(width: int, layers: int) -> Any:
         max_source_positions=FRAMES // 2, max_target_positions=32, pad_token_id=PAD, bos_token_id=END, eos_token_id=END,
         decoder_start_token_id=END, use_cache=False, init_std=0.1,
     )  # fmt: skip
-    return WhisperForConditionalGeneration(config).eval()
+    model: Any = WhisperForConditionalGeneration(config)
+    return model.eval()
 
 
 def sounds(batches: int, rows: int, seed: int) -> list[Batch]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import onnxruntime
 import torch
 import typer
 from torch import Tensor
@@ -79,6 +78,8 @@ class Deployed:
     """A file in ONNX Runtime alone: tensors or arrays in by name, tensors out by name."""
 
     def __init__(self, path: Path) -> None:
+        import onnxruntime  # here, as graphopt turns its telemetry off, where it comes first
+
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.inputs = [one.name for one in self.session.get_inputs()]
         self.outputs = [one.name for one in self.session.get_outputs()]
@@ -98,7 +99,7 @@ class Summary:
     def model(self, small: Optimized, path: Path, size: Size, name: str = "") -> None:
         """The file, its size against the weights before, and its speed against the model before."""
         prefix = f"{name} " if name else ""
-        self.lines[f"{prefix}size"] = sizes(small, path)
+        self.lines[f"{prefix}size"] = sizes(small.report.cost_before.bytes, path)
         self.lines[f"{prefix}speed"] = speed(small, size)
         self.lines[f"{prefix}file"] = str(path)
 
@@ -113,9 +114,9 @@ class Summary:
         print("\n" + "\n".join(f"{name:{width}}{text}" for name, text in self.lines.items()))
 
 
-def sizes(small: Optimized, path: Path) -> str:
+def sizes(before: int, path: Path) -> str:
     """The bytes of the weights before, and of the file, which holds the graph too."""
-    before, after = small.report.cost_before.bytes, file_size(path)
+    after = file_size(path)
     times = f"{before / after:.1f} times smaller" if after <= before else f"{after / before:.1f} times larger"
     return f"{figures.size(before)} -> {figures.size(after)}, {times}"
 

@@ -202,6 +202,9 @@ def _transpose(tf: Any, call: Call) -> Any:
 
 def _slice(tf: Any, call: Call) -> Any:
     part = slice(call.attributes["start"], call.attributes["end"])
+    if call.is_last(0):
+        axis = axis_in_last(call.attributes["axis"], call.rank(0))
+        return ChannelsLast(call.last(0)[(*[slice(None)] * axis, part)])
     axis = call.attributes["axis"] % call[0].shape.rank
     return call[0][(*[slice(None)] * axis, part)]
 

@@ -273,6 +273,19 @@ _AROUND: dict[str, Callable[[Any, Any, Any], Any]] = {
 # --- making ----------------------------------------------------------------------------------------------------------
 
 
+def _constant(tf: Any, call: Call) -> Any:
+    """Of a graph as it was handed in: capture makes stored tensors of them."""
+    for name, value in call.attributes.items():
+        if name == "value":
+            return tf.constant(value.numpy())
+        if name in _NUMBERS:
+            return tf.constant(list(value) if name.endswith("s") else value, _NUMBERS[name])
+    raise call.refused("it holds no numbers")
+
+
+_NUMBERS = {"value_float": "float32", "value_floats": "float32", "value_int": "int64", "value_ints": "int64"}
+
+
 def _constant_of_shape(tf: Any, call: Call) -> Any:
     value = call.attributes.get("value")
     fill = tf.constant(0.0) if value is None else tf.reshape(tf.constant(value.numpy()), [])
@@ -612,6 +625,7 @@ FORMS: dict[str, Form] = {
     "onnx.Trilu": Form(_triangle),
     "onnx.Pad": Form(_pad),
     # making
+    "onnx.Constant": Form(_constant),
     "onnx.ConstantOfShape": Form(_constant_of_shape),
     "onnx.Range": Form(_range),
     "onnx.EyeLike": Form(_eye_like),

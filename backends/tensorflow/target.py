@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from graphopt.backends.tensorflow import saved_model, translation
+from graphopt.dialects.onnx.tensors import to_numpy
 from graphopt.errors import LoweringError, UsageError, outer_door
 from graphopt.ir.graph import Feeds, Graph
 from graphopt.ir.rewrite import Choice, Rule
@@ -96,7 +97,7 @@ class TensorFlowRunner(Runner):
             self.function = translation.function(self._tf, graph)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> list[Tensor]:
-        given = [self._tf.constant(saved_model.to_numpy(feeds[name])) for name in self._inputs]
+        given = [self._tf.constant(to_numpy(feeds[name])) for name in self._inputs]
         found = self.function.concrete(*given)
         return [saved_model.as_torch(found[name].numpy()) for name in self._outputs]
 

@@ -77,7 +77,7 @@ def _spec(tf: Any, value: Value) -> Any:
 def _translate(tf: Any, node: Node, values: Values) -> None:
     form = FORMS[node.kind]
     read = [value for value in node.operands if value is not None]
-    in_last = form.elementwise and any(values.is_last(value) for value in read)
+    in_last = form.elementwise and node.result.rank is not None and any(values.is_last(value) for value in read)
     try:
         found = form.apply(tf, Call(node, values, in_last))
         several = found if isinstance(found, tuple) else (found,)

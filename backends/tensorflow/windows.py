@@ -81,10 +81,10 @@ def _conv2d(tf: Any, x: Any, weight: Any, stride: list[int], dilation: list[int]
         x, padding = pad(tf, x, sides), "VALID"
     height, width, inside, outputs = weight.shape
     if inside == 1 and groups > 1 and stride[0] == stride[1] and (stride[0] == 1 or dilation == [1, 1]):
+        # TensorFlow 2.21 aborts the process where it fuses a bias into a depthwise conv with padding of its own.
+        x = x if padding == "VALID" else pad(tf, x, sides)
         kernel = tf.reshape(weight, [height, width, groups, outputs // groups])
-        if dilation != [1, 1] and padding != "VALID":
-            x, padding = pad(tf, x, sides), "VALID"
-        return tf.nn.depthwise_conv2d(x, kernel, [1, *stride, 1], padding, dilations=dilation)
+        return tf.nn.depthwise_conv2d(x, kernel, [1, *stride, 1], "VALID", dilations=dilation)
     return tf.nn.conv2d(x, weight, [1, *stride, 1], padding, dilations=[1, *dilation, 1])
 
 

@@ -81,7 +81,7 @@ class EagerTarget(Backend):
             "from graphopt.backends import target; from graphopt.dialects.fx.graph import FxGraph; "
             f"target({self.name!r}).compile(FxGraph.load({file!r}), {threads})"
         )
-        return {"engine": self.engine(), "threads": threads, "python": python}
+        return {"engine": self.engine(), "precision": self.precision, "threads": threads, "python": python}
 
     def check(self, folded: Graph, runner: Runner) -> None:
         """The lowered graph says what is promised: merged linears share a kernel, some sites are faster in float."""

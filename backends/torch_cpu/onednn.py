@@ -13,14 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from graphopt.backends.torch_cpu import add_int8, int8, onednn_floats
+from graphopt.backends.torch_cpu import add_int8, bfloat16, int8, onednn_floats
 from graphopt.backends.torch_cpu.base import EagerTarget
 from graphopt.backends.torch_cpu.int8 import Engine, Linear, Tail
 from graphopt.backends.torch_cpu.packing import Pack, Packing, pack_numbers
 from graphopt.backends.torch_cpu.schemas import SETTINGS, WEIGHT, X, Y, like_conv, like_linear
 from graphopt.ir.decline import Declined
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.ir.rewrite import Builder, Choice, Match, Rule
+from graphopt.ir.rewrite import Builder, Choice, Match, Rule, RuleLog
+from graphopt.lowering.backend import Chooser
+from graphopt.measure.machine import environment
 
 _onednn = torch.ops.onednn
 LINEAR, LINEAR_ADD = _onednn.qlinear_pointwise.default, _onednn.qlinear_pointwise.binary
@@ -65,15 +67,16 @@ ENGINE = Engine("onednn", _linear, _conv, add_int8.add, lambda what: what in (*P
 def _linear_unpacked(
     x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
     residual: Tensor | None, y_scale: Tensor | None, y_zero_point: Tensor | None, *, post: str, algorithm: str,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     packed = _onednn.qlinear_prepack(weight.contiguous(), None)
     first = x, scale.item(), int(zero_point.item()), packed, weight_scale.float(), None
     y = (None, None) if y_scale is None or y_zero_point is None else (y_scale.item(), int(y_zero_point.item()))
     made: Tensor
     if residual is None:
-        made = LINEAR(*first, bias, *_result(*y), post, [], algorithm)
+        made = LINEAR(*first, bias, *_result(*y, dtype), post, [], algorithm)
     else:
-        made = LINEAR_ADD(*first, residual, bias, *_result(*y), *_ADDED, post, [], algorithm)
+        made = LINEAR_ADD(*first, residual, bias, *_result(*y, dtype), *_ADDED, post, [], algorithm)
     return made
 
 
@@ -81,9 +84,9 @@ _ADDED = 1.0, 0, "add", 1.0
 """How a float residual is fused: its scale, its zero point, the operation, its factor."""
 
 
-def _result(y_scale: Any, y_zero_point: Any) -> tuple[Any, Any, torch.dtype]:
-    """Scale, zero point and dtype of a result, as oneDNN is told them."""
-    return (1.0, 0, torch.float32) if y_scale is None else (y_scale, y_zero_point, torch.uint8)
+def _result(y_scale: Any, y_zero_point: Any, dtype: torch.dtype | None) -> tuple[Any, Any, torch.dtype]:
+    """Scale, zero point and dtype of a result, as oneDNN is told them. dtype: of floats; None is float32."""
+    return (1.0, 0, dtype or torch.float32) if y_scale is None else (y_scale, y_zero_point, torch.uint8)
 
 
 def _conv_unpacked(
@@ -99,13 +102,14 @@ def _conv_unpacked(
 
 
 def _like_linear(x: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor, weight_scale: Tensor, bias: Any,
-                 residual: Any, y_scale: Any, y_zero_point: Any, *, post: str, algorithm: str) -> Tensor:  # fmt: skip
-    return like_linear(x, weight, torch.float32 if y_scale is None else torch.uint8)
+                 residual: Any, y_scale: Any, y_zero_point: Any, *, post: str, algorithm: str,
+                 dtype: torch.dtype | None = None) -> Tensor:  # fmt: skip
+    return like_linear(x, weight, dtype or torch.float32 if y_scale is None else torch.uint8)
 
 
 _LINEAR = f"{X}, {WEIGHT}, Tensor? bias, Tensor? residual, Tensor? y_scale, Tensor? y_zero_point"
 for _name, _operands, _kernel, _like in (
-    ("linear", f"{_LINEAR}, *, str post, str algorithm", _linear_unpacked, _like_linear),
+    ("linear", f"{_LINEAR}, *, str post, str algorithm, ScalarType? dtype=None", _linear_unpacked, _like_linear),
     ("conv", f"{X}, {WEIGHT}, {Y}, Tensor? bias, *, {SETTINGS}", _conv_unpacked,
      lambda x, scale, zero_point, weight, *_, **settings: like_conv(x, weight, **settings)),
 ):  # fmt: skip
@@ -130,9 +134,10 @@ def _pack_linear(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.N
     bias, residual = _bias(packing, node, given), given["residual"]
     y = pack_numbers(packing, node, given, "y_") if given["y_scale"] is not None else (None, None)
     post: tuple[Any, ...] = given["post"], [], given["algorithm"]
+    made = _result(*y, given["dtype"])
     if residual is None:
-        return packing.call(node, LINEAR, *first, bias, *_result(*y), *post)
-    return packing.call(node, LINEAR_ADD, *first, residual, bias, *_result(*y), *_ADDED, *post)
+        return packing.call(node, LINEAR, *first, bias, *made, *post)
+    return packing.call(node, LINEAR_ADD, *first, residual, bias, *made, *_ADDED, *post)
 
 
 def _pack_conv(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.Node:
@@ -164,5 +169,19 @@ class OneDnn(EagerTarget):
     int8_kernels: ClassVar[Sequence[str]] = INT8_KERNELS
     forms: ClassVar[Sequence[Engine]] = (ENGINE,)
 
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        is_here = self.cpu is None and not bfloat16.FLAGS.isdisjoint(environment()["flags"].split())
+        return ("float32", "bfloat16") if is_here else ("float32",)
+
     def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
         return *super().rules(graph), *onednn_floats.stages()
+
+    def lower(
+        self, graph: Graph, chooser: Chooser | None = None, *, lossless: bool = False
+    ) -> tuple[Graph, dict[str, RuleLog]]:
+        lowered, logs = super().lower(graph, chooser, lossless=lossless)
+        if self.precision == "bfloat16":
+            bfloat16.narrow(lowered)
+            lowered.verify()
+        return lowered, logs

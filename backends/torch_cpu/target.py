@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from graphopt.backends.torch_cpu import fbgemm, int8, onednn, onednn_floats
-from graphopt.backends.torch_cpu.base import EagerTarget
+from graphopt.backends.torch_cpu import fbgemm, int8, onednn
 from graphopt.backends.torch_cpu.int8 import Engine
+from graphopt.backends.torch_cpu.onednn import OneDnn
 from graphopt.backends.torch_cpu.packing import Pack
-from graphopt.ir.graph import Graph
-from graphopt.ir.rewrite import Choice, Rule
 
 
-class TorchCpu(EagerTarget):
+class TorchCpu(OneDnn):
     """Both engines of torch, in one graph that runs eagerly."""
 
     name: ClassVar[str] = "torch-cpu"
@@ -22,6 +20,3 @@ class TorchCpu(EagerTarget):
     operators: ClassVar[Mapping[str, Pack]] = onednn.OPERATORS | fbgemm.OPERATORS
     int8_kernels: ClassVar[Sequence[str]] = tuple(dict.fromkeys(onednn.INT8_KERNELS + fbgemm.INT8_KERNELS))
     forms: ClassVar[Sequence[Engine]] = (onednn.ENGINE, fbgemm.ENGINE, int8.float_engine())
-
-    def rules(self, graph: Graph) -> Sequence[Sequence[Rule | Choice]]:
-        return *super().rules(graph), *onednn_floats.stages()

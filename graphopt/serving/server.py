@@ -139,16 +139,17 @@ def _draining(config: Any, app: App, listener: socket.socket) -> Any:
                 return
             app.draining = True
             LOG.info("stopping: %d requests in flight", app.metrics.in_flight)
+            # A task, as the loop may have connections in hand while it calls this. At once, so that nobody who is told
+            # to close connects again in vain.
+            self._stopping = asyncio.get_running_loop().create_task(self._stop_listening())
+
+        async def _stop_listening(self) -> None:
             loop = asyncio.get_running_loop()
-            taken = _accepted(listener)  # closing would reset them, with the requests that they hold
-            for server in self.servers:  # first, so that nobody who is told to close connects again in vain
+            loop.call_later(DRAIN_SECONDS, lambda: setattr(self, "should_exit", True))
+            connections = _accepted(listener)  # closing would reset them, with the requests that they hold
+            for server in self.servers:
                 server.close()
             listener.close()  # which the loop may keep open
-            self._taking = loop.create_task(self._take(taken))
-            loop.call_later(DRAIN_SECONDS, lambda: setattr(self, "should_exit", True))
-
-        async def _take(self, connections: list[socket.socket]) -> None:
-            loop = asyncio.get_running_loop()
             make = partial(
                 config.http_protocol_class, config=config, server_state=self.server_state,
                 app_state=self.lifespan.state, _loop=loop,
@@ -286,11 +287,6 @@ class _Place:
     def answers(self) -> bool:
         return self.due is None and bool(self.ready.is_set()) and bool(self.process.is_alive())
 
-    @property
-    def has_failed_first(self) -> bool:
-        """Whether the bundles could not be served at all."""
-        return self.restarts.quick == 0 and self.process.exitcode == _FAILED and not self.ready.is_set()
-
 
 def _supervise(settings: Settings, listener: socket.socket, workers: int) -> None:
     """Processes that share a listening socket: one that ends is started again, and all are told to stop together.
@@ -313,16 +309,16 @@ def _supervise(settings: Settings, listener: socket.socket, workers: int) -> Non
     places = [_Place(start) for _ in range(workers)]
     for place in places:
         place.begin()
-    has_failed = False
+    has_answered = has_failed = False
     while not (stopping or has_failed):
         time.sleep(0.2)
-        has_failed = any(place.has_failed_first for place in places)
+        answers = any(place.answers for place in places)
+        has_answered = has_answered or answers
+        has_failed = not has_answered and any(place.process.exitcode == _FAILED for place in places)
         if not has_failed:
             for place in places:
                 place.look()
-            has_failed = any(place.restarts.is_hopeless for place in places) and not any(
-                place.answers for place in places
-            )
+            has_failed = not answers and any(place.restarts.is_hopeless for place in places)
     listener.close()
     processes = [place.process for place in places]
     for process in processes:

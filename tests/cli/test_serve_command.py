@@ -9,64 +9,22 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree, rmtree
 from typing import Any
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
+import numpy as np
 import pytest
 
+from graphopt.serving import Predictor
 from graphopt.serving.load import load
 from tests.cli.test_cli import done, refused
+from tests.serving.servers import ask, memory, raw, running, workers_of
 
 uvicorn = pytest.importorskip("uvicorn")
-
-
-@contextmanager
-def running(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server, once it is ready, and its URL."""
-    command = [sys.executable, "-m", "graphopt", "serve", str(folder), "--port", "0", *options]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    ) as server:
-        try:
-            assert server.stderr is not None
-            lines: list[str] = []
-            while not (found := re.search(r"listening on (http://\S+)", "".join(lines))):
-                lines.append(server.stderr.readline())
-                assert lines[-1], "".join(lines)
-            threading.Thread(target=server.stderr.read, daemon=True).start()
-            end = time.monotonic() + 60
-            while time.monotonic() < end and ask(f"{found[1]}/v2/health/ready")[0] != 200:
-                time.sleep(0.05)
-            yield server, found[1]
-        finally:
-            server.kill()
-
-
-def ask(url: str, body: Any = None, **headers: str) -> tuple[int, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        with urlopen(Request(url, data, headers), timeout=30) as answer:
-            return answer.status, json.loads(answer.read())
-    except OSError as error:
-        return getattr(error, "code", 0), None
-
-
-def raw(url: str, content: bytes, seconds: float = 30) -> bytes:
-    """What a server answers to bytes, until it closes the connection."""
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=seconds) as connection:
-        connection.sendall(content)
-        received = b""
-        while part := connection.recv(65536):
-            received += part
-        return received
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -108,18 +66,6 @@ def test_a_bundle_that_is_damaged_is_not_served(encoder: Path, tmp_path: Path) -
         command = [sys.executable, "-m", "graphopt", "serve", str(bundle), "--port", "0", "--workers", workers]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert ended.returncode == 2 and "golden.npz is not the file" in ended.stderr
-
-
-def workers_of(server: subprocess.Popen[str]) -> list[int]:
-    """The processes that answer."""
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text(encoding="utf-8").split()
-    return [int(one) for one in children if b"spawn_main" in Path(f"/proc/{one}/cmdline").read_bytes()]
-
-
-def memory(process: int) -> int:
-    """Resident bytes."""
-    pages = int(Path(f"/proc/{process}/statm").read_text(encoding="utf-8").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 LOAD_SECONDS = float(os.environ.get("GRAPHOPT_LOAD_SECONDS", "6"))
@@ -242,12 +188,62 @@ def test_limits_of_connections(encoder: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_a_client_of_triton_runs_unchanged(encoder: Path) -> None:
     client = pytest.importorskip("tritonclient.http")
-    import numpy as np
+    ids, mask = np.array([[3, 4, 5]]), np.ones((1, 3), np.int64)
+    wanted = Predictor(encoder)(ids=ids, mask=mask)["y"]
 
-    with running(encoder) as (_, url), client.InferenceServerClient(url.removeprefix("http://")) as server:
-        assert server.is_server_live() and server.is_server_ready() and server.is_model_ready("encoder")
-        inputs = []
-        for name, array in (("ids", np.array([[3, 4, 5]])), ("mask", np.ones((1, 3), np.int64))):
-            inputs.append(client.InferInput(name, array.shape, "INT64"))
-            inputs[-1].set_data_from_numpy(array)
-        assert server.infer("encoder", inputs).as_numpy("y").shape == (1, 3, 32)
+    def inputs(binary: bool) -> list[Any]:
+        found = []
+        for name, array in (("ids", ids), ("mask", mask)):
+            found.append(client.InferInput(name, array.shape, "INT64"))
+            found[-1].set_data_from_numpy(array, binary_data=binary)
+        return found
+
+    with (
+        running(encoder) as (_, url),
+        client.InferenceServerClient(url.removeprefix("http://"), concurrency=4) as server,
+    ):
+        assert server.is_server_live() and server.is_server_ready() and server.is_model_ready("encoder", "1")
+        assert "binary_tensor_data" in server.get_server_metadata()["extensions"]
+        assert server.get_model_metadata("encoder")["outputs"][0]["name"] == "y"
+        assert server.get_model_config("encoder")["input"][0]["data_type"] == "TYPE_INT64"
+        assert server.get_model_repository_index()[0]["state"] == "READY"
+        for binary in (True, False):
+            outputs = [client.InferRequestedOutput("y", binary_data=binary)]
+            answers = [
+                server.infer("encoder", inputs(binary)),
+                server.infer("encoder", inputs(binary), "1", outputs, request_id="7"),
+                server.infer("encoder", inputs(binary), outputs=outputs, request_compression_algorithm="gzip"),
+                server.infer("encoder", inputs(binary), request_compression_algorithm="deflate"),
+                server.infer("encoder", inputs(binary), response_compression_algorithm="gzip"),
+                server.async_infer("encoder", inputs(binary)).get_result(),
+            ]
+            assert all(np.array_equal(one.as_numpy("y"), wanted) for one in answers)
+            assert answers[1].get_response()["id"] == "7"
+        with pytest.raises(Exception, match="there is no model 'nobody'"):
+            server.infer("nobody", inputs(True))
+        with pytest.raises(Exception, match="outputs have no classification here"):
+            server.infer("encoder", inputs(True), outputs=[client.InferRequestedOutput("y", class_count=2)])
+
+
+@pytest.mark.slow
+def test_a_rest_client_of_tensorflow_serving_runs_unchanged(encoder: Path) -> None:
+    """As the guides of TensorFlow Serving write them, with requests."""
+    requests = pytest.importorskip("requests")
+    ids, mask = np.array([[3, 4, 5], [6, 7, 8]]), np.ones((2, 3), np.int64)
+    wanted = Predictor(encoder)(ids=ids, mask=mask)["y"]
+    with running(encoder) as (_, url):
+        model = f"{url}/v1/models/encoder"
+        assert requests.get(model).json()["model_version_status"][0]["state"] == "AVAILABLE"
+        signatures = requests.get(f"{model}/metadata").json()["metadata"]["signature_def"]["signature_def"]
+        assert signatures["serving_default"]["inputs"]["ids"]["dtype"] == "DT_INT64"
+        rows = [{"ids": one.tolist(), "mask": other.tolist()} for one, other in zip(ids, mask, strict=True)]
+        data = json.dumps({"signature_name": "serving_default", "instances": rows})
+        for address in (f"{model}:predict", f"{model}/versions/1:predict"):
+            answer = requests.post(address, data=data, headers={"content-type": "application/json"})
+            assert np.array_equal(np.float32(json.loads(answer.text)["predictions"]), wanted)
+        answer = requests.post(f"{model}:predict", data=data)  # as curl -d does
+        answer.raise_for_status()
+        columns = requests.post(f"{model}:predict", json={"inputs": {"ids": ids.tolist(), "mask": mask.tolist()}})
+        assert np.array_equal(np.float32(columns.json()["outputs"]), wanted)
+        refused_ = requests.post(f"{model}:predict", json={"instances": [{"idz": [1]}]})
+        assert refused_.status_code == 400 and "idz" in refused_.json()["error"]

@@ -184,10 +184,9 @@ def _spell_linear(graph: OnnxGraph, node: Node) -> None:
     """MatMul (+ Add): a weight that only this node reads is stored (in, out); a shared one gets a Transpose."""
     x, weight, bias = node.required("x"), node.required("weight"), node.operand("bias")
     assert isinstance(weight, OnnxValue)
-    tensor = graph.constant(weight)
     view = _dequantized_kn(graph, weight, node) or weight.transpose()
-    if tensor is not None and not weight.transposed and len(weight.users) == 1:
-        view = graph.add_constant(tensor.t().contiguous(), name=weight.name + ".T")
+    if graph.constant(weight) is not None and not weight.transposed and len(weight.users) == 1:
+        view = graph.add_transposed(weight, weight.name + ".T")
     product = graph.emit("matmul", x, view, at=node)
     graph.replace(node, product if bias is None else graph.emit("add", product, bias, at=node))
 

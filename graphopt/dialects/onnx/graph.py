@@ -21,7 +21,7 @@ from graphopt.dialects.onnx import shapes as onnx_shapes
 from graphopt.dialects.onnx import spellings as onnx_spellings
 from graphopt.dialects.onnx.inference import Inference, error_at
 from graphopt.dialects.onnx.spellings import DOMAIN
-from graphopt.dialects.onnx.tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch
+from graphopt.dialects.onnx.tensors import NARROW, READABLE, onnx_dtype, packed, to_numpy, to_torch, transposed
 from graphopt.dialects.onnx.views import PATH, OnnxNode, OnnxValue, holds_graph
 from graphopt.dialects.raising import run_stages
 from graphopt.errors import GraphError, SpellingError
@@ -213,6 +213,14 @@ class OnnxGraph(Graph):
         array = to_numpy(tensor)
         native = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(dtype))
         return self._store(native, ir.Tensor(array, dtype=dtype, name=name))
+
+    def add_transposed(self, value: OnnxValue, name: str) -> OnnxValue:
+        """A constant matrix, transposed: written anew each time that it is read, and held in no memory between."""
+        given = value.native.const_value
+        if given is None or value.rank != 2 or given.dtype in NARROW:
+            raise GraphError(f"{value.name!r} is no constant matrix that can be transposed")
+        held = transposed(given, self._unique(name))
+        return self._store(ir.Value(name=held.name, shape=held.shape, type=ir.TensorType(held.dtype)), held)
 
     def narrowed(self, value: OnnxValue, bits: int) -> OnnxValue:
         """A constant of int8 or uint8 whose integers fit `bits` (2 or 4), stored packed."""

@@ -38,6 +38,16 @@ def packed(tensor: Tensor, bits: int, name: str) -> ir.PackedTensor[np.ndarray[A
     return ir.PackedTensor(to_numpy(held), ir.DataType[f"{signed}INT{bits}"], shape=tensor.shape, name=name)
 
 
+def transposed(tensor: ir.TensorProtocol, name: str) -> ir.LazyTensor:
+    """A matrix transposed, which is made each time that it is read."""
+
+    def made() -> ir.TensorProtocol:
+        return ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name)
+
+    rows, columns = tensor.shape.numpy()
+    return ir.LazyTensor(made, tensor.dtype, ir.Shape((columns, rows)), name=name)
+
+
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
     """The ONNX element type; GraphError where there is none."""
     if dtype not in TORCH_DTYPES.values():
