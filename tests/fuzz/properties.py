@@ -202,7 +202,7 @@ def _noisy(array: Array, least: float, seed: int) -> Array:
     if array.dtype != np.float32 or array.size < 2:
         return array
     size = float(np.sqrt(np.square(array).mean())) * 10 ** (-least / 20)
-    noise = np.random.default_rng(seed).standard_normal(array.shape)
+    noise = np.asarray(np.random.default_rng(seed).standard_normal(array.shape))
     noisy: Array = array + size * noise.astype(np.float32)
     return noisy.astype(np.float32)
 
