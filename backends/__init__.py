@@ -22,6 +22,7 @@ TARGETS: Registry[Backend] = Registry(
         "fbgemm": "graphopt.backends.torch_cpu.fbgemm:Fbgemm",
         "openvino": "graphopt.backends.openvino:OpenVino",
         "tensorrt": "graphopt.backends.tensorrt:TensorRt",
+        "tensorflow": "graphopt.backends.tensorflow.target:TensorFlow",
     },
     aliases.TARGETS,
 )

@@ -1,9 +1,10 @@
-"""An encoder-decoder in two files: a T5 that is trained here to write words backwards.
+"""Encoder-decoders in two files each: a T5 that is trained here to write words backwards, and a Whisper.
 
     python examples/encoder_decoder.py
 
 The encoder runs once for each input and the decoder once for each token, so each gets a file of its own. What is
-compressed in each, what is declined, and why, is in the reports.
+compressed in each, what is declined, and why, is in the reports. The Whisper reads features of sound through two
+convolutions; its weights are random, so that it is compared with itself in float32, and not with what was said.
 """
 
 from __future__ import annotations
@@ -20,18 +21,24 @@ from torch import Tensor, nn
 import graphopt
 
 PAD, END, LETTERS, LENGTH = 0, 1, 26, 12
+VOCABULARY, MEL_BINS, FRAMES = 512, 40, 200
+"""Of the Whisper: its tokens, and the features of a sound, which its encoder halves in time."""
 Batch = dict[str, Tensor]
-Files = Mapping[str, Callable[..., Any]]
+Files = tuple[Callable[..., Any], Callable[..., Any]]
+"""An encoder and a decoder."""
 
 
 class Decoder(nn.Module):
-    """Tokens so far, and what the encoder says -> logits of the next token at each place."""
+    """Tokens so far, and what the encoder says -> logits of the next token at each place.
+
+    encoder_mask: which states are of real tokens; a Whisper has none, as it reads sound of one length.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, decoder_input_ids: Tensor, encoder_states: Tensor, encoder_mask: Tensor) -> Tensor:
+    def forward(self, decoder_input_ids: Tensor, encoder_states: Tensor, encoder_mask: Tensor | None = None) -> Tensor:
         logits: Tensor = self.model(
             encoder_outputs=(encoder_states,), attention_mask=encoder_mask, decoder_input_ids=decoder_input_ids,
             use_cache=False,
@@ -51,6 +58,30 @@ def t5(width: int, layers: int) -> Any:
     model: Any = T5ForConditionalGeneration(config)
     model.set_attn_implementation("eager")
     return model.eval()
+
+
+def whisper(width: int, layers: int) -> Any:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=VOCABULARY, num_mel_bins=MEL_BINS, d_model=width, encoder_layers=layers, decoder_layers=layers,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=4 * width, decoder_ffn_dim=4 * width,
+        max_source_positions=FRAMES // 2, max_target_positions=32, pad_token_id=PAD, bos_token_id=END, eos_token_id=END,
+        decoder_start_token_id=END, use_cache=False, init_std=0.1,
+    )  # fmt: skip
+    model: Any = WhisperForConditionalGeneration(config)
+    return model.eval()
+
+
+def sounds(batches: int, rows: int, seed: int) -> list[Batch]:
+    """Random features of sound, and random tokens that were written so far."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"input_features": torch.randn(rows, MEL_BINS, FRAMES, generator=generator),
+         "decoder_input_ids": torch.randint(2, VOCABULARY, (rows, LENGTH), generator=generator)}
+        for _ in range(batches)
+    ]  # fmt: skip
 
 
 def words(batches: int, rows: int, seed: int) -> list[Batch]:
@@ -91,18 +122,55 @@ def accuracy(encoder: Callable[..., Any], decoder: Callable[..., Any], batches: 
 
 def split_batches(encoder: Callable[..., Any], batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
     """What the encoder is called with, and what the decoder is."""
-    first = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
-    with torch.no_grad():
-        second = [
-            {"decoder_input_ids": batch["decoder_input_ids"], "encoder_mask": batch["attention_mask"],
-             "encoder_states": encoder(**one)["last_hidden_state"]}
-            for one, batch in zip(first, batches, strict=True)
-        ]  # fmt: skip
+    read = ("input_ids", "attention_mask", "input_features")
+    first = [{name: batch[name] for name in read if name in batch} for batch in batches]
+    second = []
+    for one, batch in zip(first, batches, strict=True):
+        with torch.no_grad():
+            states = encoder(**one)["last_hidden_state"]
+        masks = {"encoder_mask": batch["attention_mask"]} if "attention_mask" in batch else {}
+        second.append({"decoder_input_ids": batch["decoder_input_ids"], "encoder_states": states} | masks)
     return first, second
 
 
+def deployed(
+    name: str, encoder: Any, decoder: Decoder, batches: list[Batch], out: Path, summary: Summary, size: Size
+) -> tuple[Deployed, Deployed]:
+    """Both halves in int8, each in a file of its own."""
+    for_encoder, for_decoder = split_batches(encoder, batches)
+    has_mask = "encoder_mask" in for_decoder[0]  # and inputs of any length
+    read = {0: "batch", 1: "read"} if has_mask else {0: "batch"}
+    axes = {"decoder_input_ids": {0: "batch", 1: "written"}, "encoder_states": read}
+    axes |= {"encoder_mask": read} if has_mask else {}
+    files = []
+    for half, part, given, dynamic in (
+        ("encoder", encoder, for_encoder, None), ("decoder", decoder, for_decoder, axes)
+    ):  # fmt: skip
+        print(f"--- {name}, {half}")
+        small = graphopt.optimize(part, "quantize", calibration=given, dynamic_shapes=dynamic)
+        show(small)
+        path = small.export(out / f"{name.lower()}-{half}.onnx")
+        files.append(Deployed(path))
+        summary.model(small, path, size, f"{name} {half}")
+    return files[0], files[1]
+
+
+def same_tokens(before: Files, after: Files, batches: list[Batch]) -> float:
+    """Share of places where two encoder-decoders find the same token the likeliest."""
+    same = []
+    for batch in batches:
+        found = []
+        for encoder, decoder in (before, after):
+            (_,), (given,) = split_batches(encoder, [batch])
+            with torch.no_grad():
+                logits = decoder(**given)
+            found.append((logits["output"] if isinstance(logits, Mapping) else logits).argmax(-1))
+        same.append((found[0] == found[1]).float())
+    return float(torch.cat(same).mean())
+
+
 def main(size: Size = "full", out: Out = Path("out/encoder_decoder")) -> None:
-    """Train, split in two, make both int8, and decode with the two files."""
+    """Train a T5, split it and a Whisper in two, make all parts int8, and decode with the files."""
     out, summary = folder(out), Summary()
     full = size == "full"
     module: Any = t5(128, 3) if full else t5(16, 1)
@@ -112,22 +180,16 @@ def main(size: Size = "full", out: Out = Path("out/encoder_decoder")) -> None:
         module, f"finetune{{{'epochs=2' if full else 'steps=1'} lr=2e-3}}", training=train, measure=False
     )
     module.load_state_dict(trained.state_dict())
-
     decoder = Decoder(module).eval()
-    for_encoder, for_decoder = split_batches(module.encoder, train[:8])
-    files: dict[str, Deployed] = {}
-    read = {0: "batch", 1: "read"}
-    axes = {"decoder_input_ids": {0: "batch", 1: "written"}, "encoder_mask": read, "encoder_states": read}
-    for name, part, batches, dynamic in (
-        ("encoder", module.encoder, for_encoder, None), ("decoder", decoder, for_decoder, axes)
-    ):  # fmt: skip
-        small = graphopt.optimize(part, "quantize", calibration=batches, dynamic_shapes=dynamic)
-        show(small)
-        path = small.export(out / f"{name}.onnx")
-        files[name] = Deployed(path)
-        summary.model(small, path, size, name)
-    before = accuracy(module.encoder, decoder, test)
-    summary["accuracy"] = f"{before:.1%} -> {accuracy(files['encoder'], files['decoder'], test):.1%} of words"
+    files = deployed("T5", module.encoder, decoder, train[:8], out, summary, size)
+    summary["T5 accuracy"] = f"{accuracy(module.encoder, decoder, test):.1%} -> {accuracy(*files, test):.1%} of words"
+
+    module = whisper(128, 3) if full else whisper(16, 1)
+    encoder, decoder = module.get_encoder(), Decoder(module).eval()
+    heard = sounds(8 if full else 2, 4 if full else 1, seed=1)
+    files = deployed("Whisper", encoder, decoder, heard, out, summary, size)
+    same = same_tokens((encoder, decoder), files, sounds(4 if full else 1, 4, seed=2))
+    summary["Whisper accuracy"] = f"{same:.1%} of the likeliest tokens are those of float32"
     summary.show()
 
 

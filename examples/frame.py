@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import onnxruntime
 import torch
 import typer
 from torch import Tensor
 
 from graphopt import GraphoptError, Optimized, UsageError
 from graphopt.errors import outer_door
+from graphopt.report import figures
 
 EXAMPLES = (
     "text_classification", "question_answering", "generation", "image_classification", "sentence_embeddings",
@@ -78,6 +78,8 @@ class Deployed:
     """A file in ONNX Runtime alone: tensors or arrays in by name, tensors out by name."""
 
     def __init__(self, path: Path) -> None:
+        import onnxruntime  # here, as graphopt turns its telemetry off, where it comes first
+
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         self.inputs = [one.name for one in self.session.get_inputs()]
         self.outputs = [one.name for one in self.session.get_outputs()]
@@ -97,7 +99,7 @@ class Summary:
     def model(self, small: Optimized, path: Path, size: Size, name: str = "") -> None:
         """The file, its size against the weights before, and its speed against the model before."""
         prefix = f"{name} " if name else ""
-        self.lines[f"{prefix}size"] = sizes(small, path)
+        self.lines[f"{prefix}size"] = sizes(small.report.cost_before.bytes, path)
         self.lines[f"{prefix}speed"] = speed(small, size)
         self.lines[f"{prefix}file"] = str(path)
 
@@ -112,10 +114,11 @@ class Summary:
         print("\n" + "\n".join(f"{name:{width}}{text}" for name, text in self.lines.items()))
 
 
-def sizes(small: Optimized, path: Path) -> str:
-    """The bytes of the weights before, and of the file."""
-    before, after = small.report.cost_before.bytes, file_size(path)
-    return f"{before / 1e6:.3g} MB -> {after / 1e6:.3g} MB, {before / after:.1f} times smaller"
+def sizes(before: int, path: Path) -> str:
+    """The bytes of the weights before, and of the file, which holds the graph too."""
+    after = file_size(path)
+    times = f"{before / after:.1f} times smaller" if after <= before else f"{after / before:.1f} times larger"
+    return f"{figures.size(before)} -> {figures.size(after)}, {times}"
 
 
 def speed(small: Optimized, size: Size) -> str:

@@ -2,28 +2,34 @@
 
     python examples/generation.py
 
-GRAPHOPT_DATA=FOLDER takes stories260K, a Llama of 260,000 parameters that tells stories, from that folder; else a GPT-2
-is trained on sentences that are made here. The prompt and each further token run through one file: it takes any number
-of tokens after a cache of any length, an empty one included.
+GRAPHOPT_DATA=FOLDER takes stories260K, a Llama of 260,000 parameters that tells stories, from that folder, and
+--model FOLDER a language model of yours; else a GPT-2 is trained on sentences that are made here. The prompt and each
+further token run through one file: it takes any number of tokens after a cache of any length, an empty one included.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from frame import Deployed, Out, Size, Summary, data, folder, program
-from texts import quiet_transformers
+from texts import encoder, quiet_transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 import graphopt
+from graphopt.errors import UsageError, first_line, outer_door
 from graphopt.serving import Predictor
 
 PARTS = (
@@ -122,6 +128,13 @@ def pieces(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def own(place: Path, size: Size) -> tuple[Any, Tokenizer, str]:
+    """The model in a folder of transformers, its tokenizer, and a prompt. Raises UsageError where one is missing."""
+    module, _ = encoder("AutoModelForCausalLM", place, size)
+    with outer_door(UsageError, f"{place} holds no tokenizer.json, which programs without transformers read"):
+        return module.float(), Tokenizer.from_file(str(place / "tokenizer.json")), "Once upon a time"
+
+
 def greedy(model: Deployed, ids: list[int], count: int) -> list[int]:
     """The likeliest tokens after a prompt: the prompt in one call with an empty cache, then a call for each token."""
     past: dict[str, Any] = {
@@ -158,12 +171,48 @@ def rate(generate: Callable[[], Any], count: int) -> float:
     return count / min(seconds)
 
 
-def main(size: Size = "full", out: Out = Path("out/generation")) -> None:
+def with_genai(checkpoint: Path, out: Path, ids: list[int], count: int) -> Callable[[], None]:
+    """What onnxruntime-genai makes of a checkpoint, in 4 bits, as a function that writes `count` tokens.
+
+    Raises ImportError where it is not installed, and RuntimeError where it does not build or run the model.
+    """
+    import onnxruntime_genai as og
+
+    command = [
+        sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(out), "-c", str(out),
+        "-p", "int4", "-e", "cpu", "--extra_options", "block_size=32", "accuracy_level=4",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.decode(errors="replace").splitlines() if "Error: " in line]
+        raise RuntimeError(said[-1] if said else "its model builder failed")
+    model = og.Model(str(out))
+
+    def write() -> None:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(min_length=len(ids) + count, max_length=len(ids) + count, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.array([ids], np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+
+    write()
+    return write
+
+
+def main(
+    size: Size = "full",
+    out: Out = Path("out/generation"),
+    model: Annotated[Path | None, typer.Option(help="Folder of a language model and its tokenizer.")] = None,
+) -> None:
     """Make the decode step of a language model small and fast, and write texts with it."""
     out, summary = folder(out), Summary()
     full = size == "full"
     weights, words = data("stories260k", "stories260K.bin"), data("stories260k", "tok512.bin")
-    module, tokenizer, prompt = stories(weights, words) if full and weights and words else sentences_model(full)
+    if model is not None:
+        module, tokenizer, prompt = own(model, size)
+    else:
+        module, tokenizer, prompt = stories(weights, words) if full and weights and words else sentences_model(full)
     count = 64 if full else 4
     checkpoint = folder(out / "checkpoint")
     module.save_pretrained(checkpoint)
@@ -171,6 +220,12 @@ def main(size: Size = "full", out: Out = Path("out/generation")) -> None:
     ids = tokenizer.encode(prompt).ids
     exact = list[int]()
     made = dict[str, graphopt.Optimized]()
+
+    def many(tokens: float) -> str:
+        return f"{tokens / eager:.1f} times as many in a second as PyTorch, eager"
+
+    asked = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    eager = rate(lambda: module.generate(torch.tensor([ids]), **asked), count) if full else 1.0
     for name, passes in {
         "float32": None,
         "int8": "quantize{scheme=dynamic}",
@@ -178,17 +233,23 @@ def main(size: Size = "full", out: Out = Path("out/generation")) -> None:
     }.items():
         made[name] = graphopt.optimize(module, passes, cache=True, example_inputs={"input_ids": torch.tensor([ids])})
         path = made[name].export(out / f"{name.replace(' ', '-')}.onnx")
-        model = Deployed(path)
-        found = greedy(model, ids, count)
+        deployed = Deployed(path)
+        found = greedy(deployed, ids, count)
         exact = exact or found
         summary.model(made[name], path, size, name)
         summary[f"{name} accuracy"] = parting(module, ids, exact, found)
-        summary[f"{name} tokens"] = "not timed at size tiny"
-        if full:
-            eager = rate(lambda: module.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False), count)
-            ours = rate(lambda model=model: greedy(model, ids, count), count)  # type: ignore[misc]
-            summary[f"{name} tokens"] = f"{ours / eager:.1f} times as many in a second as PyTorch, eager"
-    predictor = Predictor(made["int8"].bundle(out / "bundle", tokenizer=checkpoint))
+        summary[f"{name} tokens"] = (
+            many(rate(partial(greedy, deployed, ids, count), count)) if full else "not timed at size tiny"
+        )
+    summary["genai tokens"] = "not timed at size tiny"
+    if full:
+        try:
+            summary["genai tokens"] = many(rate(with_genai(checkpoint, out / "genai", ids, count), count))
+        except ImportError:
+            summary["genai tokens"] = "not timed: onnxruntime-genai is not installed"
+        except Exception as error:  # those of its engine have no base of their own
+            summary["genai tokens"] = f"not timed: onnxruntime-genai says {first_line(error)}"
+    predictor = Predictor(made["4 bits"].bundle(out / "bundle", tokenizer=checkpoint))
     print(prompt, predictor.generate(prompt, max_tokens=count))
     print("-- drawn from the likeliest tokens, as they come, up to the first full stop:")
     for piece in predictor.generate(prompt, stream=True, max_tokens=count, top_p=0.9, seed=0, stop="."):

@@ -146,8 +146,9 @@ def main(size: Size = "full", out: Out = Path("out/image_classification")) -> No
                 )  # fmt: skip
                 path = small.export(out / f"{name}-{engine}-{way.replace(' ', '-')}.onnx")
                 found = accuracy(Deployed(path) if engine == "onnxruntime" else small, test)
+                bytes_before = small.report.cost_before.bytes
                 summary[f"{name}, {way}, {engine}"] = (
-                    f"accuracy {accuracy(before, test):.1%} -> {found:.1%}, size {sizes(small, path)}, "
+                    f"accuracy {accuracy(before, test):.1%} -> {found:.1%}, size {sizes(bytes_before, path)}, "
                     f"speed {speed(small, size)}"
                 )
     summary.show()

@@ -33,6 +33,8 @@ from graphopt.serving import Predictor
 
 LENGTH = 64
 """Tokens at which texts are cut."""
+SENTENCES = 4000
+"""Of SST-2 that are taken; of a table of yours it is all rows."""
 SUBJECTS = "the film", "this book", "her new album", "the hotel", "our dinner", "the second season", "his speech"
 WORDS = {
     "positive": ("wonderful", "a pleasure from start to end", "better than I had hoped", "charming", "worth its price"),
@@ -51,12 +53,13 @@ def templates() -> Rows:
 
 
 def sst2() -> Rows | None:
-    """The train part of SST-2, where it is there."""
+    """Sentences of the train part of SST-2, where it is there."""
     file = data("sst2", "train.tsv")
     if file is None:
         return None
     _, rows = read_table(file, ["sentence", "label"])
-    return [(text, ("negative", "positive")[int(label)]) for _, (text, label) in rows]
+    random.Random(0).shuffle(rows)
+    return [(text, ("negative", "positive")[int(label)]) for _, (text, label) in rows[:SENTENCES]]
 
 
 def table(path: Path, text: str | None, label: str | None) -> Rows:
@@ -140,13 +143,13 @@ def main(
     full = size == "full"
     rows = (sst2() or templates()) if table_file is None else table(table_file, text, label)
     random.Random(0).shuffle(rows)
-    rows = rows[:4000] if full else rows[:20]
+    rows = rows if full else rows[:20]
     classes = sorted({kind for _, kind in rows})
     module, tokenizer = encoder(
         "AutoModelForSequenceClassification", model, size,
         id2label=dict(enumerate(classes)), label2id={kind: number for number, kind in enumerate(classes)},
     )  # fmt: skip
-    cut = len(rows) // 5
+    cut = max(1, len(rows) // 5)
     dev, train = (Batches(tokenizer, part, classes, 32 if full else 8) for part in (rows[:cut], rows[cut:]))
 
     def score(candidate: Any) -> float:

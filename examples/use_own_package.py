@@ -19,6 +19,7 @@ import onnx
 from frame import Deployed, Out, Size, Summary, file_size, folder, program
 
 import graphopt
+from graphopt.report import figures
 
 PACKAGE = Path(__file__).parent / "own_package"
 
@@ -73,7 +74,7 @@ def main(size: Size = "full", out: Out = Path("out/use_own_package")) -> None:
     kinds = {node.op_type for node in onnx.load(small).graph.node}
     assert "Conv" in kinds and "QLinearConv" not in kinds, "the target was not asked"
     assert Deployed(small).outputs == ["scores"]
-    summary["size"] = f"{file_size(model) / 1e6:.3g} MB -> {file_size(small) / 1e6:.3g} MB"
+    summary["size"] = f"{figures.size(file_size(model))} -> {figures.size(file_size(small))}"
     if size == "full":
         shell("graphopt", "bench", model, small, "--quiet")
     summary["file"] = str(small)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ from graphopt.result import Optimized, versions
 from graphopt.run import Run, rounds
 from graphopt.training import streams
 from graphopt.training.checkpoints import held
-from graphopt.training.meshes import Mesh, MeshSizes
+from graphopt.training.meshes import Mesh, MeshSizes, accelerated
 from graphopt.training.meshes import opened as opened_mesh
 from graphopt.training.meshes.evaluating import OnEveryRank, on_every_rank
 from graphopt.training.meshes.plans import chosen
@@ -80,6 +80,7 @@ def optimize(
     measure: bool | None = None,
     cpu: str | None = None,
     mesh: str | None = None,
+    accelerator: Any = None,
     custom_ops: Sequence[Any] = (),
     instruments: Sequence[Instrument] = (),
     verbose: bool | None = None,
@@ -120,7 +121,9 @@ def optimize(
     mesh: how the run is spread over the processes of torchrun, such as "dp=2" or "dp=2,tp=2": dp, each process has its
     share of the batches; fsdp, and of every weight; tp, of every layer; pp, some of the layers; dp goes with one of
     the others. None is dp over all of them, "auto" chooses dp and fsdp by memory. Every process makes the same calls;
-    rank 0 measures, lowers and writes.
+    rank 0 measures, lowers and writes. accelerator: an accelerate.Accelerator in place of it: the run is spread over
+    its processes, and training goes through its DDP or its DeepSpeed. Its mixed_precision, device and
+    gradient_accumulation_steps are those of the passes that train; an option that says something else is an error.
     custom_ops: what defines the custom operators of an ONNX file: libraries of onnxruntime (paths), functions of
     onnxscript, or the module onnxruntime_extensions; they stay known to the process. A file whose operators are not
     known is not run: passes that need no run work, and only the shapes of outputs are checked.
@@ -149,7 +152,13 @@ def optimize(
                 raise UsageError(f"{option} is {flag!r}; give True, False or None")
         origin = model.origin if isinstance(model, Optimized) else origin_of(model)
         model = opened(model)
-        processes = opened_mesh(mesh, _mesh_for(model) if mesh == "auto" else None)
+        if accelerator is None:
+            processes = opened_mesh(mesh, _mesh_for(model) if mesh == "auto" else None)
+        else:
+            processes = accelerated.mesh_of(accelerator, mesh, checkpoint)
+            passes = _trained_by(accelerator, passes)
+        if processes is not None:
+            accelerated.require_whole(training=training, calibration=calibration)
         leads = processes is None or processes.leads
         instruments = display(verbose if leads else False, instruments if leads else ())
         require_precision(precision)
@@ -184,6 +193,9 @@ def optimize(
         # each dialect reads the batches for itself
         calibration = list(islice(user_batches("calibration batches", calibration), calibration_steps))
     with _few_collections(), _session(processes):
+        if processes is not None:
+            for package, own in versions().items():
+                processes.require_same(f"the version of {package}", own, "start all processes in one environment")
         if example_inputs is None:
             example_inputs = default_examples(model, calibration=calibration, training=training)
             if processes is not None:
@@ -328,6 +340,21 @@ def _mesh_for(model: Any) -> Callable[[int, int], MeshSizes]:
     return partial(chosen, model)
 
 
+def _trained_by(accelerator: Any, passes: str | Pass | Iterable[Pass] | None) -> str | Pass | Iterable[Pass] | None:
+    """The passes, with the options of those that train as an Accelerator says. Raises UsageError where they differ."""
+
+    def with_its(one: Any) -> Any:
+        if isinstance(one, Pipeline):
+            return replace(one, passes=tuple(map(with_its, one.passes)))
+        return accelerated.agreed(one, accelerator) if isinstance(one, Settings) else one
+
+    if isinstance(passes, str):
+        passes = parse(passes, REGISTRY).passes if passes.strip() else ()
+    if isinstance(passes, Pass):
+        return cast(Pass, with_its(passes))
+    return [with_its(one) for one in passes] if isinstance(passes, Iterable) else passes
+
+
 def _session(mesh: Mesh | None) -> AbstractContextManager[None]:
     return nullcontext() if mesh is None else mesh.session()
 
@@ -337,7 +364,6 @@ def _require_same(mesh: Mesh, run: Run, checkpoint: str | Path | None) -> None:
     feeds = hashlib.sha256("".join(tensors_digest(one, "") for one in run.captured.feeds).encode()).hexdigest()
     same = "every process must make the same calls, on the same model, files and versions"
     for what, own in (
-        ("the versions", versions()),
         ("the mesh", str(mesh)),
         ("the pipeline", str(run.pipeline)),
         ("the target", run.backend.name),
@@ -413,9 +439,7 @@ def _in_steps(calibration: Any, steps: int | None, captured: Captured) -> tuple[
 
 
 @contextmanager
-def _checkpoint(
-    folder: str | Path | None, pipeline: Pipeline, captured: Captured, mesh: Mesh | None
-) -> Iterator[None]:
+def _checkpoint(folder: str | Path | None, pipeline: Pipeline, captured: Captured, mesh: Mesh | None) -> Iterator[None]:
     """The folder for checkpoints, where one was given, for this run alone; rank 0 of a mesh holds it for all."""
     if folder is None:
         yield
@@ -431,6 +455,7 @@ def _checkpoint(
 
 def _whatever_accumulates(pipeline: Pipeline) -> str:
     """The text of a pipeline but for `accumulate`: several processes may take what one accumulates."""
+
     def text(one: Any) -> str:
         return str(replace(one, accumulate=1) if isinstance(one, Settings) else one)
 

@@ -286,6 +286,8 @@ class Optimized:
 
         path: a new file, or a regular one to replace, which may be the file that was optimized; links are followed. Its
         suffix is .onnx, or .pt2 for targets of PyTorch; openvino also writes its own form, .xml with a .bin beside it.
+        tensorflow writes a folder, in the layout of TensorFlow Serving (NAME/1), which is read again and compared with
+        the graph on the example inputs; a folder that it wrote before is replaced.
 
         Targets of PyTorch write a torch.export archive (.pt2), which runs where graphopt is installed. aot: compile an
         AOTInductor package in its place, which `torch._inductor.aoti_load_package` runs without graphopt, with inputs
@@ -293,8 +295,8 @@ class Optimized:
         opset: version of the standard operators. portable: standard operators only, for any engine (slower on the
         target). external_data: keep weights in NAME.DIGEST.data, which is named by its content, so that at any moment
         the file and its weights are of one export; what an earlier export left there is removed. None decides by size.
-        The same input, pipeline and versions give the same bytes. Of the ranks of a mesh rank 0 writes, and the others
-        return at once.
+        The same input, pipeline and versions give the same bytes, but of a SavedModel. Of the ranks of a mesh rank 0
+        writes, and the others return at once.
 
         Raises UsageError for another suffix, and for options that don't go together or that the target does not have;
         GraphError where there is no folder, or one in a file's place, a FIFO, a device or a link that leads nowhere,
@@ -316,6 +318,8 @@ class Optimized:
         other = self.others.get(path.suffix)
         if other is not None and path.suffix not in self.backend.suffixes:
             return other()._export(path, opset, portable, external_data, aot)
+        if self.backend.folder_mark and not aot:
+            return self._export_folder(path, opset, portable, external_data)
         path = writing.place_of(path)
         if not aot:  # for which `package` wants .pt2
             self.backend.require_suffix(path)
@@ -334,6 +338,30 @@ class Optimized:
             else:
                 self.backend.export(graph, part, opset=opset, external_data=external_data, metadata=metadata)
         return path
+
+    def _export_folder(self, path: Path, opset: int | None, portable: bool, external_data: bool | None) -> Path:
+        """Write what is a folder, read it again, and compare it with the graph on the example inputs."""
+        self.backend.require_suffix(path)
+        if opset is not None or portable or external_data is not None:
+            raise UsageError(f"{self.backend.name} writes no ONNX: opset, portable and external_data are for .onnx")
+        with (
+            writing.whole(path.with_name(path.name + ".json")) as manifest,
+            writing.whole_folder(path, self.backend.folder_mark) as part,
+        ):
+            facts = self.report.to_dict() | {"load": self._loading(path.name, False)}
+            manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+            self.backend.export(self.lowered, part, metadata=self._metadata(False))
+            self._check_written(part)
+        return path
+
+    def _check_written(self, part: Path) -> None:
+        """Raise GraphError where what was written computes something else. A model above 2 GB is not run."""
+        if not self.feeds or cost.Cost.of(self.lowered).bytes > cost.LARGE:
+            return
+        run = self.backend.written(self.lowered, part)
+        reference = Agree(self.lowered, self.feeds, self.signature.outputs)
+        if run is not None and (moved := reference.moved_by(run, self.lowered)) is not None:
+            raise GraphError(f"read again, what was written computes something else: {moved}")
 
     def _loading(self, file: str, aot: bool) -> Mapping[str, Any]:
         """How the file is loaded, as plain data."""

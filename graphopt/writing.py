@@ -73,13 +73,9 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
     that file; for a moment between two renames there is none. Links are followed.
     Raises GraphError for anything else in its place, and where there is no folder to write it in.
     """
+    if reason := why_not_folder(path, mark):
+        raise GraphError(reason)
     place = path.resolve()
-    if not place.parent.is_dir():
-        raise GraphError(f"there is no folder {path.parent}; make it first")
-    if place.exists() and not place.is_dir():
-        raise GraphError(f"{path} is a file; name a folder")
-    if place.is_dir() and any(place.iterdir()) and not (place / mark).is_file():
-        raise GraphError(f"{path} holds other files and no {mark}, so it is not replaced: name another folder")
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=MARK) as around:
         part = Path(around) / place.name
         part.mkdir()
@@ -113,6 +109,18 @@ def why_not(path: Path) -> str:
         return f"{path} is a folder; name another file"
     kind = _KINDS.get(stat.S_IFMT(mode))
     return f"{path} is {kind}, which is never overwritten; name another file" if kind else ""
+
+
+def why_not_folder(path: Path, mark: str) -> str:
+    """Why no folder can be written at `path` (`whole_folder`), and what to do; empty where one can."""
+    place = path.resolve()
+    if not place.parent.is_dir():
+        return f"there is no folder {path.parent}; make it first"
+    if place.exists() and not place.is_dir():
+        return f"{path} is a file; name a folder"
+    if place.is_dir() and any(place.iterdir()) and not (place / mark).is_file():
+        return f"{path} holds other files and no {mark}, so it is not replaced: name another folder"
+    return ""
 
 
 def place_of(path: Path) -> Path:

@@ -14,6 +14,7 @@ from graphopt.pipeline.registry import Registry
 if TYPE_CHECKING:
     from graphopt.passes.approximate import Approximate
     from graphopt.passes.cast import Cast
+    from graphopt.passes.dequantize import Dequantize
     from graphopt.passes.fold_int8 import FoldInt8
     from graphopt.passes.low_rank.low_rank import LowRank
     from graphopt.passes.merge_linear import MergeLinear
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from graphopt.passes.sparsify.sparsify import Sparsify
 
 __all__ = [
-    "REGISTRY", "Approximate", "Cast", "Distill", "FineTune", "FoldInt8", "LowRank", "MergeLinear", "Prune", "Quantize",
-    "Simplify", "Smooth", "Sparsify",
+    "REGISTRY", "Approximate", "Cast", "Dequantize", "Distill", "FineTune", "FoldInt8", "LowRank", "MergeLinear",
+    "Prune", "Quantize", "Simplify", "Smooth", "Sparsify",
 ]  # fmt: skip
 
 _BUILT_IN = {
@@ -43,6 +44,7 @@ _BUILT_IN = {
     "cast": "graphopt.passes.cast:Cast",
     "merge-linear": "graphopt.passes.merge_linear:MergeLinear",
     "fold-int8": "graphopt.passes.fold_int8:FoldInt8",
+    "dequantize": "graphopt.passes.dequantize:Dequantize",
 }
 
 REGISTRY: Registry[Pass] = Registry("graphopt.passes", "pass", Pass, _BUILT_IN, aliases.PASSES, presets.RESERVED)

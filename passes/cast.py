@@ -49,6 +49,9 @@ class Cast(Pass):
     ignore: Selector = Selector()
     """Sites to leave in float32."""
 
+    def within(self) -> Cast:
+        return self
+
     def run(self, graph: Graph, context: Context) -> None:
         supported = context.target.floats
         if self.dtype not in supported:

@@ -46,6 +46,9 @@ class FoldInt8(Pass):
     ignore: Selector = Selector()
     """Sites to leave as they are."""
 
+    def within(self) -> FoldInt8:
+        return self
+
     def run(self, graph: Graph, context: Context) -> None:
         normalize(graph)
         for node in graph.sites("quantize"):

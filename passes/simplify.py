@@ -35,6 +35,9 @@ class Simplify(Pass):
     stage = Stage.SIMPLIFY
     lossless = True
 
+    def within(self) -> Simplify:
+        return self
+
     def run(self, graph: Graph, context: Context) -> None:
         rules = context.record.rules
         for _ in range(_ROUNDS):

@@ -33,6 +33,8 @@ from graphopt.backends.onnxruntime.kernel_counts import require_kernels
 from graphopt.backends.onnxruntime.runner import OrtRunner
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.dialects.onnx.kernels import without_kernel
+from graphopt.dialects.onnx.opset import refused
 from graphopt.ir.graph import Graph
 from graphopt.ir.qdq.regions import STORED
 from graphopt.ir.rewrite import Choice, Rule, RuleLog
@@ -123,7 +125,10 @@ class OnnxRuntime(OnnxTarget):
         return TimedChooser(self.engine(), feeds, partial(self.compile, threads=threads), threads)
 
     def deployable(self, graph: OnnxGraph, opset: int | None = None) -> ir.Model:
-        return onnx_export.deployable(guarded(graph), opset)
+        model = onnx_export.deployable(guarded(graph), opset)
+        if opset is not None and (lacking := without_kernel(model)):
+            raise refused(lacking[0], f"onnxruntime has no kernel for {lacking[0].op_type} of opset {opset}")
+        return model
 
     def compile(self, graph: Graph, threads: int | None = None) -> OrtRunner:
         assert isinstance(graph, OnnxGraph)

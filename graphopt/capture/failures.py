@@ -66,13 +66,27 @@ def user_line(error: BaseException) -> str:
 def export_failure(program: ExportedProgram, error: BaseException) -> str:
     """Why torch.onnx cannot export a program: the operator, its module path, and what the first exception says."""
     chain = list(_causes(error))
-    for said in map(str, reversed(chain)):
-        if found := re.search(r"translating node %(\w+)\b.*?\btarget=torch\.ops\.([\w.]+)\]", said):
-            path = _path(program, found[1])
-            with quiet(), contextlib.suppress(Exception):  # of which only the path is lost
-                path = path or _path(program.run_decompositions(), found[1])  # as the exporter names nodes
-            return f"{found[2]} has no form in ONNX: {_plain(first_line(chain[-1]))}" + (f" ({path})" if path else "")
+    if (refused := _refused(error)) is not None:
+        name, operator = refused
+        path = _path(program, name)
+        with quiet(), contextlib.suppress(Exception):  # of which only the path is lost
+            path = path or _path(program.run_decompositions(), name)  # as the exporter names nodes
+        return f"{operator} has no form in ONNX: {_plain(first_line(chain[-1]))}" + (f" ({path})" if path else "")
     return f"it has no form in ONNX: {_plain(named(chain[-1]))}"
+
+
+def refused_operator(error: BaseException) -> str | None:
+    """The operator that torch.onnx has no form for, such as aten.linalg_matrix_exp.default; None if it names none."""
+    refused = _refused(error)
+    return None if refused is None else refused[1]
+
+
+def _refused(error: BaseException) -> tuple[str, str] | None:
+    """The names of the node that torch.onnx cannot translate, and of its operator."""
+    for said in map(str, reversed(list(_causes(error)))):
+        if found := re.search(r"translating node %(\w+)\b.*?\btarget=torch\.ops\.([\w.]+)\]", said):
+            return found[1], found[2]
+    return None
 
 
 def _plain(message: str) -> str:

@@ -22,9 +22,10 @@ from torch.utils import _pytree as pytree
 from graphopt.capture import differences
 from graphopt.capture.arguments import several
 from graphopt.capture.axes import DynamicAxes, distinct
-from graphopt.capture.failures import NotExported, export_failure
+from graphopt.capture.failures import NotExported, export_failure, refused_operator
 from graphopt.capture.folders import opened
 from graphopt.capture.implementations import exported_with
+from graphopt.capture.onnx_conversion import to_onnx
 from graphopt.capture.signature import Signature
 from graphopt.capture.tracing import Traced, on_cpu, trace
 from graphopt.dialects.adapter import Adapter, adapter
@@ -190,13 +191,17 @@ def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced, check: 
     signature = Signature(
         tuple(traced.examples[0]), returned.names, returned.rebuild, traced.call.arguments, traced.call.constants
     )
+    notes = list(traced.notes)
     try:
         graph = dialect.from_program(traced.program, signature.inputs, traced.axes, returned)
     except GraphError as error:
         raise CaptureError(f"{type(module).__name__}: {error}") from error
     except Exception as error:  # whatever torch's exporter raises
-        raise NotExported(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
-    notes = list(traced.notes)
+        found = None if dialect.graph.dialect == "fx" else _with_parameters_computed(traced, refused_operator(error))
+        if found is None:
+            raise NotExported(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
+        graph = found
+        notes.append(f"{refused_operator(error)} has no form in ONNX: what it makes of parameters was computed once")
     if dialect.is_liftable(graph):
         notes.append(f"captured at {dialect.version(graph)}, the newest in which the engine has all of its operators")
     for example in traced.examples:
@@ -217,6 +222,19 @@ def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced, check: 
     return Captured(
         graph, signature, traced.examples, source, notes, torch_form=torch_form, state=traced.program.state_dict
     )
+
+
+def _with_parameters_computed(traced: Traced, operator: str | None) -> Graph | None:
+    """The ONNX graph of a program in which an operator reads parameters alone, as the parametrization of an orthogonal
+    weight does: torch computes it, once. None where the operator reads more, or others have no form in ONNX."""
+    fx, structure = adapter("fx"), traced.structure
+    try:
+        graph = fx.from_program(traced.program, tuple(traced.examples[0]), traced.axes, structure)
+        fx.raise_(graph)
+        refused = operator is None or any(node.kind == operator for node in graph.nodes)
+        return None if refused else to_onnx(graph)
+    except GraphError:
+        return None
 
 
 def _require_shapes(graph: Graph, example: Feeds) -> None:

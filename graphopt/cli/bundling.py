@@ -42,7 +42,7 @@ def bundle(
         str | None,
         typer.Option(
             "--for",
-            help="From a bundle, write what another server reads: triton, openvino, kserve, ray or docker.",
+            help="From a bundle, write what another server reads: triton, openvino, tensorflow, kserve, ray or docker.",
             show_default=False,
         ),
     ] = None,

@@ -37,7 +37,9 @@ def optimize(
             show_default=False,
         ),
     ],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file to write; of tensorflow a folder.")
+    ] = None,
     passes: Passes = None,
     target: Targets = "onnxruntime",
     within: Within = 3.0,
@@ -114,13 +116,12 @@ def optimize(
         raise UsageError("--dry-run writes nothing; leave out --output, --bundle and --report")
     if not dry_run and output is None and bundle is None:
         raise UsageError("say where to write: -o FILE, --bundle DIR, or --dry-run")
-    require_writable(model, output, report)
+    asked = () if output is None or aot else engines(target, cpu, precision).backends
+    require_writable(model, output, report, mark=asked[0].folder_mark if len(asked) == 1 else "")
     if report is not None:
         require_report_name(report)
-    if output is not None and not aot:
-        asked = engines(target, cpu, precision).backends
-        if not any(output.suffix in one.suffixes for one in asked):
-            asked[0].require_suffix(output)
+    if output is not None and asked and not any(output.suffix in one.suffixes for one in asked):
+        asked[0].require_suffix(output)
     if teacher is not None:
         require_file(teacher)
     if checkpoint is not None and checkpoint.exists() and not checkpoint.is_dir():

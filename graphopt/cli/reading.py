@@ -22,15 +22,19 @@ def require_file(path: Path) -> None:
         raise UsageError(f"there is no file {path}")
 
 
-def require_writable(model: Path, output: Path | None, report: Path | None) -> None:
+def require_writable(model: Path, output: Path | None, report: Path | None, mark: str = "") -> None:
     """Raise UsageError where a file to write is none that can be written, holds weights of the model, or is written
-    twice, and where the report would replace the model. Output may be the model itself."""
+    twice, and where the report would replace the model. Output may be the model itself.
+
+    mark: of a target that writes a folder, the file by which that is known (`Backend.folder_mark`).
+    """
     from graphopt.dialects.onnx.reading import external_files
 
     exported = [] if output is None else [output, output.with_name(output.name + ".json")]
     files = [*exported, *([] if report is None else [report])]
     for path in files:
-        if reason := writing.why_not(path):
+        is_folder = mark and path is output
+        if reason := writing.why_not_folder(path, mark) if is_folder else writing.why_not(path):
             raise UsageError(reason)
     if report is not None and report.resolve() == model.resolve():
         raise UsageError(f"{report} is the model itself; write the report to another file")

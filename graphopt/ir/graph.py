@@ -128,7 +128,7 @@ class Node(ABC):
 
     @property
     def held(self) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
-        """The dtype and shape of each constant that its subgraphs read, which is none of its operands."""
+        """The dtype and shape of each constant that its subgraphs read, as far as these are no `Graph.bodies`."""
         return ()
 
     @property
@@ -183,6 +183,11 @@ class Node(ABC):
         return self.path or self.name
 
 
+def every_node(graph: Graph) -> list[Node]:
+    """The nodes of a graph, and those of its bodies; of a body, its own."""
+    return [node for one in (graph, *graph.bodies) for node in one.nodes]
+
+
 def unique_labels(nodes: Iterable[Node]) -> dict[Node, str]:
     """How a report names these nodes: by label, with the node's own name where several share it (a module called
     twice)."""
@@ -213,6 +218,18 @@ class Graph(ABC):
     @abstractmethod
     def outputs(self) -> tuple[Value, ...]:
         """The values that the graph returns, in order."""
+
+    @property
+    def bodies(self) -> tuple[Graph, ...]:
+        """The graphs of branches and loop bodies that its nodes hold, outer ones before those within them: views, made
+        at each call. A change of one changes this graph too, whose `version` does not count it. Their values cannot be
+        evaluated or fetched by themselves, but for what is computed of constants."""
+        return ()
+
+    @property
+    def whole(self) -> Graph:
+        """The graph that this one is a body of; itself where it is none."""
+        return self
 
     @property
     def scaled(self) -> Mapping[Place, Scaled]:

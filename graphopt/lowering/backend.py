@@ -125,7 +125,8 @@ class Backend(ABC):
     ) -> None:
         """Write a deployable file, checked; see `Optimized.export`.
 
-        `path` lies in an empty folder, whose files are moved to where the user wants them once this returns.
+        `path` lies in an empty folder, whose files are moved to where the user wants them once this returns; for a
+        target that writes a folder it is the empty folder itself.
         """
 
     def exported(self, graph: Graph, opset: int | None) -> Mapping[str, Callable[[Feeds], Sequence[Any]]]:
@@ -136,12 +137,18 @@ class Backend(ABC):
         """Whether kernels of a lowered graph round activations to 8 bits that are floats in ops (`Choice.lossy`)."""
         return False
 
+    def written(self, graph: Graph, path: Path) -> Callable[[Feeds], Sequence[Any]] | None:
+        """A run of what `export` has written, read again; None where it is not run here. graph: what was written."""
+        return None
+
     # --- what some targets say -------------------------------------------------------------------------------------
 
     suffix: ClassVar[str] = ""
     """How the name of a file that it writes ends, such as .onnx; empty for any."""
     other_suffixes: ClassVar[tuple[str, ...]] = ()
     """Of files of other forms that it writes too."""
+    folder_mark: ClassVar[str] = ""
+    """Of a target that writes a folder: a file in it, by which that is known, and may be replaced. Empty for files."""
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
@@ -242,7 +249,12 @@ class Backend(ABC):
         stages = self.rules(lowered)
         if lossless:
             stages = [[one.exact() if isinstance(one, Choice) else one for one in stage] for stage in stages]
+        bodies = lowered.bodies  # without those that rules make
         logs = self._apply(lowered, stages, chooser)
+        for body in bodies:  # whose values have no feeds by which a form could be timed
+            for name, log in self._apply(body, stages).items():
+                logs[name] = logs.get(name, RuleLog()).then(log)
+        lowered.sweep()
         lowered.verify()
         return lowered, logs
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from graphopt.errors import UsageError, nearest
 from graphopt.ir.cost import Cost, sizes
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node, Value
+from graphopt.ir.graph import Graph, Node, Value, every_node
 from graphopt.pipeline.passes import Pass
 from graphopt.pipeline.selectors import PerSite, Selector
 from graphopt.pipeline.target import AnyTarget, Target
@@ -111,11 +111,11 @@ class Context:
 
         Raises UsageError where a term that the user wrote selects nothing, naming the nearest path.
         """
-        nodes = graph.nodes
-        given = list(self.current.given().values()) if self.current else []
+        nodes, known = graph.nodes, every_node(graph)
+        given = list(self.current.given().values()) if self.current and graph.whole is graph else []
         for term in (term for selector in (targets, ignore) if selector in given for term in selector.terms):
-            if not any(node in Selector(term) for node in nodes):
-                names = sorted({node.label for node in nodes} | {node.kind for node in nodes if node.op})
+            if not any(node in Selector(term) for node in known):
+                names = sorted({node.label for node in known} | {node.kind for node in known if node.op})
                 raise UsageError(f"{term!r} selects no site of the model{nearest(term, names)}")
         chosen = [node for node in nodes if node in targets and node not in ignore]
         chosen = [node for node in chosen if where is None or where(node)]
@@ -144,9 +144,9 @@ class Context:
 
         Raises UsageError where a term gives its value to none of them, naming the nearest path or the terms before it.
         """
-        selected = [node for node in graph.nodes if node in targets]
+        selected = [node for node in every_node(graph) if node in targets]
         terms = {node: term for node in selected if (term := values.term_of(node)) is not None}
-        for term in values:
+        for term in values if graph.whole is graph else ():
             if term in terms.values():
                 continue
             if any(node in Selector(term) for node in selected):
@@ -161,8 +161,9 @@ class Context:
         self.record.decline(self.labels.get(site, site.label), why)
 
     def note(self, text: str) -> None:
-        """Record something that the user should know about this pass."""
-        self.record.notes.append(text)
+        """Record something that the user should know about this pass, once."""
+        if text not in self.record.notes:
+            self.record.notes.append(text)
 
     def statistics(self, graph: Graph, wanted: Iterable[tuple[Value, S]]) -> Iterator[S]:
         """Fill a fresh statistic of each value over the calibration batches, and yield them in order.

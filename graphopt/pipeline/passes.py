@@ -96,6 +96,11 @@ class Pass:
         """The pass as it runs at one site alone, as `sensitivity` does: without what it does to other nodes besides."""
         return self
 
+    def within(self) -> Pass | None:
+        """The pass as it runs in the bodies of conditions and loops (`Graph.bodies`), where no feeds are known and no
+        calibration is; None where it does not enter them, and what has weights there is declined."""
+        return None
+
     def run(self, graph: Graph, context: Context) -> None:
         raise NotImplementedError
 

@@ -11,18 +11,19 @@ from collections.abc import Mapping
 import torch
 
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node, Shape, Value
+from graphopt.ir.graph import Graph, Node, Shape, Value, every_node
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
 
 
 def nodes_with_weights(graph: Graph) -> dict[Node, tuple[Value | None, ...]]:
-    """The nodes that hold weights, with their operands: a stored matrix of floats, or more axes, in 32 bits or more.
+    """The nodes that hold weights, with their operands: a stored matrix of floats, or more axes, in 32 bits or more;
+    also in bodies of the graph.
 
     Of ops, those with products (which have FLOPs) and tables; of other operations, all that read such a constant or
     have one in a subgraph.
     """
-    return {node: node.operands for node in graph.nodes if _holds_weights(node)}
+    return {node: node.operands for node in every_node(graph) if _holds_weights(node)}
 
 
 def _holds_weights(node: Node) -> bool:
@@ -48,13 +49,14 @@ def decline_remaining(
     out here too.
     """
     left = [
-        node for node in graph.nodes
+        node for node in every_node(graph)
         if node in before and node.operands == before[node] and node not in context.considered
         and not _is_left_out(pass_, node)
     ]  # fmt: skip
     context.consider(left)
     for node in left:
         code = "opaque_operator" if node.op is None else "op_without_form"
+        code = code if node.graph is graph or pass_.within() is not None else "in_body"
         context.decline(node, Decline(code, op=node.kind))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from graphopt.errors import PassError, RankError, SpellingError, UsageError
@@ -165,6 +165,7 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
             for instrument in active:
                 stack.enter_context(instrument.running(record.text))
             pass_.run(graph, context)
+            _run_within(pass_, graph, context)
         graph.sweep()
         remaining.decline_remaining(pass_, graph, context, held)
         if not pass_.lossless and not pass_.trains and graph.version > version:
@@ -186,3 +187,15 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
         reason = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
         raise PassError(pass_.name, reason, node, reproducer) from error
     context.report.passes.append(record)
+
+
+def _run_within(pass_: Pass, graph: Graph, context: Context) -> None:
+    """Run a pass in the bodies of the conditions and loops of a graph, as far as it enters them."""
+    inner = pass_.within()
+    if inner is None or not (bodies := graph.bodies):
+        return
+    apart = replace(context, feeds=(), calibration=None, current=inner)
+    for body in bodies:
+        inner.run(body, apart)
+        body.sweep()
+        graph.version += body.version

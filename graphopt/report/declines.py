@@ -13,6 +13,10 @@ SENTENCES = {
     "slower": "slower when changed: {after:.0f} us in place of {before:.0f} us",
     "nothing_to_change": "nothing to change",
     "op_without_form": "this pass has no form for the weights of {op}",
+    "in_body": "{op} stands in a branch or in the body of a loop, which this pass does not enter: its weights stay as "
+               "they are",
+    "not_calibrated_in_body": "{op} stands in a branch or in the body of a loop, whose values no calibration sees: "
+                              "scheme=dynamic and scheme=weight-only need none",
     "opaque_operator": "{op} is an operator that no pass knows: its weights stay as they are",
     # groups (analysis)
     "axis_of_directions": "it is the axis of the directions of {op} ({node})",
@@ -157,6 +161,7 @@ SENTENCES = {
     "conv_scale_at_run_time": "conv has no int8 form with dynamic quantization",
     "conv_bias_computed": "conv has no int8 form with a computed bias",
     "bound_within_integers": "its result goes through a {op} tighter than the uint8 range",
+    "integers_from_elsewhere": "its integers come from {maker}, and from no quantize of the same scale",
     # rules of dialects
     "attention_mask_unfit": "the mask has {rank} axes, or enlarges the scores; attention takes 2 to 4 that fit",
     "attention_operands_broadcast": "queries, keys and values differ in batch or heads",

@@ -14,8 +14,9 @@ import logging
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +26,18 @@ from graphopt import __version__
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.measure.machine import usable_cores
 from graphopt.serving import bodies, golden, openapi, tensors_v1, tensors_v2
-from graphopt.serving.batches import Axes
+from graphopt.serving.batches import SIZES, Axes
 from graphopt.serving.golden import Arrays
 from graphopt.serving.metrics import Labels, Metrics
-from graphopt.serving.models import Models, Served
+from graphopt.serving.models import Models, Served, in_order
+from graphopt.serving.numbers import json_bytes
 from graphopt.serving.refusals import Refused
 from graphopt.serving.requests import checked
+
+LONGEST_ERROR = 500
+"""Characters."""
+ITEMS = SIZES[-1]
+"""Of /predict, that are prepared and answered together."""
 
 LOG = logging.getLogger("graphopt.serving")
 ACCESS = logging.getLogger("graphopt.serving.access")
@@ -56,9 +63,9 @@ class Settings:
     max_bytes: int = 64 << 20
     """Of a body, as sent and after decompression."""
     max_queue: int = 256
-    """Requests of a model that wait."""
+    """Parts of requests that wait for a model: batches, and items of /predict."""
     max_tokens: int = 65536
-    """Rows times tokens of a request."""
+    """Rows times tokens of a request; a prompt's tokens."""
     timeout: float = 30.0
     """From the body to the answer."""
     body_timeout: float = 10.0
@@ -104,7 +111,7 @@ class Response:
     """An answer. body: whole, or in pieces as they come."""
 
     status: int
-    body: bytes | AsyncIterator[bytes]
+    body: bytes | AsyncGenerator[bytes]
     headers: Headers = field(default_factory=lambda: [(b"content-type", b"application/json")])
 
 
@@ -112,11 +119,14 @@ Handler = Callable[["App", Request], Awaitable[Response]]
 
 
 class App:
-    """The ASGI application. It may be pickled before it starts, so that each worker process has its own."""
+    """The ASGI application. Each worker process has its own."""
 
-    def __init__(self, settings: Settings, *, loads_first: bool = False) -> None:
-        """loads_first: take no connection before the models are loaded, where other processes take them meanwhile."""
-        self.settings, self.loads_first = settings, loads_first
+    def __init__(
+        self, settings: Settings, *, loads_first: bool = False, on_ready: Callable[[], object] = lambda: None
+    ) -> None:
+        """loads_first: take no connection before the models are loaded, where other processes take them meanwhile.
+        on_ready: told once they are."""
+        self.settings, self.loads_first, self.on_ready = settings, loads_first, on_ready
         self.draining = False
         """Whether the server stops: it answers what comes on open connections, and closes them."""
         self.on_failure: Callable[[str], object] | None = None
@@ -152,6 +162,8 @@ class App:
         self.metrics = Metrics()
         at_once = own.at_once or usable_cores()
         self.pool = ThreadPoolExecutor(max(32, 2 * at_once), "graphopt-engine")
+        self.preparing = ThreadPoolExecutor(max(4, 2 * usable_cores()), "graphopt-prepare")
+        """For texts and images, which may take long: they keep no batch waiting."""
         self.models = Models(
             own.folder, self.pool, own.threads, at_once, own.max_queue, own.allow_batch_variance, self.metrics
         )
@@ -160,15 +172,17 @@ class App:
         self._prefix = f"{os.getpid():x}-{time.time_ns() & 0xFFFFFF:x}"
 
     def stop(self) -> None:
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self.pool, self.preparing):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def load(self) -> None:
         """Load all models. Raises BundleError where none can be served."""
         await self.models.refresh()
         if not self.models.served:
-            reasons = [why for _, why in self.models.failed.values()]
+            reasons = [one.reason for one in self.models.failed.values()]
             raise UsageError(reasons[0] if reasons else f"{self.settings.folder} holds no bundle and no NAME/VERSION/")
         self.started = True
+        self.on_ready()
 
     async def _is_loaded(self) -> bool:
         """Load all models; whether any can be served."""
@@ -199,7 +213,7 @@ class App:
         self._count += 1
         request = Request(
             scope["method"],
-            scope["raw_path"].decode("ascii", "replace").split("/")[1:],
+            scope["raw_path"].decode("ascii", "replace").split("/")[1:] or [""],
             headers,
             scope.get("query_string", b""),
             receive,
@@ -230,13 +244,24 @@ class App:
     async def _send(self, response: Response, headers: Headers, request: Request, send: Any) -> None:
         start: dict[str, Any] = {"type": "http.response.start", "status": response.status, "headers": headers}
         if isinstance(response.body, bytes):
-            headers.append((b"content-length", str(len(response.body)).encode()))
+            if response.status != 204:
+                headers.append((b"content-length", str(len(response.body)).encode()))
             await send(start)
             await send({"type": "http.response.body", "body": b"" if request.method == "HEAD" else response.body})
             return
         await send(start)
-        async for piece in response.body:
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        further = asyncio.ensure_future(request.receive())  # which ends when the client leaves
+        try:
+            async with aclosing(response.body) as pieces:
+                async for piece in pieces:
+                    if further.done() and further.result()["type"] == "http.disconnect":
+                        raise bodies.Gone
+                    async with asyncio.timeout(self.settings.timeout):
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except TimeoutError:
+            raise bodies.Gone from None  # it does not read what it asked for
+        finally:
+            further.cancel()
         await send({"type": "http.response.body", "body": b""})
 
     async def _response(self, request: Request) -> Response:
@@ -310,14 +335,21 @@ class App:
 
     def feeds(self, served: Served, given: Mapping[str, Any]) -> Arrays:
         """Checked inputs, of a size that the server takes. Raises UsageError and Refused (413)."""
-        manifest = served.predictor.manifest
-        found = checked(given, manifest)
-        axes = Axes.of(manifest.inputs, manifest.outputs)
-        if axes.length is not None:
-            most = max(array.size for name, array in found.items() if array.ndim == 2)
-            if most > self.settings.max_tokens:
-                raise Refused(413, f"the request has {most} tokens; the most is {self.settings.max_tokens}")
+        found = checked(given, served.predictor.manifest)
+        self.require_tokens(self.tokens(served, found))
         return found
+
+    def tokens(self, served: Served, feeds: Arrays) -> int:
+        """Rows times tokens; 0 for a model that takes none."""
+        manifest = served.predictor.manifest
+        if Axes.of(manifest.inputs, manifest.outputs).length is None:
+            return 0
+        return max(array.size for array in feeds.values() if array.ndim == 2)
+
+    def require_tokens(self, count: int) -> None:
+        """Raise Refused (413) for more tokens than a request may have."""
+        if count > self.settings.max_tokens:
+            raise Refused(413, f"the request has {count} tokens; the most is {self.settings.max_tokens}")
 
     async def infer(self, served: Served, feeds: Arrays) -> Arrays:
         """Outputs. Raises Refused: 429 where too many wait, 408 where it takes too long."""
@@ -332,7 +364,7 @@ class App:
             raise Refused(408, f"there was no answer within {self.settings.timeout:g} s") from None
 
     async def in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.pool, call, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.preparing, call, *arguments)
 
 
 # --- health and metadata ----------------------------------------------------------------------------------------------
@@ -341,11 +373,12 @@ _JSON = (b"content-type", b"application/json")
 
 
 def _error(reason: str) -> bytes:
-    return json.dumps({"error": reason}).encode()
+    """One line, whatever of the request stands in it."""
+    return json.dumps({"error": " ".join(reason.split())[:LONGEST_ERROR]}).encode()
 
 
 def _json(found: Any, status: int = 200) -> Response:
-    return Response(status, json.dumps(found, separators=(",", ":")).encode())
+    return Response(status, json_bytes(found))
 
 
 async def _preflight(app: App, request: Request) -> Response:
@@ -378,8 +411,8 @@ async def _server(app: App, request: Request) -> Response:
 async def _index(app: App, request: Request) -> Response:
     loaded = [{"name": one.name, "version": one.version, "state": "READY", "reason": ""} for one in app.models.all]
     failed = [
-        {"name": path.name, "version": "", "state": "UNAVAILABLE", "reason": why}
-        for path, (_, why) in app.models.failed.items()
+        {"name": one.name, "version": one.version, "state": "UNAVAILABLE", "reason": one.reason}
+        for one in app.models.failed.values()
     ]
     return _json([*loaded, *failed])
 
@@ -392,7 +425,7 @@ async def _model_ready(app: App, request: Request) -> Response:
 async def _model_metadata(app: App, request: Request) -> Response:
     served = app.named(request)
     own = served.predictor.manifest
-    versions = sorted(app.models.served.get(served.name, {served.version: served}))
+    versions = in_order(app.models.served.get(served.name, {served.version: served}))
     return _json({
         "name": served.name, "versions": versions, "platform": "onnxruntime_onnx",
         "inputs": tensors_v2.metadata(own.inputs), "outputs": tensors_v2.metadata(own.outputs),
@@ -470,8 +503,9 @@ async def _predict_v1(app: App, request: Request) -> Response:
 
 async def _status_v1(app: App, request: Request) -> Response:
     served = app.named(request)
-    versions = list(app.models.served.get(served.name, {})) if "versions" not in request.parts else [served.version]
-    return _json(tensors_v1.status(dict.fromkeys(versions, True)))
+    is_named = len(request.parts) > 3
+    versions = [served.version] if is_named else in_order(app.models.served.get(served.name, {}))
+    return _json(tensors_v1.status(versions))
 
 
 async def _metadata_v1(app: App, request: Request) -> Response:
@@ -483,14 +517,24 @@ async def _predict(app: App, request: Request) -> Response:
     items, asked = _items(await request.body(), request.headers.get(b"content-type", b""))
     name, version = (_text(asked, key) or request.option(key) for key in ("model", "version"))
     served = app.model(request, name, version)
-    predictor = served.predictor
     several = items if isinstance(items, list) else [items]
-    prepared = await app.in_thread(predictor.prepared, several)
-    feeds = [app.feeds(served, one) for one in prepared]
-    answers = asyncio.gather(*(served.batcher.infer(one) for one in feeds))
-    outputs = await app.in_time(answers)
-    found = await app.in_thread(lambda: [predictor.answer(*pair) for pair in zip(outputs, feeds, strict=True)])
+    found = await app.in_time(_predictions(app, served, several))
     return _json({"model": served.name, "version": served.version, "predictions": found})
+
+
+async def _predictions(app: App, served: Served, items: list[Any]) -> list[Any]:
+    """The answers to items, some at a time: so many as there are do not wait in memory, and leave others their turn."""
+    predictor, tokens = served.predictor, 0
+    found: list[Any] = []
+    for start in range(0, max(1, len(items)), ITEMS):
+        feeds = await app.in_thread(predictor.prepared, items[start : start + ITEMS])
+        tokens += sum(app.tokens(served, one) for one in feeds)
+        app.require_tokens(tokens)
+        outputs = await served.batcher.infer_all(feeds, admitted=start > 0)
+        found += await app.in_thread(
+            lambda ready: [predictor.answer(*pair) for pair in ready], list(zip(outputs, feeds, strict=True))
+        )
+    return found
 
 
 def _items(body: bytes, kind: bytes) -> tuple[Any, Mapping[str, Any]]:
@@ -533,9 +577,12 @@ async def _generate(app: App, request: Request) -> Response:
     if "prompt" not in asked:
         raise Refused(400, 'give {"prompt": "..."}')
     options = {key: asked[key] for key in _OPTIONS if asked.get(key) is not None}
-    pieces = served.predictor.require_generation().pieces(asked["prompt"], **options)
+    generation = served.predictor.require_generation()
     if app.generating >= app.settings.max_queue:
         raise Refused(429, f"{app.generating} texts are being written already: try again", ((b"retry-after", b"1"),))
+    ids = await app.in_time(app.in_thread(generation.ids, asked["prompt"]))
+    app.require_tokens(len(ids))
+    pieces = generation.pieces(ids, **options)
     accepts = request.headers.get(b"accept", b"")
     if asked.get("stream") is True or (asked.get("stream") is None and b"text/event-stream" in accepts):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -544,22 +591,24 @@ async def _generate(app: App, request: Request) -> Response:
     return _json({"model": served.name, "version": served.version, "text": "".join(found)})
 
 
-async def _events(app: App, pieces: Iterator[str]) -> AsyncIterator[bytes]:
+async def _events(app: App, pieces: Iterator[str]) -> AsyncGenerator[bytes]:
     """Server-sent events: a piece of text each, and [DONE] at the end."""
     try:
-        async for piece in _in_order(app, pieces):
-            yield b"data: " + json.dumps({"text": piece}).encode() + b"\n\n"
+        async with aclosing(_in_order(app, pieces)) as found:
+            async for piece in found:
+                yield b"data: " + json.dumps({"text": piece}).encode() + b"\n\n"
     except GraphoptError as error:  # the status is sent already
         yield b"event: error\ndata: " + _error(str(error)) + b"\n\n"
     yield b"data: [DONE]\n\n"
 
 
-async def _in_order(app: App, pieces: Iterator[str]) -> AsyncIterator[str]:
+async def _in_order(app: App, pieces: Iterator[str]) -> AsyncGenerator[str]:
     """Pieces of an iterator, each made in a thread. Ends with Refused (408) where they take too long together."""
     end = time.monotonic() + app.settings.timeout
     app.generating += 1
     try:
-        while (piece := await app.in_thread(next, pieces, None)) is not None:
+        loop = asyncio.get_running_loop()
+        while (piece := await loop.run_in_executor(app.pool, next, pieces, None)) is not None:
             yield piece
             if time.monotonic() > end:
                 raise Refused(408, f"there was no answer within {app.settings.timeout:g} s")

@@ -69,28 +69,56 @@ class Batcher:
         return len(self._waiting)
 
     async def infer(self, feeds: Arrays) -> Arrays:
-        """Outputs, of feeds that were checked. Raises Refused (429) where the queue is full, and UsageError where the
-        model does not run on the feeds."""
-        if len(self._waiting) >= self._most_waiting:
+        """Outputs, of feeds that were checked. More rows than the largest batch that pays are several batches.
+
+        Raises Refused (429) where the queue is full, and UsageError where the model does not run on the feeds."""
+        parts = self._parts(feeds)
+        found = await self.infer_all(parts)
+        if len(parts) == 1:
+            return found[0]
+        if all(are_rows(outputs, _rows(part)) for outputs, part in zip(found, parts, strict=True)):
+            return stacked(found)
+        return (await self.infer_all([feeds], admitted=True))[0]  # rows are no parts of these outputs
+
+    async def infer_all(self, parts: Sequence[Arrays], *, admitted: bool = False) -> list[Arrays]:
+        """Outputs of each part of one request, as `infer`. A request is admitted whole, where the queue has room for
+        its first part. admitted: it was, with parts before these."""
+        if not admitted and len(self._waiting) >= self._most_waiting:
             raise Refused(429, f"{len(self._waiting)} requests wait already: try again", ((b"retry-after", b"1"),))
-        one = self._as_waiting(feeds, asyncio.get_running_loop().create_future())
-        self._waiting.append(one)
+        loop = asyncio.get_running_loop()
+        waiting = [self._as_waiting(one, loop.create_future()) for one in parts]
+        self._waiting.extend(waiting)
         self._start()
-        return await one.answer
+        return await asyncio.gather(*(one.answer for one in waiting))
+
+    def _parts(self, feeds: Arrays) -> list[Arrays]:
+        """Batches that are no larger than what pays, where rows do not depend on each other."""
+        rows = _rows(feeds) if self._manifest.batch_invariant else 1
+        most = self._most(feeds) if rows > 1 else 1
+        if rows <= most:
+            return [feeds]
+        return [{name: array[at : at + most] for name, array in feeds.items()} for at in range(0, rows, most)]
+
+    def _most(self, feeds: Arrays) -> int:
+        """Most rows of a batch that requests of one length make."""
+        if self._padding is None:
+            return max(self._table.values(), default=1)
+        length = length_of(feeds, self._manifest.inputs, self._padding.axis)
+        return self._table.get(self._grown(length), 1)
+
+    def _grown(self, length: int) -> int:
+        """What a length is padded to."""
+        return next((one for one in self._table if one is not None and one >= length), length)
 
     def _as_waiting(self, feeds: Arrays, answer: asyncio.Future[Arrays]) -> _Waiting:
         if not self._batches:
             return _Waiting(feeds, 1, 0, (), 1, answer)
-        rows, length = len(next(iter(feeds.values()))), 0
+        rows, length = _rows(feeds), 0
         if self._padding is not None:
             length = length_of(feeds, self._manifest.inputs, self._padding.axis)
-            grown = next((one for one in self._table if one is not None and one >= length), length)
-            feeds = padded(feeds, self._manifest.inputs, self._padding, grown)
-            most = self._table.get(grown, 1)
-        else:
-            most = max(self._table.values(), default=1)
+            feeds = padded(feeds, self._manifest.inputs, self._padding, self._grown(length))
         key = tuple(array.shape[1:] for array in feeds.values())
-        return _Waiting(feeds, rows, length, key, most, answer)
+        return _Waiting(feeds, rows, length, key, self._most(feeds), answer)
 
     def _start(self) -> None:
         """Start runs, as long as there are requests, and the engine may take one more."""
@@ -157,6 +185,10 @@ class Batcher:
             else:
                 one.answer.set_result(answer)
         self._start()
+
+
+def _rows(feeds: Arrays) -> int:
+    return len(next(iter(feeds.values())))
 
 
 UNMEASURED = 8

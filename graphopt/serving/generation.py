@@ -17,6 +17,7 @@ from graphopt.serving.texts import Tokenizer
 PAST, PRESENT = "past_key_values.", "present."
 LOGITS, IDS, MASK, POSITIONS = "logits", "input_ids", "attention_mask", "position_ids"
 MOST_TOKENS = 64
+MOST_STOPS = 64
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for the first bytes of a character whose other bytes are in the next token."""
 
@@ -36,9 +37,18 @@ class Generation:
         self._has_cache = is_decoder(manifest.inputs)
         self._ends = frozenset(() if manifest.text is None else manifest.text.eos_ids)
 
+    def ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, at least one."""
+        if not isinstance(prompt, str):
+            raise UsageError(f"the prompt is {str(prompt)[:60]}, and should be a text")
+        ids = self._tokenizer.ids(prompt)
+        if not ids:
+            raise UsageError("the prompt has no tokens")
+        return ids
+
     def pieces(
         self,
-        prompt: str,
+        ids: list[int],
         *,
         max_tokens: int = MOST_TOKENS,
         temperature: float | None = None,
@@ -46,16 +56,12 @@ class Generation:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[str]:
-        """The text in pieces; see `Predictor.generate`. Options are checked at once, before the first piece."""
-        if not isinstance(prompt, str):
-            raise UsageError(f"the prompt is {str(prompt)[:60]}, and should be a text")
+        """The text after the tokens of a prompt, in pieces; see `Predictor.generate`. Options are checked at once,
+        before the first piece."""
         ends = _stops(stop)
         choose = _chooser(temperature, top_p, seed)
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens!r}; give a whole number, at least 1")
-        ids = self._tokenizer.ids(prompt)
-        if not ids:
-            raise UsageError("the prompt has no tokens")
         most = self._manifest.max_length
         if most is not None:
             if len(ids) >= most:
@@ -124,6 +130,8 @@ def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list | tuple) else (None,)
     if not all(isinstance(one, str) and one for one in texts):
         raise UsageError(f"stop is {stop!r}; give a text, or a list of them")
+    if len(texts) > MOST_STOPS:
+        raise UsageError(f"stop has {len(texts)} texts; give at most {MOST_STOPS}")
     return tuple(str(one) for one in texts)
 
 
@@ -143,8 +151,12 @@ def _chooser(temperature: float | None, top_p: float | None, seed: int | None) -
 
     def draw(logits: NDArray[Any]) -> int:
         """One of the fewest tokens whose shares add up to top_p (Holtzman et al., 2020)."""
-        scaled = logits.astype(np.float64) / heat
-        shares = np.exp(scaled - scaled.max())
+        logits = logits.astype(np.float64)
+        best = logits.max()
+        if not np.isfinite(best):
+            raise UsageError(f"the model's logits are {best}: no token can be drawn")
+        with np.errstate(over="ignore"):  # a temperature next to 0, which leaves the best token alone
+            shares = np.exp((logits - best) / heat)
         shares /= shares.sum()
         order = np.argsort(-shares, kind="stable")
         kept = order[: int(np.searchsorted(shares[order].cumsum(), share)) + 1]

@@ -15,7 +15,8 @@ from graphopt.serving.golden import Arrays
 from graphopt.serving.manifest import ImageSpec, TensorSpec
 
 MOST_PIXELS = 64_000_000
-"""An image with more is refused before it is decoded: a few KB of PNG can hold gigabytes."""
+"""An image with more is refused before it is decoded or resized: a few KB of PNG can hold gigabytes, and so can a long
+image of few pixels whose shortest edge grows."""
 
 
 class Images:
@@ -59,7 +60,10 @@ class Images:
     def _transformed(self, image: Any) -> Any:
         spec = self.spec
         if spec.resize is not None:
-            image = image.resize(_size(spec.resize, image.size), spec.resample)
+            width, height = _size(spec.resize, image.size)
+            if width * height > MOST_PIXELS:
+                raise UsageError(f"the image is resized to {width} x {height} pixels; the most is {MOST_PIXELS}")
+            image = image.resize((width, height), spec.resample)
         pixels = np.asarray(image, np.float32)
         if spec.crop is not None:
             pixels = _middle(pixels, spec.crop)

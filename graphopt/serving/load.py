@@ -23,6 +23,7 @@ import numpy as np
 from graphopt.errors import UsageError, described
 from graphopt.serving import bundles, golden
 from graphopt.serving.golden import Arrays, Case
+from graphopt.serving.numbers import json_bytes
 from graphopt.serving.tensors_v2 import DATATYPES, DTYPES
 
 _SECONDS = 60.0
@@ -89,17 +90,21 @@ def load(
     seconds: float = 10.0,
     bundle: str | Path | None = None,
     token: str | None = None,
+    binary: bool = True,
 ) -> Loaded:
     """Send golden cases from many clients at once, each on its own connection, one request after the other.
 
     url: of the server, or of a model on it (/v2/models/NAME). bundle: where the golden set lies, for servers that do
-    not hand it out; this one does. token: what the server wants.
+    not hand it out; this one does. token: what the server wants. binary: send tensors, and ask for them, as bytes
+    behind the JSON; some servers know JSON alone.
     Raises UsageError where the server cannot be reached, or serves no such model.
     """
-    return asyncio.run(_load(url, clients, seconds, bundle, token))
+    return asyncio.run(_load(url, clients, seconds, bundle, token, binary))
 
 
-async def _load(url: str, clients: int, seconds: float, bundle: str | Path | None, token: str | None) -> Loaded:
+async def _load(
+    url: str, clients: int, seconds: float, bundle: str | Path | None, token: str | None, binary: bool
+) -> Loaded:
     server = _Server.of(url, token)
     try:
         async with server.connected() as connection:
@@ -108,7 +113,7 @@ async def _load(url: str, clients: int, seconds: float, bundle: str | Path | Non
             before = await _cpu(connection)
     except (OSError, EOFError, asyncio.IncompleteReadError) as error:
         raise UsageError(f"{url} cannot be reached: {described(error)}") from error
-    requests = [connection.request("POST", f"{path}/infer", *_body(case)) for case in cases]
+    requests = [connection.request("POST", f"{path}/infer", *_body(case, binary)) for case in cases]
     tally, begin = _Tally(), time.perf_counter()
     end = begin + seconds
     tasks = [_client(server, requests, cases, least, tally, end, seed) for seed in range(clients)]
@@ -188,8 +193,24 @@ async def _cpu(connection: _Connection) -> float | None:
     return None if found is None else float(found[1])
 
 
-def _body(case: Case) -> tuple[bytes, dict[str, str]]:
-    """A request of the Open Inference Protocol whose tensors, and those of its answer, are bytes behind the JSON."""
+def infer_request(path: str, case: Case) -> bytes:
+    """A whole request for an answer to a golden case, with binary tensors. path: .../infer"""
+    return _Connection(_Server("localhost", 80, False, path, None)).request("POST", path, *_body(case, True))
+
+
+def _body(case: Case, binary: bool) -> tuple[bytes, dict[str, str]]:
+    """A request of the Open Inference Protocol. binary: its tensors, and those of the answer, are bytes behind the
+    JSON."""
+    if not binary:
+        return json_bytes({
+            "inputs": [
+                {
+                    "name": name, "shape": array.shape, "datatype": DATATYPES[array.dtype.name],
+                    "data": array.ravel().tolist(),
+                }
+                for name, array in case.inputs.items()
+            ]
+        }), {"Content-Type": "application/json"}  # fmt: skip
     inputs = [
         {
             "name": name,
@@ -202,14 +223,17 @@ def _body(case: Case) -> tuple[bytes, dict[str, str]]:
     outputs = [{"name": name, "parameters": {"binary_data": True}} for name in case.outputs]
     head = json.dumps({"inputs": inputs, "outputs": outputs}).encode()
     content = head + b"".join(array.tobytes() for array in case.inputs.values())
-    return content, {"Inference-Header-Content-Length": str(len(head))}
+    return content, {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(head))}
 
 
 def _outputs(headers: dict[str, str], body: bytes) -> Arrays:
-    """The tensors of an answer."""
-    length = int(headers["inference-header-content-length"])
+    """The tensors of an answer: bytes, or numbers in JSON."""
+    length = int(headers.get("inference-header-content-length", len(body)))
     found, start = {}, length
     for one in json.loads(body[:length])["outputs"]:
+        if "data" in one:
+            found[one["name"]] = np.array(one["data"], DTYPES[one["datatype"]]).reshape(one["shape"])
+            continue
         size = one["parameters"]["binary_data_size"]
         array = np.frombuffer(body, DTYPES[one["datatype"]], size // DTYPES[one["datatype"]].itemsize, start)
         found[one["name"]] = array.reshape(one["shape"])

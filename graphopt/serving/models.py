@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,11 @@ from graphopt.serving.refusals import Refused
 
 LOG = logging.getLogger("graphopt.serving")
 
-Stamp = tuple[int, int, int]
-"""What of a file changes with its content: inode, time and size."""
+Stamp = tuple[tuple[str, int, int, int], ...]
+"""What of files changes with their content: name, inode, time and size."""
+
+GONE_SECONDS = 5.0
+"""How long a bundle must be missing before it is served no more: one that is replaced is missing for a moment."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,17 @@ class Served:
         return f"{self.name}:{self.version}"
 
 
+@dataclass(frozen=True)
+class Failed:
+    """A bundle that could not be loaded."""
+
+    name: str
+    version: str
+    stamp: Stamp | None
+    """What its manifest was then."""
+    reason: str
+
+
 @dataclass
 class Models:
     """All models of one process."""
@@ -50,10 +64,12 @@ class Models:
     allow_variance: bool
     metrics: Metrics
     served: dict[str, dict[str, Served]] = field(default_factory=dict)
-    failed: dict[Path, tuple[Stamp | None, str]] = field(default_factory=dict)
-    """Bundles that could not be loaded: what their manifest was then, and why."""
+    failed: dict[Path, Failed] = field(default_factory=dict)
+    """Bundles that could not be loaded."""
     _stamps: dict[Path, Stamp] = field(default_factory=dict)
     _places: dict[Path, tuple[str, str]] = field(default_factory=dict)
+    _missing: dict[Path, float] = field(default_factory=dict)
+    """Since when a served bundle is missing from the folder."""
 
     def get(self, name: str | None, version: str | None = None) -> Served:
         """A version of a model, the highest where none is named; the only model where no name is given.
@@ -71,24 +87,35 @@ class Models:
         if not versions:
             raise Refused(404, f"there is no model {name!r}{nearest(name, list(self.served))}")
         if version is None:
-            return versions[max(versions, key=_order)]
+            return versions[in_order(versions)[-1]]
         if version not in versions:
-            raise Refused(
-                404, f"{name} has no version {version!r}; there are {', '.join(sorted(versions, key=_order))}"
-            )
+            raise Refused(404, f"{name} has no version {version!r}; there are {', '.join(in_order(versions))}")
         return versions[version]
 
     async def refresh(self) -> None:
-        """Load what is new or changed, and drop what is gone. A changed bundle takes over once it was read whole and
-        has answered its golden inputs; a damaged one changes nothing."""
-        found = await asyncio.get_running_loop().run_in_executor(None, places, self.root)
-        for path in [one for one in self._places if one not in found]:
-            self._drop(path)
+        """Load what is new or changed, and drop what is gone for `GONE_SECONDS`. A changed bundle takes over once it
+        was read whole and has answered its golden inputs; a damaged one changes nothing.
+
+        Raises BundleError where the folder is not there and nothing is served yet.
+        """
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(None, places, self.root)
+        except (BundleError, OSError):  # it is being replaced
+            if not self.served:
+                raise
+            found = {}
+        now = time.monotonic()
+        self._missing = {one: self._missing.get(one, now) for one in self._places if one not in found}
+        for path, since in self._missing.items():
+            if now - since >= GONE_SECONDS:
+                self._drop(path)
+        for path in [one for one in self.failed if one not in found]:
+            del self.failed[path]
         for path, (name, version) in found.items():
             stamp = _stamp(path)
             if stamp is None or self._stamps.get(path) == stamp:
                 continue
-            if path in self.failed and self.failed[path][0] == stamp:
+            if path in self.failed and self.failed[path].stamp == stamp:
                 continue
             await self._load(path, name, version, stamp)
 
@@ -97,11 +124,11 @@ class Models:
         try:
             predictor = await loop.run_in_executor(None, lambda: Predictor(path, threads=self.threads))
         except GraphoptError as error:
-            self.failed[path] = (stamp, str(error))
+            self.failed[path] = Failed(name or path.name, version, stamp, str(error))
             LOG.error("%s", error)
             return
         except Exception as error:
-            self.failed[path] = (stamp, described(error))
+            self.failed[path] = Failed(name or path.name, version, stamp, described(error))
             LOG.exception("%s cannot be loaded", path)
             return
         if _stamp(path) != stamp:  # changed again while it was read: the next round reads it
@@ -137,9 +164,7 @@ class Models:
 
     @property
     def all(self) -> list[Served]:
-        return [
-            versions[version] for _, versions in sorted(self.served.items()) for version in sorted(versions, key=_order)
-        ]
+        return [versions[version] for _, versions in sorted(self.served.items()) for version in in_order(versions)]
 
 
 def places(root: Path) -> Mapping[Path, tuple[str, str]]:
@@ -165,12 +190,20 @@ def places(root: Path) -> Mapping[Path, tuple[str, str]]:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    """Of the manifest, which is written last and holds the hashes of all other files."""
+    """Of all files of a bundle: whoever copies one may write the manifest before the files whose hashes it holds. None
+    where there is no manifest, or files come and go."""
+    if not (path / manifest.FILE).is_file():
+        return None
     try:
-        facts = os.stat(path / manifest.FILE)
+        facts = [(one, one.stat()) for one in sorted(path.rglob("*"))]
     except OSError:
         return None
-    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+    return tuple((str(one.relative_to(path)), own.st_ino, own.st_mtime_ns, own.st_size) for one, own in facts)
+
+
+def in_order(versions: Iterable[str]) -> list[str]:
+    """Versions, the highest last: it serves unless another one is named."""
+    return sorted(versions, key=_order)
 
 
 def _order(version: str) -> tuple[int, int, str]:

@@ -107,7 +107,8 @@ class Predictor:
         likeliest, seed, and stop: texts that end it, and are not part of the answer.
         Raises UsageError where the bundle is no language model, and for other options.
         """
-        pieces = self.require_generation().pieces(prompt, **options)
+        generation = self.require_generation()
+        pieces = generation.pieces(generation.ids(prompt), **options)
         return pieces if stream else "".join(pieces)
 
     def require_generation(self) -> Generation:

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from graphopt.errors import UsageError, nearest
 from graphopt.serving.golden import Arrays
 from graphopt.serving.manifest import Manifest, TensorSpec
+from graphopt.serving.numbers import array_of
 
 
 def checked(given: Mapping[str, Any], manifest: Manifest) -> Arrays:
-    """Feeds for the model: arrays by name, in its dtypes.
+    """Feeds for the model: arrays by name, in its dtypes (`numbers.array_of`).
 
-    Integers are narrowed or widened where that keeps the numbers, and so are lists of numbers and floats of another
-    width. Raises UsageError for names, dtypes and shapes that are not the model's, for ragged lists, for NaN and
+    Raises UsageError for names, dtypes and shapes that are not the model's, for ragged lists, for NaN and
     infinity, for empty batches, and for more tokens than the model takes.
     """
     specs = {one.name: one for one in manifest.inputs}
@@ -35,26 +35,11 @@ def checked(given: Mapping[str, Any], manifest: Manifest) -> Arrays:
 
 
 def _array(given: Any, spec: TensorSpec) -> NDArray[Any]:
-    """An array of the input's dtype."""
-    wanted = np.dtype(spec.dtype)
-    if isinstance(given, np.ndarray):
-        array = given
-    elif hasattr(given, "__array__"):
-        array = np.asarray(given)
-    else:
-        try:
-            array = np.array(given)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise UsageError(f"{spec.name} is ragged: all its rows must be of one length") from error
-        if array.size == 0:
-            array = array.astype(wanted)
-    if array.dtype.kind not in "iufb":
-        raise UsageError(f"{spec.name} holds no numbers, and should be {spec.dtype}")
-    if array.dtype != wanted:
-        array = _converted(array, wanted, spec)
+    """An array of the input's dtype, whose numbers the model takes."""
+    array = array_of(given, np.dtype(spec.dtype), spec.name)
     if spec.below is not None and array.size and (int(array.min()) < 0 or int(array.max()) >= spec.below):
         raise UsageError(f"{spec.name} holds {_outside(array, spec.below)}, and the model knows 0 to {spec.below - 1}")
-    if wanted.kind == "f" and not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UsageError(f"{spec.name} holds NaN or infinity")
     return array
 
@@ -62,17 +47,6 @@ def _array(given: Any, spec: TensorSpec) -> NDArray[Any]:
 def _outside(array: NDArray[Any], below: int) -> int:
     """The first number that is no index."""
     return int(array[(array < 0) | (array >= below)].flat[0])
-
-
-def _converted(array: NDArray[Any], wanted: np.dtype[Any], spec: TensorSpec) -> NDArray[Any]:
-    if (array.dtype.kind == "b") != (wanted.kind == "b") or (array.dtype.kind == "f" and wanted.kind in "iu"):
-        raise UsageError(f"{spec.name} is {array.dtype}, and should be {spec.dtype}")
-    if wanted.kind in "iu" and array.size:
-        limits = np.iinfo(wanted)
-        if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise UsageError(f"{spec.name} holds numbers beyond {spec.dtype}")
-    with np.errstate(over="ignore"):  # which becomes infinity, and is refused
-        return array.astype(wanted)
 
 
 def _require_shape(array: NDArray[Any], spec: TensorSpec, sizes: dict[str, tuple[int, str]]) -> None:

@@ -11,6 +11,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from types import FrameType
 from typing import Any
@@ -28,6 +31,11 @@ DRAIN_SECONDS = 0.5
 """How long a server that stops still answers on open connections, each for the last time, before it closes idle ones:
 a client that sends at that moment would lose its request."""
 STOP_SECONDS = 30.0
+STEADY_SECONDS = 10.0
+"""A worker that lived so long, and was ready, is started again at once."""
+LONGEST_WAIT = 10.0
+MOST_UNREADY = 3
+"""Workers in one place that end before they are ready, after which the server stops where no other one answers."""
 
 
 def serve(settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, workers: int = 1) -> None:
@@ -98,7 +106,7 @@ def _work(app: App, listener: socket.socket) -> None:
         timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
         timeout_graceful_shutdown=int(STOP_SECONDS),
     )
-    server = _draining(config, app)
+    server = _draining(config, app, listener)
     failures: list[str] = []
 
     def failed(reason: str) -> None:
@@ -119,9 +127,9 @@ def _has_uvloop() -> bool:
     return True
 
 
-def _draining(config: Any, app: App) -> Any:
-    """A server that, once told to stop, takes no connections any more, closes each one behind its next answer, and
-    then stops."""
+def _draining(config: Any, app: App, listener: socket.socket) -> Any:
+    """A server that, once told to stop, takes those connections that wait and no more, closes each one behind its next
+    answer, and then stops."""
     import uvicorn
 
     class Draining(uvicorn.Server):
@@ -131,11 +139,37 @@ def _draining(config: Any, app: App) -> Any:
                 return
             app.draining = True
             LOG.info("stopping: %d requests in flight", app.metrics.in_flight)
-            for server in self.servers:  # first, so that nobody who is told to close connects again in vain
+            # A task, as the loop may have connections in hand while it calls this. At once, so that nobody who is told
+            # to close connects again in vain.
+            self._stopping = asyncio.get_running_loop().create_task(self._stop_listening())
+
+        async def _stop_listening(self) -> None:
+            loop = asyncio.get_running_loop()
+            loop.call_later(DRAIN_SECONDS, lambda: setattr(self, "should_exit", True))
+            connections = _accepted(listener)  # closing would reset them, with the requests that they hold
+            for server in self.servers:
                 server.close()
-            asyncio.get_running_loop().call_later(DRAIN_SECONDS, lambda: setattr(self, "should_exit", True))
+            listener.close()  # which the loop may keep open
+            make = partial(
+                config.http_protocol_class, config=config, server_state=self.server_state,
+                app_state=self.lifespan.state, _loop=loop,
+            )  # fmt: skip
+            for connection in connections:
+                await loop.connect_accepted_socket(make, connection)
 
     return Draining(config)
+
+
+def _accepted(listener: socket.socket) -> list[socket.socket]:
+    """The connections that wait."""
+    found: list[socket.socket] = []
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # none waits any more
+            return found
+        connection.setblocking(False)
+        found.append(connection)
 
 
 def _protocol() -> Any:
@@ -168,6 +202,11 @@ def _protocol() -> Any:
             self._stop_waiting()
             super().connection_lost(exc)
 
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            if self.transport.is_closing() and self.transport.get_write_buffer_size():
+                self.transport.abort()  # an answer that nobody reads would stay in memory
+
         def _is_in_headers(self) -> bool:
             return self._deadline is not None
 
@@ -195,31 +234,93 @@ def _protocol() -> Any:
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Restarts:
+    """When the worker of one place starts again after it has ended. Times are in seconds."""
+
+    quick: int = 0
+    """Ends in a row before the worker had lived `STEADY_SECONDS`."""
+    unready: int = 0
+    """Ends in a row before the worker was ready."""
+
+    def ended(self, *, ready: bool, lived: float) -> float:
+        """How long to wait: not at all for the first end, then twice as long each time."""
+        self.unready = 0 if ready else self.unready + 1
+        self.quick = 0 if ready and lived >= STEADY_SECONDS else self.quick + 1
+        return 0.0 if self.quick < 2 else min(0.5 * 2 ** (self.quick - 2), LONGEST_WAIT)
+
+    @property
+    def is_hopeless(self) -> bool:
+        return self.unready >= MOST_UNREADY
+
+
+@dataclass
+class _Place:
+    """One of the workers: its process, and those that take its place."""
+
+    start: Callable[[], tuple[Any, Any]]
+    """A process, and the event that it sets once it is ready."""
+    restarts: Restarts = field(default_factory=Restarts)
+    process: Any = None
+    ready: Any = None
+    born: float = 0.0
+    due: float | None = None
+    """When it is started again; None while it lives."""
+
+    def begin(self) -> None:
+        self.process, self.ready = self.start()
+        self.born, self.due = time.monotonic(), None
+
+    def look(self) -> None:
+        """Start another process where this one has ended."""
+        now = time.monotonic()
+        if self.due is None and not self.process.is_alive():
+            wait = self.restarts.ended(ready=self.ready.is_set(), lived=now - self.born)
+            self.due = now + wait
+            LOG.error(
+                "worker %d ended with %s; another one starts in %g s", self.process.pid, self.process.exitcode, wait
+            )
+        if self.due is not None and now >= self.due:
+            self.begin()
+
+    @property
+    def answers(self) -> bool:
+        return self.due is None and bool(self.ready.is_set()) and bool(self.process.is_alive())
+
+
 def _supervise(settings: Settings, listener: socket.socket, workers: int) -> None:
-    """Processes that share a listening socket: one that dies is started again, and all are told to stop together."""
+    """Processes that share a listening socket: one that ends is started again, and all are told to stop together.
+
+    Raises UsageError where nothing can be served at the start, and where workers end again and again before they are
+    ready while no other one answers.
+    """
     context = multiprocessing.get_context("spawn")
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: stopping.append(received))
 
-    def start() -> Any:
-        process = context.Process(target=_worker, args=(settings, listener, ACCESS.isEnabledFor(logging.INFO)))
+    def start() -> tuple[Any, Any]:
+        ready = context.Event()
+        given = (settings, listener, ACCESS.isEnabledFor(logging.INFO), ready)
+        process = context.Process(target=_worker, args=given)
         process.start()
-        return process
+        return process, ready
 
-    processes = [start() for _ in range(workers)]
-    born = time.monotonic()
-    while not stopping:
+    places = [_Place(start) for _ in range(workers)]
+    for place in places:
+        place.begin()
+    has_answered = has_failed = False
+    while not (stopping or has_failed):
         time.sleep(0.2)
-        for place, process in enumerate(processes):
-            if process.is_alive():
-                continue
-            if process.exitcode == _FAILED or time.monotonic() - born < 1.0:
-                stopping.append(signal.SIGTERM)
-                break
-            LOG.error("worker %d ended with %s; another one starts", process.pid, process.exitcode)
-            processes[place], born = start(), time.monotonic()
+        answers = any(place.answers for place in places)
+        has_answered = has_answered or answers
+        has_failed = not has_answered and any(place.process.exitcode == _FAILED for place in places)
+        if not has_failed:
+            for place in places:
+                place.look()
+            has_failed = not answers and any(place.restarts.is_hopeless for place in places)
     listener.close()
+    processes = [place.process for place in places]
     for process in processes:
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGTERM)
@@ -228,21 +329,21 @@ def _supervise(settings: Settings, listener: socket.socket, workers: int) -> Non
         process.join(max(0.1, end - time.monotonic()))
         if process.is_alive():
             process.kill()
-    if any(process.exitcode == _FAILED for process in processes):
+    if has_failed:
         raise UsageError("a worker could serve nothing: its log says why")
 
 
 _FAILED = 3
 
 
-def _worker(settings: Settings, listener: socket.socket, logs_requests: bool) -> None:
-    """A process of several, which ends with the one that started it, however that ends."""
+def _worker(settings: Settings, listener: socket.socket, logs_requests: bool, ready: Any) -> None:
+    """A process of several, which ends with the one that started it, however that ends. ready: an event to set."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # as it was started by `_supervise`
     threading.Thread(target=_stop_with, args=(parent,), daemon=True).start()
     log_lines(of_requests=logs_requests)
     try:
-        _work(App(settings, loads_first=True), listener)
+        _work(App(settings, loads_first=True, on_ready=ready.set), listener)
     except GraphoptError:
         sys.exit(_FAILED)
 

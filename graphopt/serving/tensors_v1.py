@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from graphopt.serving.batches import are_rows
 from graphopt.serving.golden import Arrays
 from graphopt.serving.manifest import Manifest
 from graphopt.serving.refusals import Refused
-from graphopt.serving.tensors_v2 import from_json, json_numbers
 
 
-def read(asked: Mapping[str, Any], manifest: Manifest) -> tuple[Arrays, bool]:
-    """The inputs of a request, and whether they came as rows. Raises Refused (400)."""
+def read(asked: Mapping[str, Any], manifest: Manifest) -> tuple[dict[str, Any], bool]:
+    """The inputs of a request, as lists of numbers, and whether they came as rows. Raises Refused (400)."""
     signature = asked.get("signature_name", "serving_default")
     if signature != "serving_default":
         raise Refused(400, f"there is no signature {str(signature)[:60]!r}; there is serving_default")
@@ -27,34 +25,35 @@ def read(asked: Mapping[str, Any], manifest: Manifest) -> tuple[Arrays, bool]:
         columns = {names[0]: columns}
     if not isinstance(columns, dict):
         raise Refused(400, f"inputs must be an object with {', '.join(names)}")
-    dtypes = {one.name: np.dtype(one.dtype) for one in manifest.inputs}
-    return {
-        name: from_json(value, dtypes.get(name, np.dtype("float32")), name) for name, value in columns.items()
-    }, is_rows
+    return columns, is_rows
 
 
 def written(outputs: Arrays, is_rows: bool) -> dict[str, Any]:
-    """The answer: predictions of rows, or outputs by column; of one output without its name."""
-    columns = {name: json_numbers(array) for name, array in outputs.items()}
+    """The answer: predictions of rows, or outputs by column; of one output without its name.
+
+    Raises Refused (400) for rows of outputs that have none."""
+    columns = {name: array.tolist() for name, array in outputs.items()}
     only = next(iter(columns.values())) if len(columns) == 1 else None
     if not is_rows:
         return {"outputs": columns if only is None else only}
     if only is not None:
         return {"predictions": only}
-    rows = min(len(column) for column in columns.values())
+    rows = min(len(array) if array.ndim else 0 for array in outputs.values())
+    if not are_rows(outputs, rows):
+        raise Refused(400, "the outputs of this model are not rows: ask with inputs, column by column")
     return {"predictions": [{name: column[row] for name, column in columns.items()} for row in range(rows)]}
 
 
-def status(versions: Mapping[str, bool]) -> dict[str, Any]:
-    """By version, whether it answers."""
+def status(versions: Sequence[str]) -> dict[str, Any]:
+    """Of versions that are loaded: one that cannot be is not there."""
     return {
         "model_version_status": [
             {
                 "version": version,
-                "state": "AVAILABLE" if ready else "LOADING",
+                "state": "AVAILABLE",
                 "status": {"error_code": "OK", "error_message": ""},
             }
-            for version, ready in versions.items()
+            for version in versions
         ]
     }
 

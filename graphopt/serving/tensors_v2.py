@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from graphopt.serving.golden import Arrays
 from graphopt.serving.manifest import TensorSpec
+from graphopt.serving.numbers import array_of, json_bytes, reshaped
 from graphopt.serving.refusals import Refused
 
 DATATYPES = {
@@ -23,6 +24,8 @@ DATATYPES = {
 DTYPES = {name: np.dtype(dtype) for dtype, name in DATATYPES.items()}
 """numpy's, by the protocol's names."""
 LENGTH = b"inference-header-content-length"
+_UNKNOWN_OUTPUTS = {"classification", "shared_memory_region"}
+"""Parameters of outputs, of extensions that are not here: who sends them does not look for the data in the answer."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,16 @@ def read(body: bytes, header_length: bytes | None) -> Asked:
     if start != len(tail):
         raise Refused(400, f"{len(tail) - start} bytes behind the tensors belong to none of them")
     parameters = _parameters(asked)
+    if parameters.get("sequence_id") not in (None, 0, ""):
+        raise Refused(400, "there are no sequences here: each request stands alone")
     outputs = asked.get("outputs")
     if outputs is not None and not (
         isinstance(outputs, list) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in outputs)
     ):
         raise Refused(400, "outputs must be a list of objects with names")
+    for one in outputs or ():
+        for key in _UNKNOWN_OUTPUTS & set(_parameters(one)):
+            raise Refused(400, f"{one['name']}: outputs have no {key} here")
     own = asked.get("id")
     return Asked(
         own if isinstance(own, str) else None,
@@ -87,12 +95,12 @@ def written(asked: Asked, outputs: Arrays, name: str, version: str) -> tuple[byt
             tails.append(array.tobytes())
             entry["parameters"] = {"binary_data_size": len(tails[-1])}
         else:
-            entry["data"] = json_numbers(array.ravel())
+            entry["data"] = array.ravel().tolist()
         described.append(entry)
     answer = {"model_name": name, "model_version": version, "outputs": described}
     if asked.id is not None:
         answer["id"] = asked.id
-    head = json.dumps(answer, separators=(",", ":")).encode()
+    head = json_bytes(answer)
     if not tails:
         return head, [(b"content-type", b"application/json")]
     headers = [(b"content-type", b"application/octet-stream"), (LENGTH, str(len(head)).encode())]
@@ -127,19 +135,6 @@ def parse(content: bytes) -> Any:
         raise Refused(400, f"the body is no JSON: {str(error)[:120]}") from error
 
 
-def json_numbers(array: NDArray[Any]) -> Any:
-    """Numbers as JSON has them, in the array's shape: null for NaN and infinity, which it lacks."""
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return _without_nan(array.tolist())
-    return array.tolist()
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nan(one) for one in value]
-    return value if math.isfinite(value) else None
-
-
 def _parts(body: bytes, header_length: bytes | None) -> tuple[bytes, memoryview]:
     """The JSON, and the bytes behind it."""
     if header_length is None:
@@ -166,10 +161,10 @@ def _tensor(one: Mapping[str, Any], name: str, tail: memoryview, start: int) -> 
             raise Refused(400, f"{name}: binary_data_size is more than the body holds")
         if size != count * dtype.itemsize:
             raise Refused(400, f"{name}: {shape} of {datatype} has {count * dtype.itemsize} bytes, not {size}")
-        return _from_bytes(tail[start : start + size], dtype).reshape(shape), start + size
+        return reshaped(_from_bytes(tail[start : start + size], dtype), shape, name), start + size
     if "data" not in one:
         raise Refused(400, f"{name} has no data")
-    return from_json(one["data"], dtype, name, count).reshape(shape), start
+    return reshaped(array_of(one["data"], dtype, name), shape, name), start
 
 
 def _from_bytes(content: memoryview, dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -178,30 +173,6 @@ def _from_bytes(content: memoryview, dtype: np.dtype[Any]) -> NDArray[Any]:
         return np.frombuffer(content, np.uint8).astype(np.bool_)
     array = np.frombuffer(content, dtype.newbyteorder("<"))
     return array if array.flags.aligned else array.copy()
-
-
-def from_json(data: Any, dtype: np.dtype[Any], name: str, count: int | None = None) -> NDArray[Any]:
-    """Numbers in JSON, nested or flat, as an array. count: how many there must be.
-
-    Raises Refused (400) for what are no numbers of the type, for ragged lists and another count.
-    """
-    try:
-        array = np.array(data)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise Refused(400, f"{name} is ragged: all its rows must be of one length") from error
-    if array.size == 0:
-        array = array.astype(dtype)
-    fits = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
-    if array.dtype.kind not in fits:
-        raise Refused(400, f"{name} holds what are no numbers of {dtype}")
-    if dtype.kind in "iu" and array.size:
-        limits = np.iinfo(dtype)
-        if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise Refused(400, f"{name} holds numbers beyond {dtype}")
-    if count is not None and array.size != count:
-        raise Refused(400, f"{name} has {array.size} numbers, and its shape has {count}")
-    with np.errstate(over="ignore"):  # which becomes infinity, and is refused with the inputs
-        return array.astype(dtype)
 
 
 def _parameters(one: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from graphopt.errors import BundleError, UsageError, described
+from graphopt.errors import BundleError, UsageError, described, outer_door
 from graphopt.serving.golden import Arrays
 from graphopt.serving.manifest import TensorSpec, TextSpec
 
@@ -41,7 +42,10 @@ class Tokenizer:
         """Inputs for each text, a batch of one; a pair of texts is a list of two. Longer ones are cut in front of
         their last special token."""
         found = []
-        for encoding in self._cutting.encode_batch([_text(one) for one in texts]):
+        several = [_text(one) for one in texts]
+        with _tokenized():
+            encodings = self._cutting.encode_batch(several)
+        for encoding in encodings:
             if not encoding.ids:
                 raise UsageError("an empty text has no tokens")
             columns = dict(zip(GIVES, (encoding.ids, encoding.attention_mask, encoding.type_ids), strict=True))
@@ -50,7 +54,8 @@ class Tokenizer:
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a prompt."""
-        return list(self._tokenizer.encode(text).ids)
+        with _tokenized():
+            return list(self._tokenizer.encode(text).ids)
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, without special tokens."""
@@ -61,6 +66,11 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size())
 
 
+def _tokenized() -> AbstractContextManager[None]:
+    """What the tokenizer does not take, such as half of a surrogate pair, is the text's fault."""
+    return outer_door(UsageError, "the text cannot be tokenized")
+
+
 def _text(given: Any) -> Any:
     if isinstance(given, str):
         return given
@@ -68,5 +78,6 @@ def _text(given: Any) -> Any:
         return tuple(given)
     if isinstance(given, Mapping) and isinstance(given.get("text"), str):
         pair = given.get("text_pair")
-        return given["text"] if pair is None else (given["text"], str(pair))
+        if pair is None or isinstance(pair, str):
+            return given["text"] if pair is None else (given["text"], pair)
     raise UsageError(f"a text is a string, or a list of two for a pair, and not {str(given)[:60]!r}")

@@ -10,14 +10,13 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,7 +27,7 @@ from graphopt import writing
 from graphopt.errors import UsageError, first_line
 from graphopt.ir.graph import Graph, digest, raw_bytes, tensors_digest
 from graphopt.pipeline.batches import Batch
-from graphopt.training import precision
+from graphopt.training import precision, streams
 from graphopt.training.meshes import shards
 from graphopt.training.outcome import Best
 
@@ -143,16 +142,16 @@ class Checkpoints:
 
         Raises UsageError where the disk is full or the folder cannot be written.
         """
-        tensors, parts, facts = _state(trainer)
+        tensors, facts = _state(trainer)
         mesh, folder = trainer.mesh, self.file.parent
         if mesh is None:
-            self._write(trainer, tensors | parts, facts, is_done)
+            self._write(trainer, tensors, facts, is_done)
         else:
             try:
-                files = shards.write(folder, self.file.stem, mesh, _stored(trainer, parts))
+                files = shards.write(folder, self.file.stem, mesh, _stored(trainer, tensors))
             except OSError as error:
                 raise _unwritable(f"the checkpoint {self.file}", error) from error
-            mesh.first(lambda: self._write(trainer, tensors, facts | {"shards": files}, is_done))
+            mesh.first(lambda: self._write(trainer, {}, facts | {"shards": files}, is_done))
         self._written = time.monotonic()
 
     def _write(self, trainer: Trainer, tensors: dict[str, Tensor], facts: dict[str, Any], is_done: bool) -> None:
@@ -176,9 +175,7 @@ class Checkpoints:
         """
         there = self.file.exists()
         if trainer.mesh is not None:
-            trainer.mesh.require_same(
-                f"whether {self.file} is there", there, "give a folder that all machines share"
-            )
+            trainer.mesh.require_same(f"whether {self.file} is there", there, "give a folder that all machines share")
         leads = trainer.mesh is None or trainer.mesh.leads
         if not there:
             if leads:
@@ -198,7 +195,8 @@ class Checkpoints:
             parts = {name: part(shards.like(name), one) for name, one in tensors.items()}
             found = {name: one for name, one in parts.items() if one is not None}
             if files:
-                found |= shards.read(self.file.parent, files, trainer.spread)
+                others = _streams_of_others(trainer, facts)
+                found |= shards.read(self.file.parent, files, trainer.spread, without=others)
             _load(trainer, found, facts)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
             raise self._damaged(error) from error
@@ -240,22 +238,21 @@ def _place(file: Path) -> int:
     return int(file.name.partition("-")[0])
 
 
-def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """All that decides how a training goes on: tensors by name, which all ranks of a mesh have; those of which each
-    has its part; and plain data."""
+def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All that decides how a training goes on: the tensors by name that this rank has a part of, and plain data."""
     parts = {f"module/{name}": one.detach().clone() for name, one in trainer.spread.tensors.items()}
     parts |= {f"best/{name}": one for name, one in trainer.best.state.items()}
     for name, parameter in trainer.named().items():
         for key, one in trainer.optimizer.state.get(parameter, {}).items():
             if isinstance(one, Tensor):
                 parts[f"optimizer/{name.removeprefix('module/')}/{key}"] = one
-    tensors = {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
+    parts |= {f"objective/{name}": one.detach().clone() for name, one in trainer.objective.state_dict().items()}
     for held, rule in trainer.rules.items():
-        tensors |= {f"rule/{held}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
-    torch_state, numpy_state, python_state, cuda_states = trainer.model_stream.state
-    tensors["random/torch"] = torch_state
-    tensors["random/numpy"] = torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64))
-    tensors |= {f"random/cuda{place}": one for place, one in enumerate(cuda_states)}
+        parts |= {f"rule/{held}/{name}": one.detach().clone() for name, one in rule.state_dict().items()}
+    if not trainer.spread.has_loss:  # another rank has trained what the objective learns
+        parts = {name: one for name, one in parts.items() if not _is_of_objective(name)}
+    stream = _stream_of(0 if trainer.mesh is None else trainer.mesh.rank)
+    parts |= {f"{stream}{name}": one for name, one in streams.as_tensors(trainer.model_stream.state).items()}
     best = trainer.best
     facts = {
         "step": trainer.step, "epoch": trainer.epoch, "seconds": trainer.seconds(),
@@ -263,22 +260,48 @@ def _state(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         "evaluated at": trainer.evaluated_at, "notes": trainer.outcome.notes,
         "best": {"metric": best.metric, "step": best.step, "settled": best.settled, "waited": best.waited},
         "lines": trainer.outcome.lines, "amp": trainer.amp.name, "scaler": trainer.amp.scaler.state_dict(),
-        "numpy": [numpy_state[0], *numpy_state[2:]],
-        "python": [python_state[0], list(python_state[1]), python_state[2]],
-        "parts": trainer.parts, "accumulate": trainer.settings.accumulate,
+        "mesh": str(trainer.mesh), "parts": trainer.parts, "accumulate": trainer.settings.accumulate,
     }  # fmt: skip
-    return tensors, parts, facts
+    return parts, facts
+
+
+def _stream_of(rank: int) -> str:
+    """How the names of the random states of a rank begin."""
+    return f"random/{rank}/"
+
+
+def _stream_for(trainer: Trainer, facts: Mapping[str, Any]) -> str | None:
+    """Whose random states this rank goes on with: its own on the same mesh, else those of rank 0 where it has the same
+    batches, else none."""
+    mesh = trainer.mesh
+    if mesh is not None and facts["mesh"] == str(mesh):
+        return _stream_of(mesh.rank)
+    has_its_batches = facts["parts"] == trainer.parts and (mesh is None or not mesh.data_index)
+    return _stream_of(0) if has_its_batches else None
+
+
+def _streams_of_others(trainer: Trainer, facts: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Tells the names of random states that this rank has no use for."""
+    own = _stream_for(trainer, facts)
+    return lambda name: name.startswith("random/") and (own is None or not name.startswith(own))
+
+
+def _is_of_objective(name: str) -> bool:
+    """Whether a tensor of a checkpoint is what the objective learns, or the optimizer's state of it."""
+    return name.startswith(("objective/", "optimizer/objective/"))
 
 
 def _stored(trainer: Trainer, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parts of this rank, as torch.distributed.checkpoint takes them."""
+    """What this rank writes, as torch.distributed.checkpoint takes it."""
+    whole = {name: one for name, one in parts.items() if name.startswith(("objective/", "rule/", "random/"))}
     by_kind: dict[tuple[str, str], dict[str, Tensor]] = {("module", ""): {}, ("best", ""): {}}
     by_kind |= {("optimizer", f"/{key}"): {} for key in _OPTIMIZERS[trainer.settings.optimizer]}
     for name, part in parts.items():
-        kind = name.partition("/")[0]
-        end = f"/{name.rpartition('/')[2]}" if kind == "optimizer" else ""
-        by_kind[kind, end][shards.like(name)] = part
-    return {
+        if name not in whole:
+            kind = name.partition("/")[0]
+            end = f"/{name.rpartition('/')[2]}" if kind == "optimizer" else ""
+            by_kind[kind, end][shards.like(name)] = part
+    return whole | {
         f"{kind}/{name}{end}": one
         for (kind, end), several in by_kind.items() for name, one in trainer.spread.stored(several).items()
     }  # fmt: skip
@@ -308,13 +331,8 @@ def _load(trainer: Trainer, tensors: Mapping[str, Tensor], facts: Mapping[str, A
     trainer.is_done = facts["done"]
     trainer.amp = precision.Amp(facts["amp"], trainer.device)
     trainer.amp.scaler.load_state_dict(facts["scaler"])
-    if (trainer.mesh is not None and trainer.mesh.data_index) or facts["parts"] != trainer.parts:
-        return  # the random numbers are of rank 0 and of those that have its batches, in a mesh of this size
-    name, *rest = facts["numpy"]
-    version, internal, gauss = facts["python"]
-    numpy_state = (name, tensors["random/numpy"].numpy().astype(np.uint32), *rest)
-    cuda = [tensors[key] for key in sorted(tensors) if key.startswith("random/cuda")]
-    trainer.model_stream.state = tensors["random/torch"], numpy_state, (version, tuple(internal), gauss), cuda
+    if (stream := _stream_for(trainer, facts)) is not None:
+        trainer.model_stream.state = streams.from_tensors(named(stream))
 
 
 def _load_optimizer(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:

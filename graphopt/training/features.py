@@ -89,7 +89,8 @@ class Projection(nn.Module):
 
 
 def projections(pairs: Sequence[Pair], seed: int = 0) -> nn.ModuleDict:
-    """A `Projection` for each pair of different widths, by its place; seed: of their first weights.
+    """A `Projection` for each pair of different widths, by its place, in the dtype of the student's value; seed: of
+    their first weights.
 
     Raises UsageError where ranks differ.
     """
@@ -107,7 +108,7 @@ def projections(pairs: Sequence[Pair], seed: int = 0) -> nn.ModuleDict:
             if not all(isinstance(width, int) for width in widths):
                 raise UsageError(f"the width of {pair.name} is dynamic, so that it cannot be projected")
             with streams.Stream(seed + place).active():
-                found[str(place)] = Projection(int(widths[0]), int(widths[1]))
+                found[str(place)] = Projection(int(widths[0]), int(widths[1])).to(dtype=pair.student.dtype)
     return found
 
 

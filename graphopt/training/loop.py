@@ -84,6 +84,8 @@ class Trainer:
         self.rules = self.spread.rules(self.rules)
         self.parameters = self.spread.parameters
         self.optimizer = self._optimizer()
+        self.spread.prepare(self.optimizer, self._others, settings)
+        self.parameters = self.spread.parameters
         self.amp = precision.Amp("off", self.device)
         self.step = 0
         self.epoch = 0
@@ -310,11 +312,7 @@ class Trainer:
         return self._terms(result, batch)
 
     def _update(self) -> None:
-        self.amp.scaler.unscale_(self.optimizer)
-        if self.settings.clip is not None:
-            self.spread.clip(self.settings.clip, self._others)
-        self.amp.scaler.step(self.optimizer)
-        self.amp.scaler.update()
+        self.spread.update(self.optimizer, self.amp, self.settings.clip, self._others)
         with torch.no_grad():
             for name, rule in self.rules.items():
                 rule.after_step(self.parameters[name])
@@ -527,8 +525,7 @@ class Trainer:
         return f"loss {line['loss']:.4g}, lr {line['lr']:.2g}{metric}"
 
     def _note_unused(self) -> None:
-        unused = [name for name, one in self.parameters.items() if one.grad is None]
-        if unused:
+        if unused := self.spread.unused():
             self.outcome.notes.append(
                 f"the loss does not depend on {', '.join(unused[:5])}{' and more' * (len(unused) > 5)}, left as it was"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -72,6 +72,10 @@ class LowRank(Pass):
         if len(given) > 1:
             return f"{' and '.join(given)} choose ranks in different ways; give one of them"
         return None
+
+    def within(self) -> LowRank | None:
+        budgeted = self.params is not None or self.flops is not None or self.measures
+        return None if budgeted else replace(self, fit="weights")
 
     @property
     def measures(self) -> bool:

@@ -111,6 +111,8 @@ def plan_of(
     """
     ends = _ends(graph)
     chosen, declined = _sites(asked, options, context, kept, ends)
+    if graph.whole is graph:
+        _require_some(chosen, declined, kept, context)
     softmaxes = [site for site in chosen if site.kind == "softmax"]
     planned = {site: plan for site, plan in chosen.items() if site.kind != "softmax"}
     tied = _tied_tables(planned)
@@ -182,11 +184,17 @@ def _sites(
             chosen[site] = planned
         else:
             declined[site] = planned
+    return chosen, declined
+
+
+def _require_some(
+    chosen: Mapping[Node, SitePlan], declined: Mapping[Node, Decline], kept: Mapping[Node, Decline], context: Context
+) -> None:
+    """Raise UsageError where no site is left, and other options would have left one."""
     wrong = [(site, why) for site, why in declined.items() if isinstance(why, Decline) and why.code in schemes.WRONG]
     if wrong and not (chosen or kept or context.reverted):
         site, why = wrong[0]
         raise UsageError(f"quantize: nothing is left to quantize ({context.labels[site]}: {Reason.of(why)})")
-    return chosen, declined
 
 
 def _first_possible(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node
+from graphopt.ir.graph import Graph, Node, every_node
 from graphopt.numerics.observe import OBSERVERS
 from graphopt.passes.quantize import schemes
 from graphopt.passes.quantize.channel_scaling import smooth_channels
@@ -45,7 +45,8 @@ class Quantize(Pass):
     them: a target then finds closed quantized regions. With calibration the default is all that is known to help
     without labels: channels are smoothed, weights are fitted to quantized inputs and rounded by GPTQ, and biases
     compensate mean errors. A recurrent layer has one scale for each row of its gates, which its directions share.
-    Declined: a weight that is not stored in float32, and what the target has no fast kernel for.
+    Declined: a weight that is not stored in float32, what the target has no fast kernel for, and static sites in
+    branches and loop bodies, which no calibration sees.
     """
 
     name = "quantize"
@@ -130,6 +131,9 @@ class Quantize(Pass):
         """At one site: without smoothing, which changes the nodes before it too."""
         return replace(self, smooth=False)
 
+    def within(self) -> Self:
+        return replace(self, smooth=False, sqnr=None, cosine=None, max_drop=None)
+
     def run(self, graph: Graph, context: Context) -> None:
         schemes.require_type(self.dtype, context)
         asked = self._asked(graph, context)
@@ -160,12 +164,14 @@ class Quantize(Pass):
             values["scheme"] = values["scheme"] | dynamic
         asked: dict[Node, Asked | Decline] = {}
         sites = context.sites(graph, self.targets, self.ignore)
-        if not any(node in self.targets for node in graph.nodes):
+        if graph.whole is graph and not any(node in self.targets for node in every_node(graph)):
             raise UsageError(f"quantize: the model has no site in {self.targets}, and nothing else becomes integers")
         for site in sites:
             missing = next((option for option, by_site in values.items() if site not in by_site), None)
             by_option: dict[str, Any] = {option: by_site.get(site) for option, by_site in values.items()}
             asked[site] = Asked(**by_option) if missing is None else Decline("no_term_matches", option=missing)
+            if graph.whole is not graph and by_option["scheme"] == "static":
+                asked[site] = Decline("not_calibrated_in_body", op=site.kind)
         return asked
 
     def _static(self, asked: Mapping[Node, Asked | Decline], context: Context) -> list[Node]:

@@ -120,6 +120,10 @@ class Sparsify(Pass):
     def marks(self) -> bool:
         return self.criterion == "movement"
 
+    def within(self) -> Sparsify | None:
+        alone = self.criterion not in (*CALIBRATED, "gradient", "movement")
+        return self if alone and self.scope == "local" and self.allocate == "evenly" else None
+
     def run(self, graph: Graph, context: Context) -> None:
         if self.criterion in CALIBRATED:
             context.batches()  # raises before the work where there are none, also if no site is selected

@@ -83,3 +83,36 @@ def test_the_causes_of_a_failed_export_end() -> None:
         seen.append(error)
         error = error.__cause__
     assert error is None and len(seen) > 1
+
+
+class Turned(nn.Module):
+    """A linear whose weight an operator without a form in ONNX makes: of its parameter alone, or of the input too."""
+
+    def __init__(self, by_input: bool) -> None:
+        super().__init__()
+        self.by_input, self.linear = by_input, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        square = self.linear.weight * x[0, :1] if self.by_input else self.linear.weight
+        y: Tensor = x @ torch.linalg.matrix_exp(square - square.T) + self.linear.bias
+        return y
+
+
+@pytest.mark.parametrize("module", [
+    nn.utils.parametrizations.orthogonal(nn.Linear(6, 6)),
+    nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map="cayley"), nn.ReLU()),
+    Turned(by_input=False),
+])  # fmt: skip
+@pytest.mark.slow
+def test_operators_without_a_form_that_read_parameters_alone_are_computed_once(module: nn.Module) -> None:
+    x = torch.randn(3, 6)
+    captured = capture(module.eval(), "onnx", example_inputs=x)
+    assert [node.kind for node in captured.graph.nodes if node.kind in ("linear", "matmul")] == ["linear"]
+    assert any("has no form in ONNX: what it makes of parameters was computed once" in one for one in captured.notes)
+    (y,) = captured.graph.evaluate(captured.feeds[0], captured.graph.outputs)
+    torch.testing.assert_close(y, module(x))
+
+
+def test_operators_without_a_form_that_read_inputs_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"aten.linalg_matrix_exp.default has no form in ONNX"):
+        capture(Turned(by_input=True), "onnx", example_inputs=torch.randn(3, 6))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import generation
 import pytest
+import question_answering
 import text_classification
 from frame import folder, program
 from hypothesis import given, settings
@@ -15,18 +18,22 @@ from texts import encoder, minilm
 
 from graphopt import UsageError
 from graphopt.cli.sources import tokenizer_in
+from graphopt.serving import Predictor
 
 GOOD = "review,kind\nfine,good\n bad ,poor\nso so,poor\nnice,good\n"
 
 
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+def refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object,
+    example: ModuleType = text_classification,
+) -> str:  # fmt: skip
     """The line on stderr of an example that ends with exit code 2, without its name."""
-    monkeypatch.setattr(sys, "argv", ["text_classification.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [f"{example.__name__}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as raised:
-        program(text_classification.main)
+        program(example.main)
     out, err = capsys.readouterr()
     assert (raised.value.code, out, err.count("\n")) == (2, "", 1)
-    return err.removeprefix("text_classification: ").rstrip("\n")
+    return err.removeprefix(f"{example.__name__}: ").rstrip("\n")
 
 
 @pytest.mark.parametrize(
@@ -113,16 +120,33 @@ def test_a_text_of_a_hundred_thousand_characters_is_cut(tmp_path: Path) -> None:
     assert max(length for _, length in sizes) == text_classification.LENGTH
 
 
+@pytest.mark.slow
+def test_the_smallest_table_with_the_longest_text_ends_in_a_bundle(tmp_path: Path) -> None:
+    file = tmp_path / "my.csv"
+    file.write_text(f"review,kind\nfine,good\nnice,good\nbad,poor\n{'word ' * 20000},poor\n", encoding="utf-8")
+    text_classification.main("tiny", tmp_path / "out", file, "review", "kind")
+    assert Predictor(tmp_path / "out" / "bundle").predict("so so")[0]["label"] in ("good", "poor")
+
+
+@pytest.mark.parametrize("example", [text_classification, question_answering, generation])
 @pytest.mark.parametrize("content", [{}, {"config.json": json.dumps({"model_type": "bert"})}])
 def test_refuses_a_folder_without_a_tokenizer(
-    content: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    content: dict[str, str], example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     model = tmp_path / "model"
     model.mkdir()
     for name, text in content.items():
         (model / name).write_text(text, encoding="utf-8")
-    line = refused(capsys, monkeypatch, "--model", model, "--out", tmp_path / "out")
+    line = refused(capsys, monkeypatch, "--model", model, "--out", tmp_path / "out", example=example)
     assert line.startswith(f"{model} holds no tokenizer that transformers loads")
+
+
+def test_refuses_a_model_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = refused(capsys, monkeypatch, "--model", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert line == f"there is no folder {tmp_path / 'nowhere'} with a tokenizer"
 
 
 def test_refuses_a_folder_for_results_that_cannot_be_made(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from frame import EXAMPLES, Deployed
+from frame import EXAMPLES, Deployed, sizes
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples"
@@ -30,9 +30,10 @@ def test_runs_and_ends_with_a_file_that_loads(
 ) -> None:
     monkeypatch.delenv("GRAPHOPT_DATA", raising=False)
     importlib.import_module(name).main(size="tiny", out=tmp_path / "out")
-    found = lines(capsys.readouterr().out)
+    output = capsys.readouterr().out
+    found = lines(output)
     assert {"time", "peak memory"} <= found
-    assert any("size" in line for line in found)
+    assert re.search(r"\bsize +\d", output)
     expected = FOLDER / "expected" / f"{name}.txt"
     assert not expected.exists() or lines(expected.read_text(encoding="utf-8")) == found
     for file in (tmp_path / "out").rglob("*.onnx"):
@@ -44,6 +45,23 @@ def test_says_how_it_is_called(name: str) -> None:
     text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
     assert f"python examples/{name}.py" in text
     assert f"examples/{name}.py" in (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+
+
+def test_each_expected_output_is_of_an_example_at_full_size() -> None:
+    for file in (FOLDER / "expected").glob("*.txt"):
+        text = file.read_text(encoding="utf-8")
+        assert file.stem in EXAMPLES and {"time", "peak memory"} <= lines(text)
+        assert "not measured at size tiny" not in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [(2_000_000, 500_000, "2.00 MB -> 500 kB, 4.0 times smaller"), (800, 1200, "800 B -> 1.20 kB, 1.5 times larger")],
+)
+def test_sizes_are_said_as_they_are(before: int, after: int, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(bytes(after))
+    assert sizes(before, path) == said
 
 
 def test_all_are_listed() -> None:

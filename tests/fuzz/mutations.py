@@ -23,7 +23,9 @@ from tests.fuzz.sources import sources
 LONGEST = 300
 """Most characters of a message of graphopt."""
 SECONDS, BYTES = 30, 2**31
-"""What a child may take; the bytes beside those of this process."""
+"""What a child may take: seconds of computing, and bytes beside those of this process."""
+_WAIT = 20 * SECONDS
+"""Seconds after which a child that computes nothing hangs, on a machine that others use too."""
 
 
 def bytes_changed(content: bytes, random: random.Random) -> bytes:
@@ -241,6 +243,7 @@ def fault(path: Path) -> str | None:
         most = pages * resource.getpagesize() + BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         os._exit(_captured(path))
     os.close(write)
     return _judged(child, read)
@@ -260,7 +263,7 @@ def _captured(path: Path) -> int:
 
 def _judged(child: int, read: int) -> str | None:
     """How a child ended whose output comes through a pipe."""
-    printed, deadline, hangs = b"", time.monotonic() + SECONDS, False
+    printed, deadline, hangs = b"", time.monotonic() + _WAIT, False
     while not hangs:
         ready, _, _ = select.select([read], [], [], max(deadline - time.monotonic(), 0))
         hangs = not ready
@@ -272,7 +275,7 @@ def _judged(child: int, read: int) -> str | None:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     os.close(read)
-    if hangs:
+    if hangs or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
         return f"it takes more than {SECONDS} seconds"
     if os.WIFSIGNALED(status):
         return f"killed by signal {os.WTERMSIG(status)}: {printed[-200:]!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -24,9 +25,22 @@ def test_simplify_keeps_the_numbers(drawn: Model) -> None:
 
 
 @SHORT
-@given(models(ALL), st.sampled_from(OPSETS))
-def test_export_at_any_opset(drawn: Model, opset: int) -> None:
-    properties.export_at(opset, *drawn)
+@given(models(ALL), st.sampled_from(OPSETS), st.booleans())
+def test_export_at_any_opset(drawn: Model, opset: int, portable: bool) -> None:
+    properties.export_at(opset, *drawn, portable=portable)
+
+
+@settings(SHORT, max_examples=10)
+@given(models(ALL))
+def test_a_second_pass_changes_nothing(drawn: Model) -> None:
+    properties.a_second_pass_changes_nothing(*drawn)
+
+
+@pytest.mark.slow
+@settings(SHORT, max_examples=15)
+@given(models(ALL))
+def test_torch_computes_the_same(drawn: Model) -> None:
+    properties.torch_computes_the_same(*drawn)
 
 
 @settings(SHORT, max_examples=8)

@@ -195,6 +195,18 @@ def test_a_quantized_original_is_held_to_what_it_makes_of_the_last_bits_of_its_i
             run(graph.clone(), Scale(by=by), instruments=[Agree(graph, batches)])
 
 
+def test_a_quantized_graph_may_move_as_far_as_its_activations_round(dialect: str) -> None:
+    """The output is 127 - 2 * 64, by chance what the original has. By a scale of 256 / 255 it would be 127 - 2 * 63."""
+    graph = build(dialect, "q = quantize(linear(x[batch,1], W[2,1]:values(1,0.5)), S[]:ones, Z[]:zeros:uint8)\n"
+                           "y = linear(dequantize(q, S, Z), V[1,2]:values(1,-2))")  # fmt: skip
+    agree = Agree(graph, [{"x": torch.tensor([[127.49]])}])
+    for moved, refused in ((3.9, False), (4.1, True)):
+        run_elsewhere: Callable[[Feeds], list[Tensor]] = lambda one, by=moved: [  # noqa: E731
+            y + by for y in graph.evaluate(one, graph.outputs)
+        ]
+        assert (agree.moved_by(run_elsewhere, graph) is not None) == refused
+
+
 def test_integer_outputs_stay_equal() -> None:
     @dataclass(frozen=True)
     class Wrong(Pass):

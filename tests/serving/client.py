@@ -65,9 +65,15 @@ class Client:
         return self.loop.run_until_complete(all_of())
 
     async def call(
-        self, method: str, path: str, body: Any = b"", headers: Mapping[str, str] | None = None, slow: float = 0.0
+        self,
+        method: str,
+        path: str,
+        body: Any = b"",
+        headers: Mapping[str, str] | None = None,
+        slow: float = 0.0,
+        leaves: bool = False,
     ) -> Answer:
-        """slow: seconds before the body comes."""
+        """slow: seconds before the body comes. leaves: the client closes the connection behind its request."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         path, _, query = path.partition("?")
         scope = {
@@ -78,9 +84,13 @@ class Client:
             "headers": [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()],
         }
         events: list[dict[str, Any]] = []
+        has_read: list[bool] = []
 
         async def receive() -> dict[str, Any]:
             await asyncio.sleep(slow)
+            if leaves and has_read:
+                return {"type": "http.disconnect"}
+            has_read.append(True)
             return {"type": "http.request", "body": content, "more_body": False}
 
         async def send(event: dict[str, Any]) -> None:

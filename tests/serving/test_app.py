@@ -5,21 +5,24 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from shutil import copytree, rmtree
+from shutil import copy, copytree, rmtree
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graphopt
 from graphopt.errors import UsageError
 from graphopt.serving import Predictor, golden
-from tests.models import padding, tokens
+from tests.models import model, padding, tokens
 from tests.serving.client import Answer, Client
 
 IDS, MASK = tokens().numpy(), padding().numpy()
@@ -154,14 +157,21 @@ WRONG: list[tuple[str, str, Any, int, str]] = [
     ("an input twice", V2, {"inputs": [tensor("ids", IDS)] * 2}, 400, "input 'ids' is given twice"),
     ("a wrong dtype", V2, {"inputs": [tensor("ids", FLOATS, "FP32"), tensor("mask", MASK)]}, 400, "ids is float32"),
     ("an unknown dtype", V2, {"inputs": [tensor("ids", IDS, "INT7")]}, 400, "ids: datatype must be one of"),
-    ("floats for integers", V2, {"inputs": [tensor("ids", FLOATS)]}, 400, "ids holds what are no numbers of int64"),
-    ("texts", V2, {"inputs": [tensor("ids", IDS, data=["a"])]}, 400, "ids holds what are no numbers of int64"),
+    ("floats for integers", V2, {"inputs": [tensor("ids", FLOATS)]}, 400, "ids is float64, and should be int64"),
+    ("texts", V2, {"inputs": [tensor("ids", IDS, data=["a"])]}, 400, "ids holds no numbers, and should be int64"),
     ("too large", V2, {"inputs": [tensor("ids", IDS, data=[2**70])]}, 400, "ids holds"),
     ("a wrong rank", V2, v2(ids=IDS[0], mask=MASK[0]), 400, "ids has the shape [7], and should have [batch, seq]"),
     ("axes that differ", V2, v2(mask=LONG), 400, "ids and mask differ along seq: 7 and 3"),
     ("a shape that lies", V2, {"inputs": [tensor("ids", IDS, shape=[3, 7])]}, 400, "ids has 14 numbers"),
     ("a negative shape", V2, {"inputs": [tensor("ids", IDS, shape=[-1, 7])]}, 400, "shape must be a list of sizes"),
     ("a huge shape", V2, {"inputs": [tensor("ids", IDS, shape=[2**39, 2**39])]}, 400, "ids has 14 numbers"),
+    ("more axes than arrays have", V2, {"inputs": [tensor("ids", IDS, shape=[*[1] * 63, 2, 7])]}, 400, "65 axes"),
+    ("axes of no numbers", V2, {"inputs": [tensor("ids", IDS, shape=[0, 2**39, 2**39], data=[])]}, 400, "3 axes"),
+    ("deep data", V2, {"inputs": [tensor("ids", IDS, data=json.loads("[" * 99 + "]" * 99))]}, 400, "64 deep"),
+    ("a text among numbers", V2, {"inputs": [tensor("ids", IDS, data=["x" * 9999] + [1] * 13)]}, 400, "no numbers"),
+    ("classes", V2, v2(outputs=[{"name": "y", "parameters": {"classification": 3}}]), 400, "no classification here"),
+    ("memory of the client", V2, v2(outputs=[{"name": "y", "parameters": {"shared_memory_region": "r"}}]), 400, "no s"),
+    ("a sequence", V2, v2(parameters={"sequence_id": 7}), 400, "there are no sequences here"),
     ("ragged", V2, {"inputs": [tensor("ids", IDS, data=[[1, 2], [3]])]}, 400, "ids is ragged"),
     ("an empty batch", V2, v2(ids=IDS[:0], mask=MASK[:0]), 400, "which holds nothing"),
     ("a token that is none", V2, v2(ids=IDS + 48), 400, "and the model knows 0 to 47"),
@@ -215,11 +225,24 @@ def test_binary_lengths_that_lie(lie: tuple[Any, str], client: Client) -> None:
     assert answer.status == 400 and lie[1] in answer.error
 
 
+def test_answers_that_json_lacks_are_null(tmp_path: Path) -> None:
+    onnx.save(model("g (float[batch, 2] x) => (float[batch, 2] y) {y = Log(x)}"), tmp_path / "log.onnx")
+    graphopt.bundle(tmp_path / "log.onnx", tmp_path / "log", inputs=[{"x": torch.tensor([[1.0, 2.0]])}])
+    asked = tensor("x", np.array([[-1, 0]], np.float32), "FP32")
+    with Client.of(tmp_path / "log") as logs:
+        for path, body in (
+            ("/v1/models/log:predict", {"instances": [[-1, 0]]}),
+            ("/v2/models/log/infer", {"inputs": [asked]}),
+        ):
+            answer = logs("POST", path, body)
+            assert answer.status == 200 and b"null,null" in answer.body
+            json.loads(answer.body, parse_constant=pytest.fail)
+        binary = logs("POST", "/v2/models/log/infer", {"inputs": [asked], "parameters": {"binary_data_output": True}})
+        found = np.frombuffer(binary.body[-8:], np.float32)
+        assert np.isnan(found[0]) and np.isneginf(found[1])
+
+
 def test_nan_is_refused(tmp_path: Path) -> None:
-    import onnx
-
-    from tests.models import model
-
     onnx.save(model("g (float[batch, 2] x) => (float[batch, 2] y) {y = Relu(x)}"), tmp_path / "relu.onnx")
     graphopt.bundle(tmp_path / "relu.onnx", tmp_path / "relu")
     with Client.of(tmp_path / "relu") as floats:
@@ -273,8 +296,6 @@ def test_a_slow_sender(narrow: Client) -> None:
 
 
 def test_an_answer_that_takes_too_long_and_a_queue_that_is_full(encoder: Path) -> None:
-    import threading
-
     with Client.of(encoder, timeout=0.05, max_queue=1, at_once=1) as busy:
         hold, run = threading.Event(), busy.app.models.get("encoder").batcher._run
         busy.app.models.get("encoder").batcher._run = lambda feeds: (hold.wait(5), run(feeds))[1]
@@ -282,6 +303,33 @@ def test_an_answer_that_takes_too_long_and_a_queue_that_is_full(encoder: Path) -
         hold.set()
         assert sorted(one.status for one in answers) == [408, 408, 429]
         assert next(one for one in answers if one.status == 429).headers["retry-after"] == "1"
+
+
+def test_a_request_of_more_items_than_the_queue_holds(classifier: Path) -> None:
+    texts = [f"w{2 + number % 40} w3" for number in range(100)]
+    with Client.of(classifier, max_queue=4, at_once=1, max_tokens=200) as client:
+        answer = client("POST", "/predict", {"inputs": texts})
+        assert answer.status == 200
+        alone = [client("POST", "/predict", text.encode()).json()["predictions"][0] for text in texts[:3]]
+        assert answer.json()["predictions"][:3] == alone and len(answer.json()["predictions"]) == 100
+        refused = client("POST", "/predict", {"inputs": [*texts, "w2"]})
+        assert refused.status == 413 and refused.error == "the request has 201 tokens; the most is 200"
+
+
+def test_a_batch_that_is_larger_than_pays_is_cut(client: Client, encoder: Path) -> None:
+    sizes, ids = list[int](), np.random.default_rng(0).integers(0, 48, (50, 7))
+    client.app.models.get("encoder").batcher._on_batch = sizes.append
+    answer = client("POST", V2, v2(ids, np.ones_like(ids))).json()
+    wanted = Predictor(encoder)(ids=ids, mask=np.ones_like(ids))["y"]
+    found = np.float32(answer["outputs"][0]["data"]).reshape(answer["outputs"][0]["shape"])
+    assert golden.sqnr({"y": wanted}, {"y": found}) > 100
+    assert sum(sizes) == 50 and max(sizes) == 8
+
+
+def test_a_long_prompt_is_too_large(writer: Path) -> None:
+    with Client.of(writer, max_tokens=5) as client:
+        answer = client("POST", "/generate", {"prompt": "w2 " * 6})
+        assert answer.status == 413 and answer.error == "the request has 6 tokens; the most is 5"
 
 
 # --- who may ask ------------------------------------------------------------------------------------------------------
@@ -328,6 +376,8 @@ def test_predict_takes_texts_and_answers_labels(labels: Client) -> None:
         ({"sentence": "x"}, 'give {"text"'),
         ({"text": "w2", "model": 3}, "model must be a text"),
         (b"\xff\xfe", "the body is no text in UTF-8"),
+        (b'{"text": "\\ud800"}', "the text cannot be tokenized"),
+        ({"text": "w2", "text_pair": {"a": 1}}, "a text is a string"),
     ],
 )
 def test_what_predict_refuses(body: Any, message: str, labels: Client) -> None:
@@ -350,6 +400,31 @@ def test_generate(text: Client) -> None:
     assert drawn[0] == drawn[1]
 
 
+def test_a_temperature_next_to_zero_takes_the_likeliest_token(text: Client) -> None:
+    asked = {"prompt": "w2", "max_tokens": 3, "temperature": 1e-320, "seed": 0}
+    assert text("POST", "/generate", asked).json()["text"] == "w3 w4 w5"
+
+
+def test_a_prompt_is_tokenized_beside_the_event_loop(text: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = text.app.models.get(None).predictor.require_generation()
+    names, ids = list[str](), generation.ids
+
+    def noted(prompt: str) -> list[int]:
+        names.append(threading.current_thread().name)
+        return ids(prompt)
+
+    monkeypatch.setattr(generation, "ids", noted)
+    assert text("POST", "/generate", {"prompt": "w2", "max_tokens": 1}).status == 200
+    assert names and names[0].startswith("graphopt-prepare")
+
+
+def test_a_client_that_leaves_ends_its_text(text: Client) -> None:
+    answer = text.loop.run_until_complete(
+        text.call("POST", "/generate", {"prompt": "w2", "max_tokens": 30, "stream": True}, leaves=True)
+    )
+    assert b"DONE" not in answer.body and text.app.generating == 0
+
+
 def test_generate_in_events(text: Client) -> None:
     answer = text("POST", "/generate", {"prompt": "w2", "max_tokens": 3, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -365,6 +440,9 @@ def test_generate_in_events(text: Client) -> None:
         ({}, 'give {"prompt"'),
         ({"prompt": 3}, "the prompt is 3, and should be a text"),
         ({"prompt": ""}, "the prompt has no tokens"),
+        (b'{"prompt": "\\ud800"}', "the text cannot be tokenized"),
+        ({"prompt": "w2", "stop": ["a"] * 65}, "stop has 65 texts; give at most 64"),
+        ({"prompt": "w2", "seed": "x" * 10_000}, "seed is 'xxx"),
         ({"prompt": "w2 " * 64}, "the prompt has 64 tokens, and the model takes 64"),
         ({"prompt": "w2", "max_tokens": 0}, "max_tokens is 0"),
         ({"prompt": "w2", "max_tokens": True}, "max_tokens is True"),
@@ -429,12 +507,15 @@ def test_a_bundle_whose_rows_depend_on_each_other_is_batched_when_told_to(
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def test_versions_and_hot_reload(encoder: Path, writer: Path, tmp_path: Path) -> None:
+def test_versions_and_hot_reload(encoder: Path, writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphopt.serving.models.GONE_SECONDS", 0.0)
     for version in ("2", "10"):
         copytree(encoder, tmp_path / "m" / version)
     (tmp_path / "m" / "notes.txt").touch()
     with Client.of(tmp_path) as client:
-        assert client("GET", "/v2/models/m").json()["versions"] == ["10", "2"]
+        assert client("GET", "/v2/models/m").json()["versions"] == ["2", "10"]
+        status = client("GET", "/v1/models/m").json()["model_version_status"]
+        assert [one["version"] for one in status] == ["2", "10"]
         assert client("POST", "/v2/models/m/infer", v2()).json()["model_version"] == "10"
         assert client("POST", "/v2/models/m/versions/2/infer", v2()).json()["model_version"] == "2"
 
@@ -448,7 +529,10 @@ def test_versions_and_hot_reload(encoder: Path, writer: Path, tmp_path: Path) ->
         assert client("GET", "/v2/models/m").json()["versions"] == ["10", "11"]
         assert client("POST", "/generate", {"prompt": "w2", "max_tokens": 1, "model": "w"}).json()["text"] == "w3"
         index = client("POST", "/v2/repository/index").json()
-        assert [one["name"] for one in index if one["state"] == "UNAVAILABLE"] == ["12"]
+        assert [(one["name"], one["version"]) for one in index if one["state"] == "UNAVAILABLE"] == [("m", "12")]
+        rmtree(damaged)
+        client.loop.run_until_complete(client.app.models.refresh())
+        assert all(one["state"] == "READY" for one in client("POST", "/v2/repository/index").json())
         assert client("POST", "/predict", b"w2").error == "name the model: there are m, w"
 
 
@@ -465,6 +549,20 @@ def test_a_bundle_that_changes_takes_over_when_it_is_right(encoder: Path, writer
         client.loop.run_until_complete(client.app.models.refresh())
         assert client("POST", "/generate", {"prompt": "w2", "max_tokens": 1}).status == 200
         assert client("POST", V2, v2()).status == 404
+
+
+def test_a_bundle_that_is_replaced_file_by_file(encoder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "m"
+    copytree(encoder, place)
+    with Client.of(place) as client:
+        for step in (lambda: rmtree(place), place.mkdir, lambda: copy(encoder / "manifest.json", place)):
+            step()
+            client.loop.run_until_complete(client.app.models.refresh())
+            assert client("POST", V2, v2()).status == 200
+        assert [one["state"] for one in client("POST", "/v2/repository/index").json()] == ["READY", "UNAVAILABLE"]
+        copytree(encoder, place, dirs_exist_ok=True)
+        client.loop.run_until_complete(client.app.models.refresh())
+        assert [one["state"] for one in client("POST", "/v2/repository/index").json()] == ["READY"]
 
 
 def test_where_nothing_can_be_served(tmp_path: Path) -> None:

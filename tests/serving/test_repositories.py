@@ -15,13 +15,19 @@ import pytest
 import yaml
 
 import graphopt
-from graphopt.errors import GraphError, UsageError
+from graphopt.errors import BundleError, GraphError, UsageError
+from graphopt.serving import golden
+from graphopt.serving.bundles import opened
 from graphopt.serving.repositories import KINDS, repository
 from tests.cli.test_cli import done, refused
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind == "tensorflow" else kind for kind in sorted(KINDS)]
+)
 def test_each_kind_is_written_again_and_over_nothing_else(kind: str, encoder: Path, tmp_path: Path) -> None:
+    if kind == "tensorflow":
+        pytest.importorskip("tensorflow")
     for _ in range(2):
         repository(encoder, tmp_path / "out", kind)
     (tmp_path / "full").mkdir()
@@ -123,3 +129,46 @@ def test_ray(encoder: Path, tmp_path: Path) -> None:
     folder = repository(encoder, tmp_path / "r", "ray")
     assert graphopt.verify(folder / "bundle").sqnr > 100
     compile((folder / "app.py").read_text(encoding="utf-8"), "app.py", "exec")
+
+
+def test_tensorflow_without_the_package(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(UsageError, match=r"pip install 'graphopt\[tf\]'"):
+        repository(encoder, tmp_path / "r", "tensorflow")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["encoder", "classifier"])
+def test_tensorflow_gets_a_saved_model_in_floats(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The classifier's weights are int8; the golden outputs of both are those of the float model."""
+    tf = pytest.importorskip("tensorflow")
+    bundle: Path = request.getfixturevalue(name)
+    done("bundle", bundle, "--for", "tensorflow", "-o", tmp_path / "r")
+    signature = tf.saved_model.load(str(tmp_path / "r" / name / "1")).signatures["serving_default"]
+    assert all(info.dtype.is_floating for info in signature.structured_outputs.values())
+    for case in opened(bundle).cases:
+        found = signature(**{key: tf.constant(array) for key, array in case.inputs.items()})
+        for key, wanted in case.outputs.items():
+            assert golden.sqnr({key: wanted}, {key: found[key].numpy()}) > (100 if name == "encoder" else 20)
+    configs = pytest.importorskip("tensorflow_serving.config.model_server_config_pb2")
+    from google.protobuf import text_format
+
+    config = text_format.Parse((tmp_path / "r" / "models.config").read_text("utf-8"), configs.ModelServerConfig())
+    (entry,) = config.model_config_list.config
+    assert (entry.name, entry.base_path, entry.model_platform) == (name, f"/models/{name}", "tensorflow")
+    facts = json.loads((tmp_path / "r" / f"{name}.json").read_text("utf-8"))
+    assert any("TensorFlow computes in floats" in note for note in facts["notes"])
+
+
+@pytest.mark.slow
+def test_tensorflow_is_held_to_the_golden_set(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorflow")
+    monkeypatch.setattr(golden, "replay", lambda run, cases: (3.0, [3.0]))
+    with pytest.raises(BundleError, match=r"in TensorFlow, answers to the golden inputs have 3\.0 dB"):
+        repository(classifier, tmp_path / "r", "tensorflow")
+    assert not (tmp_path / "r").exists()

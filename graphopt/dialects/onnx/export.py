@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 
 from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx import files as onnx_files
-from graphopt.dialects.onnx.graph import PATH, SCALED, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx.graph import PATH, SCALED, SHORT, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx.mended import MAP_TYPE, restore_map_types
 from graphopt.dialects.onnx.opset import at_opset
 from graphopt.dialects.onnx.reading import fix_names
-from graphopt.dialects.onnx.spellings import DOMAIN
+from graphopt.dialects.onnx.spellings import DOMAIN, STANDARD
+from graphopt.dialects.onnx.tensors import TORCH_DTYPES, to_numpy, to_torch
 from graphopt.errors import GraphError, first_line
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.ir.rewrite import Builder, Match, Pattern, Recorder, Rule, rewrite
@@ -34,14 +36,16 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
     has no spelling in it. No node of domain `graphopt` is left.
     """
     graph = graph.clone()
-    rewrite(graph, [DYNAMIC_QUANTIZE])
-    rewrite(graph, crashing.RULES)
-    for node in graph.sites("linear"):
-        _spell_linear(graph, node)
-    for node in graph.sites("embedding"):
-        if (rows := gathered(graph, node)) is not None:
-            graph.replace(node, rows)
-    graph.sweep()
+    for part in (*graph.bodies, graph):
+        assert isinstance(part, OnnxGraph)
+        rewrite(part, [DYNAMIC_QUANTIZE])
+        rewrite(part, crashing.RULES)
+        for node in part.sites("linear"):
+            _spell_linear(part, node)
+        for node in part.sites("embedding"):
+            if (rows := gathered(part, node)) is not None:
+                part.replace(node, rows)
+        part.sweep()
     model = graph.model
     if model.functions:
         _inline(model)
@@ -50,6 +54,7 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
         if model.functions:  # of ops that the other opset has no operator for
             _inline(model)
     _spell_zero_points(model)
+    _store_in_16_bits(model)
     ir_passes.RemoveUnusedOpsetsPass()(model)
     model.producer_name = "graphopt"
     _strip(model)
@@ -82,10 +87,51 @@ def _spell_zero_points(model: ir.Model) -> None:
         native.attributes.pop("output_dtype", None)
 
 
+def _store_in_16_bits(model: ir.Model) -> None:
+    """Where the file that came in casts weights of 16 bits to float32, store those so that 16 bits hold exactly.
+
+    A cast makes float32 of them, which engines compute once as they load the file.
+    """
+    name = model.metadata_props.get(SHORT)
+    if name is None or (name == "BFLOAT16" and model.graph.opset_imports[""] < _BFLOAT16_SINCE):
+        return
+    graph, dtype = model.graph, TORCH_DTYPES[ir.DataType[name]]
+    taken = {output.name for native in graph.all_nodes() for output in native.outputs} | set(graph.initializers)
+    for value in list(graph.initializers.values()):
+        wide = to_torch(value.const_value) if value.dtype is ir.DataType.FLOAT else None
+        if wide is None or wide.numel() < _WORTH_A_CAST or value.is_graph_input() or value.is_graph_output():
+            continue
+        short = wide.to(dtype)
+        if any(node.domain not in STANDARD for node, _ in value.uses()) or not torch.equal(short.float(), wide):
+            continue
+        label = next(one for one in _names(f"{value.name}.{name.lower()}") if one not in taken)
+        taken.add(label)
+        held = ir.Tensor(to_numpy(short), dtype=ir.DataType[name], name=label)
+        stored = ir.Value(name=label, shape=ir.Shape(wide.shape), type=ir.TensorType(held.dtype), const_value=held)
+        cast = ir.Node("", "Cast", [stored], [ir.AttrInt64("to", ir.DataType.FLOAT)], name=f"{value.name}/Cast")
+        cast.outputs[0].type, cast.outputs[0].shape = value.type, value.shape
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        del graph.initializers[value.name or ""]
+        cast.outputs[0].name = value.name
+        graph.register_initializer(stored)
+        graph.insert_before(graph[0], cast)
+
+
+_BFLOAT16_SINCE = 13
+"""The opset from which on Cast takes bfloat16."""
+_WORTH_A_CAST = 256
+"""Least numbers of a tensor that is stored in 16 bits."""
+
+
+def _names(hint: str) -> Iterator[str]:
+    yield hint
+    yield from (f"{hint}_{number}" for number in itertools.count())
+
+
 def _free_name(model: ir.Model, hint: str) -> str:
     taken = {value.name for native in model.graph.all_nodes() for value in native.outputs}
     taken |= set(model.graph.initializers) | {value.name for value in model.graph.inputs}
-    return next(name for name in (hint, *(f"{hint}_{number}" for number in range(len(taken)))) if name not in taken)
+    return next(name for name in _names(hint) if name not in taken)
 
 
 def _strip(model: ir.Model) -> None:
@@ -118,13 +164,13 @@ def _name_by_path(model: ir.Model) -> None:
 
 
 def _inline(model: ir.Model) -> None:
-    calls = [node for node in model.graph if node.domain == DOMAIN]
+    calls = [node for node in model.graph.all_nodes() if node.domain == DOMAIN]
     names = {node.outputs[0].name: (node.name, dict(node.metadata_props)) for node in calls}
-    before = set(model.graph)
+    before = set(model.graph.all_nodes())
     ir_passes.InlinePass()(model)
     owner: tuple[str | None, dict[str, str]] = ("", {})
     # onnx-ir names inlined nodes by the function. They stand in order; the last one of a call defines its output.
-    for node in reversed(list(model.graph)):
+    for node in reversed(list(model.graph.all_nodes())):
         if node in before:
             continue
         owner = names.get(node.outputs[0].name, owner)

@@ -51,9 +51,9 @@ def _linear_int8_body(bias: bool, kn: bool, form: str, opset: int) -> tuple[str,
 
 
 def _rows(x: str, scale: str, y: str, rank: int, zero_point: str | None = None) -> str:
-    """Integers dequantized by one scale for each slice along axis 0: DequantizeLinear has one for all before opset 13.
+    """Integers dequantized by one scale for each slice along an axis: DequantizeLinear has one for all before opset 13.
 
-    The texts name values of the body. rank: of x.
+    The texts name values of the body. rank: the number of axes of x from that one on.
     """
     column = f"Unsqueeze<axes = {list(range(1, rank))}>" if rank > 1 else "Identity"
     shift = "d = Identity(f)"

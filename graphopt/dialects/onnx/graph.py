@@ -37,6 +37,8 @@ OPSET = 23
 _LARGE = 2**28
 """Bytes of weights from which on a session, which holds a copy of them, is not kept longer than it is needed."""
 
+SHORT = "graphopt.short"
+"""The metadata key of the type of 16 bits that the model holds weights in and casts to float32, by its name in ONNX."""
 SCALED = "graphopt.scaled"
 """The metadata key of what passes have divided (`Graph.scaled`)."""
 
@@ -51,11 +53,15 @@ class OnnxGraph(Graph):
         self.model = model
         self.scratch = scratch
         self.version = 0
+        self.functions = model.functions
+        self.opsets = model.graph.opset_imports
         self._numbers = itertools.count()
         self._fresh: dict[ir.Node, None] = {}
         self._session: tuple[Hashable, Any] | None = None
         names = {value.name for node in model.graph.all_nodes() for value in node.outputs}
-        self._names: set[str | None] = names | set(model.graph.initializers) | {v.name for v in model.graph.inputs}
+        graphs = [model.graph, *model.graph.subgraphs()]
+        given = {value.name for one in graphs for value in (*one.inputs, *one.initializers.values())}
+        self._names: set[str | None] = names | given
         self._node_names: set[str | None] = {node.name for node in model.graph.all_nodes()}
         self.inference = Inference(model)
         self._holders: dict[ir.Graph | ir.Function | None, ir.Node] = {}
@@ -68,11 +74,16 @@ class OnnxGraph(Graph):
 
         The model handed in is not changed. Raises GraphError for what is no valid model.
         """
-        from graphopt.dialects.onnx.raising import OPERATORS  # whose stages work on this class
+        from graphopt.dialects.onnx.raising import OPERATORS, WITHIN  # whose stages work on this class
 
         ordered = onnx_reading.in_order(model)
+        if (short := onnx_reading.widened(ordered)) is not None:
+            ordered.metadata_props[SHORT] = short
         graph = cls(ordered, onnx_files.scratch_for(ordered))
         run_stages(OPERATORS, graph)
+        for body in graph.bodies:
+            run_stages(WITHIN, body)
+        graph.sweep()
         graph.version = 0
         return graph
 
@@ -179,6 +190,21 @@ class OnnxGraph(Graph):
                 if tensor is not None:
                     yield name, tensor
 
+    @property
+    def bodies(self) -> tuple[Graph, ...]:
+        """Of the standard operators that hold graphs; others (BeamSearch) ask for certain forms of theirs."""
+        from graphopt.dialects.onnx.bodies import OnnxBody  # which derives from this class
+
+        return tuple(OnnxBody(self, native) for native in _held(self.model.graph))
+
+    def _is_around(self, native: ir.Value) -> bool:
+        """Whether a value comes from a graph that holds this one."""
+        return False
+
+    def is_within(self, native: ir.Node) -> bool:
+        """Whether a node counts as the producer of a value that is read here."""
+        return True
+
     # --- changing
 
     def add_constant(self, tensor: Tensor, name: str = "") -> OnnxValue:
@@ -210,8 +236,11 @@ class OnnxGraph(Graph):
     def _store(self, native: ir.Value, held: ir.TensorProtocol) -> OnnxValue:
         spills = self.scratch is not None and held.nbytes > onnx_files.SMALL
         native.const_value = self.scratch.store(held) if self.scratch is not None and spills else held
-        self.model.graph.register_initializer(native)
+        self._register(native)
         return OnnxValue(self, native)
+
+    def _register(self, native: ir.Value) -> None:
+        self.model.graph.register_initializer(native)
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
         path = at.path if at is not None else ""
@@ -328,12 +357,10 @@ class OnnxGraph(Graph):
         reason = None if is_copy else onnx_functions.why_not_spelled(spelled, self.opset, inputs)
         if reason is not None:
             raise SpellingError(f"{reason} ({path})" if path else reason)
-        opsets = self.model.graph.opset_imports
-        if spelled.domain not in opsets:
-            opsets[spelled.domain] = 1
-        if spelled.domain == DOMAIN and (DOMAIN, spelled.op_type, "") not in self.model.functions:
+        self.opsets.setdefault(spelled.domain, 1)
+        if spelled.domain == DOMAIN and (DOMAIN, spelled.op_type, "") not in self.functions:
             function = onnx_functions.function(spelled.op_type, self.opset)
-            self.model.functions[function.identifier()] = function
+            self.functions[function.identifier()] = function
         name = self._unique(f"{path}/{spelled.op_type}" if path else spelled.op_type, self._node_names)
         node = ir.Node(
             spelled.domain,
@@ -378,7 +405,7 @@ class OnnxGraph(Graph):
             elif old.shape is not None and len(old.shape) == len(new.shape):
                 new.shape = _with_names(new.shape, old.shape)
             name, is_output = old.name, old.is_graph_output()
-            if is_output and (new.producer() is None or new.is_graph_output()):
+            if is_output and (new.producer() is None or new.is_graph_output() or self._is_around(new)):
                 new = self.native(self.emit("identity", value, at=node))
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             if is_output and name is not None:
@@ -420,10 +447,13 @@ class OnnxGraph(Graph):
         kept = {value for value in initializers.values() if value.is_graph_input() or value.is_graph_output()}
         for name in [n for n, v in initializers.items() if not v.uses() and v not in kept]:
             del initializers[name]
-        used = {(n.domain, n.op_type, n.overload) for n in self.model.graph.all_nodes()}
-        for identifier in [i for i in self.model.functions if i[0] == DOMAIN and i not in used]:
-            del self.model.functions[identifier]
+        self._sweep_functions()
         return removed
+
+    def _sweep_functions(self) -> None:
+        used = {(n.domain, n.op_type, n.overload) for n in self.model.graph.all_nodes()}
+        for identifier in [i for i in self.functions if i[0] == DOMAIN and i not in used]:
+            del self.functions[identifier]
 
     # --- running
 
@@ -484,26 +514,28 @@ class OnnxGraph(Graph):
         """A graph of what lies between some values, of the same names; it shares the weights."""
         between = [[self.native(value) for value in values] for values in (inputs, outputs)]
         native = ir.convenience.extract(self.model.graph, *between)
-        functions = [function.clone() for function in self.model.functions.values()]
+        functions = [function.clone() for function in self.functions.values()]
         return OnnxGraph(ir.Model(native, ir_version=self.model.ir_version, functions=functions))
 
     def verify(self) -> None:
         graph = self.model.graph
         known = {v for v in graph.inputs} | set(graph.initializers.values())
+        for body in self.bodies:
+            body.verify()
         names: set[str] = set()
         for node in graph:
             for value in node.inputs:
-                if value is not None and value not in known:
+                if value is not None and value not in known and not self._is_around(value):
                     raise error_at(node, f"{node.op_type} reads {value.name!r} before anything defines it")
             for output in node.outputs:
                 if output.name in names:
                     raise error_at(node, f"{node.op_type} defines {output.name!r} a second time")
                 names.add(output.name or "")
                 known.add(output)
-            if node.domain == DOMAIN and (DOMAIN, node.op_type, "") not in self.model.functions:
+            if node.domain == DOMAIN and (DOMAIN, node.op_type, "") not in self.functions:
                 raise error_at(node, f"the op {node.op_type} has no function body in the model")
         for output in graph.outputs:
-            if output not in known:
+            if output not in known and not self._is_around(output):
                 raise GraphError(f"the output {output.name!r} is not defined by the graph")
 
     def save(self, path: str | Path) -> None:
@@ -538,6 +570,15 @@ class OnnxGraph(Graph):
     def _rename(self, native: ir.Value, name: str) -> None:
         native.name = name
         self._names.add(name)
+
+
+def _held(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """The graphs that the standard operators of a graph hold, outer ones first."""
+    for node in graph:
+        for attribute in node.attributes.values() if node.domain in onnx_spellings.STANDARD else ():
+            if attribute.type is ir.AttributeType.GRAPH:
+                yield attribute.as_graph()
+                yield from _held(attribute.as_graph())
 
 
 def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:

@@ -27,13 +27,19 @@ def loads(model: onnx.ModelProto) -> bool:
     return True
 
 
+def without_kernel(model: ir.Model) -> list[ir.Node]:
+    """The nodes whose operators the engine has no kernel for on the CPU at the model's opset, as far as is known."""
+    opset = model.opset_imports.get("", 1)
+    return [node for node in model.graph.all_nodes() if not _has_kernel(node, opset)]
+
+
 def newest_opset(model: ir.Model) -> int:
     """The newest opset, up to the model's own, in which each of its operators has a kernel on the CPU; or 0.
 
     Operators of other domains, those with subgraphs, and those whose types are not known are taken to have one.
     """
     opset = model.opset_imports[""]
-    lacking = [node for node in model.graph.all_nodes() if not _has_kernel(node, opset)]
+    lacking = without_kernel(model)
     while lacking:
         opset = min(_version(node.op_type, opset) for node in lacking) - 1
         if opset < 1 or not all(onnx.defs.has(node.op_type, opset) for node in lacking):

@@ -135,8 +135,10 @@ class _Products:
         equation = str(node.native.attributes["equation"].value).replace(" ", "")
         terms, arrow, result = equation.partition("->")
         sides, values = terms.split(","), graph.values(node.native.inputs)
-        if not arrow or len(sides) != 2 or len(values) != 2 or "." in equation:
+        if len(sides) != 2 or len(values) != 2 or "." in equation:
             return
+        if not arrow:  # then each letter that stands once is in the result
+            result = "".join(sorted(letter for letter in set(terms) - {","} if terms.count(letter) == 1))
         if values[1] is None or not values[1].is_constant:
             sides, values = sides[::-1], values[::-1]
         (x, stored), (letters, of_weight) = values, sides

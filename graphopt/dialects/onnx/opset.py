@@ -46,19 +46,20 @@ def at_opset(graph: OnnxGraph, opset: int) -> None:
             onnx_shapes.infer_node_anew(native, graph.inference.infer)
             continue
         if (meaning := _other_meaning(native, source, opset)) is not None:
-            raise _refused(native, meaning)
+            raise refused(native, meaning)
         opsets[""] = source  # by which a node is read
         read = _as_op(OnnxNode(graph, native))
         opsets[""] = opset  # for which it is spelled
         try:
             _spell(graph, native, read, source)
         except SpellingError as error:
-            raise _refused(native, str(error)) from error
+            raise refused(native, str(error)) from error
     opsets[""] = opset
     graph.sweep()
 
 
-def _refused(native: ir.Node, reason: str) -> GraphError:
+def refused(native: ir.Node, reason: str) -> GraphError:
+    """The error that names a node which cannot be written at an opset."""
     label = native.metadata_props.get(PATH) or native.name
     return GraphError(f"{reason} ({label}); give another opset, or leave it out")
 

@@ -140,7 +140,14 @@ class _Computed(Exception):
 
 
 def _constant(graph: OnnxGraph, value: Value | None) -> Tensor | None:
-    return graph.constant(value) if value is not None else None
+    """A stored tensor, also behind a transpose, which some exporters put in front of each product."""
+    if value is None:
+        return None
+    maker = value.producer
+    if maker is None or maker.kind != "transpose" or not maker.input.is_constant:
+        return graph.constant(value)
+    stored = graph.constant(maker.input)
+    return None if stored is None else stored.permute(maker.attributes["perm"]).contiguous()
 
 
 def _spread(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

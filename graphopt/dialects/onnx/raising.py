@@ -34,6 +34,12 @@ OPERATORS = (
     Stage("sweep", sweep),
 )
 
+WITHIN = tuple(
+    stage for stage in OPERATORS
+    if stage.name in ("integer operators", "constants", "linears", "recurrent layers", "sweep")
+)  # fmt: skip
+"""Of these, the ones for branches and loop bodies, where the shape of a value may be another each time."""
+
 FORMS = (
     # First: exporters compute the axes, scales and shapes by which the other stages know their forms.
     Stage("constants", fold_constants),

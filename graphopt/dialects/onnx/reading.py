@@ -182,7 +182,7 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
         notes.append(f"inputs that the file stores are constants here: {', '.join(map(repr, taken[:3]))}{others}")
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     fix_names(model)
-    for node in graph:
+    for node in graph.all_nodes():
         node.name = node.name or ""
         path = node.metadata_props.get(PATH) or _path_of(node)
         if path:
@@ -203,6 +203,20 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
         with contextlib.suppress(ir.serde.SerdeError):  # a value may turn out to be a map
             ir_passes.ShapeInferencePass(check_type=False, strict_mode=False)(model)
     return model
+
+
+def widened(model: ir.Model) -> str | None:
+    """The first type of 16 bits in which tensors are stored that a Cast makes float32; None where there are none."""
+    for node in model.graph.all_nodes():
+        stored = node.inputs[0] if node.op_type == "Cast" and node.domain in STANDARD else None
+        if stored is None or not stored.is_initializer() or stored.dtype not in SHORT_TYPES:
+            continue
+        if node.attributes["to"].as_int() == ir.DataType.FLOAT:
+            return stored.dtype.name
+    return None
+
+
+SHORT_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _without_weights_as_inputs(model: ir.Model, stated_version: int) -> list[str]:

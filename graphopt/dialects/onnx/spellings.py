@@ -821,8 +821,8 @@ def _write_dequantize(graph: OnnxGraph, operands: Sequence[OnnxValue | None], at
     x, scale, zero_point = (*operands, None)[:3]
     if _is_of_rows(scale, axis):
         return _write_rows("dequantize", operands, bits)
-    if graph.opset < 13 and not block and axis == 0 and x is not None and x.rank is not None:
-        op_type = f"dequantize__rows_{x.rank}" + ("" if zero_point is None else "_shifted")
+    if graph.opset < 13 and not block and axis is not None and x is not None and x.rank is not None:
+        op_type = f"dequantize__rows_{x.rank - axis % x.rank}" + ("" if zero_point is None else "_shifted")
         return Spelled(op_type, operands, spelled | {"bits": bits}, DOMAIN)
     _require_quantized(graph, "dequantize", axis)
     if block and graph.opset < 21:  # where the operator has no blocks

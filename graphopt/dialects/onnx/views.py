@@ -63,7 +63,9 @@ class OnnxValue(Value):
     @property
     def producer(self) -> Node | None:
         producer = self.native.producer()
-        return OnnxNode(self.graph, producer) if producer is not None and not self.transposed else None
+        if producer is None or self.transposed or not self.graph.is_within(producer):
+            return None
+        return OnnxNode(self.graph, producer)
 
     @property
     def users(self) -> tuple[Node, ...]:
@@ -134,7 +136,7 @@ class OnnxNode(Node):
 
     @property
     def held(self) -> Iterable[tuple[torch.dtype | None, Shape | None]]:
-        for attribute in self.native.attributes.values():
+        for attribute in self.native.attributes.values() if self.native.domain not in STANDARD else ():
             if holds_graph(attribute):
                 several = attribute.type is ir.AttributeType.GRAPHS
                 for graph in attribute.as_graphs() if several else [attribute.as_graph()]:

@@ -13,9 +13,17 @@ from graphopt.serving.repositories import container, kserve, openvino, ray, trit
 MARK = "graphopt-repository"
 """A file in each such folder, which holds the digest of the bundle."""
 
+
+def _tensorflow(bundle: Bundle, folder: Path) -> None:
+    from graphopt.serving.repositories import tensorflow  # which imports torch
+
+    tensorflow.write(bundle, folder)
+
+
 KINDS: dict[str, Callable[[Bundle, Path], None]] = {
     "triton": triton.write,
     "openvino": openvino.write,
+    "tensorflow": _tensorflow,
     "kserve": kserve.write,
     "ray": ray.write,
     "docker": container.write,

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from graphopt.errors import RankError, UsageError, described, first_line, near
 
@@ -25,6 +26,9 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others, where graphopt opens the process group: an evaluation on rank 0 may be long."""
+
+RENDEZVOUS = timedelta(minutes=5)
+"""How long a rank waits for the others to start, who are to come at once."""
 
 _FAILED = "graphopt/failed"
 """In the store of the process group: what the first rank that failed has said."""
@@ -90,7 +94,7 @@ def opened(text: str | None, choose: Callable[[int, int], MeshSizes] | None = No
     Raises UsageError where the text is wrong, where it does not fit the number of processes, and where they do not
     find each other.
     """
-    world = dist.get_world_size() if _is_open() else _world_of_torchrun()
+    world = dist.get_world_size() if _is_open() else world_of_torchrun()
     if text == "auto" and choose is not None:
         if world == 1:
             return None
@@ -117,7 +121,8 @@ def _is_open() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _world_of_torchrun() -> int:
+def world_of_torchrun() -> int:
+    """How many processes torchrun has started; 1 without it."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"the environment has WORLD_SIZE={text!r}; torchrun sets it to the number of processes")
@@ -135,7 +140,11 @@ def _open(world: int) -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        store, rank, count = next(rendezvous("env://", timeout=RENDEZVOUS))
+        store.set_timeout(TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count, timeout=TIMEOUT
+        )
     except (RuntimeError, ValueError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UsageError(
@@ -147,12 +156,13 @@ def _open(world: int) -> None:
 class Mesh:
     """The processes of a run in the axes of its sizes. Fulfils `graphopt.pipeline.ranks.Ranks`."""
 
-    def __init__(self, sizes: MeshSizes) -> None:
-        """The process group must be open, and as large."""
+    def __init__(self, sizes: MeshSizes, accelerator: Any = None) -> None:
+        """The process group must be open, and as large. accelerator: the user's accelerate.Accelerator, which wraps
+        the module of a training."""
         self.sizes, self.rank, self.world = sizes, dist.get_rank(), dist.get_world_size()
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        axes = {name: size for name, size in sizes.axes.items() if size > 1}
-        self.devices: DeviceMesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        self.accelerator = accelerator
+        axes = {name: size for name, size in sizes.axes.items() if size > 1} or {"dp": 1}
+        self.devices: DeviceMesh = init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         coordinate: list[int] | tuple[int, ...] = self.devices.get_coordinate() or []
         self.place = dict.fromkeys(sizes.axes, 0) | dict(zip(axes, coordinate, strict=True))
         """Where this rank is along each axis."""
@@ -178,6 +188,8 @@ class Mesh:
     @cached_property
     def device(self) -> torch.device:
         """Of this rank's GPU, or the CPU."""
+        if self.accelerator is not None:
+            return torch.device(self.accelerator.device)
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     def group(self, axis: str) -> dist.ProcessGroup:

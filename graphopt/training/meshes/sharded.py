@@ -23,21 +23,39 @@ def shard(module: fx.GraphModule, mesh: Mesh) -> nn.Module:
     is empty then."""
     chain = Chain(cut(module))
     emptied(module)
+    require_own(chain)
     names = [name for name in ("dp", "fsdp") if mesh.sizes.axes[name] > 1]
     devices = mesh.devices[tuple(names)] if names != list(mesh.devices.mesh_dim_names or ()) else mesh.devices
-    seen: dict[int, int] = {}
-    for number, segment in enumerate(chain.segments):
-        for name, parameter in segment.named_parameters():
-            if seen.setdefault(id(parameter), number) != number:
-                raise UsageError(
-                    f"fsdp shards each block by itself, and {name.removeprefix('inner.')} is of a module that several "
-                    "blocks call: use dp"
-                )
     whole = {one for one in chain.parameters() if one.dim() == 0}  # FSDP2 cuts axis 0, and scalars have none
     for one in [*chain.segments, chain]:
         if any(parameter not in whole for parameter in one.parameters()):
             fully_shard(one, mesh=devices, ignored_params=whole)
     return chain
+
+
+def require_own(chain: Chain) -> None:
+    """Raise UsageError where blocks share a module with weights, since each block is sharded by itself."""
+    seen: dict[int, int] = {}
+    for number, segment in enumerate(chain.segments):
+        for name, parameter in segment.named_parameters():
+            if seen.setdefault(id(parameter), number) != number:
+                raise UsageError(
+                    f"each block is sharded by itself, and {name.removeprefix('inner.')} is of a module that several "
+                    "blocks call: use dp"
+                )
+
+
+def require_fixed(rules: Mapping[str, WeightRule], kind: str) -> dict[str, FixedZeros]:
+    """The rules, of zeros that stay. Raises UsageError for others, which need whole weights; kind: what cuts them."""
+    found: dict[str, FixedZeros] = {}
+    for name, rule in rules.items():
+        if not isinstance(rule, FixedZeros):
+            raise UsageError(
+                f"{name} has zeros that move as it is trained (sr_ste, or criterion=movement), which needs the whole "
+                f"weight, and {kind} cuts it: use dp, or zeros that stay"
+            )
+        found[name] = rule
+    return found
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -56,8 +74,8 @@ class Sharded(Divided):
         chain = shard(running, mesh)
         self._chain = chain
         self.module = chain
-        self._sharded = {name: one for name, one in _named(chain) if isinstance(one, nn.Parameter)}
-        self._buffers = {name: one for name, one in _named(chain) if not isinstance(one, nn.Parameter)}
+        self._sharded = {name: one for name, one in named(chain) if isinstance(one, nn.Parameter)}
+        self._buffers = {name: one for name, one in named(chain) if not isinstance(one, nn.Parameter)}
         self._count, self._index = mesh.sizes.fsdp, mesh.place["fsdp"]
         self.parameters = {}
         for name in trained:
@@ -119,15 +137,7 @@ class Sharded(Divided):
         return torch.cat(several)[:size]
 
     def rules(self, rules: Mapping[str, WeightRule]) -> dict[str, WeightRule]:
-        found: dict[str, WeightRule] = {}
-        for name, rule in rules.items():
-            if not isinstance(rule, FixedZeros):
-                raise UsageError(
-                    f"{name} has zeros that move as it is trained (sr_ste, or criterion=movement), which needs the "
-                    "whole weight, and fsdp cuts it: use dp, or zeros that stay"
-                )
-            found[name] = FixedZeros(self.part(name, rule.mask))
-        return found
+        return {name: FixedZeros(self.part(name, rule.mask)) for name, rule in require_fixed(rules, "fsdp").items()}
 
     def copies(self, name: str) -> int:
         return self.mesh.world // (self._count if self._is_cut(name) else 1)
@@ -156,7 +166,7 @@ def _chunks(whole: Tensor, count: int) -> tuple[Tensor, ...]:
     return whole.chunk(count)
 
 
-def _named(chain: nn.Module) -> Iterator[tuple[str, Any]]:
+def named(chain: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a state_dict of the whole module would hold, by the names there: parameters, and buffers that persist."""
     assert isinstance(chain, Chain)
     for segment in chain.segments:

@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,8 +55,11 @@ def _placed(folder: Path, stem: str, part: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): _digest(file) for file in sorted(place.iterdir())}
 
 
-def read(folder: Path, files: Mapping[str, str], spread: Spread) -> dict[str, Tensor]:
-    """What this process has of the tensors in the files that `write` returned. Every rank must call it.
+def read(
+    folder: Path, files: Mapping[str, str], spread: Spread, *, without: Callable[[str], bool] = lambda name: False
+) -> dict[str, Tensor]:
+    """What this process has of the tensors in the files that `write` returned, without those of some names. Every rank
+    must call it.
 
     Raises ValueError where a file has changed, and OSError where one is not there.
     """
@@ -67,6 +70,8 @@ def read(folder: Path, files: Mapping[str, str], spread: Spread) -> dict[str, Te
     known = HuggingFaceStorageReader(place).read_metadata().state_dict_metadata
     blanks: dict[str, Tensor] = {}
     for name, one in known.items():
+        if without(name):
+            continue
         assert isinstance(one, TensorStorageMetadata)
         blank = spread.blank(like(name), one.size, one.properties.dtype)
         if blank is not None:
@@ -78,9 +83,12 @@ def read(folder: Path, files: Mapping[str, str], spread: Spread) -> dict[str, Te
 
 
 def like(name: str) -> str:
-    """The parameter or buffer that a tensor of a checkpoint is like: module/x, best/x and optimizer/x/exp_avg -> x."""
+    """The parameter or buffer that a tensor of a checkpoint is like: module/x, best/x and optimizer/x/exp_avg -> x; all
+    else is like none of the module, and keeps its name: objective/x."""
     kind, _, rest = name.partition("/")
-    return rest.rpartition("/")[0] if kind == "optimizer" else rest
+    if kind == "optimizer":
+        return rest.rpartition("/")[0]
+    return rest if kind in ("module", "best") else name
 
 
 def forget(folder: Path, stem: str, files: Mapping[str, str]) -> None:

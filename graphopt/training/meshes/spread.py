@@ -18,6 +18,7 @@ from graphopt.pipeline.batches import Batch
 from graphopt.training.meshes.mesh import Mesh
 from graphopt.training.precision import Amp
 from graphopt.training.rules import WeightRule
+from graphopt.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,15 @@ class Spread:
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
+    def prepare(
+        self, optimizer: torch.optim.Optimizer, others: Sequence[nn.Parameter], settings: Settings
+    ) -> None:
+        """Take over the optimizer of `parameters` and of what is trained besides (others); `parameters` are to be read
+        again."""
+
     @property
     def has_loss(self) -> bool:
-        """Whether this process computes the loss."""
+        """Whether this process computes the loss, and trains what the objective learns besides the module."""
         return True
 
     def run(self, effective: Mapping[str, Tensor], feeds: Sequence[Tensor]) -> Any:
@@ -172,6 +179,20 @@ class Spread:
                     if statistic is not None:
                         dist.all_reduce(statistic, group=group)
                         statistic.div_(count)
+
+    def unused(self) -> list[str]:
+        """The parameters that no batch has given a gradient."""
+        return [name for name, one in self.parameters.items() if one.grad is None]
+
+    def update(
+        self, optimizer: torch.optim.Optimizer, amp: Amp, limit: float | None, others: Sequence[nn.Parameter]
+    ) -> None:
+        """Let the optimizer take its step on the gradients, whose norm is clipped to a limit."""
+        amp.scaler.unscale_(optimizer)
+        if limit is not None:
+            self.clip(limit, others)
+        amp.scaler.step(optimizer)
+        amp.scaler.update()
 
     def clip(self, limit: float, others: Sequence[nn.Parameter]) -> None:
         """Scale all gradients so that their norm over the whole training is at most a limit, as torch does."""

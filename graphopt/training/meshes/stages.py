@@ -97,6 +97,10 @@ class Stages(Divided):
 
     # --- a step
 
+    @property
+    def has_loss(self) -> bool:
+        return self._index == self._count - 1
+
     def gradients(self, training: Training, batches: Sequence[Batch]) -> dict[str, float]:
         if self._run is None:
             self._run = _Stage(self, training)

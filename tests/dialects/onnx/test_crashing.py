@@ -59,24 +59,31 @@ def test_float32_stays() -> None:
 
 
 BRANCHES = """
-    g (float16[a,b,8] x, bool c) => (float16[n,m,k] y) {
-        y = If (c) <
-            then_branch = t () => (float16[n,m,k] p) { q = Transpose <perm = [1,0,2]> (x)  p = MatMul (q, W) },
-            else_branch = e () => (float16[n,m,k] r) { r = Relu (x) }
+    g (float16[a,b,8] x, bool c) => (float16[n,m,k] y) {{
+        {} y = If (c) <
+            then_branch = t () => (float16[n,m,k] p) {{ {} p = MatMul (q, W) }},
+            else_branch = e () => (float16[n,m,k] r) {{ r = Relu (x) }}
         >
-    }
+    }}
 """
+TURNED = "q = Transpose <perm = [1,0,2]> (x)"
+
+
+def test_a_transpose_within_a_branch_is_in_float32() -> None:
+    graph = OnnxGraph.from_model(model(BRANCHES.format("", TURNED), {"W": torch.randn(8, 8).half()}))
+    assert crashing._suspect(OrtRunner(graph, None).model) is None
 
 
 def test_what_no_rule_reaches_is_loaded_in_a_child_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = OnnxGraph.from_model(model(BRANCHES, {"W": torch.randn(8, 8).half()}))
-    suspect = crashing._suspect(graph.model)
+    graph = OnnxGraph.from_model(model(BRANCHES.format(TURNED, ""), {"W": torch.randn(8, 8).half()}))
+    written = deployable(graph)
+    suspect = crashing._suspect(written)
     assert suspect is not None and suspect.op_type == "MatMul"
     monkeypatch.setattr(crashing, "_LOADS", "import sys; assert sys.argv[1].endswith('model.onnx')")
-    crashing.require_loads(graph.model)
+    crashing.require_loads(written)
     monkeypatch.setattr(crashing, "_LOADS", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     with pytest.raises(GraphError, match=r"onnxruntime dies of signal 11 when it loads this model: MatMul"):
-        crashing.require_loads(graph.model)
+        crashing.require_loads(written)
     with pytest.raises(LoweringError, match="dies of signal 11"):
         OrtRunner(graph, None)
     plain = build("onnx", "y = relu(x[2,4])")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.dialects.onnx.whole_slices import drop_whole_slices
 from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
 from graphopt.result import Optimized
 from tests.dialects.fx.test_graph import normal
@@ -130,7 +131,7 @@ def test_if_with_weights_of_the_graph_around_it(condition: bool, tmp_path: Path)
     proto = model(IF, {"W": W, "B": B})
     result = assert_same(proto, feeds, tmp_path)
     assert [node.kind for node in result.folded.nodes] == ["linear", "onnx.If", "linear"]
-    assert_quantizes(proto, feeds, 2)  # the branches stay in float
+    assert_quantizes(proto, feeds, 3)  # also the one in a branch
 
 
 def test_a_reader_inside_a_branch_is_no_end_of_a_quantized_region(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_loop_with_weights_of_the_graph_around_it(tmp_path: Path) -> None:
     }"""
     proto = model(text, {"W": W, "N": np.array(3), "C": np.array(True)})
     assert_same(proto, X, tmp_path)
-    assert_quantizes(proto, X, 1)
+    assert_quantizes(proto, X, 2)
 
 
 def test_scan(tmp_path: Path) -> None:
@@ -284,6 +285,42 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
     feeds = {"x": normal(3, 64)}
     result = assert_same(proto, feeds, tmp_path)
     assert [node.kind for node in result.folded.nodes][-1] in ("linear", "matmul")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("passes", [None, "sparsify{amount=0.5}"])
+def test_weights_that_are_stored_in_16_bits_stay_so(dtype: torch.dtype, passes: str | None, tmp_path: Path) -> None:
+    text = "g (float[n,64] x) => (float[n,64] y) { v = Cast<to = 1>(W)  h = MatMul(x, v)  y = MatMul(h, V) }"
+    proto = model(text, {"V": normal(64, 64)})
+    bits = normal(64, 64).to(dtype).view(torch.int16).numpy().tobytes()
+    kind = TensorProto.FLOAT16 if dtype is torch.float16 else TensorProto.BFLOAT16
+    proto.graph.initializer.append(helper.make_tensor("W", kind, [64, 64], bits, raw=True))
+    written = onnx.load(graphopt.optimize(proto, passes).export(tmp_path / "small.onnx"))
+    short = {one.data_type: len(one.raw_data) for one in written.graph.initializer}
+    assert short == {kind: 64 * 64 * 2, TensorProto.FLOAT: 64 * 64 * 4}
+    assert [node.op_type for node in written.graph.node] == ["Cast", "MatMul", "MatMul"]
+    if passes is None:
+        assert_same(proto, {"x": normal(3, 64)}, tmp_path)
+
+
+def test_slices_by_attributes_are_read() -> None:
+    text = "g (float[n,4] x) => (float[n,4] y) { s = Slice<axes = [1], ends = [9], starts = [0]>(x)  y = Relu(s) }"
+    graph = OnnxGraph.from_model(model(text, opset=9))
+    drop_whole_slices(graph)
+    assert [node.kind for node in graph.nodes] == ["onnx.Slice", "relu"]
+
+
+def test_a_sequence_of_maps_is_read() -> None:
+    result = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    nodes = [helper.make_node("Relu", ["x"], ["p"]),
+             helper.make_node("ZipMap", ["p"], ["z"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2])]  # fmt: skip
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])
+    graph = helper.make_graph(nodes, "g", [x], [helper.make_value_info("z", result)])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    read = OnnxGraph.from_model(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    assert [node.kind for node in read.nodes] == ["relu", "ai.onnx.ml.ZipMap"]
 
 
 def test_sequences_and_optionals(tmp_path: Path) -> None:

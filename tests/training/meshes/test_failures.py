@@ -16,6 +16,7 @@ import graphopt
 from graphopt.ir.graph import Graph
 from graphopt.pipeline import Pass, Stage
 from graphopt.pipeline.context import Context
+from graphopt.result import versions
 from tests.training.meshes import models
 from tests.training.meshes.launch import launch
 from tests.training.meshes.models import Trained
@@ -70,6 +71,61 @@ def test_saved_by_two_processes_and_resumed_by_one_and_four(mesh: str, unbroken:
         assert not isinstance(found, str), found
         assert len(found[0]) == 20
         assert found[0] == pytest.approx(unbroken[0], rel=1e-5)
+
+
+class Narrow(nn.Module):
+    """x (batch, 6) -> (batch, 4), by two blocks of a width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, width)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Dropout(0.5)) for _ in range(2))
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        found: Tensor = self.last(x)
+        return found
+
+
+def projected(mesh: str | None, folder: Path | None = None, at: tuple[int, ...] = (0,)) -> list[float]:
+    """The losses of twelve steps towards a wider teacher, in as many calls as `at` has numbers: each is interrupted at
+    that batch, and 0 is not. Hidden states are compared by projections, which are trained along."""
+    torch.manual_seed(0)
+    net, teacher = Narrow(8).double().eval(), Narrow(12).double().eval()
+    draw = torch.Generator().manual_seed(1)
+    data = [{"x": torch.randn(4, 6, generator=draw).double(), "labels": torch.arange(4)} for _ in range(4)]
+    found: list[float] = []
+    for number in at:
+        own = _loss(number, "interrupt")
+
+        def loss(outputs: Tensor, batch: dict[str, Tensor], own: Any = own) -> Tensor:
+            found: Tensor = own({"logits": outputs}, batch)
+            return found
+
+        small = graphopt.optimize(
+            net, "distill{steps=12 alpha=0.5 hidden=0.5 lr=0.05 accumulate=2}", target="torch-cpu", training=data,
+            example_inputs=data[0]["x"], measure=False, mesh=mesh, checkpoint=folder, teacher=teacher, agree=False,
+            loss=loss,
+        )  # fmt: skip
+        found = [line["loss"] for one in small.report.passes for line in one.training]
+        assert (len(found) == 12) == (number == 0), "interrupted too late, or not at all"
+    return found
+
+
+def unbroken_and_resumed(mesh: str, folder: Path) -> tuple[list[float], list[float]]:
+    return projected(mesh), projected(mesh, folder, (7, 5, 0))
+
+
+def test_each_rank_goes_on_from_what_is_its_own(tmp_path: Path) -> None:
+    """The last stage alone trains projections, and each stage draws its own dropout. The second checkpoint is of a
+    training that was resumed."""
+    for answer in launch(2, unbroken_and_resumed, "pp=2", tmp_path / "state"):
+        assert not isinstance(answer, str), answer
+        whole, resumed = answer
+        assert resumed == pytest.approx(whole, rel=1e-9)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -159,3 +215,36 @@ def test_ranks_must_do_the_same(what: str, said: str) -> None:
 def test_a_mesh_that_does_not_divide_the_model(mesh: str, said: str) -> None:
     for answer in launch(3, run, "cut", mesh, 1, None):
         assert "UsageError" in answer and said in answer
+
+
+def of_other_version() -> None:
+    """A call whose second rank has another torch."""
+    own = versions() | {"torch": f"2.{os.environ['RANK']}"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(graphopt.RankError) as caught:
+        patch.setattr("graphopt.api.versions", lambda: own)
+        graphopt.optimize(nn.Linear(2, 2).eval(), target="torch-cpu", example_inputs=torch.ones(1, 2), mesh="dp=2")
+    raise caught.value
+
+
+def test_ranks_of_different_versions() -> None:
+    for answer in launch(2, of_other_version):
+        assert "the version of torch differs between ranks: rank 0 has 2.0, and rank 1 has 2.1; start all" in answer
+
+
+def alone() -> str:
+    """A rank whose other never comes."""
+    from datetime import timedelta
+
+    from graphopt.training.meshes import mesh
+
+    mesh.RENDEZVOUS = timedelta(seconds=1)
+    os.environ["WORLD_SIZE"] = "2"
+    with pytest.raises(graphopt.UsageError) as caught:
+        graphopt.optimize(nn.Linear(2, 2).eval(), target="torch-cpu", example_inputs=torch.ones(1, 2), mesh="dp=2")
+    return str(caught.value)
+
+
+def test_processes_that_do_not_find_each_other() -> None:
+    (said,) = launch(1, alone)
+    assert "\n" not in said and "2 processes do not find each other at 127.0.0.1:" in said
+    assert "start all of them by torchrun" in said
