@@ -72,7 +72,16 @@ def test_the_name_of_a_file_is_refused(name: str) -> None:
         TensorFlow().require_suffix(Path(name))
 
 
-def test_the_command_refuses_it_before_anything_runs(tmp_path: Path) -> None:
+def test_the_command_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    onnx.save(model("g (float[2,2] x) => (y) {y = Relu(x)}"), tmp_path / "m.onnx")
+    said = refused(2, "optimize", tmp_path / "m.onnx", "-o", tmp_path / "small", "--target", "tensorflow")
+    assert said == "target tensorflow needs the package tensorflow: pip install 'graphopt[tf]'"
+
+
+@pytest.mark.slow
+def test_the_command_refuses_what_is_no_folder_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
     onnx.save(model("g (float[2,2] x) => (y) {y = Relu(x)}"), tmp_path / "m.onnx")
     out = tmp_path / "small.onnx"
     said = refused(2, "optimize", tmp_path / "m.onnx", "-o", out, "--target", "tensorflow")
