@@ -250,6 +250,31 @@ def test_integers_become_floats_and_the_report_says_so() -> None:
     assert any("TensorFlow computes in floats" in note for note in small.report.notes)
 
 
+def with_relu_in_the_range() -> onnx.ModelProto:
+    """Two products of integers: zero point 0 of the second uint8 is all that is left of a Relu between them."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {"v": torch.randn(8, 16, generator=generator), "w": torch.randn(16, 4, generator=generator)}
+    return model(
+        """g (float[n,8] x) => (y) <float s = {0.05}, uint8 m = {128}, float t = {0.1}, uint8 z = {0}> {
+        q = QuantizeLinear(x, s, m)
+        d = DequantizeLinear(q, s, m)
+        a = MatMul(d, v)
+        p = QuantizeLinear(a, t, z)
+        b = DequantizeLinear(p, t, z)
+        y = MatMul(b, w)}""",
+        weights,
+    )
+
+
+@pytest.mark.slow
+def test_a_relu_that_was_folded_into_a_range_stays() -> None:
+    pytest.importorskip("tensorflow")
+    inputs = {"x": torch.randn(16, 8, generator=torch.Generator().manual_seed(3))}
+    small = graphopt.optimize(with_relu_in_the_range(), target="tensorflow", example_inputs=inputs)
+    (wanted,) = plain_run(with_relu_in_the_range(), inputs)
+    assert not small.lowered.sites("quantize", "dequantize") and sqnr(wanted, flat(small(**inputs))) > 30
+
+
 @pytest.mark.slow
 def test_quantize_declines_every_site() -> None:
     pytest.importorskip("tensorflow")
