@@ -140,6 +140,20 @@ def test_a_random_model_computes_the_same_or_names_what_has_no_form(drawn: Model
             assert found.dtype == expected.dtype and within_tolerance(expected, found), [*part.text().splitlines()]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint8", "float"])
+@pytest.mark.parametrize("how", ["half_pixel", "asymmetric", "align_corners"])
+def test_a_linear_resize_of_integers_is_not_one_of_nearest_entries(dtype: str, how: str) -> None:
+    proto = model(f"""g ({dtype}[1,2,4,4] x) => (y) <float[4] scales = {{1, 1, 2.5, 2}}> {{
+        y = Resize<mode="linear", coordinate_transformation_mode="{how}">(x, , scales)}}""")  # fmt: skip
+    x = torch.randint(0, 100, (1, 2, 4, 4), generator=torch.Generator().manual_seed(0))
+    inputs = {"x": x.to(getattr(torch, dtype))}
+    (found,) = run_in_tensorflow(capture(proto, "onnx").graph, inputs)
+    (wanted,) = plain_run(proto, inputs)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0 if dtype != "float" else 1e-5)
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +273,31 @@ def test_integers_become_floats_and_the_report_says_so() -> None:
     assert any("TensorFlow computes in floats" in note for note in small.report.notes)
 
 
+def with_relu_in_the_range() -> onnx.ModelProto:
+    """Two products of integers: zero point 0 of the second uint8 is all that is left of a Relu between them."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {"v": torch.randn(8, 16, generator=generator), "w": torch.randn(16, 4, generator=generator)}
+    return model(
+        """g (float[n,8] x) => (y) <float s = {0.05}, uint8 m = {128}, float t = {0.1}, uint8 z = {0}> {
+        q = QuantizeLinear(x, s, m)
+        d = DequantizeLinear(q, s, m)
+        a = MatMul(d, v)
+        p = QuantizeLinear(a, t, z)
+        b = DequantizeLinear(p, t, z)
+        y = MatMul(b, w)}""",
+        weights,
+    )
+
+
+@pytest.mark.slow
+def test_a_relu_that_was_folded_into_a_range_stays() -> None:
+    pytest.importorskip("tensorflow")
+    inputs = {"x": torch.randn(16, 8, generator=torch.Generator().manual_seed(3))}
+    small = graphopt.optimize(with_relu_in_the_range(), target="tensorflow", example_inputs=inputs)
+    (wanted,) = plain_run(with_relu_in_the_range(), inputs)
+    assert not small.lowered.sites("quantize", "dequantize") and sqnr(wanted, flat(small(**inputs))) > 30
+
+
 @pytest.mark.slow
 def test_quantize_declines_every_site() -> None:
     pytest.importorskip("tensorflow")
@@ -295,6 +334,27 @@ def test_the_signature_has_the_models_own_names(inputs: list[str], output: str, 
     shapes = {name: [axis.size for axis in info.tensor_shape.dim] for name, info in signature.inputs.items()}
     assert shapes == {name: [-1, place + 1] for place, name in enumerate(inputs)} and set(signature.outputs) == {output}
     assert json.loads((tmp_path / "1" / "assets.extra" / "graphopt.json").read_text()) == {"made": "here"}
+
+
+@pytest.mark.slow
+def test_weights_may_have_any_name(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    names = ["/enc/W", "_W", "é", "a b", "1:0", "_w"]
+    sizes = "float[48,48]"
+    made = "".join(f"t{place + 1} = MatMul(t{place}, n{place})\n" for place in range(len(names)))
+    proto = model(f"g ({sizes} t0) => ({sizes} t{len(names)}) {{ {made} }}")
+    generator = torch.Generator().manual_seed(0)
+    for place, name in enumerate(names):
+        weight = (0.1 * torch.randn(48, 48, generator=generator)).numpy()
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+        proto.graph.node[place].input[1] = name
+    graph = capture(proto, "onnx").graph
+    inputs = {"t0": torch.randn(48, 48, generator=generator)}
+    (found,) = run_in_tensorflow(graph, inputs)
+    assert within_tolerance(plain_run(proto, inputs)[0], found)
+    TensorFlow().export(graph, tmp_path, metadata={})
+    (found,) = SavedModel(tmp_path, [f"t{len(names)}"])(inputs)
+    assert within_tolerance(plain_run(proto, inputs)[0], found)
 
 
 @pytest.fixture(scope="module")

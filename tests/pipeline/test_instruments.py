@@ -77,6 +77,15 @@ class LossyScale(Scale):
 
 
 @dataclass(frozen=True)
+class LoweringScale(Scale):
+    """As LossyScale, among the passes of a target."""
+
+    name = "lowering-scale"
+    stage = Stage.LOWER
+    lossless = False
+
+
+@dataclass(frozen=True)
 class Nothing(Pass):
     """Changes nothing."""
 
@@ -158,6 +167,14 @@ def test_lossless_is_measured_from_the_last_lossy_pass() -> None:
     graph = build("onnx", TEXT)
     context = run(graph, LossyScale(by=0.5), Scale(by=1.0), instruments=[Agree(graph, examples(graph))])
     assert [record.agreement[0].sqnr for record in context.report.passes] == [pytest.approx(2.499, abs=1e-3)] * 2
+
+
+def test_a_lossy_pass_of_the_targets_own_is_held_to_the_floor_of_rounding(dialect: str) -> None:
+    graph = build(dialect, TEXT)
+    run(graph, LoweringScale(by=1.1), instruments=[Agree(graph, examples(graph))])
+    graph = build(dialect, TEXT)
+    with pytest.raises(PassError, match=r"lowering-scale may take rounding away.*'y' has an SQNR of .* needs 10"):
+        run(graph, LoweringScale(by=1.2), instruments=[Agree(graph, examples(graph))])
 
 
 def test_a_quantized_graph_is_held_to_one_step() -> None:
