@@ -179,6 +179,8 @@ def _protocol() -> Any:
     class Limited(HttpToolsProtocol):
         _header_bytes = 0
         _deadline: asyncio.TimerHandle | None = None
+        _unread = 0
+        """Bytes of the answer that waited to be sent at the last look."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -200,12 +202,28 @@ def _protocol() -> Any:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            self._unset_keepalive_if_required()
             super().connection_lost(exc)
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._unread = self.transport.get_write_buffer_size()
+            if self._unread and self.transport.is_closing():  # closed behind this answer: uvicorn sets no timer
+                self._look_again()
+
         def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            if self.transport.is_closing() and self.transport.get_write_buffer_size():
+            before, self._unread = self._unread, self.transport.get_write_buffer_size()
+            if self._unread < before:  # the client is slow, and reads
+                self._look_again()
+            elif self._unread:
                 self.transport.abort()  # an answer that nobody reads would stay in memory
+            else:
+                super().timeout_keep_alive_handler()
+
+        def _look_again(self) -> None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
         def _is_in_headers(self) -> bool:
             return self._deadline is not None
