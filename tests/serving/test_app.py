@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import graphopt
 from graphopt.errors import UsageError
 from graphopt.serving import Predictor, golden
+from graphopt.serving.models import _stamp
 from tests.models import model, padding, tokens
 from tests.serving.client import Answer, Client
 
@@ -563,6 +564,56 @@ def test_a_bundle_that_is_replaced_file_by_file(encoder: Path, tmp_path: Path) -
         copytree(encoder, place, dirs_exist_ok=True)
         client.loop.run_until_complete(client.app.models.refresh())
         assert [one["state"] for one in client("POST", "/v2/repository/index").json()] == ["READY"]
+
+
+def test_files_that_are_not_of_a_bundle_change_nothing(encoder: Path, tmp_path: Path) -> None:
+    """A log that grows in its folder, and a link to nowhere."""
+    place = tmp_path / "m"
+    copytree(encoder, place)
+    (place / "link").symlink_to(tmp_path / "nowhere")
+    with Client.of(place) as client:
+        before = client.app.models.get(None)
+        for line in ("one", "one\ntwo"):
+            (place / "log").write_text(line, encoding="utf-8")
+            client.loop.run_until_complete(client.app.models.refresh())
+            assert client.app.models.get(None) is before
+
+
+def test_each_file_that_a_bundle_names_is_watched(encoder: Path, tmp_path: Path) -> None:
+    copytree(encoder, tmp_path / "m")
+    with Client.of(encoder) as client:
+        named = ["manifest.json", *client.app.models.get(None).predictor.manifest.files]
+    before = _stamp(tmp_path / "m")
+    assert before is not None and [name for name, *_ in before] == [named[0], *sorted(named[1:])]
+    for name in reversed(named):
+        (tmp_path / "m" / name).rename(tmp_path / "away")
+        after = _stamp(tmp_path / "m")
+        assert after != before and (after is None) == (name == "manifest.json")
+        (tmp_path / "away").rename(tmp_path / "m" / name)
+        assert _stamp(tmp_path / "m") == before
+
+
+def test_a_file_that_leads_nowhere_is_a_failed_bundle(encoder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        copytree(encoder, tmp_path / name)
+    (tmp_path / "b" / "golden.npz").unlink()
+    (tmp_path / "b" / "golden.npz").symlink_to("nowhere")
+    with Client.of(tmp_path) as client:
+        (index,) = [one for one in client("POST", "/v2/repository/index").json() if one["state"] == "UNAVAILABLE"]
+        assert index["name"] == "b" and "golden.npz is missing" in index["reason"]
+
+
+def test_a_folder_that_is_away_for_a_moment_keeps_what_failed(encoder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        copytree(encoder, tmp_path / "root" / name)
+    (tmp_path / "root" / "b" / "golden.npz").unlink()
+    with Client.of(tmp_path / "root") as client:
+        failed, served = dict(client.app.models.failed), client.app.models.get("a")
+        assert len(failed) == 1
+        for to, back in ((tmp_path / "away", tmp_path / "root"), (tmp_path / "root", tmp_path / "away")):
+            back.rename(to)
+            client.loop.run_until_complete(client.app.models.refresh())
+            assert client.app.models.failed == failed and client.app.models.get("a") is served
 
 
 def test_where_nothing_can_be_served(tmp_path: Path) -> None:
