@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 import graphopt
 from graphopt.errors import UsageError
-from graphopt.serving import Predictor, golden
+from graphopt.serving import Predictor, bodies, golden, tensors_v1
 from graphopt.serving.models import _stamp
+from graphopt.serving.refusals import Refused
 from tests.models import model, padding, tokens
 from tests.serving.client import Answer, Client
 
@@ -243,6 +244,28 @@ def test_answers_that_json_lacks_are_null(tmp_path: Path) -> None:
         assert np.isnan(found[0]) and np.isneginf(found[1])
 
 
+SHAPES = st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), min_size=1, max_size=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES)
+def test_predictions_are_rows_of_all_outputs(shapes: list[tuple[int, ...]]) -> None:
+    """One output is held to that as several are: a scalar has no rows."""
+    outputs = {f"y{place}": np.full(shape, place, np.float32) for place, shape in enumerate(shapes)}
+    if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        with pytest.raises(Refused, match="not rows: ask with inputs"):
+            tensors_v1.written(outputs, True)
+    else:
+        rows = tensors_v1.written(outputs, True)["predictions"]
+        assert len(rows) == shapes[0][0]
+        for row in rows:
+            named = row if len(outputs) > 1 else {"y0": row}
+            assert {name: np.shape(one) for name, one in named.items()} == {
+                name: array.shape[1:] for name, array in outputs.items()
+            }
+    assert "outputs" in tensors_v1.written(outputs, False)
+
+
 def test_nan_is_refused(tmp_path: Path) -> None:
     onnx.save(model("g (float[batch, 2] x) => (float[batch, 2] y) {y = Relu(x)}"), tmp_path / "relu.onnx")
     graphopt.bundle(tmp_path / "relu.onnx", tmp_path / "relu")
@@ -424,6 +447,29 @@ def test_a_client_that_leaves_ends_its_text(text: Client) -> None:
         text.call("POST", "/generate", {"prompt": "w2", "max_tokens": 30, "stream": True}, leaves=True)
     )
     assert b"DONE" not in answer.body and text.app.generating == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_more_texts_are_written_at_once_than_may_be(
+    stream: bool, writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of requests that come together, and wait for the tokenizer together."""
+    with Client.of(writer, max_queue=2) as client:
+        call = ("POST", "/generate", {"prompt": "w2", "max_tokens": 2, "stream": stream})
+        answers = client.together(*[call] * 5)
+        assert sorted(one.status for one in answers) == [200, 200, 429, 429, 429]
+        assert next(one for one in answers if one.status == 429).headers["retry-after"] == "1"
+        assert client.app.generating == 0
+        assert client("POST", "/generate", {"prompt": ""}).status == 400 and client.app.generating == 0
+
+        async def gone(*_: object) -> None:
+            raise bodies.Gone
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client.app, "_send", gone)  # before the first piece
+            with pytest.raises(ValueError, match="not enough values"):
+                client(*call)
+        assert client.app.generating == 0 and client(*call).status == 200
 
 
 def test_generate_in_events(text: Client) -> None:
