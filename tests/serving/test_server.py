@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphopt.serving.server import KEEP_ALIVE_SECONDS, LONGEST_WAIT, MOST_UNREADY, STEADY_SECONDS, Restarts, _protocol
+from graphopt.serving.server import (
+    KEEP_ALIVE_SECONDS,
+    LONGEST_WAIT,
+    MOST_UNREADY,
+    STEADY_SECONDS,
+    Restarts,
+    _accepted,
+    _protocol,
+    _take,
+)
 
 ENDS = st.lists(st.tuples(st.booleans(), st.floats(0, 100)), min_size=1, max_size=30)
 """Whether a worker was ready when it ended, and how long it had lived."""
@@ -78,7 +89,7 @@ SIZES = st.lists(st.integers(0, 4), min_size=1, max_size=8)
 """Bytes of an answer that wait to be sent, at each look."""
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(SIZES, st.booleans())
 def test_an_answer_is_dropped_only_where_nobody_reads_it(sizes: list[int], closes: bool) -> None:
     """closes: whether the server closes the connection behind the answer."""
@@ -120,3 +131,54 @@ def test_a_connection_that_ends_leaves_no_timer(error: Exception | None) -> None
     assert len(clock.due) == 2
     protocol.connection_lost(error)
     assert clock.due == []
+
+
+class Queue(socket.socket):
+    """A listener whose waiting clients stand in a list: connections, and what `accept` raises instead of one."""
+
+    waiting: list[socket.socket | int]
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        found = self.waiting.pop(0) if self.waiting else errno.EAGAIN
+        if isinstance(found, int):
+            raise OSError(found, "")
+        return found, None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from(["connection", "aborted"]), max_size=6), st.booleans())
+def test_a_client_that_left_hides_no_other_that_waits(waiting: list[str], is_full: bool) -> None:
+    """is_full: whether this process has no room for one more connection in the end."""
+    with Queue() as listener:
+        connections = [socket.socket() for one in waiting if one == "connection"]
+        remaining = iter(connections)
+        listener.waiting = [next(remaining) if one == "connection" else errno.ECONNABORTED for one in waiting]
+        listener.waiting += [errno.EMFILE] if is_full else []
+        found = _accepted(listener)
+        assert found == connections and not any(one.getblocking() for one in found)
+        for one in found:
+            one.close()
+
+
+def test_a_connection_that_fails_takes_no_other_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Noted(asyncio.Protocol):
+        def __init__(self) -> None:
+            made.append(self)
+            if len(made) == 2:
+                raise OSError("this one fails")
+
+    made: list[Noted] = []
+
+    async def taken() -> None:
+        pairs = [socket.socketpair() for _ in range(3)]
+        for ours, _ in pairs:
+            ours.setblocking(False)
+        await _take([ours for ours, _ in pairs], Noted, asyncio.get_running_loop())
+        assert len(made) == 3
+        assert [ours.fileno() < 0 for ours, _ in pairs] == [False, True, False]
+        for pair in pairs:
+            for one in pair:
+                one.close()
+
+    asyncio.run(taken())
+    assert "a connection that waited cannot be served" in caplog.text
