@@ -27,7 +27,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode
 from graphopt.errors import GraphError, LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.ops import OPS
-from graphopt.numerics.metrics import sqnr, within_tolerance
+from graphopt.numerics.metrics import sqnr, tolerance, within_tolerance
 from tests.cli.test_cli import done, refused
 from tests.dialects.fx.test_graph import CASES, Case, reference
 from tests.dialects.fx.test_graph import emitted as emitted_in_fx
@@ -134,10 +134,14 @@ def test_a_random_model_computes_the_same_or_names_what_has_no_form(drawn: Model
         try:
             (found,) = run_in_tensorflow(part, inputs)
         except LoweringError as error:
-            assert any(kind in str(error) for kind in missing) or "tensorflow has no form of" in str(error), error
+            assert "tensorflow has no form of" in str(error), error
+            assert error.__cause__ is None or "is not known before it runs" in str(error), error  # else a form failed
         else:
             assert not missing
-            assert found.dtype == expected.dtype and within_tolerance(expected, found), [*part.text().splitlines()]
+            # Where a model computes in 16 bits, ONNX Runtime leaves out some of the rounding.
+            dtypes = {value.dtype for node in part.nodes for value in node.results}
+            rtol = tolerance(torch.float16)[0] if dtypes & {torch.float16, torch.bfloat16} else None
+            assert found.dtype == expected.dtype and within_tolerance(expected, found, rtol=rtol), part.text()
 
 
 @pytest.mark.slow
