@@ -196,7 +196,10 @@ def test_kernels_that_round_activations_are_held_to_30_db(factor: float, alone: 
     """1.02 is noise of 34 dB, and 1.1 of 20 dB."""
     graph = build("onnx", "w = dequantize(W[3,4]:seed1:int8, S[3]:ones, axis=0)\ny = linear(x[batch,4], w)")
     agree = Agree(graph, examples(graph))
-    noisy: Callable[[Feeds], list[Tensor]] = lambda one: [factor * y for y in graph.evaluate(one, graph.outputs)]  # noqa: E731
+
+    def noisy(feeds: Feeds) -> list[Tensor]:
+        return [factor * torch.as_tensor(y) for y in graph.evaluate(feeds, graph.outputs)]
+
     assert (agree.moved_by(noisy, graph) is None) == alone
     assert (agree.moved_by(noisy, graph, rounds=True) is None) == rounding
 
