@@ -149,6 +149,9 @@ class Backend(ABC):
     """Of files of other forms that it writes too."""
     folder_mark: ClassVar[str] = ""
     """Of a target that writes a folder: a file in it, by which that is known, and may be replaced. Empty for files."""
+    folder_files: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the other files in such a folder, in which * matches / too. Where it holds any other file, it is not
+    replaced."""
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None
