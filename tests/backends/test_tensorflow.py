@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,6 +120,15 @@ def test_an_op_of_fx_computes_what_its_reference_says(op: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+REFUSED = re.compile(
+    r"tensorflow has no form of onnx\.("
+    r"Resize here: (mode=cubic|how=\w+|antialias)|Scatter\w+ here: reduction=mul|"
+    r"(Max|Average)Pool here: indices are read|LayerNormalization here: its mean or deviation|"
+    r"\w+ here: operand \d is computed, and must be stored)"
+)
+"""What an operator that has a form may be refused for."""
+
+
 @pytest.mark.slow
 @settings(SHORT, max_examples=40)
 @given(models(ALL))
@@ -134,7 +144,7 @@ def test_a_random_model_computes_the_same_or_names_what_has_no_form(drawn: Model
         try:
             (found,) = run_in_tensorflow(part, inputs)
         except LoweringError as error:
-            assert "tensorflow has no form of" in str(error), error
+            assert any(kind in str(error) for kind in missing) or REFUSED.search(str(error)), error
             assert error.__cause__ is None or "is not known before it runs" in str(error), error  # else a form failed
         else:
             assert not missing
@@ -155,7 +165,10 @@ def test_a_linear_resize_of_integers_is_not_one_of_nearest_entries(dtype: str, h
     (found,) = run_in_tensorflow(capture(proto, "onnx").graph, inputs)
     (wanted,) = plain_run(proto, inputs)
     assert found.dtype == wanted.dtype
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0 if dtype != "float" else 1e-5)
+    # By align_corners a number just below 20 may be cut off to 19; the two others are exact in float32 here.
+    atol = 1e-5 if dtype == "float" else 1 if how == "align_corners" else 0
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=atol)
+    assert float((found != wanted).double().mean()) < 0.05 or dtype == "float"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -382,6 +395,26 @@ def test_what_was_written_is_replaced_and_nothing_else(encoder_in_tensorflow: An
         encoder_in_tensorflow.export(tmp_path / "m", opset=17)
     with pytest.raises(GraphError, match="there is no folder"):
         encoder_in_tensorflow.export(tmp_path / "none" / "m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theirs", ["m/2/saved_model.pb", "m/notes.txt", "m/1/assets.extra/tf_serving_warmup_requests"])
+def test_files_of_the_user_are_not_damaged(encoder_in_tensorflow: Any, tmp_path: Path, theirs: str) -> None:
+    """A second version, a note, requests to warm it up."""
+    encoder_in_tensorflow.export(tmp_path / "m")
+    (tmp_path / theirs).parent.mkdir(exist_ok=True)
+    (tmp_path / theirs).write_text("mine")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(GraphError, match=rf"m holds {theirs[2:]}, which was not written with it"):
+        encoder_in_tensorflow.export(tmp_path / "m")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [".", "/", "..", "a/.."])
+def test_a_path_without_a_name_is_refused(encoder_in_tensorflow: Any, path: str) -> None:
+    with pytest.raises(UsageError, match=f"{path} has no name of its own"):
+        encoder_in_tensorflow.export(path)
 
 
 @pytest.mark.slow
