@@ -54,7 +54,7 @@ def already_quantized(graph: Graph) -> str:
 
 
 def selected(graph: Graph, context: Context, targets: Selector, ignore: Selector) -> list[Node]:
-    """`Context.sites`; where the model has none, also in bodies of the graph, a note says so, and whether it is quantized
+    """`Context.sites`; where the model has none, in no body either, a note says so, and whether it is quantized
     already."""
     sites = context.sites(graph, targets, ignore)
     if graph.whole is graph and not any(node in targets and node not in ignore for node in every_node(graph)):

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, UsageError
 from graphopt.numerics.metrics import sqnr
 from tests.fuzz.onnx_graphs import Array, session
 
@@ -145,6 +145,18 @@ def test_values_of_a_branch_are_known_where_they_are_constant() -> None:
     assert weight is not None and torch.equal(body.evaluate({}, [constant])[0], 2 * weight)
     with pytest.raises(GraphError, match="'x' is known only where the graph around this one runs"):
         body.evaluate({}, [linear.result])
+
+
+def test_a_block_that_divides_sites_of_branches_alone_is_no_error() -> None:
+    model = branching()
+    model.graph.node.insert(0, helper.make_node("MatMul", ["given", "first"], ["x"], name="/first/MatMul"))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("given", TensorProto.FLOAT, ["n", 6]))
+    model.graph.initializer.append(numpy_helper.from_array(numbers(7, 6, 32), "first"))
+    small = graphopt.optimize(model, "quantize{scheme=weight-only bits=4 block=32}")
+    (record,) = [one for one in small.report.passes if one.name == "quantize"]
+    assert set(record.declined) == {"first", "then.fc2", "else.fc2"} and record.changed == 2
+    with pytest.raises(UsageError, match="first: block 64 does not divide 6 inputs"):
+        graphopt.optimize(model, "quantize{scheme=weight-only bits=4 block=64}")
 
 
 def shared() -> onnx.ModelProto:
