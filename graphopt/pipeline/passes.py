@@ -104,6 +104,10 @@ class Pass:
     def run(self, graph: Graph, context: Context) -> None:
         raise NotImplementedError
 
+    def require_effect(self, context: Context) -> None:
+        """Raise UsageError where the pass, which has run in the graph and in its bodies, changed nothing because of its
+        options."""
+
     def __str__(self) -> str:
         """The text form: the name, and the options that differ from their defaults."""
         options = " ".join(f"{name}={value_text(value)}" for name, value in self.given().items())

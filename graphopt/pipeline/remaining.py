@@ -16,21 +16,25 @@ from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass
 
 
-def nodes_with_weights(graph: Graph) -> dict[Node, tuple[Value | None, ...]]:
-    """The nodes that hold weights, with their operands: a stored matrix of floats, or more axes, in 32 bits or more;
-    also in bodies of the graph.
+def nodes_with_weights(graph: Graph) -> dict[Node, list[Value]]:
+    """The nodes that hold weights, with the stored tensors that they read: a matrix of floats, or more axes, in 32 bits
+    or more; also in bodies of the graph.
 
     Of ops, those with products (which have FLOPs) and tables; of other operations, all that read such a constant or
     have one in a subgraph.
     """
-    return {node: node.operands for node in every_node(graph) if _holds_weights(node)}
+    return {node: stored_operands(node) for node in every_node(graph) if _holds_weights(node)}
+
+
+def stored_operands(node: Node) -> list[Value]:
+    """The constants that a node reads. Its other operands are others too where what computes them was replaced."""
+    return [value for value in node.operands if value is not None and value.is_constant]
 
 
 def _holds_weights(node: Node) -> bool:
     if node.op is not None and node.op.flops == 0 and node.kind != "embedding":
         return False
-    stored = (value for value in node.operands if value is not None and value.is_constant)
-    return any(_is_weight(value.dtype, value.shape) for value in stored) or any(
+    return any(_is_weight(value.dtype, value.shape) for value in stored_operands(node)) or any(
         _is_weight(dtype, shape) for dtype, shape in node.held
     )
 
@@ -40,9 +44,7 @@ def _is_weight(dtype: torch.dtype | None, shape: Shape | None) -> bool:
     return floats and sum(size != 1 for size in shape or ()) > 1
 
 
-def decline_remaining(
-    pass_: Pass, graph: Graph, context: Context, before: Mapping[Node, tuple[Value | None, ...]]
-) -> None:
+def decline_remaining(pass_: Pass, graph: Graph, context: Context, before: Mapping[Node, list[Value]]) -> None:
     """Decline the nodes that hold weights, are as they were, and that a pass did not consider.
 
     before: `nodes_with_weights` of the graph as the pass found it. What the user left out by targets or ignore is left
@@ -50,7 +52,7 @@ def decline_remaining(
     """
     left = [
         node for node in every_node(graph)
-        if node in before and node.operands == before[node] and node not in context.considered
+        if node in before and stored_operands(node) == before[node] and node not in context.considered
         and not _is_left_out(pass_, node)
     ]  # fmt: skip
     context.consider(left)

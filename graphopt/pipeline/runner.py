@@ -166,6 +166,7 @@ def run_pass(pass_: Pass, graph: Graph, context: Context) -> None:
                 stack.enter_context(instrument.running(record.text))
             pass_.run(graph, context)
             _run_within(pass_, graph, context)
+        pass_.require_effect(context)
         graph.sweep()
         remaining.decline_remaining(pass_, graph, context, held)
         if not pass_.lossless and not pass_.trains and graph.version > version:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphopt.errors import GraphError
 from graphopt.ir.decline import Decline
-from graphopt.ir.graph import Graph, Node, Value, dtype_name
+from graphopt.ir.graph import Graph, Node, Value, dtype_name, every_node
 from graphopt.numerics.finite import require_finite
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import Selector
@@ -47,16 +47,17 @@ def why_fixed(site: Node) -> Decline | None:
 
 def already_quantized(graph: Graph) -> str:
     """What to tell the user of a model without float weights if it is quantized; empty where it is not."""
-    for node in graph.nodes:
+    for node in every_node(graph):
         if any(mark in node.kind.lower() for mark in ("quantize", "int8", "qlinear", "integer")):
             return "; it is quantized already: change the float model, and quantize it after"
     return ""
 
 
 def selected(graph: Graph, context: Context, targets: Selector, ignore: Selector) -> list[Node]:
-    """`Context.sites`; where there is none, a note says so, and whether the model is quantized already."""
+    """`Context.sites`; where the model has none, in no body either, a note says so, and whether it is quantized
+    already."""
     sites = context.sites(graph, targets, ignore)
-    if not sites:
+    if graph.whole is graph and not any(node in targets and node not in ignore for node in every_node(graph)):
         left = " that ignore leaves" if ignore.terms else ""
         context.note(f"nothing to change: {targets} selects no site of the model{left}{already_quantized(graph)}")
     return sites

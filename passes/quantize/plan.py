@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
 from graphopt.passes.quantize import schemes
 from graphopt.passes.quantize.regions import Regions, closed_regions, read_regions
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.selectors import PerSite
-from graphopt.report.declines import Reason
 
 if TYPE_CHECKING:
     from graphopt.passes.quantize.quantize import Quantize
@@ -106,13 +104,10 @@ def plan_of(
     """Decide how each site is quantized, and which ops join them in quantized regions. The graph does not change.
 
     asked: by site, in the order of the graph, the options for it, or why it has none. kept: sites that
-    stay in higher precision, and why. Raises UsageError where bits or blocks that were asked for are possible at no
-    site.
+    stay in higher precision, and why.
     """
     ends = _ends(graph)
     chosen, declined = _sites(asked, options, context, kept, ends)
-    if graph.whole is graph:
-        _require_some(chosen, declined, kept, context)
     softmaxes = [site for site in chosen if site.kind == "softmax"]
     planned = {site: plan for site, plan in chosen.items() if site.kind != "softmax"}
     tied = _tied_tables(planned)
@@ -185,16 +180,6 @@ def _sites(
         else:
             declined[site] = planned
     return chosen, declined
-
-
-def _require_some(
-    chosen: Mapping[Node, SitePlan], declined: Mapping[Node, Decline], kept: Mapping[Node, Decline], context: Context
-) -> None:
-    """Raise UsageError where no site is left, and other options would have left one."""
-    wrong = [(site, why) for site, why in declined.items() if isinstance(why, Decline) and why.code in schemes.WRONG]
-    if wrong and not (chosen or kept or context.reverted):
-        site, why = wrong[0]
-        raise UsageError(f"quantize: nothing is left to quantize ({context.labels[site]}: {Reason.of(why)})")
 
 
 def _first_possible(

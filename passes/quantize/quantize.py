@@ -151,6 +151,14 @@ class Quantize(Pass):
         weights = solve(graph, context, plan, parameters)
         emit(graph, plan, parameters, weights)
 
+    def require_effect(self, context: Context) -> None:
+        """Raise UsageError where no site is quantized, and other options would have left one to quantize."""
+        declined = context.record.declined
+        wrong = [label for label, why in declined.items() if why.code in schemes.WRONG]
+        kept = context.reverted or any(why.code == "kept_for_goal" for why in declined.values())
+        if wrong and not context.record.changed and not kept:
+            raise UsageError(f"quantize: nothing is left to quantize ({wrong[0]}: {declined[wrong[0]]})")
+
     def _asked(self, graph: Graph, context: Context) -> dict[Node, Asked | Decline]:
         """What the options say of each site. Raises UsageError where no node of the model is selected."""
         values = {

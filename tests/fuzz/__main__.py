@@ -63,6 +63,7 @@ def main() -> int:
         for name, turn in turns.items():
             if time.monotonic() > end:
                 print(f"seeds {asked.seed} to {number}; failures are in {folder}")
+                print(f"the reference evaluator: {dict(properties.references)}")
                 print("\n".join(f"{name:10} tried {tried[name]:6} failed {failed[name]:4}" for name in turns))
                 return int(bool(failed))
             if asked.only in (None, name):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.fuzz import properties
 from tests.fuzz.further_operators import ALL
-from tests.fuzz.onnx_graphs import OPSETS, Array, models
+from tests.fuzz.onnx_graphs import OPSETS, Array, models, runs
 from tests.fuzz.reduced import reduced, text_of
 
 SHORT = settings(max_examples=15, derandomize=True, deadline=None, database=None,
@@ -24,10 +26,32 @@ def test_simplify_keeps_the_numbers(drawn: Model) -> None:
     properties.simplify_keeps_the_numbers(*drawn)
 
 
-@SHORT
-@given(models(ALL), st.sampled_from(OPSETS), st.booleans())
-def test_export_at_any_opset(drawn: Model, opset: int, portable: bool) -> None:
-    properties.export_at(opset, *drawn, portable=portable)
+def test_export_at_any_opset() -> None:
+    @SHORT
+    @given(models(ALL), st.sampled_from(OPSETS), st.booleans())
+    def each(drawn: Model, opset: int, portable: bool) -> None:
+        properties.export_at(opset, *drawn, portable=portable)
+
+    before = properties.references[properties.COMPARED]
+    each()
+    assert properties.references[properties.COMPARED] > before, dict(properties.references)
+
+
+def test_one_element_that_is_not_finite_hides_no_other() -> None:
+    """Where outputs hold infinities, the noise and the rounding of their finite elements are measured."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [8])
+    nodes = [helper.make_node("Exp", ["x"], ["e"]), helper.make_node("QuantizeLinear", ["x", "scale"], ["q"]),
+             helper.make_node("DequantizeLinear", ["q", "scale"], ["d"]), helper.make_node("Div", ["d", "zero"], ["y"])]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [8]) for name in ("e", "y")]
+    stored = {"scale": np.array(1, np.float32), "zero": np.array([0, *[1] * 7], np.float32)}
+    graph = helper.make_graph(nodes, "g", [x], outputs, [numpy_helper.from_array(a, n) for n, a in stored.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    feeds = {"x": np.array([100, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5], np.float32)}
+    found = runs(model, feeds)
+    assert found is not None and all(np.isinf(one[0]) for one in found)
+    least = properties.floors("cast", model, feeds, found)
+    assert all(one is not None and -100 < one < properties.PASSES["cast"] for one in least)
+    assert properties.moved_by_rounding(model, feeds, found) == [0, 1]
 
 
 @settings(SHORT, max_examples=10)

@@ -37,6 +37,9 @@ class OnnxBody(OnnxGraph):
     def is_within(self, native: ir.Node) -> bool:
         return native.graph is self.model.graph
 
+    def _equal(self, tensor: ir.TensorProtocol) -> ir.Value | None:
+        return self._whole._equal(tensor)
+
     def _register(self, native: ir.Value) -> None:
         self._whole._register(native)
 

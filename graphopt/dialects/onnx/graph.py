@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import onnx
 import onnx_ir as ir
@@ -65,6 +67,8 @@ class OnnxGraph(Graph):
         self._node_names: set[str | None] = {node.name for node in model.graph.all_nodes()}
         self.inference = Inference(model)
         self._holders: dict[ir.Graph | ir.Function | None, ir.Node] = {}
+        self._holds_graphs = len(graphs) > 1
+        self._digests: WeakKeyDictionary[ir.Value, bytes] = WeakKeyDictionary()
 
     # --- making one
 
@@ -234,6 +238,8 @@ class OnnxGraph(Graph):
         return self._store(ir.Value(name=held.name, shape=shape, type=dtype), held)
 
     def _store(self, native: ir.Value, held: ir.TensorProtocol) -> OnnxValue:
+        if (found := self._equal(held)) is not None:
+            return OnnxValue(self, found)
         spills = self.scratch is not None and held.nbytes > onnx_files.SMALL
         native.const_value = self.scratch.store(held) if self.scratch is not None and spills else held
         self._register(native)
@@ -241,6 +247,24 @@ class OnnxGraph(Graph):
 
     def _register(self, native: ir.Value) -> None:
         self.model.graph.register_initializer(native)
+
+    def _equal(self, tensor: ir.TensorProtocol) -> ir.Value | None:
+        """The constant that holds the same bytes in this dtype and shape, where nodes hold graphs: these read one
+        weight in several places, and each makes the same of it."""
+        if not self._holds_graphs:
+            return None
+        alike = [
+            value for value in self.model.graph.initializers.values()
+            if (value.dtype, value.shape) == (tensor.dtype, tensor.shape)
+            and not (value.is_graph_input() or value.is_graph_output())
+        ]  # fmt: skip
+        wanted = _digest(tensor) if alike else b""
+        return next((value for value in alike if self._digest_of(value) == wanted), None)
+
+    def _digest_of(self, value: ir.Value) -> bytes | None:
+        if value not in self._digests and value.const_value is not None:
+            self._digests[value] = _digest(value.const_value)
+        return self._digests.get(value)
 
     def emit(self, kind: str | Node, *operands: Value | None, at: Node | None = None, **attributes: Any) -> OnnxValue:
         path = at.path if at is not None else ""
@@ -579,6 +603,10 @@ def _held(graph: ir.Graph) -> Iterator[ir.Graph]:
             if attribute.type is ir.AttributeType.GRAPH:
                 yield attribute.as_graph()
                 yield from _held(attribute.as_graph())
+
+
+def _digest(tensor: ir.TensorProtocol) -> bytes:
+    return hashlib.sha256(tensor.tobytes()).digest()
 
 
 def _with_names(shape: ir.Shape, known: ir.Shape) -> ir.Shape:

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphopt
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, UsageError
 from graphopt.numerics.metrics import sqnr
 from tests.fuzz.onnx_graphs import Array, session
 
@@ -145,3 +145,60 @@ def test_values_of_a_branch_are_known_where_they_are_constant() -> None:
     assert weight is not None and torch.equal(body.evaluate({}, [constant])[0], 2 * weight)
     with pytest.raises(GraphError, match="'x' is known only where the graph around this one runs"):
         body.evaluate({}, [linear.result])
+
+
+def test_a_block_that_divides_sites_of_branches_alone_is_no_error() -> None:
+    model = branching()
+    model.graph.node.insert(0, helper.make_node("MatMul", ["given", "first"], ["x"], name="/first/MatMul"))
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("given", TensorProto.FLOAT, ["n", 6]))
+    model.graph.initializer.append(numpy_helper.from_array(numbers(7, 6, 32), "first"))
+    small = graphopt.optimize(model, "quantize{scheme=weight-only bits=4 block=32}")
+    (record,) = [one for one in small.report.passes if one.name == "quantize"]
+    assert set(record.declined) == {"first", "then.fc2", "else.fc2"} and record.changed == 2
+    with pytest.raises(UsageError, match="first: block 64 does not divide 6 inputs"):
+        graphopt.optimize(model, "quantize{scheme=weight-only bits=4 block=64}")
+
+
+def shared() -> onnx.ModelProto:
+    """One weight, read by a linear and by one in each branch."""
+    branches = [
+        helper.make_graph([helper.make_node("MatMul", ["u", "W"], [name], name=f"/{name}/MatMul")], name, [],
+                          [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 32])])
+        for name in ("then", "else")
+    ]  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "W"], ["u"], name="/outer/MatMul"),
+         helper.make_node("If", ["flag"], ["y"], then_branch=branches[0], else_branch=branches[1])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 32]),
+         helper.make_tensor_value_info("flag", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32])],
+        [numpy_helper.from_array(numbers(3, 32, 32), "W")],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("passes", [None, "quantize{scheme=weight-only}", "quantize{scheme=dynamic}", "cast"])
+def test_a_weight_that_branches_share_is_stored_once(passes: str | None, tmp_path: Path) -> None:
+    small = graphopt.optimize(shared(), passes)
+    written = onnx.load(small.export(tmp_path / "small.onnx"))
+    assert sum(int(np.prod(stored.dims)) >= 32 * 32 for stored in written.graph.initializer) == 1
+    assert sum(tensor.numel() >= 32 * 32 for _, tensor in small.transformed.constants()) == 1
+
+
+def test_equal_tensors_of_bodies_are_one_constant() -> None:
+    graph = OnnxGraph.from_model(branching())
+    first, second = graph.bodies
+    tensor = torch.randn(8, 8)
+    stored = first.add_constant(tensor)
+    assert second.add_constant(tensor.clone()) == stored == graph.add_constant(tensor)
+    assert first.add_constant(tensor.half()) != stored and first.add_constant(tensor.reshape(4, 16)) != stored
+
+
+def test_no_site_is_noted_only_where_the_whole_model_has_none() -> None:
+    found = {
+        targets: graphopt.optimize(branching(), f"sparsify{{amount=0.5 targets={targets}}}").report.passes
+        for targets in ("then.fc1", "linear")
+    }
+    for passes in found.values():
+        assert not [note for one in passes for note in one.notes if "selects no site" in note]
