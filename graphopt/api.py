@@ -157,6 +157,8 @@ def optimize(
         else:
             processes = accelerated.mesh_of(accelerator, mesh, checkpoint)
             passes = _trained_by(accelerator, passes)
+        if processes is not None:
+            accelerated.require_whole(training=training, calibration=calibration)
         leads = processes is None or processes.leads
         instruments = display(verbose if leads else False, instruments if leads else ())
         require_precision(precision)

@@ -89,9 +89,10 @@ def _translate(tf: Any, node: Node, values: Values) -> None:
     except GraphoptError:
         raise
     except Exception as error:
-        raise LoweringError(
-            f"tensorflow does not take {node.kind} as it is here: {first_line(error)} ({node.label})"
-        ) from error
+        ranks = {value.name: values.plain(value).shape.rank for value in read}
+        unknown = next((name for name, rank in ranks.items() if rank is None), None)
+        why = first_line(error) if unknown is None else f"the rank of {unknown} is not known before it runs"
+        raise LoweringError(f"tensorflow has no form of {node.kind} here: {why} ({node.label})") from error
 
 
 def _set_sizes(value: Value, found: Any) -> None:

@@ -74,9 +74,9 @@ def _linear_unpacked(
     y = (None, None) if y_scale is None or y_zero_point is None else (y_scale.item(), int(y_zero_point.item()))
     made: Tensor
     if residual is None:
-        made = LINEAR(*first, bias, *_result(*y, dtype), post, [], algorithm)
+        made = LINEAR(*first, bias, *_result(dtype, *y), post, [], algorithm)
     else:
-        made = LINEAR_ADD(*first, residual, bias, *_result(*y, dtype), *_ADDED, post, [], algorithm)
+        made = LINEAR_ADD(*first, residual, bias, *_result(dtype, *y), *_ADDED, post, [], algorithm)
     return made
 
 
@@ -84,7 +84,7 @@ _ADDED = 1.0, 0, "add", 1.0
 """How a float residual is fused: its scale, its zero point, the operation, its factor."""
 
 
-def _result(y_scale: Any, y_zero_point: Any, dtype: torch.dtype | None) -> tuple[Any, Any, torch.dtype]:
+def _result(dtype: torch.dtype | None, y_scale: Any, y_zero_point: Any) -> tuple[Any, Any, torch.dtype]:
     """Scale, zero point and dtype of a result, as oneDNN is told them. dtype: of floats; None is float32."""
     return (1.0, 0, dtype or torch.float32) if y_scale is None else (y_scale, y_zero_point, torch.uint8)
 
@@ -134,7 +134,7 @@ def _pack_linear(packing: Packing, node: fx.Node, given: dict[str, Any]) -> fx.N
     bias, residual = _bias(packing, node, given), given["residual"]
     y = pack_numbers(packing, node, given, "y_") if given["y_scale"] is not None else (None, None)
     post: tuple[Any, ...] = given["post"], [], given["algorithm"]
-    made = _result(*y, given["dtype"])
+    made = _result(given["dtype"], *y)
     if residual is None:
         return packing.call(node, LINEAR, *first, bias, *made, *post)
     return packing.call(node, LINEAR_ADD, *first, residual, bias, *made, *_ADDED, *post)

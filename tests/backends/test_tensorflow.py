@@ -28,7 +28,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode
 from graphopt.errors import GraphError, LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.ops import OPS
-from graphopt.numerics.metrics import sqnr, within_tolerance
+from graphopt.numerics.metrics import sqnr, tolerance, within_tolerance
 from tests.cli.test_cli import done, refused
 from tests.dialects.fx.test_graph import CASES, Case, reference
 from tests.dialects.fx.test_graph import emitted as emitted_in_fx
@@ -73,7 +73,16 @@ def test_the_name_of_a_file_is_refused(name: str) -> None:
         TensorFlow().require_suffix(Path(name))
 
 
-def test_the_command_refuses_it_before_anything_runs(tmp_path: Path) -> None:
+def test_the_command_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    onnx.save(model("g (float[2,2] x) => (y) {y = Relu(x)}"), tmp_path / "m.onnx")
+    said = refused(2, "optimize", tmp_path / "m.onnx", "-o", tmp_path / "small", "--target", "tensorflow")
+    assert said == "target tensorflow needs the package tensorflow: pip install 'graphopt[tf]'"
+
+
+@pytest.mark.slow
+def test_the_command_refuses_what_is_no_folder_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
     onnx.save(model("g (float[2,2] x) => (y) {y = Relu(x)}"), tmp_path / "m.onnx")
     out = tmp_path / "small.onnx"
     said = refused(2, "optimize", tmp_path / "m.onnx", "-o", out, "--target", "tensorflow")
@@ -115,7 +124,7 @@ REFUSED = re.compile(
     r"tensorflow has no form of onnx\.("
     r"Resize here: (mode=cubic|how=\w+|antialias)|Scatter\w+ here: reduction=mul|"
     r"(Max|Average)Pool here: indices are read|LayerNormalization here: its mean or deviation|"
-    r"\w+ here: operand \d is computed, and must be stored)"
+    r"\w+ here: (operand \d is computed, and must be stored|.* is not known before it runs))"
 )
 """What an operator that has a form may be refused for."""
 
@@ -136,9 +145,13 @@ def test_a_random_model_computes_the_same_or_names_what_has_no_form(drawn: Model
             (found,) = run_in_tensorflow(part, inputs)
         except LoweringError as error:
             assert any(kind in str(error) for kind in missing) or REFUSED.search(str(error)), error
+            assert error.__cause__ is None or "is not known before it runs" in str(error), error  # else a form failed
         else:
             assert not missing
-            assert found.dtype == expected.dtype and within_tolerance(expected, found), [*part.text().splitlines()]
+            # Where a model computes in 16 bits, ONNX Runtime leaves out some of the rounding.
+            dtypes = {value.dtype for node in part.nodes for value in node.results}
+            rtol = tolerance(torch.float16)[0] if dtypes & {torch.float16, torch.bfloat16} else None
+            assert found.dtype == expected.dtype and within_tolerance(expected, found, rtol=rtol), part.text()
 
 
 @pytest.mark.slow

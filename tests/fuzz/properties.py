@@ -94,9 +94,9 @@ def export_at(opset: int, model: onnx.ModelProto, feeds: Feeds, *, portable: boo
             assert_close(model, expected[0][1], reference, "the reference evaluator", moved)
         except AssertionError:  # which has another opinion of the model as it was drawn
             return True
-        again = _by_reference(written, feeds)
-        assert again is not None, f"the reference evaluator does not run the file at opset {opset}"
-        assert_close(model, expected[0][1], again, "the reference evaluator", moved)
+        again = _by_reference(written, feeds)  # it has, for one, no DequantizeLinear before opset 19
+        if again is not None:
+            assert_close(model, expected[0][1], again, "the reference evaluator", moved)
     return True
 
 
@@ -104,10 +104,10 @@ def _by_reference(model: onnx.ModelProto, feeds: Feeds) -> list[Any] | None:
     """What the reference evaluator of onnx computes; None where it does not run the model."""
     try:
         with np.errstate(all="ignore"):
-            found: list[Any] = ReferenceEvaluator(model).run(None, dict(feeds))
+            found: Any = ReferenceEvaluator(model).run(None, dict(feeds))
     except Exception:  # of operators that it does not know, or has a fault in
         return None
-    return found if all(isinstance(one, np.ndarray) for one in found) else None
+    return list(found) if all(isinstance(one, np.ndarray) for one in found) else None
 
 
 def a_second_pass_changes_nothing(model: onnx.ModelProto, feeds: Feeds) -> None:
@@ -202,8 +202,9 @@ def _noisy(array: Array, least: float, seed: int) -> Array:
     if array.dtype != np.float32 or array.size < 2:
         return array
     size = float(np.sqrt(np.square(array).mean())) * 10 ** (-least / 20)
-    noise: Array = np.random.default_rng(seed).standard_normal(array.shape) * size
-    return (array + noise).astype(np.float32)
+    noise = np.asarray(np.random.default_rng(seed).standard_normal(array.shape))
+    noisy: Array = array + size * noise.astype(np.float32)
+    return noisy.astype(np.float32)
 
 
 def _with_noise(model: onnx.ModelProto, least: float, seed: int) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import onnx
 import onnx_ir as ir
@@ -62,7 +63,8 @@ class Inference:
                         for d in found.tensor_type.shape.dim
                     ])  # fmt: skip
             elif found is not None:  # a sequence: torch's exporter types that of SplitToSequence as a tensor
-                output.type, output.shape = ir.serde.deserialize_type_proto_for_type(found), None
+                with suppress(ir.serde.SerdeError):  # of maps, for which onnx-ir has no type
+                    output.type, output.shape = ir.serde.deserialize_type_proto_for_type(found), None
 
     def _types(self, node: ir.Node, inputs: Mapping[str, onnx.TypeProto]) -> list[onnx.TypeProto | None]:
         if node.domain == DOMAIN:

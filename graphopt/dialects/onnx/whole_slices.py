@@ -12,7 +12,8 @@ def drop_whole_slices(graph: OnnxGraph) -> None:
     """Use what a Slice reads in its place, where its constant bounds take all of each axis. [changes]"""
     for node in graph.sites("onnx.Slice"):
         x, *bounds = node.operands
-        if x is None or node.result.is_output or any(value is None or not value.is_constant for value in bounds[:2]):
+        known = len(bounds) > 1 and all(value is not None and value.is_constant for value in bounds[:2])
+        if x is None or node.result.is_output or not known:  # before opset 10 the bounds are attributes
             continue
         starts, ends = (graph.constant(value).tolist() for value in bounds[:2])  # type: ignore[arg-type, union-attr]
         steps = bounds[3] if len(bounds) > 3 else None

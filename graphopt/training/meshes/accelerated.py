@@ -100,6 +100,16 @@ def _require_what_was_asked_for(accelerator: Any, kind: str) -> None:
         )
 
 
+def require_whole(**batches: Any) -> None:
+    """Raise UsageError for batches, by the names of their arguments, that accelerate has cut for several processes."""
+    for name, one in batches.items():
+        if getattr(one, "_is_accelerate_prepared", False):
+            raise UsageError(
+                f"{name}= was prepared by an Accelerator, which gives each process its share, and so does graphopt: "
+                "pass the loader as it was before"
+            )
+
+
 def agreed(settings: S, accelerator: Any) -> S:
     """The options of a training, with what an Accelerator says in place of defaults.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import graphopt
 from graphopt.dialects.onnx.graph import OnnxGraph
+from graphopt.dialects.onnx.whole_slices import drop_whole_slices
 from graphopt.numerics.metrics import cosine, sqnr, within_tolerance
 from graphopt.result import Optimized
 from tests.dialects.fx.test_graph import normal
@@ -300,6 +301,26 @@ def test_weights_that_are_stored_in_16_bits_stay_so(dtype: torch.dtype, passes: 
     assert [node.op_type for node in written.graph.node] == ["Cast", "MatMul", "MatMul"]
     if passes is None:
         assert_same(proto, {"x": normal(3, 64)}, tmp_path)
+
+
+def test_slices_by_attributes_are_read() -> None:
+    text = "g (float[n,4] x) => (float[n,4] y) { s = Slice<axes = [1], ends = [9], starts = [0]>(x)  y = Relu(s) }"
+    graph = OnnxGraph.from_model(model(text, opset=9))
+    drop_whole_slices(graph)
+    assert [node.kind for node in graph.nodes] == ["onnx.Slice", "relu"]
+
+
+def test_a_sequence_of_maps_is_read() -> None:
+    result = helper.make_sequence_type_proto(
+        helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    )
+    nodes = [helper.make_node("Relu", ["x"], ["p"]),
+             helper.make_node("ZipMap", ["p"], ["z"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2])]  # fmt: skip
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3])
+    graph = helper.make_graph(nodes, "g", [x], [helper.make_value_info("z", result)])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    read = OnnxGraph.from_model(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    assert [node.kind for node in read.nodes] == ["relu", "ai.onnx.ml.ZipMap"]
 
 
 def test_sequences_and_optionals(tmp_path: Path) -> None:

@@ -20,13 +20,15 @@ from onnxruntime import quantization
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import graphopt
+from graphopt.capture import capture
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.numerics import metrics
 from graphopt.numerics.quantize import pack
 from graphopt.result import Optimized
-from tests.language import BITS, build
+from tests.language import BITS, build, producer
+from tests.models import model as from_text
 
 SOURCE = """
     a = relu(conv(x[2,3,8,8], U[8,3,3,3], A[8], padding=[1,1,1,1]))
@@ -356,7 +358,7 @@ def test_int8_activations_are_written_with_their_zero_point() -> None:
 def test_a_stored_weight_is_found_behind_a_transpose() -> None:
     """Portable files store it (out, in), and MatMulInteger reads (in, out)."""
     weight = torch.randint(-127, 127, (5, 4), dtype=torch.int8)
-    proto = model(
+    proto = from_text(
         """g (float[n,4] x) => (float[n,5] y) {
             q, s, z = DynamicQuantizeLinear(x) t = Transpose<perm = [1,0]>(w) i = MatMulInteger(q, t, z)
             f = Cast<to = 1>(i) m = Mul(s, v) y = Mul(f, m)}""",
