@@ -116,8 +116,8 @@ def _integers_range(graph: Graph, quantize: Node) -> tuple[float, float, float]:
     dtype = quantize.result.dtype
     if scale is None or zero_point is None or dtype is None:
         raise Declined(Decline("range_not_stored"))
-    step, zero = scale.float().unique(), zero_point.float().unique()  # as dequantize computes
-    if step.numel() > 1 or zero.numel() > 1:
+    step, zero = (tensor.float().flatten()[0] for tensor in (scale, zero_point))  # in float32, as dequantize computes
+    if bool((scale != step).any() or (zero_point.float() != zero).any()):
         raise Declined(Decline("range_not_stored"))
     least, largest = (float((bound - zero) * step) for bound in _most(dtype, quantize.attributes["bits"]))
     return float(step), least, largest

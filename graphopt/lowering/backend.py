@@ -152,8 +152,8 @@ class Backend(ABC):
     """For a target that writes a folder: a file in it. A folder that holds this file was written by the target, and
     `export` may replace it. Empty for a target that writes files."""
     folder_files: ClassVar[tuple[str, ...]] = ()
-    """Patterns of the other files in such a folder, in which * matches / too. Where it holds any other file, it is not
-    replaced."""
+    """Patterns of the other files in such a folder, in which * matches / too. `export` does not replace a folder that
+    holds any other file."""
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None

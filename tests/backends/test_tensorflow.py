@@ -124,7 +124,7 @@ REFUSED = re.compile(
     r"tensorflow has no form of onnx\.("
     r"Resize here: (mode=cubic|how=\w+|antialias)|Scatter\w+ here: reduction=mul|"
     r"(Max|Average)Pool here: indices are read|LayerNormalization here: its mean or deviation|"
-    r"\w+ here: operand \d is computed, and must be stored)"
+    r"\w+ here: (operand \d is computed, and must be stored|.* is not known before it runs))"
 )
 """What an operator that has a form may be refused for."""
 

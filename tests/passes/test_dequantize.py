@@ -8,6 +8,7 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from graphopt.dialects.fx.graph import FxGraph
 from graphopt.ir.ops.quantization import integer_range
 from graphopt.passes import Dequantize, FoldInt8, Quantize
 from graphopt.pipeline.selectors import Selector
@@ -135,9 +136,9 @@ def test_floats_are_within_half_a_step_of_the_integers(
     least, largest = integer_range(dtype, bits)
     zero = torch.tensor(round(least + share * (largest - least))).to(dtype)
     graph = build("fx", "y = identity(x[4,16])")
+    assert isinstance(graph, FxGraph)
     (x,) = graph.inputs
-    if front != "identity":
-        x = graph.emit(front, x, **({"low": -1.0, "high": 6.0} if front == "clip" else {}))
+    x = graph.emit("clip", x, low=-1.0, high=6.0) if front == "clip" else graph.emit(front, x)
     parameters = graph.add_constant(torch.tensor(scale)), graph.add_constant(zero)
     y = graph.emit("dequantize", graph.emit("quantize", x, *parameters, bits=bits), *parameters, bits=bits)
     graph.set_outputs({"y": y})
