@@ -330,7 +330,7 @@ class Optimized:
         graph, metadata = self.folded if portable else self.lowered, self._metadata(portable)
         if opset is not None or portable:
             self._check_exported(graph, opset)
-        with writing.together(path, path.with_name(path.name + ".json")) as (part, manifest):
+        with writing.together(path, writing.manifest_of(path)) as (part, manifest):
             facts = self.report.to_dict() | {"load": self._loading(path.name, aot)}
             manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
             if aot:
@@ -345,8 +345,8 @@ class Optimized:
         if opset is not None or portable or external_data is not None:
             raise UsageError(f"{self.backend.name} writes no ONNX: opset, portable and external_data are for .onnx")
         with (
-            writing.whole(path.with_name(path.name + ".json")) as manifest,
-            writing.whole_folder(path, self.backend.folder_mark) as part,
+            writing.whole(writing.manifest_of(path)) as manifest,
+            writing.whole_folder(path, self.backend.folder_mark, self.backend.folder_files) as part,
         ):
             facts = self.report.to_dict() | {"load": self._loading(path.name, False)}
             manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")

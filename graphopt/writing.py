@@ -7,6 +7,7 @@ weights are never of two exports, and a file of weights that graphopt wrote is k
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import mmap
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import filelock
 
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, UsageError
 
 MARK = ".graphopt-"
 """How the names of folders begin in which files are written; a process that is killed leaves one behind."""
@@ -66,14 +67,15 @@ def together(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 @contextmanager
-def whole_folder(path: Path, mark: str) -> Iterator[Path]:
+def whole_folder(path: Path, mark: str, files: Sequence[str] = ("*",)) -> Iterator[Path]:
     """Where to write the folder `path`: it takes its place when the block ends, and is removed where the block fails.
 
-    mark: a file that every such folder holds. A folder that is there is replaced as a whole, where it is empty or holds
-    that file; for a moment between two renames there is none. Links are followed.
+    mark: a file that every such folder holds. files: patterns of its other files, in which * matches / too. A folder
+    that is there is replaced as a whole, where it is empty or holds the mark and no other files than these; for a
+    moment between two renames there is none. Links are followed.
     Raises GraphError for anything else in its place, and where there is no folder to write it in.
     """
-    if reason := why_not_folder(path, mark):
+    if reason := why_not_folder(path, mark, files):
         raise GraphError(reason)
     place = path.resolve()
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=MARK) as around:
@@ -81,6 +83,8 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
         part.mkdir()
         yield part
         with _lock(place):
+            if reason := why_not_folder(path, mark, files):  # of what was put there meanwhile
+                raise GraphError(reason)
             if place.exists():
                 place.rename(Path(around) / "before")
             part.rename(place)
@@ -111,7 +115,14 @@ def why_not(path: Path) -> str:
     return f"{path} is {kind}, which is never overwritten; name another file" if kind else ""
 
 
-def why_not_folder(path: Path, mark: str) -> str:
+def manifest_of(path: Path) -> Path:
+    """The file beside `path` that says how it was made. Raises UsageError where `path` has no name of its own."""
+    if path.name in ("", ".."):
+        raise UsageError(f"{path} has no name of its own: write to a file or folder in it, such as {path / 'small'}")
+    return path.with_name(path.name + ".json")
+
+
+def why_not_folder(path: Path, mark: str, files: Sequence[str] = ("*",)) -> str:
     """Why no folder can be written at `path` (`whole_folder`), and what to do; empty where one can."""
     place = path.resolve()
     if not place.parent.is_dir():
@@ -120,6 +131,11 @@ def why_not_folder(path: Path, mark: str) -> str:
         return f"{path} is a file; name a folder"
     if place.is_dir() and any(place.iterdir()) and not (place / mark).is_file():
         return f"{path} holds other files and no {mark}, so it is not replaced: name another folder"
+    for file in sorted(place.rglob("*")) if place.is_dir() else ():
+        name = file.relative_to(place).as_posix()
+        is_kept = file.is_symlink() or not file.is_dir()
+        if is_kept and name != mark and not any(fnmatch.fnmatchcase(name, pattern) for pattern in files):
+            return f"{path} holds {name}, which was not written with it, so it is not replaced: name another folder"
     return ""
 
 

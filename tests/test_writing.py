@@ -327,3 +327,48 @@ def test_files_are_renamed_in_one_place() -> None:
     found = {str(file.relative_to(ROOT)) for file in sources if RENAMES.search(file.read_text())}
     assert found <= {"graphopt/writing.py"}
     assert RENAMES.search("os.replace(part, path)") and RENAMES.search('name + ".part"')
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+FOLDER = {"1/model.pb": "model", "1/mark.json": "{}", "1/variables/variables.index": "w"}
+
+
+def written_folder(path: Path) -> None:
+    with writing.whole_folder(path, "1/mark.json", ("1/model.pb", "1/variables/variables.*")) as part:
+        for name, text in FOLDER.items():
+            (part / name).parent.mkdir(exist_ok=True, parents=True)
+            (part / name).write_text(text)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    where=st.sampled_from(["1", "2", "1/variables", "1/assets", "."]),
+    name=st.sampled_from(["mine.txt", "model.pb", "x.index"]),
+)
+def test_a_folder_is_replaced_only_where_it_holds_nothing_of_the_users(where: str, name: str) -> None:
+    with tempfile.TemporaryDirectory() as around:
+        path = Path(around) / "m"
+        written_folder(path)
+        theirs = (Path(where) / name).as_posix()
+        (path / theirs).parent.mkdir(exist_ok=True)
+        (path / theirs).write_text("mine")
+        before = contents(path)
+        if theirs in FOLDER:
+            written_folder(path)
+            assert contents(path) == FOLDER
+        else:
+            with pytest.raises(GraphError, match=rf"m holds {theirs}, which was not written with it"):
+                written_folder(path)
+            assert contents(path) == before
+        assert [file for file in Path(around).iterdir() if file != path] == []
+
+
+@pytest.mark.parametrize("path", [".", "/", "..", "a/.."])
+def test_what_has_no_name_is_no_place_for_a_file(path: str) -> None:
+    with pytest.raises(UsageError, match=f"{path} has no name of its own: write to a file or folder in it"):
+        writing.manifest_of(Path(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -76,7 +77,9 @@ class Stored:
         with self.tf.init_scope():  # outside the function that is traced
             if array.size <= INLINE:
                 return self.tf.constant(array)
-            variable = self.tf.Variable(array, trainable=False, name="".join(c if c.isalnum() else "_" for c in name))
+            # TensorFlow takes names of ASCII alone that begin with a letter or a digit.
+            plain = re.sub(r"[^A-Za-z0-9]", "_", name)
+            variable = self.tf.Variable(array, trainable=False, name=f"v{len(self.variables)}_{plain}")
             self.variables.append(variable)
             return variable
 
@@ -87,32 +90,32 @@ class Values:
     def __init__(self, stored: Stored) -> None:
         self.tf, self.graph, self.stored = stored.tf, stored.graph, stored
         self._plain: dict[Value, Any] = {}
-        self._last: dict[Value, Any] = {}
+        self._channels_last: dict[Value, Any] = {}
 
     def set(self, value: Value, found: Any) -> None:
         if isinstance(found, ChannelsLast):
-            self._last[value] = found.tensor
+            self._channels_last[value] = found.tensor
         else:
             self._plain[value] = found
 
-    def is_last(self, value: Value) -> bool:
+    def is_channels_last(self, value: Value) -> bool:
         """Whether it was computed with channels last."""
-        return value in self._last and value not in self._plain
+        return value in self._channels_last and value not in self._plain
 
     def plain(self, value: Value) -> Any:
         if value not in self._plain:
-            if value in self._last:
-                last = self._last[value]
-                self._plain[value] = self.tf.transpose(last, from_last(last.shape.rank))
+            if value in self._channels_last:
+                found = self._channels_last[value]
+                self._plain[value] = self.tf.transpose(found, from_last(found.shape.rank))
             else:
                 self._plain[value] = self.stored.get(value)
         return self._plain[value]
 
-    def last(self, value: Value) -> Any:
-        if value not in self._last:
+    def channels_last(self, value: Value) -> Any:
+        if value not in self._channels_last:
             plain = self.plain(value)
-            self._last[value] = self.tf.transpose(plain, to_last(plain.shape.rank))
-        return self._last[value]
+            self._channels_last[value] = self.tf.transpose(plain, to_last(plain.shape.rank))
+        return self._channels_last[value]
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class Call:
 
     node: Node
     values: Values
-    in_last: bool = False
+    by_channels_last: bool = False
     """Whether operands are given with channels last."""
     attributes: Mapping[str, Any] = field(init=False)
 
@@ -136,15 +139,15 @@ class Call:
         value = self.value(index)
         if value is None:
             raise self.refused(f"operand {index} is left out")
-        return self._in_last(value) if self.in_last else self.values.plain(value)
+        return self._broadcast_channels_last(value) if self.by_channels_last else self.values.plain(value)
 
-    def _in_last(self, value: Value) -> Any:
+    def _broadcast_channels_last(self, value: Value) -> Any:
         """An operand of fewer axes is broadcast: it gets the missing ones in front first."""
         tf, rank = self.values.tf, self.node.result.rank
         assert rank is not None  # of a result that is computed with channels last
         missing = rank - (value.rank or 0)
         if missing == 0:
-            return self.values.last(value)
+            return self.values.channels_last(value)
         plain = self.values.plain(value)
         if not value.rank:
             return plain
@@ -167,17 +170,17 @@ class Call:
         """All operands, each of which must be given."""
         return [self[index] for index in range(len(self))]
 
-    def is_last(self, index: int) -> bool:
+    def is_channels_last(self, index: int) -> bool:
         """Whether an operand was computed with channels last."""
         value = self.value(index)
-        return value is not None and self.values.is_last(value)
+        return value is not None and self.values.is_channels_last(value)
 
-    def last(self, index: int) -> Any:
+    def channels_last(self, index: int) -> Any:
         """Operand `index` with channels last."""
         value = self.value(index)
         if value is None:
             raise self.refused(f"operand {index} is left out")
-        return self.values.last(value)
+        return self.values.channels_last(value)
 
     def permuted(self, index: int, perm: Sequence[int]) -> Any:
         """Operand `index` with its axes in another order: a weight is stored so, and not transposed at each run."""

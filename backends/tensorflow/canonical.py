@@ -92,7 +92,7 @@ def _split(tf: Any, x: Any, heads: int) -> Any:
     return tf.transpose(tf.reshape(x, [batch, length, heads, width // heads]), [0, 2, 1, 3])
 
 
-def _joined(tf: Any, x: Any) -> Any:
+def _heads_joined(tf: Any, x: Any) -> Any:
     """(batch, heads, length, size) -> (batch, length, heads · size)."""
     batch, heads, length, size = (size_of(tf, x, axis) for axis in range(4))
     return tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, length, heads * size])
@@ -117,7 +117,7 @@ def _attention(tf: Any, call: Call) -> Any:
         # The least number, and not -inf: a row without any allowed position gives no NaN.
         scores = tf.where(mask, scores, scores.dtype.min) if mask.dtype == tf.bool else scores + mask
     y = tf.linalg.matmul(tf.nn.softmax(scores), value)
-    return _joined(tf, y) if heads else y
+    return _heads_joined(tf, y) if heads else y
 
 
 def _rotary(tf: Any, call: Call) -> Any:
@@ -131,7 +131,7 @@ def _rotary(tf: Any, call: Call) -> Any:
     turned = tf.reshape(tf.stack(parts, -1), tf.shape(turned)) if interleaved else tf.concat(parts, -1)
     y = tf.concat([turned, rest], -1)
     y.set_shape(x.shape)
-    return _joined(tf, y) if heads else y
+    return _heads_joined(tf, y) if heads else y
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -176,8 +176,8 @@ def _batch_norm(tf: Any, call: Call) -> Any:
     weight, bias, mean, var = (call[index] for index in range(1, 5))
     factor = weight * tf.math.rsqrt(var + tf.constant(call.attributes["eps"], var.dtype))
     shift = bias - mean * factor
-    if call.is_last(0):
-        return ChannelsLast(call.last(0) * factor + shift)
+    if call.is_channels_last(0):
+        return ChannelsLast(call.channels_last(0) * factor + shift)
     x = call[0]
     shape = [-1, *[1] * (x.shape.rank - 2)]
     return x * tf.reshape(factor, shape) + tf.reshape(shift, shape)
@@ -195,24 +195,24 @@ def cast(tf: Any, x: Any, dtype: Any) -> Any:
 def _transpose(tf: Any, call: Call) -> Any:
     """Between the two layouts it costs nothing."""
     perm = list(call.attributes["perm"])
-    if len(perm) > 2 and perm == to_last(len(perm)) and call.is_last(0):
-        return call.last(0)
+    if len(perm) > 2 and perm == to_last(len(perm)) and call.is_channels_last(0):
+        return call.channels_last(0)
     return ChannelsLast(call[0]) if len(perm) > 2 and perm == from_last(len(perm)) else tf.transpose(call[0], perm)
 
 
 def _slice(tf: Any, call: Call) -> Any:
     part = slice(call.attributes["start"], call.attributes["end"])
-    if call.is_last(0):
+    if call.is_channels_last(0):
         axis = axis_in_last(call.attributes["axis"], call.rank(0))
-        return ChannelsLast(call.last(0)[(*[slice(None)] * axis, part)])
+        return ChannelsLast(call.channels_last(0)[(*[slice(None)] * axis, part)])
     axis = call.attributes["axis"] % call[0].shape.rank
     return call[0][(*[slice(None)] * axis, part)]
 
 
 def _concat(tf: Any, call: Call) -> Any:
     axis, several = call.attributes["axis"], range(len(call))
-    if any(map(call.is_last, several)):
-        parts = [call.last(index) for index in several]
+    if any(map(call.is_channels_last, several)):
+        parts = [call.channels_last(index) for index in several]
         return ChannelsLast(tf.concat(parts, axis_in_last(axis, parts[0].shape.rank)))
     return tf.concat(call.tensors(), axis)
 
@@ -232,8 +232,8 @@ def _unsqueeze(tf: Any, call: Call) -> Any:
 
 def _mean(tf: Any, call: Call) -> Any:
     axes, keepdim = call.attributes["axes"], call.attributes["keepdim"]
-    if call.is_last(0):
-        x = call.last(0)
+    if call.is_channels_last(0):
+        x = call.channels_last(0)
         rank = x.shape.rank
         inner = sorted(axis_in_last(axis, rank) for axis in axes or range(rank))
         y = tf.reduce_mean(x, inner, keepdims=keepdim)
@@ -331,21 +331,21 @@ def _add_int8(tf: Any, call: Call) -> Any:
 def _conv(tf: Any, call: Call) -> Any:
     rank = call.rank(1)
     weight = call.permuted(1, (*range(2, rank), 1, 0))
-    return ChannelsLast(conv(tf, call.last(0), weight, call.optional(2), call.attributes))
+    return ChannelsLast(conv(tf, call.channels_last(0), weight, call.optional(2), call.attributes))
 
 
 def _conv_transpose(tf: Any, call: Call) -> Any:
     rank = call.rank(1)
     weight = call.permuted(1, (*range(2, rank), 1, 0))
-    return ChannelsLast(conv_transpose(tf, call.last(0), weight, call.optional(2), call.attributes))
+    return ChannelsLast(conv_transpose(tf, call.channels_last(0), weight, call.optional(2), call.attributes))
 
 
 def _pad(tf: Any, call: Call) -> Any:
     padding, value = call.attributes["padding"], call.attributes["value"]
     rank, count = call.node.input.rank, len(call.attributes["padding"]) // 2
-    if call.is_last(0) and rank == count + 2:  # space alone
+    if call.is_channels_last(0) and rank == count + 2:  # space alone
         sides = [(0, 0), *zip(padding[:count], padding[count:], strict=True), (0, 0)]
-        return ChannelsLast(pad(tf, call.last(0), sides, value))
+        return ChannelsLast(pad(tf, call.channels_last(0), sides, value))
     x = call[0]
     sides = [*[(0, 0)] * (x.shape.rank - count), *zip(padding[:count], padding[count:], strict=True)]
     return pad(tf, x, sides, value)
@@ -405,8 +405,8 @@ FORMS: dict[str, Form] = {
     "batch_norm": Form(_batch_norm),
     "softmax": Form(lambda tf, call: tf.nn.softmax(call[0], call.attributes["axis"])),
     # pooling
-    "max_pool": Form(lambda tf, call: ChannelsLast(max_pool(tf, call.last(0), call.attributes))),
-    "average_pool": Form(lambda tf, call: ChannelsLast(average_pool(tf, call.last(0), call.attributes))),
+    "max_pool": Form(lambda tf, call: ChannelsLast(max_pool(tf, call.channels_last(0), call.attributes))),
+    "average_pool": Form(lambda tf, call: ChannelsLast(average_pool(tf, call.channels_last(0), call.attributes))),
     # quantization
     "choose_qparams": Form(_choose_qparams),
     "row_scale": Form(_row_scale),

@@ -13,7 +13,7 @@ from graphopt.backends.tensorflow.canonical import cast, each, indices, matmul, 
 from graphopt.backends.tensorflow.windows import average_pool, conv, max_pool, pad, size_of
 
 
-def _with(function: Callable[..., Any], **defaults: Any) -> Form:
+def _with_attributes(function: Callable[..., Any], **defaults: Any) -> Form:
     """With these attributes, in the order of the function's further parameters."""
 
     def apply(tf: Any, call: Call) -> Any:
@@ -22,7 +22,7 @@ def _with(function: Callable[..., Any], **defaults: Any) -> Form:
     return Form(apply, elementwise=True)
 
 
-def _joined(function: Callable[[Any], Callable[[Any, Any], Any]]) -> Form:
+def _accumulated(function: Callable[[Any], Callable[[Any, Any], Any]]) -> Form:
     """Of any number of operands."""
     return Form(lambda tf, call: reduce(function(tf), call.tensors()), elementwise=True)
 
@@ -45,6 +45,10 @@ def _elu(tf: Any, x: Any, alpha: float) -> Any:
 
 def _celu(tf: Any, x: Any, alpha: float) -> Any:
     return tf.where(x > 0, x, alpha * tf.math.expm1(x / alpha))
+
+
+def _hard_sigmoid(tf: Any, x: Any, alpha: float, beta: float) -> Any:
+    return tf.clip_by_value(x * alpha + beta, 0, 1)
 
 
 def _is_inf(tf: Any, x: Any, negative: int, positive: int) -> Any:
@@ -71,8 +75,8 @@ def _clip(tf: Any, call: Call) -> Any:
 
 
 def _shape(tf: Any, call: Call) -> Any:
-    if call.is_last(0):
-        last = call.last(0)
+    if call.is_channels_last(0):
+        last = call.channels_last(0)
         rank = last.shape.rank
         whole = tf.gather(tf.shape(last, tf.int64), [to_last(rank).index(axis) for axis in range(rank)])
     else:
@@ -129,7 +133,7 @@ def _split(tf: Any, call: Call) -> tuple[Any, ...]:
 def _depth_to_space(tf: Any, call: Call) -> Any:
     size = call.attributes["blocksize"]
     if call.attribute("mode", "DCR") == "DCR":
-        return ChannelsLast(tf.nn.depth_to_space(call.last(0), size))
+        return ChannelsLast(tf.nn.depth_to_space(call.channels_last(0), size))
     x = call[0]
     batch, depth, height, width = (size_of(tf, x, axis) for axis in range(4))
     x = tf.transpose(tf.reshape(x, [batch, depth // size**2, size, size, height, width]), [0, 1, 4, 2, 5, 3])
@@ -152,7 +156,7 @@ def _gather(tf: Any, call: Call) -> Any:
     return tf.gather(x, _from_start(tf, call[1], size_of(tf, x, axis)), axis=axis)
 
 
-def _places(tf: Any, found: Any, axis: int) -> Any:
+def _index_grid(tf: Any, found: Any, axis: int) -> Any:
     """For each entry of `found` its place in a tensor, which along `axis` it names itself."""
     axis %= found.shape.rank
     grid = tf.meshgrid(*[tf.range(size, dtype=found.dtype) for size in tf.unstack(tf.shape(found, found.dtype))],
@@ -162,7 +166,7 @@ def _places(tf: Any, found: Any, axis: int) -> Any:
 
 def _gather_elements(tf: Any, call: Call) -> Any:
     x, axis = call[0], call.attribute("axis", 0)
-    return tf.gather_nd(x, _places(tf, _from_start(tf, call[1], size_of(tf, x, axis)), axis))
+    return tf.gather_nd(x, _index_grid(tf, _from_start(tf, call[1], size_of(tf, x, axis)), axis))
 
 
 def _gather_nd(tf: Any, call: Call) -> Any:
@@ -212,7 +216,7 @@ def _one_hot(tf: Any, call: Call) -> Any:
 # --- placing ---------------------------------------------------------------------------------------------------------
 
 
-def _placed(tf: Any, call: Call, places: Any) -> Any:
+def _scattered(tf: Any, call: Call, places: Any) -> Any:
     how = call.attribute("reduction", "none")
     functions = {
         "none": tf.tensor_scatter_nd_update, "add": tf.tensor_scatter_nd_add, "max": tf.tensor_scatter_nd_max,
@@ -225,11 +229,11 @@ def _placed(tf: Any, call: Call, places: Any) -> Any:
 
 def _scatter_elements(tf: Any, call: Call) -> Any:
     axis = call.attribute("axis", 0)
-    return _placed(tf, call, _places(tf, _from_start(tf, call[1], size_of(tf, call[0], axis)), axis))
+    return _scattered(tf, call, _index_grid(tf, _from_start(tf, call[1], size_of(tf, call[0], axis)), axis))
 
 
 def _scatter_nd(tf: Any, call: Call) -> Any:
-    return _placed(tf, call, _from_start(tf, call[1], tf.shape(call[0])[: call[1].shape[-1]]))
+    return _scattered(tf, call, _from_start(tf, call[1], tf.shape(call[0])[: call[1].shape[-1]]))
 
 
 def _triangle(tf: Any, call: Call) -> Any:
@@ -318,7 +322,7 @@ def _reduced(function: Callable[[Any, Any, Any, bool], Any]) -> Form:
     return Form(apply)
 
 
-def _place(largest: bool) -> Form:
+def _extreme_index(largest: bool) -> Form:
     """The first place of the extreme, or the last."""
 
     def apply(tf: Any, call: Call) -> Any:
@@ -460,7 +464,7 @@ def _window(tf: Any, call: Call, x: Any, kernel: Sequence[int]) -> dict[str, Any
 
 
 def _conv(tf: Any, call: Call) -> Any:
-    x, rank = call.last(0), call.rank(1)
+    x, rank = call.channels_last(0), call.rank(1)
     weight = call.permuted(1, (*range(2, rank), 1, 0))
     return ChannelsLast(conv(tf, x, weight, call.optional(2), _window(tf, call, x, weight.shape[:-2])))
 
@@ -469,7 +473,7 @@ def _pool(function: Callable[..., Any]) -> Form:
     def apply(tf: Any, call: Call) -> Any:
         if len(call.node.results) > 1 or (function is average_pool and set(call.attribute("dilations", ())) - {1}):
             raise call.refused("indices are read, or an average is dilated")
-        x = call.last(0)
+        x = call.channels_last(0)
         return ChannelsLast(function(tf, x, _window(tf, call, x, call.attributes["kernel_shape"])))
 
     return Form(apply)
@@ -477,14 +481,17 @@ def _pool(function: Callable[..., Any]) -> Form:
 
 def _global(function: Callable[[Any, Any, Any], Any]) -> Form:
     def apply(tf: Any, call: Call) -> Any:
-        x = call.last(0)
+        x = call.channels_last(0)
         return ChannelsLast(function(tf, x, list(range(1, x.shape.rank - 1))))
 
     return Form(apply)
 
 
 def _resize(tf: Any, call: Call) -> Any:
-    """Axis by axis; opset 10 and Upsample read only scales, and count them from the first entry of an axis."""
+    """Axis by axis; opset 10 and Upsample read only scales, and count them from the first entry of an axis.
+
+    Integers are interpolated as float32, and cut off to integers once, as ONNX says.
+    """
     x, old = call[0], getattr(call.values.graph, "opset", 11) < 11
     mode = call.attribute("mode", "nearest").replace("bilinear", "linear")
     how = "asymmetric" if old else call.attribute("coordinate_transformation_mode", "half_pixel")
@@ -494,6 +501,9 @@ def _resize(tf: Any, call: Call) -> Any:
             raise call.refused(f"{name}={mode if name == 'mode' else how}")
     if call.attribute("antialias", 0) or call.attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise call.refused("antialias or keep_aspect_ratio_policy")
+    dtype = x.dtype
+    if mode == "linear" and not dtype.is_floating:
+        x = tf.cast(x, tf.float32)
     axes = [axis % x.shape.rank for axis in call.attribute("axes", tuple(range(x.shape.rank)))]
     scales = call.listed("scales", 1 if old else 2)
     sizes = None if old or call.value(3) is None else tf.unstack(tf.cast(call[3], tf.int32))
@@ -510,7 +520,7 @@ def _resize(tf: Any, call: Call) -> Any:
             size = tf.cast(tf.floor(tf.cast(before, tf.float32) * scale), tf.int32)
         places = _COORDINATES[how](tf, tf.range(size), tf.cast(size, tf.float32), tf.cast(before, tf.float32), scale)
         x = _along(tf, x, axis, places, before - 1, None if mode == "linear" else nearest)
-    return x
+    return tf.cast(x, dtype)
 
 
 def _half_pixel(tf: Any, places: Any, size: Any, before: Any, scale: Any) -> Any:
@@ -541,7 +551,7 @@ _NEAREST: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _along(tf: Any, x: Any, axis: int, places: Any, last: Any, nearest: str | None) -> Any:
-    """Entries of x at these places along an axis, the nearest ones or (None) interpolated linearly."""
+    """Entries of x at these places along an axis, the nearest ones or (None, of floats) interpolated linearly."""
     if nearest is not None:
         return tf.gather(x, tf.clip_by_value(tf.cast(_NEAREST[nearest](tf, places), tf.int32), 0, last), axis=axis)
     places = tf.clip_by_value(places, 0.0, tf.cast(last, tf.float32))
@@ -571,14 +581,14 @@ FORMS: dict[str, Form] = {
     "onnx.Not": each(lambda tf, x: tf.logical_not(x)),
     "onnx.BitwiseNot": each(lambda tf, x: tf.bitwise.invert(x)),
     "onnx.Mish": each(lambda tf, x: x * tf.tanh(tf.math.softplus(x))),
-    "onnx.Celu": _with(_celu, alpha=1.0),
-    "onnx.Elu": _with(_elu, alpha=1.0),
-    "onnx.HardSigmoid": _with(lambda tf, x, alpha, beta: tf.clip_by_value(x * alpha + beta, 0, 1), alpha=0.2, beta=0.5),
-    "onnx.IsInf": _with(_is_inf, detect_negative=1, detect_positive=1),
+    "onnx.Celu": _with_attributes(_celu, alpha=1.0),
+    "onnx.Elu": _with_attributes(_elu, alpha=1.0),
+    "onnx.HardSigmoid": _with_attributes(_hard_sigmoid, alpha=0.2, beta=0.5),
+    "onnx.IsInf": _with_attributes(_is_inf, detect_negative=1, detect_positive=1),
     "onnx.PRelu": each(lambda tf, x, slope: tf.where(x < 0, x * slope, x)),
-    "onnx.Selu": _with(_selu, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875),
-    "onnx.Swish": _with(lambda tf, x, alpha: x * tf.sigmoid(x * alpha), alpha=1.0),
-    "onnx.ThresholdedRelu": _with(lambda tf, x, alpha: tf.where(x > alpha, x, tf.zeros_like(x)), alpha=1.0),
+    "onnx.Selu": _with_attributes(_selu, alpha=1.67326319217681884765625, gamma=1.05070102214813232421875),
+    "onnx.Swish": _with_attributes(lambda tf, x, alpha: x * tf.sigmoid(x * alpha), alpha=1.0),
+    "onnx.ThresholdedRelu": _with_attributes(lambda tf, x, alpha: tf.where(x > alpha, x, tf.zeros_like(x)), alpha=1.0),
     "onnx.Clip": Form(_clip),
     "onnx.CastLike": each(lambda tf, x, like: cast(tf, x, like.dtype)),
     "onnx.And": each(lambda tf, a, b: tf.logical_and(a, b)),
@@ -593,9 +603,9 @@ FORMS: dict[str, Form] = {
     "onnx.Less": each(lambda tf, a, b: a < b),
     "onnx.LessOrEqual": each(lambda tf, a, b: a <= b),
     "onnx.Mod": Form(_mod),
-    "onnx.Max": _joined(lambda tf: tf.maximum),
-    "onnx.Min": _joined(lambda tf: tf.minimum),
-    "onnx.Sum": _joined(lambda tf: tf.add),
+    "onnx.Max": _accumulated(lambda tf: tf.maximum),
+    "onnx.Min": _accumulated(lambda tf: tf.minimum),
+    "onnx.Sum": _accumulated(lambda tf: tf.add),
     "onnx.Mean": Form(lambda tf, call: reduce(tf.add, call.tensors()) / len(call), elementwise=True),
     # shapes
     "onnx.Shape": Form(_shape),
@@ -611,7 +621,7 @@ FORMS: dict[str, Form] = {
     "onnx.Split": Form(_split),
     "onnx.DepthToSpace": Form(_depth_to_space),
     "onnx.SpaceToDepth": Form(
-        lambda tf, call: ChannelsLast(tf.nn.space_to_depth(call.last(0), call.attributes["blocksize"]))
+        lambda tf, call: ChannelsLast(tf.nn.space_to_depth(call.channels_last(0), call.attributes["blocksize"]))
     ),
     # picking and placing
     "onnx.Gather": Form(_gather),
@@ -640,8 +650,8 @@ FORMS: dict[str, Form] = {
     "onnx.ReduceProd": _reduced(lambda tf, x, axes, keep: tf.reduce_prod(x, axes, keep)),
     "onnx.ReduceSum": _reduced(lambda tf, x, axes, keep: tf.reduce_sum(x, axes, keep)),
     "onnx.ReduceSumSquare": _reduced(lambda tf, x, axes, keep: tf.reduce_sum(tf.square(x), axes, keep)),
-    "onnx.ArgMax": _place(largest=True),
-    "onnx.ArgMin": _place(largest=False),
+    "onnx.ArgMax": _extreme_index(largest=True),
+    "onnx.ArgMin": _extreme_index(largest=False),
     "onnx.TopK": Form(_top),
     "onnx.CumSum": Form(_running_sum),
     "onnx.Einsum": Form(_einsum),

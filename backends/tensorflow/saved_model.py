@@ -27,6 +27,9 @@ VERSION = "1"
 FACTS = f"{VERSION}/assets.extra/graphopt.json"
 """How the model was made; loaders leave alone what lies there."""
 
+FILES = tuple(f"{VERSION}/{name}" for name in ("saved_model.pb", "fingerprint.pb", "variables/variables.*"))
+"""What a SavedModel holds besides. Files of the user may lie beside them: assets, requests to warm it up."""
+
 
 def package() -> Any:
     """tensorflow. Raises UsageError where it is missing."""

@@ -30,6 +30,7 @@ class TensorFlow(Backend):
     schemes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     round_to: ClassVar[Mapping[str, int]] = {"neurons": 16, "channels": 16, "width": 16, "rank": 16}
     folder_mark: ClassVar[str] = saved_model.FACTS
+    folder_files: ClassVar[tuple[str, ...]] = saved_model.FILES
 
     def pipeline(self) -> str:
         return "dequantize"

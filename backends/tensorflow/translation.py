@@ -77,20 +77,22 @@ def _spec(tf: Any, value: Value) -> Any:
 def _translate(tf: Any, node: Node, values: Values) -> None:
     form = FORMS[node.kind]
     read = [value for value in node.operands if value is not None]
-    in_last = form.elementwise and node.result.rank is not None and any(values.is_last(value) for value in read)
+    in_any_layout = form.elementwise and node.result.rank is not None
+    by_channels_last = in_any_layout and any(values.is_channels_last(value) for value in read)
     try:
-        found = form.apply(tf, Call(node, values, in_last))
+        found = form.apply(tf, Call(node, values, by_channels_last))
         several = found if isinstance(found, tuple) else (found,)
         for result, one in zip(node.results, several, strict=False):
-            layout = ChannelsLast(one) if in_last else one
+            layout = ChannelsLast(one) if by_channels_last else one
             _set_sizes(result, layout)
             values.set(result, layout)
     except GraphoptError:
         raise
     except Exception as error:
-        raise LoweringError(
-            f"tensorflow does not take {node.kind} as it is here: {first_line(error)} ({node.label})"
-        ) from error
+        ranks = {value.name: values.plain(value).shape.rank for value in read}
+        unknown = next((name for name, rank in ranks.items() if rank is None), None)
+        why = first_line(error) if unknown is None else f"the rank of {unknown} is not known before it runs"
+        raise LoweringError(f"tensorflow has no form of {node.kind} here: {why} ({node.label})") from error
 
 
 def _set_sizes(value: Value, found: Any) -> None:

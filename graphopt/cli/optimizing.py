@@ -117,7 +117,8 @@ def optimize(
     if not dry_run and output is None and bundle is None:
         raise UsageError("say where to write: -o FILE, --bundle DIR, or --dry-run")
     asked = () if output is None or aot else engines(target, cpu, precision).backends
-    require_writable(model, output, report, mark=asked[0].folder_mark if len(asked) == 1 else "")
+    of_folder = (asked[0].folder_mark, asked[0].folder_files) if len(asked) == 1 else ("", ())
+    require_writable(model, output, report, *of_folder)
     if report is not None:
         require_report_name(report)
     if output is not None and asked and not any(output.suffix in one.suffixes for one in asked):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,19 +22,21 @@ def require_file(path: Path) -> None:
         raise UsageError(f"there is no file {path}")
 
 
-def require_writable(model: Path, output: Path | None, report: Path | None, mark: str = "") -> None:
+def require_writable(
+    model: Path, output: Path | None, report: Path | None, mark: str = "", folder_files: Sequence[str] = ()
+) -> None:
     """Raise UsageError where a file to write is none that can be written, holds weights of the model, or is written
     twice, and where the report would replace the model. Output may be the model itself.
 
-    mark: of a target that writes a folder, the file by which that is known (`Backend.folder_mark`).
+    mark, folder_files: of a target that writes a folder, `Backend.folder_mark` and the other files in it.
     """
     from graphopt.dialects.onnx.reading import external_files
 
-    exported = [] if output is None else [output, output.with_name(output.name + ".json")]
+    exported = [] if output is None else [output, writing.manifest_of(output)]
     files = [*exported, *([] if report is None else [report])]
     for path in files:
         is_folder = mark and path is output
-        if reason := writing.why_not_folder(path, mark) if is_folder else writing.why_not(path):
+        if reason := writing.why_not_folder(path, mark, folder_files) if is_folder else writing.why_not(path):
             raise UsageError(reason)
     if report is not None and report.resolve() == model.resolve():
         raise UsageError(f"{report} is the model itself; write the report to another file")

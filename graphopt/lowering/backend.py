@@ -134,7 +134,8 @@ class Backend(ABC):
         return {}
 
     def rounds(self, graph: Graph) -> bool:
-        """Whether kernels of a lowered graph round activations to 8 bits that are floats in ops (`Choice.lossy`)."""
+        """Whether kernels of a lowered graph round activations to 8 bits where its ops compute in floats
+        (`Choice.lossy`)."""
         return False
 
     def written(self, graph: Graph, path: Path) -> Callable[[Feeds], Sequence[Any]] | None:
@@ -148,7 +149,11 @@ class Backend(ABC):
     other_suffixes: ClassVar[tuple[str, ...]] = ()
     """Of files of other forms that it writes too."""
     folder_mark: ClassVar[str] = ""
-    """Of a target that writes a folder: a file in it, by which that is known, and may be replaced. Empty for files."""
+    """For a target that writes a folder: a file in it. A folder that holds this file was written by the target, and
+    `export` may replace it. Empty for a target that writes files."""
+    folder_files: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the other files in such a folder, in which * matches / too. Where it holds any other file, it is not
+    replaced."""
     weight_bits: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     """By op, the bits that weights may have in weight-only quantization, best first."""
     placement: ClassVar[Placement | None] = None

@@ -6,12 +6,14 @@ Whatever an engine prints goes to stderr.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class Child:
     def run(self, shape: int, to: str) -> None:
         """Write the outputs at one of the feeds, as a first call gives them."""
         outputs = self.runner({name: tensor.clone() for name, tensor in self.feeds[shape].items()})
-        torch.save([one if isinstance(one, Tensor) else None for one in outputs], to)
+        write([one if isinstance(one, Tensor) else None for one in outputs], to)
 
     def time(self, shape: int, calls: int) -> float:
         """Seconds of all calls together."""
@@ -60,8 +62,8 @@ class Child:
         try:
             return {"found": getattr(self, arguments.pop("name"))(**arguments)}
         except Exception as error:  # exceptions of engines have no class in common
-            passing = isinstance(error, MemoryError | OSError) or is_short_of_room(str(error))
-            return {"failed": first_line(error), "passing": passing}
+            transient = isinstance(error, MemoryError | OSError) or is_short_of_room(str(error))
+            return {"failed": first_line(error), "transient": transient}
 
 
 def is_short_of_room(message: str) -> bool:
@@ -69,6 +71,14 @@ def is_short_of_room(message: str) -> bool:
     tells (std::bad_alloc, DefaultCPUAllocator: can't allocate memory, PytorchStreamWriter failed writing file)."""
     return re.search("bad_?alloc|bad allocation|can't allocate|cannot allocate|failed to allocate|failed writing|"
                      "no space left", message, re.IGNORECASE) is not None  # fmt: skip
+
+
+def write(tensors: object, path: str | Path) -> None:
+    """Write what `torch.save` takes. Raises OSError where the disk is full, where `torch.save` itself raises a
+    RuntimeError whose text differs by its version."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    Path(path).write_bytes(buffer.getbuffer())
 
 
 def main() -> None:

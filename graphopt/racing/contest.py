@@ -104,13 +104,13 @@ class Contest:
         and what the first engine raised where none has a result.
         """
         with ExitStack() as stack:
-            stack.callback(self._close)
             try:
                 kept = tempfile.TemporaryDirectory(prefix="graphopt-", ignore_cleanup_errors=True)
                 self._folder = Path(stack.enter_context(kept))
             except OSError as error:
                 raise UsageError("a race keeps files in a temporary folder, and there is none to write to "
                                  f"({described(error)}): make room, or set TMPDIR") from error  # fmt: skip
+            stack.callback(self._close)  # before the folder goes, as the processes use it
             for backend in self.backends:
                 try:
                     run = self.run(backend)
@@ -258,17 +258,21 @@ class Contest:
         if found is not None and kept == candidate.digest:
             return found
         if found is not None:
-            self._contestants.pop(candidate.label)
-            found.close()
+            self._end(candidate.label)
         with room():
             folder = Path(tempfile.mkdtemp(dir=self._folder))
         found = Contestant(candidate.backend, candidate.graph, self._feeds, folder, self.threads)
         self._contestants[candidate.label] = candidate.digest, found
         return found
 
+    def _end(self, label: str) -> None:
+        """End the process of a candidate."""
+        _, contestant = self._contestants.pop(label)
+        contestant.close()
+
     def _close(self) -> None:
-        for _, contestant in self._contestants.values():
-            contestant.close()
+        for label in list(self._contestants):
+            self._end(label)
 
     # --- the race ----------------------------------------------------------------------------------------------------
 
@@ -284,20 +288,20 @@ class Contest:
         ):
             found = self._raced(advance)
             now.result = f"{len(found.speeds)} candidates"
-        if not found.passing:  # they may run at the next call
+        if not found.transient:  # they may run at the next call
             cache.opened().put(key, found.kept(), math.inf if found.steady else UNSURE)
         return found
 
     def _raced(self, advance: Callable[[str], None]) -> Figures:
         running: dict[str, Contestant] = {}
         lost: dict[str, str] = {}
-        passing: tuple[str, ...] = ()
+        transient: tuple[str, ...] = ()
         for candidate in self._candidates:
             try:
                 running[candidate.label] = self._contestant(candidate)
             except Lost as error:
                 lost[candidate.label] = str(error)
-                passing += (candidate.label,) if error.passing else ()
+                transient += (candidate.label,) if error.transient else ()
         sqnrs = {}
         for name, contestant in running.items():
             try:
@@ -310,7 +314,9 @@ class Contest:
             found = timed(calls, baselines, on_round=advance)
         except Lost as error:
             raise LoweringError(f"no engine came to the end of the race: {error}") from error
-        return replace(found, lost=lost | found.lost, sqnrs=sqnrs, passing=passing + found.passing)
+        for label in found.lost:
+            self._end(label)
+        return replace(found, lost=lost | found.lost, sqnrs=sqnrs, transient=transient + found.transient)
 
     def _sqnr(self, contestant: Contestant) -> float:
         """Of the worst output that holds floats. Raises GraphError where a shape differs, or numbers become NaN."""
@@ -338,8 +344,8 @@ class Contest:
         """The winner, with the race in its report, and what it exports for the other engines."""
         entrants = [self._entrant(one, figures) for one in self._candidates]
         planned = {place: one.planned for place, one in enumerate(self._candidates) if one.planned is not None}
-        rounding = {place for place, one in enumerate(self._candidates) if one.rounds}
-        ruled, least = judged(entrants, planned, rounding, self.within)
+        rounding_places = {place for place, one in enumerate(self._candidates) if one.rounds}
+        ruled, least = judged(entrants, planned, rounding_places, self.within)
         self._require_precision(ruled, entrants, least)
         order = fastest(ruled)
         if not order:
@@ -414,8 +420,11 @@ def _uncompressed_at(run: Run, precision: str) -> Optimized:
 
 
 def _planned(run: Run, small: Optimized) -> float | None:
-    """The SQNR (dB) that the passes that were asked for leave, before any of their sites is reverted. Where it was not
-    found, infinity of a result that has all of them, which sets the bar by itself, and None of any other."""
+    """The SQNR (dB) of the model after the passes that were asked for, before any site is reverted.
+
+    Where it was not measured: infinity for a result of all these passes without a reverted site, since the result's own
+    SQNR then sets the bar; None for any other result, which sets no bar.
+    """
     assert run.asked is not None  # as there is a result
     known = [found for record in run.asked.passes if (found := _worst(record.agreement)) is not None]
     if known:

@@ -31,7 +31,6 @@ SECONDS = 60.0
 SECONDS_PER_GB = 60.0
 """What it has beside that, for each GB of weights."""
 
-
 OWN_FAULTS = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 """Signals of a process that fails by itself, and so would fail again; others come from outside."""
 
@@ -39,22 +38,34 @@ OWN_FAULTS = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 class Lost(Exception):
     """A contestant does not run: it failed, its process died, or it gave no answer in time; the text says how."""
 
-    def __init__(self, how: str, *, passing: bool = False) -> None:
-        """passing: whether it may run another time, as memory, room on the disk or time was too short."""
+    def __init__(self, how: str, *, transient: bool = False) -> None:
+        """transient: whether it may run another time, as memory, room on the disk or time was too short."""
         super().__init__(how)
-        self.passing = passing
+        self.transient = transient
 
 
 @contextmanager
 def room() -> Iterator[None]:
-    """For writing files that a contestant reads. Raises Lost where there is no room, or no right to write."""
+    """For writing files that a contestant reads. Raises Lost where there is no room or no right to write, and where the
+    library that writes fails for another reason."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # which of the two depends on who writes: Python, onnx or torch
-        said = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+    except (OSError, RuntimeError) as error:  # a library raises a RuntimeError of its own, at times over an OSError
+        disk = _of_disk(error)
+        if disk is None:
+            how = f"has no file to read, as writing it failed: {described(error)}"
+            raise Lost(how, transient=child.is_short_of_room(str(error))) from error
         where = tempfile.gettempdir()
+        said = disk.strerror or first_line(disk)
         how = f"has no file to read, as {where} cannot be written ({said}): make room there, or set TMPDIR"
-        raise Lost(how, passing=True) from error
+        raise Lost(how, transient=True) from error
+
+
+def _of_disk(error: BaseException | None) -> OSError | None:
+    """The error of the file system that led to an error."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @dataclass
@@ -90,9 +101,11 @@ class Contestant:
         self._limit = limit or SECONDS + SECONDS_PER_GB * cost.Cost.of(graph).bytes / 1e9
         file = folder / f"graph.{'onnx' if graph.dialect == 'onnx' else 'pt2'}"
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._end: Lost | None = None
+        """Why it answers no more; None while it does."""
         with room():
             graph.save(file)
-            torch.save([dict(one) for one in feeds], folder / "feeds.pt")
+            child.write([dict(one) for one in feeds], folder / "feeds.pt")
             errors = (folder / "stderr").open("w")
         with errors:
             self._process = _started(errors, self._answers)
@@ -125,6 +138,7 @@ class Contestant:
 
     def close(self) -> None:
         """End the process."""
+        self._end = self._end or Lost("has been ended")
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -137,10 +151,13 @@ class Contestant:
 
     def _ask(self, name: str, limit: float | None = None, **arguments: Any) -> Any:
         """What the child finds. limit: seconds, by default those of the engine's own work. Raises Lost; then the
-        process has ended, so that one that hangs takes no time of the others."""
+        process has ended, so that one that hangs takes no time of the others, and further questions raise the same."""
+        if self._end is not None:
+            raise Lost(str(self._end), transient=self._end.transient)
         try:
             return self._answered(name, limit or self._limit, arguments)
-        except Lost:
+        except Lost as lost:
+            self._end = lost
             self.close()
             raise
 
@@ -154,12 +171,12 @@ class Contestant:
         except OSError:  # the process is gone
             line = ""
         except queue.Empty:
-            raise Lost(f"gave no answer in {limit:.0f} s", passing=True) from None
+            raise Lost(f"gave no answer in {limit:.0f} s", transient=True) from None
         if not line:
             raise self._died(limit)
         answer = json.loads(line)
         if "failed" in answer:
-            raise Lost(f"failed: {answer['failed']}", passing=answer["passing"])
+            raise Lost(f"failed: {answer['failed']}", transient=answer["transient"])
         return answer["found"]
 
     def _died(self, limit: float) -> Lost:
@@ -167,15 +184,15 @@ class Contestant:
         try:
             code = self._process.wait(limit)
         except subprocess.TimeoutExpired:
-            return Lost(f"answers no more, and did not end in {limit:.0f} s", passing=True)
+            return Lost(f"answers no more, and did not end in {limit:.0f} s", transient=True)
         lines = (self._folder / "stderr").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = lines[-1][:160] if lines else ""
         if code >= 0:
-            return Lost(f"its process ended with code {code}" + (f": {said}" if said else ""), passing=True)
+            return Lost(f"its process ended with code {code}" + (f": {said}" if said else ""), transient=True)
         number = signal.Signals(-code)
         memory = ", as where memory runs out" if number == getattr(signal, "SIGKILL", None) else ""
-        passing = number not in OWN_FAULTS or child.is_short_of_room(said)
-        return Lost(f"its process died of signal {number} ({number.name}{memory})", passing=passing)
+        transient = number not in OWN_FAULTS or child.is_short_of_room(said)
+        return Lost(f"its process died of signal {number} ({number.name}{memory})", transient=transient)
 
 
 def _started(errors: IO[str], answers: queue.SimpleQueue[str]) -> subprocess.Popen[str]:
@@ -187,7 +204,7 @@ def _started(errors: IO[str], answers: queue.SimpleQueue[str]) -> subprocess.Pop
             stderr=errors, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
     except OSError as error:
-        raise Lost(f"has no process: {described(error)}", passing=True) from error
+        raise Lost(f"has no process: {described(error)}", transient=True) from error
     assert process.stdout is not None  # a pipe
     threading.Thread(target=partial(_collect, process.stdout, answers), daemon=True).start()
     return process

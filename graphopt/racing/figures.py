@@ -32,8 +32,8 @@ class Figures:
     """How those failed that did not come to the end."""
     sqnrs: dict[str, float] = field(default_factory=dict)
     """Of the outputs to the original's, in dB."""
-    passing: tuple[str, ...] = ()
-    """Of those that are lost, the ones that may run another time (`Lost.passing`)."""
+    transient: tuple[str, ...] = ()
+    """Of those that are lost, the ones that may run another time (`Lost.transient`)."""
 
     @property
     def steady(self) -> bool:
@@ -97,8 +97,8 @@ def timed(
         except _Out as out:
             lost[out.label] = out.lost
             continue
-        passing = tuple(label for label, how in lost.items() if how.passing)
-        return Figures(baseline, found, {label: str(how) for label, how in lost.items()}, passing=passing)
+        transient = tuple(label for label, how in lost.items() if how.transient)
+        return Figures(baseline, found, {label: str(how) for label, how in lost.items()}, transient=transient)
     raise Lost("; ".join(f"{label} {how}" for label, how in lost.items()))
 
 
@@ -129,15 +129,16 @@ class _Named:
 
 
 def judged(
-    entrants: Sequence[Entrant], planned: Mapping[int, float], rounding: Container[int], within: float
+    entrants: Sequence[Entrant], planned: Mapping[int, float], rounding_places: Container[int], within: float
 ) -> tuple[list[Entrant], float | None]:
     """The entrants, those too far from the original ruled out, and the least SQNR (dB) that the others reach.
 
-    planned: by the places of what was made by a lossy pipeline, the SQNR that its passes leave before anything of them
-    is reverted; infinity where that is not known. An engine that computes some of their sites in floats, or reverts
-    them, is closer to the original than was asked for, and sets no higher bar than that. The least is `within` dB below
-    the best of these; there is none where there are none of them. rounding: the places of those that round what the
-    model does not. Where no bar is known, these are out: nothing says how much may be lost.
+    planned: for each place (index in `entrants`) that a lossy pipeline made, the SQNR (dB) that its passes leave before
+    any site is reverted; infinity where that is not known. An engine that computes some of these sites in floats, or
+    reverts them, is closer to the original than was asked for: it sets no higher bar than `planned`. The least SQNR is
+    `within` dB below the best bar; None where `planned` gives no bar.
+    rounding_places: the places of entrants that round what the model does not. Without a bar, these are ruled out:
+    nothing says how much they may lose.
     """
     found = [(entrants[place].sqnr, most) for place, most in planned.items()]
     known = [min(sqnr, most) for sqnr, most in found if sqnr is not None and not math.isnan(sqnr)]
@@ -146,7 +147,7 @@ def judged(
     def ruled(place: int, one: Entrant) -> Entrant:
         if one.why_out:
             return one
-        if place in rounding and (best is None or one.sqnr is None):
+        if place in rounding_places and (best is None or one.sqnr is None):
             return replace(one, why_out="it rounds, and nothing to compare with says how much may be lost")
         if best is None or one.sqnr is None or one.sqnr >= best - within:
             return one

@@ -44,12 +44,15 @@ class Fitting:
         return any(name == engine for name, _, _ in self.taken)
 
     def require(self, engine: str) -> None:
-        """Raise UsageError where none of an engine does."""
+        """Raise UsageError where no candidate of an engine fits."""
         if not self.has(engine):
             raise UsageError(f"it was left out for want of memory: {self._sizes()}")
 
     def note(self) -> str | None:
-        """For the user: which candidates of engines that fit do not; None where all do."""
+        """A sentence for the user that names the candidates that do not fit, or says that none fits. None where all of
+        them fit."""
+        if not self.taken:
+            return f"nothing was raced for want of memory ({self._sizes()})"
         names = [" ".join(key) for key in self.left_out]
         return f"left out for want of memory: {', '.join(names)} ({self._sizes()})" if names else None
 
@@ -60,8 +63,11 @@ class Fitting:
 def fitting(
     backends: Sequence[Backend], precisions: Mapping[str, str], *, size: float, free: int | None, is_lossy: bool
 ) -> Fitting:
-    """Engines before further precisions of those, each in the given order; of an engine the result and the model as it
-    is, in float32, go together, and so does the result in a precision that was asked for by name.
+    """Choose the candidates that fit into memory.
+
+    First each engine in float32 is chosen, in the given order, then the further precisions of these engines. For each
+    engine, the result and the uncompressed model in float32 are chosen together or not at all. A precision that was
+    asked for by name belongs to that group too.
 
     precisions: by engine, auto or one of PRECISIONS. size: bytes of the weights. free: bytes of memory.
     """

@@ -162,6 +162,7 @@ SENTENCES = {
     "conv_bias_computed": "conv has no int8 form with a computed bias",
     "bound_within_integers": "its result goes through a {op} tighter than the uint8 range",
     "integers_from_elsewhere": "its integers come from {maker}, and from no quantize of the same scale",
+    "range_not_stored": "the range of its integers is computed, or another for each channel, and clip takes one",
     # rules of dialects
     "attention_mask_unfit": "the mask has {rank} axes, or enlarges the scores; attention takes 2 to 4 that fit",
     "attention_operands_broadcast": "queries, keys and values differ in batch or heads",

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +90,8 @@ class Request:
     model: str = ""
     """NAME:VERSION, once it is known; for metrics and the log."""
     route: str = "unknown"
+    until_answered: ExitStack = field(default_factory=ExitStack)
+    """What ends once the answer is sent, or cannot be."""
 
     async def body(self) -> bytes:
         own = self.settings
@@ -168,6 +170,7 @@ class App:
             own.folder, self.pool, own.threads, at_once, own.max_queue, own.allow_batch_variance, self.metrics
         )
         self.generating = 0
+        """Texts that are being written."""
         self._count = 0
         self._prefix = f"{os.getpid():x}-{time.time_ns() & 0xFFFFFF:x}"
 
@@ -222,12 +225,13 @@ class App:
         )
         self.metrics.in_flight += 1
         try:
-            response = await self._response(request)
-            status = response.status
-            sent = [*response.headers, (b"x-request-id", request.id.encode()), *self._cors(headers)]
-            if self.draining:
-                sent.append((b"connection", b"close"))
-            await self._send(response, sent, request, send)
+            with request.until_answered:
+                response = await self._response(request)
+                status = response.status
+                sent = [*response.headers, (b"x-request-id", request.id.encode()), *self._cors(headers)]
+                if self.draining:
+                    sent.append((b"connection", b"close"))
+                await self._send(response, sent, request, send)
         except bodies.Gone:
             status = 499
         finally:
@@ -354,6 +358,18 @@ class App:
     async def infer(self, served: Served, feeds: Arrays) -> Arrays:
         """Outputs. Raises Refused: 429 where too many wait, 408 where it takes too long."""
         return await self.in_time(served.batcher.infer(feeds))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Count a text among those that are being written. Raises Refused (429) where these are too many."""
+        if self.generating >= self.settings.max_queue:
+            reason = f"{self.generating} texts are being written already: try again"
+            raise Refused(429, reason, ((b"retry-after", b"1"),))
+        self.generating += 1
+        try:
+            yield
+        finally:
+            self.generating -= 1
 
     async def in_time(self, answer: Awaitable[T]) -> T:
         """The answer. Raises Refused (408) where it takes too long."""
@@ -523,7 +539,8 @@ async def _predict(app: App, request: Request) -> Response:
 
 
 async def _predictions(app: App, served: Served, items: list[Any]) -> list[Any]:
-    """The answers to items, some at a time: so many as there are do not wait in memory, and leave others their turn."""
+    """The answers to items. `ITEMS` are prepared and answered at a time, so that few inputs wait in memory and other
+    requests have their turn."""
     predictor, tokens = served.predictor, 0
     found: list[Any] = []
     for start in range(0, max(1, len(items)), ITEMS):
@@ -578,8 +595,7 @@ async def _generate(app: App, request: Request) -> Response:
         raise Refused(400, 'give {"prompt": "..."}')
     options = {key: asked[key] for key in _OPTIONS if asked.get(key) is not None}
     generation = served.predictor.require_generation()
-    if app.generating >= app.settings.max_queue:
-        raise Refused(429, f"{app.generating} texts are being written already: try again", ((b"retry-after", b"1"),))
+    request.until_answered.enter_context(app.writing())
     ids = await app.in_time(app.in_thread(generation.ids, asked["prompt"]))
     app.require_tokens(len(ids))
     pieces = generation.pieces(ids, **options)
@@ -605,15 +621,11 @@ async def _events(app: App, pieces: Iterator[str]) -> AsyncGenerator[bytes]:
 async def _in_order(app: App, pieces: Iterator[str]) -> AsyncGenerator[str]:
     """Pieces of an iterator, each made in a thread. Ends with Refused (408) where they take too long together."""
     end = time.monotonic() + app.settings.timeout
-    app.generating += 1
-    try:
-        loop = asyncio.get_running_loop()
-        while (piece := await loop.run_in_executor(app.pool, next, pieces, None)) is not None:
-            yield piece
-            if time.monotonic() > end:
-                raise Refused(408, f"there was no answer within {app.settings.timeout:g} s")
-    finally:
-        app.generating -= 1
+    loop = asyncio.get_running_loop()
+    while (piece := await loop.run_in_executor(app.pool, next, pieces, None)) is not None:
+        yield piece
+        if time.monotonic() > end:
+            raise Refused(408, f"there was no answer within {app.settings.timeout:g} s")
 
 
 # --- routes -----------------------------------------------------------------------------------------------------------

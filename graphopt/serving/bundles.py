@@ -70,6 +70,11 @@ def opened(folder: str | Path) -> Bundle:
     return Bundle(folder, found, content, hashlib.sha256(raw).hexdigest())
 
 
+def manifest_of(folder: Path) -> Manifest:
+    """What the bundle in a folder says of itself; its other files are not read. Raises BundleError."""
+    return manifest.parsed(_read(folder, manifest.FILE, manifest.LARGEST), str(folder))
+
+
 def missing_flags(found: Manifest) -> str:
     """The CPU flags that a bundle was tuned for and this CPU lacks, separated by spaces."""
     here = environment()["flags"].split()

@@ -9,19 +9,24 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from graphopt.errors import BundleError, GraphoptError, described, nearest
 from graphopt.serving import manifest
 from graphopt.serving.batching import Batcher
+from graphopt.serving.bundles import manifest_of
 from graphopt.serving.metrics import Metrics
 from graphopt.serving.predictor import Predictor
 from graphopt.serving.refusals import Refused
 
 LOG = logging.getLogger("graphopt.serving")
 
-Stamp = tuple[tuple[str, int, int, int], ...]
-"""What of files changes with their content: name, inode, time and size."""
+Facts = tuple[str, int, int, int]
+"""What of a file changes with its content: name, inode, time and size."""
+
+Stamp = tuple[Facts, ...]
+"""The facts of a bundle's files."""
 
 GONE_SECONDS = 5.0
 """How long a bundle must be missing before it is served no more: one that is replaced is missing for a moment."""
@@ -48,7 +53,7 @@ class Failed:
     name: str
     version: str
     stamp: Stamp | None
-    """What its manifest was then."""
+    """What its files were then."""
     reason: str
 
 
@@ -98,21 +103,24 @@ class Models:
 
         Raises BundleError where the folder is not there and nothing is served yet.
         """
+        loop = asyncio.get_running_loop()
+        found: Mapping[Path, tuple[str, str]] | None = None
         try:
-            found = await asyncio.get_running_loop().run_in_executor(None, places, self.root)
+            found = await loop.run_in_executor(None, places, self.root)
         except (BundleError, OSError):  # it is being replaced
             if not self.served:
                 raise
-            found = {}
         now = time.monotonic()
-        self._missing = {one: self._missing.get(one, now) for one in self._places if one not in found}
+        self._missing = {one: self._missing.get(one, now) for one in self._places if one not in (found or {})}
         for path, since in self._missing.items():
             if now - since >= GONE_SECONDS:
                 self._drop(path)
+        if found is None:
+            return
         for path in [one for one in self.failed if one not in found]:
             del self.failed[path]
         for path, (name, version) in found.items():
-            stamp = _stamp(path)
+            stamp = await loop.run_in_executor(None, _stamp, path)
             if stamp is None or self._stamps.get(path) == stamp:
                 continue
             if path in self.failed and self.failed[path].stamp == stamp:
@@ -131,8 +139,8 @@ class Models:
             self.failed[path] = Failed(name or path.name, version, stamp, described(error))
             LOG.exception("%s cannot be loaded", path)
             return
-        if _stamp(path) != stamp:  # changed again while it was read: the next round reads it
-            return
+        if await loop.run_in_executor(None, _stamp, path) != stamp:
+            return  # it changed again while it was read: the next round reads it
         name = name or predictor.manifest.name
         self.failed.pop(path, None)
         before = self.served.get(name, {}).get(version)
@@ -190,15 +198,32 @@ def places(root: Path) -> Mapping[Path, tuple[str, str]]:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    """Of all files of a bundle: whoever copies one may write the manifest before the files whose hashes it holds. None
-    where there is no manifest, or files come and go."""
-    if not (path / manifest.FILE).is_file():
+    """Of the manifest and the files that it names: whoever copies a bundle may write the manifest before the files
+    whose hashes it holds. None where there is no manifest; a file that is not there yet has no facts."""
+    own = _facts(path, manifest.FILE)
+    if own is None:
         return None
     try:
-        facts = [(one, one.stat()) for one in sorted(path.rglob("*"))]
+        names = _named(path, own)
+    except BundleError:  # which loading it raises too
+        names = ()
+    found = (_facts(path, name) for name in names)
+    return (own, *(one for one in found if one is not None))
+
+
+def _facts(folder: Path, name: str) -> Facts | None:
+    try:
+        own = (folder / name).stat()
     except OSError:
         return None
-    return tuple((str(one.relative_to(path)), own.st_ino, own.st_mtime_ns, own.st_size) for one, own in facts)
+    return name, own.st_ino, own.st_mtime_ns, own.st_size
+
+
+@lru_cache(maxsize=1024)
+def _named(folder: Path, facts: Facts) -> tuple[str, ...]:
+    """The files that a manifest names. facts: of the manifest, which is read again once they are others. Raises
+    BundleError where it cannot be read."""
+    return tuple(sorted(manifest_of(folder).files))
 
 
 def in_order(versions: Iterable[str]) -> list[str]:

@@ -11,14 +11,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
 from types import FrameType
 from typing import Any
 
-from graphopt.errors import GraphoptError, UsageError, require_positive_integer
+from graphopt.errors import GraphoptError, UsageError, described, require_positive_integer
 from graphopt.serving.app import ACCESS, App, Settings
 from graphopt.serving.models import places
 
@@ -146,7 +146,7 @@ def _draining(config: Any, app: App, listener: socket.socket) -> Any:
         async def _stop_listening(self) -> None:
             loop = asyncio.get_running_loop()
             loop.call_later(DRAIN_SECONDS, lambda: setattr(self, "should_exit", True))
-            connections = _accepted(listener)  # closing would reset them, with the requests that they hold
+            connections = _accepted(listener)  # closing would reset those that wait, with the requests that they hold
             for server in self.servers:
                 server.close()
             listener.close()  # which the loop may keep open
@@ -154,22 +154,38 @@ def _draining(config: Any, app: App, listener: socket.socket) -> Any:
                 config.http_protocol_class, config=config, server_state=self.server_state,
                 app_state=self.lifespan.state, _loop=loop,
             )  # fmt: skip
-            for connection in connections:
-                await loop.connect_accepted_socket(make, connection)
+            await _take(connections, make, loop)
 
     return Draining(config)
 
 
 def _accepted(listener: socket.socket) -> list[socket.socket]:
-    """The connections that wait."""
+    """The connections that wait. listener: one that does not block."""
     found: list[socket.socket] = []
     while True:
         try:
             connection, _ = listener.accept()
-        except OSError:  # none waits any more
+        except BlockingIOError:  # none waits any more
+            return found
+        except ConnectionAbortedError:  # this client has left
+            continue
+        except OSError as error:
+            LOG.error("the connections that still wait cannot be taken: %s", described(error))
             return found
         connection.setblocking(False)
         found.append(connection)
+
+
+async def _take(
+    connections: Iterable[socket.socket], make: Callable[[], asyncio.Protocol], loop: asyncio.AbstractEventLoop
+) -> None:
+    """Give each connection a protocol. One that fails is closed, and leaves the others as they are."""
+    for connection in connections:
+        try:
+            await loop.connect_accepted_socket(make, connection)
+        except Exception:
+            LOG.exception("a connection that waited cannot be served")
+            connection.close()
 
 
 def _protocol() -> Any:
@@ -179,6 +195,8 @@ def _protocol() -> Any:
     class Limited(HttpToolsProtocol):
         _header_bytes = 0
         _deadline: asyncio.TimerHandle | None = None
+        _unread = 0
+        """Bytes of the answer that waited to be sent at the last look."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -200,12 +218,28 @@ def _protocol() -> Any:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            self._unset_keepalive_if_required()
             super().connection_lost(exc)
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._unread = self.transport.get_write_buffer_size()
+            if self._unread and self.transport.is_closing():  # closed behind this answer: uvicorn sets no timer
+                self._look_again()
+
         def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            if self.transport.is_closing() and self.transport.get_write_buffer_size():
+            before, self._unread = self._unread, self.transport.get_write_buffer_size()
+            if self._unread < before:  # the client is slow, and reads
+                self._look_again()
+            elif self._unread:
                 self.transport.abort()  # an answer that nobody reads would stay in memory
+            else:
+                super().timeout_keep_alive_handler()
+
+        def _look_again(self) -> None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
         def _is_in_headers(self) -> bool:
             return self._deadline is not None

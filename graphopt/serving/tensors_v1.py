@@ -36,11 +36,11 @@ def written(outputs: Arrays, is_rows: bool) -> dict[str, Any]:
     only = next(iter(columns.values())) if len(columns) == 1 else None
     if not is_rows:
         return {"outputs": columns if only is None else only}
-    if only is not None:
-        return {"predictions": only}
     rows = min(len(array) if array.ndim else 0 for array in outputs.values())
     if not are_rows(outputs, rows):
         raise Refused(400, "the outputs of this model are not rows: ask with inputs, column by column")
+    if only is not None:
+        return {"predictions": only}
     return {"predictions": [{name: column[row] for name, column in columns.items()} for row in range(rows)]}
 
 

@@ -112,7 +112,7 @@ class Trainer:
             self._begin = time.monotonic()
             self.total = self._total_steps()
             if self.checkpoints is None or not self.checkpoints.resume(self):
-                self.amp = precision.chosen(self.settings.amp, self.device, self._trial, self.outcome.notes)
+                self.amp = self._chosen_precision()
                 self.best = Best(self._state(), self._score() if self.evaluate else math.nan, 0, self._is_settled)
                 if self.evaluate is not None:
                     self._tell({"step": 0, "metric": self.best.metric})
@@ -575,6 +575,15 @@ class Trainer:
             signal.signal(signal.SIGINT, before)
 
     # --- the first steps ---------------------------------------------------------------------------------------------
+
+    def _chosen_precision(self) -> precision.Amp:
+        """The precision of all ranks; where it is timed, by the first of them."""
+        choose = functools.partial(
+            precision.chosen, self.settings.amp, self.device, self._trial, self.outcome.notes
+        )
+        if self.mesh is None or self.settings.amp != "auto":
+            return choose()
+        return precision.Amp(self.mesh.first(lambda: choose().name), self.device)
 
     @contextmanager
     def _trial(self) -> Iterator[Callable[[precision.Amp], Callable[[], None]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode
 from graphopt.errors import GraphError, LoweringError, UsageError
 from graphopt.ir.graph import Graph
 from graphopt.ir.ops import OPS
-from graphopt.numerics.metrics import sqnr, within_tolerance
+from graphopt.numerics.metrics import sqnr, tolerance, within_tolerance
 from tests.cli.test_cli import done, refused
 from tests.dialects.fx.test_graph import CASES, Case, reference
 from tests.dialects.fx.test_graph import emitted as emitted_in_fx
@@ -119,6 +120,15 @@ def test_an_op_of_fx_computes_what_its_reference_says(op: str) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+REFUSED = re.compile(
+    r"tensorflow has no form of onnx\.("
+    r"Resize here: (mode=cubic|how=\w+|antialias)|Scatter\w+ here: reduction=mul|"
+    r"(Max|Average)Pool here: indices are read|LayerNormalization here: its mean or deviation|"
+    r"\w+ here: operand \d is computed, and must be stored)"
+)
+"""What an operator that has a form may be refused for."""
+
+
 @pytest.mark.slow
 @settings(SHORT, max_examples=40)
 @given(models(ALL))
@@ -134,10 +144,31 @@ def test_a_random_model_computes_the_same_or_names_what_has_no_form(drawn: Model
         try:
             (found,) = run_in_tensorflow(part, inputs)
         except LoweringError as error:
-            assert any(kind in str(error) for kind in missing) or "tensorflow has no form of" in str(error), error
+            assert any(kind in str(error) for kind in missing) or REFUSED.search(str(error)), error
+            assert error.__cause__ is None or "is not known before it runs" in str(error), error  # else a form failed
         else:
             assert not missing
-            assert found.dtype == expected.dtype and within_tolerance(expected, found), [*part.text().splitlines()]
+            # Where a model computes in 16 bits, ONNX Runtime leaves out some of the rounding.
+            dtypes = {value.dtype for node in part.nodes for value in node.results}
+            rtol = tolerance(torch.float16)[0] if dtypes & {torch.float16, torch.bfloat16} else None
+            assert found.dtype == expected.dtype and within_tolerance(expected, found, rtol=rtol), part.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint8", "float"])
+@pytest.mark.parametrize("how", ["half_pixel", "asymmetric", "align_corners"])
+def test_a_linear_resize_of_integers_is_not_one_of_nearest_entries(dtype: str, how: str) -> None:
+    proto = model(f"""g ({dtype}[1,2,4,4] x) => (y) <float[4] scales = {{1, 1, 2.5, 2}}> {{
+        y = Resize<mode="linear", coordinate_transformation_mode="{how}">(x, , scales)}}""")  # fmt: skip
+    x = torch.randint(0, 100, (1, 2, 4, 4), generator=torch.Generator().manual_seed(0))
+    inputs = {"x": x.to(getattr(torch, dtype))}
+    (found,) = run_in_tensorflow(capture(proto, "onnx").graph, inputs)
+    (wanted,) = plain_run(proto, inputs)
+    assert found.dtype == wanted.dtype
+    # By align_corners a number just below 20 may be cut off to 19; the two others are exact in float32 here.
+    atol = 1e-5 if dtype == "float" else 1 if how == "align_corners" else 0
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=atol)
+    assert float((found != wanted).double().mean()) < 0.05 or dtype == "float"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -259,6 +290,31 @@ def test_integers_become_floats_and_the_report_says_so() -> None:
     assert any("TensorFlow computes in floats" in note for note in small.report.notes)
 
 
+def with_relu_in_the_range() -> onnx.ModelProto:
+    """Two products of integers: zero point 0 of the second uint8 is all that is left of a Relu between them."""
+    generator = torch.Generator().manual_seed(1)
+    weights = {"v": torch.randn(8, 16, generator=generator), "w": torch.randn(16, 4, generator=generator)}
+    return model(
+        """g (float[n,8] x) => (y) <float s = {0.05}, uint8 m = {128}, float t = {0.1}, uint8 z = {0}> {
+        q = QuantizeLinear(x, s, m)
+        d = DequantizeLinear(q, s, m)
+        a = MatMul(d, v)
+        p = QuantizeLinear(a, t, z)
+        b = DequantizeLinear(p, t, z)
+        y = MatMul(b, w)}""",
+        weights,
+    )
+
+
+@pytest.mark.slow
+def test_a_relu_that_was_folded_into_a_range_stays() -> None:
+    pytest.importorskip("tensorflow")
+    inputs = {"x": torch.randn(16, 8, generator=torch.Generator().manual_seed(3))}
+    small = graphopt.optimize(with_relu_in_the_range(), target="tensorflow", example_inputs=inputs)
+    (wanted,) = plain_run(with_relu_in_the_range(), inputs)
+    assert not small.lowered.sites("quantize", "dequantize") and sqnr(wanted, flat(small(**inputs))) > 30
+
+
 @pytest.mark.slow
 def test_quantize_declines_every_site() -> None:
     pytest.importorskip("tensorflow")
@@ -297,6 +353,27 @@ def test_the_signature_has_the_models_own_names(inputs: list[str], output: str, 
     assert json.loads((tmp_path / "1" / "assets.extra" / "graphopt.json").read_text()) == {"made": "here"}
 
 
+@pytest.mark.slow
+def test_weights_may_have_any_name(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    names = ["/enc/W", "_W", "é", "a b", "1:0", "_w"]
+    sizes = "float[48,48]"
+    made = "".join(f"t{place + 1} = MatMul(t{place}, n{place})\n" for place in range(len(names)))
+    proto = model(f"g ({sizes} t0) => ({sizes} t{len(names)}) {{ {made} }}")
+    generator = torch.Generator().manual_seed(0)
+    for place, name in enumerate(names):
+        weight = (0.1 * torch.randn(48, 48, generator=generator)).numpy()
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+        proto.graph.node[place].input[1] = name
+    graph = capture(proto, "onnx").graph
+    inputs = {"t0": torch.randn(48, 48, generator=generator)}
+    (found,) = run_in_tensorflow(graph, inputs)
+    assert within_tolerance(plain_run(proto, inputs)[0], found)
+    TensorFlow().export(graph, tmp_path, metadata={})
+    (found,) = SavedModel(tmp_path, [f"t{len(names)}"])(inputs)
+    assert within_tolerance(plain_run(proto, inputs)[0], found)
+
+
 @pytest.fixture(scope="module")
 def encoder_in_tensorflow() -> Any:
     pytest.importorskip("tensorflow")
@@ -318,6 +395,26 @@ def test_what_was_written_is_replaced_and_nothing_else(encoder_in_tensorflow: An
         encoder_in_tensorflow.export(tmp_path / "m", opset=17)
     with pytest.raises(GraphError, match="there is no folder"):
         encoder_in_tensorflow.export(tmp_path / "none" / "m")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theirs", ["m/2/saved_model.pb", "m/notes.txt", "m/1/assets.extra/tf_serving_warmup_requests"])
+def test_files_of_the_user_are_not_damaged(encoder_in_tensorflow: Any, tmp_path: Path, theirs: str) -> None:
+    """A second version, a note, requests to warm it up."""
+    encoder_in_tensorflow.export(tmp_path / "m")
+    (tmp_path / theirs).parent.mkdir(exist_ok=True)
+    (tmp_path / theirs).write_text("mine")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(GraphError, match=rf"m holds {theirs[2:]}, which was not written with it"):
+        encoder_in_tensorflow.export(tmp_path / "m")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [".", "/", "..", "a/.."])
+def test_a_path_without_a_name_is_refused(encoder_in_tensorflow: Any, path: str) -> None:
+    with pytest.raises(UsageError, match=f"{path} has no name of its own"):
+        encoder_in_tensorflow.export(path)
 
 
 @pytest.mark.slow

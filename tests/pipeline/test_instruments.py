@@ -77,6 +77,15 @@ class LossyScale(Scale):
 
 
 @dataclass(frozen=True)
+class LoweringScale(Scale):
+    """As LossyScale, among the passes of a target."""
+
+    name = "lowering-scale"
+    stage = Stage.LOWER
+    lossless = False
+
+
+@dataclass(frozen=True)
 class Nothing(Pass):
     """Changes nothing."""
 
@@ -160,6 +169,14 @@ def test_lossless_is_measured_from_the_last_lossy_pass() -> None:
     assert [record.agreement[0].sqnr for record in context.report.passes] == [pytest.approx(2.499, abs=1e-3)] * 2
 
 
+def test_a_lossy_pass_of_the_targets_own_is_held_to_the_floor_of_rounding(dialect: str) -> None:
+    graph = build(dialect, TEXT)
+    run(graph, LoweringScale(by=1.1), instruments=[Agree(graph, examples(graph))])
+    graph = build(dialect, TEXT)
+    with pytest.raises(PassError, match=r"lowering-scale may take rounding away.*'y' has an SQNR of .* needs 10"):
+        run(graph, LoweringScale(by=1.2), instruments=[Agree(graph, examples(graph))])
+
+
 def test_a_quantized_graph_is_held_to_one_step() -> None:
     quantized = "w = dequantize(W[3,4]:seed1:int8, S[3]:ones, axis=0)"
     text = f"{quantized}\nh = linear(x[batch,4], w)\ny = linear(h, V[3,3]:seed2)"
@@ -179,7 +196,10 @@ def test_kernels_that_round_activations_are_held_to_30_db(factor: float, alone: 
     """1.02 is noise of 34 dB, and 1.1 of 20 dB."""
     graph = build("onnx", "w = dequantize(W[3,4]:seed1:int8, S[3]:ones, axis=0)\ny = linear(x[batch,4], w)")
     agree = Agree(graph, examples(graph))
-    noisy: Callable[[Feeds], list[Tensor]] = lambda one: [factor * y for y in graph.evaluate(one, graph.outputs)]  # noqa: E731
+
+    def noisy(feeds: Feeds) -> list[Tensor]:
+        return [factor * torch.as_tensor(y) for y in graph.evaluate(feeds, graph.outputs)]
+
     assert (agree.moved_by(noisy, graph) is None) == alone
     assert (agree.moved_by(noisy, graph, rounds=True) is None) == rounding
 

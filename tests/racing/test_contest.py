@@ -16,10 +16,11 @@ import graphopt
 from graphopt.errors import LoweringError, UsageError
 from graphopt.measure import memory
 from graphopt.pipeline.instruments import Instrument
-from graphopt.racing.contestant import Lost
+from graphopt.racing import contest
+from graphopt.racing.contestant import Lost, room
 from graphopt.report.records import Entrant
 from graphopt.result import Optimized
-from tests.racing.conftest import Stage
+from tests.racing.conftest import FakeContestant, Stage
 
 QUANTIZE = "quantize{scheme=dynamic}"
 
@@ -160,7 +161,10 @@ def test_candidates_that_do_not_fit_are_left_out(
     assert small.report.race is None and small.backend.precision == "float32"
     assert any("rounding as asked bfloat16" in note for note in small.report.notes)
     monkeypatch.setattr(memory, "available", lambda: 1_000)
-    assert optimized(program, "rounding").backend.precision == "float32"
+    small = optimized(program, "rounding")
+    assert small.backend.precision == "float32"
+    assert any("nothing was raced for want of memory" in note for note in small.report.notes)
+    assert not any("left out" in note for note in small.report.notes)
     assert optimized(program, "rounding", precision="bfloat16").backend.precision == "bfloat16"
 
 
@@ -186,15 +190,59 @@ def test_a_full_disk_is_an_error_of_graphopt(
         optimized(program, ["fbgemm", "healthy"])
 
 
-@pytest.mark.parametrize("passing", [True, False])
-def test_a_loss_that_may_pass_is_not_kept(program: torch.export.ExportedProgram, stage: Stage, passing: bool) -> None:
-    stage.lost_later = {"healthy": Lost("gave no answer in 60 s", passing=passing)}
+def test_only_the_disk_is_blamed_for_what_it_did() -> None:
+    """A library may raise an error of its own over that of the disk."""
+
+    def lost(error: Exception, cause: Exception | None = None) -> Lost:
+        with pytest.raises(Lost) as raised, room():
+            raise error from cause
+        return raised.value
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, cause in ((full, None), (RuntimeError("unexpected pos 576 vs 534"), full)):
+        found = lost(error, cause)
+        assert found.transient and "cannot be written (No space left on device): make room" in str(found)
+    found = lost(RuntimeError("no way to write this dtype"))
+    assert not found.transient and str(found).endswith("writing it failed: RuntimeError: no way to write this dtype")
+    assert lost(RuntimeError("std::bad_alloc")).transient and "TMPDIR" not in str(lost(RuntimeError("std::bad_alloc")))
+
+
+def test_processes_end_once_lost_and_before_the_files_go(
+    program: torch.export.ExportedProgram, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.lost_later = {"healthy": Lost("gave no answer in 60 s", transient=True)}
+    folders, ended, running = list[Path](), list[bool](), list[tuple[int, list[str]]]()
+    close, start, taken = FakeContestant.close, stage.contestant, contest.Contest._taken
+
+    def started(backend: Any, graph: Any, feeds: Any, folder: Path, threads: Any) -> FakeContestant:
+        folders.append(folder)
+        return start(backend, graph, feeds, folder, threads)
+
+    def closed(self: FakeContestant) -> None:
+        ended.append(all(folder.is_dir() for folder in folders))
+        close(self)
+
+    def after(self: contest.Contest, figures: Any) -> Optimized:
+        running.append((stage.open, sorted(self._contestants)))
+        return taken(self, figures)
+
+    monkeypatch.setattr(contest, "Contestant", started)
+    monkeypatch.setattr(FakeContestant, "close", closed)
+    monkeypatch.setattr(contest.Contest, "_taken", after)
+    optimized(program, ["fbgemm", "healthy"])
+    assert running == [(2, ["fbgemm", "fbgemm uncompressed"])] and stage.open == 0
+    assert ended == [True] * len(stage.started) and not any(folder.exists() for folder in folders)
+
+
+@pytest.mark.parametrize("transient", [True, False])
+def test_a_loss_that_may_pass_is_not_kept(program: torch.export.ExportedProgram, stage: Stage, transient: bool) -> None:
+    stage.lost_later = {"healthy": Lost("gave no answer in 60 s", transient=transient)}
     small = optimized(program, ["fbgemm", "healthy"])
     assert small.backend.name == "fbgemm"
     assert "gave no answer" in entrants(small)["healthy", "as asked", "float32"].why_out
     races = stage.races
     optimized(program, ["fbgemm", "healthy"])
-    assert stage.races == races + passing
+    assert stage.races == races + transient
 
 
 def test_a_reverted_quantize_sets_the_bar_that_was_asked_for(

@@ -37,7 +37,7 @@ def test_runs_and_times_a_graph(small: Optimized, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "how", "passing"),
+    ("backend", "how", "transient"),
     [
         (fakes.Failing(), "failed: this engine has no kernel for that", False),
         (fakes.Crashing(), r"its process died of signal 11 \(SIGSEGV\)", False),
@@ -46,11 +46,11 @@ def test_runs_and_times_a_graph(small: Optimized, tmp_path: Path) -> None:
     ids=lambda one: getattr(one, "name", ""),
 )
 def test_says_how_an_engine_is_lost(
-    backend: Backend, how: str, passing: bool, small: Optimized, tmp_path: Path
+    backend: Backend, how: str, transient: bool, small: Optimized, tmp_path: Path
 ) -> None:
     with pytest.raises(Lost, match=how) as raised:
         started(backend, small, tmp_path, limit=1.0 if backend.name == "hanging" else 60.0)
-    assert raised.value.passing == passing
+    assert raised.value.transient == transient
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,18 @@ def test_a_process_that_is_lost_later_has_ended(number: int, how: str, small: Op
     contestant._process.send_signal(number)
     with pytest.raises(Lost, match=how) as raised:
         contestant.seconds(0, 1)
-    assert raised.value.passing and contestant._process.poll() is not None
+    assert raised.value.transient and contestant._process.poll() is not None
+    with pytest.raises(Lost, match=how) as again:  # as another block of the race would ask
+        contestant.seconds(0, 1)
+    assert str(again.value) == str(raised.value) and again.value.transient
     contestant.close()
+
+
+def test_a_process_that_was_ended_says_so(small: Optimized, tmp_path: Path) -> None:
+    contestant = started(fakes.Healthy(), small, tmp_path)
+    contestant.close()
+    with pytest.raises(Lost, match="has been ended"):
+        contestant.seconds(0, 1)
 
 
 def test_what_has_no_room_says_where(small: Optimized, tmp_path: Path) -> None:
@@ -77,4 +87,4 @@ def test_what_has_no_room_says_where(small: Optimized, tmp_path: Path) -> None:
             started(fakes.Healthy(), small, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert raised.value.passing
+    assert raised.value.transient

@@ -21,7 +21,7 @@ class Call:
 
     takes: float
     blocks: int = 1000
-    passing: bool = False
+    transient: bool = False
 
     def __call__(self) -> None:
         self.seconds(1)
@@ -29,7 +29,7 @@ class Call:
     def seconds(self, calls: int) -> float:
         self.blocks -= 1
         if self.blocks < 0:
-            raise Lost("its process died of signal 9", passing=self.passing)
+            raise Lost("its process died of signal 9", transient=self.transient)
         return self.takes * calls
 
 
@@ -129,5 +129,5 @@ def test_what_rounds_is_out_where_no_bar_is_known() -> None:
 
 
 def test_those_that_may_run_another_time_are_told_apart() -> None:
-    found = raced(base=Call(0.04), dying=Call(0.01, blocks=4), hanging=Call(0.01, blocks=5, passing=True))
-    assert set(found.lost) == {"dying", "hanging"} and found.passing == ("hanging",)
+    found = raced(base=Call(0.04), dying=Call(0.01, blocks=4), hanging=Call(0.01, blocks=5, transient=True))
+    assert set(found.lost) == {"dying", "hanging"} and found.transient == ("hanging",)

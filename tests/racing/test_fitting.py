@@ -31,7 +31,10 @@ def test_further_precisions_go_first_and_then_the_last_engines() -> None:
 
 def test_a_precision_that_was_asked_for_goes_with_its_engine() -> None:
     asked = {"rounding": "bfloat16"}
-    assert fitting([ROUNDING], asked, size=0, free=int(2.5 * PROCESS), is_lossy=True).taken == ()
+    none = fitting([ROUNDING], asked, size=0, free=int(2.5 * PROCESS), is_lossy=True)
+    assert none.taken == ()
+    assert none.note() == ("nothing was raced for want of memory (each candidate needs about 500 MB, and 1.25 GB are "
+                           "free)")  # fmt: skip
     found = fitting([ROUNDING], asked, size=0, free=int(3.5 * PROCESS), is_lossy=True)
     assert found.taken[-1] == ("rounding", ASKED, "bfloat16") and found.left_out[0][1] == UNCOMPRESSED
     assert found.note() == ("left out for want of memory: rounding uncompressed bfloat16 (each candidate needs about "
@@ -57,5 +60,6 @@ def test_what_fits_never_needs_more_than_is_free(
     assert sorted(found.taken + found.left_out) == sorted(everything.taken) and not everything.left_out
     assert free is None or not found.taken or found.each * len(found.taken) < free
     assert (found.note() is None) == (not found.left_out)
+    assert ("nothing was raced" in (found.note() or "")) == (not found.taken)
     if free is not None and free >= found.all + 1:
         assert not found.left_out

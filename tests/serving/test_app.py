@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 import graphopt
 from graphopt.errors import UsageError
-from graphopt.serving import Predictor, golden
+from graphopt.serving import Predictor, bodies, golden, tensors_v1
+from graphopt.serving.models import _stamp
+from graphopt.serving.refusals import Refused
 from tests.models import model, padding, tokens
 from tests.serving.client import Answer, Client
 
@@ -242,6 +244,28 @@ def test_answers_that_json_lacks_are_null(tmp_path: Path) -> None:
         assert np.isnan(found[0]) and np.isneginf(found[1])
 
 
+SHAPES = st.lists(st.lists(st.integers(0, 3), max_size=2).map(tuple), min_size=1, max_size=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES)
+def test_predictions_are_rows_of_all_outputs(shapes: list[tuple[int, ...]]) -> None:
+    """One output is held to that as several are: a scalar has no rows."""
+    outputs = {f"y{place}": np.full(shape, place, np.float32) for place, shape in enumerate(shapes)}
+    if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
+        with pytest.raises(Refused, match="not rows: ask with inputs"):
+            tensors_v1.written(outputs, True)
+    else:
+        rows = tensors_v1.written(outputs, True)["predictions"]
+        assert len(rows) == shapes[0][0]
+        for row in rows:
+            named = row if len(outputs) > 1 else {"y0": row}
+            assert {name: np.shape(one) for name, one in named.items()} == {
+                name: array.shape[1:] for name, array in outputs.items()
+            }
+    assert "outputs" in tensors_v1.written(outputs, False)
+
+
 def test_nan_is_refused(tmp_path: Path) -> None:
     onnx.save(model("g (float[batch, 2] x) => (float[batch, 2] y) {y = Relu(x)}"), tmp_path / "relu.onnx")
     graphopt.bundle(tmp_path / "relu.onnx", tmp_path / "relu")
@@ -425,6 +449,29 @@ def test_a_client_that_leaves_ends_its_text(text: Client) -> None:
     assert b"DONE" not in answer.body and text.app.generating == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_more_texts_are_written_at_once_than_may_be(
+    stream: bool, writer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of requests that come together, and wait for the tokenizer together."""
+    with Client.of(writer, max_queue=2) as client:
+        call = ("POST", "/generate", {"prompt": "w2", "max_tokens": 2, "stream": stream})
+        answers = client.together(*[call] * 5)
+        assert sorted(one.status for one in answers) == [200, 200, 429, 429, 429]
+        assert next(one for one in answers if one.status == 429).headers["retry-after"] == "1"
+        assert client.app.generating == 0
+        assert client("POST", "/generate", {"prompt": ""}).status == 400 and client.app.generating == 0
+
+        async def gone(*_: object) -> None:
+            raise bodies.Gone
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client.app, "_send", gone)  # before the first piece
+            with pytest.raises(ValueError, match="not enough values"):
+                client(*call)
+        assert client.app.generating == 0 and client(*call).status == 200
+
+
 def test_generate_in_events(text: Client) -> None:
     answer = text("POST", "/generate", {"prompt": "w2", "max_tokens": 3, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -563,6 +610,56 @@ def test_a_bundle_that_is_replaced_file_by_file(encoder: Path, tmp_path: Path) -
         copytree(encoder, place, dirs_exist_ok=True)
         client.loop.run_until_complete(client.app.models.refresh())
         assert [one["state"] for one in client("POST", "/v2/repository/index").json()] == ["READY"]
+
+
+def test_files_that_are_not_of_a_bundle_change_nothing(encoder: Path, tmp_path: Path) -> None:
+    """A log that grows in its folder, and a link to nowhere."""
+    place = tmp_path / "m"
+    copytree(encoder, place)
+    (place / "link").symlink_to(tmp_path / "nowhere")
+    with Client.of(place) as client:
+        before = client.app.models.get(None)
+        for line in ("one", "one\ntwo"):
+            (place / "log").write_text(line, encoding="utf-8")
+            client.loop.run_until_complete(client.app.models.refresh())
+            assert client.app.models.get(None) is before
+
+
+def test_each_file_that_a_bundle_names_is_watched(encoder: Path, tmp_path: Path) -> None:
+    copytree(encoder, tmp_path / "m")
+    with Client.of(encoder) as client:
+        named = ["manifest.json", *client.app.models.get(None).predictor.manifest.files]
+    before = _stamp(tmp_path / "m")
+    assert before is not None and [name for name, *_ in before] == [named[0], *sorted(named[1:])]
+    for name in reversed(named):
+        (tmp_path / "m" / name).rename(tmp_path / "away")
+        after = _stamp(tmp_path / "m")
+        assert after != before and (after is None) == (name == "manifest.json")
+        (tmp_path / "away").rename(tmp_path / "m" / name)
+        assert _stamp(tmp_path / "m") == before
+
+
+def test_a_file_that_leads_nowhere_is_a_failed_bundle(encoder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        copytree(encoder, tmp_path / name)
+    (tmp_path / "b" / "golden.npz").unlink()
+    (tmp_path / "b" / "golden.npz").symlink_to("nowhere")
+    with Client.of(tmp_path) as client:
+        (index,) = [one for one in client("POST", "/v2/repository/index").json() if one["state"] == "UNAVAILABLE"]
+        assert index["name"] == "b" and "golden.npz is missing" in index["reason"]
+
+
+def test_a_folder_that_is_away_for_a_moment_keeps_what_failed(encoder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        copytree(encoder, tmp_path / "root" / name)
+    (tmp_path / "root" / "b" / "golden.npz").unlink()
+    with Client.of(tmp_path / "root") as client:
+        failed, served = dict(client.app.models.failed), client.app.models.get("a")
+        assert len(failed) == 1
+        for to, back in ((tmp_path / "away", tmp_path / "root"), (tmp_path / "root", tmp_path / "away")):
+            back.rename(to)
+            client.loop.run_until_complete(client.app.models.refresh())
+            assert client.app.models.failed == failed and client.app.models.get("a") is served
 
 
 def test_where_nothing_can_be_served(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from graphopt.errors import GraphError
 from graphopt.ir.graph import Feeds, Graph, shapes_text
 from graphopt.numerics import metrics
 from graphopt.pipeline.instruments.instrument import Instrument
+from graphopt.pipeline.passes import Stage
 from graphopt.report.agreements import Agreement, agreement, worst_of_each
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Agree(Instrument):
     """Compares the outputs on the example inputs with the original's after every pass that changed something.
 
     The record gets the worst figures over the examples; padding is left out where an input is a mask. Raises GraphError
-    where a pass changes an output's shape, where it makes NaN or infinity of a finite number, and where a lossless pass
+    where a pass changes an output's shape, where it makes NaN or infinity of a finite number, where a lossy pass of the
+    target's own moves an output to below QUANTIZED_FLOOR of what it was, and where a lossless pass
     moves an output of the last lossy pass (or of the original) by more than the tolerance:
     `numerics.metrics.tolerance`; in a quantized graph metrics.QUANTIZED_RTOL, QUANTIZED_MARGIN or
     metrics.QUANTIZED_SQNR, or what activations move it by that round to the neighbour; integers must stay equal.
@@ -80,6 +82,8 @@ class Agree(Instrument):
         for note in notes:
             context.note(note)
         if not pass_.lossless:
+            if pass_.stage is Stage.LOWER and (moved := self._below_floor(outputs)) is not None:
+                raise GraphError(f"{pass_.name} may take rounding away and no more, and {moved}: use another target")
             self._accepted = outputs
         elif (moved := self._moved(self._accepted, outputs, graph)) is not None:
             raise GraphError(f"this pass is declared lossless, and {moved}")
@@ -200,6 +204,21 @@ class Agree(Instrument):
                     f"on example {number} it moves output {name!r} by {metrics.max_error(a, b):.3g}, "
                     f"of at most {largest:.3g} (relative tolerance: {allowed})"
                 )
+        return None
+
+    def _below_floor(self, outputs: list[list[Any]]) -> str | None:
+        """The first output that is further from what the last pass left than rounding explains; None where none is."""
+        for number, (before, after) in enumerate(zip(self._latest, outputs, strict=True)):
+            for name, a, b in zip(self.names, before, after, strict=True):
+                is_float = isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape
+                if name in self._random or not is_float or metrics.within_tolerance(a, b):
+                    continue
+                finite = torch.isfinite(a) & torch.isfinite(b)
+                if (found := metrics.sqnr(a[finite], b[finite])) < QUANTIZED_FLOOR:
+                    return (
+                        f"on example {number} output {name!r} has an SQNR of {found:.1f} dB to what it was, and needs "
+                        f"{QUANTIZED_FLOOR:.0f}"
+                    )
         return None
 
     @cached_property

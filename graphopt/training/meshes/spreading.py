@@ -34,6 +34,7 @@ def spread(
     if mesh is None:
         return Spread(module, trained)
     if mesh.accelerator is not None:
+        _require_named_precision(mesh, settings)
         return _by_engine(module, trained, mesh)
     if mesh.sizes.fsdp > 1 or mesh.sizes.pp > 1 or mesh.sizes.tp > 1:
         _require_whole_steps(mesh, settings)
@@ -64,4 +65,13 @@ def _require_whole_steps(mesh: Mesh, settings: Settings) -> None:
         raise UsageError(
             f"amp={settings.amp} with mesh={mesh}: auto times one process, and float16 scales the gradients of one; "
             "use amp=bfloat16 or off"
+        )
+
+
+def _require_named_precision(mesh: Mesh, settings: Settings) -> None:
+    """Raise UsageError where one process would time steps in which all must take part."""
+    if settings.amp == "auto" and mesh.world > 1:
+        raise UsageError(
+            f"amp=auto with an accelerator of {mesh.world} processes: auto times steps of one process, and DDP and "
+            "DeepSpeed take every step with all of them; use amp=bfloat16 or off"
         )

@@ -48,9 +48,11 @@ class Zero(Spread):
             )
         accelerator = self._accelerator
         kept = [list(several) for several in (accelerator._models, accelerator._optimizers)]
-        with _config_of(accelerator, settings):
-            self._engine, _ = accelerator.prepare(self.module, optimizer)
-        accelerator._models[:], accelerator._optimizers[:] = kept  # what graphopt trains is not the user's to save
+        try:
+            with _config_of(accelerator, settings):
+                self._engine, _ = accelerator.prepare(self.module, optimizer)
+        finally:
+            accelerator._models[:], accelerator._optimizers[:] = kept  # what graphopt trains is not the user's to save
 
     # --- a step
 

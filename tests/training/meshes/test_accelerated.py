@@ -47,7 +47,7 @@ def _passes(options: str) -> str:
 
 
 def trained(options: str, *, accelerator: Any = None, checkpoint: Path | None = None, **settings: Any) -> Answer:
-    """Five batches of a perceptron in float64, of which one parameter takes no part in the loss."""
+    """Five batches of a perceptron in float64."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).double().eval()
     draw = torch.Generator().manual_seed(1)
@@ -169,8 +169,7 @@ def test_a_training_through_an_accelerator_is_kept_and_resumed(tmp_path: Path) -
 
 def sharded() -> str:
     with pytest.raises(UsageError) as caught:
-        ddp_of = made(fsdp_plugin=accelerate.FullyShardedDataParallelPlugin())
-        trained("", accelerator=ddp_of)
+        trained("", accelerator=made(fsdp_plugin=accelerate.FullyShardedDataParallelPlugin()))
     return str(caught.value)
 
 
@@ -197,3 +196,15 @@ def prepared() -> str:
 def test_a_loader_that_is_cut_already_is_refused() -> None:
     for said in launch(2, prepared):
         assert "training= was prepared by an Accelerator" in said
+
+
+def timed_apart() -> str:
+    with pytest.raises(UsageError) as caught:
+        ddp("amp=auto")
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_no_process_times_steps_that_all_take() -> None:
+    for said in launch(2, timed_apart):
+        assert "amp=auto with an accelerator of 2 processes" in said

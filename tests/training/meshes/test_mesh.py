@@ -56,14 +56,14 @@ def test_processes_without_an_address_are_told_so(monkeypatch: pytest.MonkeyPatc
         opened("dp=2")
 
 
-def trained(mesh: str | None, accumulate: int) -> tuple[list[float], dict[str, list[float]]]:
+def trained(mesh: str | None, accumulate: int, amp: str = "off") -> tuple[list[float], dict[str, list[float]]]:
     """The losses of a distillation of a pruned perceptron, whose batches are no multiple of the ranks, and its
     weights."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)).double().eval()
     draw = torch.Generator().manual_seed(1)
     data = [(torch.randn(4, 6, generator=draw).double(),) for _ in range(5)]
-    passes = f"prune{{neurons=0.5}},distill{{epochs=2 lr=0.05 optimizer=sgd accumulate={accumulate}}}"
+    passes = f"prune{{neurons=0.5}},distill{{epochs=2 lr=0.05 optimizer=sgd amp={amp} accumulate={accumulate}}}"
     small = graphopt.optimize(
         net, passes, target="torch-cpu", training=data, measure=False, mesh=mesh, example_inputs=data[0][0]
     )
@@ -80,3 +80,9 @@ def test_two_processes_take_the_steps_of_one() -> None:
         assert not isinstance(answer, str), answer
         assert answer[0] == pytest.approx(losses, rel=1e-9)
         assert all(answer[1][name] == pytest.approx(one, rel=1e-9) for name, one in state.items())
+
+
+@pytest.mark.slow
+def test_ranks_train_in_the_precision_that_the_first_has_timed() -> None:
+    first, second = launch(2, trained, "dp=2", 1, "auto")
+    assert not isinstance(first, str) and first[1] == second[1]
