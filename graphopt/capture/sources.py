@@ -197,11 +197,12 @@ def _capture_module(module: nn.Module, dialect: Adapter, traced: Traced, check: 
     except GraphError as error:
         raise CaptureError(f"{type(module).__name__}: {error}") from error
     except Exception as error:  # whatever torch's exporter raises
-        found = None if dialect.graph.dialect == "fx" else _with_parameters_computed(traced, refused_operator(error))
+        refused = refused_operator(error)
+        found = None if dialect.graph.dialect == "fx" else _with_parameters_computed(traced, refused)
         if found is None:
             raise NotExported(f"{type(module).__name__}: {export_failure(traced.program, error)}") from error
         graph = found
-        notes.append(f"{refused_operator(error)} has no form in ONNX: what it makes of parameters was computed once")
+        notes.append(f"{refused} has no form in ONNX: what it makes of parameters was computed once")
     if dialect.is_liftable(graph):
         notes.append(f"captured at {dialect.version(graph)}, the newest in which the engine has all of its operators")
     for example in traced.examples:

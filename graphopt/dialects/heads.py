@@ -345,7 +345,8 @@ def _raise(graph: Graph, attention: _Attention, swaps: set[Value]) -> bool:
     joined = _joined(attention, query, value.size)
     if joined is None or key.heads != value.heads or query.heads % key.heads or query.size != key.size:
         return False
-    if attention.node.result.rank == 3 and query.heads != key.heads:  # one axis of batch and heads is repeated for none
+    # Where batch and heads are one axis, attention cannot share keys among several heads.
+    if attention.node.result.rank == 3 and query.heads != key.heads:
         return False
     if not (_equal(query.batch, key.batch) and _equal(key.batch, value.batch) and _equal(key.length, value.length)):
         return False

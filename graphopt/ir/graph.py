@@ -222,7 +222,7 @@ class Graph(ABC):
     @property
     def bodies(self) -> tuple[Graph, ...]:
         """The graphs of branches and loop bodies that its nodes hold, outer ones before those within them: views, made
-        at each call. A change of one changes this graph too, whose `version` does not count it. Their values cannot be
+        at each call. Changing a body changes this graph, but not its `version`. Their values cannot be
         evaluated or fetched by themselves, but for what is computed of constants."""
         return ()
 

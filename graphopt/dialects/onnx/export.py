@@ -16,7 +16,7 @@ import torch
 
 from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx import files as onnx_files
-from graphopt.dialects.onnx.graph import PATH, SCALED, SHORT, OnnxGraph, OnnxValue
+from graphopt.dialects.onnx.graph import PATH, SCALED, STORED_IN_16_BITS, OnnxGraph, OnnxValue
 from graphopt.dialects.onnx.mended import MAP_TYPE, restore_map_types
 from graphopt.dialects.onnx.opset import at_opset
 from graphopt.dialects.onnx.reading import fix_names
@@ -88,11 +88,11 @@ def _spell_zero_points(model: ir.Model) -> None:
 
 
 def _store_in_16_bits(model: ir.Model) -> None:
-    """Where the file that came in casts weights of 16 bits to float32, store those so that 16 bits hold exactly.
+    """Store float32 weights in 16 bits and cast them to float32, where the file that came in did so.
 
-    A cast makes float32 of them, which engines compute once as they load the file.
+    Weights that 16 bits do not hold exactly stay as they are. Engines compute the casts once, as they load the file.
     """
-    name = model.metadata_props.get(SHORT)
+    name = model.metadata_props.get(STORED_IN_16_BITS)
     if name is None or (name == "BFLOAT16" and model.graph.opset_imports[""] < _BFLOAT16_SINCE):
         return
     graph, dtype = model.graph, TORCH_DTYPES[ir.DataType[name]]

@@ -39,7 +39,7 @@ OPSET = 23
 _LARGE = 2**28
 """Bytes of weights from which on a session, which holds a copy of them, is not kept longer than it is needed."""
 
-SHORT = "graphopt.short"
+STORED_IN_16_BITS = "graphopt.stored_in_16_bits"
 """The metadata key of the type of 16 bits that the model holds weights in and casts to float32, by its name in ONNX."""
 SCALED = "graphopt.scaled"
 """The metadata key of what passes have divided (`Graph.scaled`)."""
@@ -81,8 +81,8 @@ class OnnxGraph(Graph):
         from graphopt.dialects.onnx.raising import OPERATORS, WITHIN  # whose stages work on this class
 
         ordered = onnx_reading.in_order(model)
-        if (short := onnx_reading.widened(ordered)) is not None:
-            ordered.metadata_props[SHORT] = short
+        if (stored := onnx_reading.stored_in_16_bits(ordered)) is not None:
+            ordered.metadata_props[STORED_IN_16_BITS] = stored
         graph = cls(ordered, onnx_files.scratch_for(ordered))
         run_stages(OPERATORS, graph)
         for body in graph.bodies:

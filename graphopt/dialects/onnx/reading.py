@@ -205,18 +205,18 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     return model
 
 
-def widened(model: ir.Model) -> str | None:
+def stored_in_16_bits(model: ir.Model) -> str | None:
     """The first type of 16 bits in which tensors are stored that a Cast makes float32; None where there are none."""
     for node in model.graph.all_nodes():
         stored = node.inputs[0] if node.op_type == "Cast" and node.domain in STANDARD else None
-        if stored is None or not stored.is_initializer() or stored.dtype not in SHORT_TYPES:
+        if stored is None or not stored.is_initializer() or stored.dtype not in TYPES_OF_16_BITS:
             continue
         if node.attributes["to"].as_int() == ir.DataType.FLOAT:
             return stored.dtype.name
     return None
 
 
-SHORT_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+TYPES_OF_16_BITS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _without_weights_as_inputs(model: ir.Model, stated_version: int) -> list[str]:

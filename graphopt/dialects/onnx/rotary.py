@@ -34,10 +34,10 @@ def _to_rotary(op: Builder, m: Match) -> Value:
     axes = [axis for axis in (1, 2) if all(_same_for_heads(m.x.shape, half.shape, axis) for half in (cos, sin))]
     if not axes:
         raise Declined("rotary_angles_by_head", shape=cos.shape)
-    heads, to_heads = axes[0], (0, 2, 1, 3)
-    x = m.x if heads == 1 else op.transpose(m.x, perm=to_heads)
-    turned = op.rotary(x, _of_positions(op, cos, heads), _of_positions(op, sin, heads))
-    return turned if heads == 1 else op.transpose(turned, perm=to_heads)
+    head_axis, to_heads = axes[0], (0, 2, 1, 3)
+    x = m.x if head_axis == 1 else op.transpose(m.x, perm=to_heads)
+    turned = op.rotary(x, _of_positions(op, cos, head_axis), _of_positions(op, sin, head_axis))
+    return turned if head_axis == 1 else op.transpose(turned, perm=to_heads)
 
 
 def _of_a_part(op: Recorder, x: Any, cos: Any, sin: Any) -> Pattern:
@@ -67,24 +67,25 @@ def _is_last(concat: Node) -> bool:
 # --- angles ----------------------------------------------------------------------------------------------------------
 
 
-def _same_for_heads(x: Shape | None, half: Shape | None, heads: int) -> bool:
+def _same_for_heads(x: Shape | None, half: Shape | None, head_axis: int) -> bool:
     """Whether angles that are broadcast to x are the same for all heads, and one for each position.
 
-    x: (batch, heads, length, size), or (batch, length, heads, size) where `heads`, the axis, is 2.
+    x: (batch, heads, length, size), or (batch, length, heads, size) where `head_axis` is 2.
     """
     if x is None or half is None or not 0 < len(half) <= 4:
         return False
     angles = (1,) * (4 - len(half)) + tuple(half)
-    positions = 3 - heads
+    positions = 3 - head_axis
     differ = [one != own and (1 in (one, own) or (isinstance(one, int) and isinstance(own, int)))
               for one, own in zip(angles, x, strict=True)]  # fmt: skip
-    return angles[heads] == 1 and not differ[positions] and (angles[0] == 1 or not differ[0])
+    return angles[head_axis] == 1 and not differ[positions] and (angles[0] == 1 or not differ[0])
 
 
-def _of_positions(op: Builder, half: Value, heads: int) -> Value:
-    """(batch or 1, length, pairs) of angles that are the same for all heads. heads: the axis of x that these are on."""
+def _of_positions(op: Builder, half: Value, head_axis: int) -> Value:
+    """(batch or 1, length, pairs) of angles that are the same for all heads. head_axis: the axis of x that holds the
+    heads."""
     missing = 4 - (half.rank or 0)
-    node, axis = half.producer, heads - missing
+    node, axis = half.producer, head_axis - missing
 
     def emit() -> Value:
         if axis < 0:  # which broadcasting adds
@@ -93,7 +94,7 @@ def _of_positions(op: Builder, half: Value, heads: int) -> Value:
         bare = node.input if added and node is not None else op.squeeze(half, axes=(axis,))
         return op.unsqueeze(bare, axes=tuple(range(missing))) if missing else bare
 
-    return op.once(("rotary angles", half, heads), emit)
+    return op.once(("rotary angles", half, head_axis), emit)
 
 
 def _half(op: Builder, value: Value) -> Value:

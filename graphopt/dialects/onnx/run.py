@@ -62,8 +62,8 @@ def session(
     """A session of the model.
 
     outputs: what it returns in place of the model's own outputs. level: one of LEVELS, the engine's own optimizations.
-    exact: without the optimization that rounds, which takes MatMulNBits for a product with weights that are stored in
-    integers, and rounds its activations to int8 by block.
+    exact: keep activations in float32 where the engine computes products with integer weights. By default it may use
+    MatMulNBits there, which rounds the activations to int8 by block.
     Custom operators that are registered are known to it. On the CPU alone, ops that have no kernels in 16 bits there
     are computed in float32 between casts. Raises GraphError naming operators that nothing defines.
     """
