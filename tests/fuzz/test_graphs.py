@@ -50,7 +50,7 @@ def test_one_element_that_is_not_finite_hides_no_other() -> None:
     found = runs(model, feeds)
     assert found is not None and all(np.isinf(one[0]) for one in found)
     least = properties.floors("cast", model, feeds, found)
-    assert all(one is not None and -100 < one < properties.PASSES["cast"] for one in least)
+    assert all(one is not None and -100 < one < 30 for one in least)  # 30 dB are what cast itself is allowed
     assert properties.moved_by_rounding(model, feeds, found) == [0, 1]
 
 
