@@ -221,10 +221,11 @@ def test_a_quantized_graph_may_move_as_far_as_its_activations_round(dialect: str
                            "y = linear(dequantize(q, S, Z), V[1,2]:values(1,-2))")  # fmt: skip
     agree = Agree(graph, [{"x": torch.tensor([[127.49]])}])
     for moved, refused in ((3.9, False), (4.1, True)):
-        run_elsewhere: Callable[[Feeds], list[Tensor]] = lambda one, by=moved: [  # noqa: E731
-            y + by for y in graph.evaluate(one, graph.outputs)
-        ]
-        assert (agree.moved_by(run_elsewhere, graph) is not None) == refused
+
+        def elsewhere(feeds: Feeds, by: float = moved) -> list[Tensor]:
+            return [torch.as_tensor(y) + by for y in graph.evaluate(feeds, graph.outputs)]
+
+        assert (agree.moved_by(elsewhere, graph) is not None) == refused
 
 
 def test_integer_outputs_stay_equal() -> None:
