@@ -35,6 +35,8 @@ LENGTH = 64
 """Tokens at which texts are cut."""
 SENTENCES = 4000
 """Of SST-2 that are taken; of a table of yours it is all rows."""
+STEPS = 100
+"""Batches that are learned from at least: a small table is read several times."""
 SUBJECTS = "the film", "this book", "her new album", "the hotel", "our dinner", "the second season", "his speech"
 WORDS = {
     "positive": ("wonderful", "a pleasure from start to end", "better than I had hoped", "charming", "worth its price"),
@@ -155,7 +157,7 @@ def main(
     def score(candidate: Any) -> float:
         return accuracy(candidate, dev)
 
-    steps = "epochs=1" if full else "steps=1"
+    steps = f"steps={max(len(train), STEPS)}" if full else "steps=1"
     tuned = graphopt.optimize(module, f"finetune{{{steps} lr=1e-4}}", training=train, evaluate=score, measure=False)
     small = graphopt.optimize(
         tuned,
