@@ -284,11 +284,14 @@ def _tokenizer(path: Path, table: Table) -> Callable[..., Mapping[str, Any]]:
     """Lists of texts -> tensors by name. Raises UsageError where the folder holds no tokenizer."""
     if not table.tokenizer:
         raise UsageError(f"{path}: name the folder of the model's tokenizer, tokenizer=FOLDER")
+    folder = Path(str(table.tokenizer))
+    if not folder.is_dir():
+        raise UsageError(f"{path}: there is no folder {folder} with a tokenizer")
     if table.max_length is not None:
         require_positive_integer(f"{path}: max_length", table.max_length)
     if table.padding not in ("longest", "max_length"):
         raise UsageError(f"{path}: padding is {table.padding!r}; give longest or max_length")
-    tokenizer = tokenizer_in(Path(str(table.tokenizer)))
+    tokenizer = tokenizer_in(folder)
     if tokenizer.pad_token is None:  # of decoders, whose mask says what is padding
         tokenizer.pad_token = tokenizer.eos_token
     own = tokenizer.model_max_length
