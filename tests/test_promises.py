@@ -360,8 +360,11 @@ def test_values_that_messages_name_are_taken() -> None:
     assert len(named) > 15 and not wrong
 
 
-OF_OTHERS = {"--trace", "--nproc-per-node", "--create-home", "--no-deps", "--start-period", "--no-cache-dir"}
-"""Options of trtexec, torchrun, and what a Dockerfile calls."""
+OF_OTHERS = {
+    "--trace", "--nproc-per-node", "--create-home", "--no-deps", "--start-period", "--no-cache-dir",
+    "--model_config_file", "--rest_api_port", "--tensorflow_inter_op_parallelism", "--tensorflow_intra_op_parallelism",
+}  # fmt: skip
+"""Options of trtexec, torchrun, what a Dockerfile calls, and TensorFlow Serving."""
 
 
 def test_options_and_extras_that_messages_name_are_there() -> None:
@@ -370,7 +373,7 @@ def test_options_and_extras_that_messages_name_are_there() -> None:
     commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
     params = [param for command in commands for param in command.params]
     options = {name for param in params for name in (*param.opts, *param.secondary_opts)}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", shown)) - OF_OTHERS
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", shown)) - OF_OTHERS
     assert len(named) > 5 and named <= options
     extras = set(re.findall(r"graphopt\[(\w+)\]", shown))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
