@@ -30,9 +30,10 @@ from graphopt.pipeline.calibration import Calibration, Remembered
 from graphopt.pipeline.context import Context, TeacherGraph
 from graphopt.pipeline.instruments import Agree, Instrument, Reproduce, Verify, phase, watched
 from graphopt.pipeline.passes import Pass, Stage
-from graphopt.pipeline.ranks import MeasuredOnce, SameGraphs
+from graphopt.pipeline.ranks import SameGraphs
 from graphopt.pipeline.runner import Pipeline, leaves
 from graphopt.pipeline.shared import SharedPasses
+from graphopt.pipeline.target import TimedBy
 from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report import tables
 from graphopt.report.agreements import worst_of_each
@@ -285,7 +286,7 @@ class Run:
         watchers += [] if reference is None else [reference]
         captured, loss, evaluate = self.captured, self.loss, self.evaluate
         context = Context(
-            target=self.backend if mesh is None else MeasuredOnce(self.backend, mesh),
+            target=self.backend if mesh is None else TimedBy(self.backend, mesh.first),
             ranks=mesh,
             report=report,
             feeds=captured.feeds,

@@ -6,17 +6,13 @@ torch.distributed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
-
-from torch import Tensor
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from graphopt.ir.graph import Graph, digest
-from graphopt.measure.timing import Ratio
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.instruments import Instrument
 from graphopt.pipeline.passes import Pass
-from graphopt.pipeline.target import Target
 
 T = TypeVar("T")
 
@@ -61,27 +57,3 @@ class SameGraphs(Instrument):
             f"the graph after {pass_}", digest(graph),
             "a pass must depend on nothing but the graph, its options, the batches and the seed",
         )  # fmt: skip
-
-
-class MeasuredOnce:
-    """A target whose timings are those of rank 0, for every rank."""
-
-    def __init__(self, target: Target, ranks: Ranks) -> None:
-        self._target, self._ranks = target, ranks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def ratios(
-        self,
-        graph: Graph,
-        baseline: Graph,
-        feeds: Sequence[Mapping[str, Tensor]],
-        *,
-        threads: int | None = None,
-        rounds: int = 15,
-    ) -> list[Ratio]:
-        """As `Target.ratios`."""
-        return self._ranks.first(
-            lambda: self._target.ratios(graph, baseline, feeds, threads=threads, rounds=rounds)
-        )

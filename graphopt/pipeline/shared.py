@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
 
 from graphopt.errors import GraphError
 from graphopt.ir.graph import Graph, digest
@@ -14,7 +11,7 @@ from graphopt.measure.timing import Ratio
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.runner import Pipeline, leaves
-from graphopt.pipeline.target import Target
+from graphopt.pipeline.target import Target, TimedBy
 from graphopt.pipeline.zeros import KeptZeros
 from graphopt.report.records import PassRecord
 
@@ -45,29 +42,17 @@ def shared(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     return tuple(passes[:last])
 
 
-class _Unmeasured:
-    """A target for passes that are shared, which may not measure."""
+def _unmeasured(target: Target) -> TimedBy:
+    """A target for passes that are shared, which may not measure: another target would take what is found on this one.
+    Raises GraphError where they do."""
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def ratios(
-        self,
-        graph: Graph,
-        baseline: Graph,
-        feeds: Sequence[Mapping[str, Tensor]],
-        *,
-        threads: int | None = None,
-        rounds: int = 15,
-    ) -> list[Ratio]:
-        """Raises GraphError: another target would take what was measured on this one."""
+    def refuse(measure: Callable[[], list[Ratio]]) -> list[Ratio]:
         raise GraphError(
-            f"it times graphs on {self._target.name}, and its property `measures` is False, by which other targets "
+            f"it times graphs on {target.name}, and its property `measures` is False, by which other targets "
             "would take its result: let it be True"
         )
+
+    return TimedBy(target, refuse)
 
 
 @dataclass
@@ -85,7 +70,7 @@ class SharedPasses:
         left = self._known.get(key)
         if left is None:
             number, target = len(context.report.passes), context.target
-            context.target = _Unmeasured(target)
+            context.target = _unmeasured(target)
             try:
                 after = Pipeline(first).apply(graph, context)
             finally:
