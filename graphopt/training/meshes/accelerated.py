@@ -19,7 +19,7 @@ from torch.func import functional_call
 from graphopt.errors import UsageError
 from graphopt.pipeline.batches import Batch
 from graphopt.training.meshes.mesh import Mesh, MeshSizes, world_of_torchrun
-from graphopt.training.meshes.spread import Spread, Training
+from graphopt.training.meshes.spread import Spread, Training, add_terms
 from graphopt.training.settings import Settings
 
 S = TypeVar("S", bound=Settings)
@@ -156,10 +156,8 @@ class Accelerated(Spread):
     def __init__(self, module: nn.Module, trained: Collection[str], mesh: Mesh) -> None:
         super().__init__(module, trained, mesh)
         self._accelerator = mesh.accelerator
-        kept = list(self._accelerator._models)
-        with _finding_unused(self._accelerator):
+        with unlisted(self._accelerator), _finding_unused(self._accelerator):
             self._wrapped = self._accelerator.prepare_model(module)
-        self._accelerator._models[:] = kept  # what graphopt trains is not the user's to save
 
     def run(self, effective: Mapping[str, Tensor], feeds: Sequence[Tensor]) -> Any:
         return functional_call(self._wrapped, {f"module.{name}": one for name, one in effective.items()}, tuple(feeds))
@@ -171,8 +169,7 @@ class Accelerated(Spread):
             is_last = place == len(rounds) - 1
             with nullcontext() if is_last else self._accelerator.no_sync(self._wrapped):
                 terms = training.backward(batch, weight)
-            for name, term in terms.items():
-                own[name] = own.get(name, 0.0) + (term if weight else 0.0)
+            add_terms(own, terms, weight)
         return own
 
     def reduce(self, others: Sequence[nn.Parameter]) -> None:
@@ -186,6 +183,19 @@ class Accelerated(Spread):
     def settle(self, module: nn.Module) -> None:
         """Take the module out of what the Accelerator has made of it."""
         self._accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+
+
+@contextmanager
+def unlisted(accelerator: Any) -> Iterator[None]:
+    """What is prepared meanwhile does not stay in an Accelerator's lists: what graphopt trains is not the user's to
+    save."""
+    lists = accelerator._models, accelerator._optimizers
+    kept = [list(one) for one in lists]
+    try:
+        yield
+    finally:
+        for one, before in zip(lists, kept, strict=True):
+            one[:] = before
 
 
 @contextmanager

@@ -59,6 +59,12 @@ class Training(Protocol):
         """Add the gradient of the loss on one batch, times a weight; the terms of the loss, times the weight."""
 
 
+def add_terms(own: dict[str, float], terms: Mapping[str, float], weight: float) -> None:
+    """Add the terms of the loss on a batch to those of a step; a batch without weight has none."""
+    for name, term in terms.items():
+        own[name] = own.get(name, 0.0) + (term if weight else 0.0)
+
+
 class Spread:
     """A whole module in each process: one process, or data parallel, where each has its own batches.
 
@@ -140,8 +146,7 @@ class Spread:
         """Add the gradients of this rank's batches of a step; its share of the terms of the loss."""
         own: dict[str, float] = {}
         for batch, weight in training.rounds(batches):
-            for name, term in training.backward(batch, weight).items():
-                own[name] = own.get(name, 0.0) + (term if weight else 0.0)
+            add_terms(own, training.backward(batch, weight), weight)
         return own
 
     def reduce(self, others: Sequence[nn.Parameter]) -> None:

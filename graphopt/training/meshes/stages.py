@@ -22,7 +22,7 @@ from graphopt.training import streams
 from graphopt.training.meshes.blocks import blocks, cut, returned
 from graphopt.training.meshes.mesh import Mesh
 from graphopt.training.meshes.skeleton import Divided, emptied, given_by, moved
-from graphopt.training.meshes.spread import Training
+from graphopt.training.meshes.spread import Training, add_terms
 from graphopt.training.rules import FixedZeros, MovingPattern, WeightRule
 
 Meta = list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
@@ -117,8 +117,7 @@ class Stages(Divided):
             else:
                 schedule.step(place=places, target=places, return_outputs=False)
             for terms, (_, weight) in zip(self._run.terms, chosen, strict=False):
-                for name, term in terms.items():
-                    own[name] = own.get(name, 0.0) + (term if weight else 0.0)
+                add_terms(own, terms, weight)
         return own
 
     def reduce(self, others: Sequence[nn.Parameter]) -> None:

@@ -19,11 +19,12 @@ from torch.func import functional_call
 
 from graphopt.errors import UsageError
 from graphopt.pipeline.batches import Batch
+from graphopt.training.meshes.accelerated import unlisted
 from graphopt.training.meshes.blocks import Chain, Segment, cut
 from graphopt.training.meshes.mesh import Mesh
 from graphopt.training.meshes.sharded import named, require_fixed, require_own
 from graphopt.training.meshes.skeleton import Divided, emptied, moved
-from graphopt.training.meshes.spread import Spread, Training
+from graphopt.training.meshes.spread import Spread, Training, add_terms
 from graphopt.training.precision import Amp
 from graphopt.training.rules import FixedZeros, WeightRule
 from graphopt.training.settings import Settings
@@ -47,12 +48,8 @@ class Zero(Spread):
                 "criterion=movement, would be trained besides: use mesh="
             )
         accelerator = self._accelerator
-        kept = [list(several) for several in (accelerator._models, accelerator._optimizers)]
-        try:
-            with _config_of(accelerator, settings):
-                self._engine, _ = accelerator.prepare(self.module, optimizer)
-        finally:
-            accelerator._models[:], accelerator._optimizers[:] = kept  # what graphopt trains is not the user's to save
+        with unlisted(accelerator), _config_of(accelerator, settings):
+            self._engine, _ = accelerator.prepare(self.module, optimizer)
 
     # --- a step
 
@@ -67,8 +64,7 @@ class Zero(Spread):
             loss, terms = training.judged(self.run(training.effective(), training.feeds(batch)), batch, weight)
             # DeepSpeed gives the mean over processes, and the weight of each batch says its share
             self._engine.backward(loss * self.mesh.data_count, scale_wrt_gas=False)
-            for name, term in terms.items():
-                own[name] = own.get(name, 0.0) + (term if weight else 0.0)
+            add_terms(own, terms, weight)
         return own
 
     def reduce(self, others: Sequence[nn.Parameter]) -> None:
