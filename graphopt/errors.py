@@ -142,6 +142,12 @@ def require_positive_integer(name: str, value: object) -> None:
         raise UsageError(f"{name} is {value!r}; give a whole number, at least 1")
 
 
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def nearest(name: str, names: Sequence[str], aliases: Mapping[str, str] = MappingProxyType({})) -> str:
     """ '; did you mean ...' (see `near`), or the whole list where nothing is near and the list is short."""
     if meant := near(name, names, aliases):

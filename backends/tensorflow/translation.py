@@ -8,14 +8,11 @@ from typing import Any
 
 from graphopt.backends.tensorflow import canonical, operators
 from graphopt.backends.tensorflow.call import Call, ChannelsLast, Form, Stored, Values, to_last
-from graphopt.errors import GraphoptError, LoweringError, first_line
+from graphopt.errors import GraphoptError, LoweringError, few, first_line
 from graphopt.ir.graph import Graph, Node, Value, dtype_name, unique_labels
 
 FORMS: Mapping[str, Form] = canonical.FORMS | operators.FORMS
 """How TensorFlow computes each kind of node."""
-
-SHOWN = 3
-"""Most nodes of a kind that an error names."""
 
 
 def require_forms(graph: Graph) -> None:
@@ -25,18 +22,13 @@ def require_forms(graph: Graph) -> None:
     for node in nodes:
         by_kind.setdefault(node.kind, []).append(labels[node])
     if by_kind:
-        listed = "; ".join(f"{kind} ({_few(named)})" for kind, named in by_kind.items())
+        listed = "; ".join(f"{kind} ({few(named)})" for kind, named in by_kind.items())
         raise LoweringError(
             f"tensorflow has no form of these operators: {listed}. Use target=onnxruntime, or a model without them"
         )
     strange = [value.name for value in (*graph.inputs, *graph.outputs) if value.dtype is None]
     if strange:
         raise LoweringError(f"{', '.join(strange)}: tensorflow has no values of this type (a sequence, a map, or text)")
-
-
-def _few(labels: list[str]) -> str:
-    more = len(labels) - SHOWN
-    return ", ".join(labels[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphopt.analysis.propagation import LOST
+from graphopt.errors import few
 from graphopt.measure.timing import geometric_mean, slower_than
 from graphopt.numerics import metrics
 from graphopt.report import figures
@@ -174,12 +175,7 @@ def declined(reasons: Mapping[str, str]) -> list[tuple[str, int, str]]:
     for label, reason in reasons.items():
         by_reason.setdefault(str(reason), []).append(label)
     ranked = sorted(by_reason.items(), key=lambda item: -len(item[1]))
-    return [(reason, len(labels), _first_names(labels)) for reason, labels in ranked]
-
-
-def _first_names(labels: Sequence[str]) -> str:
-    named = ", ".join(labels[:SITES])
-    return f"{named} and {len(labels) - SITES} more" if len(labels) > SITES else named
+    return [(reason, len(labels), few(labels, SITES)) for reason, labels in ranked]
 
 
 def agreement_rows(report: Report) -> Rows:
@@ -376,7 +372,7 @@ def comparison_notes(found: Comparison) -> list[str]:
         notes.append(f"most noise is added by {worst.site}: {read}, its result {figures.decibels(worst.sqnr)}")
     if unlike := [one.site for one in inside.sites if not one.alike]:
         notes.append("in brackets: the sites that read it agree, so its channels are only scaled, shifted or in "
-                     f"another order, which is no fault: {_first_names(unlike)}")  # fmt: skip
+                     f"another order, which is no fault: {few(unlike, SITES)}")  # fmt: skip
     unpaired = {site: Reason.of(why) for site, why in inside.unpaired.items()}
     return notes + [f"not compared, {n} x {reason}: {names}" for reason, n, names in declined(unpaired)]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.errors import UsageError
+from graphopt.errors import UsageError, few
 from graphopt.ir.graph import Graph, Value, shapes_text
 from graphopt.ir.qdq.regions import label_of
 from graphopt.numerics import quantize
@@ -136,11 +136,10 @@ def _note_outside(graph: Graph, context: Context, seen: Mapping[Value, tuple[flo
         if not spans:
             continue
         furthest = sorted(spans, key=lambda value: -spans[value])
-        named = ", ".join(f"{label_of(value)} ({spans[value]:.3g} times the range)" for value in furthest[:NAMED])
-        others = f" and {len(spans) - NAMED} more" if len(spans) > NAMED else ""
+        named = few([f"{label_of(value)} ({spans[value]:.3g} times the range)" for value in furthest], NAMED)
         context.note(
             f"warning: the example input {shapes_text(feeds)} leaves the calibrated ranges of {len(spans)} of "
-            f"{len(seen)} activations: {named}{others}; calibrate on inputs like it, or use scheme=dynamic"
+            f"{len(seen)} activations: {named}; calibrate on inputs like it, or use scheme=dynamic"
         )
 
 

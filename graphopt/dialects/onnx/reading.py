@@ -24,7 +24,7 @@ from graphopt.dialects.onnx.spellings import DOMAIN, STANDARD
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES
 from graphopt.dialects.onnx.views import PATH
 from graphopt.dialects.silence import quiet
-from graphopt.errors import GraphError, first_line
+from graphopt.errors import GraphError, few, first_line
 
 NOTES = "graphopt.notes"
 """The key in `meta` of a model for what the user should know of how it was read: a list of sentences."""
@@ -178,8 +178,7 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
     if any(domain != DOMAIN for domain, _, _ in model.functions):
         ir_passes.InlinePass()(model)
     if taken := _without_weights_as_inputs(model, stated_version):
-        others = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
-        notes.append(f"inputs that the file stores are constants here: {', '.join(map(repr, taken[:3]))}{others}")
+        notes.append(f"inputs that the file stores are constants here: {few([*map(repr, taken)])}")
     ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     fix_names(model)
     for node in graph.all_nodes():
@@ -195,9 +194,8 @@ def in_order(model: ir.Model | onnx.ModelProto) -> ir.Model:
         if value.const_value is not None and value.shape is None:
             value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
     if denied := onnx_shapes.infer_anew(model.graph, Inference(model).infer):
-        others = f" and {len(denied) - 3} more" if len(denied) > 3 else ""
-        notes.append(f"the file states a type or shape of {', '.join(map(repr, denied[:3]))}{others} that its nodes do "
-                     "not give: these were inferred anew")  # fmt: skip
+        notes.append(f"the file states a type or shape of {few([*map(repr, denied)])} that its nodes do not give: "
+                     "these were inferred anew")  # fmt: skip
     typed = all(value.type is not None for value in graph.inputs)  # inference may crash where one is not
     if typed and any(output.shape is None for node in graph for output in node.outputs):
         with contextlib.suppress(ir.serde.SerdeError):  # a value may turn out to be a map

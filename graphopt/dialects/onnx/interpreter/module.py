@@ -24,7 +24,7 @@ from graphopt.dialects.onnx.interpreter.call import Call, Form, Numbers, Traced,
 from graphopt.dialects.onnx.interpreter.sizes import of_sizes
 from graphopt.dialects.onnx.tensors import READABLE, TORCH_DTYPES, to_torch
 from graphopt.dialects.onnx.views import holds_graph
-from graphopt.errors import GraphError, first_line
+from graphopt.errors import GraphError, few, first_line
 from graphopt.ir.graph import Value, unique_labels
 
 FORMS: Mapping[str, Form] = (
@@ -35,8 +35,6 @@ FORMS: Mapping[str, Form] = (
 
 _OWN = ("onnx.Shape", "onnx.Size", "onnx.If")
 """Kinds of nodes that are computed without a form."""
-_SHOWN = 3
-"""Most nodes of a kind that an error names."""
 
 
 class OnnxModule(nn.Module):
@@ -331,7 +329,7 @@ def _require_forms(graph: OnnxGraph, nodes: Sequence[OnnxNode]) -> None:
         if why is not None:
             refused.setdefault(node.kind + (f" with {why}" if why else ""), []).append(labels[node])
     if refused:
-        listed = "; ".join(f"{what} ({_few(labels)})" for what, labels in refused.items())
+        listed = "; ".join(f"{what} ({few(labels)})" for what, labels in refused.items())
         raise GraphError(
             f"these operators have no torch form: {listed}. Hand over the nn.Module that the file was exported from"
         )
@@ -339,8 +337,3 @@ def _require_forms(graph: OnnxGraph, nodes: Sequence[OnnxNode]) -> None:
     strange = [value.name for value in values if isinstance(value, OnnxValue) and value.native.dtype not in READABLE]
     if strange:
         raise GraphError(f"{', '.join(strange)}: torch has no values of this type (a sequence, a map, or text)")
-
-
-def _few(labels: Sequence[str]) -> str:
-    more = len(labels) - _SHOWN
-    return ", ".join(labels[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
