@@ -113,15 +113,7 @@ class Batches:
         return not self.once and not self.is_split and getattr(self._source, "generator", None) is None
 
     def part(self, index: int, parts: int) -> Batches:
-        """Every `parts`-th batch, from `index` on: all that one process of a mesh reads, unless `is_split`.
-
-        Raises UsageError where accelerate has cut the batches for several processes already.
-        """
-        if parts > 1 and getattr(self._source, "_is_accelerate_prepared", False):
-            raise UsageError(
-                f"{self.name}= was prepared by an Accelerator, which gives each process its share, and so does "
-                "graphopt: pass the loader as it was before"
-            )
+        """Every `parts`-th batch, from `index` on: all that one process of a mesh reads, unless `is_split`."""
         part = copy.copy(self)
         part._part, part._whole = (index, parts), self._whole
         return part
