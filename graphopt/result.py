@@ -331,8 +331,7 @@ class Optimized:
         if opset is not None or portable:
             self._check_exported(graph, opset)
         with writing.together(path, writing.manifest_of(path)) as (part, manifest):
-            facts = self.report.to_dict() | {"load": self._loading(path.name, aot)}
-            manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+            self._write_facts(manifest, path.name, aot)
             if aot:
                 self.transformed.package(part, self.feeds[0], metadata)
             else:
@@ -348,8 +347,7 @@ class Optimized:
             writing.whole(writing.manifest_of(path)) as manifest,
             writing.whole_folder(path, self.backend.folder_mark, self.backend.folder_files) as part,
         ):
-            facts = self.report.to_dict() | {"load": self._loading(path.name, False)}
-            manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+            self._write_facts(manifest, path.name, False)
             self.backend.export(self.lowered, part, metadata=self._metadata(False))
             self._check_written(part)
         return path
@@ -362,6 +360,11 @@ class Optimized:
         reference = Agree(self.lowered, self.feeds, self.signature.outputs)
         if run is not None and (moved := reference.moved_by(run, self.lowered)) is not None:
             raise GraphError(f"read again, what was written computes something else: {moved}")
+
+    def _write_facts(self, manifest: Path, file: str, aot: bool) -> None:
+        """Write what is known of an exported file beside it."""
+        facts = self.report.to_dict() | {"load": self._loading(file, aot)}
+        manifest.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
 
     def _loading(self, file: str, aot: bool) -> Mapping[str, Any]:
         """How the file is loaded, as plain data."""
