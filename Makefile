@@ -13,8 +13,10 @@ demo: venv
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: venv
+test-slow: .venv/.slow .venv-tf/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	.venv-tf/bin/python -m pytest -n 2 -m slow tests/backends/test_tensorflow.py tests/passes/test_dequantize.py \
+		tests/serving/test_repositories.py
 
 fuzz: venv
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(or $(FUZZ_SEED),0)
@@ -42,6 +44,18 @@ venv: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --disable-pip-version-check torch==2.13.0 -c constraints.txt
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
+	touch $@
+
+# DeepSpeed compiles kernels as it is first used. TensorFlow is large, and stays out of the way of the others.
+.venv/.slow: .venv/.installed
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[deepspeed]"
+	touch $@
+
+.venv-tf/.installed: pyproject.toml constraints.txt
+	test -x .venv-tf/bin/python || $(PYTHON) -m venv .venv-tf
+	.venv-tf/bin/python -m pip install -qq --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	.venv-tf/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,demo,tf]" \
+		tensorflow-serving-api
 	touch $@
 
 # The tools that the benchmarks compare with are large, and tests need none of them.
