@@ -41,9 +41,12 @@ class Engine:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised; no need to log them too
         options.inter_op_num_threads = 1
-        # Threads that wait for work sleep: spinning takes the CPU from the event loop and from other runs. A run of
-        # MiniLM at 1x16 on 2 threads takes 2.5 ms of CPU time in place of 5.0, and no longer.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads wait for the next operator of a run awake for a moment, and sleep once no run is left: awake for
+        # longer they would take the CPU from the event loop and from other runs. On 2 threads of an EPYC a run of
+        # MiniLM at 1x16 takes 1.1 ms and 2.2 ms of CPU time so, 1.5 and 2.6 if they never wait awake, and 1.1 and 3.4
+        # by default. 32 clients get 3% fewer answers a second than if they never do, with 50 us 8% fewer.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if data:
