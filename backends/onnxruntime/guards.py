@@ -1,23 +1,26 @@
-"""Keeps onnxruntime's own optimizer off what it breaks: a Sum of one value stands where it would merge two nodes.
+"""Keeps onnxruntime's own optimizer off what it breaks: another spelling stands where it would merge two nodes.
 
-A Sum of one value is that value, and no optimization looks at it. Each pattern comes out wrong, or does not load, in
-onnxruntime 1.31 with its optimizations, and is right without:
+Mostly that is a Sum of one value, which is that value, and which no optimization looks at. Each pattern comes out
+wrong, or does not load, in onnxruntime 1.31 with its optimizations, and is right without:
 
 - a pad with zeros is merged into the pool behind it, where a max pool pads with minus infinity, and no pool takes
   padding as wide as its kernel;
 - a quantize of what was dequantized by another scale is merged with the first quantize;
 - the weight and the bias of a conv on integers are rounded to integers, also where the bias does not fit;
-- a quantize is put behind what moves int8 activations, and from opset 21 on its type is then wrong.
+- a quantize is put behind what moves int8 activations, and from opset 21 on its type is then wrong;
+- a product of floats with a dequantized weight becomes MatMulNBits, which rounds the floats to int8: such a weight is
+  cast and scaled.
 """
 
 from __future__ import annotations
 
 import torch
 
+from graphopt.backends.onnxruntime import weight_only
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.ir.graph import Node
 from graphopt.ir.qdq.numbers import fits_integers, stored
-from graphopt.ir.rewrite import scalar
+from graphopt.ir.rewrite import rewrite, scalar
 
 _POOLS = ("max_pool", "average_pool", "onnx.MaxPool", "onnx.AveragePool", "onnx.LpPool")
 _MOVES = ("max_pool", "reshape", "transpose", "slice", "squeeze", "unsqueeze", "identity", "onnx.MaxPool",
@@ -26,8 +29,10 @@ _NOT_NEGATIVE = ("relu", "sigmoid", "hard_sigmoid", "softmax", "exp")
 
 
 def guarded(graph: OnnxGraph) -> OnnxGraph:
-    """A clone in which a Sum stands before each node that would be merged wrongly with the one that it reads."""
+    """A clone in which no node would be merged wrongly with the one that it reads."""
     made = graph.clone()
+    for part in (*made.bodies, made):
+        rewrite(part, [weight_only.SCALED])
     for node in made.nodes:
         x = node.operands[0] if node.operands else None
         if x is not None and x.producer is not None and _is_merged_wrongly(made, node, x.producer):

@@ -196,6 +196,14 @@ def _read_by(node: Node, *kinds: str) -> bool:
     return not node.result.is_output and all(user.kind in kinds for user in node.result.users)
 
 
+def _multiplies_floats(m: Match) -> bool:
+    """Whether a weight of 8 bits, which has no blocks, is read by linears alone whose input is in floats."""
+    given = m.root.attributes
+    if not is_stored(m.root) or given["bits"] != 8 or given["block"] or not _read_by(m.root, "linear"):
+        return False
+    return all(_why_not_activations(node.input) is None for node in m.root.result.users)
+
+
 def _along(node: Node, parameter: Value) -> Tensor:
     """A scale or zero point of a stored dequantize, in a shape that is broadcast to its integers."""
     tensor, axis = node.graph.constant(parameter), node.attributes["axis"]
@@ -234,5 +242,7 @@ STORED = (
     Rule("stored-integers", _stored, _scaled, check=lambda m: is_stored(m.root) and _read_by(m.root, *STORED_OPS)),
 )
 """Weights of ops that no kernel computes from integers."""
+SCALED = Rule("scaled-weights", _stored, _scaled, check=_multiplies_floats)
+"""For a file of standard operators, which has no MatMulNBits."""
 FOLDED = (Rule("float-weights", _stored, _fold, check=lambda m: is_stored(m.root)),)
 """Applied after all rules that read integers: weights for which none of them has a kernel."""

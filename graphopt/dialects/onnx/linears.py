@@ -19,8 +19,6 @@ from graphopt.ir.graph import Value
 
 PRODUCTS = ("MatMul", "Gemm", "Einsum")
 """The operators that `raise_linears` reads."""
-PRODUCT_KINDS = ("matmul", "onnx.Gemm")
-"""The kinds of those that read a stored matrix through its Transposes."""
 
 
 def raise_linears(graph: OnnxGraph) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from graphopt.dialects.onnx.spellings import STANDARD
 from graphopt.dialects.onnx.versions import schema
-from graphopt.errors import GraphError
+from graphopt.errors import GraphError, few
 
 MAP_TYPE = "graphopt.map_type"
 """The key in `meta` of a value for its type (a TypeProto), where it is an input or output that holds a map."""
@@ -82,12 +82,12 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
         seen |= {node.name} - {""}
         for name in (*node.input, *node.output, node.op_type, node.domain):
             if isinstance(name, bytes):
-                raise GraphError(f"a name in {_of(node)} is not UTF-8: {name!r}")
+                raise GraphError(f"a name in {_of(node)} is not UTF-8: {_quoted(name)}")
     for value in (*graph.input, *graph.output, *graph.initializer):
         if isinstance(value.name, bytes):
-            raise GraphError(f"the name of an input, output or weight is not UTF-8: {value.name!r}")
+            raise GraphError(f"the name of an input, output or weight is not UTF-8: {_quoted(value.name)}")
     if twice:
-        yield f"several nodes are called {', '.join(map(repr, twice))}; they were renamed"
+        yield f"several nodes are called {few([_quoted(name) for name in twice])}; they were renamed"
 
 
 def _attributes(node: onnx.NodeProto, opset: int) -> None:
@@ -171,11 +171,11 @@ def _require_values(graph: onnx.GraphProto, outer: Sequence[set[str]]) -> None:
         for name in node.output:
             if name and (name in made or name in given):
                 first = f"{_of(made[name])} has made" if name in made else "is an input or a stored constant"
-                raise GraphError(f"{_of(node)} makes {name!r} again, which {first}")
+                raise GraphError(f"{_of(node)} makes {_quoted(name)} again, which {first}")
             made[name] = node
         for name in node.input:
             if name and not any(name in scope for scope in scopes):
-                raise GraphError(f"{_of(node)} reads {name!r}, which nothing makes")
+                raise GraphError(f"{_of(node)} reads {_quoted(name)}, which nothing makes")
         for inner in _subgraphs(node):
             _require_values(inner, scopes)
     for value in graph.output:
@@ -193,7 +193,18 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 def _of(node: onnx.NodeProto) -> str:
     """A node in a sentence: its operator, with its name or that of its result."""
     name = next((text for text in (node.name, *node.output) if isinstance(text, str) and text), "")
-    return f"{node.op_type} ({name})" if name else str(node.op_type)
+    kind = node.op_type if isinstance(node.op_type, str) else _quoted(node.op_type)
+    return f"{kind} ({name if len(name) <= _LONGEST else _quoted(name)})" if name else kind
+
+
+def _quoted(name: str | bytes) -> str:
+    """A name of a damaged file, which may hold the rest of the file: what is long is cut."""
+    text = repr(name)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+_LONGEST = 60
+"""Characters of a name in a message."""
 
 
 def _repeated(names: Sequence[str]) -> str:

@@ -25,6 +25,8 @@ from graphopt.ir.qdq.regions import STORED
 from graphopt.numerics import quantize
 
 CONTRIB = "com.microsoft"
+PRODUCT_KINDS = ("matmul", "onnx.Gemm")
+"""The kinds of products that read a stored matrix through its Transposes."""
 _INTEGERS = (torch.int8, torch.uint8)
 
 Read = Callable[["_Site"], "Value | None"]
@@ -421,24 +423,51 @@ def _blocks(
 
 
 def _read_stored(site: _Site) -> Value | None:
-    """Integers that are cast and scaled, as weights of ops are stored that have no kernel for integers."""
+    """Integers that are cast, shifted and scaled, as weights are stored that no kernel reads as integers."""
     for place in (0, 1):
-        cast, scale = site.required(place).producer, _constant(site.graph, site.required(1 - place))
-        if cast is None or cast.kind != "cast" or scale is None or scale.dtype is not torch.float32:
+        floats, scale = site.required(place).producer, _constant(site.graph, site.required(1 - place))
+        shift: Tensor | None = torch.zeros(())
+        if floats is not None and floats.kind == "sub":
+            cast, taken = floats.operands
+            shift, floats = _constant(site.graph, taken), None if cast is None else cast.producer
+        if floats is None or floats.kind != "cast" or scale is None or shift is None:
             continue
-        integers = _constant(site.graph, cast.operands[0])
-        if integers is None or integers.dtype not in _INTEGERS or scale.dim() != integers.dim():
+        integers = _constant(site.graph, floats.operands[0])
+        if integers is None or integers.dtype not in _INTEGERS or scale.dtype is not torch.float32:
             continue
-        along = [axis for axis, size in enumerate(scale.shape) if size > 1]
-        if len(along) > 1 or any(scale.shape[axis] != integers.shape[axis] for axis in along):
+        zeros = shift.to(integers.dtype)
+        if not torch.equal(zeros.float(), shift) or not _is_weight(site.node.result):
             continue
-        zero_point = None
-        if integers.dtype is torch.uint8:
-            zero_point = site.graph.add_constant(torch.zeros((), dtype=torch.uint8))
-        if all(user.kind in STORED for user in site.node.result.users) and not site.node.result.is_output:
-            stored = site.graph.add_constant(scale.reshape([-1] * len(along)))
-            return site.emit("dequantize", cast.operands[0], stored, zero_point, axis=along[0] if along else None)
+        axes = [_along(one, integers) for one in (scale, zeros)]
+        if None in axes or (-1 not in axes and axes[0] != axes[1]):
+            continue
+        axis = max(one for one in axes if one is not None)
+        shape = () if axis == -1 else (integers.shape[axis],)
+        needed = integers.dtype is torch.uint8 or bool(zeros.any())
+        parameters = [_spread(scale, shape), _spread(zeros, shape) if needed else None]
+        stored = [None if one is None else site.graph.add_constant(one) for one in parameters]
+        return site.emit("dequantize", floats.operands[0], *stored, axis=None if axis == -1 else axis)
     return None
+
+
+def _along(parameter: Tensor, integers: Tensor) -> int | None:
+    """The one axis along which a scale or shift differs, -1 for no axis; None for several, and for another shape."""
+    along = [axis for axis, size in enumerate(parameter.shape) if size > 1]
+    if not along:
+        return -1
+    fits = parameter.dim() == integers.dim() and parameter.shape[along[0]] == integers.shape[along[0]]
+    return along[0] if fits and len(along) == 1 else None
+
+
+def _is_weight(value: Value) -> bool:
+    """Whether all that reads a value are ops that take it as a stored weight, products through transposes too."""
+
+    def reads(node: Node) -> bool:
+        if node.kind == "transpose":
+            return _is_weight(node.result)
+        return node.kind in STORED or (node.kind in PRODUCT_KINDS and node.operands[1] == value != node.operands[0])
+
+    return not value.is_output and all(map(reads, value.users))
 
 
 _READERS: dict[str, Read] = {

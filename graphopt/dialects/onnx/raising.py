@@ -13,9 +13,9 @@ from functools import partial
 from graphopt.dialects import heads, raising, repeated_heads
 from graphopt.dialects.onnx import rotary
 from graphopt.dialects.onnx.graph import OnnxGraph
-from graphopt.dialects.onnx.linears import PRODUCT_KINDS, raise_linears, respell_attention
+from graphopt.dialects.onnx.linears import raise_linears, respell_attention
 from graphopt.dialects.onnx.positions import raise_positions
-from graphopt.dialects.onnx.quantized import raise_quantized
+from graphopt.dialects.onnx.quantized import PRODUCT_KINDS, raise_quantized
 from graphopt.dialects.onnx.recurrent import drop_zero_states, raise_recurrent
 from graphopt.dialects.onnx.sequences import raise_sequence_splits
 from graphopt.dialects.onnx.whole_slices import drop_whole_slices

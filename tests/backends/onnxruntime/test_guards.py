@@ -150,6 +150,37 @@ def test_a_portable_file_of_weights_in_integers_keeps_activations_in_floats(bits
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
 
 
+@settings(deadline=None, max_examples=8)
+@given(
+    axis=st.sampled_from([None, 0, 1]), dtype=st.sampled_from([torch.int8, torch.uint8]), shifted=st.booleans(),
+    opset=st.integers(13, 23),
+)  # fmt: skip
+def test_a_weight_of_8_bits_multiplies_floats_at_every_level_and_is_read_again_in_integers(
+    axis: int | None, dtype: torch.dtype, shifted: bool, opset: int
+) -> None:
+    """onnxruntime rounds the floats where it reads a DequantizeLinear before a product."""
+    generator = torch.Generator().manual_seed(opset)
+    count = () if axis is None else (16, 6)[axis : axis + 1]
+    limits = torch.iinfo(dtype)
+    stored = {
+        "Q": torch.randint(limits.min, limits.max, (16, 6), dtype=dtype, generator=generator),
+        "R": torch.rand(count, generator=generator) / 64,
+        "Z": torch.randint(1, 9, count, dtype=dtype, generator=generator),
+    }
+    along = "" if axis is None else f"<axis = {axis}>"
+    body = f"w = DequantizeLinear{along}(Q, R{', Z' if shifted else ''}) y = MatMul(x, w)"
+    used = stored if shifted else {name: stored[name] for name in "QR"}
+    proto = model(f"g (float[n,16] x) => (float[n,6] y) {{ {body} }}", used, opset=opset)
+    feeds = {"x": torch.randn(5, 16, generator=generator)}
+    with tempfile.TemporaryDirectory() as folder:
+        small = graphopt.optimize(proto, "simplify", example_inputs=feeds)
+        path = small.export(Path(folder) / "out.onnx", portable=True)
+        (found,) = run_at(path, ort.GraphOptimizationLevel.ORT_ENABLE_ALL, feeds)
+        torch.testing.assert_close(found, plain_run(proto, feeds)[0], rtol=1e-4, atol=1e-5)
+        again = graphopt.optimize(path, "simplify", example_inputs=feeds)
+    assert again.report.cost_after.bytes < small.report.cost_after.bytes + 17  # uint8 gets zero points
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 4), st.sampled_from(["4", "8", "[4,8]"]), st.sampled_from(["none", "32"]), st.integers(0, 99))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -169,14 +168,16 @@ def test_portable_file_holds_packed_weights_in_standard_operators(
     graph.sweep()
     BACKEND.export(graph, tmp_path / "model.onnx", metadata={}, opset=21)
     model = onnx.load(tmp_path / "model.onnx")
-    assert Counter(node.op_type for node in model.graph.node) == {"DequantizeLinear": 1, "MatMul": 1}
+    scaled = ["Cast", *([] if symmetric else ["Sub"]), "Mul", "Transpose"]
+    written = {8: scaled, 4: ["DequantizeLinear"]}[bits]  # the engine rounds activations behind the latter
+    assert [node.op_type for node in model.graph.node] == [*written, "MatMul"]
     names = {8: ("INT8", "UINT8"), 4: ("INT4", "UINT4")}[bits]
     weights = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 2 and 64 in tensor.dims)
     assert onnx.TensorProto.DataType.Name(weights.data_type) == names[0 if symmetric else 1]
     session = ort.InferenceSession(str(tmp_path / "model.onnx"))
     found = session.run(None, {"x": feeds(graph)["x"].numpy()})[0]
     expected = feeds(graph)["x"] @ grid.values(grid.round(weight)).T
-    assert metrics.sqnr(expected, torch.from_numpy(found)) > 30  # the engine may round activations, as above
+    assert metrics.sqnr(expected, torch.from_numpy(found)) > (30 if bits == 4 else 100)
 
 
 @pytest.mark.parametrize("scheme", ["dynamic", "static"])
