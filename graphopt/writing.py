@@ -67,7 +67,7 @@ def together(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 @contextmanager
-def whole_folder(path: Path, mark: str, files: Sequence[str] = ("*",)) -> Iterator[Path]:
+def whole_folder(path: Path, mark: str, files: Sequence[str]) -> Iterator[Path]:
     """Where to write the folder `path`: it takes its place when the block ends, and is removed where the block fails.
 
     mark: a file that every such folder holds. files: patterns of its other files, in which * matches / too. A folder
@@ -122,7 +122,7 @@ def manifest_of(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def why_not_folder(path: Path, mark: str, files: Sequence[str] = ("*",)) -> str:
+def why_not_folder(path: Path, mark: str, files: Sequence[str]) -> str:
     """Why no folder can be written at `path` (`whole_folder`), and what to do; empty where one can."""
     place = path.resolve()
     if not place.parent.is_dir():

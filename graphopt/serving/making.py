@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import re
@@ -67,7 +68,7 @@ def bundle(
     """Write a folder that can be deployed and checks itself wherever it is loaded; returns its path.
 
     model: what `optimize` returned, for a target that runs in ONNX Runtime on the CPU; or an .onnx file, which is taken
-    as it is. folder: a new one, an empty one, or a bundle to replace.
+    as it is. folder: a new one, an empty one, or a bundle to replace, which holds no other files.
     It holds model.onnx; portable.onnx, in standard operators, where the model has others; golden.npz, with inputs and
     the outputs of the float model; the tokenizer or the image transforms of the Hugging Face folder that the model came
     from; and manifest.json, with hashes, versions and what was measured.
@@ -87,10 +88,20 @@ def bundle(
         name = _name(name, folder)
         source = _Source.of(model, reference, tokenizer, threads)
         measures = (timing.is_on() and source.cpu is None) if measure is None else measure
-        with writing.whole_folder(folder, manifest.FILE) as part:
+        with writing.whole_folder(folder, manifest.FILE, _named_in(folder / manifest.FILE)) as part:
             source.write(part)
             _finished(part, source, name, code, inputs, measures)
     return folder
+
+
+def _named_in(file: Path) -> list[str]:
+    """The files that a manifest names, as patterns; of any schema, since a bundle of an older one is made again."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    names = found.get("files") if isinstance(found, dict) else None
+    return [glob.escape(name) for name in names] if isinstance(names, dict) else []
 
 
 @dataclass

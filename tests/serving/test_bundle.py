@@ -124,6 +124,20 @@ def test_a_bundle_replaces_a_bundle_and_nothing_else(model_file: Path, tmp_path:
         graphopt.bundle(model_file, tmp_path / "full")
 
 
+@pytest.mark.parametrize("manifest", [None, "{}", "[1", '{"schema": 0, "files": {"model.onnx": {}}}'])
+def test_a_bundle_that_holds_files_of_the_user_is_not_replaced(
+    manifest: str | None, model_file: Path, tmp_path: Path
+) -> None:
+    bundle = graphopt.bundle(model_file, tmp_path / "b", inputs=[{"ids": tokens(), "mask": padding()}])
+    (bundle / "notes.txt").write_text("mine", encoding="utf-8")
+    if manifest is not None:
+        (bundle / "manifest.json").write_text(manifest, encoding="utf-8")
+    before = {file: file.read_bytes() for file in bundle.rglob("*") if file.is_file()}
+    with pytest.raises(GraphError, match=r"b holds [a-z.]+, which was not written with it, so it is not replaced"):
+        graphopt.bundle(model_file, bundle, inputs=[{"ids": tokens(), "mask": padding()}])
+    assert {file: file.read_bytes() for file in bundle.rglob("*") if file.is_file()} == before
+
+
 def test_weights_beside_the_file_come_along(model_file: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     file = tmp_path / "in" / "m.onnx"

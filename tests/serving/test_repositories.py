@@ -34,6 +34,12 @@ def test_each_kind_is_written_again_and_over_nothing_else(kind: str, encoder: Pa
     (tmp_path / "full" / "a").touch()
     with pytest.raises(GraphError, match="holds other files"):
         repository(encoder, tmp_path / "full", kind)
+    mine = tmp_path / "out" / "encoder" / "2" / "model.onnx"  # another version
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine", encoding="utf-8")
+    with pytest.raises(GraphError, match=r"out holds encoder/2/model.onnx, which was not written with it"):
+        repository(encoder, tmp_path / "out", kind)
+    assert mine.read_text(encoding="utf-8") == "mine"
 
 
 def test_the_command(encoder: Path, tmp_path: Path) -> None:

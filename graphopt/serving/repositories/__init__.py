@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from graphopt.serving.bundles import Bundle, opened
 from graphopt.serving.repositories import container, kserve, openvino, ray, triton
 
 MARK = "graphopt-repository"
-"""A file in each such folder, which holds the digest of the bundle."""
+"""A file in each such folder: its kind and the digest of the bundle, and in each further line the name of a file that
+was written with it."""
 
 
 def _tensorflow(bundle: Bundle, folder: Path) -> None:
@@ -34,14 +36,24 @@ KINDS: dict[str, Callable[[Bundle, Path], None]] = {
 def repository(bundle: str | Path, folder: str | Path, kind: str) -> Path:
     """Write what another server reads; returns the folder.
 
-    kind: of KINDS. folder: a new one, an empty one, or one that this wrote before.
+    kind: of KINDS. folder: a new one, an empty one, or one that this wrote before and nobody added a file to.
     Raises BundleError for a damaged bundle, UsageError for an unknown kind, GraphError where nothing can be written.
     """
     folder = Path(folder)
     if kind not in KINDS:
         raise UsageError(f"there is no kind of repository {kind!r}{nearest(kind, list(KINDS))}")
     source = opened(bundle)
-    with outer_door(GraphError, f"{folder} cannot be written"), writing.whole_folder(folder, MARK) as part:
+    with (
+        outer_door(GraphError, f"{folder} cannot be written"),
+        writing.whole_folder(folder, MARK, _written_with(folder / MARK)) as part,
+    ):
         KINDS[kind](source, part)
-        (part / MARK).write_text(f"{kind} {source.digest}\n", encoding="utf-8")
+        names = sorted(file.relative_to(part).as_posix() for file in part.rglob("*") if file.is_file())
+        (part / MARK).write_text("\n".join([f"{kind} {source.digest}", *names, ""]), encoding="utf-8")
     return folder
+
+
+def _written_with(mark: Path) -> list[str]:
+    """The files that a mark names, as patterns; none where there is no mark."""
+    lines = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
+    return [glob.escape(name) for name in lines[1:]]
