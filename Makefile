@@ -5,12 +5,15 @@ MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # into bui
 
 FUZZ_SECONDS ?= 3600
 
-.PHONY: demo test test-slow fuzz bench examples docs lint venv
+.PHONY: demo test fast-tests test-slow fuzz bench examples docs lint venv
 
 demo: venv
 	$(BIN)/graphopt demo
 
-test: lint
+test: venv  # mypy runs on one core
+	$(MAKE) --no-print-directory -j 2 lint fast-tests
+
+fast-tests: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/.slow .venv-tf/.installed

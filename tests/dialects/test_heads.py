@@ -182,7 +182,10 @@ def encoder(batch_first: bool, norm_first: bool) -> nn.Module:
     return nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False)
 
 
-@pytest.mark.parametrize(("batch_first", "norm_first"), [(True, False), (True, True), (False, False), (False, True)])
+@pytest.mark.parametrize(("batch_first", "norm_first"), [
+    (True, False), pytest.param(True, True, marks=pytest.mark.slow),
+    pytest.param(False, False, marks=pytest.mark.slow), (False, True),
+])  # fmt: skip
 def test_an_encoder_keeps_no_moves_around_attention(batch_first: bool, norm_first: bool, dialect: str) -> None:
     """Where time comes first, it is swapped with the batch once before all layers, and once after them."""
     module, x = seeded(encoder, batch_first, norm_first), torch.randn(2, 5, WIDTH)

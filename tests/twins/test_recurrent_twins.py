@@ -39,7 +39,8 @@ def stored(graph: Graph) -> list[Tensor]:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize(
     "passes",
-    [[], [Prune(neurons=0.5, round_to=1)], [Quantize(scheme="weight-only")],
+    [[], pytest.param([Prune(neurons=0.5, round_to=1)], marks=pytest.mark.slow),
+     pytest.param([Quantize(scheme="weight-only")], marks=pytest.mark.slow),
      [Prune(neurons=0.5, round_to=1), Quantize(scheme="weight-only")]],
     ids=lambda passes: ",".join(map(str, passes)) or "capture",
 )  # fmt: skip

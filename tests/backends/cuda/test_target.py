@@ -72,16 +72,19 @@ def kernels(small: Any) -> dict[str, int]:
     ("passes", "expected", "least"),
     [
         ("", {"linear": 4}, 120),
-        ("cast{dtype=bfloat16}", {"linear": 4}, 40),
+        pytest.param("cast{dtype=bfloat16}", {"linear": 4}, 40, marks=pytest.mark.slow),
         ("quantize{scheme=dynamic}", {"linear_int8": 4}, 40),
         ("quantize{scheme=static}", {"linear_int8": 4}, 36),
         ("quantize{scheme=weight-only}", {"linear_weight_int8": 4}, 46),
         ("quantize{scheme=dynamic,dtype=float8}", {"linear_float8": 4}, 32),
-        ("quantize{scheme=static,dtype=float8}", {"linear_float8": 4}, 30),
+        pytest.param("quantize{scheme=static,dtype=float8}", {"linear_float8": 4}, 30, marks=pytest.mark.slow),
         ("sparsify{pattern=2:4},cast{dtype=float16}", {"linear_sparse": 4}, 10),
         ("sparsify{pattern=2:4},quantize{scheme=dynamic}", {"linear_int8_sparse": 4}, 10),
-        ("sparsify{pattern=2:4},quantize{scheme=dynamic,dtype=float8}", {"linear_int8_sparse": 4}, 10),
-        ("quantize{scheme=dynamic},cast{dtype=bfloat16}", {"linear_int8": 6}, 38),
+        pytest.param(
+            "sparsify{pattern=2:4},quantize{scheme=dynamic,dtype=float8}", {"linear_int8_sparse": 4}, 10,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("quantize{scheme=dynamic},cast{dtype=bfloat16}", {"linear_int8": 6}, 38, marks=pytest.mark.slow),
         ("quantize{scheme=dynamic,dtype=float8},cast{dtype=bfloat16}", {"linear_float8": 6}, 32),
     ],
 )

@@ -108,7 +108,7 @@ def assert_kept(
 
 @pytest.mark.parametrize("per_channel", [True, False], ids=["channel", "tensor"])
 @pytest.mark.parametrize("weights", ["QInt8", "QUInt8"])
-@pytest.mark.parametrize("activations", ["QUInt8", "QInt8"])
+@pytest.mark.parametrize("activations", ["QUInt8", pytest.param("QInt8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["QDQ", "QOperator"])
 def test_static_files(
     source: Path, tmp_path: Path, form: str, activations: str, weights: str, per_channel: bool
