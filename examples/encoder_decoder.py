@@ -1,4 +1,4 @@
-"""Encoder-decoders in two files each: a T5 that is trained here to write words backwards, and a Whisper.
+"""Encoder-decoders in two files each: a T5 that is trained here to sort letters, and a Whisper.
 
     python examples/encoder_decoder.py
 
@@ -85,14 +85,14 @@ def sounds(batches: int, rows: int, seed: int) -> list[Batch]:
 
 
 def words(batches: int, rows: int, seed: int) -> list[Batch]:
-    """Random words of 4 to 12 letters, and the same backwards as labels."""
+    """Random words of 4 to 12 letters, and as labels their letters in the order of the alphabet."""
     draw, made = random.Random(seed), []
     for _ in range(batches):
         ids, labels = torch.full((rows, LENGTH + 1), PAD), torch.full((rows, LENGTH + 1), -100)
         for row in range(rows):
             word = [draw.randrange(LETTERS) + 2 for _ in range(draw.randint(4, LENGTH))]
             ids[row, : len(word) + 1] = torch.tensor([*word, END])
-            labels[row, : len(word) + 1] = torch.tensor([*reversed(word), END])
+            labels[row, : len(word) + 1] = torch.tensor([*sorted(word), END])
         given = torch.cat([torch.full((rows, 1), PAD), labels[:, :-1].clamp(min=PAD)], 1)
         mask = (ids != PAD).long()
         made.append({"input_ids": ids, "attention_mask": mask, "decoder_input_ids": given, "labels": labels})
@@ -177,7 +177,7 @@ def main(size: Size = "full", out: Out = Path("out/encoder_decoder")) -> None:
     train = words(600 if full else 2, 32 if full else 2, seed=1)
     test = words(4 if full else 1, 32 if full else 2, seed=2)
     trained = graphopt.optimize(
-        module, f"finetune{{{'epochs=2' if full else 'steps=1'} lr=2e-3}}", training=train, measure=False
+        module, f"finetune{{{'epochs=2' if full else 'steps=1'} lr=1e-3}}", training=train, measure=False
     )
     module.load_state_dict(trained.state_dict())
     decoder = Decoder(module).eval()

@@ -118,12 +118,12 @@ def main(size: Size = "full", out: Out = Path("out/image_classification")) -> No
     train = batches(*photographs("train10k", 10000 if full else 4, seed=1), 64 if full else 2)
     test = batches(*photographs("val", 1000 if full else 4, seed=2))
     weights = data("resnet_cifar10", "resnet20-12fca82f.th")
-    resnet, epochs = ResNet() if full else ResNet(1), "epochs=2" if full else "steps=1"
+    resnet, epochs = ResNet() if full else ResNet(1), "epochs=8" if full else "steps=1"
     networks: dict[str, Any] = {"ResNet-20": resnet.eval(), "MobileNetV2": mobilenet(full)}
     trained = set()
     if full and weights is not None:
         trained.add("ResNet-20")
-        state = torch.load(weights, weights_only=True)["state_dict"]
+        state = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
         resnet.load_state_dict({name.removeprefix("module."): tensor for name, tensor in state.items()})
     engines = ["onnxruntime", *(["openvino"] if find_spec("openvino") else [])]
     if len(engines) == 1:

@@ -76,7 +76,7 @@ def main(size: Size = "full", out: Out = Path("out/keyword_spotting")) -> None:
     weights, recorded = data("mlperf_tiny", "dscnn_kws_fp32.pt"), data("mlperf_tiny", "kws_val500.npz")
     model: Any = DsCnn().eval() if full else DsCnn(8, 1).eval()
     if full and weights and recorded:
-        model.load_state_dict(torch.load(weights, weights_only=True))
+        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         with np.load(recorded) as file:
             clips, words = torch.from_numpy(file["x"]), torch.from_numpy(file["y"]).long()
         train, test = (clips[:250], words[:250]), (clips[250:], words[250:])
