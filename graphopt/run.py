@@ -448,7 +448,9 @@ class Run:
                 self._compare(small, reference)
                 if promised:
                     rounds = self.backend.rounds(small.lowered)
-                    moved = reference.moved_by(small.run_anew, small.folded, rounds=rounds)
+                    can_run = self.captured.graph.dialect == self.backend.dialect
+                    own = (lambda: self._captured_runner) if can_run else None
+                    moved = reference.moved_by(small.run_anew, small.folded, rounds=rounds, own=own)
             small.forget_state()
             now.result = tables.closeness(report)
         if moved is not None:

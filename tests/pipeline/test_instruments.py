@@ -13,10 +13,13 @@ import subprocess
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
@@ -226,6 +229,22 @@ def test_a_quantized_graph_may_move_as_far_as_its_activations_round(dialect: str
             return [torch.as_tensor(y) + by for y in graph.evaluate(feeds, graph.outputs)]
 
         assert (agree.moved_by(elsewhere, graph) is not None) == refused
+
+
+@settings(max_examples=30, deadline=None)
+@given(moved=st.floats(2e-4, 4e-3), own=st.floats(0, 4e-3))
+def test_an_engine_may_move_an_output_as_it_moves_the_originals(moved: float, own: float) -> None:
+    """Twice as much, and no more than 1e-3: rounding of floats explains no more."""
+    graph = build("onnx", "y = linear(x[batch,4], W[3,4]:seed1)")
+    agree = Agree(graph, examples(graph))
+
+    def by(share: float, feeds: Feeds) -> list[Tensor]:
+        return [(1 + share) * torch.as_tensor(y) for y in graph.evaluate(feeds, graph.outputs)]
+
+    assert agree.moved_by(partial(by, moved), graph) is not None
+    found = agree.moved_by(partial(by, moved), graph, own=lambda: partial(by, own))
+    if abs(moved - 1e-3) > 1e-5 and abs(moved - 2 * own) > 1e-5:  # where float32 does not decide
+        assert (found is None) == (moved < min(1e-3, 2 * own))
 
 
 def test_integer_outputs_stay_equal() -> None:

@@ -40,10 +40,16 @@ PERTURBATION = 8
 """Relative perturbation of the inputs that measures the noise floor, in units of the dtype's eps."""
 
 
+LARGEST_ROUNDING = 1e-3
+"""Of the largest number of an output, what rounding of floats in an engine's kernels may move it by."""
+
 STEP, ROUNDINGS = 1 / 255, 2.0
 """By what share the scales of activations are made other, so that the largest integers round to the neighbour; and how
 many times what an output then moves by it may be moved.
 """
+
+Run = Callable[[Feeds], Sequence[Any]]
+"""Outputs of feeds."""
 
 
 class Agree(Instrument):
@@ -92,7 +98,7 @@ class Agree(Instrument):
     def resume(self, graph: Graph) -> None:
         self._accepted = self._latest = self._outputs(graph)
 
-    def compare(self, run: Callable[[Feeds], Sequence[Any]]) -> tuple[dict[str, list[Agreement]], list[str]]:
+    def compare(self, run: Run) -> tuple[dict[str, list[Agreement]], list[str]]:
         """The original's outputs compared with those of `run` for the same feeds, by the shapes of these: the worst of
         each output among the examples of the same shapes. And notes on what was not compared.
 
@@ -106,17 +112,33 @@ class Agree(Instrument):
         lowered.release()
         return moved
 
-    def moved_by(self, run: Callable[[Feeds], Sequence[Any]], graph: Graph, *, rounds: bool = False) -> str | None:
+    def moved_by(
+        self, run: Run, graph: Graph, *, rounds: bool = False, own: Callable[[], Run] | None = None
+    ) -> str | None:
         """The first output that a run moves beyond the tolerance of a lossless pass, and by how much.
 
         graph: what the last pass left, and what is run is to compute. rounds: whether the run rounds activations to 8
-        bits that are floats in `graph`; then metrics.QUANTIZED_SQNR is enough. None where every output is within the
-        tolerance, or where `graph` does not agree with itself, as it is random. Raises what the run raises.
+        bits that are floats in `graph`; then metrics.QUANTIZED_SQNR is enough. own: makes a run of the original, by the
+        same engine with the same optimizations; where that moves an output too, by no more than LARGEST_ROUNDING, an
+        output may be moved by ROUNDINGS times as much. None where every output is within the tolerance, or where
+        `graph` does not agree with itself, as it is random. Raises what the runs raise.
         """
-        moved = self._moved(self._latest, [list(run(feeds)) for feeds in self.feeds], graph, rounds=rounds)
+        found = [list(run(feeds)) for feeds in self.feeds]
+        moved = self._moved(self._latest, found, graph, rounds=rounds)
         if moved is None or self._moved(self._latest, self._outputs(graph), graph) is not None:
             return None
-        return moved
+        return None if own is not None and self._is_moved_as_much(found, own()) else moved
+
+    def _is_moved_as_much(self, found: list[list[Any]], own: Run) -> bool:
+        """Whether each output is as near to what it was as the original's own is to the original."""
+        for feeds, before, after, original in zip(self.feeds, self._latest, found, self.original, strict=True):
+            for a, b, first, other in zip(before, after, original, own(feeds), strict=True):
+                if not isinstance(a, Tensor) or metrics.within_tolerance(a, b):
+                    continue
+                near = metrics.within_tolerance(a, b, rtol=LARGEST_ROUNDING)
+                if not near or metrics.max_error(a, b) > ROUNDINGS * metrics.max_error(first, other):
+                    return False
+        return True
 
     def _random_outputs(self, graph: Graph) -> set[str]:
         """The outputs that differ from run to run."""
