@@ -10,7 +10,7 @@ FUZZ_SECONDS ?= 3600
 demo: venv
 	$(BIN)/graphopt demo
 
-test: venv  # mypy runs on one core
+test: venv  # types are checked beside the tests
 	$(MAKE) --no-print-directory -j 2 lint fast-tests
 
 fast-tests: venv

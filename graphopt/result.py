@@ -345,7 +345,7 @@ class Optimized:
             raise UsageError(f"{self.backend.name} writes no ONNX: opset, portable and external_data are for .onnx")
         with (
             writing.whole(writing.manifest_of(path)) as manifest,
-            writing.whole_folder(path, self.backend.folder_mark, self.backend.folder_files) as part,
+            writing.whole_folder(path, self.backend.folder_mark, lambda: self.backend.folder_files) as part,
         ):
             self._write_facts(manifest, path.name, False)
             self.backend.export(self.lowered, part, metadata=self._metadata(False))

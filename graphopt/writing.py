@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +67,16 @@ def together(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 @contextmanager
-def whole_folder(path: Path, mark: str, files: Sequence[str]) -> Iterator[Path]:
+def whole_folder(path: Path, mark: str, files: Callable[[], Sequence[str]]) -> Iterator[Path]:
     """Where to write the folder `path`: it takes its place when the block ends, and is removed where the block fails.
 
-    mark: a file that every such folder holds. files: patterns of its other files, in which * matches / too. A folder
-    that is there is replaced as a whole, where it is empty or holds the mark and no other files than these; for a
+    mark: a file that every such folder holds. files: gives patterns of the other files of the folder that is there, in
+    which * matches / too; it is asked again before that folder is replaced, as another process may have written it
+    meanwhile. It is replaced as a whole, where it is empty or holds the mark and no other files than these; for a
     moment between two renames there is none. Links are followed.
     Raises GraphError for anything else in its place, and where there is no folder to write it in.
     """
-    if reason := why_not_folder(path, mark, files):
+    if reason := why_not_folder(path, mark, files()):
         raise GraphError(reason)
     place = path.resolve()
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=MARK) as around:
@@ -83,7 +84,7 @@ def whole_folder(path: Path, mark: str, files: Sequence[str]) -> Iterator[Path]:
         part.mkdir()
         yield part
         with _lock(place):
-            if reason := why_not_folder(path, mark, files):  # of what was put there meanwhile
+            if reason := why_not_folder(path, mark, files()):  # of what was put there meanwhile
                 raise GraphError(reason)
             if place.exists():
                 place.rename(Path(around) / "before")

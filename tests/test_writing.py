@@ -335,7 +335,7 @@ FOLDER = {"1/model.pb": "model", "1/mark.json": "{}", "1/variables/variables.ind
 
 
 def written_folder(path: Path) -> None:
-    with writing.whole_folder(path, "1/mark.json", ("1/model.pb", "1/variables/variables.*")) as part:
+    with writing.whole_folder(path, "1/mark.json", lambda: ("1/model.pb", "1/variables/variables.*")) as part:
         for name, text in FOLDER.items():
             (part / name).parent.mkdir(exist_ok=True, parents=True)
             (part / name).write_text(text)

@@ -1,6 +1,6 @@
 """Keeps onnxruntime's own optimizer off what it breaks: another spelling stands where it would merge two nodes.
 
-Mostly that is a Sum of one value, which is that value, and which no optimization looks at. Each pattern comes out
+In front of most it is a Sum of one value: that computes nothing, and no optimization knows it. Each pattern comes out
 wrong, or does not load, in onnxruntime 1.31 with its optimizations, and is right without:
 
 - a pad with zeros is merged into the pool behind it, where a max pool pads with minus infinity, and no pool takes
@@ -8,8 +8,8 @@ wrong, or does not load, in onnxruntime 1.31 with its optimizations, and is righ
 - a quantize of what was dequantized by another scale is merged with the first quantize;
 - the weight and the bias of a conv on integers are rounded to integers, also where the bias does not fit;
 - a quantize is put behind what moves int8 activations, and from opset 21 on its type is then wrong;
-- a product of floats with a dequantized weight becomes MatMulNBits, which rounds the floats to int8: such a weight is
-  cast and scaled.
+- a product of floats with a dequantized weight becomes MatMulNBits, which rounds the floats to int8: a weight of 8 bits
+  is cast and scaled, where it has no blocks.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def bundle(
     """Write a folder that can be deployed and checks itself wherever it is loaded; returns its path.
 
     model: what `optimize` returned, for a target that runs in ONNX Runtime on the CPU; or an .onnx file, which is taken
-    as it is. folder: a new one, an empty one, or a bundle to replace, which holds no other files.
+    as it is. folder: a new one, an empty one, or a bundle to replace that holds no files but its own.
     It holds model.onnx; portable.onnx, in standard operators, where the model has others; golden.npz, with inputs and
     the outputs of the float model; the tokenizer or the image transforms of the Hugging Face folder that the model came
     from; and manifest.json, with hashes, versions and what was measured.
@@ -88,7 +89,7 @@ def bundle(
         name = _name(name, folder)
         source = _Source.of(model, reference, tokenizer, threads)
         measures = (timing.is_on() and source.cpu is None) if measure is None else measure
-        with writing.whole_folder(folder, manifest.FILE, _named_in(folder / manifest.FILE)) as part:
+        with writing.whole_folder(folder, manifest.FILE, partial(_named_in, folder / manifest.FILE)) as part:
             source.write(part)
             _finished(part, source, name, code, inputs, measures)
     return folder

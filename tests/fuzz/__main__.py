@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from tests.fuzz.sources import sources
 
 AT_ONCE = 10
 """Models or files of one kind, until the next one's turn."""
+_FILES = ("damaged", "folders")
+"""What is tried of files."""
 
 Feeds = Mapping[str, Array]
 
@@ -51,23 +54,35 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=[*_properties(), "damaged", "folders"])
+    parser.add_argument("--only", choices=[*_properties(), *_FILES, "files"])
     asked = parser.parse_args()
+    if asked.only is not None:
+        return _tried(_FILES if asked.only == "files" else (asked.only,), asked.seconds, asked.seed)
+    # Files are tried in forks. Those of a process in which an engine has run wait for ever for its threads, which they
+    # do not have; so files get a process of their own.
+    command = [sys.executable, "-m", "tests.fuzz", "--seconds", str(asked.seconds), "--seed", str(asked.seed)]
+    with subprocess.Popen([*command, "--only", "files"]) as of_files:
+        failed = _tried(tuple(_properties()), asked.seconds, asked.seed)
+        return max(failed, of_files.wait())
+
+
+def _tried(names: Sequence[str], seconds: float, first: int) -> int:
+    """Try what has these names, in turn; whether anything failed."""
     folder = Path(tempfile.mkdtemp(prefix="graphopt-fuzz-"))
-    tried, failed, end = Counter[str](), Counter[str](), time.monotonic() + asked.seconds
+    tried, failed, end = Counter[str](), Counter[str](), time.monotonic() + seconds
     turns: dict[str, Callable[[int], None]] = {
         **{name: partial(_models, name, holds, folder, tried, failed) for name, holds in _properties().items()},
         "damaged": partial(_damaged, folder, tried, failed), "folders": partial(_folders, folder, tried, failed),
     }  # fmt: skip
-    for number in itertools.count(asked.seed):
-        for name, turn in turns.items():
+    for number in itertools.count(first):
+        for name in names:
             if time.monotonic() > end:
-                print(f"seeds {asked.seed} to {number}; failures are in {folder}")
-                print(f"the reference evaluator: {dict(properties.references)}")
-                print("\n".join(f"{name:10} tried {tried[name]:6} failed {failed[name]:4}" for name in turns))
+                print(f"seeds {first} to {number}; failures are in {folder}")
+                if properties.references:
+                    print(f"the reference evaluator: {dict(properties.references)}")
+                print("\n".join(f"{one:10} tried {tried[one]:6} failed {failed[one]:4}" for one in names), flush=True)
                 return int(bool(failed))
-            if asked.only in (None, name):
-                turn(number)
+            turns[name](number)
     return 0
 
 

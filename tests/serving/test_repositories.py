@@ -34,6 +34,9 @@ def test_each_kind_is_written_again_and_over_nothing_else(kind: str, encoder: Pa
     (tmp_path / "full" / "a").touch()
     with pytest.raises(GraphError, match="holds other files"):
         repository(encoder, tmp_path / "full", kind)
+    (tmp_path / "out" / "__pycache__").mkdir()  # of its Python code, where that has run
+    (tmp_path / "out" / "__pycache__" / "app.cpython-311.pyc").touch()
+    repository(encoder, tmp_path / "out", kind)
     mine = tmp_path / "out" / "encoder" / "2" / "model.onnx"  # another version
     mine.parent.mkdir(parents=True)
     mine.write_text("mine", encoding="utf-8")

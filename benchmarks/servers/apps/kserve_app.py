@@ -11,7 +11,8 @@ class Onnx(kserve.Model):
         super().__init__(name)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = ort.InferenceSession(file, options)
         self.outputs = [one.name for one in self.session.get_outputs()]
         self.ready = True

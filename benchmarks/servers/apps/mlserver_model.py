@@ -10,7 +10,8 @@ class Onnx(MLModel):
     async def load(self) -> bool:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.settings.parameters.extra["threads"]
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.session = ort.InferenceSession(self.settings.parameters.uri, options)
         self.names = [one.name for one in self.session.get_outputs()]
         return True

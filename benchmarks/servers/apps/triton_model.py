@@ -15,7 +15,8 @@ class TritonPythonModel:
         options = ort.SessionOptions()
         options.intra_op_num_threads = int(config["parameters"]["intra_op_thread_count"]["string_value"])
         options.inter_op_num_threads = int(config["parameters"]["inter_op_thread_count"]["string_value"])
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         folder = Path(args["model_repository"]) / args["model_version"]
         self.session = ort.InferenceSession(folder / config["default_model_filename"], options)
         self.inputs = [one["name"] for one in config["input"]]

@@ -121,11 +121,11 @@ def _declarations(graph: onnx.GraphProto) -> Iterator[str]:
     for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
             if size.HasField("dim_value") and size.dim_value < 0:
-                yield f"a size of {value.name!r} is {size.dim_value}, and is taken as open"
+                yield f"a size of {_quoted(value.name)} is {size.dim_value}, and is taken as open"
                 size.ClearField("dim_value")
     inputs = {value.name: value for value in graph.input}
     if len(inputs) < len(graph.input):
-        raise GraphError(f"the input {_repeated([value.name for value in graph.input])!r} is given twice")
+        raise GraphError(f"the input {_quoted(_repeated([value.name for value in graph.input]))} is given twice")
     for output in graph.output:
         if output.name in inputs:
             output.type.CopyFrom(inputs[output.name].type)
@@ -137,8 +137,8 @@ def _declarations(graph: onnx.GraphProto) -> Iterator[str]:
         fits = len(sizes) == len(tensor.dims) and all(a in (None, b) for a, b in zip(sizes, tensor.dims, strict=True))
         if (declared.HasField("shape") and not fits) or declared.elem_type not in (0, tensor.data_type):
             stated = f"{_type(declared.elem_type)} {['?' if size is None else size for size in sizes]}"
-            yield (f"{tensor.name!r} is declared as {stated}, and holds {_type(tensor.data_type)} {list(tensor.dims)}, "
-                   "which is used")  # fmt: skip
+            holds = f"{_type(tensor.data_type)} {list(tensor.dims)}"
+            yield f"{_quoted(tensor.name)} is declared as {stated}, and holds {holds}, which is used"
             inputs[tensor.name].type.CopyFrom(onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims))
 
 
@@ -180,7 +180,7 @@ def _require_values(graph: onnx.GraphProto, outer: Sequence[set[str]]) -> None:
             _require_values(inner, scopes)
     for value in graph.output:
         if not any(value.name in scope for scope in scopes):
-            raise GraphError(f"the output {value.name!r} is made by nothing")
+            raise GraphError(f"the output {_quoted(value.name)} is made by nothing")
 
 
 def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -193,12 +193,16 @@ def _subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 def _of(node: onnx.NodeProto) -> str:
     """A node in a sentence: its operator, with its name or that of its result."""
     name = next((text for text in (node.name, *node.output) if isinstance(text, str) and text), "")
-    kind = node.op_type if isinstance(node.op_type, str) else _quoted(node.op_type)
-    return f"{kind} ({name if len(name) <= _LONGEST else _quoted(name)})" if name else kind
+    kind = _named(node.op_type)
+    return f"{kind} ({_named(name)})" if name else kind
+
+
+def _named(name: str | bytes) -> str:
+    return name if isinstance(name, str) and len(name) <= _LONGEST else _quoted(name)
 
 
 def _quoted(name: str | bytes) -> str:
-    """A name of a damaged file, which may hold the rest of the file: what is long is cut."""
+    """A name in a damaged file, cut where it is long: a wrong length makes much of the file a part of the name."""
     text = repr(name)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 

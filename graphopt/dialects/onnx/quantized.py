@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx.graph import OnnxGraph, OnnxNode, OnnxValue
-from graphopt.dialects.onnx.spellings import STANDARD, spatial, window
+from graphopt.dialects.onnx.spellings import PRODUCT_KINDS, STANDARD, spatial, window
 from graphopt.errors import SpellingError
 from graphopt.ir.graph import Node, Value
 from graphopt.ir.ops import OPS
@@ -25,8 +25,6 @@ from graphopt.ir.qdq.regions import STORED
 from graphopt.numerics import quantize
 
 CONTRIB = "com.microsoft"
-PRODUCT_KINDS = ("matmul", "onnx.Gemm")
-"""The kinds of products that read a stored matrix through its Transposes."""
 _INTEGERS = (torch.int8, torch.uint8)
 
 Read = Callable[["_Site"], "Value | None"]
@@ -423,51 +421,58 @@ def _blocks(
 
 
 def _read_stored(site: _Site) -> Value | None:
-    """Integers that are cast, shifted and scaled, as weights are stored that no kernel reads as integers."""
+    """Integers that are cast, shifted and scaled, as weights are stored where no operator reads integers."""
     for place in (0, 1):
-        floats, scale = site.required(place).producer, _constant(site.graph, site.required(1 - place))
+        maker, scale = site.required(place).producer, _constant(site.graph, site.required(1 - place))
         shift: Tensor | None = torch.zeros(())
-        if floats is not None and floats.kind == "sub":
-            cast, taken = floats.operands
-            shift, floats = _constant(site.graph, taken), None if cast is None else cast.producer
-        if floats is None or floats.kind != "cast" or scale is None or shift is None:
+        if maker is not None and maker.kind == "sub":
+            shift, maker = _constant(site.graph, maker.operands[1]), maker.required("a").producer
+        if maker is None or maker.kind != "cast" or scale is None or shift is None:
             continue
-        integers = _constant(site.graph, floats.operands[0])
+        integers = _constant(site.graph, maker.input)
         if integers is None or integers.dtype not in _INTEGERS or scale.dtype is not torch.float32:
             continue
-        zeros = shift.to(integers.dtype)
-        if not torch.equal(zeros.float(), shift) or not _is_weight(site.node.result):
+        zero_point = shift.to(integers.dtype)
+        if not torch.equal(zero_point.float(), shift) or not _is_weight(site.node.result):
             continue
-        axes = [_along(one, integers) for one in (scale, zeros)]
-        if None in axes or (-1 not in axes and axes[0] != axes[1]):
+        axes = [_axes(one, integers) for one in (scale, zero_point)]
+        if axes[0] is None or axes[1] is None or len({*axes[0], *axes[1]}) > 1:
             continue
-        axis = max(one for one in axes if one is not None)
-        shape = () if axis == -1 else (integers.shape[axis],)
-        needed = integers.dtype is torch.uint8 or bool(zeros.any())
-        parameters = [_spread(scale, shape), _spread(zeros, shape) if needed else None]
+        axis = next(iter((*axes[0], *axes[1])), None)
+        shape = () if axis is None else (integers.shape[axis],)
+        needed = integers.dtype is torch.uint8 or bool(zero_point.any())
+        parameters = [_spread(scale, shape), _spread(zero_point, shape) if needed else None]
         stored = [None if one is None else site.graph.add_constant(one) for one in parameters]
-        return site.emit("dequantize", floats.operands[0], *stored, axis=None if axis == -1 else axis)
+        return site.emit("dequantize", maker.input, *stored, axis=axis)
     return None
 
 
-def _along(parameter: Tensor, integers: Tensor) -> int | None:
-    """The one axis along which a scale or shift differs, -1 for no axis; None for several, and for another shape."""
+def _axes(parameter: Tensor, integers: Tensor) -> list[int] | None:
+    """The axes along which a scale or zero point differs; None where it is no such parameter of the integers."""
     along = [axis for axis, size in enumerate(parameter.shape) if size > 1]
     if not along:
-        return -1
-    fits = parameter.dim() == integers.dim() and parameter.shape[along[0]] == integers.shape[along[0]]
-    return along[0] if fits and len(along) == 1 else None
+        return [] if parameter.dim() <= integers.dim() else None
+    fits = parameter.dim() == integers.dim() and all(parameter.shape[axis] == integers.shape[axis] for axis in along)
+    return along if fits else None
 
 
 def _is_weight(value: Value) -> bool:
-    """Whether all that reads a value are ops that take it as a stored weight, products through transposes too."""
+    """Whether a value is read as a stored weight alone: by layers that store it so, and as the matrix of linears."""
+    if value.is_output or not value.users:
+        return False
+    return all(user.kind in STORED or _is_matrix(value, user) for user in value.users)
 
-    def reads(node: Node) -> bool:
-        if node.kind == "transpose":
-            return _is_weight(node.result)
-        return node.kind in STORED or (node.kind in PRODUCT_KINDS and node.operands[1] == value != node.operands[0])
 
-    return not value.is_output and all(map(reads, value.users))
+def _is_matrix(value: Value, user: Node) -> bool:
+    """Whether a linear reads a value as its matrix, through transposes or not."""
+    if value.rank != 2:
+        return False
+    if user.kind == "transpose":
+        result = user.result
+        return bool(result.users) and not result.is_output and all(_is_matrix(result, one) for one in result.users)
+    reads = [place for place, operand in enumerate(user.operands) if operand == value]
+    x = user.operands[0]
+    return user.kind in PRODUCT_KINDS and reads == [1] and x is not None and not x.is_constant
 
 
 _READERS: dict[str, Read] = {
@@ -507,11 +512,11 @@ def note(model: ir.Model | onnx.ModelProto, graph: OnnxGraph) -> str | None:
     native = model.graph.node if isinstance(model, onnx.ModelProto) else model.graph
     types = {node.op_type for node in native if node.domain in (*STANDARD, CONTRIB)}
     forms = [form for form, members in _FORMS.items() if types & members]
-    if not forms and "DequantizeLinear" in types:
+    ops = Counter(node.kind for node in graph.nodes if node.op is not None and _reads_integers(node))
+    if not forms and (ops or "DequantizeLinear" in types):
         forms = ["weights alone"]
     if not forms:
         return None
-    ops = Counter(node.kind for node in graph.nodes if node.op is not None and _reads_integers(node))
     opaque = Counter(node.native.op_type for node in graph.nodes if isinstance(node, OnnxNode) and _is_opaque(node))
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(ops.items())) or "no op"
     left = f"; left as they are: {', '.join(f'{n} {kind}' for kind, n in sorted(opaque.items()))}" if opaque else ""

@@ -15,9 +15,10 @@ from graphopt.dialects.onnx import rotary
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.dialects.onnx.linears import raise_linears, respell_attention
 from graphopt.dialects.onnx.positions import raise_positions
-from graphopt.dialects.onnx.quantized import PRODUCT_KINDS, raise_quantized
+from graphopt.dialects.onnx.quantized import raise_quantized
 from graphopt.dialects.onnx.recurrent import drop_zero_states, raise_recurrent
 from graphopt.dialects.onnx.sequences import raise_sequence_splits
+from graphopt.dialects.onnx.spellings import PRODUCT_KINDS
 from graphopt.dialects.onnx.whole_slices import drop_whole_slices
 from graphopt.dialects.raising import Stage, sweep
 from graphopt.ir.constants import fold_constants

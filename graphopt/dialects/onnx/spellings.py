@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 DOMAIN = "graphopt"
 """The domain of nodes whose meaning is a function body (`graphopt.dialects.onnx.functions`)."""
 STANDARD = ("", "ai.onnx")
+PRODUCT_KINDS = ("matmul", "onnx.Gemm")
+"""The kinds of products that read a stored matrix through its Transposes."""
 
 Read = tuple[str, tuple["OnnxValue | None", ...], dict[str, Any]]
 """A node as an op: its name, operands in the op's order, attributes."""

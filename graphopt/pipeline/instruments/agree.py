@@ -41,7 +41,7 @@ PERTURBATION = 8
 
 
 LARGEST_ROUNDING = 1e-3
-"""Of the largest number of an output, what rounding of floats in an engine's kernels may move it by."""
+"""How far rounding of floats in an engine's kernels may move an output, as a share of its largest number."""
 
 STEP, ROUNDINGS = 1 / 255, 2.0
 """By what share the scales of activations are made other, so that the largest integers round to the neighbour; and how
@@ -135,8 +135,10 @@ class Agree(Instrument):
             for a, b, first, other in zip(before, after, original, own(feeds), strict=True):
                 if not isinstance(a, Tensor) or metrics.within_tolerance(a, b):
                     continue
-                near = metrics.within_tolerance(a, b, rtol=LARGEST_ROUNDING)
-                if not near or metrics.max_error(a, b) > ROUNDINGS * metrics.max_error(first, other):
+                if not metrics.within_tolerance(a, b, rtol=LARGEST_ROUNDING) or first.shape != other.shape:
+                    return False
+                most = ROUNDINGS * metrics.max_error(first, other)
+                if not metrics.max_error(a, b) <= most:  # it is NaN where both hold one infinity
                     return False
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from graphopt import writing
@@ -36,7 +37,7 @@ KINDS: dict[str, Callable[[Bundle, Path], None]] = {
 def repository(bundle: str | Path, folder: str | Path, kind: str) -> Path:
     """Write what another server reads; returns the folder.
 
-    kind: of KINDS. folder: a new one, an empty one, or one that this wrote before and nobody added a file to.
+    kind: of KINDS. folder: a new one, an empty one, or one that this wrote before, to which nobody has added a file.
     Raises BundleError for a damaged bundle, UsageError for an unknown kind, GraphError where nothing can be written.
     """
     folder = Path(folder)
@@ -45,7 +46,7 @@ def repository(bundle: str | Path, folder: str | Path, kind: str) -> Path:
     source = opened(bundle)
     with (
         outer_door(GraphError, f"{folder} cannot be written"),
-        writing.whole_folder(folder, MARK, _written_with(folder / MARK)) as part,
+        writing.whole_folder(folder, MARK, partial(_written_with, folder / MARK)) as part,
     ):
         KINDS[kind](source, part)
         names = sorted(file.relative_to(part).as_posix() for file in part.rglob("*") if file.is_file())
@@ -54,6 +55,7 @@ def repository(bundle: str | Path, folder: str | Path, kind: str) -> Path:
 
 
 def _written_with(mark: Path) -> list[str]:
-    """The files that a mark names, as patterns; none where there is no mark."""
-    lines = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
-    return [glob.escape(name) for name in lines[1:]]
+    """The files that a mark names, as patterns, and what Python leaves beside code; none where there is no mark."""
+    if not mark.is_file():
+        return []
+    return [*map(glob.escape, mark.read_text(encoding="utf-8", errors="replace").split("\n")[1:]), "*.pyc"]

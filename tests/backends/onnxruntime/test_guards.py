@@ -181,6 +181,22 @@ def test_a_weight_of_8_bits_multiplies_floats_at_every_level_and_is_read_again_i
     assert again.report.cost_after.bytes < small.report.cost_after.bytes + 17  # uint8 gets zero points
 
 
+def test_a_weight_that_an_embedding_reads_too_multiplies_floats(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stored = {
+        "Q": torch.randint(-127, 127, (32, 16), dtype=torch.int8, generator=generator),
+        "R": torch.rand(32, generator=generator) / 64,
+    }
+    body = "w = DequantizeLinear<axis = 0>(Q, R) t = Transpose<perm = [1,0]>(w) y = MatMul(x, t) e = Gather(w, ids)"
+    proto = model(f"g (float[n,16] x, int64[n] ids) => (float[n,32] y, float[n,16] e) {{ {body} }}", stored, opset=21)
+    feeds = {"x": torch.randn(5, 16, generator=generator), "ids": torch.arange(5)}
+    small = graphopt.optimize(proto, "simplify", example_inputs=feeds)
+    path = small.export(tmp_path / "out.onnx", portable=True)
+    for found, wanted in zip(run_at(path, ort.GraphOptimizationLevel.ORT_ENABLE_ALL, feeds),
+                             plain_run(proto, feeds), strict=True):  # fmt: skip
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @settings(deadline=None, max_examples=15)
 @given(st.integers(1, 4), st.sampled_from(["4", "8", "[4,8]"]), st.sampled_from(["none", "32"]), st.integers(0, 99))

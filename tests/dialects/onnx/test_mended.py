@@ -198,19 +198,25 @@ def test_a_node_name_that_is_no_utf8_is_dropped(tmp_path: Path) -> None:
     assert "the name of a node (Relu (y)) is not UTF-8, and was dropped" in captured.notes
 
 
-@pytest.mark.parametrize("place", ["input", "output", "op_type", "name"])
+@pytest.mark.parametrize("place", ["input", "output", "op_type", "name", "graph output", "graph input"])
 @pytest.mark.parametrize("byte", [b"\xff", b"m"])
 def test_a_name_that_is_half_of_the_file_is_cut_in_messages(place: str, byte: bytes, tmp_path: Path) -> None:
-    """A byte of a length that is damaged makes what follows a part of the name."""
-    long = {"input": ["L" * 900], "output": ["L" * 900], "op_type": "L" * 900, "name": "L" * 900}[place]
-    given = {"op_type": "Relu", "inputs": ["x"], "outputs": ["y"], "name": "n"}
-    node = helper.make_node(**{**given, {"input": "inputs", "output": "outputs"}.get(place, place): long})
+    """A wrong length makes what follows a part of the name."""
+    long, ends = "L" * 900, {"inputs": ["x"], "outputs": ["y"]}
+    given = {"op_type": "Relu", "name": "n", **ends}
+    changed = {
+        "input": {"inputs": [long]}, "output": {"outputs": [long]}, "op_type": {"op_type": long, "inputs": ["z"]},
+        "name": {"name": long, "inputs": ["z"]},
+    }.get(place, {})  # fmt: skip
+    proto = file(helper.make_node(**{**given, **changed}), outputs=(long if place == "graph output" else "y",))
+    if place == "graph input":
+        for _ in range(2):
+            proto.graph.input.add().CopyFrom(helper.make_tensor_value_info(long, TensorProto.FLOAT, [1]))
     path = tmp_path / "model.onnx"
-    path.write_bytes(file(node).SerializeToString().replace(b"L", byte))
-    try:
+    path.write_bytes(proto.SerializeToString().replace(b"L", byte))
+    with pytest.raises(CaptureError) as caught:
         capture(str(path), "onnx")
-    except CaptureError as error:
-        assert len(str(error).replace(str(path), "")) < 300
+    assert len(str(caught.value).replace(str(path), "")) < 300
 
 
 def test_a_message_that_prints_a_whole_node_gives_its_cause() -> None:

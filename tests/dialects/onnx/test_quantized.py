@@ -29,6 +29,7 @@ from graphopt.numerics.quantize import pack
 from graphopt.result import Optimized
 from tests.language import BITS, build, producer
 from tests.models import model as from_text
+from tests.models import plain_run
 
 SOURCE = """
     a = relu(conv(x[2,3,8,8], U[8,3,3,3], A[8], padding=[1,1,1,1]))
@@ -368,3 +369,39 @@ def test_a_stored_weight_is_found_behind_a_transpose() -> None:
     (site,) = graph.sites("linear")
     stored = producer(site.required("weight")).required("x")
     assert torch.equal(torch.as_tensor(graph.constant(stored)), weight)
+
+
+# --- cast and scaled -------------------------------------------------------------------------------------------------
+
+SCALED = "f = Cast<to = 1>(Q) w = Mul(f, S)"
+NO_WEIGHTS = {
+    "a scale of more axes": (f"{SCALED} y = MatMul(x, w)", "float[n,16] x", (16, 6), (1, 1, 1)),
+    "three axes": (f"{SCALED} y = MatMul(x, w)", "float[3,n,16] x", (3, 16, 6), (1, 1, 6)),
+    "one axis": (f"{SCALED} y = MatMul(x, w)", "float[n,16] x", (16,), (16,)),
+    "scales along both axes": (f"{SCALED} y = MatMul(x, w)", "float[n,16] x", (16, 6), (16, 6)),
+    "a product of constants": (f"{SCALED} p = MatMul(V, w) y = Add(x, p)", "float[n,6] x", (16, 6), (1, 6)),
+    "a weight and a bias": (f"{SCALED} y = Gemm(x, w, w)", "float[16,16] x", (16, 16), (1, 16)),
+    "half of an integer": ("f = Cast<to = 1>(Q) s = Sub(f, H) w = Mul(s, S) y = MatMul(x, w)", "float[n,16] x",
+                           (16, 6), (1, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NO_WEIGHTS)
+def test_integers_in_floats_that_are_no_weight_of_a_linear_are_folded(what: str) -> None:
+    body, given, shape, scales = NO_WEIGHTS[what]
+    generator = torch.Generator().manual_seed(0)
+    stored = {
+        "Q": torch.randint(-100, 100, shape, generator=generator, dtype=torch.int8),
+        "S": torch.rand(scales, generator=generator), "V": torch.rand(1, 16, generator=generator),
+        "H": torch.tensor(0.5),
+    }  # fmt: skip
+    used = {name: tensor for name, tensor in stored.items() if f"{name})" in body or f"({name}," in body}
+    proto = from_text(f"g ({given}) => (float[] y) {{ {body} }}", used)
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    sizes = [int(size) if size.isdigit() else 5 for size in given.split("[")[1].split("]")[0].split(",")]
+    x = torch.randn(sizes, generator=generator)
+    captured = capture(proto, "onnx", example_inputs={"x": x})
+    assert "dequantize" not in {node.kind for node in captured.graph.nodes}
+    (found,) = captured.graph.evaluate({"x": x}, captured.graph.outputs)
+    (expected,) = plain_run(proto, {"x": x})
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-4)
