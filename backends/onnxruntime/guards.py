@@ -6,7 +6,8 @@ wrong, or does not load, in onnxruntime 1.31 with its optimizations, and is righ
 - a pad with zeros is merged into the pool behind it, where a max pool pads with minus infinity, and no pool takes
   padding as wide as its kernel;
 - a quantize of what was dequantized by another scale is merged with the first quantize;
-- the weight and the bias of a conv on integers are rounded to integers, also where the bias does not fit;
+- the weight and the bias of a conv on integers are rounded to integers, also where the bias does not fit, and those of
+  a linear on integers whose result is quantized;
 - a quantize is put behind what moves int8 activations, and from opset 21 on its type is then wrong;
 - a product of floats with a dequantized weight becomes MatMulNBits, which rounds the floats to int8: a weight of 8 bits
   is cast and scaled, where it has no blocks.
@@ -50,6 +51,7 @@ def _is_merged_wrongly(graph: OnnxGraph, node: Node, before: Node) -> bool:
     return (
         (node.kind == "quantize" and _is_quantized_again(node, before))
         or (node.kind == "conv" and _is_rounded_by_engine(node, before))
+        or (node.kind == "linear" and _is_between_integers(node))
         or (node.kind in _MOVES and graph.opset >= 21 and before.required("x").dtype is torch.int8)
     )
 
@@ -73,6 +75,12 @@ def _is_rounded_by_engine(conv: Node, before: Node) -> bool:
         return weight.is_constant
     scale, weight_scale = (conv.graph.constant(one.required("scale")) for one in (before, weight.producer))
     return scale is not None and weight_scale is not None and not fits_integers(bias, scale, weight_scale)
+
+
+def _is_between_integers(linear: Node) -> bool:
+    """Whether a linear on integers whose result is quantized has a weight in floats, and a bias."""
+    has_floats = linear.required("weight").is_constant and linear.operand("bias") is not None
+    return has_floats and any(user.kind == "quantize" for user in linear.result.users)
 
 
 def _number(node: Node, name: str) -> float | None:

@@ -291,7 +291,10 @@ def _expected(model: onnx.ModelProto, feeds: Feeds) -> Expected:
     outputs = runs(model, feeds)
     assert outputs is not None
     found = [(feeds, outputs)]
-    for seed, named in enumerate(({"n": 3, "s": 5}, {"n": 1, "s": 2})):
+    without_axes = [node for node in model.graph.node if len(node.input) + len(node.attribute) == 1]
+    squeezes = any(node.op_type == "Squeeze" for node in without_axes)
+    least = 2 if squeezes else 1  # without axes it would take the batch away, and products have no rank 1
+    for seed, named in enumerate(({"n": 3, "s": 5}, {"n": least, "s": 2})):
         fed = _at(model, feeds, SIZES | named, np.random.default_rng(seed))
         with_others = None if fed is None else runs(model, fed)
         if fed is not None and with_others is not None and all(map(_is_tame, with_others)):
@@ -346,16 +349,18 @@ def _is_short(model: onnx.ModelProto) -> bool:
 
 
 _ROUNDS = ("QuantizeLinear", "DynamicQuantizeLinear")
+_ROUNDS_RESULT = ("QLinearMatMul", "QLinearConv")
 
 
 def moved_by_rounding(model: onnx.ModelProto, fed: Feeds, outputs: Sequence[Any]) -> list[float]:
     """How far each output moves where activations that are quantized round to the neighbour: 0 where none are, infinity
     where its shape becomes another. Elements that are not finite do not count.
 
-    Each is multiplied by 1 + 0.001 sin(10000 x), or by 1 less that, before it is quantized.
+    Each is multiplied by 1 + 0.001 sin(10000 x), or by 1 less that, before it is quantized; for an operator that
+    quantizes its own result, the scale of that is multiplied by 1.001, or by 0.999.
     """
     moved = [0.0] * len(outputs)
-    if not any(node.op_type in _ROUNDS for node in model.graph.node):
+    if not any(node.op_type in (*_ROUNDS, *_ROUNDS_RESULT) for node in model.graph.node):
         return moved
     for size in (1e-3, -1e-3):
         found = runs(_perturbed(model, size), fed)
@@ -382,8 +387,12 @@ def _perturbed(model: onnx.ModelProto, size: float) -> onnx.ModelProto:
                                          ("Mul", [x, f"{name}.c"], "d"), ("Add", [x, f"{name}.d"], "e")):  # fmt: skip
                 perturbed.graph.node.append(helper.make_node(kind, inputs, [f"{name}.{result}"]))
             node.input[0] = f"{name}.e"
+        if node.op_type in _ROUNDS_RESULT:
+            scale = f"perturbation.{node.output[0]}.scale"
+            perturbed.graph.node.append(helper.make_node("Mul", [node.input[6], "perturbation.factor"], [scale]))
+            node.input[6] = scale
         perturbed.graph.node.append(node)
-    for stored, number in (("perturbation.often", 1e4), ("perturbation.size", size)):
+    for stored, number in (("perturbation.often", 1e4), ("perturbation.size", size), ("perturbation.factor", 1 + size)):
         perturbed.graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), stored))
     perturbed.ir_version = max(perturbed.ir_version, 4)
     return perturbed

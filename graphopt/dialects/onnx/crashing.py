@@ -3,6 +3,10 @@
 Version 1.31.1 fuses a Transpose that moves the first axis behind the batch into the MatMul that reads it, also through
 a Cast, and then dies of signal 11 in its layout optimizer (NchwcTransformer). It inserts such a Cast itself before
 each product in 16 bits, as its CPU kernels compute in 32.
+
+It also aborts where a branch or loop body reads what a DequantizeLinear and nodes behind it that only move numbers have
+made: it moves the DequantizeLinear behind them, and looks for its reader among the inputs of the If or Loop. A body
+reads a Sum of one value instead, which no optimization knows.
 """
 
 from __future__ import annotations
@@ -63,6 +67,35 @@ def _moves_first(perm: Sequence[int]) -> bool:
     """Whether a transpose moves the first axis to one of the last two places, and keeps the order of the others."""
     rest = [axis for axis in perm if axis != 0]
     return len(perm) > 2 and rest == sorted(rest) and list(perm).index(0) >= len(perm) - 2
+
+
+def let_bodies_read_sums(model: ir.Model) -> None:
+    """Put a Sum between each dequantized value, moved or not, and the branches and loop bodies around which it is."""
+    for native in list(model.graph.all_nodes()):
+        if not native.outputs or native.graph is None or not _is_dequantized(native):
+            continue
+        value = native.outputs[0]
+        within = [(user, place) for user, place in value.uses() if user.graph is not native.graph]
+        if not within:
+            continue
+        alone = ir.Node("", "Sum", [value], name=f"{native.name}/Sum", metadata_props=dict(native.metadata_props))
+        alone.outputs[0].name, alone.outputs[0].type = f"{value.name}.sum", value.type
+        alone.outputs[0].shape = value.shape
+        native.graph.insert_after(native, alone)
+        for user, place in within:
+            user.replace_input_with(place, alone.outputs[0])
+
+
+def _is_dequantized(native: ir.Node) -> bool:
+    maker: ir.Node | None = native
+    while maker is not None and maker.op_type in _MOVES and maker.domain in STANDARD:
+        source = maker.inputs[0]
+        maker = source.producer() if source is not None else None
+    return maker is not None and maker.op_type == "DequantizeLinear" and maker.domain in STANDARD
+
+
+_MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Flatten", "MaxPool", "Expand", "Gather", "Pad",
+          "Identity")  # fmt: skip
 
 
 RULES = (

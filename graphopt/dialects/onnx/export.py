@@ -54,6 +54,7 @@ def deployable(graph: OnnxGraph, opset: int | None = None) -> ir.Model:
         if model.functions:  # of ops that the other opset has no operator for
             _inline(model)
     _spell_zero_points(model)
+    crashing.let_bodies_read_sums(model)
     _store_in_16_bits(model)
     ir_passes.RemoveUnusedOpsetsPass()(model)
     model.producer_name = "graphopt"

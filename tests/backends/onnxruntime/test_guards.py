@@ -30,6 +30,7 @@ SCALES = {
     "N": torch.tensor(0, dtype=torch.int8), "P": torch.tensor([0, 0, 1, 1, 0, 0, 1, 1]),
     "W": torch.randint(-127, 127, (4, 2, 3, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int8),
     "R": torch.tensor([0.01, 0.02, 1e-12, 0.01]), "B": torch.tensor([0.5, -1.0, 2.0, 0.1]),
+    "F": torch.randn(8, 4, generator=torch.Generator().manual_seed(2)),
 }  # fmt: skip
 CASES = {
     "a pad before a max pool": (20, IMAGE, "a = Neg(x) p = Pad(a, P) y = MaxPool<kernel_shape = [3,3]>(p)"),
@@ -43,6 +44,15 @@ CASES = {
                                              r = QuantizeLinear(d, T, H) y = DequantizeLinear(r, T, H)"""),
     "int8 that is returned and moved": (22, "float[n,4,4] x", """
         q = QuantizeLinear(x, S, I) d = DequantizeLinear(q, S, I) y = MaxPool<kernel_shape = [2]>(d)"""),
+    "a product by floats between integers": (16, ROW, """
+        q = QuantizeLinear(x, S, Z) d = DequantizeLinear(q, S, Z) m = MatMul(d, F)
+        r = QuantizeLinear(m, S, Z) y = DequantizeLinear(r, S, Z)"""),
+    "a product and a sum between integers": (21, ROW, """
+        q = QuantizeLinear(x, S, Z) d = DequantizeLinear(q, S, Z) m = MatMul(d, F) a = Add(m, B)
+        r = QuantizeLinear(a, S, Z) y = DequantizeLinear(r, S, Z)"""),
+    "a Gemm by floats between integers": (20, ROW, """
+        q = QuantizeLinear(x, S, Z) d = DequantizeLinear(q, S, Z) a = Gemm(d, F, B)
+        r = QuantizeLinear(a, S, Z) y = DequantizeLinear(r, S, Z)"""),
     "a bias that int32 does not hold": (14, IMAGE, """
         q = QuantizeLinear(x, T, Z) d = DequantizeLinear(q, T, Z) w = DequantizeLinear<axis = 0>(W, R)
         c = Conv(d, w, B) r = QuantizeLinear(c, S, Z) y = DequantizeLinear(r, S, Z)"""),

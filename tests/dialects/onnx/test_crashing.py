@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
+import onnx_ir
 import pytest
 import torch
 
 from graphopt.backends.onnxruntime.runner import OrtRunner
+from graphopt.capture import capture
 from graphopt.dialects.onnx import crashing
 from graphopt.dialects.onnx.export import deployable
 from graphopt.dialects.onnx.graph import OnnxGraph
@@ -49,6 +54,30 @@ def test_a_transpose_of_the_first_axis_is_in_float32(perm: tuple[int, ...], prod
 def test_other_transposes_stay(perm: tuple[int, ...]) -> None:
     graph = transposed(perm, "linear")
     assert [node.op_type for node in deployable(graph).graph] == ["Cast", "Transpose", "MatMul", "Cast"]
+
+
+@pytest.mark.parametrize("moves", [
+    pytest.param("r = Identity(d)", marks=pytest.mark.slow), "r = Reshape(d, R)", "r = Transpose<perm = [1,0]>(d)",
+    pytest.param("u = Unsqueeze(d, Z) r = Squeeze(u, Z)", marks=pytest.mark.slow),
+    pytest.param("r = Flatten(d)", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_branch_reads_a_sum_of_what_is_dequantized(moves: str, tmp_path: Path) -> None:
+    """onnxruntime 1.31.1 aborts where it reads a moved value itself; so the file is loaded in a process of its own."""
+    stored = {"S": torch.tensor(0.1), "Z": torch.tensor([0]), "R": torch.tensor([8, -1]), "L": torch.tensor(0.0)}
+    proto = model(
+        f"""g (int8[4,8] x) => (float[] r, float[] y) {{
+            d = DequantizeLinear(x, S) {moves} m = ReduceMax<keepdims = 0>(d) c = Greater(m, L)
+            y = If<then_branch = t () => (float[] a) {{ a = Relu(r) }},
+                   else_branch = e () => (float[] b) {{ b = Neg(r) }}>(c)
+        }}""",
+        {name: tensor for name, tensor in stored.items() if name in "SL" or f" {name})" in moves}, opset=17,
+    )  # fmt: skip
+    captured = capture(proto, "onnx", run=False)
+    assert isinstance(captured.graph, OnnxGraph)
+    onnx_ir.save(deployable(captured.graph), tmp_path / "out.onnx")
+    code = "import onnxruntime, sys; onnxruntime.InferenceSession(sys.argv[1])"
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "out.onnx"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_float32_stays() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -203,12 +204,13 @@ def test_a_node_name_that_is_no_utf8_is_dropped(tmp_path: Path) -> None:
 def test_a_name_that_is_half_of_the_file_is_cut_in_messages(place: str, byte: bytes, tmp_path: Path) -> None:
     """A wrong length makes what follows a part of the name."""
     long, ends = "L" * 900, {"inputs": ["x"], "outputs": ["y"]}
-    given = {"op_type": "Relu", "name": "n", **ends}
-    changed = {
+    given: dict[str, Any] = {"op_type": "Relu", "name": "n", **ends}
+    changes: dict[str, dict[str, Any]] = {
         "input": {"inputs": [long]}, "output": {"outputs": [long]}, "op_type": {"op_type": long, "inputs": ["z"]},
         "name": {"name": long, "inputs": ["z"]},
-    }.get(place, {})  # fmt: skip
-    proto = file(helper.make_node(**{**given, **changed}), outputs=(long if place == "graph output" else "y",))
+    }  # fmt: skip
+    node = helper.make_node(**{**given, **changes.get(place, {})})
+    proto = file(node, outputs=(long if place == "graph output" else "y",))
     if place == "graph input":
         for _ in range(2):
             proto.graph.input.add().CopyFrom(helper.make_tensor_value_info(long, TensorProto.FLOAT, [1]))
