@@ -167,8 +167,8 @@ def main(
     )  # fmt: skip
     small = graphopt.optimize(
         tuned,
-        f"prune{{neurons=0.5}},distill{{steps={200 if full else 1} lr=1e-4}},"
-        f"quantize{{scheme=static}},distill{{steps={30 if full else 1} lr=1e-5}}",
+        f"prune{{neurons=0.5}},distill{{steps={100 if full else 1} lr=1e-4}},"
+        f"quantize{{scheme=static}},distill{{steps={20 if full else 1} lr=1e-5}}",
         training=train, calibration=train, calibration_steps=8, evaluate=score, verbose=full,
     )  # fmt: skip
     path = small.export(out / "model.onnx")

@@ -147,14 +147,17 @@ def _resize(call: Call) -> Tensor:
         scales = [size / x.shape[axis] for axis, size in zip(axes, sizes, strict=True)]
     resized = {axis: (size, scale) for axis, size, scale in zip(axes, sizes, scales, strict=True)
                if not (isinstance(scale, float) and scale == 1.0)}  # fmt: skip
+    dtype = x.dtype
+    if mode != "nearest" and not dtype.is_floating_point:
+        x = x.float()  # and the result back to integers, towards zero
     by_torch = _interpolated(x, resized, mode, how, nearest)
     if by_torch is not None:
-        return by_torch
+        return by_torch.to(dtype)
     if mode == "cubic":
         raise call.refused(f"torch interpolates cubically over two axes, and not by {how}")
     for axis, (size, scale) in resized.items():
         x = _along(x, axis, size, _places(how, size, x.shape[axis], scale), None if mode == "linear" else nearest)
-    return x
+    return x.to(dtype)
 
 
 def _scaled(size: Size, scale: Any) -> Size:
@@ -174,7 +177,8 @@ def _interpolated(
     if mode == "nearest":
         by_floor = how == "asymmetric" and nearest == "floor"
         centred = how in ("half_pixel", "pytorch_half_pixel") and nearest in ("round_prefer_floor", "round_prefer_ceil")
-        return F.interpolate(x, sizes, mode="nearest") if exact and (by_floor or centred) else None
+        known = exact and (by_floor or centred) and x.dtype.is_floating_point
+        return F.interpolate(x, sizes, mode="nearest") if known else None
     name = {("linear", 3): "linear", ("linear", 4): "bilinear", ("linear", 5): "trilinear", ("cubic", 4): "bicubic"}
     torch_mode = name.get((mode, x.dim()))
     if torch_mode is None or how not in ("half_pixel", "pytorch_half_pixel", "align_corners"):

@@ -70,6 +70,18 @@ def test_resizing(mode: str) -> None:
     assert_equal(built("float[2,3,5,6] x", "\n".join(lines), tensors), {"x": normal(2, 3, 5, 6)})
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_resizing_of_integers(dtype: torch.dtype) -> None:
+    onnx_type = {torch.int32: "int32", torch.uint8: "uint8"}[dtype]
+    body = """
+        up = Resize<mode = "linear", coordinate_transformation_mode = "asymmetric">(x, , scales)
+        nearest = Resize<mode = "nearest">(x, , scales)
+        """
+    x = torch.randint(0, 200, (1, 2, 4, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
+    graph = built(f"{onnx_type}[1,2,4,5] x", body, {"scales": torch.tensor([1.0, 1.0, 2.0, 2.0])})
+    assert_equal(graph, {"x": x})
+
+
 def test_old_resizing_and_sampling() -> None:
     scales = {"scales": torch.tensor([1.0, 1.0, 2.0, 1.5])}
     image = {"x": normal(2, 3, 5, 6)}
