@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,10 @@ def test_runs_and_ends_with_a_file_that_loads(
     found = lines(output)
     assert {"time", "peak memory"} <= found
     assert re.search(r"\bsize +\d", output)
-    expected = FOLDER / "expected" / f"{name}.txt"
-    assert lines(expected.read_text(encoding="utf-8")) == found
+    expected = lines((FOLDER / "expected" / f"{name}.txt").read_text(encoding="utf-8"))
+    if find_spec("openvino") is None:
+        expected = {line for line in expected if not line.endswith(", openvino")}
+    assert expected == found
     for file in (tmp_path / "out").rglob("*.onnx"):
         assert Deployed(file).outputs
 
