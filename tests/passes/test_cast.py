@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import graphopt
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.errors import UsageError
 from graphopt.passes import Cast
@@ -27,6 +28,7 @@ from tests.language import (
     listing,
     run,
 )
+from tests.models import model
 
 TEXT = """
     h = gelu(linear(x[2,8], W[8,8], B[8]))
@@ -117,6 +119,15 @@ def test_a_reshape_keeps_the_shape_that_is_known() -> None:
     (found,) = graph.sites("reshape")
     assert (found.result.shape, found.result.dtype) == (("batch", "seq", 2, 4), torch.float16)
     assert graph.outputs[0].shape == ("batch", 2, "seq", 4)
+
+
+def test_a_reshape_to_sizes_that_are_an_input() -> None:
+    """Not even how many sizes there are is known."""
+    text = "g (float[n,3,3] x, int64[k] sizes) => (float y) { all = Concat<axis = 0>(sizes, rest) y = Reshape(x, all) }"
+    proto = model(text, {"rest": torch.tensor([-1])}, opset=17)
+    given = {"x": torch.randn(2, 3, 3), "sizes": torch.tensor([3, 2])}
+    small = graphopt.optimize(proto, "cast", example_inputs=given)
+    torch.testing.assert_close(small(**given)["y"], given["x"].reshape(3, 2, -1), rtol=1e-2, atol=1e-2)
 
 
 # --- numbers that do not fit ---------------------------------------------------------------------------------------

@@ -332,10 +332,13 @@ class OnnxGraph(Graph):
     ) -> OnnxValue:
         *others, shape = operands
         known = node.result.shape
-        if shape is None or known is None:
-            raise GraphError(f"{node.kind} is told no shape that is known ({node.label})")
-        value = self.emit(node, *others, self._with_sizes(shape, sizes, len(known), at), at=at)
-        value.native.shape = ir.Shape([sizes.get(axis, None if n == "?" else n) for axis, n in enumerate(known)])
+        if sizes:
+            if shape is None or known is None:
+                raise GraphError(f"{node.kind} is told no shape that is known ({node.label})")
+            shape = self._with_sizes(shape, sizes, len(known), at)
+        value = self.emit(node, *others, shape, at=at)
+        if known is not None:
+            value.native.shape = ir.Shape([sizes.get(axis, None if n == "?" else n) for axis, n in enumerate(known)])
         return value
 
     def _with_sizes(self, shape: Value, sizes: Mapping[int, int], rank: int, at: Node | None) -> Value:
