@@ -148,8 +148,8 @@ def _resize(call: Call) -> Tensor:
     resized = {axis: (size, scale) for axis, size, scale in zip(axes, sizes, scales, strict=True)
                if not (isinstance(scale, float) and scale == 1.0)}  # fmt: skip
     dtype = x.dtype
-    if mode != "nearest" and not dtype.is_floating_point:
-        x = x.float()  # and the result back to integers, towards zero
+    if mode != "nearest" and resized and not dtype.is_floating_point:
+        x = x.float()  # ONNX Runtime interpolates in float32 too, and cuts the fractions off
     by_torch = _interpolated(x, resized, mode, how, nearest)
     if by_torch is not None:
         return by_torch.to(dtype)

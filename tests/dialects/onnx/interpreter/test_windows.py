@@ -70,16 +70,23 @@ def test_resizing(mode: str) -> None:
     assert_equal(built("float[2,3,5,6] x", "\n".join(lines), tensors), {"x": normal(2, 3, 5, 6)})
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int8])
 def test_resizing_of_integers(dtype: torch.dtype) -> None:
-    onnx_type = {torch.int32: "int32", torch.uint8: "uint8"}[dtype]
+    """By halves, which floats hold: else the order of the sums decides which fractions are cut off."""
+    onnx_type = str(dtype).removeprefix("torch.")
     body = """
         up = Resize<mode = "linear", coordinate_transformation_mode = "asymmetric">(x, , scales)
+        halves = Resize<mode = "linear">(x, , scales)
         nearest = Resize<mode = "nearest">(x, , scales)
         """
-    x = torch.randint(0, 200, (1, 2, 4, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randint(0, 120, (1, 2, 4, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
     graph = built(f"{onnx_type}[1,2,4,5] x", body, {"scales": torch.tensor([1.0, 1.0, 2.0, 2.0])})
     assert_equal(graph, {"x": x})
+
+
+def test_integers_that_are_not_resized_stay() -> None:
+    graph = built("int32[1,1,2,2] x", 'same = Resize<mode = "linear">(x, , ones)', {"ones": torch.ones(4)})
+    assert_equal(graph, {"x": torch.full((1, 1, 2, 2), 2**24 + 1, dtype=torch.int32)})  # float32 has no such number
 
 
 def test_old_resizing_and_sampling() -> None:
