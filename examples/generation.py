@@ -231,11 +231,7 @@ def main(
         "int8": "quantize{scheme=dynamic}",
         "4 bits": "quantize{scheme=weight-only bits=[4,8] block=32}",
     }.items():
-        example = {"input_ids": torch.tensor([ids])}
-        if made:  # captured already
-            made[name] = graphopt.optimize(made["float32"], passes)
-        else:
-            made[name] = graphopt.optimize(module, passes, cache=True, example_inputs=example)
+        made[name] = graphopt.optimize(module, passes, cache=True, example_inputs={"input_ids": torch.tensor([ids])})
         path = made[name].export(out / f"{name.replace(' ', '-')}.onnx")
         deployed = Deployed(path)
         found = greedy(deployed, ids, count)
