@@ -53,12 +53,13 @@ class FoldInt8(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         normalize(graph)
+        may_saturate = context.target.product_bits() < 8
         for node in graph.sites("quantize"):
             _widen(graph, node)
         for site in context.sites(graph, Selector("linear", "conv", "add"), self.ignore, where=_reads_integers):
             try:
-                if context.target.product_bits() < 8:
-                    _require_small(graph, site)
+                if site.kind == "linear" and may_saturate:
+                    _require_no_saturation(graph, site)
                 _FOLDS[site.kind](graph, site)
             except Declined as declined:
                 context.decline(site, declined.decline)
@@ -115,15 +116,16 @@ def _fold_move(graph: Graph, node: Node) -> None:
     graph.replace(reader, graph.emit(node, x[0], *node.operands[1:], at=node, **padding))
 
 
-def _require_small(graph: Graph, site: Node) -> None:
-    """Raise Declined for a linear whose products with integers of a computed scale saturate on the target's CPU.
+def _require_no_saturation(graph: Graph, site: Node) -> None:
+    """Raise Declined for a linear whose products with integers of a computed scale saturate, where two of 8 bits do.
 
     Weights that are multiplied with integers of a stored scale become uint8 when they are lowered.
     """
-    if site.kind != "linear" or _input(site)[1].is_constant:
+    maker, of_weight = _maker(site.input), _maker(site.required("weight"))
+    if maker is None or maker.required("scale").is_constant or of_weight is None:
         return
-    weight = graph.constant(_weight(site.required("weight"))[0])
-    if weight is not None and (largest := max_abs(weight)) > SAFE:
+    weight = graph.constant(of_weight.required("x"))
+    if weight is not None and weight.dtype == torch.int8 and (largest := max_abs(weight)) > SAFE:
         raise Declined("saturates", max_abs=largest, safe=SAFE)
 
 

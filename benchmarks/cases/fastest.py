@@ -1,7 +1,7 @@
 """`target="fastest"`, with static int8 asked for: what wins, against the peers of each engine.
 
-The peers are OpenVINO on the fp32 file (in bfloat16 where that is its default), NNCF's int8 in OpenVINO, onnxruntime's
-own quantizers, CTranslate2's int8 (MiniLM), and PyTorch in fp32 and bfloat16. All have the same threads, in one
+The peers are those of the case int8, OpenVINO on the fp32 file (in bfloat16 where that is its default), CTranslate2's
+int8 (MiniLM), and PyTorch in fp32 and bfloat16. All have the same threads, in one
 interleaved run. Ours turns tensors into arrays in each call, and CTranslate2 reads lists of tokens.
 """
 
@@ -21,23 +21,16 @@ from rich.table import Table
 import graphopt
 from benchmarks import sentences
 from benchmarks.case import Settings, checked, table
-from benchmarks.cases import minilm
-from benchmarks.cases.fidelity import ctranslate2_encoder
-from benchmarks.cases.int8 import calibrating
+from benchmarks.cases import int8, minilm
+from benchmarks.cases.fidelity import ctranslate2_encoder, real_tokens
 from benchmarks.cases.torch_cpu import eager
 from benchmarks.loading import Bind, OpenVinoFile
 from benchmarks.models import Batch
 from benchmarks.networks import NETWORKS, Network
-from benchmarks.peers import (
-    BASELINE,
-    attempt,
-    exports,
-    nncf_openvino,
-    quantize_dynamic,
-    quantize_static,
-)
+from benchmarks.peers import BASELINE, attempt, exports
 from benchmarks.speed import CONTROL, File, race, write
 from graphopt.capture.decode import DecodeStep
+from graphopt.report.tables import race_rows
 from graphopt.result import Optimized
 
 CHOSEN = ("minilm", "resnet50", "mobilenetv2", "vit", "gpt2", "gpt2-decode")
@@ -50,7 +43,7 @@ def run(settings: Settings) -> bool:
 
 def measured(name: str, settings: Settings) -> bool:
     network = NETWORKS[name]()
-    batches = minilm.calibration(settings, sentences.tokenizer()) if name == "minilm" else calibrating(network)
+    batches = minilm.calibration(settings, sentences.tokenizer()) if name == "minilm" else int8.calibrating(network)
     with tempfile.TemporaryDirectory() as given:
         folder = Path(given)
         exported = exports(network.traceable(), folder)
@@ -58,7 +51,8 @@ def measured(name: str, settings: Settings) -> bool:
         in_onnxruntime = optimized(network, batches, "onnxruntime", settings.threads)
         models: dict[str, File | Bind | str] = {**exported, OURS: lambda batch: partial(small.runner, batch)}
         models[IN_ONNXRUNTIME] = in_onnxruntime.export(folder / "onnxruntime.onnx")
-        models |= {row: attempt(make) for row, make in peers(network, exported[BASELINE], batches, folder, settings)}
+        made = peers(network, exported[BASELINE], folder, settings.threads)
+        models |= {row: attempt(make) for row, make in made.items()}
         found = race(models, network.shapes, settings)
     rows, _ = found.speeds(f"{network.name}: times as fast as torch.onnx.export at its default opset")
     settings.console.print(rows, candidates(small))
@@ -84,44 +78,34 @@ def candidates(small: Optimized) -> Table:
     """Which candidates there were, and how they fared."""
     raced = small.report.race
     assert raced is not None
-    rows = table("the race inside", "engine", "model", "floats in", "SQNR dB", "times as fast", "")
-    for place, one in enumerate(raced.entrants):
-        sqnr = "" if one.sqnr is None else f"{one.sqnr:.1f}"
-        outcome = one.why_out or ("taken" if place == raced.winner else "")
-        rows.add_row(one.engine, one.model, one.precision, sqnr, f"{one.speed[0]:.2f}" if one.speed else "", outcome)
+    titles, *entrants = race_rows(raced)
+    rows = table("the race inside", *titles)
+    for one in entrants:
+        rows.add_row(*one)
     return rows
 
 
-def peers(
-    network: Network, source: Path, batches: list[Batch], folder: Path, settings: Settings
-) -> list[tuple[str, Callable[[], File | Bind]]]:
+def peers(network: Network, source: Path, folder: Path, threads: int) -> dict[str, Callable[[], File | Bind]]:
     """By row, how to make what is timed."""
     module: Any = network.module
     if network.prompt is not None:
         module = DecodeStep.around(module, network.prompt)[0]
-    found: list[tuple[str, Callable[[], File | Bind]]] = [
-        ("fp32 file, in OpenVINO", lambda: OpenVinoFile(source)),
-        ("NNCF, in OpenVINO", partial(nncf_openvino, source, batches, folder / "nncf.xml",
-                                      transformer=not network.convolutional)),
-        ("PyTorch, eager", lambda: eager(module)),
-        ("PyTorch, eager bfloat16", lambda: eager(copy.deepcopy(module).bfloat16(), torch.bfloat16)),
-    ]  # fmt: skip
-    if network.convolutional:
-        found.append(("onnxruntime quantize_static", partial(quantize_static, source, batches, folder / "static.onnx")))
-    else:
-        found.append(("onnxruntime quantize_dynamic", partial(quantize_dynamic, source, folder / "dynamic.onnx")))
+    found: dict[str, Callable[[], File | Bind]] = {
+        "fp32 file, in OpenVINO": lambda: OpenVinoFile(source),
+        "PyTorch, eager": lambda: eager(module),
+        "PyTorch, eager bfloat16": lambda: eager(copy.deepcopy(module).bfloat16(), torch.bfloat16),
+    }
     if network.name == "MiniLM":
-        found.append(("CTranslate2 int8", lambda: ctranslate2(folder, settings.threads)))
-    return found
+        found["CTranslate2 int8"] = lambda: in_ctranslate2(folder, threads)
+    return found | int8.peers(network, source, folder)
 
 
-def ctranslate2(folder: Path, threads: int) -> Bind:
+def in_ctranslate2(folder: Path, threads: int) -> Bind:
     """Tokens in lists, as its own programs give them; the result as an array."""
     encoder = ctranslate2_encoder(folder, threads)
 
     def bind(batch: Mapping[str, Any]) -> Callable[[], object]:
-        real = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
-        rows = [ids[mask].tolist() for ids, mask in real]
+        rows = real_tokens(batch)
         return lambda: np.array(encoder.forward_batch(rows).last_hidden_state)
 
     return bind

