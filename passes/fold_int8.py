@@ -15,7 +15,6 @@ from graphopt.ir.qdq.integer_forms import normalize
 from graphopt.ir.qdq.numbers import fits_integers, saturates, stored
 from graphopt.ir.qdq.regions import MOVES, has_row_scale
 from graphopt.ir.rewrite import scalar
-from graphopt.lowering.saturation import SAFE, max_abs
 from graphopt.pipeline.context import Context
 from graphopt.pipeline.passes import Pass, Stage
 from graphopt.pipeline.selectors import Selector
@@ -33,8 +32,7 @@ class FoldInt8(Pass):
     unless only a quantize reads it, at most with a relu or clip between that the saturation of the integers makes up
     for. Declined too: activations other than uint8 with one scale (of linears also one for each row), weights other
     than int8 with a scale for each output channel (zero points of weights are folded in where int8 has room for that),
-    a conv whose bias is computed, and a linear whose activations get their scale at run time, where products with its
-    weights saturate on the target's CPU. A bias in integers becomes float. An op that only moves values, between a
+    and a conv whose bias is computed. A bias in integers becomes float. An op that only moves values, between a
     dequantize and a quantize of the same scale and zero point, moves integers instead.
 
     A quantize to fewer than 8 bits becomes a clip and a quantize to 8, which makes the same integers: kernels that read
@@ -53,13 +51,10 @@ class FoldInt8(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         normalize(graph)
-        may_saturate = context.target.product_bits() < 8
         for node in graph.sites("quantize"):
             _widen(graph, node)
         for site in context.sites(graph, Selector("linear", "conv", "add"), self.ignore, where=_reads_integers):
             try:
-                if site.kind == "linear" and may_saturate:
-                    _require_no_saturation(graph, site)
                 _FOLDS[site.kind](graph, site)
             except Declined as declined:
                 context.decline(site, declined.decline)
@@ -114,19 +109,6 @@ def _fold_move(graph: Graph, node: Node) -> None:
         return
     padding = {"value": numbers[1]} if node.kind == "pad" else {}
     graph.replace(reader, graph.emit(node, x[0], *node.operands[1:], at=node, **padding))
-
-
-def _require_no_saturation(graph: Graph, site: Node) -> None:
-    """Raise Declined for a linear whose products with integers of a computed scale saturate, where two of 8 bits do.
-
-    Weights that are multiplied with integers of a stored scale become uint8 when they are lowered.
-    """
-    maker, of_weight = _maker(site.input), _maker(site.required("weight"))
-    if maker is None or maker.required("scale").is_constant or of_weight is None:
-        return
-    weight = graph.constant(of_weight.required("x"))
-    if weight is not None and weight.dtype == torch.int8 and (largest := max_abs(weight)) > SAFE:
-        raise Declined("saturates", max_abs=largest, safe=SAFE)
 
 
 def _fold_linear(graph: Graph, site: Node) -> None:

@@ -1,14 +1,11 @@
 """fold-int8: dequantize, float op and quantize -> int8 ops."""
 
-from typing import Literal
-
 import pytest
 import torch
 
 from graphopt.passes import FoldInt8, Quantize
 from tests.language import (
     BITS,
-    FakeTarget,
     assert_outputs_equal,
     assert_unchanged,
     build,
@@ -47,17 +44,6 @@ def test_dynamic_linears_share_their_parameters(dialect: str) -> None:
     run(FoldInt8(), graph)
     assert [node.kind for node in graph.nodes] == ["choose_qparams", "quantize", "linear_int8", "linear_int8"]
     assert_outputs_equal(graph, original, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("bits", "kind"), [(8, "linear"), (7, "linear_int8")])
-def test_wide_weights_of_a_dynamic_linear_stay_in_float_where_products_saturate(
-    bits: Literal[7, 8], kind: str, dialect: str
-) -> None:
-    graph = build(dialect, "y = linear(x[2,8], W[4,8])")
-    run(Quantize(scheme="dynamic", bits=bits), graph)
-    context = run(FoldInt8(), graph, target=FakeTarget(bits=7))
-    assert declined(context) == (["saturates"] if bits == 8 else [])
-    assert graph.nodes[-1].kind == kind
 
 
 def test_convs_and_the_add_between_them(dialect: str) -> None:
