@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from graphopt.measure import limits
 from graphopt.measure.cache import Timings
@@ -37,6 +38,12 @@ def test_is_measured_once_for_a_machine(
     limits.measured(clock, kept)
     assert clock.now > before
     assert "float32 0, bfloat16 0, int8 0 GMAC/s" in limits.line(found)
+
+
+def test_what_is_timed_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SIZE", 32)
+    for product in limits._products().values():
+        torch.testing.assert_close(product(), torch.full((32, 32), 32.0), check_dtype=False)
 
 
 def test_targets_says_what_the_machine_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
