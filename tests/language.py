@@ -24,8 +24,7 @@ from torch import Tensor
 
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node, Value
-from graphopt.lowering.saturation import cpu_saturates
-from graphopt.measure.machine import environment
+from graphopt.measure.machine import cpu_saturates, environment
 from graphopt.numerics.metrics import within_tolerance
 from graphopt.pipeline.calibration import Calibration
 from graphopt.pipeline.context import Context

@@ -24,6 +24,11 @@ def _linear(op: Recorder, x: str, weight: str, scale: str, weight_scale: str, ze
     return Pattern("com.microsoft.MatMulIntegerToFloat", operands, {})
 
 
+def _dynamic_linear(op: Recorder, x: str, weight: str, weight_scale: str, weight_zero: str | None = None,
+                    bias: str | None = None) -> Pattern:  # fmt: skip
+    return Pattern("com.microsoft.DynamicQuantizeMatMul", (x, weight, weight_scale, weight_zero, bias), {})
+
+
 def _gemm(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, weight_zero: str,
           bias: str | None = None, y_scale: str | None = None, y_zero_point: str | None = None) -> Pattern:  # fmt: skip
     operands = x, scale, zero_point, weight, weight_scale, weight_zero, bias, y_scale, y_zero_point
@@ -46,15 +51,11 @@ def _attention(op: Recorder, x: str, weight: str, bias: str, scale: str, weight_
 
 
 def _may_saturate(m: Match) -> bool:
-    """Whether its int8 weights may saturate, and its activations' scale is stored.
-
-    Dynamic scales are left alone: quantize uses weights of 7 bits for them on such CPUs.
-    """
+    """Whether its int8 weights are stored, and may saturate."""
     if not all(value is None or value.is_constant for value in (m.weight, m.weight_zero)):
         return False
     weight = m.root.graph.constant(m.weight)
-    large = weight is not None and weight.dtype is torch.int8 and max_abs(weight) > SAFE
-    return bool(large and m.scale.is_constant)
+    return weight is not None and weight.dtype is torch.int8 and max_abs(weight) > SAFE
 
 
 def _unsigned(op: Builder, m: Match) -> Value:
@@ -71,13 +72,14 @@ def _unsigned(op: Builder, m: Match) -> Value:
 
 
 _ZERO_POINTS = {
-    "com.microsoft.MatMulIntegerToFloat": 5, "com.microsoft.QGemm": 5, "onnx.QLinearConv": 5,
-    "com.microsoft.QLinearConv": 5, "com.microsoft.QAttention": 7,
+    "com.microsoft.DynamicQuantizeMatMul": 3, "com.microsoft.MatMulIntegerToFloat": 5, "com.microsoft.QGemm": 5,
+    "onnx.QLinearConv": 5, "com.microsoft.QLinearConv": 5, "com.microsoft.QAttention": 7,
 }  # fmt: skip
 """By operator, the index of the weight's zero point among the operands."""
 
 _PATTERNS: dict[str, Callable[..., Pattern]] = {
     "unsigned-linear": _linear,
+    "unsigned-dynamic-linear": _dynamic_linear,
     "unsigned-gemm": _gemm,
     "unsigned-conv": _conv("onnx.QLinearConv"),
     "unsigned-channels-last-conv": _conv("com.microsoft.QLinearConv"),

@@ -32,9 +32,9 @@ from graphopt.errors import GraphError, UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Feeds, Graph, Node
 from graphopt.ir.rewrite import Choice, Match, Rule, RuleLog, rewrite
-from graphopt.lowering.saturation import CPUS, cpu_saturates
+from graphopt.lowering.saturation import CPUS
 from graphopt.measure import timing
-from graphopt.measure.machine import environment
+from graphopt.measure.machine import cpu_saturates, environment
 from graphopt.measure.timing import Ratio
 from graphopt.pipeline.target import Placement
 

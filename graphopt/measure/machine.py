@@ -67,6 +67,16 @@ def cpu(cpuinfo: str) -> tuple[str, str]:
     return fields.get("model name", ""), " ".join(flag for flag in X86_FLAGS + ARM_FLAGS if flag in present)
 
 
+def cpu_saturates(flags: str) -> bool:
+    """Whether a CPU adds two products of uint8 and int8 in 16 bits: x86 with AVX2 or AVX-512, and without VNNI.
+
+    vpmaddubsw does so there: 2 * 255 * 127 is 64770, above 32767. VNNI and AMX add in 32 bits.
+    flags: as Linux spells them, separated by spaces; of a CPU without any it is taken that it does not.
+    """
+    known = set(flags.split())
+    return bool({"avx2", "avx512f"} & known) and not {"avx_vnni", "avx512_vnni", "amx_int8"} & known
+
+
 @cache
 def version(package: str) -> str:
     """The version of a distribution, or "not installed"; kept, as reading it takes 10 ms."""

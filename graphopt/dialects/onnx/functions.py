@@ -22,12 +22,21 @@ _CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @grou
 _LINEAR_INT8 = {
     # DequantizeLinear + MatMul is what engines fold when scales are known; MatMulInteger when they are not.
     "static": "xf = DequantizeLinear(x, scale, zero_point) {floats} {t} m = MatMul(xf, {w})",
-    "dynamic": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) "
+    "dynamic": "{t} {product} xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) "
     "m = Mul(xf, s)",
     # One product after the other: of both scales together, ONNX Runtime reads the first row's for all rows.
-    "rows": "{t} xi = MatMulInteger(x, {w}, zero_point) xf = Cast<to=1>(xi) r = Mul(xf, weight_scale) "
+    "rows": "{t} {product} xf = Cast<to=1>(xi) r = Mul(xf, weight_scale) "
     "m = Mul(r, scale)",
 }
+
+
+_PRODUCT = "xi = MatMulInteger(x, {w}, zero_point)"
+_IN_HALVES = (
+    "n = Constant<value_int = 2>() two = Cast<to=6>(n) wi = Cast<to=6>({w}) half = Div(wi, two) rest = Sub(wi, half) "
+    "w1 = Cast<to=3>(half) w2 = Cast<to=3>(rest) x1 = MatMulInteger(x, w1, zero_point) "
+    "x2 = MatMulInteger(x, w2, zero_point) xi = Add(x1, x2)"
+)
+"""The same integers where a CPU adds two products in 16 bits: 2 * 255 * 64 fits."""
 
 
 def _linear_body(bias: bool, kn: bool) -> tuple[str, str]:
@@ -37,14 +46,16 @@ def _linear_body(bias: bool, kn: bool) -> tuple[str, str]:
     return f"(x, weight{', bias' if bias else ''}) => (y)", f"{transposed} {product} {finish}"
 
 
-def _linear_int8_body(bias: bool, kn: bool, form: str, opset: int) -> tuple[str, str]:
+def _linear_int8_body(bias: bool, kn: bool, form: str, opset: int, in_halves: bool) -> tuple[str, str]:
     source = "wf" if form == "static" else "weight"
     transposed = "" if kn else f"wt = Transpose<perm=[1,0]>({source})"
     floats = f"wf = DequantizeLinear<axis={1 if kn else 0}>(weight, weight_scale)"
     if opset < 13:
         columns = "wx = Cast<to = 1>(weight) wf = Mul(wx, weight_scale)"
         floats = columns if kn else _rows("weight", "weight_scale", "wf", 2)
-    body = _LINEAR_INT8[form].format(floats=floats, t=transposed, w=source if kn else "wt")
+    weight = source if kn else "wt"
+    product = (_IN_HALVES if in_halves else _PRODUCT).format(w=weight)
+    body = _LINEAR_INT8[form].format(floats=floats, t=transposed, product=product, w=weight)
     finish = "y = Add(m, bias)" if bias else "y = Identity(m)"
     inputs = f"(x, scale, zero_point, weight, weight_scale{', bias' if bias else ''}) => (y)"
     return inputs, f"{body} {finish}"
@@ -84,8 +95,12 @@ def _body_misfit(op_type: str, opset: int) -> str | None:
     return None if reason is None else f"{op_type.partition('__')[0]} cannot be written: {reason}"
 
 
-def function(op_type: str, opset: int) -> ir.Function:
-    """The function that a node of domain graphopt calls, at an opset. Raises GraphError for an unknown op."""
+def function(op_type: str, opset: int, in_halves: bool = False) -> ir.Function:
+    """The function that a node of domain graphopt calls, at an opset. Raises GraphError for an unknown op.
+
+    in_halves: whether products of integers are the sum of two, each with half of every weight. They are exact then on
+    a CPU that adds two products in 16 bits, and take twice as long.
+    """
     name, _, suffix = op_type.partition("__")
     variant = suffix.split("_")
     bias, kn = "bias" in variant, "kn" in variant
@@ -95,7 +110,7 @@ def function(op_type: str, opset: int) -> ir.Function:
         signature, body = _linear_body(bias, kn)
     elif name == "linear_int8":
         form = next((one for one in _LINEAR_INT8 if one in variant), "dynamic")
-        signature, body = _linear_int8_body(bias, kn, form, opset)
+        signature, body = _linear_int8_body(bias, kn, form, opset, in_halves)
     elif name == "conv_int8":
         attributes = "<strides, pads, dilations, group>"
         given = "x, scale, zero_point, weight, weight_scale, y_scale, y_zero_point" + (", bias" if bias else "")

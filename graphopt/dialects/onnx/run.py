@@ -18,13 +18,14 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from graphopt.dialects.onnx import custom_operators
+from graphopt.dialects.onnx import custom_operators, functions
 from graphopt.dialects.onnx.files import append, no_room
 from graphopt.dialects.onnx.mended import restore_map_types
 from graphopt.dialects.onnx.spellings import DOMAIN
 from graphopt.dialects.onnx.tensors import TORCH_DTYPES, array_to_torch, to_numpy
 from graphopt.dialects.silence import quiet
 from graphopt.errors import GraphError
+from graphopt.measure.machine import cpu_saturates, environment
 
 if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
     ort.disable_telemetry_events()  # where it was imported before graphopt, whose setting then came too late
@@ -86,6 +87,8 @@ def session(
         _widen(proto.graph)
     if level == "disable":
         _read_rows(proto)
+        if cpu_saturates(environment()["flags"]):
+            _add_exactly(proto)
     if outputs is not None:
         _keep_only(proto.graph, outputs)
     wide = _widen_ends(proto.graph)
@@ -270,6 +273,14 @@ def _read_rows(model: onnx.ModelProto) -> None:
     _replace_nodes(graph, nodes)
     if all(opset.domain != _MICROSOFT for opset in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
+
+
+def _add_exactly(model: onnx.ModelProto) -> None:
+    """Let products of integers in the bodies of ops be exact on a CPU whose sums saturate."""
+    for function in model.functions:
+        if function.domain == DOMAIN and any(node.op_type == "MatMulInteger" for node in function.node):
+            opset = next(one.version for one in function.opset_import if not one.domain)
+            function.CopyFrom(ir.to_proto(functions.function(function.name, opset, in_halves=True)))
 
 
 def _replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
-from graphopt.dialects.onnx import export, run
+from graphopt.dialects.onnx import export, functions, run
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.errors import GraphError
+from graphopt.measure.machine import cpu_saturates
 from tests.language import build, feeds
 
 TEXT = "y = linear(relu(linear(x[2,32], V[64,32], A[64])), W[16,64], B[16])"
@@ -43,3 +46,29 @@ def test_a_transposed_weight_is_made_when_it_is_read() -> None:
     np.testing.assert_array_equal(np.frombuffer(held.tobytes(), np.float32).reshape(32, 64), plain.t())
     with pytest.raises(GraphError, match="no constant matrix"):
         graph.add_transposed(graph.inputs[0], "third")  # type: ignore[arg-type]  # of this dialect
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+@pytest.mark.parametrize(("kn", "dtype"), [(False, "uint8"), (True, "uint8"), (False, "int8")])
+def test_sums_of_integers_are_exact_on_every_cpu(
+    saturates: bool, kn: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and activations at the ends of what the integers hold, where two products do not fit in 16 bits."""
+    weight = np.where(np.random.default_rng(0).random((16, 32)) < 0.5, -128, 127)
+    low, high = (0, 255) if dtype == "uint8" else (-128, 127)
+    x = np.where(np.random.default_rng(1).random((5, 32)) < 0.2, low, high)
+    body = functions.function(f"linear_int8{'__kn' if kn else ''}", 21)
+    text = f"""g ({dtype}[5, 32] x, float s, {dtype} z, int8[{"32, 16" if kn else "16, 32"}] w, float[16] v)
+        => (float[5, 16] y) {{ y = graphopt.{body.name}(x, s, z, w, v) }}"""
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("graphopt", 1)]
+    proto = onnx.helper.make_model(
+        onnx.parser.parse_graph(text), functions=[ir.to_proto(body)], opset_imports=opsets, ir_version=10
+    )
+    monkeypatch.setattr(run, "cpu_saturates", lambda flags: saturates or cpu_saturates(flags))
+    session = run.session(ir.from_proto(proto))
+    (found,) = run.run(session, {
+        "x": torch.tensor(x, dtype=getattr(torch, dtype)), "s": torch.tensor(1.0), "v": torch.ones(16),
+        "z": torch.tensor(3, dtype=getattr(torch, dtype)),
+        "w": torch.tensor(weight.T.copy() if kn else weight, dtype=torch.int8),
+    })  # fmt: skip
+    np.testing.assert_array_equal(found, (x - 3) @ weight.T)

@@ -9,7 +9,7 @@ from torch import Tensor
 from graphopt.errors import UsageError
 from graphopt.ir.decline import Decline
 from graphopt.ir.graph import Graph, Node
-from graphopt.lowering.saturation import cpu_saturates
+from graphopt.measure.machine import cpu_saturates
 from graphopt.numerics.quantize import fit
 from graphopt.passes import Quantize
 from graphopt.passes.quantize.quantize import Bits, Scheme
