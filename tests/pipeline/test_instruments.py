@@ -218,11 +218,13 @@ def test_a_quantized_original_is_held_to_what_it_makes_of_the_last_bits_of_its_i
             run(graph.clone(), Scale(by=by), instruments=[Agree(graph, batches)])
 
 
-def test_a_quantized_graph_may_move_as_far_as_its_activations_round(dialect: str) -> None:
+@pytest.mark.parametrize("ranges", ["stored", "computed"])
+def test_a_quantized_graph_may_move_as_far_as_its_activations_round(dialect: str, ranges: str) -> None:
     """The output is 127 - 2 * 64, by chance what the original has. By a scale of 256 / 255 it would be 127 - 2 * 63."""
-    graph = build(dialect, "q = quantize(linear(x[batch,1], W[2,1]:values(1,0.5)), S[]:ones, Z[]:zeros:uint8)\n"
-                           "y = linear(dequantize(q, S, Z), V[1,2]:values(1,-2))")  # fmt: skip
-    agree = Agree(graph, [{"x": torch.tensor([[127.49]])}])
+    scale = {"stored": "q = quantize(x[batch,3], S[]:ones, Z[]:zeros:uint8)\nf = dequantize(q, S, Z)",
+             "computed": "s, z = choose_qparams(x[batch,3])\nf = dequantize(quantize(x, s, z), s, z)"}  # fmt: skip
+    graph = build(dialect, f"{scale[ranges]}\ny = linear(f, V[1,3]:values(1,-2,0))")
+    agree = Agree(graph, [{"x": torch.tensor([[127.49, 63.745, 255.0]])}])
     for moved, refused in ((3.9, False), (4.1, True)):
 
         def elsewhere(feeds: Feeds, by: float = moved) -> list[Tensor]:

@@ -299,13 +299,19 @@ def _rounded_otherwise(graph: Graph, factor: float) -> Graph:
     other = graph.clone()
     for node in other.sites("quantize"):
         x, scale, *rest = node.operands
-        stored = None if scale is None else other.constant(scale)
+        if scale is None:
+            continue
+        stored = other.constant(scale)
         if stored is not None:
-            other.replace(node, other.emit(node, x, other.add_constant(stored * factor), *rest, at=node))
+            scaled = other.add_constant(stored * factor)
+        else:  # computed from x, and of the same dtype
+            scaled = other.emit("mul", scale, other.add_constant(torch.tensor(factor, dtype=scale.dtype)), at=node)
+        other.replace(node, other.emit(node, x, scaled, *rest, at=node))
     other.sweep()
     return other
 
 
 def _is_quantized(graph: Graph) -> bool:
-    """Whether a graph has weights of at most 16 bits, and so rounds what it computes."""
-    return any(tensor.dtype.itemsize < 4 and tensor.dtype is not torch.bool for _, tensor in graph.constants())
+    """Whether a graph rounds what it computes: activations, or weights to at most 16 bits."""
+    narrow = (tensor.dtype.itemsize < 4 and tensor.dtype is not torch.bool for _, tensor in graph.constants())
+    return bool(graph.sites("quantize")) or any(narrow)
