@@ -54,10 +54,10 @@ def _as_promised(built: Counter[str], folded: Graph, runner: Runner) -> Counter[
     if isinstance(runner, OrtRunner):
         merged = _split_parts(runner.model)
         merged.subtract(_own_split_parts(folded))
-        pointwise = pointwise_products(runner.model)
+        products = convolutions_as_products(runner.model)
         built.update(merged)
-        built["QGemm"] -= pointwise
-        built["QLinearConv"] += pointwise
+        built["QGemm"] -= products
+        built["QLinearConv"] += products
         built["GatherBlockQuantized"] += _gathers_of_integers(runner.model)
     return built
 
@@ -93,8 +93,8 @@ def _own_split_parts(folded: Graph) -> Counter[str]:
     return parts
 
 
-def pointwise_products(model: ir.Model) -> int:
-    """How many pointwise convolutions are products of matrices: their rows are pixels, with channels moved last."""
+def convolutions_as_products(model: ir.Model) -> int:
+    """How many convolutions are products of matrices: their rows are pixels or windows, with channels moved last."""
     return sum(node.op_type == "QGemm" and _reads_pixels(node) for node in model.graph)
 
 
@@ -102,6 +102,8 @@ def _reads_pixels(node: ir.Node) -> bool:
     reshape = node.inputs[0].producer() if node.inputs[0] is not None else None
     source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
     transpose = source.producer() if source is not None else None
+    while transpose is not None and transpose.op_type in ("Concat", "Slice", "Pad"):  # windows
+        transpose = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
     if transpose is None or transpose.op_type != "Transpose":
         return False
     order = transpose.attributes["perm"].as_ints()

@@ -24,6 +24,10 @@ from graphopt.lowering.backend import Backend, Runner
 from graphopt.lowering.saturation import SAFE
 from graphopt.lowering.timed_forms import TimedChooser
 
+PAUSE = 0.02
+"""Seconds between two forms that are timed: all share the threads of one process, which take the work of the next form
+while they spin."""
+
 
 class EagerTarget(Backend):
     """An fx graph that runs eagerly on the CPU, and calls kernels of some of torch's engines."""
@@ -66,7 +70,8 @@ class EagerTarget(Backend):
         return int8.stages([replace(engine, max_weight=limit) for engine in self.forms])
 
     def chooser(self, feeds: Sequence[Mapping[str, Tensor]], threads: int | None = None) -> TimedChooser:
-        return TimedChooser(f"torch {torch.__version__}", feeds, partial(self.compile, threads=threads), threads)
+        compiled = partial(self.compile, threads=threads)
+        return TimedChooser(f"torch {torch.__version__}", feeds, compiled, threads, pause=PAUSE)
 
     def compile(self, graph: Graph, threads: int | None = None) -> EagerRunner:
         assert isinstance(graph, FxGraph)

@@ -1,6 +1,7 @@
-"""Floats of a lowered graph in bfloat16, where a pass rounds anyway: results of int8 linears, and what is made of them.
+"""Floats of a graph in bfloat16, where a pass rounds anyway: products, results of int8 linears, and what follows them.
 
-Each value has half the bytes, and attention has kernels for it. Sums inside a kernel are in float32.
+Products take less time so, each value has half the bytes, and attention has kernels for it. Sums inside a kernel are in
+float32.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.analysis.narrowing import Narrowed, read, unfit
+from graphopt.backends.torch_cpu.onednn_floats import POSTS
 from graphopt.ir.graph import Graph, Node, Value
 
 FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -19,25 +21,44 @@ OPS = (
 )  # fmt: skip
 """Ops whose kernels in aten take bfloat16 and sum in float32."""
 
-_LINEAR = "graphopt_onednn.linear.default"
+PRODUCTS = ("linear", "matmul", "attention")
+"""Ops that are worth a cast of what they read."""
+
+_LINEAR, _FLOAT_LINEAR = "graphopt_onednn.linear.default", "graphopt_onednn.linear_float.default"
 
 
 def narrow(graph: Graph) -> None:
     """Compute in bfloat16 in place, between casts to it and from it; inputs and outputs keep their dtypes.
 
-    What reads or holds a number that bfloat16 does not hold stays in float32, and so does what reads no result of an
-    int8 linear.
+    What reads or holds a number that bfloat16 does not hold stays in float32, and so does what reads neither a product
+    nor the result of an int8 linear.
     """
     _bound_masks(graph)
+    _unpack_float_linears(graph)
     narrowed, wide = Narrowed(graph, torch.bfloat16), unfit(graph, torch.bfloat16, {})
     for node in list(graph.nodes):
         if not node.results or node.result.dtype != torch.float32 or node in wide:
             continue
         if node.kind == _LINEAR:
             _narrow_linear(node, narrowed)
-        elif node.kind in OPS and narrowed.casts.keys() & set(read(node)) and narrowed.why_not(node, {}) is None:
+        elif _gains(node, narrowed) and narrowed.why_not(node, {}) is None:
             narrowed.recompute(node)
     graph.sweep()
+
+
+def _gains(node: Node, narrowed: Narrowed) -> bool:
+    return node.kind in PRODUCTS or (node.kind in OPS and bool(narrowed.casts.keys() & set(read(node))))
+
+
+def _unpack_float_linears(graph: Graph) -> None:
+    """Leave linears in floats to aten: their other kernel rounds at other places in bfloat16."""
+    for site in graph.sites(_FLOAT_LINEAR):
+        y = graph.emit("linear", *site.operands, at=site)
+        post = next((op for op, name in POSTS.items() if name == site.attributes["post"]), None)
+        if post is not None:
+            more = {"approximate": site.attributes["algorithm"]} if post == "gelu" else {}
+            y = graph.emit(post, y, at=site, **more)
+        graph.replace(site, y)
 
 
 def _bound_masks(graph: Graph) -> None:

@@ -181,7 +181,11 @@ class OneDnn(EagerTarget):
         self, graph: Graph, chooser: Chooser | None = None, *, lossless: bool = False
     ) -> tuple[Graph, dict[str, RuleLog]]:
         lowered, logs = super().lower(graph, chooser, lossless=lossless)
+        return self.in_precision(lowered), logs
+
+    def in_precision(self, graph: Graph) -> Graph:
         if self.precision == "bfloat16":
-            bfloat16.narrow(lowered)
-            lowered.verify()
-        return lowered, logs
+            graph = graph.clone()
+            bfloat16.narrow(graph)
+            graph.verify()
+        return graph

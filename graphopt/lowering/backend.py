@@ -333,6 +333,10 @@ class Backend(ABC):
         if not self.runs:
             raise UsageError(f"{self.name} does not run here: export the file, and time it where it does")
 
+    def in_precision(self, graph: Graph) -> Graph:
+        """A graph that computes floats in `precision`: itself, where the engine is told when it compiles."""
+        return graph
+
     def saturates(self) -> bool:
         """Whether sums of uint8 and int8 products saturate on the CPU that graphs are lowered for."""
         return cpu_saturates(environment()["flags"] if self.cpu is None else CPUS[self.cpu])

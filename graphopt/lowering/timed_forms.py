@@ -122,6 +122,8 @@ class TimedChooser:
     compile: Callable[[Graph], Runner]
     threads: int | None = None
     clock: timing.Clock = time.perf_counter
+    pause: float = timing.PAUSE
+    """Seconds between two forms, for which the engine's threads spin after their work."""
     place: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """Moves feeds to the engine's device."""
     timings: Timings = field(default_factory=opened)
@@ -234,7 +236,7 @@ class TimedChooser:
         found = timing.paired_calls(
             {form: [partial(runner, feeds) for feeds in inputs] for form, runner in runners.items()},
             baseline=first, rounds=ROUNDS, min_block_seconds=MIN_BLOCK_SECONDS, give_up_below=GIVE_UP_BELOW,
-            clock=self.clock, until=lambda ratios: ratios.overall.certain,
+            clock=self.clock, pause=self.pause, until=lambda ratios: ratios.overall.certain,
         )  # fmt: skip
         overall = {form: ratios.overall for form, ratios in found.items()}
         winners = [form for form, ratio in overall.items() if ratio.low > 1]

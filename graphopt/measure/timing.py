@@ -142,14 +142,17 @@ def paired_calls(
     sleep: Callable[[float], object] = time.sleep,
     probe: Callable[[], object] | None = None,
     probe_tolerance: float = 0.15,
+    pause: float = PAUSE,
     give_up_below: float = 0.0,
+    give_up_behind: float = 0.0,
     until: Callable[[Ratios], bool] | None = None,
     on_round: Callable[[str], object] | None = None,
 ) -> dict[str, Ratios]:
     """As `paired`, where each candidate has several calls, such as one for each shape: the same number for all.
 
-    The calls of a candidate follow each other in its block, so one pause serves them all. A candidate whose ratio was
-    below `give_up_below` in each of its first SCREENING_PAIRS pairs is no longer timed. Timing ends after MIN_PAIRS
+    The calls of a candidate follow each other in its block, so one pause (seconds) serves them all. A candidate is no
+    longer timed whose ratio was below `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose best ratio
+    in these was below `give_up_behind` times the worst of another candidate in its own. Timing ends after MIN_PAIRS
     rounds if `until` then holds for the ratios of every candidate that is left. It is asked once only: asked after each
     round, it would stop as soon as noise makes it hold.
     """
@@ -159,7 +162,7 @@ def paired_calls(
     calls: dict[str, list[int]] = {}
     for name, several in candidates.items():
         calls[name] = [calls_per_block(name, call, min_block_seconds, clock) for call in several]
-        sleep(PAUSE)
+        sleep(pause)
     # A short call is slow after a pause: where one candidate's is repeated, all are called once before they are timed.
     warm = [max(times) > 1 for times in zip(*calls.values(), strict=True)]
     pairs: dict[str, list[Pair]] = {name: [] for name in candidates}
@@ -171,7 +174,7 @@ def paired_calls(
         for name in turns(remaining, run):
             block = zip(candidates[name], calls[name], warm, strict=True)
             seconds = [block_seconds(call, count, is_warm, clock) for call, count, is_warm in block]
-            sleep(PAUSE)
+            sleep(pause)
             after = probe_seconds(probe, clock)
             blocks[name] = Block(tuple(seconds), (before, after))
             before = after
@@ -183,7 +186,10 @@ def paired_calls(
         if on_round is not None:
             on_round(f"round {run}")
         screened = [name for name in remaining if len(counting[name]) == SCREENING_PAIRS]
-        given_up = [name for name in screened if largest_ratio(counting[name]) < give_up_below]
+        first = {name: ratios_in(several[:SCREENING_PAIRS]) for name, several in counting.items()
+                 if len(several) >= SCREENING_PAIRS}  # fmt: skip
+        least = max(give_up_below, give_up_behind * max(map(min, first.values()), default=0.0))
+        given_up = [name for name in screened if name != baseline and max(first[name]) < least]
         remaining = [name for name in remaining if name not in given_up]
         if given_up and remaining == [baseline]:
             break
@@ -297,9 +303,9 @@ def ratios_of(baseline: str, name: str, pairs: Sequence[Pair], tolerance: float)
     return Ratios(ratio(lambda block: geometric_mean(block.seconds)), each)
 
 
-def largest_ratio(pairs: Sequence[Pair]) -> float:
-    """The largest ratio among several pairs, each a geometric mean over the calls."""
-    return max(geometric_mean(before.seconds) / geometric_mean(after.seconds) for before, after in pairs)
+def ratios_in(pairs: Sequence[Pair]) -> list[float]:
+    """The ratios of several pairs, each a geometric mean over the calls."""
+    return [geometric_mean(before.seconds) / geometric_mean(after.seconds) for before, after in pairs]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -224,7 +224,9 @@ class Contest:
                 lowered = run.lowered_at(precision, small)
                 yield Candidate(other, ASKED, lowered, partial(run.at, precision, small, lowered), planned, rounds=True)
             if (backend.name, UNCOMPRESSED, precision) in fits:
-                yield Candidate(other, UNCOMPRESSED, original, partial(_uncompressed_at, run, precision), rounds=True)
+                graph = other.in_precision(original)
+                make = partial(_uncompressed_at, run, precision, graph)
+                yield Candidate(other, UNCOMPRESSED, graph, make, rounds=True)
 
     def _in_precision(self, run: Run, small: Optimized) -> Optimized:
         """The result in the precision that was asked for by name. Raises LoweringError where that breaks `within`."""
@@ -261,7 +263,8 @@ class Contest:
             self._end(candidate.label)
         with room():
             folder = Path(tempfile.mkdtemp(dir=self._folder))
-        found = Contestant(candidate.backend, candidate.graph, self._feeds, folder, self.threads)
+        others = next((other.first for _, other in self._contestants.values()), ())
+        found = Contestant(candidate.backend, candidate.graph, self._feeds, folder, self.threads, others=others)
         self._contestants[candidate.label] = candidate.digest, found
         return found
 
@@ -413,10 +416,9 @@ def _breaks_within(precision: str, sqnr: float, best: float, within: float) -> L
     )
 
 
-def _uncompressed_at(run: Run, precision: str) -> Optimized:
-    """The model as it is, computed in another precision."""
-    assert run.original is not None  # as `_enter` has found it
-    return run.at(precision, run.uncompressed(), run.original)
+def _uncompressed_at(run: Run, precision: str, graph: Graph) -> Optimized:
+    """The model as it is, computed in another precision. graph: what the engine is to run."""
+    return run.at(precision, run.uncompressed(), graph)
 
 
 def _planned(run: Run, small: Optimized) -> float | None:

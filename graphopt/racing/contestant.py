@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ SECONDS = 60.0
 
 SECONDS_PER_GB = 60.0
 """What it has beside that, for each GB of weights."""
+
+START, TIMES = 10.0, 20.0
+"""A first run may take so many seconds, and so many times as long as that of an engine that runs the model."""
 
 OWN_FAULTS = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 """Signals of a process that fails by itself, and so would fail again; others come from outside."""
@@ -94,8 +98,12 @@ class Contestant:
         folder: Path,
         threads: int | None = None,
         limit: float | None = None,
+        others: Sequence[float] = (),
     ) -> None:
-        """folder: an empty one for its files. limit: seconds for an answer, by default what the size allows."""
+        """folder: an empty one for its files. limit: seconds for an answer, by default what the size allows.
+
+        others: at each of the feeds, the seconds of the first run of another contestant, where there is one.
+        """
         self.number = len(feeds)
         self._folder = folder
         self._limit = limit or SECONDS + SECONDS_PER_GB * cost.Cost.of(graph).bytes / 1e9
@@ -116,8 +124,13 @@ class Contestant:
                 "load", backend=f"{cls.__module__}:{cls.__qualname__}", precision=backend.precision, graph=str(file),
                 feeds=str(folder / "feeds.pt"), threads=threads,
             )  # fmt: skip
+            self.first: list[float] = []
+            """Seconds of the first run at each of the feeds."""
             for shape in range(self.number):
-                self._ask("run", shape=shape, to=str(self._outputs(shape)))
+                start = time.perf_counter()
+                most = START + TIMES * others[shape] if others else self._limit
+                self._ask("run", min(most, self._limit), most >= self._limit, shape=shape, to=str(self._outputs(shape)))
+                self.first.append(time.perf_counter() - start)
         except BaseException:
             self.close()
             raise
@@ -149,19 +162,20 @@ class Contestant:
     def _outputs(self, shape: int) -> Path:
         return self._folder / f"outputs{shape}.pt"
 
-    def _ask(self, name: str, limit: float | None = None, **arguments: Any) -> Any:
-        """What the child finds. limit: seconds, by default those of the engine's own work. Raises Lost; then the
-        process has ended, so that one that hangs takes no time of the others, and further questions raise the same."""
+    def _ask(self, name: str, limit: float | None = None, may_be_late: bool = True, **arguments: Any) -> Any:
+        """What the child finds. limit: seconds, by default those of the engine's own work. may_be_late: whether it may
+        come in time another time. Raises Lost; then the process has ended, so that one that hangs takes no time of the
+        others, and further questions raise the same."""
         if self._end is not None:
             raise Lost(str(self._end), transient=self._end.transient)
         try:
-            return self._answered(name, limit or self._limit, arguments)
+            return self._answered(name, limit or self._limit, may_be_late, arguments)
         except Lost as lost:
             self._end = lost
             self.close()
             raise
 
-    def _answered(self, name: str, limit: float, arguments: Mapping[str, Any]) -> Any:
+    def _answered(self, name: str, limit: float, may_be_late: bool, arguments: Mapping[str, Any]) -> Any:
         command = json.dumps({"name": name, **arguments}) + "\n"
         assert self._process.stdin is not None  # as it was started with a pipe
         try:
@@ -171,7 +185,7 @@ class Contestant:
         except OSError:  # the process is gone
             line = ""
         except queue.Empty:
-            raise Lost(f"gave no answer in {limit:.0f} s", transient=True) from None
+            raise Lost(f"gave no answer in {limit:.0f} s", transient=may_be_late) from None
         if not line:
             raise self._died(limit)
         answer = json.loads(line)

@@ -16,6 +16,9 @@ from graphopt.report.records import Entrant
 CAN_NOT_WIN = 0.5
 """A candidate whose speed over the baseline's stays below this in its first rounds is no longer timed."""
 
+FAR_BEHIND = 0.67
+"""So is one whose speed stays below this share of another's: most often it is the model as it is."""
+
 NARROW = 1.1
 """Upper over lower end of the 95% interval at which fewer rounds are enough."""
 
@@ -91,8 +94,8 @@ def timed(
         named = {label: [_Named(call, label) for call in calls] for label, calls in remaining.items()}
         try:
             found = timing.paired_calls(
-                named, baseline=baseline, give_up_below=CAN_NOT_WIN, until=_is_narrow, clock=clock, sleep=sleep,
-                probe=probe, on_round=on_round,
+                named, baseline=baseline, give_up_below=CAN_NOT_WIN, give_up_behind=FAR_BEHIND, until=_is_narrow,
+                clock=clock, sleep=sleep, probe=probe, on_round=on_round,
             )  # fmt: skip
         except _Out as out:
             lost[out.label] = out.lost

@@ -315,6 +315,23 @@ def test_a_candidate_that_is_far_too_slow_is_given_up() -> None:
     assert machine.log.count("slow") == 1 + timing.SCREENING_PAIRS  # one to count calls
 
 
+def test_a_candidate_far_behind_the_fastest_is_given_up() -> None:
+    """But not the baseline, which all are compared with."""
+    found = raced(
+        Machine(), {"base": (0.06,), "slow": (0.05,), "near": (0.03,), "fast": (0.02,)}, rounds=6, give_up_behind=0.6
+    )
+    rounds = {name: ratios.overall.rounds for name, ratios in found.items()}
+    assert rounds == {"base": 6, "slow": timing.SCREENING_PAIRS, "near": 6, "fast": 6}
+
+
+def test_a_pause_is_kept_behind_each_block() -> None:
+    machine, rests = Machine(), list[float]()
+    calls = {name: [machine.task(name, 0.06)] for name in ("base", "other")}
+    timing.paired_calls(calls, baseline="base", rounds=2, clock=machine.clock, sleep=rests.append, pause=0.5,
+                        probe=machine.task("probe", 0.001))  # fmt: skip
+    assert rests == [0.5] * 6
+
+
 def test_timing_ends_where_all_others_are_given_up() -> None:
     found = raced(Machine(), {"base": (0.06,), "slow": (0.1,), "slower": (0.2,)}, rounds=6, give_up_below=0.8)
     assert found["base"].overall.rounds == timing.SCREENING_PAIRS

@@ -69,8 +69,9 @@ class Stage:
         return found
 
     def contestant(
-        self, backend: Backend, graph: Graph, feeds: Sequence[Feeds], folder: Path, threads: int | None
-    ) -> FakeContestant:
+        self, backend: Backend, graph: Graph, feeds: Sequence[Feeds], folder: Path, threads: int | None,
+        others: Sequence[float],
+    ) -> FakeContestant:  # fmt: skip
         """In place of `Contestant`."""
         self.started.append(backend.name)
         if backend.name in self.lost:
@@ -88,6 +89,7 @@ class FakeContestant:
     stage: Stage
     results: list[list[Tensor]]
     lost: Lost | None = None
+    first: tuple[float, ...] = ()
 
     @property
     def number(self) -> int:

@@ -214,9 +214,9 @@ def test_processes_end_once_lost_and_before_the_files_go(
     folders, ended, running = list[Path](), list[bool](), list[tuple[int, list[str]]]()
     close, start, taken = FakeContestant.close, stage.contestant, contest.Contest._taken
 
-    def started(backend: Any, graph: Any, feeds: Any, folder: Path, threads: Any) -> FakeContestant:
+    def started(backend: Any, graph: Any, feeds: Any, folder: Path, threads: Any, others: Any) -> FakeContestant:
         folders.append(folder)
-        return start(backend, graph, feeds, folder, threads)
+        return start(backend, graph, feeds, folder, threads, others)
 
     def closed(self: FakeContestant) -> None:
         ended.append(all(folder.is_dir() for folder in folders))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def small(program: torch.export.ExportedProgram) -> Optimized:
     return graphopt.optimize(program, "quantize{scheme=dynamic}", target="fbgemm")
 
 
-def started(backend: Backend, small: Optimized, folder: Path, **options: float) -> Contestant:
+def started(backend: Backend, small: Optimized, folder: Path, **options: Any) -> Contestant:
     return Contestant(backend, small.lowered, small.feeds, folder, 1, **options)
 
 
@@ -51,6 +52,15 @@ def test_says_how_an_engine_is_lost(
     with pytest.raises(Lost, match=how) as raised:
         started(backend, small, tmp_path, limit=1.0 if backend.name == "hanging" else 60.0)
     assert raised.value.transient == transient
+
+
+def test_an_engine_that_is_far_slower_than_another_is_lost_for_good(
+    small: Optimized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphopt.racing.contestant.START", 1.0)
+    with pytest.raises(Lost, match="gave no answer in 1 s") as raised:
+        started(fakes.Hanging(), small, tmp_path, others=[0.01])
+    assert not raised.value.transient
 
 
 @pytest.mark.parametrize(
