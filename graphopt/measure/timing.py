@@ -151,8 +151,8 @@ def paired_calls(
     """As `paired`, where each candidate has several calls, such as one for each shape: the same number for all.
 
     The calls of a candidate follow each other in its block, so one pause (seconds) serves them all. A candidate is no
-    longer timed whose ratio was below `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose best ratio
-    in these was below `give_up_behind` times the worst of another candidate in its own. Timing ends after MIN_PAIRS
+    longer timed whose ratio was below `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose median ratio,
+    of more pairs than these, is below `give_up_behind` times another candidate's. Timing ends after MIN_PAIRS
     rounds if `until` then holds for the ratios of every candidate that is left. It is asked once only: asked after each
     round, it would stop as soon as noise makes it hold.
     """
@@ -186,10 +186,11 @@ def paired_calls(
         if on_round is not None:
             on_round(f"round {run}")
         screened = [name for name in remaining if len(counting[name]) == SCREENING_PAIRS]
-        first = {name: ratios_in(several[:SCREENING_PAIRS]) for name, several in counting.items()
-                 if len(several) >= SCREENING_PAIRS}  # fmt: skip
-        least = max(give_up_below, give_up_behind * max(map(min, first.values()), default=0.0))
-        given_up = [name for name in screened if name != baseline and max(first[name]) < least]
+        given_up = [name for name in screened if max(ratios_in(counting[name])) < give_up_below]
+        medians = {name: median(ratios_in(counting[name])) for name in remaining
+                   if len(counting[name]) > SCREENING_PAIRS}  # fmt: skip
+        least = give_up_behind * max(medians.values(), default=0.0)
+        given_up += [name for name, found in medians.items() if name != baseline and found < least]
         remaining = [name for name in remaining if name not in given_up]
         if given_up and remaining == [baseline]:
             break

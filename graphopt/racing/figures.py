@@ -17,7 +17,7 @@ CAN_NOT_WIN = 0.5
 """A candidate whose speed over the baseline's stays below this in its first rounds is no longer timed."""
 
 FAR_BEHIND = 0.67
-"""So is one whose speed stays below this share of another's: most often it is the model as it is."""
+"""Nor is one whose speed is below this share of another's: most often it is the model as it is."""
 
 NARROW = 1.1
 """Upper over lower end of the 95% interval at which fewer rounds are enough."""
