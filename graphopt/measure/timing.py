@@ -151,8 +151,8 @@ def paired_calls(
     """As `paired`, where each candidate has several calls, such as one for each shape: the same number for all.
 
     The calls of a candidate follow each other in its block, so one pause (seconds) serves them all. A candidate is no
-    longer timed whose ratio was below `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose median ratio,
-    of more pairs than these, is below `give_up_behind` times another candidate's. Timing ends after MIN_PAIRS
+    longer timed whose ratio was below `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose median
+    ratio, of more pairs than these, is below `give_up_behind` times another candidate's. Timing ends after MIN_PAIRS
     rounds if `until` then holds for the ratios of every candidate that is left. It is asked once only: asked after each
     round, it would stop as soon as noise makes it hold.
     """
