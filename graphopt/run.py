@@ -468,15 +468,20 @@ class Run:
 
     def _compare_lengths(self, small: Optimized) -> None:
         """Report the same on calibration texts of several lengths, where the model takes tokens."""
+        for length, reference in self._of_lengths:
+            found, _ = reference.compare(small.run_anew)
+            (small.report.agreement_by_length[length],) = found.values()  # one batch, so one set of shapes
+
+    @cached_property
+    def _of_lengths(self) -> list[tuple[str, Agree]]:
+        """By length, what results are compared with on calibration texts: as they are, and cut or joined."""
         graph, calibration = self.captured.graph, self.calibration
         lossless = all(one.lossless for one in self.pipeline.leaves())
         if calibration is None or calibration.once or lossless or not lengths.takes_tokens(graph):
-            return
+            return []
         others = calibration.at_other_lengths(graph)
         feeds = [next(iter(calibration)), *(others.batches if others else ())]
-        for one in feeds:
-            found, _ = Agree(graph, [one], self.captured.signature.outputs).compare(small.run_anew)
-            small.report.agreement_by_length |= {lengths.text(one): agreements for agreements in found.values()}
+        return [(lengths.text(one), Agree(graph, [one], self.captured.signature.outputs)) for one in feeds]
 
     def _check_metric(self, small: Optimized) -> None:
         """Evaluate what was trained and what ships: the same metric is promised, and reported."""
