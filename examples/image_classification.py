@@ -135,6 +135,7 @@ def main(size: Size = "full", out: Out = Path("out/image_classification")) -> No
             before = graphopt.optimize(
                 module, f"finetune{{{epochs} lr=1e-3}}", training=train, measure=False, verbose=full
             )
+        original = accuracy(before, test)
         for engine in engines:
             for way, passes in {
                 "after training": "quantize{scheme=static}",
@@ -148,7 +149,7 @@ def main(size: Size = "full", out: Out = Path("out/image_classification")) -> No
                 found = accuracy(Deployed(path) if engine == "onnxruntime" else small, test)
                 bytes_before = small.report.cost_before.bytes
                 summary[f"{name}, {way}, {engine}"] = (
-                    f"accuracy {accuracy(before, test):.1%} -> {found:.1%}, size {sizes(bytes_before, path)}, "
+                    f"accuracy {original:.1%} -> {found:.1%}, size {sizes(bytes_before, path)}, "
                     f"speed {speed(small, size)}"
                 )
     summary.show()
