@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.backends.torch_cpu import bfloat16
+from graphopt.capture import capture
 from graphopt.dialects.fx.graph import FxGraph
 from tests import models
 
@@ -140,3 +142,11 @@ def llama() -> nn.Module:
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True,
     )  # fmt: skip
     return models.seeded(transformers.LlamaForCausalLM, config)
+
+
+def test_what_is_written_to_is_not_narrowed() -> None:
+    """A cast from before a write would be read after it."""
+    graph = capture(models.seeded(Counter), "fx", example_inputs=x()).graph
+    before = graph.text()
+    bfloat16.narrow(graph)
+    assert graph.text() == before and graph.sites("linear")

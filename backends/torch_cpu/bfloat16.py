@@ -31,8 +31,11 @@ def narrow(graph: Graph) -> None:
     """Compute in bfloat16 in place, between casts to it and from it; inputs and outputs keep their dtypes.
 
     What reads or holds a number that bfloat16 does not hold stays in float32, and so does what reads neither a product
-    nor the result of an int8 linear.
+    nor the result of an int8 linear. A graph that writes to its values stays as it is: a cast of one would hold what it
+    was before.
     """
+    if graph.stateful:
+        return
     _bound_masks(graph)
     _unpack_float_linears(graph)
     narrowed, wide = Narrowed(graph, torch.bfloat16), unfit(graph, torch.bfloat16, {})
