@@ -208,7 +208,7 @@ class Run:
 
     def release(self) -> None:
         """Drop the engine's programs of the input."""
-        for name in ("_baseline", "_captured_runner"):
+        for name in ("_baseline", "_captured_runner", "_of_lengths"):
             self.__dict__.pop(name, None)
 
     def _optimized(

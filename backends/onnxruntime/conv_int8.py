@@ -3,8 +3,8 @@
 The kernel computes a few pixels at a time, and reads the whole weight for them: 4 or 6 pixels of a small image, more
 only where an image has more than 5 times as many for each thread. On a CPU that multiplies fast, a small image takes
 as long as the weight takes to be read. And the kernel multiplies with AVX512-VNNI at most, where products of matrices
-use AMX: of large images they take longer all the same, as QGemm rounds its results slowly (0.3 to 0.85 of the speed
-with 784 to 3136 pixels on two cores with AMX).
+use AMX. For large images a product is slower all the same, as QGemm rounds its results slowly: with 784 to 3136 pixels
+on two cores with AMX it had 0.3 to 0.85 times the speed of the plain form.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule,
 
 SMALL_IMAGE = 256
 """Pixels of a result up to which other forms than the plain one are tried."""
+
+
+LARGEST_WINDOW = 27
+"""Pixels of a window up to which windows are copied to the rows of a matrix."""
 
 
 def pattern(op: Recorder, x: str, scale: str, zero_point: str, weight: str, weight_scale: str, y_scale: str,
@@ -130,6 +134,8 @@ def _one_tall_image(op: Builder, m: Match) -> Value:
 def _product(op: Builder, m: Match) -> Value:
     """Each pixel of the result is a row of a matrix: QGemm divides the outputs among threads, and reads each weight
     once."""
+    if math.prod(m.weight.shape[2:]) > LARGEST_WINDOW:
+        raise Declined("large_window", pixels=math.prod(m.weight.shape[2:]), most=LARGEST_WINDOW)
     weight, weight_scale, bias = stored_parameters(op, m)
     outputs, matrix = weight.shape[0], weight.movedim(1, -1).flatten(1)
     rows = op("onnx.Reshape", _windows(op, m), op.constant(torch.tensor([-1, matrix.shape[1]])))

@@ -95,7 +95,7 @@ def _own_split_parts(folded: Graph) -> Counter[str]:
 
 def convolutions_as_products(model: ir.Model) -> int:
     """How many convolutions are products of matrices: their rows are pixels or windows, with channels moved last."""
-    return sum(node.op_type == "QGemm" and _reads_pixels(node) for node in model.graph)
+    return sum(node.op_type == "QGemm" and _reads_pixels(node) and _makes_images(node) for node in model.graph)
 
 
 def _reads_pixels(node: ir.Node) -> bool:
@@ -108,6 +108,14 @@ def _reads_pixels(node: ir.Node) -> bool:
         return False
     order = transpose.attributes["perm"].as_ints()
     return list(order) == [0, *range(2, len(order)), 1]
+
+
+def _makes_images(node: ir.Node) -> bool:
+    """Whether its rows become images, with channels moved to the front."""
+    behind = [user for reshape in node.outputs[0].consumers() if reshape.op_type == "Reshape"
+              for user in reshape.outputs[0].consumers()]  # fmt: skip
+    orders = [list(user.attributes["perm"].as_ints()) for user in behind if user.op_type == "Transpose"]
+    return any(order == [0, len(order) - 1, *range(1, len(order) - 1)] for order in orders)
 
 
 def _gathers_of_integers(model: ir.Model) -> int:

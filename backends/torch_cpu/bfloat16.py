@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from graphopt.analysis.narrowing import Narrowed, read, unfit
-from graphopt.backends.torch_cpu.onednn_floats import POSTS
 from graphopt.ir.graph import Graph, Node, Value
 
 FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
@@ -24,20 +23,18 @@ OPS = (
 PRODUCTS = ("linear", "matmul", "attention")
 """Ops that are worth a cast of what they read."""
 
-_LINEAR, _FLOAT_LINEAR = "graphopt_onednn.linear.default", "graphopt_onednn.linear_float.default"
+_LINEAR = "graphopt_onednn.linear.default"
 
 
 def narrow(graph: Graph) -> None:
     """Compute in bfloat16 in place, between casts to it and from it; inputs and outputs keep their dtypes.
 
-    What reads or holds a number that bfloat16 does not hold stays in float32, and so does what reads neither a product
-    nor the result of an int8 linear. A graph that writes to its values stays as it is: a cast of one would hold what it
-    was before.
+    What reads or holds a number that bfloat16 does not hold stays in float32, and so do ops in front of the first
+    product or int8 linear. A graph that writes to its values stays as it is: a cast would hold what one was before.
     """
     if graph.stateful:
         return
     _bound_masks(graph)
-    _unpack_float_linears(graph)
     narrowed, wide = Narrowed(graph, torch.bfloat16), unfit(graph, torch.bfloat16, {})
     for node in list(graph.nodes):
         if not node.results or node.result.dtype != torch.float32 or node in wide:
@@ -51,17 +48,6 @@ def narrow(graph: Graph) -> None:
 
 def _gains(node: Node, narrowed: Narrowed) -> bool:
     return node.kind in PRODUCTS or (node.kind in OPS and bool(narrowed.casts.keys() & set(read(node))))
-
-
-def _unpack_float_linears(graph: Graph) -> None:
-    """Leave linears in floats to aten: their other kernel rounds at other places in bfloat16."""
-    for site in graph.sites(_FLOAT_LINEAR):
-        y = graph.emit("linear", *site.operands, at=site)
-        post = next((op for op, name in POSTS.items() if name == site.attributes["post"]), None)
-        if post is not None:
-            more = {"approximate": site.attributes["algorithm"]} if post == "gelu" else {}
-            y = graph.emit(post, y, at=site, **more)
-        graph.replace(site, y)
 
 
 def _bound_masks(graph: Graph) -> None:

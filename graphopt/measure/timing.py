@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Protocol, runtime_checkable
@@ -145,6 +145,7 @@ def paired_calls(
     pause: float = PAUSE,
     give_up_below: float = 0.0,
     give_up_behind: float = 0.0,
+    leaders: Container[str] | None = None,
     until: Callable[[Ratios], bool] | None = None,
     on_round: Callable[[str], object] | None = None,
 ) -> dict[str, Ratios]:
@@ -152,7 +153,8 @@ def paired_calls(
 
     The calls of a candidate follow each other in its block, so one pause (seconds) serves them all. A candidate is no
     longer timed whose ratio was below `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose median
-    ratio, of more pairs than these, is below `give_up_behind` times another candidate's. Timing ends after MIN_PAIRS
+    ratio, of more pairs than these, is below `give_up_behind` times that of a leader (leaders: all by default). Timing
+    ends after MIN_PAIRS
     rounds if `until` then holds for the ratios of every candidate that is left. It is asked once only: asked after each
     round, it would stop as soon as noise makes it hold.
     """
@@ -189,7 +191,8 @@ def paired_calls(
         given_up = [name for name in screened if max(ratios_in(counting[name])) < give_up_below]
         medians = {name: median(ratios_in(counting[name])) for name in remaining
                    if len(counting[name]) > SCREENING_PAIRS}  # fmt: skip
-        least = give_up_behind * max(medians.values(), default=0.0)
+        leading = [found for name, found in medians.items() if leaders is None or name in leaders]
+        least = give_up_behind * max(leading, default=0.0)
         given_up += [name for name, found in medians.items() if name != baseline and found < least]
         remaining = [name for name in remaining if name not in given_up]
         if given_up and remaining == [baseline]:
@@ -287,7 +290,8 @@ def speed_change(pair: Pair) -> float:
 def ratios_of(baseline: str, name: str, pairs: Sequence[Pair], tolerance: float) -> Ratios:
     """Of the pairs where speed changed by at most `tolerance`; with too few of those, of the MIN_PAIRS steadiest."""
     kept = [pair for pair in pairs if speed_change(pair) <= tolerance]
-    steady = len(kept) >= min(MIN_PAIRS, len(pairs))
+    # fewer pairs than MIN_PAIRS has one that was given up, for which SCREENING_PAIRS are enough
+    steady = len(kept) >= (MIN_PAIRS if len(pairs) >= MIN_PAIRS else min(SCREENING_PAIRS, len(pairs)))
     if not steady:
         kept = sorted(pairs, key=speed_change)[:MIN_PAIRS]
     dropped = len(pairs) - len(kept)

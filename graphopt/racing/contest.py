@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import GraphError, GraphoptError, LoweringError, UsageError, described, first_line
+from graphopt.errors import GraphError, GraphoptError, LoweringError, UsageError, described, first_line, outer_door
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest, shapes_text, tensors_digest
 from graphopt.lowering.backend import Backend
@@ -161,7 +161,7 @@ class Contest:
         run.trial = partial(self._trial, backend, ASKED)
         with self.guarded(run):
             small = run.result()
-        self._candidates += self._found(run, small)
+        self._candidates += list(self._found(run, small))
         run.release()
 
     def _fits(self, run: Run) -> Fitting:
@@ -224,7 +224,8 @@ class Contest:
                 lowered = run.lowered_at(precision, small)
                 yield Candidate(other, ASKED, lowered, partial(run.at, precision, small, lowered), planned, rounds=True)
             if (backend.name, UNCOMPRESSED, precision) in fits:
-                graph = other.in_precision(original)
+                with outer_door(LoweringError, f"the model cannot be lowered for {backend.name} in {precision}"):
+                    graph = other.in_precision(original)
                 make = partial(_uncompressed_at, run, precision, graph)
                 yield Candidate(other, UNCOMPRESSED, graph, make, rounds=True)
 
@@ -313,8 +314,10 @@ class Contest:
                 lost[name] = first_line(error)
         calls = {name: contestant.calls for name, contestant in running.items() if name in sqnrs}
         baselines = [one.label for one in self._candidates if one.model == UNCOMPRESSED]
+        # Another precision may be too far from the original to win, and those behind it are to be timed then.
+        leaders = {one.label for one in self._candidates if one.backend.precision == "float32" and not one.why_out}
         try:
-            found = timed(calls, baselines, on_round=advance)
+            found = timed(calls, baselines, leaders=leaders, on_round=advance)
         except Lost as error:
             raise LoweringError(f"no engine came to the end of the race: {error}") from error
         for label in found.lost:

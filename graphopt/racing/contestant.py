@@ -33,7 +33,7 @@ SECONDS_PER_GB = 60.0
 """What it has beside that, for each GB of weights."""
 
 START, TIMES = 10.0, 20.0
-"""A first run may take so many seconds, and so many times as long as that of an engine that runs the model."""
+"""A first run may take so many seconds, and so many times what another engine's took beside them."""
 
 OWN_FAULTS = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 """Signals of a process that fails by itself, and so would fail again; others come from outside."""
@@ -129,7 +129,10 @@ class Contestant:
             for shape in range(self.number):
                 start = time.perf_counter()
                 most = START + TIMES * others[shape] if others else self._limit
-                self._ask("run", min(most, self._limit), most >= self._limit, shape=shape, to=str(self._outputs(shape)))
+                self._ask(
+                    "run", min(most, self._limit), may_be_late=most >= self._limit, shape=shape,
+                    to=str(self._outputs(shape)),
+                )  # fmt: skip
                 self.first.append(time.perf_counter() - start)
         except BaseException:
             self.close()

@@ -78,6 +78,7 @@ def timed(
     candidates: Mapping[str, Sequence[TimesItself]],
     baselines: Sequence[str],
     *,
+    leaders: Container[str] | None = None,
     clock: timing.Clock = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
     probe: Callable[[], object] | None = None,
@@ -86,7 +87,8 @@ def timed(
     """Time all candidates in one interleaved run (`timing.paired_calls`), each with one call for each shape.
 
     baselines: labels, of which the first that runs is what the others are compared with; the first candidate where
-    none does. One that is lost on the way is left out, and the others start again. Raises Lost where none is left.
+    none does. leaders: those that make others leave that are far behind them. One that is lost on the way is left out,
+    and the others start again. Raises Lost where none is left.
     """
     lost: dict[str, Lost] = {}
     while remaining := {label: calls for label, calls in candidates.items() if label not in lost}:
@@ -94,8 +96,8 @@ def timed(
         named = {label: [_Named(call, label) for call in calls] for label, calls in remaining.items()}
         try:
             found = timing.paired_calls(
-                named, baseline=baseline, give_up_below=CAN_NOT_WIN, give_up_behind=FAR_BEHIND, until=_is_narrow,
-                clock=clock, sleep=sleep, probe=probe, on_round=on_round,
+                named, baseline=baseline, give_up_below=CAN_NOT_WIN, give_up_behind=FAR_BEHIND, leaders=leaders,
+                until=_is_narrow, clock=clock, sleep=sleep, probe=probe, on_round=on_round,
             )  # fmt: skip
         except _Out as out:
             lost[out.label] = out.lost

@@ -219,6 +219,7 @@ SENTENCES = {
     "scales_or_bias_computed": "its scales or its bias are computed by the graph",
     "one_image": "the batch has one image",
     "padding_beyond_window": "it is padded by {padding} rows, more than the {window} of a window beyond its first",
+    "large_window": "its window has {pixels} pixels, more than {most}",
     "weight_not_in_integers": "its weight is not stored in integers",
     "weight_unsupported": "its weight has rank {rank} and {dtype}; the kernel takes a matrix of int8 or uint8",
     "blocks_unsupported": "no kernel takes blocks of {block} along axis {axis}",

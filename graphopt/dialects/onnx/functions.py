@@ -32,11 +32,11 @@ _LINEAR_INT8 = {
 
 _PRODUCT = "xi = MatMulInteger(x, {w}, zero_point)"
 _IN_HALVES = (
-    "n = Constant<value_int = 2>() two = Cast<to=6>(n) wi = Cast<to=6>({w}) half = Div(wi, two) rest = Sub(wi, half) "
+    "two = Constant<value = int32 {{2}}>() wi = Cast<to=6>({w}) half = Div(wi, two) rest = Sub(wi, half) "
     "w1 = Cast<to=3>(half) w2 = Cast<to=3>(rest) x1 = MatMulInteger(x, w1, zero_point) "
     "x2 = MatMulInteger(x, w2, zero_point) xi = Add(x1, x2)"
 )
-"""The same integers where a CPU adds two products in 16 bits: 2 * 255 * 64 fits."""
+"""The same product as the sum of two, each with about half of every weight: pairs of products then fit in 16 bits."""
 
 
 def _linear_body(bias: bool, kn: bool) -> tuple[str, str]:

@@ -262,6 +262,12 @@ def test_padding_beyond_a_window_fits_no_gap(geometry: dict[str, int | str]) -> 
     assert [decline.code for decline in log.declined.values()] == ["padding_beyond_window"]
 
 
+def test_large_windows_are_not_copied() -> None:
+    graph = build("onnx", CONV.format(**{**POINTWISE, "kh": 7, "kw": 4}))
+    (log,) = rewrite(graph, [conv_int8.SMALL.only("QGemm")]).values()
+    assert [decline.code for decline in log.declined.values()] == ["large_window"]
+
+
 def test_transposes_between_small_convolutions_cancel_out(tmp_path: Path) -> None:
     """One into the chain and one out of it, whatever the forms."""
     geometry = "stride=[1,1], padding=[{0},{0},{0},{0}], dilation=[1,1], groups=1"

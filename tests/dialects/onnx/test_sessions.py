@@ -49,18 +49,19 @@ def test_a_transposed_weight_is_made_when_it_is_read() -> None:
 
 
 @pytest.mark.parametrize("saturates", [False, True])
+@pytest.mark.parametrize("opset", [11, 21])
 @pytest.mark.parametrize(("kn", "dtype"), [(False, "uint8"), (True, "uint8"), (False, "int8")])
 def test_sums_of_integers_are_exact_on_every_cpu(
-    saturates: bool, kn: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
+    saturates: bool, opset: int, kn: bool, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights and activations at the ends of what the integers hold, where two products do not fit in 16 bits."""
     weight = np.where(np.random.default_rng(0).random((16, 32)) < 0.5, -128, 127)
     low, high = (0, 255) if dtype == "uint8" else (-128, 127)
     x = np.where(np.random.default_rng(1).random((5, 32)) < 0.2, low, high)
-    body = functions.function(f"linear_int8{'__kn' if kn else ''}", 21)
+    body = functions.function(f"linear_int8{'__kn' if kn else ''}", opset)
     text = f"""g ({dtype}[5, 32] x, float s, {dtype} z, int8[{"32, 16" if kn else "16, 32"}] w, float[16] v)
         => (float[5, 16] y) {{ y = graphopt.{body.name}(x, s, z, w, v) }}"""
-    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("graphopt", 1)]
+    opsets = [onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid("graphopt", 1)]
     proto = onnx.helper.make_model(
         onnx.parser.parse_graph(text), functions=[ir.to_proto(body)], opset_imports=opsets, ir_version=10
     )
