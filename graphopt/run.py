@@ -192,6 +192,12 @@ class Run:
         with outer_door(LoweringError, f"the graph cannot be lowered for {self.backend.name} in {precision}"):
             return self.backend.at(precision).lower(small.folded)[0]
 
+    def original_at(self, precision: str) -> Graph:
+        """The input as it is, for floats in another precision. Raises LoweringError."""
+        assert self.original is not None  # the caller has found one that runs
+        with outer_door(LoweringError, f"the model cannot be lowered for {self.backend.name} in {precision}"):
+            return self.backend.at(precision).in_precision(self.original)
+
     def at(self, precision: str, small: Optimized, lowered: Graph) -> Optimized:
         """A result with floats in another precision, checked and compared with the original."""
         report = copy.copy(small.report)
@@ -207,7 +213,7 @@ class Run:
         return found
 
     def release(self) -> None:
-        """Drop the engine's programs of the input."""
+        """Drop the engine's programs of the input, and what results were compared with by length."""
         for name in ("_baseline", "_captured_runner", "_of_lengths"):
             self.__dict__.pop(name, None)
 

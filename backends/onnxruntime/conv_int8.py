@@ -25,7 +25,6 @@ from graphopt.ir.rewrite import Builder, Choice, Match, Pattern, Recorder, Rule,
 SMALL_IMAGE = 256
 """Pixels of a result up to which other forms than the plain one are tried."""
 
-
 LARGEST_WINDOW = 27
 """Pixels of a window up to which windows are copied to the rows of a matrix."""
 
@@ -82,12 +81,12 @@ def channels_first(op: Builder, y: Value, rank: int) -> Value:
 
 
 def _is_small(m: Match) -> bool:
-    """Whether images are small and of known size."""
+    """Whether images are small and of known size: other forms may be faster."""
     x, y = m.x.shape, m.root.result.shape
-    if x is None or y is None or len(x) < 3 or m.root.attributes["groups"] != 1:
+    if x is None or y is None or len(x) < 3 or not isinstance(x[2], int) or m.root.attributes["groups"] != 1:
         return False  # a weight in groups is small
-    sizes = [size for size in (*x[2:], *y[2:]) if isinstance(size, int)]
-    return len(sizes) == 2 * len(x) - 4 and math.prod(sizes[len(x) - 2 :]) <= SMALL_IMAGE
+    sizes = [size for size in y[2:] if isinstance(size, int)]
+    return len(sizes) == len(y) - 2 and math.prod(sizes) <= SMALL_IMAGE
 
 
 def _result_shape(m: Match) -> tuple[int, ...]:
@@ -145,22 +144,22 @@ def _product(op: Builder, m: Match) -> Value:
 
 
 def _windows(op: Builder, m: Match) -> Value:
-    """Channels last, and the pixels that a pixel of the result is made of beside each other (im2col; Chellapilla et al.
-    2006)."""
+    """The input with channels last; for each pixel of the result, those of its window follow each other (im2col;
+    Chellapilla et al. 2006)."""
     site, kernel, rank, result = m.root.attributes, m.weight.shape[2:], m.weight.rank, _result_shape(m)
-    x, padding, axes = channels_last(op, m.x, rank), site["padding"], range(1, rank - 1)
+    x, padding = channels_last(op, m.x, rank), site["padding"]
     if any(padding):
         around = (0, *padding[: rank - 2], 0, 0, *padding[rank - 2 :], 0)
         x = op.pad(x, padding=around, value=scalar(op.graph, m.zero_point))
     if {*kernel, *site["stride"]} == {1}:
         return x
+    stride, reach = torch.tensor(site["stride"]), torch.tensor([size - 1 for size in result[2:]])
+    axes, steps = op.constant(torch.arange(1, rank - 1)), op.constant(stride)
     parts = []
     for place in itertools.product(*map(range, kernel)):
-        starts = [at * dilation for at, dilation in zip(place, site["dilation"], strict=True)]
-        ends = [start + (size - 1) * step + 1
-                for start, size, step in zip(starts, result[2:], site["stride"], strict=True)]  # fmt: skip
-        parts.append(op("onnx.Slice", x, *(op.constant(torch.tensor(list(numbers)))
-                                           for numbers in (starts, ends, axes, site["stride"]))))  # fmt: skip
+        start = torch.tensor(place) * torch.tensor(site["dilation"])
+        end = start + reach * stride + 1
+        parts.append(op("onnx.Slice", x, op.constant(start), op.constant(end), axes, steps))
     return parts[0] if len(parts) == 1 else op.concat(*parts, axis=rank - 1)
 
 

@@ -1,6 +1,6 @@
 """Floats of a graph in bfloat16, where a pass rounds anyway: products, results of int8 linears, and what follows them.
 
-Products take less time so, each value has half the bytes, and attention has kernels for it. Sums inside a kernel are in
+Products take less time, each value has half the bytes, and attention has kernels for it. Sums inside a kernel are in
 float32.
 """
 
@@ -47,6 +47,7 @@ def narrow(graph: Graph) -> None:
 
 
 def _gains(node: Node, narrowed: Narrowed) -> bool:
+    """Whether it is a product, or reads what is in bfloat16 already."""
     return node.kind in PRODUCTS or (node.kind in OPS and bool(narrowed.casts.keys() & set(read(node))))
 
 

@@ -153,10 +153,9 @@ def paired_calls(
 
     The calls of a candidate follow each other in its block, so one pause (seconds) serves them all. A candidate is no
     longer timed whose ratio was below `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose median
-    ratio, of more pairs than these, is below `give_up_behind` times that of a leader (leaders: all by default). Timing
-    ends after MIN_PAIRS
-    rounds if `until` then holds for the ratios of every candidate that is left. It is asked once only: asked after each
-    round, it would stop as soon as noise makes it hold.
+    ratio, once it has more pairs than that, is below `give_up_behind` times that of one of `leaders` (by default, of
+    any). Timing ends after MIN_PAIRS rounds if `until` then holds for the ratios of every candidate that is left. It is
+    asked once only: asked after each round, it would stop as soon as noise makes it hold.
     """
     check(candidates, baseline, rounds)
     probe = probe or default_probe()
@@ -290,8 +289,7 @@ def speed_change(pair: Pair) -> float:
 def ratios_of(baseline: str, name: str, pairs: Sequence[Pair], tolerance: float) -> Ratios:
     """Of the pairs where speed changed by at most `tolerance`; with too few of those, of the MIN_PAIRS steadiest."""
     kept = [pair for pair in pairs if speed_change(pair) <= tolerance]
-    # fewer pairs than MIN_PAIRS has one that was given up, for which SCREENING_PAIRS are enough
-    steady = len(kept) >= (MIN_PAIRS if len(pairs) >= MIN_PAIRS else min(SCREENING_PAIRS, len(pairs)))
+    steady = len(kept) >= min(MIN_PAIRS, len(pairs))
     if not steady:
         kept = sorted(pairs, key=speed_change)[:MIN_PAIRS]
     dropped = len(pairs) - len(kept)

@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import GraphError, GraphoptError, LoweringError, UsageError, described, first_line, outer_door
+from graphopt.errors import GraphError, GraphoptError, LoweringError, UsageError, described, first_line
 from graphopt.ir import cost
 from graphopt.ir.graph import Feeds, Graph, digest, shapes_text, tensors_digest
 from graphopt.lowering.backend import Backend
@@ -224,8 +224,7 @@ class Contest:
                 lowered = run.lowered_at(precision, small)
                 yield Candidate(other, ASKED, lowered, partial(run.at, precision, small, lowered), planned, rounds=True)
             if (backend.name, UNCOMPRESSED, precision) in fits:
-                with outer_door(LoweringError, f"the model cannot be lowered for {backend.name} in {precision}"):
-                    graph = other.in_precision(original)
+                graph = run.original_at(precision)
                 make = partial(_uncompressed_at, run, precision, graph)
                 yield Candidate(other, UNCOMPRESSED, graph, make, rounds=True)
 
@@ -264,8 +263,8 @@ class Contest:
             self._end(candidate.label)
         with room():
             folder = Path(tempfile.mkdtemp(dir=self._folder))
-        others = next((other.first for _, other in self._contestants.values()), ())
-        found = Contestant(candidate.backend, candidate.graph, self._feeds, folder, self.threads, others=others)
+        reference = next((other.first_seconds for _, other in self._contestants.values()), ())
+        found = Contestant(candidate.backend, candidate.graph, self._feeds, folder, self.threads, reference=reference)
         self._contestants[candidate.label] = candidate.digest, found
         return found
 

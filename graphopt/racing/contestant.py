@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
@@ -33,7 +34,7 @@ SECONDS_PER_GB = 60.0
 """What it has beside that, for each GB of weights."""
 
 START, TIMES = 10.0, 20.0
-"""A first run may take so many seconds, and so many times what another engine's took beside them."""
+"""A first run may take START seconds and, on top of them, TIMES what the first run of another contestant took."""
 
 OWN_FAULTS = (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT)
 """Signals of a process that fails by itself, and so would fail again; others come from outside."""
@@ -98,11 +99,11 @@ class Contestant:
         folder: Path,
         threads: int | None = None,
         limit: float | None = None,
-        others: Sequence[float] = (),
+        reference: Sequence[float] = (),
     ) -> None:
         """folder: an empty one for its files. limit: seconds for an answer, by default what the size allows.
 
-        others: at each of the feeds, the seconds of the first run of another contestant, where there is one.
+        reference: at each of the feeds, the seconds of another contestant's first run, where there is one.
         """
         self.number = len(feeds)
         self._folder = folder
@@ -124,16 +125,11 @@ class Contestant:
                 "load", backend=f"{cls.__module__}:{cls.__qualname__}", precision=backend.precision, graph=str(file),
                 feeds=str(folder / "feeds.pt"), threads=threads,
             )  # fmt: skip
-            self.first: list[float] = []
-            """Seconds of the first run at each of the feeds."""
-            for shape in range(self.number):
-                start = time.perf_counter()
-                most = START + TIMES * others[shape] if others else self._limit
-                self._ask(
-                    "run", min(most, self._limit), may_be_late=most >= self._limit, shape=shape,
-                    to=str(self._outputs(shape)),
-                )  # fmt: skip
-                self.first.append(time.perf_counter() - start)
+            self.first_seconds = [
+                self._first_run(shape, START + TIMES * reference[shape] if reference else math.inf)
+                for shape in range(self.number)
+            ]
+            """Of the first run at each of the feeds."""
         except BaseException:
             self.close()
             raise
@@ -162,23 +158,29 @@ class Contestant:
                 with suppress(OSError):  # a command that was written to a process that is gone is flushed again here
                     pipe.close()
 
+    def _first_run(self, shape: int, most: float) -> float:
+        """Its seconds. most: with more, it is lost for good, as it cannot win another time either."""
+        start, is_short = time.perf_counter(), most < self._limit
+        self._ask("run", most if is_short else None, transient=not is_short, shape=shape, to=str(self._outputs(shape)))
+        return time.perf_counter() - start
+
     def _outputs(self, shape: int) -> Path:
         return self._folder / f"outputs{shape}.pt"
 
-    def _ask(self, name: str, limit: float | None = None, may_be_late: bool = True, **arguments: Any) -> Any:
-        """What the child finds. limit: seconds, by default those of the engine's own work. may_be_late: whether it may
-        come in time another time. Raises Lost; then the process has ended, so that one that hangs takes no time of the
-        others, and further questions raise the same."""
+    def _ask(self, name: str, limit: float | None = None, *, transient: bool = True, **arguments: Any) -> Any:
+        """What the child finds. limit: seconds, by default those of the engine's own work. transient: whether an answer
+        that comes too late may come in time another time. Raises Lost; then the process has ended, so that one that
+        hangs takes no time of the others, and further questions raise the same."""
         if self._end is not None:
             raise Lost(str(self._end), transient=self._end.transient)
         try:
-            return self._answered(name, limit or self._limit, may_be_late, arguments)
+            return self._answered(name, limit or self._limit, transient, arguments)
         except Lost as lost:
             self._end = lost
             self.close()
             raise
 
-    def _answered(self, name: str, limit: float, may_be_late: bool, arguments: Mapping[str, Any]) -> Any:
+    def _answered(self, name: str, limit: float, transient: bool, arguments: Mapping[str, Any]) -> Any:
         command = json.dumps({"name": name, **arguments}) + "\n"
         assert self._process.stdin is not None  # as it was started with a pipe
         try:
@@ -188,7 +190,7 @@ class Contestant:
         except OSError:  # the process is gone
             line = ""
         except queue.Empty:
-            raise Lost(f"gave no answer in {limit:.0f} s", transient=may_be_late) from None
+            raise Lost(f"gave no answer in {limit:.0f} s", transient=transient) from None
         if not line:
             raise self._died(limit)
         answer = json.loads(line)

@@ -17,7 +17,7 @@ CAN_NOT_WIN = 0.5
 """A candidate whose speed over the baseline's stays below this in its first rounds is no longer timed."""
 
 FAR_BEHIND = 0.67
-"""Nor is one whose speed is below this share of another's: most often it is the model as it is."""
+"""Nor is one whose speed is below this share of a leader's: most often it is the model as it is."""
 
 NARROW = 1.1
 """Upper over lower end of the 95% interval at which fewer rounds are enough."""
@@ -40,8 +40,9 @@ class Figures:
 
     @property
     def steady(self) -> bool:
-        """Whether the machine's speed was."""
-        return all(one.overall.steady for one in self.speeds.values())
+        """Whether the machine's speed was, by all that were not dropped after a few rounds."""
+        overall = [one.overall for one in self.speeds.values()]
+        return all(one.steady for one in overall if one.rounds + one.dropped >= timing.MIN_PAIRS)
 
     def milliseconds(self, label: str) -> tuple[float, ...]:
         """p50 of one call at each shape."""

@@ -49,6 +49,8 @@ class Stage:
     """By engine, how each of its processes ends in the race."""
     started: list[str] = field(default_factory=list)
     """The engines of all processes that were started, in order."""
+    references: list[tuple[float, ...]] = field(default_factory=list)
+    """What each of them was told of another's first runs."""
     open: int = 0
     """Processes that run now."""
     races: int = 0
@@ -70,10 +72,11 @@ class Stage:
 
     def contestant(
         self, backend: Backend, graph: Graph, feeds: Sequence[Feeds], folder: Path, threads: int | None,
-        others: Sequence[float],
+        reference: Sequence[float],
     ) -> FakeContestant:  # fmt: skip
         """In place of `Contestant`."""
         self.started.append(backend.name)
+        self.references.append(tuple(reference))
         if backend.name in self.lost:
             raise Lost(self.lost[backend.name])
         self.open += 1
@@ -89,7 +92,7 @@ class FakeContestant:
     stage: Stage
     results: list[list[Tensor]]
     lost: Lost | None = None
-    first: tuple[float, ...] = ()
+    first_seconds: tuple[float, ...] = (0.25,)
 
     @property
     def number(self) -> int:

@@ -14,12 +14,15 @@ import torch
 
 import graphopt
 from graphopt.errors import LoweringError, UsageError
+from graphopt.ir.graph import Graph
+from graphopt.lowering.backend import Backend
 from graphopt.measure import memory
 from graphopt.pipeline.instruments import Instrument
 from graphopt.racing import contest
 from graphopt.racing.contestant import Lost, room
 from graphopt.report.records import Entrant
 from graphopt.result import Optimized
+from tests.racing import fakes
 from tests.racing.conftest import FakeContestant, Stage
 
 QUANTIZE = "quantize{scheme=dynamic}"
@@ -47,7 +50,7 @@ def test_takes_the_fastest_engine_and_reports_all(program: torch.export.Exported
     assert "3.0 times as fast" in str(small)
     text = str(small.report)
     assert "race of the engines" in text and "uncompressed" in text and "taken" in text
-    assert stage.open == 0
+    assert stage.open == 0 and stage.references == [(), (0.25,), (0.25,), (0.25,)]
     (roofline,) = small.report.roofline
     read = 2 * 16 * 32 + 2 * 4 * (16 + 32)  # bytes of weights, scales and biases, which take longer than the products
     assert roofline.least == pytest.approx({"int8": read / 1e9})
@@ -214,9 +217,9 @@ def test_processes_end_once_lost_and_before_the_files_go(
     folders, ended, running = list[Path](), list[bool](), list[tuple[int, list[str]]]()
     close, start, taken = FakeContestant.close, stage.contestant, contest.Contest._taken
 
-    def started(backend: Any, graph: Any, feeds: Any, folder: Path, threads: Any, others: Any) -> FakeContestant:
+    def started(backend: Any, graph: Any, feeds: Any, folder: Path, threads: Any, reference: Any) -> FakeContestant:
         folders.append(folder)
-        return start(backend, graph, feeds, folder, threads, others)
+        return start(backend, graph, feeds, folder, threads, reference)
 
     def closed(self: FakeContestant) -> None:
         ended.append(all(folder.is_dir() for folder in folders))
@@ -274,6 +277,27 @@ def test_precision_is_closed_without_a_pass_that_rounds(program: torch.export.Ex
     for target, options in (("rounding", {"precision": "bfloat16"}), ("rounding{precision=bfloat16}", {})):
         with pytest.raises(UsageError, match="precision=bfloat16 rounds, and none of the passes does"):
             optimized(program, target, None, **options)
+
+
+def test_the_model_as_it_is_races_in_the_precision_of_its_graph(
+    program: torch.export.ExportedProgram, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def in_precision(self: Backend, graph: Graph) -> Graph:
+        asked.append(self.precision)
+        return graph.clone()
+
+    monkeypatch.setattr(fakes.Rounding, "in_precision", in_precision)
+    optimized(program, "rounding")
+    assert asked == ["bfloat16"]
+
+    def fails(self: Backend, graph: Graph) -> Graph:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(fakes.Rounding, "in_precision", fails)
+    with pytest.raises(LoweringError, match=r"the model cannot be lowered for rounding in bfloat16: .*no kernel"):
+        optimized(program, "rounding", f"sparsify{{amount=0.25}},{QUANTIZE}")
 
 
 @pytest.mark.parametrize("measure", [True, False])

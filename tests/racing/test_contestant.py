@@ -59,7 +59,7 @@ def test_an_engine_that_is_far_slower_than_another_is_lost_for_good(
 ) -> None:
     monkeypatch.setattr("graphopt.racing.contestant.START", 1.0)
     with pytest.raises(Lost, match="gave no answer in 1 s") as raised:
-        started(fakes.Hanging(), small, tmp_path, others=[0.01])
+        started(fakes.Hanging(), small, tmp_path, reference=[0.01])
     assert not raised.value.transient
 
 

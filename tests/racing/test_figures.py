@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -33,11 +34,11 @@ class Call:
         return self.takes * calls
 
 
-def raced(**calls: Call) -> Figures:
+def raced(leaders: Sequence[str] | None = None, **calls: Call) -> Figures:
     ticks = itertools.count(0, 0.001)
     return timed(
-        {name: [call] for name, call in calls.items()}, ["base"], clock=lambda: next(ticks), sleep=lambda seconds: None,
-        probe=lambda: None,
+        {name: [call] for name, call in calls.items()}, ["base"], leaders=leaders, clock=lambda: next(ticks),
+        sleep=lambda seconds: None, probe=lambda: None,
     )  # fmt: skip
 
 
@@ -57,6 +58,16 @@ def test_one_that_is_lost_leaves_the_others_racing() -> None:
     assert found.speeds["fast"].overall.median == pytest.approx(2.0)
     with pytest.raises(Lost, match="base its process died"):
         raced(base=Call(0.04, blocks=0))
+
+
+@pytest.mark.parametrize(("leaders", "rounds"), [(None, 3), (["base", "fast"], 3), (["base"], 6)])
+def test_one_far_behind_a_leader_is_no_longer_timed(leaders: list[str] | None, rounds: int) -> None:
+    """What may be ruled out for its numbers makes no other leave; one that left makes no race unsteady."""
+    found = raced(leaders, base=Call(0.04), behind=Call(0.03), fast=Call(0.01))
+    assert {name: one.overall.rounds for name, one in found.speeds.items()} == {"base": 6, "behind": rounds, "fast": 6}
+    left = replace(found.speeds["behind"].overall, steady=False)
+    speeds = found.speeds | {"behind": replace(found.speeds["behind"], overall=left)}
+    assert replace(found, speeds=speeds).steady is (rounds < 6)
 
 
 def test_figures_survive_the_cache() -> None:

@@ -22,14 +22,10 @@ _CONV = "strides = @strides, pads = @pads, dilations = @dilations, group = @grou
 _LINEAR_INT8 = {
     # DequantizeLinear + MatMul is what engines fold when scales are known; MatMulInteger when they are not.
     "static": "xf = DequantizeLinear(x, scale, zero_point) {floats} {t} m = MatMul(xf, {w})",
-    "dynamic": "{t} {product} xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) "
-    "m = Mul(xf, s)",
+    "dynamic": "{t} {product} xf = Cast<to=1>(xi) s = Mul(scale, weight_scale) m = Mul(xf, s)",
     # One product after the other: of both scales together, ONNX Runtime reads the first row's for all rows.
-    "rows": "{t} {product} xf = Cast<to=1>(xi) r = Mul(xf, weight_scale) "
-    "m = Mul(r, scale)",
+    "rows": "{t} {product} xf = Cast<to=1>(xi) r = Mul(xf, weight_scale) m = Mul(r, scale)",
 }
-
-
 _PRODUCT = "xi = MatMulInteger(x, {w}, zero_point)"
 _IN_HALVES = (
     "two = Constant<value = int32 {{2}}>() wi = Cast<to=6>({w}) half = Div(wi, two) rest = Sub(wi, half) "

@@ -73,7 +73,7 @@ class Agree(Instrument):
         self._shapes = [value.shape for value in original.outputs]
         self._sized = sized_by_data(original)
         self._masks = mask_inputs(original.inputs)
-        self._rounds = any(node.kind == "quantize" for node in original.nodes)
+        self._rounds = bool(original.sites("quantize"))
         self._given = original.clone() if self._rounds else None
         self.original = self._outputs(original)
         self._random = self._random_outputs(original)
@@ -298,14 +298,9 @@ def _rounded_otherwise(graph: Graph, factor: float) -> Graph:
     """A clone that quantizes activations by other scales, and dequantizes by those that they had."""
     other = graph.clone()
     for node in other.sites("quantize"):
-        x, scale, *rest = node.operands
-        if scale is None:
-            continue
-        stored = other.constant(scale)
-        if stored is not None:
-            scaled = other.add_constant(stored * factor)
-        else:  # computed from x, and of the same dtype
-            scaled = other.emit("mul", scale, other.add_constant(torch.tensor(factor, dtype=scale.dtype)), at=node)
+        x, _, *rest = node.operands
+        scale = node.required("scale")
+        scaled = other.emit("mul", scale, other.add_constant(torch.tensor(factor, dtype=scale.dtype)), at=node)
         other.replace(node, other.emit(node, x, scaled, *rest, at=node))
     other.sweep()
     return other

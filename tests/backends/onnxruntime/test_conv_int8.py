@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from graphopt.backends.onnxruntime import conv_int8, linear_int8
 from graphopt.backends.onnxruntime.conv_int8_few_channels import FEW_CHANNELS, columns_as_channels
+from graphopt.backends.onnxruntime.kernel_counts import convolutions_as_products
+from graphopt.backends.onnxruntime.runner import OrtRunner
 from graphopt.backends.onnxruntime.target import OnnxRuntime
 from graphopt.dialects.onnx import export as onnx_export
 from graphopt.dialects.onnx import run as onnx_run
@@ -207,6 +209,20 @@ def test_products_of_linears_do_not_count_as_convolutions() -> None:
         target.check(without, target.compile(target.lower(both)[0]))
         with pytest.raises(LoweringError, match="1 conv_int8 were promised and onnxruntime built 0"):
             target.check(without, target.compile(target.lower(made)[0]))
+
+
+def test_a_linear_of_moved_channels_does_not_count_as_a_convolution() -> None:
+    text = """
+        i = transpose(quantize(f[b,24,7], S[]:values(0.02), Z[]:values(114):uint8), perm=[0,2,1])
+        j = quantize(linear_int8(i, S, Z, L[16,24]:int8, M[16]:values(0.1)), S, Z)
+        z = linear_int8(j, S, Z, N[8,16]:int8, O[8]:values(0.01))"""
+    graph = build("onnx", text)
+    made = graph.clone()
+    rewrite(made, [linear_int8.TO_INTEGERS.only("QGemm")])
+    runner = OnnxRuntime().compile(OnnxRuntime().lower(made)[0])
+    assert made.sites("com.microsoft.QGemm") and isinstance(runner, OrtRunner)
+    assert convolutions_as_products(runner.model) == 0
+    OnnxRuntime().check(graph, runner)
 
 
 @pytest.mark.parametrize("n", ["n", 1, 3])

@@ -13,6 +13,7 @@ import torch
 from graphopt.dialects.onnx import export, functions, run
 from graphopt.dialects.onnx.graph import OnnxGraph
 from graphopt.errors import GraphError
+from graphopt.lowering.saturation import SAFE, max_abs
 from graphopt.measure.machine import cpu_saturates
 from tests.language import build, feeds
 
@@ -73,3 +74,17 @@ def test_sums_of_integers_are_exact_on_every_cpu(
         "w": torch.tensor(weight.T.copy() if kn else weight, dtype=torch.int8),
     })  # fmt: skip
     np.testing.assert_array_equal(found, (x - 3) @ weight.T)
+
+
+def test_halves_of_weights_never_saturate() -> None:
+    """Whichever CPU this runs on: of all int8 numbers."""
+    body = functions.function("linear_int8__kn", 21, in_halves=True)
+    inputs = [onnx.helper.make_tensor_value_info("weight", onnx.TensorProto.INT8, [256])]
+    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT8, [256]) for name in ("w1", "w2")]
+    nodes = [node for node in ir.to_proto(body).node if {*node.output} & {"two", "wi", "half", "rest", "w1", "w2"}]
+    graph = onnx.helper.make_graph(nodes, "halves", inputs, outputs)
+    opsets = [onnx.helper.make_opsetid("", 21)]
+    weight = torch.arange(-128, 128, dtype=torch.int8)
+    session = run.session(ir.from_proto(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)))
+    first, second = run.run(session, {"weight": weight})
+    assert torch.equal(first + second, weight) and max(max_abs(first), max_abs(second)) <= SAFE
