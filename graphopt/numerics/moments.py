@@ -32,8 +32,8 @@ class Norm:
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Take in one batch: as `Covariance.update`."""
         rows = _rows(x, mask, self.features, self.conv)
-        self._squares += rows.square().sum(1, dtype=torch.float64)
-        self.count += rows.shape[1]
+        self._squares += rows.square().sum(2).double()
+        self.count += rows.shape[2]
 
     def merge(self, other: Self) -> None:
         """Take in the rows that another has seen."""
@@ -63,8 +63,8 @@ class Mean:
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Take in one batch: as `Covariance.update`."""
         rows = _rows(x, mask, self.features, self.conv)
-        self._sum += rows.sum(1, dtype=torch.float64)
-        self.count += rows.shape[1]
+        self._sum += rows.sum(2).double()
+        self.count += rows.shape[2]
 
     def merge(self, other: Self) -> None:
         """Take in the rows that another has seen."""
@@ -107,9 +107,9 @@ class Covariance:
         rows = _rows(x, mask, self.features, self.conv)
         if self._sum is None:
             self._sum = torch.zeros(self.groups, self.features, self.features, dtype=torch.float64)
-        self._sum += (rows.transpose(1, 2) @ rows).double()
-        self._first += rows.sum(1, dtype=torch.float64)
-        self.count += rows.shape[1]
+        self._sum += (rows @ rows.transpose(1, 2)).double()
+        self._first += rows.sum(2).double()
+        self.count += rows.shape[2]
 
     def merge(self, other: Self) -> None:
         """Take in the rows that another has seen."""
@@ -158,14 +158,15 @@ class QuantizedMoments:
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Take in one batch: as `Covariance.update`."""
         rows = _rows(x, mask, self.features, self.conv)
-        quantized = self.grid.values(self.grid.round(rows))
+        # Patches repeat values, so these are rounded before; the zeros around an image are on every grid.
+        quantized = _rows(self.grid.values(self.grid.round(x.detach().float())), mask, self.features, self.conv)
         if self._second is None or self._cross is None:
             shape = self.groups, self.features, self.features
             self._second, self._cross = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-        self._second += (quantized.transpose(1, 2) @ quantized).double()
-        self._cross += (rows.transpose(1, 2) @ quantized).double()
-        self._means += torch.stack([rows.sum(1, dtype=torch.float64), quantized.sum(1, dtype=torch.float64)])
-        self.count += rows.shape[1]
+        self._second += (quantized @ quantized.transpose(1, 2)).double()
+        self._cross += (rows @ quantized.transpose(1, 2)).double()
+        self._means += torch.stack([rows.sum(2), quantized.sum(2)]).double()
+        self.count += rows.shape[2]
 
     def merge(self, other: Self) -> None:
         """Take in the rows that another has seen."""
@@ -198,7 +199,7 @@ def _require_rows(count: int) -> None:
 
 
 def _rows(x: Tensor, mask: Tensor | None, features: int, conv: Rows | None) -> Tensor:
-    """Float32 (groups, rows, features): what is multiplied with the weight, one row per output position."""
+    """Float32 (groups, features, rows): what is multiplied with the weight, one row per output position."""
     x = x.detach().float()
     if conv is not None:
         require_finite(x, "x")
@@ -208,11 +209,14 @@ def _rows(x: Tensor, mask: Tensor | None, features: int, conv: Rows | None) -> T
     require_finite(x, "x")
     if x.shape[-1] != features:
         raise ValueError(f"x has {x.shape[-1]} features, not {features}")
-    return x.reshape(1, -1, features)
+    return x.reshape(1, -1, features).transpose(1, 2)
 
 
 def _patches(x: Tensor, conv: Rows) -> Tensor:
-    """Every patch that a kernel is laid over, channels first: (groups, patches, C / groups * kernel sizes)."""
+    """Every patch that a kernel is laid over, channels first: (groups, C / groups * kernel sizes, patches).
+
+    Positions come last, so that what is copied lies side by side.
+    """
     kernel, stride, padding, dilation, groups = conv
     rank = len(kernel)
     begin, end = padding[:rank] or (0,) * rank, padding[rank:] or (0,) * rank
@@ -220,7 +224,6 @@ def _patches(x: Tensor, conv: Rows) -> Tensor:
     for axis, (size, step, gap) in enumerate(zip(kernel, stride or (1,) * rank, dilation or (1,) * rank, strict=True)):
         reach = gap * (size - 1) + 1
         x = x.unfold(2 + axis, reach, step)[..., ::gap]
-    # (N, C, *positions, *kernel) -> (groups, N · positions, C / groups · kernel)
-    batch, channels = x.shape[:2]
-    x = x.reshape(batch, groups, channels // groups, -1, torch.Size(kernel).numel())
-    return x.permute(1, 0, 3, 2, 4).reshape(groups, -1, channels // groups * torch.Size(kernel).numel())
+    x = x.unflatten(1, (groups, -1)).movedim((0, *range(3, 3 + rank)), tuple(range(-1 - rank, 0)))
+    # (groups, C / groups, *kernel, N, *positions) -> (groups, C / groups · kernel, N · positions)
+    return x.flatten(-1 - rank).flatten(1, -2)
