@@ -15,6 +15,8 @@ wrong, or does not load, in onnxruntime 1.31 with its optimizations, and is righ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from graphopt.backends.onnxruntime import weight_only
@@ -59,7 +61,22 @@ def _is_merged_wrongly(graph: OnnxGraph, node: Node, before: Node) -> bool:
 def _may_pad(pool: Node, pad: Node) -> bool:
     """Whether a pool that pads by itself computes the same: zeros never win a max of what is never negative."""
     x = pad.input.producer if pad.kind == "pad" else None
-    return pool.kind == "max_pool" and not pool.attributes["ceil"] and x is not None and x.kind in _NOT_NEGATIVE
+    if pool.kind != "max_pool" or pool.attributes["ceil"] or x is None or x.kind not in _NOT_NEGATIVE:
+        return False
+    return _is_narrower(pad.attributes["padding"], pool)
+
+
+def _is_narrower(padding: Sequence[int], pool: Node) -> bool:
+    """Whether a pool may have so much more padding around its trailing axes: its kernel reaches over all of it."""
+    kernel, own, axes = pool.attributes["kernel"], pool.attributes["padding"], len(padding) // 2
+    own = own or (0,) * 2 * len(kernel)
+    ours = own[: len(kernel)], own[len(kernel) :]
+    theirs = padding[:axes], padding[axes:]
+    return all(
+        width >= 0 and width + more < size
+        for sides, others in zip(theirs, ours, strict=True)
+        for width, more, size in zip(reversed(sides), reversed(others), reversed(kernel), strict=False)
+    )
 
 
 def _is_quantized_again(node: Node, before: Node) -> bool:

@@ -36,6 +36,7 @@ CASES = {
     "a pad before a max pool": (20, IMAGE, "a = Neg(x) p = Pad(a, P) y = MaxPool<kernel_shape = [3,3]>(p)"),
     "a pad before an average pool": (20, IMAGE, "p = Pad(x, P) y = AveragePool<kernel_shape = [2,2]>(p)"),
     "a pad as wide as the pool": (20, IMAGE, "p = Pad(x, P) y = AveragePool<kernel_shape = [1,1]>(p)"),
+    "a pad as wide as the max pool": (20, IMAGE, "a = Relu(x) p = Pad(a, P) y = MaxPool<kernel_shape = [1,3]>(p)"),
     "a pad before a pool that pads": (
         20, IMAGE, "p = Pad(x, P) y = AveragePool<kernel_shape = [2,2], pads = [1,1,1,1]>(p)"),
     "quantized twice": (16, ROW, """q = QuantizeLinear(x, S, N) d = DequantizeLinear(q, S, N)
@@ -88,6 +89,27 @@ def test_the_file_computes_the_same_at_every_level(what: str, portable: bool, tm
     for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
         for found, wanted in zip(run_at(path, level, feeds), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@given(
+    st.lists(st.integers(-1, 3), min_size=4, max_size=4), st.lists(st.integers(1, 3), min_size=2, max_size=2),
+    st.lists(st.integers(0, 2), min_size=4, max_size=4), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_pads_of_any_width_before_pools_that_pad(
+    widths: list[int], kernel: list[int], own: list[int], ceil: bool
+) -> None:
+    own = [min(width, size - 1) for width, size in zip(own, kernel * 2, strict=True)]
+    proto = model(
+        f"g (float[1,2,6,6] x) => (float[1,2,a,b] y) {{ r = Relu(x) p = Pad(r, P) y = MaxPool<kernel_shape = {kernel}, "
+        f"pads = {own}, ceil_mode = {int(ceil)}>(p) }}",
+        {"P": torch.tensor([0, 0, *widths[:2], 0, 0, *widths[2:]])}, opset=20,
+    )  # fmt: skip
+    feeds = {"x": torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(1))}
+    with tempfile.TemporaryDirectory() as folder:
+        path = graphopt.optimize(proto, "simplify", example_inputs=feeds).export(Path(folder) / "out.onnx")
+        (found,) = run_at(path, ort.GraphOptimizationLevel.ORT_ENABLE_ALL, feeds)
+    torch.testing.assert_close(found, plain_run(proto, feeds)[0])
 
 
 @pytest.mark.parametrize("text", [
