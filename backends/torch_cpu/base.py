@@ -25,8 +25,8 @@ from graphopt.lowering.saturation import SAFE
 from graphopt.lowering.timed_forms import TimedChooser
 
 PAUSE = 0.02
-"""Seconds between two forms that are timed. All forms share the threads of one process: one that still spins slows no
-other down, as it takes up the work of the next form."""
+"""Most seconds between two forms that are timed. All forms share the threads of one process: one that still spins slows
+no other down, as it takes up the work of the next form."""
 
 
 class EagerTarget(Backend):

@@ -123,7 +123,7 @@ class TimedChooser:
     threads: int | None = None
     clock: timing.Clock = time.perf_counter
     pause: float = timing.PAUSE
-    """Seconds between two forms, for which the engine's threads spin after their work."""
+    """Most seconds between two forms, for which the engine's threads spin after their work."""
     place: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
     """Moves feeds to the engine's device."""
     timings: Timings = field(default_factory=opened)

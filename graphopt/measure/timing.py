@@ -46,8 +46,14 @@ SCREENING_PAIRS = 2
 """Pairs after which a candidate that is far too slow is no longer timed."""
 
 PAUSE = 0.15
-"""Seconds between blocks. onnxruntime's threads spin for about 0.1: without a pause, int8 MiniLM seems 2.0 times as
-fast as float where it is 3.1 times, each by itself (2 cores)."""
+"""Most seconds between blocks, as `rest` takes them. onnxruntime's threads spin for up to 0.1: without a pause, int8
+MiniLM seems 2.0 times as fast as float where it is 3.1 times, each by itself (2 cores)."""
+
+NAP = 0.01
+"""Seconds after which `rest` looks again."""
+
+AT_REST = 0.1
+"""CPU time of a nap, as a share of it, below which no thread spins."""
 
 PROBE_RUNS = 3
 """Runs of the probe, of which the fastest counts: a single interrupt is not a change of speed."""
@@ -101,6 +107,20 @@ Pair = tuple[Block, Block]
 """The baseline's turn and a candidate's of one round."""
 
 
+def rest(most: float) -> None:
+    """Sleep until no thread of this process works: those of engines spin for some time after their last call.
+
+    most: seconds after which it returns in any case.
+    """
+    left = most
+    while left > 0:
+        before, nap = time.process_time(), min(NAP, left)
+        time.sleep(nap)
+        if time.process_time() - before < AT_REST * nap:
+            return
+        left -= nap
+
+
 def paired(
     candidates: Mapping[str, Callable[[], object]],
     *,
@@ -108,7 +128,7 @@ def paired(
     rounds: int = ROUNDS,
     min_block_seconds: float = 0.02,
     clock: Clock = time.perf_counter,
-    sleep: Callable[[float], object] = time.sleep,
+    sleep: Callable[[float], object] = rest,
     probe: Callable[[], object] | None = None,
     probe_tolerance: float = 0.15,
     on_round: Callable[[str], object] | None = None,
@@ -139,7 +159,7 @@ def paired_calls(
     rounds: int = ROUNDS,
     min_block_seconds: float = 0.02,
     clock: Clock = time.perf_counter,
-    sleep: Callable[[float], object] = time.sleep,
+    sleep: Callable[[float], object] = rest,
     probe: Callable[[], object] | None = None,
     probe_tolerance: float = 0.15,
     pause: float = PAUSE,
@@ -151,11 +171,12 @@ def paired_calls(
 ) -> dict[str, Ratios]:
     """As `paired`, where each candidate has several calls, such as one for each shape: the same number for all.
 
-    The calls of a candidate follow each other in its block, so one pause (seconds) serves them all. A candidate is no
-    longer timed whose ratio was below `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose median
-    ratio, once it has more pairs than that, is below `give_up_behind` times that of one of `leaders` (by default, of
-    any). Timing ends after MIN_PAIRS rounds if `until` then holds for the ratios of every candidate that is left. It is
-    asked once only: asked after each round, it would stop as soon as noise makes it hold.
+    The calls of a candidate follow each other in its block, so one pause serves them all: `sleep(pause)`, which is
+    `time.sleep` for calls that run in other processes. A candidate is no longer timed whose ratio was below
+    `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose median ratio, once it has more pairs than that,
+    is below `give_up_behind` times that of one of `leaders` (by default, of any). Timing ends after MIN_PAIRS rounds if
+    `until` then holds for the ratios of every candidate that is left. It is asked once only: asked after each round, it
+    would stop as soon as noise makes it hold.
     """
     check(candidates, baseline, rounds)
     probe = probe or default_probe()

@@ -224,6 +224,8 @@ def _patches(x: Tensor, conv: Rows) -> Tensor:
     for axis, (size, step, gap) in enumerate(zip(kernel, stride or (1,) * rank, dilation or (1,) * rank, strict=True)):
         reach = gap * (size - 1) + 1
         x = x.unfold(2 + axis, reach, step)[..., ::gap]
-    x = x.unflatten(1, (groups, -1)).movedim((0, *range(3, 3 + rank)), tuple(range(-1 - rank, 0)))
+    batch, channels, *rest = x.shape
+    x = x.reshape(batch, groups, channels // groups, *rest)
+    x = x.movedim((0, *range(3, 3 + rank)), tuple(range(-1 - rank, 0)))
     # (groups, C / groups, *kernel, N, *positions) -> (groups, C / groups · kernel, N · positions)
     return x.flatten(-1 - rank).flatten(1, -2)

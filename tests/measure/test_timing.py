@@ -332,6 +332,16 @@ def test_a_pause_is_kept_behind_each_block() -> None:
     assert rests == [0.5] * 6
 
 
+@pytest.mark.parametrize(("spinning", "slept"), [(0.0, 0.01), (0.035, 0.05), (9.0, 0.15)])
+def test_a_rest_ends_with_the_work_of_threads(monkeypatch: pytest.MonkeyPatch, spinning: float, slept: float) -> None:
+    """spinning: seconds for which a thread works on."""
+    naps: list[float] = []
+    monkeypatch.setattr("time.sleep", naps.append)
+    monkeypatch.setattr("time.process_time", lambda: min(sum(naps), spinning))
+    timing.rest(0.15)
+    assert sum(naps) == pytest.approx(slept)
+
+
 def test_timing_ends_where_all_others_are_given_up() -> None:
     found = raced(Machine(), {"base": (0.06,), "slow": (0.1,), "slower": (0.2,)}, rounds=6, give_up_below=0.8)
     assert found["base"].overall.rounds == timing.SCREENING_PAIRS
