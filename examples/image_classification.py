@@ -118,7 +118,7 @@ def main(size: Size = "full", out: Out = Path("out/image_classification")) -> No
     train = batches(*photographs("train10k", 10000 if full else 4, seed=1), 64 if full else 2)
     test = batches(*photographs("val", 1000 if full else 4, seed=2))
     weights = data("resnet_cifar10", "resnet20-12fca82f.th")
-    resnet, epochs = ResNet() if full else ResNet(1), "epochs=4" if full else "steps=1"
+    resnet, epochs = ResNet() if full else ResNet(1), "epochs=3" if full else "steps=1"
     networks: dict[str, Any] = {"ResNet-20": resnet.eval(), "MobileNetV2": mobilenet(full)}
     trained = set()
     if full and weights is not None:
