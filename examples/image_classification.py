@@ -111,7 +111,7 @@ def accuracy(model: Callable[..., Any], test: list[Batch]) -> float:
 
 
 def main(size: Size = "full", out: Out = Path("out/image_classification")) -> None:
-    """Quantize two networks, with and without training, for two engines."""
+    """Quantize two networks, with and without training, for two engines, which both add and scale in float32."""
     out, summary = folder(out), Summary()
     full = size == "full"
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def main(size: Size = "full", out: Out = Path("out/image_classification")) -> No
                 "aware": f"quantize{{scheme=static}},distill{{steps={40 if full else 1} lr=1e-5}}",
             }.items():
                 small = graphopt.optimize(
-                    before, passes, target=engine, calibration=train[:8],
+                    before, passes, target=engine, precision="float32", calibration=train[:8],
                     training=train if "distill" in passes else None,
                 )  # fmt: skip
                 path = small.export(out / f"{name}-{engine}-{way.replace(' ', '-')}.onnx")

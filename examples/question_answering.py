@@ -154,7 +154,7 @@ def main(
     out, summary = folder(out), Summary()
     full = size == "full"
     module, tokenizer = encoder("AutoModelForQuestionAnswering", model, size)
-    train = Windows(tokenizer, questions(4800 if full else 8, 6, 2, seed=1), 16 if full else 4)
+    train = Windows(tokenizer, questions(4000 if full else 8, 6, 2, seed=1), 16 if full else 4)
     dev = Windows(tokenizer, questions(100 if full else 4, 8, 5, seed=2), 16 if full else 4)
     long = Windows(tokenizer, questions(40 if full else 2, 40, 5, seed=3), 16 if full else 4)
 

@@ -171,8 +171,8 @@ def paired_calls(
 ) -> dict[str, Ratios]:
     """As `paired`, where each candidate has several calls, such as one for each shape: the same number for all.
 
-    The calls of a candidate follow each other in its block, so one pause serves them all: `sleep(pause)`, which is
-    `time.sleep` for calls that run in other processes. A candidate is no longer timed whose ratio was below
+    The calls of a candidate follow each other in its block, so one pause serves them all: `sleep(pause)`, and 0 for
+    calls of other processes, which have to pause by themselves. A candidate is no longer timed whose ratio was below
     `give_up_below` in each of its first SCREENING_PAIRS pairs, or whose median ratio, once it has more pairs than that,
     is below `give_up_behind` times that of one of `leaders` (by default, of any). Timing ends after MIN_PAIRS rounds if
     `until` then holds for the ratios of every candidate that is left. It is asked once only: asked after each round, it

@@ -81,12 +81,12 @@ def timed(
     *,
     leaders: Container[str] | None = None,
     clock: timing.Clock = time.perf_counter,
-    sleep: Callable[[float], object] = time.sleep,
     probe: Callable[[], object] | None = None,
     on_round: Callable[[str], object] | None = None,
 ) -> Figures:
     """Time all candidates in one interleaved run (`timing.paired_calls`), each with one call for each shape.
 
+    The process of a candidate pauses by itself (`child`).
     baselines: labels, of which the first that runs is what the others are compared with; the first candidate where
     none does. leaders: those that make others leave that are far behind them. One that is lost on the way is left out,
     and the others start again. Raises Lost where none is left.
@@ -98,7 +98,7 @@ def timed(
         try:
             found = timing.paired_calls(
                 named, baseline=baseline, give_up_below=CAN_NOT_WIN, give_up_behind=FAR_BEHIND, leaders=leaders,
-                until=_is_narrow, clock=clock, sleep=sleep, probe=probe, on_round=on_round,
+                until=_is_narrow, clock=clock, pause=0.0, probe=probe, on_round=on_round,
             )  # fmt: skip
         except _Out as out:
             lost[out.label] = out.lost

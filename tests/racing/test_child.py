@@ -1,9 +1,11 @@
-"""What a child says of an error: whether the engine may do better another time."""
+"""What a child says of an error, whether the engine may do better another time, and when it answers."""
 
 from __future__ import annotations
 
 import errno
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -48,3 +50,14 @@ def test_a_file_that_cannot_be_written_is_an_error_of_the_disk(tmp_path: Path) -
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with pytest.raises(OSError, match="No such file"):
         write(tensors, tmp_path / "nowhere" / "tensors.pt")
+
+
+def test_it_answers_once_its_threads_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that threads which still spin slow no other process of the race."""
+    log: list[str] = []
+    one = Child()
+    one.backend, one.feeds = Mock(place=lambda feeds: feeds, clock=time.perf_counter), [{}]
+    one.runner = Mock(side_effect=lambda feeds: log.append("run"))
+    monkeypatch.setattr("graphopt.racing.child.rest", lambda most: log.append("rest"))
+    assert one.time(0, calls=2) > 0
+    assert log == ["run", "run", "rest"]

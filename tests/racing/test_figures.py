@@ -38,7 +38,7 @@ def raced(leaders: Sequence[str] | None = None, **calls: Call) -> Figures:
     ticks = itertools.count(0, 0.001)
     return timed(
         {name: [call] for name, call in calls.items()}, ["base"], leaders=leaders, clock=lambda: next(ticks),
-        sleep=lambda seconds: None, probe=lambda: None,
+        probe=lambda: None,
     )  # fmt: skip
 
 
